@@ -1,0 +1,60 @@
+"""What a nonlinear and a linear iterative solve may be told: tolerances, limits, methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LineSearch = Literal["BACKTRACKING", "STRONG_WOLFE"]
+KrylovMethod = Literal["gmres", "bicgstab"]
+CacheStrategy = Literal["none", "chord", "max_its"]
+
+
+@dataclass(frozen=True)
+class NewtonSettings:
+    """Settings of a Newton solve; the field names are those of `Model.set_solver_config`.
+
+    Args:
+        atol: a row has converged when the norm of its residual is below this.
+        rtol: or when that norm, divided by the norm at the first iterate, is below this.
+        miters: one more than the number of updates allowed (neml2's count).
+        ls_type: the criterion by which the line search accepts a trial.
+        ls_max_iters: one more than the number of trials allowed; 1 switches the line search off.
+        ls_cutback: what the step length is divided by after a rejected trial.
+        ls_c: slack of the acceptance criterion.
+        substep_del_tol: in a substepped solve the relative test also asks that the last step is below this
+            times the norm of the unknowns.
+    """
+
+    atol: float = 1e-10
+    rtol: float = 1e-8
+    miters: int = 25
+    ls_type: LineSearch = "BACKTRACKING"
+    ls_max_iters: int = 1
+    ls_cutback: float = 2.0
+    ls_c: float = 1e-3
+    substep_del_tol: float = 1e-6
+
+
+@dataclass(frozen=True)
+class KrylovSettings:
+    """Settings of an iterative linear solve.
+
+    Args:
+        method: `gmres` or `bicgstab`.
+        restart: number of directions after which GMRES starts afresh.
+        max_its: number of matrix-vector products (GMRES) or iterations (BiCGStab) allowed.
+        abs_tol: a row is done when its residual norm is below this.
+        rel_tol: or when that norm divided by the norm of the right-hand side is below this.
+        cache_strategy: when the preconditioner is set up: at each linear solve (`none`), once per Newton solve
+            (`chord`), or after a linear solve that took more than `cache_max_its` iterations (`max_its`).
+        cache_max_its: see `cache_strategy`.
+    """
+
+    method: KrylovMethod = "gmres"
+    restart: int = 40
+    max_its: int = 1000
+    abs_tol: float = 0.0
+    rel_tol: float = 1e-4
+    cache_strategy: CacheStrategy = "none"
+    cache_max_its: int = 10
