@@ -1,0 +1,120 @@
+"""Groups of an implicit system's vectors, and reductions over what belongs to one row of the batch.
+
+A vector of the system (unknowns or residual) is a list of tensors, one per group. A dense group has shape
+`(*batch, n)`: all its variables and their sites flattened onto one axis. A block group has shape
+`(*batch, *sub_batch, n)`: the sites keep their axes. One row is one entry of `batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Structure = Literal["dense", "block"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of a vector of the system.
+
+    Args:
+        structure: `dense` (sites flattened onto the last axis) or `block` (sites on axes of their own).
+        sub_batch_shape: sizes of the site axes.
+    """
+
+    structure: Structure
+    sub_batch_shape: tuple[int, ...] = ()
+
+    @cached_property
+    def trailing(self) -> int:
+        """Number of trailing axes that belong to a row."""
+        return 1 if self.structure == "dense" else len(self.sub_batch_shape) + 1
+
+    @cached_property
+    def axes(self) -> tuple[int, ...]:
+        """The trailing axes, counted from the end."""
+        return tuple(range(-self.trailing, 0))
+
+
+Layout = tuple[Group, ...]
+
+
+def row_shape(tensor: Tensor, group: Group) -> torch.Size:
+    """The batch shape of one group's tensor: `()` for a row on its own."""
+    return tensor.shape[: tensor.ndim - group.trailing]
+
+
+def per_row(values: Tensor, group: Group) -> Tensor:
+    """View row values `(*batch,)` so that they broadcast against a tensor of `group`."""
+    return values.reshape(values.shape + (1,) * group.trailing)
+
+
+def row_norm_squares(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Sum the squares of each row over all groups.
+
+    Args:
+        groups: one tensor per group, `(*batch, *sub_batch, n)` or `(*batch, n)`; batch shapes that broadcast.
+        layout: the group of each tensor.
+
+    Returns:
+        `(*batch,)`.
+    """
+    total = None
+    for tensor, group in zip(groups, layout, strict=True):
+        squares = tensor.square().sum(group.axes)
+        total = squares if total is None else total + squares
+    assert total is not None, "a system has at least one group"
+    return total
+
+
+def row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Euclidean norm of each row over all groups: `(*batch,)`; infinite where a square overflows."""
+    return row_norm_squares(groups, layout).sqrt()
+
+
+def scaled_row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """As `row_norms`, but each row is divided by its largest entry first, so squares cannot overflow.
+
+    Costs about twice as much, and differs from `row_norms` by rounding where that is finite.
+    """
+    largest = None
+    for tensor, group in zip(groups, layout, strict=True):
+        peak = tensor.abs().amax(group.axes)
+        largest = peak if largest is None else torch.maximum(largest, peak)
+    assert largest is not None, "a system has at least one group"
+    # A zero row must not become 0/0; an infinite or NaN row must stay non-finite.
+    scale = torch.where(largest > 0, largest, 1.0)
+    scale = torch.where(largest.isfinite(), scale, 1.0)
+    scaled = [tensor / per_row(scale, group) for tensor, group in zip(groups, layout, strict=True)]
+    return row_norms(scaled, layout) * scale
+
+
+def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layout, right_layout: Layout) -> Tensor:
+    """Dot product of each row of two vectors, group `k` of one with group `k` of the other.
+
+    Groups that are paired may differ in batch rank (an unbatched residual and a batched step) and in structure
+    (one dense, one block); each is then flattened to one trailing axis.
+
+    Args:
+        left: one tensor per group.
+        right: one tensor per group, each of as many entries per row as its partner.
+        left_layout: the groups of `left`.
+        right_layout: the groups of `right`.
+
+    Returns:
+        `(*batch,)`, with the batch shapes broadcast.
+    """
+    total = None
+    for a, b, a_group, b_group in zip(left, right, left_layout, right_layout, strict=True):
+        if a_group.trailing == b_group.trailing:
+            dots = (a * b).sum(a_group.axes)
+        else:
+            dots = (a.flatten(-a_group.trailing) * b.flatten(-b_group.trailing)).sum(-1)
+        total = dots if total is None else total + dots
+    assert total is not None, "a system has at least one group"
+    return total
