@@ -1,0 +1,210 @@
+"""Put the plugin in neml2's way: one import finder that answers for neml2's binding and its HIT class.
+
+torch calls `autoload` while it is imported, so nothing here may raise, import torch or neml2, or take time: only
+built-in modules are imported at the top.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+SWITCH = "NEML2_AOTI_PLUGIN"
+HIT_TYPE = "AOTIModel"
+HIT_MODULE = "neml2_aoti_plugin.hit"
+# neml2's module -> the module of ours whose names stand in for it.
+STAND_INS = {"neml2.aoti._aoti": "neml2_aoti_plugin.binding", "neml2.aoti._shim": HIT_MODULE}
+
+# The last thing that went wrong while arming, for status().
+problem: BaseException | None = None
+
+
+class Finder:
+    """The import finder; the one in `sys.meta_path` also remembers how it came there and what became of it."""
+
+    # Found by this mark rather than by class, so that reloading this module does not put a second one in place.
+    neml2_aoti_plugin = True
+
+    def __init__(self, route: str, torch_was_imported: bool) -> None:
+        self.route = route
+        self.torch_was_imported = torch_was_imported
+        self.failure: BaseException | None = None
+        self.loading = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Answer for the modules that the plugin stands in for, and for no others.
+
+        Args:
+            fullname: The module that is asked for.
+            path: Where its package lies.
+            target: The module being reloaded, if any.
+
+        Returns:
+            A spec with the stand-in's loader; None leaves the module to the finders behind this one.
+        """
+        if fullname in STAND_INS:
+            return self._stand_in(fullname)
+        if fullname == HIT_MODULE and "neml2" not in sys.modules:
+            return _neml2_first(fullname, path)
+        return None
+
+    def _stand_in(self, fullname: str) -> ModuleSpec | None:
+        # What our modules import of neml2 may ask for the binding in turn: then it is on its way.
+        if self.failure is not None or not (self.loading or self._load()):
+            return None
+        from importlib.machinery import ModuleSpec
+
+        return ModuleSpec(fullname, _StandInLoader(), origin=STAND_INS[fullname])  # type: ignore[arg-type]
+
+    def _load(self) -> bool:
+        self.loading = True
+        try:
+            load_stand_ins()
+        except Exception as error:
+            # neml2 must come up as if the plugin were not there, so both names are given up together.
+            self.failure = error
+            warn(
+                f"neml2-aoti-plugin steps aside, and neml2 uses its own binding: {type(error).__name__}: {error}. "
+                f"Set {SWITCH}=0 to switch the plugin off."
+            )
+            return False
+        finally:
+            self.loading = False
+        return True
+
+
+class _StandInLoader:
+    """Fills neml2's module with the names of the plugin's module that stands in for it."""
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave it to the import system to make an empty module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Copy the names over; classes keep the plugin's `__module__`, so they pickle."""
+        source = sys.modules[STAND_INS[module.__name__]]
+        names = vars(source)
+        module.__doc__ = source.__doc__
+        vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
+        if "__all__" in names:
+            vars(module)["__all__"] = names["__all__"]
+        # The native binding's `log` can be imported as a module as well.
+        if isinstance(names.get("log"), type(sys)):
+            sys.modules[f"{module.__name__}.log"] = names["log"]
+
+
+class _Neml2FirstLoader:
+    """Imports neml2 ahead of our HIT class.
+
+    neml2 asks for that class while it is imported. Were the class's module to start neml2's import itself, neml2
+    would find the module half made.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self.loaded_spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Give the module that neml2's import has brought in, if it has."""
+        from importlib import import_module
+
+        import_module("neml2")
+        module = sys.modules.get(spec.name)
+        if module is None:
+            return self.loader.create_module(spec)
+        self.loaded_spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module unless neml2's import has, and leave no trace of this loader."""
+        if self.loaded_spec is not None:
+            module.__spec__ = self.loaded_spec
+            return
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        self.loader.exec_module(module)
+
+
+def _neml2_first(fullname: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    from importlib.machinery import PathFinder
+
+    spec = PathFinder.find_spec(fullname, path)
+    if spec is not None and spec.loader is not None:
+        spec.loader = _Neml2FirstLoader(spec.loader)  # type: ignore[assignment]
+    return spec
+
+
+def load_stand_ins() -> None:
+    """Import the plugin's modules that stand in, and register the HIT type.
+
+    Raises:
+        Exception: Whatever their import raises.
+    """
+    from importlib import import_module
+
+    for name in STAND_INS.values():
+        import_module(name)
+    import_module("neml2.factory").register_neml2_object(HIT_TYPE)(sys.modules[HIT_MODULE].AOTIModel)
+
+
+def warn(message: str) -> None:
+    """Warn, also where warnings are errors: there it is printed, because nothing here may raise."""
+    import warnings
+
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except Warning:
+        print(message, file=sys.stderr)
+
+
+def switched_off() -> bool:
+    """Tell whether the environment switches the plugin off."""
+    return os.environ.get(SWITCH, "").strip().lower() in {"0", "false", "no", "off"}
+
+
+def current() -> Finder | None:
+    """Give the finder that is in place, if one is."""
+    found: Any = next((entry for entry in sys.meta_path if getattr(entry, "neml2_aoti_plugin", False) is True), None)
+    return found
+
+
+def arm(route: str) -> None:
+    """Put the finder in place, once; where neml2 is imported already, put ours in place of what it has.
+
+    Args:
+        route: "import" or "entry point": what brought us here.
+    """
+    global problem
+    try:
+        if switched_off():
+            return
+        found = current()
+        if found is None:
+            found = Finder(route, "torch" in sys.modules)
+            sys.meta_path.insert(0, found)
+            neml2 = sys.modules.get("neml2")
+            # In mid-import neml2 has yet to ask for its binding; the mark is the import system's own.
+            if neml2 is not None and not getattr(neml2.__spec__, "_initializing", False):
+                from neml2_aoti_plugin import _late
+
+                _late.activate(found)
+        elif route == "entry point" and found.torch_was_imported and found.route == "import":
+            # Loading the entry point imported the package, which armed a moment ago, with torch in mid-import.
+            found.route = route
+    except Exception as error:
+        problem = error
+
+
+def autoload() -> None:
+    """Arm the plugin; `import torch` calls this through the entry point."""
+    arm("entry point")
