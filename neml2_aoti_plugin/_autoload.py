@@ -23,8 +23,19 @@ HIT_MODULE = "neml2_aoti_plugin.hit"
 # neml2's module -> the module of ours whose names stand in for it.
 STAND_INS = {"neml2.aoti._aoti": "neml2_aoti_plugin.binding", "neml2.aoti._shim": HIT_MODULE}
 
-# The last thing that went wrong while arming, for status().
-problem: BaseException | None = None
+# What neml2 takes from its binding, some of it only at the first solve.
+BINDING_NAMES = (
+    "ConvergenceError",
+    "Model",
+    "krylov_solve_eager",
+    "krylov_solve_linear",
+    "log",
+    "newton_solve_eager",
+    "newton_solve_eager_masked",
+)
+
+# Why the plugin was not armed, for status().
+problem: str | None = None
 
 
 class Finder:
@@ -93,10 +104,9 @@ class _StandInLoader:
         """Copy the names over; classes keep the plugin's `__module__`, so they pickle."""
         source = sys.modules[STAND_INS[module.__name__]]
         names = vars(source)
-        module.__doc__ = source.__doc__
-        vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
-        if "__all__" in names:
-            vars(module)["__all__"] = names["__all__"]
+        # Of the special names all but these belong to a module's identity.
+        special = {"__all__", "__dir__", "__doc__", "__getattr__"}
+        vars(module).update({name: value for name, value in names.items() if name in special or name[:2] != "__"})
         # The native binding's `log` can be imported as a module as well.
         if isinstance(names.get("log"), type(sys)):
             sys.modules[f"{module.__name__}.log"] = names["log"]
@@ -152,9 +162,10 @@ def load_stand_ins() -> None:
     """
     from importlib import import_module
 
-    for name in STAND_INS.values():
-        import_module(name)
-    import_module("neml2.factory").register_neml2_object(HIT_TYPE)(sys.modules[HIT_MODULE].AOTIModel)
+    binding, hit = (import_module(name) for name in STAND_INS.values())
+    for name in BINDING_NAMES:
+        getattr(binding, name)
+    import_module("neml2.factory").register_neml2_object(HIT_TYPE)(hit.AOTIModel)
 
 
 def warn(message: str) -> None:
@@ -165,11 +176,6 @@ def warn(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except Warning:
         print(message, file=sys.stderr)
-
-
-def switched_off() -> bool:
-    """Tell whether the environment switches the plugin off."""
-    return os.environ.get(SWITCH, "").strip().lower() in {"0", "false", "no", "off"}
 
 
 def current() -> Finder | None:
@@ -186,7 +192,8 @@ def arm(route: str) -> None:
     """
     global problem
     try:
-        if switched_off():
+        if os.environ.get(SWITCH, "").strip().lower() in {"0", "false", "no", "off"}:
+            problem = f"it is switched off by {SWITCH}={os.environ[SWITCH]}"
             return
         found = current()
         if found is None:
@@ -202,7 +209,7 @@ def arm(route: str) -> None:
             # Loading the entry point imported the package, which armed a moment ago, with torch in mid-import.
             found.route = route
     except Exception as error:
-        problem = error
+        problem = f"it could not be armed: {type(error).__name__}: {error}"
 
 
 def autoload() -> None:
