@@ -1,0 +1,1 @@
+"""HIT inputs of the project, each with what is needed to compile and drive it."""
