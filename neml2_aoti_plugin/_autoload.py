@@ -63,45 +63,63 @@ class Finder:
         Returns:
             A spec with the stand-in's loader; None leaves the module to the finders behind this one.
         """
-        if fullname in STAND_INS:
-            return self._stand_in(fullname)
-        if fullname == HIT_MODULE and "neml2" not in sys.modules:
-            return _neml2_first(fullname, path)
+        # The import system holds its global lock here, so nothing is imported before the loaders' turn.
+        if fullname in STAND_INS and self.failure is None:
+            from importlib.machinery import ModuleSpec
+
+            return ModuleSpec(fullname, _StandInLoader(self), origin=STAND_INS[fullname])  # type: ignore[arg-type]
+        if fullname == HIT_MODULE and not neml2_is_imported():
+            from importlib.machinery import PathFinder
+
+            spec = PathFinder.find_spec(fullname, path)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Neml2FirstLoader(spec.loader)  # type: ignore[assignment]
+            return spec
         return None
 
-    def _stand_in(self, fullname: str) -> ModuleSpec | None:
+    def load(self) -> bool:
+        """Import what stands in; tell whether it is there, and warn if it is not."""
         # What our modules import of neml2 may ask for the binding in turn: then it is on its way.
-        if self.failure is not None or not (self.loading or self._load()):
-            return None
-        from importlib.machinery import ModuleSpec
-
-        return ModuleSpec(fullname, _StandInLoader(), origin=STAND_INS[fullname])  # type: ignore[arg-type]
-
-    def _load(self) -> bool:
-        self.loading = True
-        try:
-            load_stand_ins()
-        except Exception as error:
-            # neml2 must come up as if the plugin were not there, so both names are given up together.
-            self.failure = error
-            warn(
-                f"neml2-aoti-plugin steps aside, and neml2 uses its own binding: {type(error).__name__}: {error}. "
-                f"Set {SWITCH}=0 to switch the plugin off."
-            )
-            return False
-        finally:
-            self.loading = False
-        return True
+        if not self.loading and self.failure is None:
+            self.loading = True
+            try:
+                load_stand_ins()
+            except Exception as error:
+                # neml2 must come up as if the plugin were not there, so both modules are given up together.
+                self.failure = error
+                warn(
+                    f"neml2-aoti-plugin steps aside, and neml2 uses its own binding: {type(error).__name__}: {error}. "
+                    f"Set {SWITCH}=0 to switch the plugin off."
+                )
+            finally:
+                self.loading = False
+        return self.failure is None
 
 
 class _StandInLoader:
     """Fills neml2's module with the names of the plugin's module that stands in for it."""
 
-    def create_module(self, spec: ModuleSpec) -> None:
-        """Leave it to the import system to make an empty module."""
+    def __init__(self, finder: Finder) -> None:
+        self.finder = finder
+        self.native: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Leave it to the import system to make an empty module; give neml2's own if ours cannot be imported."""
+        if self.finder.load():
+            return None
+        from importlib.util import find_spec, module_from_spec
+
+        self.native = find_spec(spec.name)
+        if self.native is None:
+            raise ModuleNotFoundError(f"No module named {spec.name!r}", name=spec.name)
+        return module_from_spec(self.native)
 
     def exec_module(self, module: ModuleType) -> None:
         """Copy the names over; classes keep the plugin's `__module__`, so they pickle."""
+        if self.native is not None and self.native.loader is not None:
+            module.__spec__ = self.native
+            self.native.loader.exec_module(module)
+            return
         source = sys.modules[STAND_INS[module.__name__]]
         names = vars(source)
         # Of the special names all but these belong to a module's identity.
@@ -125,9 +143,7 @@ class _Neml2FirstLoader:
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Give the module that neml2's import has brought in, if it has."""
-        from importlib import import_module
-
-        import_module("neml2")
+        _import("neml2")
         module = sys.modules.get(spec.name)
         if module is None:
             return self.loader.create_module(spec)
@@ -145,27 +161,50 @@ class _Neml2FirstLoader:
         self.loader.exec_module(module)
 
 
-def _neml2_first(fullname: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    from importlib.machinery import PathFinder
-
-    spec = PathFinder.find_spec(fullname, path)
-    if spec is not None and spec.loader is not None:
-        spec.loader = _Neml2FirstLoader(spec.loader)  # type: ignore[assignment]
-    return spec
-
-
 def load_stand_ins() -> None:
     """Import the plugin's modules that stand in, and register the HIT type.
 
     Raises:
         Exception: Whatever their import raises.
     """
-    from importlib import import_module
-
-    binding, hit = (import_module(name) for name in STAND_INS.values())
+    binding = _import("neml2_aoti_plugin.binding")
     for name in BINDING_NAMES:
         getattr(binding, name)
-    import_module("neml2.factory").register_neml2_object(HIT_TYPE)(hit.AOTIModel)
+    hit = _import(HIT_MODULE) or _import_unlocked(HIT_MODULE)
+    from neml2.factory import register_neml2_object
+
+    register_neml2_object(HIT_TYPE)(hit.AOTIModel)
+
+
+def _import(name: str) -> ModuleType | None:
+    """Import a module; None if another thread is at it and waits for what this thread is importing."""
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except RuntimeError as error:
+        if type(error).__name__ != "_DeadlockError":
+            raise
+        return None
+
+
+def _import_unlocked(name: str) -> ModuleType:
+    """Import a module past the thread that holds its lock; `_Neml2FirstLoader` takes over there what is made here."""
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+
+    spec = PathFinder.find_spec(name, sys.modules[__package__ or ""].__path__)
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def neml2_is_imported() -> bool:
+    """Tell whether neml2 is there and has run to its end; the mark is the import system's own."""
+    neml2 = sys.modules.get("neml2")
+    return neml2 is not None and not getattr(neml2.__spec__, "_initializing", False)
 
 
 def warn(message: str) -> None:
@@ -199,9 +238,8 @@ def arm(route: str) -> None:
         if found is None:
             found = Finder(route, "torch" in sys.modules)
             sys.meta_path.insert(0, found)
-            neml2 = sys.modules.get("neml2")
-            # In mid-import neml2 has yet to ask for its binding; the mark is the import system's own.
-            if neml2 is not None and not getattr(neml2.__spec__, "_initializing", False):
+            # In mid-import neml2 has yet to ask for its binding.
+            if neml2_is_imported():
                 from neml2_aoti_plugin import _late
 
                 _late.activate(found)

@@ -1,0 +1,51 @@
+# Each target makes the virtual environment it needs; all that must be there is make, Python >= 3.10 and a C++ compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+# Windows keeps a virtual environment's programs elsewhere.
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+INSTALLED := $(VENV)/installed
+
+.PHONY: help demo test lint format wheel clean
+
+help:
+	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
+	@echo "make test    run the tests"
+	@echo "make lint    check style, format and types"
+	@echo "make format  mend style and format where a tool can"
+	@echo "make wheel   build the wheel in dist/"
+	@echo "make clean   remove the virtual environment and what was built"
+
+# torch comes first and by itself: resolved together with the rest, pip may look at every release of it.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,plot]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m stubs.build
+	$(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(INSTALLED)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python -m pytest --quiet tests/test_package.py -k wheel
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache

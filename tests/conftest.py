@@ -1,0 +1,33 @@
+"""Fixtures that more than one test module uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+import environments
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A temporary folder that all pytest-xdist workers of a run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(scope="session")
+def wheel(shared_folder: Path) -> Path:
+    """The plugin's wheel, built from the working tree once per run."""
+    folder = shared_folder / "wheel"
+    with FileLock(shared_folder / "wheel.lock"):
+        return next(folder.glob("*.whl"), None) or environments.build_wheel(folder)
+
+
+@pytest.fixture(scope="session")
+def environment(shared_folder: Path, wheel: Path) -> environments.Environment:
+    """A fresh environment in which the plugin's wheel is installed beside torch and neml2."""
+    folder = shared_folder / "environment"
+    with FileLock(shared_folder / "environment.lock"):
+        return environments.Environment(folder) if folder.exists() else environments.create(folder, wheel)
