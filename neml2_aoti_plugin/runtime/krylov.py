@@ -1,0 +1,220 @@
+"""Iterative linear solves of a batch of systems `A x = b`, given only the products `A v`.
+
+Tensors are flat: `(rows, N)`. The rows are independent systems that share the iterations: one that is done waits for
+the others. Both methods take the iterates of neml2's C++ runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import log
+from ..settings import KrylovSettings
+
+Operator = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """What an iterative linear solve came to.
+
+    Args:
+        x: `(rows, N)`; the last iterate where the solve did not converge.
+        iterations: iterations taken, those of the slowest row.
+        done: rows that have converged, `(rows,)`.
+    """
+
+    x: Tensor
+    iterations: int
+    done: Tensor
+
+
+def solve_linear(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
+    """Solve `A x = b` by the method that the settings name, from `x = 0`.
+
+    A solve that does not converge is no error: the channel `linear` carries a warning.
+
+    Args:
+        matvec: `v -> A v`, both `(rows, N)`.
+        b: right-hand sides, `(rows, N)`.
+        settings: method, tolerances and limits.
+        minv: `r -> M^-1 r`, the preconditioner; none is the identity.
+    """
+    solution = (gmres if settings.method == "gmres" else bicgstab)(matvec, b, settings, minv)
+    if log.enabled("linear", "warning"):
+        left = int((~solution.done).sum())
+        if left:
+            outcome = f"linear solve NOT converged (iters={solution.iterations}, {left} element(s) at max_its)"
+            log.emit("linear", "warning", outcome)
+        else:
+            log.emit("linear", "info", f"linear solve: iters={solution.iterations}, converged")
+    return solution
+
+
+@dataclass(frozen=True)
+class _Test:
+    """When a row needs no further iteration."""
+
+    scale: Tensor
+    settings: KrylovSettings
+
+    def passed(self, norm: Tensor) -> Tensor:
+        # Asked the other way round, so that a row that has become NaN does not hold up the others.
+        failed = norm / self.scale >= self.settings.rel_tol
+        return ~(failed & (norm >= self.settings.abs_tol) if self.settings.abs_tol > 0 else failed)
+
+    def report(self, iteration: int, norm: Tensor) -> None:
+        if log.enabled("linear", "debug") and norm.numel():
+            largest, relative = torch.stack((norm.amax(), (norm / self.scale).amax())).tolist()
+            log.emit("linear", "debug", f"  krylov iter={iteration} max|r|={largest:.6e} max|r|/|b|={relative:.6e}")
+
+    def solution(self, x: Tensor, iterations: int, passed: Tensor) -> LinearSolution:
+        return LinearSolution(x, iterations, passed & (x.sum(-1) + self.scale).isfinite())
+
+
+def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
+    """Restarted GMRES, preconditioned from the left.
+
+    Saad, Iterative Methods for Sparse Linear Systems, 2nd ed., algorithm 9.4; classical Gram-Schmidt, twice; the
+    least-squares problem is kept triangular by Givens rotations. The test compares the norm of the preconditioned
+    residual with that of the plain right-hand side, as neml2 does; `x = 0` is accepted only if the plain residual,
+    which is `b` there, passes too (otherwise a preconditioner of small norm would end the solve before it began).
+
+    Args and returns: as `solve_linear`; `settings.max_its` is the number of products `A v` of the iterations.
+    """
+    apply = minv if minv is not None else _identity
+    b_norm = _norm(b)
+    test = _Test(b_norm.clamp(min=torch.finfo(b.dtype).eps), settings)
+    x = torch.zeros_like(b)
+    r = apply(b)
+    beta = _norm(r)
+    done = test.passed(torch.maximum(beta, b_norm))
+    used = 0
+    while used < settings.max_its and not done.all():
+        if used:
+            r = apply(b - matvec(x))
+            beta = _norm(r)
+            done = done | test.passed(beta)
+            if done.all():
+                break
+        width = min(max(settings.restart, 1), settings.max_its - used)
+        dx, done, used = _gmres_cycle(lambda v: apply(matvec(v)), r, beta, done, used, width, test)
+        x = x + dx
+    return test.solution(x, used, done)
+
+
+def _gmres_cycle(
+    operator: Operator, r: Tensor, beta: Tensor, done: Tensor, used: int, width: int, test: _Test
+) -> tuple[Tensor, Tensor, int]:
+    """One cycle of GMRES from the preconditioned residual `r`: the correction, the rows done, the iterations used."""
+    rows, n = r.shape
+    eps = torch.finfo(r.dtype).eps
+    # Room for a few directions, doubled when full: most solves end long before the restart width.
+    basis = r.new_empty(rows, min(width, 7) + 1, n)
+    basis[:, 0] = r / beta.clamp(min=eps).unsqueeze(-1)
+    rotations: list[tuple[Tensor, Tensor]] = []
+    columns: list[Tensor] = []
+    projected = [beta]
+    for j in range(width):
+        w = operator(basis[:, j])
+        span = basis[:, : j + 1]
+        h = torch.matmul(span, w.unsqueeze(-1))
+        w = w - torch.matmul(span.mT, h).squeeze(-1)
+        again = torch.matmul(span, w.unsqueeze(-1))
+        w = w - torch.matmul(span.mT, again).squeeze(-1)
+        column = list((h + again).squeeze(-1).unbind(-1))
+        below = _norm(w)
+
+        for i, (c, s) in enumerate(rotations):
+            column[i], column[i + 1] = c * column[i] + s * column[i + 1], c * column[i + 1] - s * column[i]
+        length = (column[j] * column[j] + below * below).sqrt().clamp(min=eps)
+        c, s = column[j] / length, below / length
+        rotations.append((c, s))
+        column[j] = c * column[j] + s * below
+        columns.append(torch.stack(column, -1))
+        projected.append(-s * projected[j])
+        projected[j] = c * projected[j]
+
+        used += 1
+        error = projected[-1].abs()
+        done = done | test.passed(error)
+        test.report(used, error)
+        if j + 1 == width or done.all():
+            break
+        if j + 1 == basis.shape[1]:
+            basis = torch.cat((basis, torch.empty_like(basis)), 1)
+        basis[:, j + 1] = w / below.clamp(min=eps).unsqueeze(-1)
+
+    size = len(columns)
+    triangle = torch.stack([torch.nn.functional.pad(column, (0, size - column.shape[-1])) for column in columns], -1)
+    triangle.diagonal(dim1=-2, dim2=-1).add_(eps)
+    y = torch.linalg.solve_triangular(triangle, torch.stack(projected[:size], -1).unsqueeze(-1), upper=True)
+    return torch.matmul(basis[:, :size].mT, y).squeeze(-1), done, used
+
+
+def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
+    """BiCGStab, preconditioned from the right, so that its residual is that of the system.
+
+    van der Vorst, SIAM J. Sci. Stat. Comput. 13 (1992) 631-644.
+
+    Args and returns: as `solve_linear`; an iteration takes two products `A v`.
+    """
+    apply = minv if minv is not None else _identity
+    eps = torch.finfo(b.dtype).eps
+    norm = _norm(b)
+    test = _Test(norm.clamp(min=eps), settings)
+    done = test.passed(norm)
+    shadow = r = b
+    x = torch.zeros_like(b)
+    v = p = torch.zeros_like(b)
+    rho = alpha = omega = torch.ones_like(norm).unsqueeze(-1)
+    left = len(b) - int(done.sum())
+    used = 0
+    while used < settings.max_its and left:
+        rho_old, rho = rho, _dot(shadow, r)
+        beta = (rho / _away_from_zero(rho_old, eps)) * (alpha / _away_from_zero(omega, eps))
+        p_new = r + beta * (p - omega * v)
+        # A row that is done keeps its direction, so that nothing it computes from it runs away.
+        p = p_new if left == len(b) else torch.where(done.unsqueeze(-1), p, p_new)
+        towards = apply(p)
+        v = matvec(towards)
+        alpha = rho / _away_from_zero(_dot(shadow, v), eps)
+        s = r - alpha * v
+        sideways = apply(s)
+        t = matvec(sideways)
+        omega = _dot(t, s) / _dot(t, t).clamp(min=eps)
+        x_new = x + alpha * towards + omega * sideways
+        r_new = s - omega * t
+        if left == len(b):
+            x, r = x_new, r_new
+        else:
+            x = torch.where(done.unsqueeze(-1), x, x_new)
+            r = torch.where(done.unsqueeze(-1), r, r_new)
+        used += 1
+        norm = _norm(r)
+        done = done | test.passed(norm)
+        test.report(used, norm)
+        left = len(b) - int(done.sum())
+    return test.solution(x, used, done)
+
+
+def _identity(r: Tensor) -> Tensor:
+    return r
+
+
+def _norm(v: Tensor) -> Tensor:
+    return v.square().sum(-1).sqrt()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    # A product of matrices, not a sum of products: BiCGStab magnifies a difference in the last bit.
+    return torch.matmul(a.unsqueeze(-2), b.unsqueeze(-1)).squeeze(-1)
+
+
+def _away_from_zero(d: Tensor, eps: float) -> Tensor:
+    """Replace magnitudes below `eps` by `eps`, with the sign kept; zero counts as positive."""
+    return torch.where(d < 0, d.clamp(max=-eps), d.clamp(min=eps))
