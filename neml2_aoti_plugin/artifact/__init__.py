@@ -1,0 +1,1 @@
+"""What neml2-compile wrote: the layout on disk, the metadata as frozen objects, the packages, the passport."""

@@ -1,0 +1,173 @@
+"""Read a `.pt2` package without running it: what it was built for and what its graph takes and returns.
+
+The generated wrapper source inside the package spells out dtype, rank and fixed extents of each argument. Nothing else
+tells them: the loader checks nothing, and the metadata file does not record the traced batch axes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import ArtifactError, ArtifactNotFoundError
+
+MAX_SOURCE = 1 << 28
+
+_CHECK = r'"input_handles\[(\d+)\]: '
+_DTYPE = re.compile(_CHECK + r'unmatched dtype, "\s*<< "expected: " << \w+ << "\(at::k(\w+)\)')
+_FIXED = re.compile(_CHECK + r'unmatched dim value at (\d+), "\s*<< "expected: (\d+), ')
+_DYNAMIC = re.compile(_CHECK + r"dim value is too (?:small|large) at (\d+)")
+_STRIDE = re.compile(_CHECK + r"unmatched stride value at (\d+)")
+_ARITY = re.compile(r"AOTInductorModelBase\(\s*(\d+),\s*(\d+),")
+_DTYPES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One input of a graph.
+
+    Args:
+        dtype: of the tensor.
+        extents: size of each axis; None for one that is free.
+    """
+
+    dtype: torch.dtype
+    extents: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a graph takes and how many tensors it returns."""
+
+    arguments: tuple[Argument, ...]
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a package was built for; a field is empty where the package does not tell."""
+
+    device: str = ""
+    platform: str = ""
+    machine: str = ""
+    cpu_isa: str = ""
+    compute_capability: str = ""
+
+
+def open_archive(file: Path) -> zipfile.ZipFile:
+    """Open a package as the zip archive that it is.
+
+    Args:
+        file: the package.
+
+    Returns:
+        The open archive.
+
+    Raises:
+        ArtifactNotFoundError: there is no such file.
+        ArtifactError: it is not a zip archive.
+    """
+    try:
+        return zipfile.ZipFile(file)
+    except FileNotFoundError:
+        raise ArtifactNotFoundError(
+            f"{file}: no such file, although the metadata names it. Copy the whole artifact folder, or compile again."
+        ) from None
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ArtifactError(f"{file}: not a readable package ({error}). Copy it again, or compile the model again.") from error
+
+
+def read_member(archive: zipfile.ZipFile, suffix: str) -> str | None:
+    """The text of the first member whose name ends so; None where there is none."""
+    for info in archive.infolist():
+        if info.filename.endswith(suffix) and "/data/aotinductor/" in info.filename:
+            if info.file_size > MAX_SOURCE:
+                raise ArtifactError(f"{archive.filename}: member {info.filename} claims {info.file_size} bytes.")
+            try:
+                return archive.read(info).decode()
+            except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
+                raise ArtifactError(
+                    f"{archive.filename}: member {info.filename} is damaged ({error}). Copy the package again, or compile "
+                    "the model again."
+                ) from error
+    return None
+
+
+def read_signature(file: Path) -> Signature | None:
+    """Read what a graph takes from its package.
+
+    Args:
+        file: the package.
+
+    Returns:
+        The signature; None where the package does not spell it out.
+    """
+    with open_archive(file) as archive:
+        source = read_member(archive, "wrapper.cpp")
+    return parse_signature(source) if source is not None else None
+
+
+def parse_signature(source: str) -> Signature | None:
+    """Read a graph's signature out of the generated wrapper's source."""
+    arity = _ARITY.search(source)
+    if arity is None:
+        return None
+    count, outputs = int(arity[1]), int(arity[2])
+    dtypes = {int(i): _DTYPES.get(kind) for i, kind in _DTYPE.findall(source)}
+    extents: dict[int, dict[int, int | None]] = {i: {} for i in range(count)}
+    # A free axis shows in its stride's check or in the check of its range, a fixed one in a check of its own.
+    for i, axis in _STRIDE.findall(source) + _DYNAMIC.findall(source):
+        extents.setdefault(int(i), {}).setdefault(int(axis), None)
+    for i, axis, size in _FIXED.findall(source):
+        extents.setdefault(int(i), {})[int(axis)] = int(size)
+    arguments = []
+    for i in range(count):
+        dtype, axes = dtypes.get(i), extents[i]
+        if dtype is None or sorted(axes) != list(range(len(axes))):
+            return None
+        arguments.append(Argument(dtype, tuple(axes[k] for k in range(len(axes)))))
+    return Signature(tuple(arguments), outputs)
+
+
+def read_build(file: Path) -> Build:
+    """Read what a package was built for.
+
+    Args:
+        file: the package.
+
+    Returns:
+        The build facts that inductor recorded.
+    """
+    with open_archive(file) as archive:
+        found = read_member(archive, "wrapper_metadata.json") or read_member(archive, "_metadata.json")
+    try:
+        facts = json.loads(found) if found is not None else {}
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file}: its build record is not JSON ({error}). Compile the model again.") from error
+    if not isinstance(facts, dict):
+        raise ArtifactError(f"{file}: its build record is not an object. Compile the model again.")
+    text = {key: value for key, value in facts.items() if isinstance(value, str)}
+    return Build(
+        device=text.get("AOTI_DEVICE_KEY", ""),
+        platform=text.get("AOTI_PLATFORM", ""),
+        machine=text.get("AOTI_MACHINE", ""),
+        cpu_isa=text.get("AOTI_CPU_ISA", ""),
+        compute_capability=text.get("AOTI_COMPUTE_CAPABILITY", ""),
+    )

@@ -1,0 +1,142 @@
+"""Take typed values out of decoded JSON, with the path of the key in every complaint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import isfinite, prod
+from typing import Any, TypeVar
+
+from ..errors import ArtifactError
+
+T = TypeVar("T")
+
+# A tensor of a material point is small; a larger extent is damage, and would only fail later and less clearly.
+MAX_ENTRIES = 1 << 40
+
+
+class Node:
+    """One JSON value and where it stands in the file.
+
+    Args:
+        value: the decoded value.
+        path: of the key, such as `segments[0].inputs`.
+        file: the file, for messages.
+    """
+
+    def __init__(self, value: Any, path: str, file: str) -> None:
+        self.value = value
+        self.path = path
+        self.file = file
+
+    def fail(self, expected: str) -> ArtifactError:
+        """The error to raise when the value is not what it must be."""
+        shown = repr(self.value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        return ArtifactError(
+            f"{self.file}: {self.path or 'the file'} is {shown}, expected {expected}. The metadata is damaged or was "
+            "edited; compile the model again with neml2-compile."
+        )
+
+    def __contains__(self, key: str) -> bool:
+        return isinstance(self.value, dict) and self.value.get(key) is not None
+
+    def at(self, key: str) -> Node:
+        """The value under a key that must be there."""
+        if not isinstance(self.value, dict):
+            raise self.fail("an object")
+        if key not in self.value:
+            raise ArtifactError(
+                f"{self.file}: {self.path or 'the file'} has no key {key!r}; it has {', '.join(map(str, self.value))}. "
+                "The metadata is damaged or was edited; compile the model again with neml2-compile."
+            )
+        return Node(self.value[key], f"{self.path}.{key}" if self.path else key, self.file)
+
+    def get(self, key: str, read: Callable[[Node], T], default: T) -> T:
+        """The value under a key that may be absent or null."""
+        return read(self.at(key)) if key in self else default
+
+    def items(self) -> list[Node]:
+        """The entries of a list."""
+        if not isinstance(self.value, list):
+            raise self.fail("a list")
+        return [Node(item, f"{self.path}[{i}]", self.file) for i, item in enumerate(self.value)]
+
+    def entries(self) -> Iterator[tuple[str, Node]]:
+        """The keys and values of an object."""
+        if not isinstance(self.value, dict):
+            raise self.fail("an object")
+        for key, value in self.value.items():
+            yield key, Node(value, f"{self.path}.{key}", self.file)
+
+
+def text(node: Node) -> str:
+    """A non-empty string."""
+    if not isinstance(node.value, str) or not node.value:
+        raise node.fail("a name")
+    return node.value
+
+
+def choice(*allowed: str) -> Callable[[Node], str]:
+    """A reader of one of a few words."""
+
+    def read(node: Node) -> str:
+        if node.value not in allowed:
+            raise node.fail(f"one of {', '.join(allowed)}")
+        return str(node.value)
+
+    return read
+
+
+def whole(node: Node) -> int:
+    """A whole number, zero or more."""
+    if isinstance(node.value, bool) or not isinstance(node.value, int) or not 0 <= node.value <= MAX_ENTRIES:
+        raise node.fail("a whole number, zero or more")
+    return node.value
+
+
+def number(node: Node) -> float:
+    """A finite number."""
+    if isinstance(node.value, bool) or not isinstance(node.value, (int, float)):
+        raise node.fail("a number")
+    try:
+        value = float(node.value)
+    except OverflowError:
+        raise node.fail("a number that a double holds") from None
+    if not isfinite(value):
+        raise node.fail("a finite number")
+    return value
+
+
+def any_number(node: Node) -> float:
+    """A number; NaN and the infinities are numbers here."""
+    if isinstance(node.value, (bool, int, float)):
+        try:
+            return float(node.value)
+        except OverflowError:
+            pass
+    raise node.fail("a number that a double holds")
+
+
+def shape(node: Node) -> tuple[int, ...]:
+    """A list of extents."""
+    sizes = tuple(whole(item) for item in node.items())
+    if prod(sizes) > MAX_ENTRIES:
+        raise node.fail("a shape of a sensible size")
+    return sizes
+
+
+def names(node: Node) -> tuple[str, ...]:
+    """A list of names, each a string or an object with a `name`, no name twice."""
+    found = tuple(text(item) if isinstance(item.value, str) else text(item.at("name")) for item in node.items())
+    if len(set(found)) != len(found):
+        raise node.fail("names that are all different")
+    return found
+
+
+def file_name(node: Node) -> str:
+    """The bare name of a file in the leaf folder."""
+    name = text(node)
+    if name in {".", ".."} or any(c in name for c in "/\\\0:") or not name.endswith(".pt2"):
+        raise node.fail("the bare name of a .pt2 file in the artifact's own folder")
+    return name
