@@ -88,8 +88,8 @@ class Finder:
                 # neml2 must come up as if the plugin were not there, so both modules are given up together.
                 self.failure = error
                 warn(
-                    f"neml2-aoti-plugin steps aside, and neml2 uses its own binding: {type(error).__name__}: {error}. "
-                    f"Set {SWITCH}=0 to switch the plugin off."
+                    f"neml2-aoti-plugin cannot be imported ({type(error).__name__}: {error}), so neml2 uses its own "
+                    f"binding. Reinstall the plugin, or switch it off by {SWITCH}=0."
                 )
             finally:
                 self.loading = False
@@ -204,7 +204,7 @@ def _import_unlocked(name: str) -> ModuleType:
 def neml2_is_imported() -> bool:
     """Tell whether neml2 is there and has run to its end; the mark is the import system's own."""
     neml2 = sys.modules.get("neml2")
-    return neml2 is not None and not getattr(neml2.__spec__, "_initializing", False)
+    return neml2 is not None and not getattr(getattr(neml2, "__spec__", None), "_initializing", False)
 
 
 def warn(message: str) -> None:

@@ -27,7 +27,8 @@ def activate(finder: Finder) -> None:
     except Exception as error:
         finder.failure = error
         _autoload.warn(
-            f"neml2-aoti-plugin was imported after neml2 and could not take its place: {type(error).__name__}: {error}"
+            f"neml2-aoti-plugin was imported after neml2 and cannot take the place of its binding "
+            f"({type(error).__name__}: {error}); neml2 stays as it was."
         )
 
 
