@@ -248,9 +248,15 @@ class Model:
             ConvergenceError: rows of an implicit segment did not converge.
             InputError: an input or an override does not fit.
         """
+        return self.forward_with_batch(inputs, param_overrides)[0]
+
+    def forward_with_batch(
+        self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensors, Shape]:
+        """As `forward`; gives the common batch shape of the inputs as well."""
         found, batch = self._evaluate(inputs, param_overrides)
         self._raise_failures(found, batch)
-        return self._outputs(found, batch)
+        return self._outputs(found, batch), batch
 
     def solve(self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None) -> Solution:
         """Evaluate the outputs of the rows that converge, without raising for the others.
