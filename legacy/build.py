@@ -234,6 +234,8 @@ def _build(release: Release, scenario: Scenario, folder: Path, record: Path, key
     python, target = environment(), installed(release)
     folder.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
+    for left in folder.parent.glob(f".{scenario.name}-*"):  # of a compile that was killed: the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{scenario.name}-", dir=folder.parent))
     start = time.monotonic()
     try:

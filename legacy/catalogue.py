@@ -59,15 +59,6 @@ SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
         Scenario(
-            "multi",
-            shows="forward, implicit (SR2 and Scalar unknowns, predictor, line search), forward",
-            input="multi.i",
-            model="bar",
-            driver="heating",
-            releases=EVERY,
-            flags=(("3.0.6", ("-d", ":")),),
-        ),
-        Scenario(
             "forward",
             shows="one forward graph",
             input="forward.i",
@@ -109,6 +100,15 @@ SCENARIOS: dict[str, Scenario] = {
             input="implicit.i",
             model="creep",
             driver="history",
+            releases=EVERY,
+            flags=(("3.0.6", ("-d", ":")),),
+        ),
+        Scenario(
+            "multi",
+            shows="forward, implicit (SR2 and Scalar unknowns, predictor, line search), forward",
+            input="multi.i",
+            model="bar",
+            driver="heating",
             releases=EVERY,
             flags=(("3.0.6", ("-d", ":")),),
         ),
@@ -202,6 +202,46 @@ SCENARIOS: dict[str, Scenario] = {
             releases=("3.0.6", "3.1.0"),
             flags=(("3.0.6", ("--dtype", "float32", "-d", ":")),),
             unable="not wanted: two releases show it",
+        ),
+        Scenario(
+            "power",
+            shows="neml2's power operator by name in the graph, from 3.0.6 on",
+            input="power.i",
+            model="flow",
+            releases=EVERY,
+        ),
+        Scenario(
+            "renamed",
+            shows="an input, an output and a parameter under other names at the boundary",
+            input="forward.i",
+            model="elasticity",
+            releases=FROM_3_0_7,
+            flags=(
+                (
+                    "3.0.7",
+                    ("-p", "elasticity.E", "-d", ":", "--rename-parameter", "elasticity.E:young")
+                    + ("--rename-input", "strain:eps", "--rename-output", "stress:sigma"),
+                ),
+            ),
+            unable="has no renames",
+        ),
+        Scenario(
+            "krylov",
+            shows="GMRES with a preconditioner in the Newton iteration, and for the derivatives",
+            input="krylov.i",
+            model="ties",
+            releases=FROM_3_0_7,
+            flags=(("3.0.7", ("-d", ":")),),
+            unable="has no iterative linear solver",
+        ),
+        Scenario(
+            "substep",
+            shows="an increment that may be halved, with an incremental variable",
+            input="substep.i",
+            model="creep",
+            releases=FROM_3_0_7,
+            flags=(("3.0.7", ("-d", "x:dstrain")),),
+            unable="has no substepping",
         ),
     )
 }

@@ -23,14 +23,12 @@
   []
 []
 
+# The driver speaks to neml2 3.0.6 and later; before, its word was force_ for prescribed_. A compile does not mind.
 [Drivers]
   [pull]
     type = TransientDriver
     model = 'elasticity'
     prescribed_time = 'hours'
-    # neml2 3.0.0 to 3.0.3 say force, later releases say prescribed; each ignores the other's word.
-    force_SR2_names = 'strain'
-    force_SR2_values = 'bar_strains'
     prescribed_SR2_names = 'strain'
     prescribed_SR2_values = 'bar_strains'
   []

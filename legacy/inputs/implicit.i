@@ -68,13 +68,12 @@
   []
 []
 
+# The driver speaks to neml2 3.0.6 and later; before, its word was force_ for prescribed_. A compile does not mind.
 [Drivers]
   [history]
     type = TransientDriver
     model = 'creep'
     prescribed_time = 'hours'
-    force_Scalar_names = 'f'
-    force_Scalar_values = 'drives'
     prescribed_Scalar_names = 'f'
     prescribed_Scalar_values = 'drives'
   []

@@ -160,15 +160,12 @@
   []
 []
 
+# The driver speaks to neml2 3.0.6 and later; before, its word was force_ for prescribed_. A compile does not mind.
 [Drivers]
   [heating]
     type = TransientDriver
     model = 'bar'
     prescribed_time = 'hours'
-    force_Scalar_names = 'temperature'
-    force_Scalar_values = 'bar_temperatures'
-    force_SR2_names = 'strain'
-    force_SR2_values = 'bar_strains'
     prescribed_Scalar_names = 'temperature'
     prescribed_Scalar_values = 'bar_temperatures'
     prescribed_SR2_names = 'strain'
