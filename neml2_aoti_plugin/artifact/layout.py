@@ -1,34 +1,19 @@
-"""Find an artifact's metadata and the leaf `<device>/<dtype>` that a call asks for."""
+"""Find an artifact's metadata and the leaf `<device>/<dtype>` that a call asks for.
+
+Since neml2 3.0.7 one `metadata.json` stands above the leaves; `perdevice` knows the layout before that.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..errors import ArtifactNotFoundError, InputError
+from ..errors import ArtifactNotFoundError
+from . import perdevice
+from .place import DEVICES, DTYPES, Place, device_of, dtype_name
 
 METADATA = "metadata.json"
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
-DEVICES = ("cpu", "cuda", "xpu", "hip", "mps")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the files of one leaf are, and what they were compiled for.
-
-    Args:
-        metadata: the metadata file.
-        leaf: the folder of the graphs.
-        device: that the graphs run on; with an index where one was asked for.
-        dtype: that the caller's tensors have.
-    """
-
-    metadata: Path
-    leaf: Path
-    device: torch.device
-    dtype: torch.dtype
 
 
 def locate(path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Place:
@@ -36,7 +21,8 @@ def locate(path: str | Path, device: str | torch.device | None = None, dtype: st
 
     Args:
         path: the artifact's folder, its metadata file, or a folder inside it.
-        device: device to run on; torch's current default device if not given.
+        device: device to run on; if not given, what the path or the metadata file names, else torch's current default
+            device.
         dtype: dtype of the tensors; if not given, float64 where compiled, else the only one compiled.
 
     Returns:
@@ -44,56 +30,72 @@ def locate(path: str | Path, device: str | torch.device | None = None, dtype: st
 
     Raises:
         ArtifactNotFoundError: there is no artifact at the path, or no such leaf.
+        ArtifactError: the path leads to several artifacts.
         InputError: the device or the dtype is not one that neml2-compile knows.
     """
-    root, hint = find_root(Path(path))
+    path = Path(path)
+    found = find_root(path)
+    if found is not None:
+        return choose(*found, device, dtype)
+    place = perdevice.locate(path, device, dtype)
+    if place is not None:
+        return place
+    raise ArtifactNotFoundError(_missing(path))
+
+
+def choose(
+    root: Path, hint: tuple[str, ...], device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> Place:
+    """Choose a leaf of an artifact.
+
+    Args:
+        root: the folder that holds the metadata.
+        hint: the device, and perhaps the dtype, that the caller's path names.
+        device: see `locate`.
+        dtype: see `locate`.
+
+    Returns:
+        The place of the leaf.
+
+    Raises:
+        ArtifactNotFoundError: there is no such leaf.
+    """
     wanted = device_of(device, hint[0] if hint else None)
     precision = dtype_name(dtype) or (hint[1] if len(hint) > 1 else None)
     present = leaves(root)
     here = [d for family, d in present if family == wanted.type]
     if precision is None:
         precision = "float64" if "float64" in here or len(here) != 1 else here[0]
+    model = root.name or root.resolve().name
     if (wanted.type, precision) not in present:
         found = ", ".join(f"{a}/{b}" for a, b in present) or "(none)"
         raise ArtifactNotFoundError(
-            f"no compiled artifact for device '{wanted.type}' and dtype '{precision}' in {root}; compiled leaves: {found}. "
-            f"Load one of these (device=, dtype=), or compile the one you need: "
-            f"neml2-compile INPUT --model {root.name} --device {wanted.type} --dtype {precision}"
+            f"no compiled artifact for device '{wanted.type}' and dtype '{precision}' in {root}; compiled leaves: "
+            f"{found}. Load one of these (device=, dtype=), or compile the one you need: "
+            f"neml2-compile INPUT --model {model} --device {wanted.type} --dtype {precision}"
         )
-    return Place(root / METADATA, root / wanted.type / precision, wanted, DTYPES[precision])
+    return Place(model, root / METADATA, root / wanted.type / precision, wanted, DTYPES[precision])
 
 
-def find_root(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """Find the artifact's folder from a path to it or into it.
+def find_root(path: Path) -> tuple[Path, tuple[str, ...]] | None:
+    """Find the folder of `metadata.json` from a path to it or into it.
 
     Args:
-        path: given by the caller.
+        path: given by the caller; also `<model>/<device>/<model>_meta.json`, where releases before 3.0.7 had their
+            metadata, when there is none any more.
 
     Returns:
-        The folder that holds the metadata, and the device and dtype that the path itself names, if it does.
+        The folder, and the device and dtype that the path itself names, if it does; None where there is no such folder.
     """
     if path.name == METADATA:
-        if not path.is_file():
-            raise ArtifactNotFoundError(_missing(path.parent))
-        return path.parent, ()
+        return (path.parent, ()) if path.is_file() else None
+    if path.name == f"{path.parent.parent.name}{perdevice.SUFFIX}" and not path.exists():
+        path = path.parent
+        return (path.parent, (path.name,)) if (path.parent / METADATA).is_file() and path.name in DEVICES else None
     for root, hint in ((path, ()), (path.parent, (path.name,)), (path.parent.parent, (path.parent.name, path.name))):
         if (root / METADATA).is_file() and (not hint or hint[0] in DEVICES) and path.is_dir():
             return root, hint
-    raise ArtifactNotFoundError(_missing(path))
-
-
-def _missing(path: Path) -> str:
-    if not path.exists():
-        there = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
-        beside = f" Beside it: {', '.join(there)}." if there else ""
-        return (
-            f"no metadata.json in {path}: there is no such folder.{beside} Give the artifact's folder that "
-            "neml2-compile wrote (it holds metadata.json)."
-        )
-    return (
-        f"no metadata.json in {path}. Give the artifact's folder that neml2-compile wrote (it holds metadata.json and "
-        "one folder per device)."
-    )
+    return None
 
 
 def leaves(root: Path) -> list[tuple[str, str]]:
@@ -107,26 +109,25 @@ def leaves(root: Path) -> list[tuple[str, str]]:
     )
 
 
-def device_of(device: str | torch.device | None, hint: str | None = None) -> torch.device:
-    """The device that was asked for, else `hint`, else torch's current default device."""
-    if device is None or device == "":
-        return torch.device(hint) if hint is not None else torch.get_default_device()
-    if isinstance(device, str) and device.split(":")[0] == "hip":
-        device = device.replace("hip", "cuda", 1)
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device={device!r} is not a torch device; expected one of {', '.join(DEVICES)}.") from error
-    if found.type not in DEVICES:
-        raise InputError(f"device={str(device)!r}: neml2-compile has no such device; expected one of {', '.join(DEVICES)}.")
-    return found
+def _missing(path: Path) -> str:
+    """What to say where there is no artifact."""
+    cure = (
+        "Give the artifact's folder that neml2-compile wrote: it holds metadata.json and a folder per device, or, from "
+        "neml2 before 3.0.7, MODEL_meta.json or DEVICE/MODEL_meta.json."
+    )
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.is_dir() and (find_root(p) or perdevice.holds(p)))
+        return f"no metadata.json in {path}{f', but artifacts below it: {_few(inside)}' if inside else ''}. {cure}"
+    folder = path.parent
+    if path.suffix == ".json":
+        return f"{path}: no such metadata file.{_beside(folder)} {cure}"
+    return f"no metadata.json in {path}: there is no such folder.{_beside(folder)} {cure}"
 
 
-def dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """The folder name of a dtype; None when none was asked for."""
-    if dtype is None or dtype == "":
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InputError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
-    return name
+def _beside(folder: Path) -> str:
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    return f" In {folder} there are: {_few(there)}." if there else ""
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError
-from .layout import Place
 from .package import Build, open_archive, read_build
+from .place import Place
 from .schema import Metadata
 
 # What inductor calls an instruction set, and the CPU flags that it takes.
@@ -40,7 +40,8 @@ def check(metadata: Metadata, place: Place) -> None:
     if missing:
         raise ArtifactNotFoundError(
             f"{place.leaf}: {', '.join(missing)} named by {place.metadata.name} "
-            f"{'is' if len(missing) == 1 else 'are'} not there. Copy the whole artifact folder, or compile the model again."
+            f"{'is' if len(missing) == 1 else 'are'} not there. Copy the whole artifact folder, or compile the model "
+            "again."
         )
     complaints = [c for name in names for c in inspect(place.leaf / name, place)]
     if complaints:
@@ -111,8 +112,8 @@ def _of_cpu(build: Build, place: Place) -> str:
     if not lacking:
         return ""
     return (
-        f"compiled for a processor with {build.cpu_isa}; this one lacks {', '.join(lacking)} and would stop with an illegal "
-        "instruction. Compile the model here, or anywhere with ATEN_CPU_CAPABILITY=avx2."
+        f"compiled for a processor with {build.cpu_isa}; this one lacks {', '.join(lacking)} and would stop with an "
+        "illegal instruction. Compile the model here, or anywhere with ATEN_CPU_CAPABILITY=avx2."
     )
 
 

@@ -1,17 +1,49 @@
-"""Take typed values out of decoded JSON, with the path of the key in every complaint."""
+"""Decode a JSON file and take typed values out of it, with the path of the key in every complaint."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from math import isfinite, prod
+from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ArtifactNotFoundError
 
 T = TypeVar("T")
 
 # A tensor of a material point is small; a larger extent is damage, and would only fail later and less clearly.
 MAX_ENTRIES = 1 << 40
+MAX_BYTES = 1 << 30
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Decode a metadata file.
+
+    Args:
+        file: the file.
+
+    Returns:
+        The top-level object.
+
+    Raises:
+        ArtifactNotFoundError: there is no such file.
+        ArtifactError: it is not JSON, or not an object.
+    """
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ArtifactError(f"{file}: larger than {MAX_BYTES} bytes, which no metadata file is.")
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactNotFoundError(f"{file}: no such metadata file.") from None
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{file}: cannot be read as JSON ({type(error).__name__}: {error}). Compile the model again with "
+            "neml2-compile."
+        ) from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{file}: holds a {type(document).__name__}, expected a JSON object with 'schema_version'.")
+    return document
 
 
 class Node:

@@ -1,0 +1,119 @@
+"""The layout of neml2 3.0.0 to 3.0.6: a metadata file per device, `<model>_meta.json`, with its graphs beside it.
+
+The file itself records its device and dtype. Up to 3.0.3 there is one in the folder that neml2-compile was told; from
+3.0.4 on there is a folder per device: `<model>/<device>/<model>_meta.json`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import ArtifactError, ArtifactNotFoundError
+from .place import DEVICES, DTYPES, Place, device_of, dtype_name
+from .reading import read_json
+
+SUFFIX = "_meta.json"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A metadata file and what it records.
+
+    Args:
+        file: the metadata file.
+        device: `cpu` or `cuda`.
+        dtype: `float64` or `float32`.
+    """
+
+    file: Path
+    device: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.device}/{self.dtype} ({self.file})"
+
+
+def locate(path: Path, device: str | torch.device | None, dtype: str | torch.dtype | None) -> Place | None:
+    """Find the leaf of an artifact in this layout.
+
+    Args:
+        path: a metadata file, the folder that holds it, or the folder of the device folders.
+        device: device to run on; if not given, that of the file at the path, else torch's current default device.
+        dtype: dtype of the tensors; if not given, that of the file.
+
+    Returns:
+        The place of the leaf; None where there is no such layout at the path.
+
+    Raises:
+        ArtifactNotFoundError: there is no leaf for that device and dtype.
+        ArtifactError: it cannot be told which of several metadata files is meant, or the file is damaged.
+    """
+    here = files_at(path)
+    present = [read(file) for file in here or files_below(path)]
+    if not present:
+        return None
+    wanted = device_of(device, present[0].device if here and len(present) == 1 else None)
+    precision = dtype_name(dtype)
+    fitting = [leaf for leaf in present if leaf.device == wanted.type and precision in (None, leaf.dtype)]
+    if not fitting:
+        listed = ", ".join(map(str, _beside(present[0]) if here else present))
+        asked = f"device '{wanted.type}'" + (f" and dtype '{precision}'" if precision else "")
+        raise ArtifactNotFoundError(
+            f"no compiled artifact for {asked} at {path}; compiled leaves: {listed}. Load one of these (device=, "
+            "dtype=, or its path), or compile the one you need with neml2-compile."
+        )
+    if len(fitting) > 1:
+        raise ArtifactError(
+            f"{path} holds several artifacts: {', '.join(map(str, fitting))}. Give the path of one of them."
+        )
+    leaf = fitting[0]
+    return Place(leaf.file.name.removesuffix(SUFFIX), leaf.file, leaf.file.parent, wanted, DTYPES[leaf.dtype])
+
+
+def holds(path: Path) -> bool:
+    """Whether there is an artifact in this layout at a path."""
+    return bool(files_at(path) or files_below(path))
+
+
+def files_at(path: Path) -> list[Path]:
+    """The metadata file at a path, or those right in the folder at that path."""
+    if path.name.endswith(SUFFIX) and path.is_file():
+        return [path]
+    return sorted(path.glob(f"?*{SUFFIX}")) if path.is_dir() else []
+
+
+def files_below(path: Path) -> list[Path]:
+    """The metadata files in the device folders below a folder."""
+    return [file for device in DEVICES if (path / device).is_dir() for file in files_at(path / device)]
+
+
+def read(file: Path) -> Leaf:
+    """Read what a metadata file records of itself.
+
+    Args:
+        file: the file.
+
+    Returns:
+        The leaf.
+
+    Raises:
+        ArtifactError: it records a device or a dtype that is not known.
+    """
+    document = read_json(file)
+    device, dtype = document.get("device", "cpu"), document.get("dtype", "float64")
+    if device not in DEVICES or dtype not in DTYPES:
+        raise ArtifactError(
+            f"{file}: records device {device!r} and dtype {dtype!r}, expected one of {', '.join(DEVICES)} and one of "
+            f"{', '.join(DTYPES)}. The metadata is damaged or was edited; compile the model again with neml2-compile."
+        )
+    return Leaf(file, device, dtype)
+
+
+def _beside(leaf: Leaf) -> list[Leaf]:
+    """The leaves of the same model: those in the neighbouring device folders as well, where there are such folders."""
+    if leaf.file.parent.name not in DEVICES:
+        return [leaf]
+    return [read(file) for file in files_below(leaf.file.parent.parent) if file.name == leaf.file.name] or [leaf]
