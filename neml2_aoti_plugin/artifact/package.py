@@ -25,6 +25,7 @@ _FIXED = re.compile(_CHECK + r'unmatched dim value at (\d+), "\s*<< "expected: (
 _DYNAMIC = re.compile(_CHECK + r"dim value is too (?:small|large) at (\d+)")
 _STRIDE = re.compile(_CHECK + r"unmatched stride value at (\d+)")
 _ARITY = re.compile(r"AOTInductorModelBase\(\s*(\d+),\s*(\d+),")
+_CALL = re.compile(r'in_spec_ = R"\((.*?)\)";', re.DOTALL)
 _DTYPES = {
     "Double": torch.float64,
     "Float": torch.float32,
@@ -46,10 +47,12 @@ class Argument:
     Args:
         dtype: of the tensor.
         extents: size of each axis; None for one that is free.
+        kind: name of the class in which the exporter handed it over; empty for a plain tensor.
     """
 
     dtype: torch.dtype
     extents: tuple[int | None, ...]
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def open_archive(file: Path) -> zipfile.ZipFile:
             f"{file}: no such file, although the metadata names it. Copy the whole artifact folder, or compile again."
         ) from None
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ArtifactError(f"{file}: not a readable package ({error}). Copy it again, or compile the model again.") from error
+        raise ArtifactError(
+            f"{file}: not a readable package ({error}). Copy it again, or compile the model again."
+        ) from error
 
 
 def read_member(archive: zipfile.ZipFile, suffix: str) -> str | None:
@@ -102,10 +107,18 @@ def read_member(archive: zipfile.ZipFile, suffix: str) -> str | None:
                 raise ArtifactError(f"{archive.filename}: member {info.filename} claims {info.file_size} bytes.")
             try:
                 return archive.read(info).decode()
-            except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
+            except (
+                zipfile.BadZipFile,
+                OSError,
+                ValueError,
+                EOFError,
+                RuntimeError,
+                NotImplementedError,
+                zlib.error,
+            ) as error:
                 raise ArtifactError(
-                    f"{archive.filename}: member {info.filename} is damaged ({error}). Copy the package again, or compile "
-                    "the model again."
+                    f"{archive.filename}: member {info.filename} is damaged ({error}). Copy the package again, or "
+                    "compile the model again."
                 ) from error
     return None
 
@@ -137,13 +150,27 @@ def parse_signature(source: str) -> Signature | None:
         extents.setdefault(int(i), {}).setdefault(int(axis), None)
     for i, axis, size in _FIXED.findall(source):
         extents.setdefault(int(i), {})[int(axis)] = int(size)
+    kinds = parse_kinds(source, count)
     arguments = []
     for i in range(count):
         dtype, axes = dtypes.get(i), extents[i]
         if dtype is None or sorted(axes) != list(range(len(axes))):
             return None
-        arguments.append(Argument(dtype, tuple(axes[k] for k in range(len(axes)))))
+        arguments.append(Argument(dtype, tuple(axes[k] for k in range(len(axes))), kinds[i]))
     return Signature(tuple(arguments), outputs)
+
+
+def parse_kinds(source: str, count: int) -> list[str]:
+    """Read from the wrapper's call spec in what class each of `count` arguments was handed over; empty for none."""
+    found = _CALL.search(source)
+    try:
+        _, call = json.loads(found[1]) if found is not None else (0, {})
+        handed = call["children_spec"][0]["children_spec"]
+        kinds = [str(argument["type"] or "") for argument in handed]
+        single = all(len(argument["children_spec"]) <= 1 for argument in handed)
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return [""] * count
+    return kinds if single and len(kinds) == count else [""] * count
 
 
 def read_build(file: Path) -> Build:

@@ -1,53 +1,24 @@
 """Read the metadata's newest JSON form into the objects of `schema`.
 
-Beside the keys that neml2 3.1.0 writes, this form has those that `upgrade` leaves of older files: a fused `step_package`
-(with `step_returns`), fused `ift_package` and `param_ift_package`, pairs with an `output` index, and per segment
-`newton` settings.
+Beside the keys that neml2 3.1.0 writes, this form has those that `upgrade` leaves of older files: a fused
+`step_package` (with `step_returns`), fused `ift_package` and `param_ift_package`, pairs with an `output` index, per
+segment `newton` settings, and `parameters_among_inputs` where only the package tells in which order a graph takes them.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import ArtifactError, ArtifactNotFoundError
+from ..errors import ArtifactError
 from ..settings import KrylovSettings, NewtonSettings
 from . import schema as s
-from .reading import Node, any_number, choice, file_name, names, number, shape, text, whole
-from .upgrade import NEWEST, upgrade
+from .order import with_argument_order
+from .reading import Node, any_number, choice, file_name, names, number, read_json, shape, text, whole
+from .upgrade import released_form, upgrade
 
-MAX_BYTES = 1 << 30
 ROLES = ("old_state", "old_force", "cur_force", "incremental", "static", "unknown")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Decode a metadata file.
-
-    Args:
-        file: the file.
-
-    Returns:
-        The top-level object.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactError: it is not JSON, or not an object.
-    """
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ArtifactError(f"{file}: larger than {MAX_BYTES} bytes, which no metadata file is.")
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactNotFoundError(f"{file}: no such metadata file.") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{file}: cannot be read as JSON ({type(error).__name__}: {error}). Compile the model again with neml2-compile."
-        ) from error
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{file}: holds a {type(document).__name__}, expected a JSON object with 'schema_version'.")
-    return document
 
 
 def read_metadata(file: Path, *, solver: dict[str, Any] | None = None) -> s.Metadata:
@@ -55,7 +26,7 @@ def read_metadata(file: Path, *, solver: dict[str, Any] | None = None) -> s.Meta
 
     Args:
         file: the file.
-        solver: Newton settings from a stub's `[Solvers]` block, for the schema that keeps them there.
+        solver: Newton settings that take the place of the file's, such as those of a stub's `[Solvers]` block.
 
     Returns:
         The metadata in the newest form.
@@ -63,10 +34,21 @@ def read_metadata(file: Path, *, solver: dict[str, Any] | None = None) -> s.Meta
     Raises:
         ArtifactError: the file is damaged, or of a schema that is not known.
         ArtifactNotFoundError: there is no such file.
+        InputError: a Newton setting is not one.
     """
     document = read_json(file)
-    written = document.get("schema_version")
-    return metadata(Node(upgrade(document, str(file), solver), "", str(file)), written if isinstance(written, int) else NEWEST)
+    form = released_form(document, str(file))
+    written = document["schema_version"]
+    try:
+        found = metadata(Node(upgrade(document, str(file), solver), "", str(file)), written)
+    except ArtifactError as error:
+        if form == written:
+            raise
+        raise ArtifactError(
+            f"{file}: written in schema {written}, which no neml2 release wrote; read like schema {form} it does not "
+            f"fit: {error}"
+        ) from error
+    return with_argument_order(found, file.parent)
 
 
 def metadata(node: Node, written: int) -> s.Metadata:
@@ -173,6 +155,7 @@ def forward(node: Node) -> s.ForwardSegment:
         jacobian=jacobian,
         parameter_jacobian=parameter_jacobian,
         parameter_vjp=adjoint,
+        parameters_among_inputs="parameters_among_inputs" in node and bool(node.at("parameters_among_inputs").value),
     )
 
 
@@ -208,7 +191,8 @@ def pairs(node: Node, wrt: str, *, matrix: bool = False) -> tuple[s.Pair, ...]:
 def implicit(node: Node, config: Node) -> s.ImplicitSegment:
     """Read an implicit segment; `config` is the model's solver configuration."""
     unknowns, residuals, givens = (
-        tuple(group(item) for item in node.at(f"{kind}_group_infos").items()) for kind in ("unknown", "residual", "given")
+        tuple(group(item) for item in node.at(f"{kind}_group_infos").items())
+        for kind in ("unknown", "residual", "given")
     )
     if not any(g.variables for g in unknowns):
         raise node.at("unknown_group_infos").fail("at least one unknown")
@@ -238,7 +222,7 @@ def group(node: Node) -> s.GroupInfo:
     """Read one group."""
     structure = cast(s.Structure, node.get("structure", choice("dense", "block"), "dense"))
     variables = tuple(variable(item) for item in node.at("per_var_info").items())
-    sub_batch = node.get("sub_batch_shape", shape, ()) if structure == "block" else ()
+    sub_batch: s.Shape = node.get("sub_batch_shape", shape, ()) if structure == "block" else ()
     for member in variables if structure == "block" else ():
         if member.sub_batch_shape != sub_batch:
             raise node.at("per_var_info").fail(f"variables with the block group's sub-batch shape {list(sub_batch)}")
@@ -309,7 +293,9 @@ def parameter_sensitivity(
 ) -> s.DirectParameterSensitivity | s.KrylovParameterSensitivity | s.FusedSensitivity | None:
     """Tell how the segment differentiates its unknowns by promoted parameters; None where it cannot."""
     if "param_ift_package" in node:
-        return s.FusedSensitivity(file_name(node.at("param_ift_package")), pairs(node.at("param_jacobian_pairs"), "param"))
+        return s.FusedSensitivity(
+            file_name(node.at("param_ift_package")), pairs(node.at("param_jacobian_pairs"), "param")
+        )
     if "dr_dparam_package" not in node:
         return None
     graph = file_name(node.at("dr_dparam_package"))

@@ -124,7 +124,11 @@ class AdjointGraph:
 
 @dataclass(frozen=True)
 class ForwardSegment:
-    """A part of the model that one graph evaluates."""
+    """A part of the model that one graph evaluates.
+
+    `arguments` are the names of inputs and parameters in the order in which the graphs take them; when empty, they take
+    the inputs first. While `parameters_among_inputs`, that order is not known yet.
+    """
 
     value: str
     inputs: tuple[str, ...]
@@ -133,6 +137,19 @@ class ForwardSegment:
     jacobian: PairGraph | None = None
     parameter_jacobian: PairGraph | None = None
     parameter_vjp: AdjointGraph | None = None
+    arguments: tuple[str, ...] = ()
+    parameters_among_inputs: bool = False
+
+    @cached_property
+    def taken(self) -> tuple[str, ...]:
+        """Names of inputs and parameters in the order in which the graphs take them."""
+        return self.arguments or self.inputs + self.parameters
+
+    @cached_property
+    def order(self) -> tuple[int, ...] | None:
+        """Place of each argument of the graphs in inputs and parameters; None where it is its own."""
+        listed = self.inputs + self.parameters
+        return None if self.taken == listed else tuple(listed.index(name) for name in self.taken)
 
 
 @dataclass(frozen=True)
