@@ -36,8 +36,8 @@ class ForwardStage:
     def _call(self, graph: Graph, state: dict[str, Tensor], values: Values, rows: int) -> list[Tensor]:
         inputs = [state[name] for name in self.spec.inputs]
         if self._per_row:
-            return graph(inputs + values.expanded(self.spec.parameters, rows))
-        return graph(inputs, values.common(self.spec.parameters))
+            return graph(inputs + values.expanded(self.spec.parameters, rows), order=self.spec.order)
+        return graph(inputs, values.common(self.spec.parameters), order=self.spec.order)
 
     def run(self, state: dict[str, Tensor], values: Values, rows: int) -> None:
         """Evaluate the outputs into `state`."""

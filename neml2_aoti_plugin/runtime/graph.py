@@ -61,7 +61,11 @@ class Graph:
         self._run = loader.run
 
     def __call__(
-        self, batched: Sequence[Tensor], tail: Sequence[Tensor] = (), behind: Sequence[Tensor] = ()
+        self,
+        batched: Sequence[Tensor],
+        tail: Sequence[Tensor] = (),
+        behind: Sequence[Tensor] = (),
+        order: tuple[int, ...] | None = None,
     ) -> list[Tensor]:
         """Run the graph.
 
@@ -69,6 +73,7 @@ class Graph:
             batched: the leading arguments, each `(rows, ...)`.
             tail: the arguments behind them, without a batch axis.
             behind: arguments behind the tail, each `(rows, ...)`.
+            order: which of all these the graph takes first, second, ...; as given if None.
 
         Returns:
             The outputs, each `(rows, ...)`, or `(1, ...)` where it does not depend on the row.
@@ -77,6 +82,8 @@ class Graph:
             AOTIError: the graph failed.
         """
         arguments = [a if a.is_contiguous() else a.contiguous() for a in (*batched, *tail, *behind)]
+        if order is not None:
+            arguments = [arguments[i] for i in order]
         if self.device.type == "cuda":
             arguments = [a if a.data_ptr() % CUDA_ALIGNMENT == 0 else a.clone() for a in arguments]
         with self._lock:
@@ -103,7 +110,11 @@ class PinnedGraph(Graph):
         self.axes = axes
 
     def __call__(
-        self, batched: Sequence[Tensor], tail: Sequence[Tensor] = (), behind: Sequence[Tensor] = ()
+        self,
+        batched: Sequence[Tensor],
+        tail: Sequence[Tensor] = (),
+        behind: Sequence[Tensor] = (),
+        order: tuple[int, ...] | None = None,
     ) -> list[Tensor]:
         """Run the graph as often as its pinned extents ask; see `Graph.__call__`."""
         rows = batched[0].shape[0]
@@ -122,7 +133,7 @@ class PinnedGraph(Graph):
                 [_pad(a[start : start + per_call], per_call).reshape(extents + a.shape[1:]) for a in group]
                 for group in (batched, behind)
             )
-            outputs = super().__call__(lead, tail, rear)
+            outputs = super().__call__(lead, tail, rear, order)
             calls.append([_flat(o, extents) for o in outputs])
         return [_join([outputs[i] for outputs in calls], rows, per_call) for i in range(len(calls[0]))]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..artifact.schema import ForwardSegment, ImplicitSegment, Metadata, Variable
+from ..artifact.schema import ForwardSegment, Metadata, Variable
 from ..settings import NewtonSettings
 from . import substepping
 from .forward import ForwardStage
@@ -101,7 +101,9 @@ class Program:
         if file not in self._graphs:
             path = self._leaf / file
             standard = self.batch_axes == (None,)
-            self._graphs[file] = Graph(path, self.device) if standard else PinnedGraph(path, self.device, self.batch_axes)
+            self._graphs[file] = (
+                Graph(path, self.device) if standard else PinnedGraph(path, self.device, self.batch_axes)
+            )
         return self._graphs[file]
 
     def _trace_facts(self) -> None:
@@ -109,28 +111,30 @@ class Program:
         first = self.metadata.segments[0]
         if isinstance(first, ForwardSegment):
             known: dict[str, Variable] = {v.name: v for v in self.metadata.inputs}
-            ranks = [len(known[name].natural_shape) for name in first.inputs if name in known]
+            ranks = {i: len(known[name].natural_shape) for i, name in enumerate(first.taken) if name in known}
             file = first.value
         else:
-            ranks = [1 if g.structure == "dense" else len(g.sub_batch_shape) + 1 for g in first.unknowns]
+            group = first.unknowns[0]
+            ranks = {0: 1 if group.structure == "dense" else len(group.sub_batch_shape) + 1}
             file = first.residual
         signature = Graph(self._leaf / file, self.device).signature
-        if signature is None or not signature.arguments or not ranks:
+        if signature is None or not ranks or max(ranks) >= len(signature.arguments):
             return
-        argument = signature.arguments[0]
+        place, rank = next(iter(ranks.items()))
+        argument = signature.arguments[place]
         self.dtype = argument.dtype
-        self.batch_axes = argument.extents[: len(argument.extents) - ranks[0]]
+        self.batch_axes = argument.extents[: len(argument.extents) - rank]
 
     def _takes_rows_of_parameters(self, segment: ForwardSegment) -> bool:
         """Whether a forward graph takes promoted parameters with the batch axes, or as stored."""
         signature = self.graph(segment.value).signature if segment.parameters else None
-        if signature is None or len(signature.arguments) != len(segment.inputs) + len(segment.parameters):
+        if signature is None or len(signature.arguments) != len(segment.taken):
             return True
         base_ranks = {p.name: len(p.base_shape) for p in self.metadata.parameters}
-        tail = signature.arguments[len(segment.inputs) :]
         return all(
             len(argument.extents) == base_ranks[name] + len(self.batch_axes)
-            for argument, name in zip(tail, segment.parameters, strict=True)
+            for argument, name in zip(signature.arguments, segment.taken, strict=True)
+            if name in segment.parameters
         )
 
     def _block_rows(self) -> int | None:
