@@ -1,0 +1,139 @@
+"""Read the options of a stub's `AOTIModel` block, whichever release of neml2-compile wrote it.
+
+Since neml2 3.0.4 the artifact is an `artifact_path`, before it was the metadata file, `meta`. The stubs of 3.0.4 to
+3.0.6 name a `solver` besides, because their artifacts do not hold its settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArtifactNotFoundError, InputError
+
+if TYPE_CHECKING:
+    import nmhit
+
+# Option of a solver block: how to read it, and the field of `NewtonSettings` it is; None for one that changes nothing.
+NEWTON: dict[str, tuple[str, str | None]] = {
+    "abs_tol": ("param_float", "atol"),
+    "rel_tol": ("param_float", "rtol"),
+    "max_its": ("param_int", "miters"),
+    "verbose": ("param_bool", None),
+    "linear_solver": ("param_str", None),
+}
+LINE_SEARCH: dict[str, tuple[str, str | None]] = {
+    "linesearch_type": ("param_str", "ls_type"),
+    "max_linesearch_iterations": ("param_int", "ls_max_iters"),
+    "linesearch_cutback": ("param_float", "ls_cutback"),
+    "linesearch_stopping_criteria": ("param_float", "ls_c"),
+    "check_negative_criterion": ("param_bool", None),
+}
+SOLVERS = {"Newton": NEWTON, "NewtonWithLineSearch": NEWTON | LINE_SEARCH}
+TRIALS = 10
+
+
+@dataclass(frozen=True)
+class Stub:
+    """What a block asks for.
+
+    Args:
+        artifact: path of the artifact's folder or metadata.
+        solver: Newton settings by the field names of `NewtonSettings`; None where the block names none.
+    """
+
+    artifact: Path
+    solver: dict[str, Any] | None = None
+
+
+def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmhit.Node | None]) -> Stub:
+    """Read a block.
+
+    Args:
+        block: of type `AOTIModel`.
+        folder: of the input file.
+        solver_block: gives the block of a name in the file's `[Solvers]`.
+
+    Returns:
+        What it asks for.
+
+    Raises:
+        InputError: the options do not go together, or the solver is none that there was.
+        ArtifactNotFoundError: the artifact has an absolute path, and is neither there nor beside the stub.
+    """
+    options = {option: block.param_optional_str(option, "") for option in ("artifact_path", "meta", "solver")}
+    given = [option for option in ("artifact_path", "meta") if options[option]]
+    if len(given) != 1:
+        raise InputError(
+            f"{' and '.join(given) or 'no artifact'} given, expected one of artifact_path (the folder that "
+            "neml2-compile wrote) and meta (the metadata file, in stubs of neml2 3.0.0 to 3.0.3)."
+        )
+    artifact = find(options[given[0]], folder)
+    name = options["solver"]
+    if not name:
+        return Stub(artifact)
+    node = solver_block(name)
+    if node is None:
+        raise InputError(f"solver is {name!r}, but the file has no block [Solvers/{name}]. Add it, or remove solver.")
+    return Stub(artifact, read_solver(node))
+
+
+def find(given: str, folder: Path) -> Path:
+    """Find what a path in a stub leads to.
+
+    Args:
+        given: the path; relative to the stub's folder or absolute.
+        folder: the stub's folder.
+
+    Returns:
+        The path; where it is absolute and the artifact has moved together with the stub, the path beside the stub.
+
+    Raises:
+        ArtifactNotFoundError: the path is absolute, and there is nothing, nor beside the stub.
+    """
+    path = Path(given)
+    if not path.is_absolute():
+        return folder / path
+    moved = [folder.joinpath(*path.parts[-depth:]) for depth in range(1, len(path.parts))]
+    for candidate in (path, *moved):
+        if candidate.exists():
+            return candidate
+    raise ArtifactNotFoundError(
+        f"there is neither {path}, which the stub names, nor {moved[0] if moved else folder} beside the stub. Put the "
+        "artifact back there, or correct the path; it may be relative to the stub."
+    )
+
+
+def read_solver(block: nmhit.Node) -> dict[str, Any]:
+    """Read a Newton solver's block; absent options take the defaults of the release that wrote it.
+
+    Args:
+        block: of type `Newton` or `NewtonWithLineSearch`.
+
+    Returns:
+        Its settings by the field names of `NewtonSettings`.
+
+    Raises:
+        InputError: the type or an option is none that there was, or a value is not of its kind.
+    """
+    import nmhit
+
+    kind, where = block.param_optional_str("type", ""), f"[Solvers/{block.path()}]"
+    if kind not in SOLVERS:
+        raise InputError(f"{where}: type is {kind!r}, expected {' or '.join(SOLVERS)} for a compiled model.")
+    settings: dict[str, Any] = {"ls_max_iters": TRIALS if kind == "NewtonWithLineSearch" else 1}
+    for option in (field.path().rsplit("/", 1)[-1] for field in block.children(nmhit.NodeType.Field)):
+        if option == "type":
+            continue
+        if option not in SOLVERS[kind]:
+            raise InputError(f"{where}: a {kind} has no option {option!r}; there are {', '.join(SOLVERS[kind])}.")
+        reader, setting = SOLVERS[kind][option]
+        try:
+            value = getattr(block, reader)(option)
+        except nmhit.Error as error:
+            raise InputError(f"{where}: {option} is {block.param_str(option)!r}: {error}.") from error
+        if setting is not None:
+            settings[setting] = value
+    return settings
