@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -85,6 +85,111 @@ _ENTRIES = (
             *("-d", "stress:promoted.E", "-d", "stress:promoted.nu"),
         ),
         purpose="One forward segment with two promoted parameters, their Jacobian and their adjoint.",
+    ),
+    Stub(
+        name="chaboche",
+        file="chaboche.i",
+        model="chaboche",
+        purpose="One implicit segment with 19 unknowns and a linear predictor that needs values two steps back.",
+    ),
+    Stub(
+        name="promoted_implicit",
+        file="promoted_implicit.i",
+        model="promoted_implicit",
+        flags=(
+            *("-p", "residual.creep.eta", "-p", "residual.creep.n"),
+            *ALL_PAIRS,
+            *("-d", "stress:residual.creep.eta", "-d", "stress:residual.creep.n"),
+        ),
+        purpose="One implicit segment with one scalar unknown and two promoted parameters in its residual.",
+    ),
+    Stub(
+        name="calibration",
+        file="viscoplasticity.i",
+        model="viscoplasticity",
+        flags=(
+            *("-p", "residual.overstress.sy", "-p", "residual.hardening.K"),
+            *ALL_PAIRS,
+            *("-d", ":residual.overstress.sy", "-d", ":residual.hardening.K"),
+        ),
+        purpose="Viscoplasticity with all derivatives, for the gradient of a loss over many steps by two parameters.",
+    ),
+    Stub(
+        name="krylov",
+        file="krylov.i",
+        model="krylov",
+        flags=ALL_PAIRS,
+        purpose="Newton with GMRES without preconditioner; no predictor; the derivatives are Krylov solves as well.",
+    ),
+    Stub(
+        name="krylov_precond",
+        file="krylov.i",
+        model="krylov",
+        flags=(
+            *("-d", "creep_strain:strain"),
+            "Models/krylov/solver:=newton_preconditioned",
+            "Models/krylov/input_sensitivity_solver:=lu",
+        ),
+        purpose="Newton with line search, GMRES with a block-Jacobi preconditioner that is kept, direct derivatives.",
+    ),
+    Stub(
+        name="bicgstab",
+        file="viscoplasticity.i",
+        model="viscoplasticity",
+        flags=("Models/viscoplasticity/solver:=newton_bicgstab",),
+        purpose="Newton with BiCGStab and a Jacobi preconditioner that is rebuilt when it gets poor; no derivatives.",
+    ),
+    Stub(
+        name="substepping",
+        file="substepping.i",
+        model="substepping",
+        flags=ALL_PAIRS,
+        purpose="Steps of which some points need cuts; the strain before the step is an input of no graph.",
+    ),
+    Stub(
+        name="predictor_loop",
+        file="predictor_loop.i",
+        model="predictor_loop",
+        purpose="A predictor graph that is run several times, with one output fed back into an input.",
+    ),
+    Stub(
+        name="cross_group",
+        file="cross_group.i",
+        model="cross_group",
+        flags=("-d", "strain:stress"),
+        purpose="Two groups of unknowns, one kept per branch (block) and one dense, solved by a Schur complement.",
+    ),
+    Stub(
+        name="renamed",
+        file="promoted.i",
+        model="promoted",
+        flags=(
+            *("-p", "promoted.E"),
+            *ALL_PAIRS,
+            *("-d", "stress:promoted.E"),
+            *("--rename-input", "strain:eps", "--rename-output", "stress:sigma"),
+            *("--rename-parameter", "promoted.E:youngs_modulus"),
+        ),
+        appendix="renamed_driver.i",
+        purpose="An input, an output and a promoted parameter have other names at the boundary than inside.",
+    ),
+    replace(
+        ELASTICITY,
+        name="elasticity_float32",
+        flags=(*ALL_PAIRS, "--dtype", "float32"),
+        purpose="An artifact labelled float32, whose graphs neml2-compile nevertheless writes for float64.",
+    ),
+    replace(
+        ELASTICITY,
+        name="elasticity_static",
+        flags=(*ALL_PAIRS, "--no-dynamic-batch", "--example-batch-shape", "(3,)"),
+        purpose="Graphs that are pinned to the batch size of the example, 3, which the metadata do not tell.",
+    ),
+    replace(
+        ELASTICITY,
+        name="elasticity_rank2",
+        flags=(*ALL_PAIRS, "--example-batch-shape", "(2, 3)"),
+        purpose="Graphs with two batch axes, only the first of them dynamic, which the metadata do not tell.",
     ),
 )
 

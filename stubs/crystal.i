@@ -41,7 +41,7 @@
     prescribed_SR2_values = 'stretchings'
     prescribed_WR2_names = 'spin'
     prescribed_WR2_values = 'spins'
-    ic_MRP_names = 'orientation~1'
+    ic_MRP_names = 'orientation'
     ic_MRP_values = 'first_orientations'
   []
 []

@@ -128,4 +128,25 @@
   [lu]
     type = DenseLU
   []
+  # For the entry bicgstab, which chooses it by an override. neml2's BiCGStab takes inner products below 2e-16 for
+  # zero: it needs a residual in MPa (as here) rather than in strain, and an absolute tolerance.
+  [newton_bicgstab]
+    type = Newton
+    linear_solver = 'bicgstab'
+    abs_tol = 1e-6
+    rel_tol = 1e-8
+    max_its = 50
+  []
+  [bicgstab]
+    type = BiCGStab
+    max_its = 60
+    abs_tol = 1e-7
+    rel_tol = 1e-5
+    preconditioner = 'diagonal'
+    cache_strategy = 'max_its'
+    cache_max_its = 5
+  []
+  [diagonal]
+    type = JacobiPreconditioner
+  []
 []
