@@ -72,8 +72,7 @@ _ENTRIES = (
         name="crystal",
         file="crystal.i",
         model="crystal",
-        flags=("-d", "elastic_strain:stretching"),
-        purpose="A single crystal whose unknowns include an orientation; its 12 slip systems are a sub-batch inside.",
+        purpose="A crystal with an orientation as input, whose 12 slip systems are a sub-batch inside the residual.",
     ),
     Stub(
         name="promoted",
@@ -188,7 +187,7 @@ _ENTRIES = (
     replace(
         ELASTICITY,
         name="elasticity_rank2",
-        flags=(*ALL_PAIRS, "--example-batch-shape", "(2, 3)"),
+        flags=("--example-batch-shape", "(2, 3)"),
         purpose="Graphs with two batch axes, only the first of them dynamic, which the metadata do not tell.",
     ),
 )

@@ -1,8 +1,8 @@
-# Plasticity of one face-centred cubic crystal with 12 slip systems, driven by the deformation rate and the spin.
-# Stress in MPa, time in s, rates in 1/s.
+# Plasticity of one face-centred cubic crystal with 12 slip systems, at small strains: the lattice does not turn.
+# Stress in MPa, time in s, rates in 1/s; the orientation is an input (modified Rodrigues parameters).
 #
-# Unknowns: elastic_strain (6), orientation (3) and slip_hardening (1). The slip quantities (resolved shears,
-# strengths, rates) live on a sub-batch axis of 12 inside the residual.
+# Unknowns: elastic_strain (6) and slip_hardening (1). The slip quantities (resolved shears, strengths, rates) live on
+# a sub-batch axis of 12 inside the residual.
 
 [Tensors]
   # 30 steps in 12 s, at two crystals of different orientation.
@@ -14,13 +14,9 @@
     type = Python
     expr = 'SR2(torch.tensor([8.0e-4, -4.0e-4, -4.0e-4, 0.0, 0.0, 2.0e-4], dtype=torch.float64).expand(31, 2, 6).contiguous())'
   []
-  [spins]
+  [orientations]
     type = Python
-    expr = 'WR2(torch.tensor([0.0, 0.0, 3.0e-4], dtype=torch.float64).expand(31, 2, 3).contiguous())'
-  []
-  [first_orientations]
-    type = Python
-    expr = 'MRP(torch.tensor([[0.0, 0.0, 0.0], [0.05, -0.12, 0.2]], dtype=torch.float64))'
+    expr = 'MRP(torch.tensor([[0.0, 0.0, 0.0], [0.05, -0.12, 0.2]], dtype=torch.float64).expand(31, 2, 3).contiguous())'
   []
   [slip_vectors]
     type = Python
@@ -39,10 +35,8 @@
     prescribed_time = 'times'
     prescribed_SR2_names = 'stretching'
     prescribed_SR2_values = 'stretchings'
-    prescribed_WR2_names = 'spin'
-    prescribed_WR2_values = 'spins'
-    ic_MRP_names = 'orientation'
-    ic_MRP_values = 'first_orientations'
+    prescribed_MRP_names = 'orientation'
+    prescribed_MRP_values = 'orientations'
   []
 []
 
@@ -110,28 +104,11 @@
     plastic_deformation_rate = 'plastic_stretching'
     crystal_geometry = 'lattice'
   []
-  [plastic_spin]
-    type = PlasticVorticity
-    orientation_matrix = 'rotation'
-    slip_rates = 'slip_rates'
-    plastic_vorticity = 'plastic_spin'
-    crystal_geometry = 'lattice'
-  []
   [elastic_rate]
-    type = ElasticStrainRate
-    elastic_strain = 'elastic_strain'
-    deformation_rate = 'stretching'
-    vorticity = 'spin'
-    plastic_deformation_rate = 'plastic_stretching'
-    elastic_strain_rate = 'elastic_strain_rate'
-  []
-  [lattice_spin]
-    type = OrientationRate
-    elastic_strain = 'elastic_strain'
-    vorticity = 'spin'
-    plastic_deformation_rate = 'plastic_stretching'
-    plastic_vorticity = 'plastic_spin'
-    orientation_rate = 'orientation_rate'
+    type = SR2LinearCombination
+    from = 'stretching plastic_stretching'
+    to = 'elastic_strain_rate'
+    weights = '1 -1'
   []
   [strain_step]
     type = SR2BackwardEulerTimeIntegration
@@ -141,19 +118,14 @@
     type = ScalarBackwardEulerTimeIntegration
     variable = 'slip_hardening'
   []
-  [orientation_step]
-    type = WR2ImplicitExponentialTimeIntegration
-    variable = 'orientation'
-  []
   [residual]
     type = ComposedModel
-    models = 'rotation hooke shears strengths slip total_slip slip_hardening plastic_stretching plastic_spin elastic_rate lattice_spin strain_step hardening_step orientation_step'
+    models = 'rotation hooke shears strengths slip total_slip slip_hardening plastic_stretching elastic_rate strain_step hardening_step'
   []
   [guess]
     type = ConstantExtrapolationPredictor
     unknowns_SR2 = 'elastic_strain'
     unknowns_Scalar = 'slip_hardening'
-    unknowns_MRP = 'orientation'
   []
   [crystal]
     type = ImplicitUpdate
@@ -167,7 +139,7 @@
   [lattice_balance]
     type = NonlinearSystem
     model = 'residual'
-    unknowns = 'elastic_strain slip_hardening orientation'
+    unknowns = 'elastic_strain slip_hardening'
   []
 []
 

@@ -151,7 +151,7 @@
     trial_driving_force = 'trial_overstress'
     rate = 'guessed_flow_rate'
     sweeps = 3
-    bisections = 10
+    bisections = 6
     polish = 2
   []
   [guessed_rate]
