@@ -1,7 +1,9 @@
 """Iterative linear solves of a batch of systems `A x = b`, given only the products `A v`.
 
 Tensors are flat: `(rows, N)`. The rows are independent systems that share the iterations: one that is done waits for
-the others. Both methods take the iterates of neml2's C++ runtime.
+the others. Both methods take the iterates of neml2's C++ runtime, as long as that divides by nothing below the machine
+epsilon: it takes such a divisor for zero, whatever the units, so that a residual that is small in its units (a strain)
+is solved wrongly or not at all. Here only what is small beside the right-hand side counts as zero.
 """
 
 from __future__ import annotations
@@ -55,25 +57,25 @@ def solve_linear(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Op
     return solution
 
 
-@dataclass(frozen=True)
 class _Test:
-    """When a row needs no further iteration."""
+    """When a row needs no further iteration; made from the norms of the right-hand sides."""
 
-    scale: Tensor
-    settings: KrylovSettings
+    def __init__(self, b_norm: Tensor, settings: KrylovSettings) -> None:
+        self._scale = b_norm.clamp(min=torch.finfo(b_norm.dtype).tiny)
+        self._settings = settings
 
     def passed(self, norm: Tensor) -> Tensor:
         # Asked the other way round, so that a row that has become NaN does not hold up the others.
-        failed = norm / self.scale >= self.settings.rel_tol
-        return ~(failed & (norm >= self.settings.abs_tol) if self.settings.abs_tol > 0 else failed)
+        failed = norm / self._scale >= self._settings.rel_tol
+        return ~(failed & (norm >= self._settings.abs_tol) if self._settings.abs_tol > 0 else failed)
 
     def report(self, iteration: int, norm: Tensor) -> None:
-        if log.enabled("linear", "debug") and norm.numel():
-            largest, relative = torch.stack((norm.amax(), (norm / self.scale).amax())).tolist()
+        if log.enabled("linear", "debug"):
+            largest, relative = torch.stack((norm.amax(), (norm / self._scale).amax())).tolist()
             log.emit("linear", "debug", f"  krylov iter={iteration} max|r|={largest:.6e} max|r|/|b|={relative:.6e}")
 
     def solution(self, x: Tensor, iterations: int, passed: Tensor) -> LinearSolution:
-        return LinearSolution(x, iterations, passed & (x.sum(-1) + self.scale).isfinite())
+        return LinearSolution(x, iterations, passed & (x.sum(-1) + self._scale).isfinite())
 
 
 def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
@@ -88,7 +90,7 @@ def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator 
     """
     apply = minv if minv is not None else _identity
     b_norm = _norm(b)
-    test = _Test(b_norm.clamp(min=torch.finfo(b.dtype).eps), settings)
+    test = _Test(b_norm, settings)
     x = torch.zeros_like(b)
     r = apply(b)
     beta = _norm(r)
@@ -115,7 +117,7 @@ def _gmres_cycle(
     eps = torch.finfo(r.dtype).eps
     # Room for a few directions, doubled when full: most solves end long before the restart width.
     basis = r.new_empty(rows, min(width, 7) + 1, n)
-    basis[:, 0] = r / beta.clamp(min=eps).unsqueeze(-1)
+    basis[:, 0] = r / beta.clamp(min=torch.finfo(r.dtype).tiny).unsqueeze(-1)
     rotations: list[tuple[Tensor, Tensor]] = []
     columns: list[Tensor] = []
     projected = [beta]
@@ -159,16 +161,18 @@ def _gmres_cycle(
 def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
     """BiCGStab, preconditioned from the right, so that its residual is that of the system.
 
-    van der Vorst, SIAM J. Sci. Stat. Comput. 13 (1992) 631-644.
+    van der Vorst, SIAM J. Sci. Stat. Comput. 13 (1992) 631-644. The iteration works on `b` divided by a power of two,
+    which brings its largest entry near 1 and changes no digit, so that inner products can be told from zero.
 
     Args and returns: as `solve_linear`; an iteration takes two products `A v`.
     """
     apply = minv if minv is not None else _identity
     eps = torch.finfo(b.dtype).eps
-    norm = _norm(b)
-    test = _Test(norm.clamp(min=eps), settings)
+    exponent = torch.frexp(b.abs().amax(-1)).exponent.unsqueeze(-1)
+    shadow = r = torch.ldexp(b, -exponent)
+    norm = _norm(r, exponent)
+    test = _Test(norm, settings)
     done = test.passed(norm)
-    shadow = r = b
     x = torch.zeros_like(b)
     v = p = torch.zeros_like(b)
     rho = alpha = omega = torch.ones_like(norm).unsqueeze(-1)
@@ -186,7 +190,7 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
         s = r - alpha * v
         sideways = apply(s)
         t = matvec(sideways)
-        omega = _dot(t, s) / _dot(t, t).clamp(min=eps)
+        omega = _dot(t, s) / _dot(t, t).clamp(min=eps * eps)
         x_new = x + alpha * towards + omega * sideways
         r_new = s - omega * t
         if left == len(b):
@@ -195,19 +199,21 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
             x = torch.where(done.unsqueeze(-1), x, x_new)
             r = torch.where(done.unsqueeze(-1), r, r_new)
         used += 1
-        norm = _norm(r)
+        norm = _norm(r, exponent)
         done = done | test.passed(norm)
         test.report(used, norm)
         left = len(b) - int(done.sum())
-    return test.solution(x, used, done)
+    return test.solution(torch.ldexp(x, exponent), used, done)
 
 
 def _identity(r: Tensor) -> Tensor:
     return r
 
 
-def _norm(v: Tensor) -> Tensor:
-    return v.square().sum(-1).sqrt()
+def _norm(v: Tensor, exponent: Tensor | None = None) -> Tensor:
+    """Norm of each row, times a power of two."""
+    norm = v.square().sum(-1).sqrt()
+    return norm if exponent is None else torch.ldexp(norm, exponent.squeeze(-1))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -216,5 +222,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _away_from_zero(d: Tensor, eps: float) -> Tensor:
-    """Replace magnitudes below `eps` by `eps`, with the sign kept; zero counts as positive."""
-    return torch.where(d < 0, d.clamp(max=-eps), d.clamp(min=eps))
+    """Replace magnitudes below `eps` squared by that, with the sign kept; zero counts as positive."""
+    least = eps * eps
+    return torch.where(d < 0, d.clamp(max=-least), d.clamp(min=least))
