@@ -7,12 +7,12 @@ segment `newton` settings, and `parameters_among_inputs` where only the package 
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import ArtifactError
-from ..settings import KrylovSettings, NewtonSettings
+from ..errors import ArtifactError, InputError
+from ..settings import KrylovSettings, NewtonSettings, newton_settings
 from . import schema as s
 from .order import with_argument_order
 from .reading import Node, any_number, choice, file_name, names, number, read_json, shape, text, whole
@@ -40,7 +40,7 @@ def read_metadata(file: Path, *, solver: dict[str, Any] | None = None) -> s.Meta
     form = released_form(document, str(file))
     written = document["schema_version"]
     try:
-        found = metadata(Node(upgrade(document, str(file), solver), "", str(file)), written)
+        found = metadata(Node(upgrade(document, str(file)), "", str(file)), written)
     except ArtifactError as error:
         if form == written:
             raise
@@ -48,7 +48,21 @@ def read_metadata(file: Path, *, solver: dict[str, Any] | None = None) -> s.Meta
             f"{file}: written in schema {written}, which no neml2 release wrote; read like schema {form} it does not "
             f"fit: {error}"
         ) from error
-    return with_argument_order(found, file.parent)
+    return with_solver(with_argument_order(found, file.parent), solver or {})
+
+
+def with_solver(found: s.Metadata, solver: dict[str, Any]) -> s.Metadata:
+    """The metadata with other Newton settings in all implicit segments, by the field names of `NewtonSettings`."""
+    known = [field.name for field in fields(NewtonSettings)]
+    unknown = [name for name in solver if name not in known]
+    if unknown:
+        raise InputError(f"solver has no setting {', '.join(unknown)}; there are {', '.join(known)}.")
+    newton_settings(**solver)
+    changed = (
+        replace(part, newton=replace(part.newton, **solver)) if isinstance(part, s.ImplicitSegment) else part
+        for part in found.segments
+    )
+    return replace(found, segments=tuple(changed))
 
 
 def metadata(node: Node, written: int) -> s.Metadata:
