@@ -74,7 +74,9 @@ class Sensitivity:
         Returns:
             Derivatives of each unknown; None where the graphs or the tangents ask for `blocks` instead.
         """
-        dense_groups = all(g.structure == "dense" for g in (*self.spec.unknowns, *self.spec.givens, *self.spec.residuals))
+        dense_groups = all(
+            g.structure == "dense" for g in (*self.spec.unknowns, *self.spec.givens, *self.spec.residuals)
+        )
         seeds = {seed for name in reached for seed in tangents[name]}
         if self._given is None or self._solve is None or len(seeds) != 1 or not dense_groups:
             return None
@@ -162,6 +164,9 @@ def _cut(outputs: Groups, pairs: tuple[Pair, ...]) -> Blocks:
         block = outputs[pair.output]
         if pair.row is not None and pair.column is not None:
             block = block[..., pair.row : pair.row + pair.rows, pair.column : pair.column + pair.columns]
+        if block.ndim > 3 and pair.row is not None:
+            # The sites of a block group stand before its rows.
+            block = block.flatten(1, -2)
         found.append((pair, block))
     return found
 
@@ -193,5 +198,3 @@ def _pack_direction(group: GroupInfo, tangents: Tangents, seed: tuple[str, str],
             column.expand(rows, -1, -1) if column is not None else like.new_zeros((rows, width_in(v, group), 1))
         )
     return torch.cat(parts, 1)
-
-
