@@ -1,0 +1,480 @@
+"""What compiled models are compared with: neml2's eager models, finite differences, and integrations in numpy.
+
+A `Case` is one entry of the stub catalogue, compiled, with its eager counterpart and with states of its own driver's
+trajectory to evaluate it at. Names are those at the compiled model's boundary throughout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import neml2
+import numpy as np
+import torch
+from neml2.models.common.ImplicitUpdate import ImplicitUpdate
+from neml2.solvers import ConvergenceError
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+from neml2_aoti_plugin import Model
+from stubs.build import compiled
+from stubs.catalogue import CATALOGUE, Stub
+
+Tensors = dict[str, Tensor]
+Blocks = dict[str, dict[str, Tensor]]
+
+# neml2 cuts steps in compiled models only; this model of the same input is the same without cuts.
+EAGER_MODELS = {"substepping": "whole_step"}
+
+# A tenth of the tolerance that the stub asks for, and no relative one: what is compared is then converged.
+TIGHTER = 0.1
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set torch's default dtype for a while; tensors of input files follow it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One entry of the stub catalogue, compiled.
+
+    Args:
+        stub: the entry.
+        folder: where its compiled stub is.
+    """
+
+    stub: Stub
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        """The compiled stub."""
+        return self.folder / f"{self.stub.model}_aoti.i"
+
+    @property
+    def artifact(self) -> Path:
+        """The artifact's folder."""
+        return self.folder / self.stub.model
+
+    @property
+    def overrides(self) -> list[str]:
+        """HIT overrides among the flags the entry was compiled with."""
+        return [flag for flag in self.stub.flags if ":=" in flag]
+
+    @functools.cached_property
+    def renames(self) -> dict[str, str]:
+        """Names inside the model by names at its boundary, where they differ."""
+        flags = self.stub.flags
+        pairs = [flags[i + 1].rsplit(":", 1) for i, flag in enumerate(flags) if flag.startswith("--rename")]
+        return {boundary: authored for authored, boundary in pairs}
+
+    def authored(self, name: str) -> str:
+        """Name inside the model of a name at its boundary."""
+        return self.renames.get(name, name)
+
+    def boundary(self, name: str) -> str:
+        """Name at the boundary of a name inside the model."""
+        return next((new for new, old in self.renames.items() if old == name), name)
+
+    # -- compiled ---------------------------------------------------------------------------------------------------
+
+    def load(self, *, tight: bool = True, **options: Any) -> Model:
+        """Load the compiled model anew.
+
+        Args:
+            tight: whether to tighten the tolerances of its solves.
+            options: further arguments of `Model`.
+        """
+        model = Model(self.artifact, **options)
+        if tight and self.implicit is not None:
+            model.set_solver_config(**self.newton)
+        return model
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The compiled model with tightened tolerances; shared, so not to be changed."""
+        return self.load()
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the compiled model's inputs."""
+        return self.model.dtype
+
+    @functools.cached_property
+    def driver(self) -> Any:
+        """The compiled stub's driver, after its run."""
+        return self.run_driver(self.file)
+
+    def run_driver(self, file: Path, name: str | None = None, overrides: list[str] | None = None) -> Any:
+        """Load a driver of an input file, run it, and return it."""
+        with default_dtype(torch.float32 if "float32" in self.stub.flags else torch.float64):
+            driver = neml2.load_input(file, additional_args=overrides or []).get_driver(name or self.stub.driver)
+            driver.run()
+        return driver
+
+    @functools.cached_property
+    def states(self) -> Tensors:
+        """Inputs `(steps, points, *sub_batch, *base)`, from a few steps of the driver's trajectory."""
+        return self.states_at(self.steps)
+
+    @functools.cached_property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of the trajectory at which models are compared: after a third, after two, and near the end."""
+        last = self.driver.nsteps - 1
+        if self.stub.name in EAGER_MODELS:
+            # Many solves each; one step has points with and without cuts.
+            return (last // 2,)
+        return max(1, last // 3), 2 * last // 3, last - 1
+
+    def states_at(self, steps: tuple[int, ...]) -> Tensors:
+        """Inputs `(steps, points, *sub_batch, *base)` as the driver has passed them to the compiled model."""
+        found: Tensors = {}
+        given = [self.driver.result_in[step] for step in steps]
+        variables = self.model.inputs
+        natural = {name: v.natural_shape for name, v in variables.items()}
+        points = torch.broadcast_shapes(
+            *(v.data.shape[: v.data.ndim - len(natural[n])] for step in given for n, v in step.items() if n in natural)
+        )
+        for name, shape in natural.items():
+            rows = []
+            for step in given:
+                value = step[name].data if name in step else torch.zeros(shape, dtype=self.dtype)
+                if value.ndim < len(shape):
+                    value = value.expand(shape)
+                rows.append(value.expand(*points, *shape))
+            found[name] = torch.stack(rows).contiguous()
+        return found
+
+    def rows(self) -> Tensors:
+        """The states with one batch axis."""
+        return {name: x.flatten(0, 1) for name, x in self.states.items()}
+
+    # -- eager ------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def eager(self) -> Any:
+        """The eager model of the same input file, with tightened tolerances."""
+        name = EAGER_MODELS.get(self.stub.name, self.stub.model)
+        with default_dtype(torch.float64):
+            model = neml2.load_input(self.stub.path, additional_args=self.overrides).get_model(name)
+        for update in _implicit_updates(model):
+            update.solver.atol *= TIGHTER
+            update.solver.rtol = 0.0
+        return model
+
+    @functools.cached_property
+    def compiled_from(self) -> Any:
+        """The eager model that neml2-compile has read, which need not run itself."""
+        with default_dtype(torch.float64):
+            return neml2.load_input(self.stub.path, additional_args=self.overrides).get_model(self.stub.model)
+
+    @functools.cached_property
+    def implicit(self) -> Any:
+        """The implicit part of the eager model; None where it has none."""
+        return next(_implicit_updates(self.eager), None)
+
+    @property
+    def newton(self) -> dict[str, Any]:
+        """The eager model's tightened Newton settings."""
+        settings: dict[str, Any] = self.implicit.solver._solver_config()
+        return settings
+
+    def typed(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Inputs of the compiled model, in float64, as the eager model takes them."""
+        sub = {self.authored(n): len(v.sub_batch_shape) for n, v in self.model.inputs.items()}
+        inside = {self.authored(name): x.to(torch.float64) for name, x in inputs.items()}
+        spec = self.eager.input_spec
+        return {name: spec[name](x, sub_batch_ndim=sub[name]) for name, x in inside.items() if name in spec}
+
+    def eager_forward(self, inputs: Mapping[str, Tensor]) -> Tensors:
+        """Outputs of the eager model for inputs with one batch axis."""
+        typed = self.typed(inputs)
+        found = self.eager(*(typed[name] for name in self.eager.input_spec))
+        found = found if isinstance(found, tuple) else (found,)
+        outputs = dict(zip(self.eager.output_spec, found, strict=True))
+        return {name: _full(outputs[self.authored(name)].data, inputs, v) for name, v in self.model.outputs.items()}
+
+    def eager_jacobian(self, inputs: Mapping[str, Tensor]) -> Blocks:
+        """All derivatives of the eager model by its inputs, by boundary names."""
+        typed = {name: value for name, value in self.typed(inputs).items() if name in self.eager.input_spec}
+        if any(value.sub_batch_ndim for value in typed.values()):
+            return self._eager_jacobian_by_columns(inputs, typed)
+        _, blocks = self.eager.jacobian(typed)
+        return {
+            self.boundary(out): {self.boundary(wrt): block.data for wrt, block in row.items()}
+            for out, row in blocks.items()
+        }
+
+    def _eager_jacobian_by_columns(self, inputs: Mapping[str, Tensor], typed: dict[str, Any]) -> Blocks:
+        """The compiled pairs alone, along one direction at a time; neml2's jacobian() fails on sub-batched inputs."""
+        found: Blocks = {}
+        for out, wrt in self.model.derivative_pairs:
+            value = inputs[wrt]
+            base = self.model.inputs[wrt].base_shape
+            columns = []
+            for direction in torch.eye(prod(base), dtype=torch.float64).reshape(-1, *base):
+                _, along = self.eager.jvp(typed, {self.authored(wrt): direction.expand(value.shape).contiguous()})
+                columns.append(along[self.authored(out)].data)
+            stacked = torch.stack(columns, -1)
+            found.setdefault(out, {})[wrt] = stacked.reshape(*stacked.shape[:-1], *base)
+        return found
+
+    def eager_param_jacobian(self, inputs: Mapping[str, Tensor], names: list[str]) -> Blocks:
+        """Derivatives of the eager model by parameters, by boundary names."""
+        typed = self.typed(inputs)
+        inside = {self._eager_parameter(name): name for name in names}
+        _, blocks = self.eager.param_jacobian({n: typed[n] for n in self.eager.input_spec}, list(inside))
+        return {
+            self.boundary(out): {inside[parameter]: block for parameter, block in row.items()}
+            for out, row in blocks.items()
+        }
+
+    def _eager_parameter(self, name: str) -> str:
+        """A promoted parameter's name in the eager model, which has no name of its own."""
+        inside = self.authored(name)
+        present = dict(self.eager.named_parameters())
+        return inside if inside in present else inside.removeprefix(f"{self.stub.model}.")
+
+    def residual_and_outputs(
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        """Put the compiled solution into the eager equations.
+
+        Args:
+            inputs: with one batch axis.
+            outputs: of the compiled model.
+
+        Returns:
+            The residual of the implicit part at the compiled unknowns, `(rows, entries)`, and what the explicit parts
+            before and behind it give with these unknowns.
+        """
+        assert self.implicit is not None
+        system = self.implicit.system
+        sub = {name: len(v.sub_batch_shape) for name, v in (self.model.inputs | self.model.outputs).items()}
+        state: dict[str, Any] = dict(self.typed(inputs))
+        spec = system.model.input_spec
+        for name in system.unknown_names:
+            rank = outputs[name].ndim - 1 - spec[name].BASE_NDIM
+            state[name] = spec[name](outputs[name], sub_batch_ndim=max(rank, sub.get(name, 0)))
+        explicit: Tensors = {}
+        parts = [m for m in self.eager.children() if m is not self.implicit] if self.eager is not self.implicit else []
+        waiting = list(parts)
+        while waiting:
+            ready = [m for m in waiting if all(name in state for name in m.input_spec)]
+            assert ready, f"cannot order {waiting}"
+            for part in ready:
+                found = part.call_by_name(state)
+                state.update(found)
+                explicit.update({name: value.data for name, value in found.items()})
+                waiting.remove(part)
+        residuals = system.model.call_by_name({name: state[name] for name in spec})
+        rows = next(iter(inputs.values())).shape[0]
+        found = [residuals[name].data.detach() for name in system.residual_names]
+        return torch.cat([x.expand(rows, *x.shape[1:]).reshape(rows, -1) for x in found], -1), explicit
+
+
+def _implicit_updates(model: Any) -> Iterator[Any]:
+    return (m for m in model.modules() if isinstance(m, ImplicitUpdate))
+
+
+def _full(value: Tensor, inputs: Mapping[str, Tensor], variable: Any) -> Tensor:
+    """Give an eager output its batch axis where it does not depend on the batch."""
+    rows = next(iter(inputs.values())).shape[0]
+    base = len(variable.base_shape)
+    natural = value.shape[-len(variable.natural_shape) :] if variable.natural_shape else ()
+    rank = len(natural) if len(natural) >= base else base
+    return value if value.ndim > rank else value.expand(rows, *value.shape)
+
+
+@functools.cache
+def case(name: str) -> Case:
+    """An entry of the catalogue, compiled; one object for all tests of a process."""
+    return Case(CATALOGUE[name], compiled(name))
+
+
+def few(of: Case) -> Tensors:
+    """A few rows of a case for what is evaluated many times over: two points of one step."""
+    return {name: x[-1, -2:] for name, x in of.states.items()}
+
+
+@functools.cache
+def expected_outputs(of: Case) -> Tensors:
+    """Eager outputs for the rows of a case, by halving the step where eager neml2 must not."""
+    rows = of.rows()
+    if of.stub.name not in EAGER_MODELS:
+        return of.eager_forward(rows)
+    forces = {name: f"{name}~1" for name in rows if "~" not in name and f"{name}~1" in rows}
+    states = {name: f"{name}~1" for name in of.model.output_names}
+    depth = int(of.compiled_from.max_substepping_level)
+    parts = []
+    for k in range(next(iter(rows.values())).shape[0]):
+        found, _ = bisected(of.eager_forward, {name: x[k : k + 1] for name, x in rows.items()}, forces, states, depth)
+        parts.append(found)
+    return {name: torch.cat([part[name] for part in parts]) for name in of.model.output_names}
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+# Size of an argument that happens to be zero; strains, rates and rotations of the stubs are of this order.
+SIZE_OF_ZERO = 1e-3
+
+
+def size(value: Tensor) -> float:
+    """Largest magnitude of the entries; of zeros, a typical one."""
+    largest = float(value.detach().abs().max()) if value.numel() else 0.0
+    return largest or SIZE_OF_ZERO
+
+
+def difference(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """Largest deviation relative to the largest entry that was expected.
+
+    Args:
+        found: to be judged.
+        expected: the reference, of the same shape.
+        least: magnitude below which the deviation is no longer taken relative to what was expected.
+    """
+    assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return 0.0
+    found, expected = found.detach().to(torch.float64), expected.detach().to(torch.float64)
+    assert bool(found.isfinite().all()), "not finite"
+    scale = max(float(expected.abs().max()), least)
+    return float((found - expected).abs().max()) / (scale or 1.0)
+
+
+def finite_differences(function: Callable[[Tensor], Tensors], at: Tensor, base_rank: int) -> Tensors:
+    """Derivatives by central differences of fourth order.
+
+    Args:
+        function: of a tensor `(4 * entries, *at.shape)`; gives tensors with the same leading axes.
+        at: point of evaluation, `(*batch, *base)`.
+        base_rank: number of base axes of `at`.
+
+    Returns:
+        Of each output, `(*batch, *out_base, *base)`.
+    """
+    base = tuple(at.shape[at.ndim - base_rank :])
+    entries = prod(base)
+    step = 1e-5 * size(at)
+    directions = torch.eye(entries, dtype=at.dtype).reshape(entries, *(1,) * (at.ndim - base_rank), *base)
+    lengths = torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=at.dtype) * step
+    points = at + lengths.reshape(4, *(1,) * directions.ndim) * directions
+    values = function(points.reshape(4 * entries, *at.shape))
+    found = {}
+    for name, value in values.items():
+        near, back, far, far_back = value.reshape(4, entries, *value.shape[1:])
+        slope = (8.0 * (near - back) - (far - far_back)) / (12.0 * step)
+        found[name] = slope.movedim(0, -1).reshape(*slope.shape[1:], *base)
+    return found
+
+
+# -- substepping ------------------------------------------------------------------------------------------------------
+
+
+def bisected(
+    step: Callable[[Tensors], Tensors], row: Tensors, forces: Mapping[str, str], states: Mapping[str, str], depth: int
+) -> tuple[Tensors, int]:
+    """Take one row over an increment, in halves of halves where a solve fails.
+
+    Args:
+        step: solves for the unknowns; raises `ConvergenceError`.
+        row: inputs, with one row.
+        forces: name at the start of the increment, by name at its end.
+        states: name of the lagged unknown, by unknown.
+        depth: how often the increment may be halved.
+
+    Returns:
+        The unknowns at the end, and the number of solves that succeeded.
+    """
+    chained = dict(row)
+    spans = 0
+
+    def take(start: float, end: float, level: int) -> Tensors:
+        nonlocal spans
+        span = dict(chained)
+        for current, old in forces.items():
+            span[old] = row[old] + start * (row[current] - row[old])
+            span[current] = row[old] + end * (row[current] - row[old])
+        try:
+            found = step(span)
+        except ConvergenceError:
+            if level == depth:
+                raise
+            middle = (start + end) / 2
+            take(start, middle, level + 1)
+            return take(middle, end, level + 1)
+        spans += 1
+        chained.update({states[name]: value for name, value in found.items()})
+        return found
+
+    return take(0.0, 1.0, 0), spans
+
+
+# -- viscoplasticity in numpy -----------------------------------------------------------------------------------------
+
+
+class Viscoplasticity:
+    """The constitutive equations of stubs/viscoplasticity.i, written anew for numpy, in tensor components 3 x 3.
+
+    Small strain, isotropic elasticity in rate form, overstress of Perzyna's kind with a power law, isotropic linear
+    hardening: s' = C : (e' - p' n), p' = <(q - Y - K p) / eta>^m, n = 3/2 dev(s) / q.
+    """
+
+    young, poisson = 190_000.0, 0.3
+    yield_stress, modulus = 180.0, 1800.0
+    eta, exponent = 60.0, 4.0
+
+    def rates(self, stress: np.ndarray, p: float, strain_rate: np.ndarray) -> tuple[np.ndarray, float]:
+        """Rates of the stress and of the equivalent plastic strain."""
+        deviator = stress - np.trace(stress) / 3.0 * np.eye(3)
+        mises = np.sqrt(1.5 * np.sum(deviator * deviator))
+        over = mises - self.yield_stress - self.modulus * p
+        p_rate = (over / self.eta) ** self.exponent if over > 0 else 0.0
+        flow = 1.5 * deviator / mises if over > 0 else np.zeros((3, 3))
+        elastic = strain_rate - p_rate * flow
+        shear = self.young / (2.0 * (1.0 + self.poisson))
+        lame = self.young * self.poisson / ((1.0 + self.poisson) * (1.0 - 2.0 * self.poisson))
+        return 2.0 * shear * elastic + lame * np.trace(elastic) * np.eye(3), p_rate
+
+    def integrate(self, strain_rate: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stress `(times, 3, 3)` and equivalent plastic strain `(times,)` under a constant strain rate from rest."""
+
+        def right_hand_side(_: float, y: np.ndarray) -> np.ndarray:
+            stress_rate, p_rate = self.rates(y[:9].reshape(3, 3), y[9], strain_rate)
+            return np.append(stress_rate.ravel(), p_rate)
+
+        found = solve_ivp(
+            right_hand_side, (times[0], times[-1]), np.zeros(10), "Radau", times, rtol=1e-9, atol=1e-9, max_step=0.2
+        )
+        assert found.success, found.message
+        return found.y[:9].T.reshape(-1, 3, 3), found.y[9]
+
+
+def mandel(tensor: np.ndarray) -> np.ndarray:
+    """Components of symmetric tensors `(..., 3, 3)` as neml2 orders and scales them: xx, yy, zz, yz, xz, xy."""
+    root = np.sqrt(2.0)
+    parts = [(0, 0, 1.0), (1, 1, 1.0), (2, 2, 1.0), (1, 2, root), (0, 2, root), (0, 1, root)]
+    return np.stack([factor * tensor[..., i, j] for i, j, factor in parts], -1)
+
+
+def from_mandel(vector: np.ndarray) -> np.ndarray:
+    """The inverse of `mandel`."""
+    root = np.sqrt(2.0)
+    xx, yy, zz = vector[..., 0], vector[..., 1], vector[..., 2]
+    yz, xz, xy = (vector[..., k] / root for k in (3, 4, 5))
+    rows = [np.stack(row, -1) for row in ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))]
+    return np.stack(rows, -2)
