@@ -151,24 +151,33 @@ def solve_masked(
             residual, u, b, du, norm_sq, unknown_layout, residual_layout, settings, settled, report
         )
         norm = norm_sq.sqrt()
-        moved = row_norms([x - y for x, y in zip(u, before, strict=True)], unknown_layout)
-        small = moved < settings.substep_del_tol * (row_norms(u, unknown_layout) + settings.atol)
-        converged = (norm < settings.atol) | ((norm / norm0 < settings.rtol) & small)
-        settled = converged if settled is None else settled | converged
+        moved = [x - y for x, y in zip(u, before, strict=True)]
+        lengths = row_norms(moved, unknown_layout), row_norms(u, unknown_layout)
+        settled = _settled(settled, norm, norm0, *lengths, settings)
         if report is not None:
             report(_iteration_line(i, norm, norm0))
         worst = _worst(norm, settled)
         if worst == 0.0:
             break
         if not math.isfinite(worst):
-            lost = ~scaled_row_norms(b, residual_layout).isfinite()
-            if (settled | lost).all():
+            norm = scaled_row_norms(b, residual_layout)
+            lengths = scaled_row_norms(moved, unknown_layout), scaled_row_norms(u, unknown_layout)
+            settled = _settled(settled, norm, norm0, *lengths, settings)
+            if (settled | ~norm.isfinite()).all():
                 break
     return u, converged if settled is None else settled, i
 
 
 def _close(norm: Tensor, norm0: Tensor, settings: NewtonSettings) -> Tensor:
     return (norm < settings.atol) | (norm / norm0 < settings.rtol)
+
+
+def _settled(
+    before: Tensor | None, norm: Tensor, norm0: Tensor, moved: Tensor, size: Tensor, settings: NewtonSettings
+) -> Tensor:
+    small = moved < settings.substep_del_tol * (size + settings.atol)
+    converged = (norm < settings.atol) | ((norm / norm0 < settings.rtol) & small)
+    return converged if before is None else before | converged
 
 
 def _worst(norm: Tensor, converged: Tensor) -> float:
