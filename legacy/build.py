@@ -180,9 +180,11 @@ def table() -> str:
     lines = ["| scenario | " + " | ".join(RELEASES) + " |", "|---" * (len(RELEASES) + 1) + "|"]
     for scenario in SCENARIOS.values():
         cells = []
-        for version in RELEASES:
+        for release in RELEASES.values():
+            version = release.version
             made = _read(cache() / "artifacts" / version / f"{scenario.name}.json")
-            shown = f"{made['seconds']:.0f} s, {made['graphs']} graphs" if made else "not built"
+            stands = made.get("key") == fingerprint(release, scenario)
+            shown = f"{made['seconds']:.0f} s, {made['graphs']} graphs" if stands else "not built"
             cells.append(shown if version in scenario.releases else "-")
         lines.append(f"| `{scenario.name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
