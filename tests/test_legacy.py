@@ -1,0 +1,392 @@
+"""Real artifacts of every released schema against those that neml2 3.1.0 compiled from the same input.
+
+The artifacts are built on first use, which takes long: `python -m legacy.build -j 2` does it ahead of
+`python -m pytest -m legacy`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+
+import neml2
+import pytest
+import torch
+from torch import Tensor
+
+from data import collect
+from legacy import build
+from legacy.catalogue import EVERY, SCENARIOS, pairs, release_named
+from neml2_aoti_plugin import DerivativeNotCompiledError, Model
+from neml2_aoti_plugin.artifact.layout import locate
+from neml2_aoti_plugin.artifact.parse import read_metadata
+from neml2_aoti_plugin.artifact.schema import ForwardSegment, ImplicitSegment, Metadata
+
+pytestmark = [pytest.mark.legacy, pytest.mark.timeout(3600)]
+
+Tensors = dict[str, Tensor]
+
+NEWEST = "3.1.0"
+OLD = [release for release in EVERY if release != NEWEST]
+# Relative to the largest entry of a tensor.
+SAME = 1e-12
+SINGLE = 1e-6
+DIFFERENCES = 1e-6
+ROWS = 5
+
+
+def each(some: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """A test for each (release, scenario)."""
+    return pytest.mark.parametrize(("release", "scenario"), some, ids=["-".join(pair) for pair in some])
+
+
+every = each(pairs(OLD))
+driven = each([pair for pair in pairs(OLD) if SCENARIOS[pair[1]].driver is not None])
+
+
+def having(scenario: str, *without: str) -> pytest.MarkDecorator:
+    """A test for each old release that builds a scenario."""
+    return pytest.mark.parametrize("release", [r for r, _ in pairs(OLD, [scenario]) if r not in without])
+
+
+def entry(release: str, scenario: str) -> Path:
+    """The folder or file that a user of that release would name."""
+    metadata = build.metadata(release, scenario)
+    return metadata if release_named(release).schema < 12 else metadata.parent
+
+
+@functools.cache
+def described(release: str, scenario: str) -> Metadata:
+    return read_metadata(locate(entry(release, scenario)).metadata)
+
+
+@functools.cache
+def model(release: str, scenario: str) -> Model:
+    """The model with the Newton settings of the newest release, wherever its own release kept them."""
+    implicit = [s for s in described(NEWEST, scenario).segments if isinstance(s, ImplicitSegment)]
+    return Model(entry(release, scenario), solver=asdict(implicit[0].newton) if implicit else None)
+
+
+# What an input means decides what values make sense; all others are small numbers.
+SCALES = {"t": (1.5, 0.1), "t~1": (0.4, 0.1), "temperature": (330.0, 30.0), "overstress": (120.0, 80.0)}
+
+
+def value(name: str, shape: tuple[int, ...], dtype: torch.dtype, spread: float) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    middle, width = SCALES.get(name, (0.0, spread))
+    return (middle + width * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def inputs(release: str, scenario: str, batch: tuple[int, ...] = (ROWS,)) -> Tensors:
+    """Inputs by name, the same for all releases; inputs that 3.0.7 and later have alone are zero."""
+    spread = 2e-3 if scenario == "multi" else 0.3
+    found = {}
+    for name, variable in model(release, scenario).inputs.items():
+        shape = (*batch, *variable.natural_shape)
+        found[name] = value(name, shape, model(release, scenario).dtype, spread)
+        if any(name not in model(other, scenario).inputs for other in SCENARIOS[scenario].releases):
+            found[name].zero_()
+    return found
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, relative to the largest entry wanted."""
+    found = found.expand(torch.broadcast_shapes(found.shape, wanted.shape))
+    scale = wanted.abs().max().clamp_min(1e-30) if wanted.numel() else 1.0
+    return float((found - wanted).abs().max() / scale) if found.numel() else 0.0
+
+
+def largest(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    assert set(found) == set(wanted)
+    return max(difference(found[name], wanted[name]) for name in wanted)
+
+
+def tolerance(of: Model) -> float:
+    return SAME if of.dtype == torch.float64 else SINGLE
+
+
+def parameter_of(old: Model, name: str) -> str:
+    """A parameter's name in an older release: those before 3.0.4 leave the block of a lone model out."""
+    return name if name in old.named_parameters() else name.rpartition(".")[2]
+
+
+# -- numbers -------------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("batch", [(), (1,), (ROWS,), (2, 3)], ids=str)
+def test_values(release: str, scenario: str, batch: tuple[int, ...]) -> None:
+    old, new = model(release, scenario), model(NEWEST, scenario)
+    found = old.forward(inputs(release, scenario, batch))
+    wanted = new.forward(inputs(NEWEST, scenario, batch))
+    assert largest(found, wanted) <= tolerance(new)
+
+
+@every
+def test_derivatives(release: str, scenario: str) -> None:
+    old, new = model(release, scenario), model(NEWEST, scenario)
+    common = [pair for pair in new.derivative_pairs if pair[1] in old.inputs]
+    if not new.derivative_pairs:
+        assert release_named(release).schema < 7 or not old.derivative_pairs
+        return
+    assert set(common) <= set(old.derivative_pairs)
+    _, found = old.jacobian(inputs(release, scenario))
+    _, wanted = new.jacobian(inputs(NEWEST, scenario))
+    assert max(difference(found[o][i], wanted[o][i]) for o, i in common) <= tolerance(new)
+
+
+@every
+def test_derivatives_along_a_direction(release: str, scenario: str) -> None:
+    old, at = model(release, scenario), inputs(release, scenario)
+    outs = {o for o, _ in old.derivative_pairs}
+    by = [i for i in old.inputs if outs and all((o, i) in old.derivative_pairs for o in outs)]
+    if not by:
+        pytest.skip("no input by which every output is differentiated")
+    along = {name: value(f"d{name}", tuple(at[name].shape), old.dtype, 1.0) for name in by}
+    _, found = old.jvp(at, along)
+    _, blocks = old.jacobian(at)
+    for out in outs:
+        terms = [
+            flattened(blocks[out][name], ROWS, old.inputs[name].natural_shape) @ flattened(along[name], ROWS)
+            for name in by
+        ]
+        wanted = sum(terms[1:], start=terms[0]).reshape(found[out].shape)
+        assert difference(found[out], wanted) <= tolerance(old)
+
+
+def flattened(block: Tensor, rows: int, wrt: tuple[int, ...] | None = None) -> Tensor:
+    """A block as `(rows, entries, entries of wrt)`, a direction as `(rows, entries, 1)`."""
+    if wrt is None:
+        return block.reshape(rows, -1, 1)
+    lead = block.ndim - len(wrt)
+    per_row = block if block.shape[:1] == (rows,) and lead > 0 else block.expand(rows, *block.shape)
+    return per_row.reshape(rows, -1, prod(wrt))
+
+
+@every
+def test_derivatives_that_the_newest_lacks_are_those_of_differences(release: str, scenario: str) -> None:
+    """Schemas 2 and 3 have all pairs, also those between sites that later releases refuse to compile."""
+    old, new = model(release, scenario), model(NEWEST, scenario)
+    more = [pair for pair in old.derivative_pairs if pair not in new.derivative_pairs]
+    if not more:
+        pytest.skip("no other derivatives than in the newest")
+    at = inputs(release, scenario)
+    _, blocks = old.jacobian(at)
+    for out, name in more:
+        direction, step = value(f"d{name}", tuple(at[name].shape), old.dtype, 1.0), 1e-6
+        ahead, behind = (old.forward({**at, name: at[name] + s * direction})[out] for s in (step, -step))
+        wanted = (ahead - behind) / (2 * step)
+        block = flattened(blocks[out][name], ROWS, old.inputs[name].natural_shape)
+        found = (block @ flattened(direction, ROWS)).reshape(wanted.shape)
+        assert float((found - wanted).abs().max()) <= DIFFERENCES * max(1.0, float(wanted.abs().max()))
+
+
+@every
+def test_derivatives_by_parameters(release: str, scenario: str) -> None:
+    old, new = model(release, scenario), model(NEWEST, scenario)
+    if not new.parameter_derivative_pairs:
+        pytest.skip("no derivative by a parameter compiled")
+    at = inputs(release, scenario)
+    if release_named(release).schema < 7:
+        with pytest.raises(DerivativeNotCompiledError, match="without derivatives by parameters"):
+            old.param_jacobian(at)
+        return
+    _, found = old.param_jacobian(at)
+    _, wanted = new.param_jacobian(inputs(NEWEST, scenario))
+    assert max(difference(found[o][p], wanted[o][p]) for o, p in new.parameter_derivative_pairs) <= tolerance(new)
+    cotangents = {out: value(out, tuple(x.shape), old.dtype, 1.0) for out, x in old.forward(at).items()}
+    gradients = old.param_vjp(at, cotangents)
+    expected = new.param_vjp(inputs(NEWEST, scenario), cotangents)
+    assert largest(gradients, expected) <= tolerance(new)
+
+
+@every
+def test_parameters_common_to_the_batch_or_not(release: str, scenario: str) -> None:
+    """Whether a graph takes a parameter once or per row shows in its package, and the caller sees no difference."""
+    old, new = model(release, scenario), model(NEWEST, scenario)
+    if not new.named_parameters():
+        pytest.skip("no parameter promoted")
+    per_row = torch.linspace(0.8, 1.2, ROWS, dtype=new.dtype)
+    for factor in (torch.tensor(1.1, dtype=new.dtype), per_row):
+        wanted = new.forward(inputs(NEWEST, scenario), {n: p * factor for n, p in new.named_parameters().items()})
+        changed = {parameter_of(old, n): p * factor for n, p in new.named_parameters().items()}
+        assert largest(old.forward(inputs(release, scenario), changed), wanted) <= tolerance(new)
+
+
+# -- stubs and drivers ---------------------------------------------------------------------------------------------
+
+
+@every
+def test_the_stub(release: str, scenario: str) -> None:
+    """With its own Newton settings, and at the path it was not compiled in: the build moves the folder."""
+    name = SCENARIOS[scenario].model
+    old, new = (neml2.load_model(build.stub(r, scenario), name) for r in (release, NEWEST))
+    found = old(*inputs(release, scenario).values())
+    wanted = new(*inputs(NEWEST, scenario).values())
+    assert list(old.output_spec) == list(new.output_spec) or release_named(release).schema < 7
+    by_name = dict(zip(old.output_spec, found, strict=True)), dict(zip(new.output_spec, wanted, strict=True))
+    for name, tensor in by_name[1].items():
+        assert type(by_name[0][name]) is type(tensor)
+        assert difference(by_name[0][name].data, tensor.data) <= tolerance(model(NEWEST, scenario))
+
+
+@driven
+def test_the_driver(release: str, scenario: str) -> None:
+    name = SCENARIOS[scenario].driver
+    dtype = model(NEWEST, scenario).dtype
+    found, wanted = (driver_result(build.stub(r, scenario), str(name), dtype) for r in (release, NEWEST))
+    assert wanted and largest({k: found[k] for k in wanted}, wanted) <= tolerance(model(NEWEST, scenario))
+
+
+def driver_result(file: Path, name: str, dtype: torch.dtype) -> Tensors:
+    driver = neml2.load_input(file, dtype=dtype).get_driver(name)
+    assert driver.run()
+    return {key: tensor for key, tensor in driver.result().items() if key.startswith("output")}
+
+
+@having("implicit")
+def test_newton_settings_of_the_release(release: str) -> None:
+    """They stand in the segment, in the stub, or in the file; 3.0.0 lost the line search."""
+    told = asdict(segment(described(NEWEST, "implicit")).newton)
+    own = segment(described(release, "implicit")).newton
+    if release_named(release).schema == 2:
+        told["ls_max_iters"] = 1
+    if release_named(release).schema == 7:
+        assert own == type(own)()
+        stub = neml2.load_model(build.stub(release, "implicit"), "creep")
+        own = segment(stub._inner._metadata).newton
+    assert asdict(own) == told
+
+
+def segment(metadata: Metadata) -> ImplicitSegment:
+    return next(s for s in metadata.segments if isinstance(s, ImplicitSegment))
+
+
+# -- traps ---------------------------------------------------------------------------------------------------------
+
+
+@having("promoted_provider")
+def test_a_parameter_ahead_of_the_input(release: str) -> None:
+    first = described(release, "promoted_provider").segments[0]
+    assert isinstance(first, ForwardSegment)
+    ahead = ("young.value", "strain") if release_named(release).schema < 7 else ("strain", "young.value")
+    assert (first.taken, first.inputs, first.parameters) == (ahead, ("strain",), ("young.value",))
+
+
+@having("promoted")
+def test_a_parameter_set_is_used_in_every_row(release: str) -> None:
+    old = Model(entry(release, "promoted"))
+    at = inputs(release, "promoted")
+    before = old.forward(at)["stress"]
+    old.set_parameter(parameter_of(old, "elasticity.E"), 2 * 190.0)
+    assert difference(old.forward(at)["stress"], 2 * before) <= SAME
+
+
+@having("forward")
+def test_an_artifact_that_moved(release: str, tmp_path: Path) -> None:
+    shutil.copytree(build.artifact(release, "forward"), tmp_path / "there")
+    for file in sorted((tmp_path / "there").glob("*.i")):
+        moved = neml2.load_model(file, "elasticity")
+        assert moved._inner.artifact.is_relative_to(tmp_path)
+        (found,) = moved(*inputs(release, "forward").values())
+        assert difference(found.data, model(NEWEST, "forward").forward(inputs(NEWEST, "forward"))["stress"]) <= SAME
+
+
+@having("forward")
+def test_every_entry(release: str) -> None:
+    metadata = build.metadata(release, "forward")
+    entries = [metadata, metadata.parent]
+    if release_named(release).schema == 7:
+        entries.append(metadata.parent.parent)
+    wanted = model(NEWEST, "forward").forward(inputs(NEWEST, "forward"))
+    for path in entries:
+        loaded = Model(path)
+        assert loaded.device == torch.device("cpu") and loaded.dtype == torch.float64
+        assert largest(loaded.forward(inputs(release, "forward")), wanted) <= SAME
+
+
+@having("unreached")
+@pytest.mark.parametrize("scenario", ["unreached", "unreached_forward"])
+def test_a_pair_without_a_path_is_zero(release: str, scenario: str) -> None:
+    old = model(release, scenario)
+    assert ("early", "f") in old.derivative_pairs
+    _, blocks = old.jacobian(inputs(release, scenario))
+    assert blocks["early"]["f"].shape == (ROWS,) and not blocks["early"]["f"].any()
+    late = next(i for o, i in old.derivative_pairs if o == "late")
+    assert blocks["late"][late].abs().min() > 0
+
+
+@having("unreached")
+def test_a_segment_off_every_path_has_no_derivative_graph(release: str) -> None:
+    forward = [s for s in described(release, "unreached_forward").segments if isinstance(s, ForwardSegment)]
+    assert segment(described(release, "unreached")).sensitivity is None
+    assert any(s.jacobian is None for s in forward) and any(s.jacobian is not None for s in forward)
+
+
+@having("cross_group", "3.0.6", "3.0.7")
+def test_sums_over_sites_are_no_derivatives(release: str) -> None:
+    """3.0.3 sums the derivatives by a block group's givens over its sites; what needs them is not offered."""
+    old = model(release, "cross_group")
+    assert {i for _, i in old.derivative_pairs} == set(old.inputs) - {"pull", "site~1"}
+    with pytest.raises(DerivativeNotCompiledError, match="pull"):
+        old.jvp(inputs(release, "cross_group"), {"pull": inputs(release, "cross_group")["pull"]})
+
+
+@having("pinned")
+@pytest.mark.parametrize("scenario", ["pinned", "rank2"])
+def test_traced_batch_axes_are_read_from_the_package(release: str, scenario: str) -> None:
+    free, old = model(NEWEST, "forward"), model(release, scenario)
+    for rows in (1, 2, 3, 4, 7):
+        strain = {"strain": inputs(NEWEST, "forward", (rows,))["strain"]}
+        assert largest(old.forward(strain), free.forward(strain)) <= SAME
+        found, wanted = old.jacobian(strain)[1]["stress"]["strain"], free.jacobian(strain)[1]["stress"]["strain"]
+        assert difference(found, wanted) <= SAME
+
+
+@having("static_float32")
+def test_the_dtype_is_a_label(release: str) -> None:
+    old, double = model(release, "static_float32"), model(NEWEST, "forward")
+    assert old.dtype == torch.float32
+    strain = inputs(release, "static_float32")["strain"]
+    found = old.forward({"strain": strain})["stress"]
+    assert found.dtype == torch.float32
+    assert difference(found.double(), double.forward({"strain": strain.double()})["stress"]) <= SINGLE
+
+
+def test_an_incremental_variable_is_shared_out(release: str = "3.0.7") -> None:
+    """Schema 12 gives each substep its share; 3.1.0 changed what it does with such a variable."""
+    old = model(release, "substep")
+    at = {name: torch.tensor([v], dtype=torch.float64) for name, v in (("x~1", 0.1), ("t", 1.0), ("t~1", 0.0))}
+    guess = {name: at["x~1"] for name in old.inputs if name == "x"}
+    hard = next(size for size in (2.0**k for k in range(3, 20)) if not converges_at_once(old, {**at, **guess}, size))
+    found = old.forward({**at, **guess, "dstrain": torch.tensor([hard], dtype=torch.float64)})["x"]
+    x = at["x~1"]
+    for start in (0.0, 0.5):
+        half = {
+            "x~1": x,
+            "t~1": torch.tensor([start], dtype=torch.float64),
+            "t": torch.tensor([start + 0.5], dtype=torch.float64),
+        }
+        x = old.forward({**half, **{n: x for n in guess}, "dstrain": torch.tensor([hard / 2], dtype=torch.float64)})[
+            "x"
+        ]
+    assert difference(found, x) <= 1e-9
+
+
+def converges_at_once(of: Model, at: Tensors, size: float) -> bool:
+    solution = of.solve({**at, "dstrain": torch.tensor([size], dtype=torch.float64)})
+    return bool(solution.converged.all()) and int(solution.iterations.max()) < 7
+
+
+# -- the metadata in tests/data ------------------------------------------------------------------------------------
+
+
+@each(collect.WANTED)
+def test_the_metadata_in_the_repository_is_what_the_release_writes(release: str, scenario: str) -> None:
+    kept = (collect.HERE / f"{release}-{scenario}.json").read_text()
+    assert json.loads(kept) == json.loads(build.metadata(release, scenario).read_text())
