@@ -86,8 +86,7 @@ class KrylovStep:
         widths = [x.shape[-1] for x in u]
 
         def groups(flat: Tensor) -> list[Tensor]:
-            if len(widths) == 1:
-                return [flat.reshape(*batch, widths[0])]
+            # A compiled graph takes contiguous tensors only; a direction of GMRES is a slice.
             return [part.reshape(*batch, part.shape[-1]).contiguous() for part in flat.split(widths, -1)]
 
         def matvec(v: Tensor) -> Tensor:
