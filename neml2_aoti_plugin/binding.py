@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
 from . import log
+from .eager import krylov_solve_eager, krylov_solve_linear, newton_solve_eager, newton_solve_eager_masked
 from .errors import ConvergenceError
+from .model import Model
 
-_LATE = {
-    "Model": ".model",
-    "krylov_solve_eager": ".eager",
-    "krylov_solve_linear": ".eager",
-    "newton_solve_eager": ".eager",
-    "newton_solve_eager_masked": ".eager",
-}
-
-__all__ = ["ConvergenceError", "log"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATE[name], __package__), name)
+__all__ = [
+    "ConvergenceError",
+    "Model",
+    "krylov_solve_eager",
+    "krylov_solve_linear",
+    "log",
+    "newton_solve_eager",
+    "newton_solve_eager_masked",
+]

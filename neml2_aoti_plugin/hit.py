@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from neml2 import types as neml2_types
-from neml2.factory import register_neml2_object
 from neml2.schema import HitSchema, option
 from neml2.types import TensorWrapper
 from torch import Tensor, nn
 
 from .artifact.schema import Variable
+from .artifact.stub import read_stub
+from .derivatives import Blocks
 from .errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError
-from .model import Blocks, Model, Tensors
+from .model import Model
+from .runtime.call import Tensors
 
 if TYPE_CHECKING:
     import nmhit
@@ -29,7 +31,6 @@ class _Declared(nn.Module):
         self.output_spec = dict.fromkeys(sorted(names))
 
 
-@register_neml2_object("AOTIModel")
 class AOTIModel(nn.Module):
     """A compiled model in the role of a neml2 model.
 
@@ -38,6 +39,7 @@ class AOTIModel(nn.Module):
         device: device to run on; torch's current default device if not given.
         dtype: `float64` or `float32`; if not given, float64 where compiled, else the only one compiled.
         declared: names of variables inside the model that the input file declares shapes for.
+        solver: Newton settings in place of the artifact's own, by the field names of `NewtonSettings`.
 
     Raises:
         ArtifactNotFoundError: there is no artifact, or none for that device and dtype.
@@ -50,9 +52,12 @@ class AOTIModel(nn.Module):
         option(
             "artifact_path",
             str,
-            "Folder that neml2-compile wrote, relative to this input file or absolute. The device and dtype are chosen when "
-            "the model is loaded.",
+            "Folder that neml2-compile wrote, relative to this input file or absolute. The device and dtype are chosen "
+            "when the model is loaded.",
+            default="",
         ),
+        option("meta", str, "In place of artifact_path: the metadata file, from neml2 3.0.0 to 3.0.3.", default=""),
+        option("solver", str, "Block in [Solvers] whose settings take the place of the artifact's own.", default=""),
     )
 
     @classmethod
@@ -63,11 +68,11 @@ class AOTIModel(nn.Module):
             node: the block.
             factory: neml2's input file, with its path, settings, and the device and dtype that were asked for.
         """
-        given = Path(node.param_str("artifact_path"))
-        path = given if given.is_absolute() else Path(factory._path).parent / given
         declared = {name for name in getattr(factory.settings, "example_batch_shape", None) or {} if name != "*"}
         try:
-            return cls(path.resolve(), factory._device, factory._dtype, declared=declared)
+            stub = read_stub(node, Path(factory._path).parent, lambda name: factory._find_in_section("Solvers", name))
+            artifact = stub.artifact.resolve()
+            return cls(artifact, factory._device, factory._dtype, declared=declared, solver=stub.solver)
         except (ArtifactError, InputError) as error:
             error.args = (f"[Models/{node.path()}] in {factory._path}: {error}",)
             raise
@@ -79,9 +84,10 @@ class AOTIModel(nn.Module):
         dtype: str | torch.dtype | None = None,
         *,
         declared: set[str] | None = None,
+        solver: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self._inner = Model(artifact, device, dtype)
+        self._inner = Model(artifact, device, dtype, solver=solver)
         self.input_spec = {name: _wrapper_class(v, name) for name, v in self._inner.inputs.items()}
         self.output_spec = {name: _wrapper_class(v, name) for name, v in self._inner.outputs.items()}
         self.input_sub_batch = {name: v.sub_batch_shape for name, v in self._inner.inputs.items()}
@@ -96,7 +102,7 @@ class AOTIModel(nn.Module):
         """Evaluate the outputs.
 
         Args:
-            args: one typed tensor (or raw tensor `(*batch, *sub_batch, *base)`) per input, in the order of `input_spec`.
+            args: a typed tensor, or a raw one `(*batch, *sub_batch, *base)`, per input in the order of `input_spec`.
             v: not supported.
             v2: not supported.
             vh: not supported.
@@ -194,7 +200,7 @@ class AOTIModel(nn.Module):
         return {
             name: self._unwrapped(name, value, variables[name], kind)
             if isinstance(value, TensorWrapper) and name in variables
-            else value  # type: ignore[misc]
+            else value
             for name, value in inputs.items()
         }
 
@@ -203,7 +209,9 @@ class AOTIModel(nn.Module):
         if not isinstance(value, wanted):
             raise InputTypeError(f"{kind} {name!r} is a {type(value).__name__}, expected a {wanted.__name__}.")
         if value.k_ndim:
-            raise InputError(f"{kind} {name!r} carries {value.k_ndim} chain-rule axes, expected a plain {wanted.__name__}.")
+            raise InputError(
+                f"{kind} {name!r} carries {value.k_ndim} chain-rule axes, expected a plain {wanted.__name__}."
+            )
         data, base, sub = value.data, len(variable.base_shape), variable.sub_batch_shape
         if value.sub_batch_ndim and not sub:
             raise InputError(
@@ -231,7 +239,8 @@ def _wrapper_class(variable: Variable, name: str) -> type[TensorWrapper]:
     found = getattr(neml2_types, variable.type, None)
     if not (isinstance(found, type) and issubclass(found, TensorWrapper)):
         raise ArtifactError(
-            f"variable {name!r} has type {variable.type!r}, which this neml2 does not have. Install the neml2 release that "
+            f"variable {name!r} has type {variable.type!r}, which this neml2 does not have. Install the neml2 "
+            "release that "
             "compiled the model, or compile it again."
         )
     return found

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from .errors import InputError, InputTypeError
 
 LineSearch = Literal["BACKTRACKING", "STRONG_WOLFE"]
 KrylovMethod = Literal["gmres", "bicgstab"]
@@ -58,3 +61,43 @@ class KrylovSettings:
     rel_tol: float = 1e-4
     cache_strategy: CacheStrategy = "none"
     cache_max_its: int = 10
+
+
+def _whole(value: Any) -> bool:
+    return bool(value == int(value) and value >= 0)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "atol": (lambda x: x >= 0, "zero or more"),
+    "rtol": (lambda x: x >= 0, "zero or more"),
+    "miters": (_whole, "a whole number, zero or more"),
+    "ls_type": (lambda x: x in ("BACKTRACKING", "STRONG_WOLFE"), "BACKTRACKING or STRONG_WOLFE"),
+    "ls_max_iters": (_whole, "a whole number, zero or more"),
+    "ls_cutback": (lambda x: x > 1, "more than 1"),
+    "ls_c": (lambda x: x >= 0, "zero or more"),
+    "substep_del_tol": (lambda x: x >= 0, "zero or more"),
+}
+
+
+def newton_settings(**values: Any) -> NewtonSettings:
+    """Check Newton settings.
+
+    Args:
+        values: fields of `NewtonSettings` by name.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InputError: a value is out of range.
+        InputTypeError: a value has the wrong type.
+    """
+    for name, value in values.items():
+        holds, wanted = _RULES[name]
+        try:
+            fits = holds(value)
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(f"{name} is {value!r}, expected {wanted}.") from error
+        if not fits:
+            raise InputError(f"{name} is {value!r}, expected {wanted}.")
+    return NewtonSettings(**values)

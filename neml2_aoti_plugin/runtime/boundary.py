@@ -98,12 +98,14 @@ class Boundary:
         """Refuse what is no tensor or has the wrong dtype or device."""
         if not isinstance(value, Tensor):
             raise InputTypeError(
-                f"{kind} {name!r} is a {type(value).__name__}, expected a torch.Tensor of {self.dtype} on {self.device}: "
+                f"{kind} {name!r} is a {type(value).__name__}, expected a torch.Tensor of {self.dtype} on "
+                f"{self.device}: "
                 f"torch.as_tensor(value, dtype={self.dtype}), or its .data if it is a neml2 typed tensor."
             )
         if value.dtype != self.dtype:
             raise InputTypeError(
-                f"{kind} {name!r} has dtype {value.dtype}, expected {self.dtype} (the compiled graphs of {self.where} would "
+                f"{kind} {name!r} has dtype {value.dtype}, expected {self.dtype} (the compiled graphs of "
+                f"{self.where} would "
                 f"misread it). Pass {name}.to({self.dtype}), or load the model with dtype=."
             )
         if not self._on_device(value.device):
@@ -148,7 +150,8 @@ class Boundary:
             *renamed,
         ]
         raise UnknownNameError(
-            f"inputs of {self.where}: {'; '.join(p for p in parts if p)}. The model's inputs are: {', '.join(self.by_name)}."
+            f"inputs of {self.where}: {'; '.join(p for p in parts if p)}. The model's inputs are: "
+            f"{', '.join(self.by_name)}."
         )
 
     def _shape_message(self, name: str, variable: Variable, shape: Shape, kind: str) -> str:

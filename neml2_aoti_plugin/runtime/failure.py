@@ -68,6 +68,7 @@ def convergence_error(
         names = {**aliases.inputs, **aliases.outputs}
         error.converged_mask = report.tried.reshape(batch)  # type: ignore[attr-defined]
         error.unknowns = {  # type: ignore[attr-defined]
-            names.get(name, name): value.reshape(batch + tuple(value.shape[1:])) for name, value in report.unknowns.items()
+            names.get(name, name): value.reshape(batch + tuple(value.shape[1:]))
+            for name, value in report.unknowns.items()
         }
     return error

@@ -52,10 +52,11 @@ class Graph:
             return
         index = -1 if self.device.index is None or self.device.type == "cpu" else self.device.index
         try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(self.file), "model", False, 1, index)  # type: ignore[attr-defined]
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(self.file), "model", False, 1, index)
         except RuntimeError as error:
             raise ArtifactError(
-                f"{self.file}: torch {torch.__version__} cannot load this package ({_first_line(error)}). If it needs a "
+                f"{self.file}: torch {torch.__version__} cannot load this package ({_first_line(error)}). If it "
+                "needs a "
                 "custom operator, import neml2 first; else compile the model again with neml2-compile."
             ) from error
         self._run = loader.run

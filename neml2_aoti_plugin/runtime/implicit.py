@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .. import log
 from ..artifact.schema import DirectStep, ImplicitSegment
+from ..errors import ConvergenceError
 from ..settings import NewtonSettings
 from . import lockstep, newton
+from .linesearch import Residual
 from .newton import Rows
 from .packing import layout_of, pack, unpack
 from .parameters import Values
@@ -136,12 +138,12 @@ class ImplicitStage:
                 u, steps = lockstep.solve(residual, step, first, of_u, of_r, settings)
                 converged = torch.ones(rows, dtype=torch.bool, device=first[0].device)
                 return self._rows(u, converged, steps, residual, first)
-            except lockstep.ConvergenceError:
+            except ConvergenceError:
                 system = self.system.fresh()
         u, converged, steps = lockstep.solve_masked(residual, step, first, of_u, of_r, settings)
         return self._rows(u, converged, steps, residual, first)
 
-    def _rows(self, u: Groups, converged: Tensor, steps: int, residual: lockstep.Residual, first: Groups) -> Rows:
+    def _rows(self, u: Groups, converged: Tensor, steps: int, residual: Residual, first: Groups) -> Rows:
         iterations = torch.full_like(converged, steps, dtype=torch.int64)
         norm, norm0 = (newton.norms(residual(x), self.layouts[1]) for x in (u, first))
         return Rows(u, converged, iterations, norm, norm0, [])

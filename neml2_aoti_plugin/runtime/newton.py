@@ -182,9 +182,7 @@ def _advance(
             break
         alpha = torch.where(refused, alpha / settings.ls_cutback, alpha)
         rows = refused.nonzero().squeeze(-1)
-        part = [
-            x[rows] + per_row(alpha[rows], group) * d[rows] for x, d, group in zip(u, du, of_u, strict=True)
-        ]
+        part = [x[rows] + per_row(alpha[rows], group) * d[rows] for x, d, group in zip(u, du, of_u, strict=True)]
         part_b, part_linear = system.evaluate(part, _take(g, rows), tail)
         for whole, some in ((trial, part), (trial_b, part_b), (linear, part_linear)):
             for k, x in enumerate(some):

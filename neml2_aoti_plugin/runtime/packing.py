@@ -37,9 +37,7 @@ def pack(groups: Sequence[GroupInfo], state: Mapping[str, Tensor], rows: int) ->
     """
     packed = []
     for group in groups:
-        parts = [
-            state[v.name].reshape((rows, *group.sub_batch_shape, width_in(v, group))) for v in group.variables
-        ]
+        parts = [state[v.name].reshape((rows, *group.sub_batch_shape, width_in(v, group))) for v in group.variables]
         packed.append(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
     return packed
 

@@ -318,8 +318,16 @@ def _blank(part: Evaluation, rows: int) -> Evaluation:
 
     report = None
     if part.report is not None:
-        per_row = [room(getattr(part.report, name)) for name in _PER_ROW]
-        report = Report(*per_row, {name: room(u) for name, u in part.report.unknowns.items()})
+        r = part.report
+        report = Report(
+            room(r.converged),
+            room(r.iterations),
+            room(r.norm),
+            room(r.norm0),
+            room(r.segment),
+            room(r.tried),
+            {name: room(u) for name, u in r.unknowns.items()},
+        )
     return Evaluation({name: room(v) for name, v in part.values.items()}, {name: {} for name in part.tangents}, report)
 
 

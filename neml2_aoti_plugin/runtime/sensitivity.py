@@ -175,7 +175,8 @@ def _krylov(a: Groups, b: Tensor, settings: KrylovSettings) -> Tensor:
     """`A^-1 B` column by column, as rows of one batch."""
     if len(a) != 1:
         raise AOTIError(
-            f"an iterative sensitivity solve takes one dense group of unknowns, this model has {len(a)} blocks; compile it "
+            f"an iterative sensitivity solve takes one dense group of unknowns, this model has {len(a)} blocks; "
+            "compile it "
             "with a direct linear solver"
         )
     rows, n, columns = b.shape

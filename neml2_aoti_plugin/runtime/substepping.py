@@ -8,7 +8,6 @@ its two halves. Derivatives go the same way, for all that is done to a given is 
 from __future__ import annotations
 
 import re
-
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -88,7 +87,9 @@ def solve(
     unknowns = {v.name: like.new_zeros((rows, *v.natural_shape)) for v in stage.spec.unknown_variables}
     given = [g.variable.name for g in stage.spec.roles]
     predicted_from = stage.spec.predictor.inputs if stage.spec.predictor else ()
-    past = {name: state[name].clone() for name in dict.fromkeys((*given, *predicted_from)) if _lag(name) and name in state}
+    past = {
+        name: state[name].clone() for name in dict.fromkeys((*given, *predicted_from)) if _lag(name) and name in state
+    }
     # A span starts from what the span before it ended with, the first one from the caller's guess.
     past.update({name: state[name].clone() if name in state else zero.clone() for name, zero in unknowns.items()})
     blank = Rows(
@@ -189,7 +190,8 @@ def _interpolated(
     found = {}
     for name, terms in _terms(roles, a, b).items():
         found[name] = sum(
-            (factor * increment.state[source][rows] for factor, source in terms if factor), start=torch.zeros_like(local[name])
+            (factor * increment.state[source][rows] for factor, source in terms if factor),
+            start=torch.zeros_like(local[name]),
         )
     return found
 
@@ -283,5 +285,3 @@ def _write(into: Columns, columns: Columns, total: int, where: Tensor, good: Ten
         target = into[seed]
         assert target is not None
         target[where] = value[good] if value.shape[0] != 1 else value.expand(len(good), -1, -1)
-
-

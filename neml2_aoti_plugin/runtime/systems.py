@@ -182,7 +182,8 @@ def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int) -> None:
     """Refuse a graph that returns another number of tensors than the metadata tells."""
     if len(outputs) != expected:
         raise ArtifactError(
-            f"{graph.file}: returned {len(outputs)} outputs, expected {expected}. The package belongs to another model or "
+            f"{graph.file}: returned {len(outputs)} outputs, expected {expected}. The package belongs to "
+            "another model or "
             "to another compile; compile the model again with neml2-compile."
         )
 
@@ -208,7 +209,9 @@ def solve_rows(graph: Graph, a: Groups, b: Groups, like: Groups) -> Groups:
             singular = torch.linalg.solve_ex(a[0], b[0].unsqueeze(-1)).info != 0
             if not singular.any():
                 raise
-            mended = torch.where(singular[:, None, None], torch.eye(a[0].shape[-1], dtype=a[0].dtype, device=a[0].device), a[0])
+            mended = torch.where(
+                singular[:, None, None], torch.eye(a[0].shape[-1], dtype=a[0].dtype, device=a[0].device), a[0]
+            )
             found = graph([mended, *b])
             return [x.masked_fill(singular[:, None], torch.nan) for x in found]
     return on_sound_rows(graph, [*a, *b], like)

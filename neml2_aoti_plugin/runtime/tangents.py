@@ -38,7 +38,9 @@ def dense(columns: Columns, like: Tensor) -> dict[Seed, Tensor]:
         The same derivatives, none of them None.
     """
     return {
-        seed: torch.eye(prod(like.shape[1:]), dtype=like.dtype, device=like.device).unsqueeze(0) if value is None else value
+        seed: torch.eye(prod(like.shape[1:]), dtype=like.dtype, device=like.device).unsqueeze(0)
+        if value is None
+        else value
         for seed, value in columns.items()
     }
 
@@ -99,7 +101,8 @@ def contract(block: Tensor, pair: Pair, out_sites: tuple[int, ...], column: Tens
         return times(spread.reshape((block.shape[0], prod(out_sites) * pair.rows, pair.columns)), column)
     if out_sites and out_sites != wrt_sites:
         raise DerivativeNotCompiledError(
-            f"{file}: d({pair.out})/d({pair.wrt}) leads from sites {wrt_sites} to sites {out_sites} (block over {sites}): "
+            f"{file}: d({pair.out})/d({pair.wrt}) leads from sites {wrt_sites} to sites {out_sites} (block over "
+            f"{sites}): "
             "this kind of sub-batched derivative is not supported."
         )
     spread = _on_sites(block, wrt_sites, pair, file)
@@ -145,8 +148,6 @@ def _on_sites(block: Tensor, sites: tuple[int, ...], pair: Pair, file: str) -> T
 def select(tangents: Mapping[str, Columns], rows: Tensor | slice) -> Tangents:
     """The derivatives of some rows."""
     return {
-        name: {
-            seed: value if value is None or value.shape[0] == 1 else value[rows] for seed, value in columns.items()
-        }
+        name: {seed: value if value is None or value.shape[0] == 1 else value[rows] for seed, value in columns.items()}
         for name, columns in tangents.items()
     }
