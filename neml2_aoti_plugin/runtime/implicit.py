@@ -105,16 +105,19 @@ class ImplicitStage:
         first = pack(self.spec.unknowns, state, rows)
         tail = values.common(self.spec.parameters)
         keep = keep_linear and isinstance(self.spec.step, DirectStep)
-        log.emit("newton", "info", "---- begin newton solve ----")
+        # A lockstep solve that is not gated writes these lines itself.
+        speaks = log.enabled("newton", "info") and (gated or not self.in_lockstep)
+        if speaks:
+            log.emit("newton", "info", "---- begin newton solve ----")
         if self.in_lockstep:
             found = self._in_lockstep(first, givens, tail, settings, gated)
         else:
             found = newton.solve_rows(
                 self.system.fresh(), first, givens, tail, self.layouts, settings, gated=gated, keep_linear=keep
             )
-        if log.enabled("newton", "info"):
+        if speaks:
             log.emit("newton", "info", _outcome(found, settings))
-        log.emit("newton", "info", "---- end newton solve ----")
+            log.emit("newton", "info", "---- end newton solve ----")
         state.update(unpack(self.spec.unknowns, found.unknowns))
         return Solved(found, givens, tail)
 
