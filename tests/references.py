@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -31,9 +33,6 @@ Blocks = dict[str, dict[str, Tensor]]
 
 # neml2 cuts steps in compiled models only; this model of the same input is the same without cuts.
 EAGER_MODELS = {"substepping": "whole_step"}
-
-# A tenth of the tolerance that the stub asks for, and no relative one: what is compared is then converged.
-TIGHTER = 0.1
 
 
 @contextlib.contextmanager
@@ -115,14 +114,12 @@ class Case:
 
     @functools.cached_property
     def driver(self) -> Any:
-        """The compiled stub's driver, after its run."""
-        return self.run_driver(self.file)
-
-    def run_driver(self, file: Path, name: str | None = None, overrides: list[str] | None = None) -> Any:
-        """Load a driver of an input file, run it, and return it."""
+        """The compiled stub's driver after its run, with tightened tolerances."""
         with default_dtype(torch.float32 if "float32" in self.stub.flags else torch.float64):
-            driver = neml2.load_input(file, additional_args=overrides or []).get_driver(name or self.stub.driver)
-            driver.run()
+            driver = neml2.load_input(self.file).get_driver(self.stub.driver)
+        if self.implicit is not None:
+            driver.model._inner.set_solver_config(**self.newton)
+        driver.run()
         return driver
 
     @functools.cached_property
@@ -170,9 +167,7 @@ class Case:
         name = EAGER_MODELS.get(self.stub.name, self.stub.model)
         with default_dtype(torch.float64):
             model = neml2.load_input(self.stub.path, additional_args=self.overrides).get_model(name)
-        for update in _implicit_updates(model):
-            update.solver.atol *= TIGHTER
-            update.solver.rtol = 0.0
+        tighten(model)
         return model
 
     @functools.cached_property
@@ -286,6 +281,13 @@ class Case:
         return torch.cat([x.expand(rows, *x.shape[1:]).reshape(rows, -1) for x in found], -1), explicit
 
 
+def tighten(model: Any) -> None:
+    """Make an eager model solve to a tenth of its absolute tolerance, and not be content with a relative one."""
+    for update in _implicit_updates(model):
+        update.solver.atol *= 0.1
+        update.solver.rtol = 0.0
+
+
 def _implicit_updates(model: Any) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, ImplicitUpdate))
 
@@ -303,6 +305,28 @@ def _full(value: Tensor, inputs: Mapping[str, Tensor], variable: Any) -> Tensor:
 def case(name: str) -> Case:
     """An entry of the catalogue, compiled; one object for all tests of a process."""
     return Case(CATALOGUE[name], compiled(name))
+
+
+def edited(of: Case, folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """An artifact with the graphs of a case and changed metadata.
+
+    Args:
+        of: the case.
+        folder: where to put it.
+        edit: changes the decoded metadata in place.
+
+    Returns:
+        The artifact's folder.
+    """
+    root = folder / of.stub.model
+    root.mkdir(parents=True)
+    metadata = json.loads((of.artifact / "metadata.json").read_text(encoding="utf-8"))
+    edit(metadata)
+    (root / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
+    for leaf in of.artifact.iterdir():
+        if leaf.is_dir():
+            shutil.copytree(leaf, root / leaf.name)
+    return root
 
 
 def few(of: Case) -> Tensors:
@@ -427,22 +451,34 @@ def bisected(
 # -- viscoplasticity in numpy -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Viscoplasticity:
-    """The constitutive equations of stubs/viscoplasticity.i, written anew for numpy, in tensor components 3 x 3.
+    """Viscoplasticity of Perzyna's kind with isotropic hardening, written anew for numpy in components 3 x 3.
 
-    Small strain, isotropic elasticity in rate form, overstress of Perzyna's kind with a power law, isotropic linear
-    hardening: s' = C : (e' - p' n), p' = <(q - Y - K p) / eta>^m, n = 3/2 dev(s) / q.
+    s' = C : (e' - p' n), p' = <sqrt(2/3) (q - Y - h(p)) / eta>^m, n = 3/2 dev(s) / q. The factor sqrt(2/3) is that
+    of neml2's YieldFunction, although its documentation leaves it out.
+
+    Args:
+        young: Young's modulus.
+        poisson: Poisson's ratio.
+        yield_stress: Y.
+        hardening: h.
+        eta: reference stress of the flow rate.
+        exponent: m.
     """
 
-    young, poisson = 190_000.0, 0.3
-    yield_stress, modulus = 180.0, 1800.0
-    eta, exponent = 60.0, 4.0
+    young: float
+    poisson: float
+    yield_stress: float
+    hardening: Callable[[float], float]
+    eta: float
+    exponent: float
 
     def rates(self, stress: np.ndarray, p: float, strain_rate: np.ndarray) -> tuple[np.ndarray, float]:
         """Rates of the stress and of the equivalent plastic strain."""
         deviator = stress - np.trace(stress) / 3.0 * np.eye(3)
         mises = np.sqrt(1.5 * np.sum(deviator * deviator))
-        over = mises - self.yield_stress - self.modulus * p
+        over = np.sqrt(2.0 / 3.0) * (mises - self.yield_stress - self.hardening(p))
         p_rate = (over / self.eta) ** self.exponent if over > 0 else 0.0
         flow = 1.5 * deviator / mises if over > 0 else np.zeros((3, 3))
         elastic = strain_rate - p_rate * flow
@@ -462,6 +498,11 @@ class Viscoplasticity:
         )
         assert found.success, found.message
         return found.y[:9].T.reshape(-1, 3, 3), found.y[9]
+
+
+# The constants of stubs/viscoplasticity.i and stubs/substepping.i.
+VISCOPLASTICITY = Viscoplasticity(190_000.0, 0.3, 180.0, lambda p: 1800.0 * p, 60.0, 4.0)
+SUBSTEPPING = Viscoplasticity(60_000.0, 0.35, 30.0, lambda p: 20.0 * (1.0 - np.exp(-150.0 * p)), 40.0, 8.0)
 
 
 def mandel(tensor: np.ndarray) -> np.ndarray:
