@@ -15,7 +15,7 @@ from ..errors import ArtifactError, InputError
 from ..settings import KrylovSettings, NewtonSettings, newton_settings
 from . import schema as s
 from .order import with_argument_order
-from .reading import Node, any_number, choice, file_name, names, number, read_json, shape, text, whole
+from .reading import Node, any_number, choice, file_name, flag, names, number, read_json, shape, text, whole
 from .upgrade import released_form, upgrade
 
 ROLES = ("old_state", "old_force", "cur_force", "incremental", "static", "unknown")
@@ -197,6 +197,7 @@ def pairs(node: Node, wrt: str, *, matrix: bool = False) -> tuple[s.Pair, ...]:
                 row=item.get("row_offset", whole, 0) if cut else None,
                 column=item.get("col_offset", whole, 0) if cut else None,
                 wrt_sub_batch_shape=item.get("in_sub_batch_shape", shape, ()),
+                constant=item.get("batch_independent", flag, False),
             )
         )
     return tuple(found)

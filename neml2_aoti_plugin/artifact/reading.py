@@ -127,6 +127,13 @@ def whole(node: Node) -> int:
     return node.value
 
 
+def flag(node: Node) -> bool:
+    """True or false."""
+    if not isinstance(node.value, bool):
+        raise node.fail("true or false")
+    return node.value
+
+
 def number(node: Node) -> float:
     """A finite number."""
     if isinstance(node.value, bool) or not isinstance(node.value, (int, float)):

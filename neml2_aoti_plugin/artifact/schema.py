@@ -82,6 +82,7 @@ class Pair:
         row: first row of the block in that output's matrix; None when the output is the block.
         column: first column likewise.
         wrt_sub_batch_shape: sites of `wrt`.
+        constant: whether the block is known not to depend on the row.
     """
 
     out: str
@@ -92,6 +93,7 @@ class Pair:
     row: int | None = None
     column: int | None = None
     wrt_sub_batch_shape: Shape = ()
+    constant: bool = False
 
     @cached_property
     def rows(self) -> int:

@@ -192,7 +192,7 @@ class Program:
 
     def single_forward_blocks(
         self, state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], rows: int, pairs: Iterable[tuple[str, str]]
-    ) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor]] | None:
+    ) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor], frozenset[tuple[str, str]]] | None:
         """Values and derivative blocks of a model that is one forward segment, as its graph gives them.
 
         Args:
@@ -202,7 +202,8 @@ class Program:
             pairs: authored (output, input) pairs.
 
         Returns:
-            The outputs, and each block `(rows or 1, *sites, *out_base, *in_base)`; None where the model is another.
+            The outputs, each block `(rows or 1, *sites, *out_base, *in_base)`, and the pairs whose block is known not to
+            depend on the row; None where the model is another.
         """
         stage = self.stages[0]
         values = Values(parameters, self._base_ranks)
@@ -222,7 +223,8 @@ class Program:
             else:
                 base = variables[out].base_shape + variables[wrt].base_shape
                 shaped[out, wrt] = found[out].new_zeros((1, *base))
-        return {v.name: found[v.name] for v in self.metadata.outputs}, shaped
+        constant = frozenset(key for key, (pair, _) in blocks.items() if pair.constant)
+        return {v.name: found[v.name] for v in self.metadata.outputs}, shaped, constant
 
     def _parts(self, values: Values, rows: int) -> Iterator[tuple[Tensor | slice | None, dict[str, Tensor]]]:
         """Cut the rows into those that share the parameters which graphs take only once, and into blocks."""
