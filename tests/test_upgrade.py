@@ -1,0 +1,353 @@
+"""Documents of old schemas, cut out of what the real compilers wrote, read into the newest form."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import fields, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neml2_aoti_plugin.artifact import parse, upgrade
+from neml2_aoti_plugin.artifact.order import argument_order
+from neml2_aoti_plugin.artifact.package import Argument, Signature, parse_kinds
+from neml2_aoti_plugin.artifact.reading import Node
+from neml2_aoti_plugin.artifact.schema import (
+    ForwardSegment,
+    FusedSensitivity,
+    FusedStep,
+    ImplicitSegment,
+    Metadata,
+    Segment,
+)
+from neml2_aoti_plugin.errors import ArtifactError, InputError
+from neml2_aoti_plugin.settings import NewtonSettings
+
+DATA = Path(__file__).resolve().parent / "data"
+NEWEST = "3.1.0"
+OLD = ["3.0.0", "3.0.3", "3.0.6", "3.0.7"]
+SCHEMAS = {"3.0.0": 2, "3.0.3": 3, "3.0.6": 7, "3.0.7": 12, "3.1.0": 14}
+
+# What multi.i sets; 3.0.0 keeps no line search, and 3.0.6 leaves all of it to the stub.
+TOLD = {"atol": 1e-14, "rtol": 1e-13, "miters": 30, "ls_max_iters": 4}
+
+
+def document(release: str, scenario: str = "multi") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DATA / f"{release}-{scenario}.json").read_text())
+    return found
+
+
+def read(written: dict[str, Any], solver: dict[str, Any] | None = None) -> Metadata:
+    newest = upgrade.upgrade(written, "meta.json")
+    return parse.with_solver(parse.metadata(Node(newest, "", "meta.json"), written["schema_version"]), solver or {})
+
+
+def implicit(metadata: Metadata) -> ImplicitSegment:
+    return next(s for s in metadata.segments if isinstance(s, ImplicitSegment))
+
+
+# -- what all schemas have in common -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", OLD)
+def test_schemas_agree_on_the_model(release: str) -> None:
+    old, new = read(document(release)), read(document(NEWEST))
+    assert (old.inputs, old.outputs) == (new.inputs, new.outputs)
+    assert set(old.derivatives) == set(new.derivatives)
+    assert [type(s) for s in old.segments] == [type(s) for s in new.segments]
+    for ours, theirs in zip(old.segments, new.segments, strict=True):
+        assert signature(ours) == signature(theirs)
+    assert old.schema == SCHEMAS[release]
+
+
+def signature(segment: Segment) -> object:
+    """What a segment takes and gives, without the names of residuals, which 3.0.0 does not tell, and of types."""
+    if isinstance(segment, ForwardSegment):
+        return segment.inputs, segment.outputs, segment.taken, segment.order
+    groups = [
+        [(g.structure, [(v.name, v.natural_shape) for v in g.variables]) for g in some]
+        for some in (segment.unknowns, segment.givens)
+    ]
+    residuals = [[v.natural_shape for v in g.variables] for g in segment.residuals]
+    return groups, residuals, segment.predictor, {(p.out, p.wrt) for p in pairs_of(segment)}
+
+
+def pairs_of(segment: ImplicitSegment) -> tuple[Any, ...]:
+    return segment.sensitivity.pairs if segment.sensitivity is not None else ()
+
+
+@pytest.mark.parametrize("release", OLD)
+def test_the_document_is_left_as_it_was(release: str) -> None:
+    written = document(release)
+    before = deepcopy(written)
+    upgrade.upgrade(written, "meta.json")
+    assert written == before
+
+
+@pytest.mark.parametrize("release", OLD)
+def test_an_upgrade_in_two_halves_is_the_upgrade(release: str) -> None:
+    found = document(release)
+    steps = [step for schema, step in upgrade.STEPS.items() if schema >= SCHEMAS[release]]
+    for step in steps:
+        found = step(Node(found, "", "meta.json"))
+    assert found == upgrade.upgrade(document(release), "meta.json")
+
+
+# -- Newton settings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("release", "told"),
+    [
+        ("3.0.0", {**TOLD, "ls_max_iters": 1}),
+        ("3.0.3", TOLD),
+        ("3.0.6", {}),
+        ("3.0.7", TOLD),
+        ("3.1.0", TOLD),
+    ],
+)
+def test_newton_settings_come_from_where_the_release_put_them(release: str, told: dict[str, Any]) -> None:
+    assert implicit(read(document(release))).newton == NewtonSettings(**told)
+
+
+@pytest.mark.parametrize("release", [*OLD, NEWEST])
+def test_given_newton_settings_win(release: str) -> None:
+    own = implicit(read(document(release))).newton
+    found = implicit(read(document(release), {"atol": 1e-5, "ls_type": "STRONG_WOLFE"})).newton
+    assert found == replace(own, atol=1e-5, ls_type="STRONG_WOLFE")
+
+
+@pytest.mark.parametrize(
+    ("solver", "told"),
+    [({"abs_tol": 1e-5}, ["abs_tol", *(f.name for f in fields(NewtonSettings))]), ({"atol": -1.0}, ["atol", "-1.0"])],
+)
+def test_a_newton_setting_that_is_none_is_refused(solver: dict[str, Any], told: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        read(document("3.0.6"), solver)
+    assert all(word in str(error.value) for word in told)
+
+
+# -- schemas 2 and 3 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", ["3.0.0", "3.0.3"])
+def test_all_pairs_are_derivatives(release: str) -> None:
+    metadata = read(document(release))
+    assert metadata.derivatives == tuple((o.name, i.name) for o in metadata.outputs for i in metadata.inputs)
+    assert metadata.parameter_derivatives == ()
+
+
+def test_schema_2_cuts_blocks_out_of_one_matrix() -> None:
+    metadata = read(document("3.0.0"))
+    first = metadata.segments[0]
+    assert isinstance(first, ForwardSegment) and first.jacobian is not None
+    assert covered(first.jacobian.pairs) == (7, 7)
+    segment = implicit(metadata)
+    assert isinstance(segment.sensitivity, FusedSensitivity)
+    assert covered(segment.sensitivity.pairs) == (7, 16)
+
+
+def covered(pairs: tuple[Any, ...]) -> tuple[int, int]:
+    """The size of the matrix that the pairs cover without a gap or an overlap."""
+    height, width = max(p.row + p.rows for p in pairs), max(p.column + p.columns for p in pairs)
+    hits = torch.zeros(height, width, dtype=torch.int64)
+    for pair in pairs:
+        assert pair.output == 0
+        hits[pair.row : pair.row + pair.rows, pair.column : pair.column + pair.columns] += 1
+    assert bool((hits == 1).all())
+    return height, width
+
+
+@pytest.mark.parametrize(("release", "iterate"), [("3.0.0", True), ("3.0.3", False), ("3.0.6", False)])
+def test_only_schema_2_returns_the_iterate(release: str, iterate: bool) -> None:
+    step = implicit(read(document(release))).step
+    assert isinstance(step, FusedStep) and step.returns_iterate is iterate
+
+
+def test_schema_3_cells_are_cut_by_what_their_sides_store() -> None:
+    segment = implicit(read(document("3.0.3", "cross_group_folded")))
+    places = {(p.out, p.wrt): (p.output, p.row, p.column, p.rows, p.columns) for p in pairs_of(segment)}
+    # Three sites of a symmetric tensor are 18 columns of a dense group.
+    wide = [v for g in segment.givens for v in g.variables if v.sub_batch_shape]
+    assert wide and all(places["all", v.name][4] == prod(v.natural_shape) == 18 for v in wide)
+    per_matrix: dict[int, list[Any]] = {}
+    for pair in pairs_of(segment):
+        per_matrix.setdefault(pair.output, []).append(replace(pair, output=0))
+    assert [covered(tuple(pairs)) for _, pairs in sorted(per_matrix.items())]
+
+
+@pytest.mark.parametrize("release", ["3.0.0", "3.0.3"])
+def test_a_type_that_is_not_known_is_named(release: str) -> None:
+    written = document(release)
+    written["inputs"][1]["var_type"] = "R5"
+    with pytest.raises(ArtifactError, match=r"'strain' has type 'R5'.*SR2"):
+        read(written)
+
+
+@pytest.mark.parametrize("release", ["3.0.0", "3.0.3"])
+def test_a_size_that_does_not_fit_the_type_is_named(release: str) -> None:
+    written = document(release)
+    written["inputs"][1]["var_size"] = 9
+    with pytest.raises(ArtifactError, match=r"inputs\[1\]\.var_size is 9, expected 6"):
+        read(written)
+
+
+@pytest.mark.parametrize("release", ["3.0.0", "3.0.3", "3.0.6"])
+def test_the_rotation_of_old_is_the_mrp_of_today(release: str) -> None:
+    written = document(release)
+    written["inputs"].append({"name": "R", "var_size": 3, "var_type": "Rot", "base_shape": [3]})
+    if release != "3.0.6":
+        del written["inputs"][-1]["base_shape"]
+    found = read(written).inputs[-1]
+    assert (found.name, found.type, found.base_shape) == ("R", "MRP", (3,))
+
+
+# -- numbers that were never released, and damage -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("release", "numbers"), [("3.0.3", (4, 5, 6)), ("3.0.6", (8, 9, 10, 11)), ("3.0.7", (13,))])
+def test_an_unreleased_schema_is_read_like_the_one_below(release: str, numbers: tuple[int, ...]) -> None:
+    for number in numbers:
+        found = read({**document(release), "schema_version": number})
+        assert replace(found, schema=0) == replace(read(document(release)), schema=0)
+
+
+def test_an_unreleased_schema_that_does_not_fit_says_so(tmp_path: Path) -> None:
+    written = {**document("3.0.3"), "schema_version": 5}
+    del written["segments"][1]["given_group_infos"]
+    (tmp_path / "bar_meta.json").write_text(json.dumps(written))
+    with pytest.raises(
+        ArtifactError, match=r"schema 5, which no neml2 release wrote; read like schema 3.*given_group_infos"
+    ):
+        parse.read_metadata(tmp_path / "bar_meta.json")
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (15, "schema 15.*up to 14.*pip install -U neml2-aoti-plugin"),
+        (1, "schema 1, which no neml2 release wrote.*3.0.0 to 3.0.2"),
+        (0, "schema 0, which no neml2 release wrote"),
+        (-3, "schema -3, which no neml2 release wrote"),
+        ("7", "schema_version is '7', expected a whole number"),
+        (True, "schema_version is True, expected a whole number"),
+        (None, "schema_version is None, expected a whole number"),
+    ],
+)
+def test_a_schema_that_is_not_known_is_refused(number: object, told: str) -> None:
+    with pytest.raises(ArtifactError, match=told):
+        read({**document("3.0.3"), "schema_version": number})
+
+
+@pytest.mark.parametrize("release", [*OLD, NEWEST])
+def test_damage_is_an_error_of_the_plugin(release: str) -> None:
+    """Take out or spoil every key in turn: the file is read all the same, or refused with its name."""
+    whole = document(release)
+    for path in places_in(whole):
+        for spoil in (None, [], {}, "x", -1):
+            written = deepcopy(whole)
+            spoiled(written, path, spoil)
+            try:
+                read(written)
+            except ArtifactError as error:
+                assert "meta.json" in str(error)
+
+
+def places_in(value: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of the keys of a document, the first and second entries of its lists only."""
+    found: list[tuple[Any, ...]] = [path] if path else []
+    if isinstance(value, dict):
+        entries: list[tuple[Any, object]] = list(value.items())
+    else:
+        entries = list(enumerate(value))[:2] if isinstance(value, list) else []
+    for key, item in entries:
+        if key != "schema_version":
+            found += places_in(item, (*path, key))
+    return found
+
+
+def spoiled(document: Any, path: tuple[Any, ...], value: object) -> None:
+    for key in path[:-1]:
+        document = document[key]
+    if value is None:
+        del document[path[-1]]
+    else:
+        document[path[-1]] = value
+
+
+# -- the order of arguments ----------------------------------------------------------------------------------------
+
+SR2, SCALAR = "neml2.types.SR2", "neml2.types.Scalar"
+
+
+def taking(*arguments: tuple[tuple[int | None, ...], str]) -> Signature:
+    return Signature(tuple(Argument(torch.float64, extents, kind) for extents, kind in arguments), 1)
+
+
+def order(signature: Signature | None, inputs: tuple[str, ...] = ("strain",)) -> tuple[str, ...]:
+    segment = ForwardSegment("a.pt2", inputs, ("stress",), ("E",), parameters_among_inputs=True)
+    return argument_order(segment, {"strain": (6,), "T": (), "E": ()}, signature, Path("a.pt2"))
+
+
+@pytest.mark.parametrize(
+    ("signature", "expected"),
+    [
+        (taking(((None, 6), SR2), ((), "")), ("strain", "E")),
+        (taking(((), ""), ((None, 6), SR2)), ("E", "strain")),
+        # 3.0.0 hands all of them over as plain tensors; a parameter has no free axis.
+        (taking(((None, 6), ""), ((), "")), ("strain", "E")),
+        (taking(((), ""), ((None, 6), "")), ("E", "strain")),
+        # A pinned batch has no free axis; 3.0.3, which first pins it, tells by type.
+        (taking(((), ""), ((2, 6), SR2)), ("E", "strain")),
+    ],
+)
+def test_the_package_tells_the_order(signature: Signature, expected: tuple[str, ...]) -> None:
+    assert order(signature) == expected
+
+
+def test_inputs_keep_their_own_order_around_a_parameter() -> None:
+    signature = taking(((None,), SCALAR), ((), ""), ((None, 6), SR2))
+    assert order(signature, ("T", "strain")) == ("T", "E", "strain")
+
+
+@pytest.mark.parametrize(
+    ("signature", "told"),
+    [
+        (None, "does not tell its arguments"),
+        (taking(((None, 6), SR2)), "takes 1 arguments, expected 2"),
+        (taking(((2, 6), ""), ((), "")), "2 of its 2 arguments look like parameters, expected 1"),
+        (taking(((None, 6), SR2), ((None,), SCALAR)), "0 of its 2 arguments look like parameters, expected 1"),
+        (taking(((None, 3), SR2), ((), "")), r"where 'strain' of shape \(6,\) would stand it takes \(None, 3\)"),
+        (taking(((None, 6), SR2), ((6,), "")), r"where 'E' of shape \(\) would stand it takes \(6,\)"),
+    ],
+)
+def test_an_order_that_does_not_show_is_refused(signature: Signature | None, told: str) -> None:
+    with pytest.raises(ArtifactError, match=f"cannot tell in which order.*strain.*E.*{told}"):
+        order(signature)
+
+
+def test_kinds_come_from_the_call_spec() -> None:
+    leaf = {"type": None, "context": None, "children_spec": []}
+    typed = {"type": SR2, "context": '[["data"], []]', "children_spec": [leaf]}
+    call = {
+        "type": "builtins.tuple",
+        "children_spec": [{"type": "builtins.tuple", "children_spec": [leaf, typed]}, leaf],
+    }
+    source = f'    in_spec_ = R"({json.dumps([1, call])})";\n    out_spec_ = R"([])";'
+    assert parse_kinds(source, 2) == ["", SR2]
+    assert parse_kinds(source, 3) == ["", "", ""]
+    assert parse_kinds("no spec", 2) == ["", ""]
+
+
+@pytest.mark.parametrize("release", ["3.0.0", "3.0.3"])
+def test_promotion_leaves_the_order_open_until_the_package_is_read(release: str) -> None:
+    metadata = read(document(release, "promoted_provider"))
+    first = metadata.segments[0]
+    assert isinstance(first, ForwardSegment) and first.parameters_among_inputs and first.parameters == ("young.value",)
+    settled = replace(first, arguments=("young.value", "strain"), parameters_among_inputs=False)
+    assert settled.order == (1, 0)
+    assert replace(first, arguments=("strain", "young.value")).order is None
