@@ -109,13 +109,11 @@ def jacobian(
     call = caller.admit(inputs, overrides)
     direct = caller.program.single_forward_blocks(call.state, call.parameters, call.rows, pairs)
     if direct is not None:
-        values, found = direct
+        values, found, constant = direct
         blocks: Blocks = {}
         for (out, wrt), block in found.items():
-            shaped = (
-                caller.to_caller(block[0]).contiguous() if block.shape[0] == 1 else caller.unflatten(block, call.batch)
-            )
-            # With one row a block that depends on it looks like one that does not; the caller's shape tells.
+            once = (out, wrt) in constant and block.shape[0] == 1
+            shaped = caller.to_caller(block[0]).contiguous() if once else caller.unflatten(block, call.batch)
             blocks.setdefault(caller.output_name(out), {})[caller.input_name(wrt)] = shaped
         return caller.outputs(values, call.batch), blocks
     seeds: dict[str, Columns] = {wrt: {("input", wrt): None} for wrt in dict.fromkeys(i for _, i in pairs)}

@@ -105,7 +105,8 @@ def solve_rows(
         ending = count == norm.shape[0]
         if not ending or i > 0:
             du = system.direction(u, g, tail, b, linear)
-        if count:
+        # Without rows there is nothing to count, and the end is at once.
+        if count or ending:
             final = u if i == 0 else _polished(u, du, done, of_u)
             if ending and rows is None:
                 steps = torch.full((total,), i, dtype=torch.int64, device=norm.device)

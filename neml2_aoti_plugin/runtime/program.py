@@ -202,8 +202,8 @@ class Program:
             pairs: authored (output, input) pairs.
 
         Returns:
-            The outputs, each block `(rows or 1, *sites, *out_base, *in_base)`, and the pairs whose block is known not to
-            depend on the row; None where the model is another.
+            The outputs, each block `(rows or 1, *sites, *out_base, *in_base)`, and the pairs whose block is known not
+            to depend on the row; None where the model is another.
         """
         stage = self.stages[0]
         values = Values(parameters, self._base_ranks)
