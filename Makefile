@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test lint format wheel clean compare-native
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint    check style, format and types"
 	@echo "make format  mend style and format where a tool can"
 	@echo "make wheel   build the wheel in dist/"
+	@echo "make compare-native  compare lockstep mode with neml2's C++ binding; writes docs/lockstep.md"
 	@echo "make clean   remove the virtual environment and what was built"
 
 # torch comes first and by itself: resolved together with the rest, pip may look at every release of it.
@@ -49,3 +50,7 @@ wheel: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
+
+# Lockstep mode against neml2's C++ binding, in an environment of its own with the last torch that the binding runs on.
+compare-native: $(INSTALLED)
+	$(BIN)/python tools/compare_native.py --compile-with $(BIN)/python

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from neml2_aoti_plugin.model import Model
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
@@ -50,7 +52,7 @@ LEFT_OUT = {
 }
 # Stubs that both are given one row at a time, and why.
 ONE_BY_ONE = {
-    "cross_group": "compared one row at a time; with two rows the binding's first Newton step is 1e45 long",
+    "cross_group": "row by row, because the binding fails on two rows (docs/differences.md, sub-batched systems)",
 }
 # Batch shape in place of a flat one, for stubs whose graphs want another; the metadata do not tell.
 BATCH_SHAPES = {"elasticity_static": (3,), "elasticity_rank2": (2, 3)}
@@ -129,7 +131,7 @@ def compare(stub: Stub, folder: Path) -> Comparison:
         wanted = native.forward(inputs)
         got = ours.forward(inputs)
         found.steps += 1
-        found.rows = max(found.rows, rows_of(wanted, native))
+        found.rows = max(found.rows, rows_of(inputs, ours))
         mine, theirs = updates(our_lines), updates(native_lines)
         found.our_updates += sum(mine)
         found.native_updates += sum(theirs)
@@ -196,12 +198,11 @@ def flat(
     return {name: t.contiguous() for name, t in rows.items()}
 
 
-def rows_of(outputs: dict[str, Tensor], native: Any) -> int:
-    """Count the points of a call by the first output."""
-    name = native.output_names[0]
-    base = native.output_base_shapes[0]
-    value = outputs[name]
-    return int(value.shape[: value.ndim - len(base)].numel())
+def rows_of(inputs: dict[str, Tensor], ours: Model) -> int:
+    """Count the points of a call by the first input."""
+    name, variable = next(iter(ours.inputs.items()))
+    value = inputs[name]
+    return int(value.shape[: value.ndim - len(variable.natural_shape)].numel())
 
 
 def updates(lines: list[str]) -> list[int]:
@@ -344,8 +345,10 @@ def page(rows: list[tuple[str, ...]], found: dict[str, str], command: str) -> st
     lines = [
         "# Lockstep mode against neml2's C++ binding",
         "",
-        f"Made on {date.today()} by `{command}` with neml2 {found['neml2']}, torch {found['torch']} and Python "
-        f"{found['Python']}, where the binding works.",
+        f"Made on {date.today()} with neml2 {found['neml2']}, torch {found['torch']} and Python {found['Python']}, "
+        "where the binding works, by",
+        "",
+        f"    {command}",
         "",
         "Each stub's driver takes the model through its load history. At every step the binding's `Model` and this",
         'package\'s `Model(..., mode="lockstep")` are called with the same tensors, in one process. *Updates* are',
