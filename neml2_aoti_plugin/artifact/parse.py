@@ -373,4 +373,7 @@ def _check_names(found: s.Metadata, node: Node) -> None:
 def _need(wanted: Any, known: set[str], where: str) -> None:
     for name in wanted:
         if name not in known:
-            raise ArtifactError(f"{where} needs input {name!r} which is not in the model's inputs or earlier outputs.")
+            raise ArtifactError(
+                f"{where} needs input {name!r} which is not in the model's inputs or earlier outputs. The metadata is "
+                "damaged or was edited; compile the model again with neml2-compile."
+            )
