@@ -1,0 +1,414 @@
+"""Bad input: each case gives one error that names the thing, what was expected and the cure, raw and from HIT."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import neml2
+import pytest
+import torch
+from neml2.types import SR2, Scalar
+
+import references
+from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, InputError, InputTypeError, Model, UnknownNameError
+from references import Tensors
+
+Load = Callable[..., Any]
+
+
+def load_raw(artifact: Path, **options: Any) -> Model:
+    """The raw class on an artifact."""
+    return Model(artifact, **options)
+
+
+def load_hit(artifact: Path, **options: Any) -> Any:
+    """The HIT type on an artifact, by a stub beside it."""
+    stub = artifact.parent / "stub.i"
+    if not artifact.parent.is_dir():
+        artifact.parent.mkdir(parents=True)
+    stub.write_text(f"[Models]\n  [m]\n    type = AOTIModel\n    artifact_path = '{artifact.name}'\n  []\n[]\n")
+    return neml2.load_model(stub, "m", **options)
+
+
+@pytest.fixture(params=[load_raw, load_hit], ids=["raw", "hit"])
+def load(request: pytest.FixtureRequest) -> Load:
+    found: Load = request.param
+    return found
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """A copy of the elasticity artifact that a test may damage."""
+    return Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "elasticity"))
+
+
+def refused(load: Load, artifact: Path, error: type[Exception], *words: str, **options: Any) -> str:
+    """Load an artifact that must be refused with these words; give the message."""
+    with pytest.raises(error) as raised:
+        load(artifact, **options)
+    text = str(raised.value)
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"
+    if load is load_hit:
+        assert "[Models/m]" in text and str(artifact.parent / "stub.i") in text, text
+    return text
+
+
+class TestArtifact:
+    def test_no_folder(self, load: Load, tmp_path: Path) -> None:
+        refused(load, tmp_path / "gone", ArtifactNotFoundError, str(tmp_path / "gone"), "no such", "neml2-compile")
+
+    def test_no_folder_tells_what_is_beside(self, load: Load, artifact: Path) -> None:
+        refused(load, artifact.with_name("elastic"), ArtifactNotFoundError, "elastic", "elasticity")
+
+    def test_folder_without_metadata(self, load: Load, artifact: Path) -> None:
+        (artifact / "metadata.json").unlink()
+        refused(load, artifact, ArtifactNotFoundError, str(artifact), "metadata.json", "neml2-compile")
+
+    def test_no_leaf_for_the_dtype(self, load: Load, artifact: Path) -> None:
+        text = refused(load, artifact, ArtifactNotFoundError, "no compiled artifact for device", dtype="float32")
+        assert "'cpu'" in text and "'float32'" in text
+        assert "cpu/float64" in text
+        assert re.search(r"neml2-compile .*--device cpu --dtype float32", text)
+
+    def test_no_leaf_for_the_device(self, load: Load, artifact: Path) -> None:
+        text = refused(load, artifact, ArtifactNotFoundError, "'cuda'", "cpu/float64", device="cuda")
+        assert re.search(r"neml2-compile .*--device cuda", text)
+
+    def test_no_leaf_at_all(self, load: Load, artifact: Path) -> None:
+        shutil.rmtree(artifact / "cpu")
+        refused(load, artifact, ArtifactNotFoundError, "(none)", "neml2-compile")
+
+    def test_missing_package(self, load: Load, artifact: Path) -> None:
+        (artifact / "cpu/float64/elasticity.pt2").unlink()
+        refused(load, artifact, ArtifactNotFoundError, "elasticity.pt2", "compile the model again")
+
+    def test_package_that_is_none(self, load: Load, artifact: Path) -> None:
+        file = artifact / "cpu/float64/elasticity.pt2"
+        file.write_bytes(b"not a package")
+        with pytest.raises(ArtifactError, match=re.escape(str(file))):
+            model = load(artifact)
+            # A raw model may find out on its first call.
+            getattr(model, "_inner", model).forward({"strain": torch.zeros(6, dtype=torch.float64)})
+
+    @pytest.mark.parametrize("device", ["gpu", "vulkan", "cuda:x"])
+    def test_unknown_device(self, artifact: Path, device: str) -> None:
+        refused(load_raw, artifact, InputError, device, "cpu, cuda", device=device)
+
+    @pytest.mark.parametrize("dtype", ["double", "float16", torch.float16])
+    def test_unknown_dtype(self, load: Load, artifact: Path, dtype: Any) -> None:
+        refused(load, artifact, InputError, str(dtype).removeprefix("torch."), "float64, float32", dtype=dtype)
+
+
+class TestMetadata:
+    def edit(self, artifact: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+        file = artifact / "metadata.json"
+        document = json.loads(file.read_text())
+        change(document)
+        file.write_text(json.dumps(document))
+
+    @pytest.mark.parametrize(
+        ("schema", "words"),
+        [
+            (15, ["schema 15", "up to 14", "pip install -U neml2-aoti-plugin"]),
+            (1, ["schema 1", "14 (neml2 3.1.0)", "neml2-compile"]),
+            ("14", ["schema_version", "'14'", "whole number"]),
+            (None, ["schema_version", "None", "whole number"]),
+            (True, ["schema_version", "True", "whole number"]),
+        ],
+    )
+    def test_unknown_schema(self, load: Load, artifact: Path, schema: object, words: list[str]) -> None:
+        self.edit(artifact, lambda d: d.update(schema_version=schema))
+        refused(load, artifact, ArtifactError, str(artifact / "metadata.json"), *words)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '"metadata"', '{"schema_version": 14'])
+    def test_no_json_object(self, load: Load, artifact: Path, text: str) -> None:
+        (artifact / "metadata.json").write_text(text)
+        refused(load, artifact, ArtifactError, str(artifact / "metadata.json"), "JSON")
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda d: d.pop("inputs"), ["'inputs'"]),
+            (lambda d: d.pop("segments"), ["'segments'"]),
+            (lambda d: d.update(segments=[]), ["segments", "at least one"]),
+            (lambda d: d.update(type="plain"), ["type", "'plain'", "composed"]),
+            (lambda d: d["inputs"][0].pop("name"), ["inputs[0]", "'name'"]),
+            (lambda d: d["inputs"][0].update(base_shape=[-6]), ["inputs[0].base_shape", "-6"]),
+            (lambda d: d["inputs"][0].update(base_shape="six"), ["inputs[0].base_shape", "'six'", "list"]),
+            (lambda d: d["segments"][0].update(kind="magic"), ["segments[0].kind", "'magic'"]),
+            (lambda d: d["segments"][0].update(package="../x.pt2"), ["segments[0].package", "../x.pt2"]),
+            (lambda d: d["segments"][0].update(inputs=["eps"]), ["eps"]),
+        ],
+    )
+    def test_damage_is_told_by_its_key(
+        self, load: Load, artifact: Path, change: Callable[[dict[str, Any]], Any], words: list[str]
+    ) -> None:
+        self.edit(artifact, change)
+        refused(load, artifact, ArtifactError, str(artifact / "metadata.json"), "neml2-compile", *words)
+
+    def test_type_that_neml2_does_not_have(self, artifact: Path) -> None:
+        self.edit(artifact, lambda d: d["inputs"][0].update(var_type="SR3"))
+        refused(load_hit, artifact, ArtifactError, "'strain'", "'SR3'", "neml2")
+
+    def test_nested_beyond_reason(self, load: Load, artifact: Path) -> None:
+        (artifact / "metadata.json").write_text("[" * 100_000)
+        refused(load, artifact, ArtifactError, str(artifact / "metadata.json"))
+
+
+class TestStub:
+    def load(self, tmp_path: Path, block: str) -> Any:
+        stub = tmp_path / "stub.i"
+        stub.write_text(f"[Models]\n  [m]\n    type = AOTIModel\n    {block}\n  []\n[]\n")
+        return neml2.load_model(stub, "m")
+
+    def test_misspelt_option(self, tmp_path: Path) -> None:
+        case = references.case("elasticity")
+        with pytest.raises(ValueError) as raised:
+            self.load(tmp_path, f"artefact_path = '{case.artifact}'")
+        assert "artefact_path" in str(raised.value) and "artifact_path" in str(raised.value)
+
+    def test_option_of_another_type(self, tmp_path: Path) -> None:
+        case = references.case("elasticity")
+        with pytest.raises(ValueError, match="youngs_modulus"):
+            self.load(tmp_path, f"artifact_path = '{case.artifact}'\n    youngs_modulus = 1")
+
+    def test_no_path(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError) as raised:
+            self.load(tmp_path, "")
+        assert "artifact_path" in str(raised.value) and "[Models/m]" in str(raised.value)
+
+
+def good(name: str) -> Tensors:
+    return {n: x.clone() for n, x in references.case(name).rows().items()}
+
+
+# How to call a model, with what must be beside the inputs.
+OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "forward": lambda m, x: m.forward(x),
+    "solve": lambda m, x: m.solve(x),
+    "jvp": lambda m, x: m.jvp(x, {}),
+    "jacobian": lambda m, x: m.jacobian(x),
+    "param_jacobian": lambda m, x: m.param_jacobian(x),
+    "param_vjp": lambda m, x: m.param_vjp(
+        x, {n: torch.ones(v.base_shape, dtype=m.dtype) for n, v in m.outputs.items()}
+    ),
+}
+
+# What is wrong, the class of the error, and what the message must tell.
+INPUTS: dict[str, tuple[Callable[[Tensors], Any], type[Exception], list[str]]] = {
+    "unknown name": (
+        lambda x: {**x, "strian": x["strain"]},
+        UnknownNameError,
+        ["unknown 'strian'", "strain, strain~1, t, t~1, equivalent_plastic_strain~1, stress~1"],
+    ),
+    "missing input": (
+        lambda x: {n: v for n, v in x.items() if n != "t~1"},
+        UnknownNameError,
+        ["missing 't~1'", "strain, strain~1, t, t~1"],
+    ),
+    "misspelt input": (
+        lambda x: {("time" if n == "t" else n): v for n, v in x.items()},
+        UnknownNameError,
+        ["missing 't'", "unknown 'time'"],
+    ),
+    "no dict": (lambda x: list(x.values()), InputTypeError, ["list", "dict"]),
+    "no tensor": (
+        lambda x: {**x, "t": 1.0},
+        InputTypeError,
+        ["'t'", "float", "torch.Tensor", "torch.as_tensor(value, dtype=torch.float64)"],
+    ),
+    "numpy array": (lambda x: {**x, "strain": x["strain"].numpy()}, InputTypeError, ["'strain'", "ndarray"]),
+    "wrong base shape": (
+        lambda x: {**x, "strain": x["strain"][:, :5]},
+        InputError,
+        ["'strain'", "(9, 5)", "(*batch, 6)", "SR2"],
+    ),
+    "base shape lost": (lambda x: {**x, "stress~1": x["stress~1"][0, 0]}, InputError, ["'stress~1'", "()", "6"]),
+    "scalar with an axis too many": (
+        lambda x: {**x, "t": x["t"][:, None].expand(9, 6).contiguous()},
+        InputError,
+        ["broadcast", "t [9, 6]"],
+    ),
+    "batches that do not broadcast": (
+        lambda x: {**x, "strain": x["strain"][:4]},
+        InputError,
+        ["broadcast", "strain [4]", "t [9]"],
+    ),
+    "single precision": (
+        lambda x: {**x, "strain": x["strain"].float()},
+        InputTypeError,
+        ["'strain'", "torch.float32", "torch.float64", "strain.to(torch.float64)"],
+    ),
+    "whole numbers": (
+        lambda x: {**x, "t": x["t"].long()},
+        InputTypeError,
+        ["'t'", "torch.int64", "torch.float64"],
+    ),
+    "other device": (
+        lambda x: {**x, "strain": x["strain"].to("meta")},
+        InputTypeError,
+        ["'strain'", "meta", "cpu", "strain.to('cpu')"],
+    ),
+}
+
+
+class TestRawInputs:
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    @pytest.mark.parametrize("fault", INPUTS)
+    def test_fault_is_told_by_every_operation(self, fault: str, operation: str) -> None:
+        change, error, words = INPUTS[fault]
+        model = references.case("calibration").model
+        with pytest.raises(error) as raised:
+            OPERATIONS[operation](model, change(good("calibration")))
+        for word in words:
+            assert word in str(raised.value), f"{word!r} is not in: {raised.value}"
+
+    def test_wrong_sub_batch_size(self) -> None:
+        model = references.case("cross_group").model
+        inputs = good("cross_group")
+        inputs["branch_strain~1"] = inputs["branch_strain~1"][:, :2]
+        with pytest.raises(InputError) as raised:
+            model.forward(inputs)
+        for word in ("'branch_strain~1'", "(6, 2, 6)", "(*batch, 3, 6)", "sub-batch shape (3,)"):
+            assert word in str(raised.value), str(raised.value)
+
+    def test_missing_sub_batch_axis(self) -> None:
+        model = references.case("cross_group").model
+        inputs = good("cross_group")
+        inputs["branch_strain~1"] = inputs["branch_strain~1"][:, 0]
+        with pytest.raises(InputError, match=r"'branch_strain~1'.*\(6, 6\).*\(\*batch, 3, 6\)"):
+            model.forward(inputs)
+
+    def test_renamed_input_by_its_old_name(self) -> None:
+        model = references.case("renamed").model
+        with pytest.raises(UnknownNameError) as raised:
+            model.forward({"strain": torch.zeros(6, dtype=torch.float64)})
+        assert "missing 'eps'" in str(raised.value) and "'strain' was renamed to 'eps'" in str(raised.value)
+
+    def test_double_precision_for_a_single_one(self) -> None:
+        model = references.case("elasticity_float32").model
+        with pytest.raises(InputTypeError, match=r"torch\.float64, expected torch\.float32"):
+            model.forward({"strain": torch.zeros(6, dtype=torch.float64)})
+
+    @pytest.mark.parametrize(
+        ("tangents", "error", "words"),
+        [
+            ({"strian": torch.zeros(6, dtype=torch.float64)}, UnknownNameError, ["strian", "strain, strain~1"]),
+            ({"strain": torch.zeros(5, dtype=torch.float64)}, InputError, ["'strain'", "(5,)", "6", "tangent"]),
+            ({"strain": torch.zeros(6)}, InputTypeError, ["tangent 'strain'", "torch.float32"]),
+            ({"strain": torch.zeros(4, 6, dtype=torch.float64)}, InputError, ["tangent 'strain'", "[4]", "[9]"]),
+            ({"strain": torch.zeros(6, dtype=torch.float64, device="meta")}, InputTypeError, ["meta", "cpu"]),
+            ({"strain": 1.0}, InputTypeError, ["tangent 'strain'", "float"]),
+        ],
+    )
+    def test_tangents(self, tangents: dict, error: type[Exception], words: list[str]) -> None:
+        with pytest.raises(error) as raised:
+            references.case("calibration").model.jvp(good("calibration"), tangents)
+        assert all(word in str(raised.value) for word in words), str(raised.value)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            (lambda w: {n: x for n, x in w.items() if n != "stress"}, UnknownNameError, ["stress"]),
+            (lambda w: {**w, "strain": w["stress"]}, UnknownNameError, ["strain", "stress"]),
+            (lambda w: {**w, "stress": w["stress"].float()}, InputTypeError, ["cotangent 'stress'", "torch.float32"]),
+            (lambda w: {**w, "stress": w["stress"][:4]}, InputError, ["cotangent 'stress'", "(4, 6)", "(9, 6)"]),
+            (lambda w: {**w, "stress": w["stress"][..., :5]}, InputError, ["cotangent 'stress'", "(9, 5)"]),
+            (lambda w: {**w, "stress": w["stress"].to("meta")}, InputTypeError, ["meta", "cpu"]),
+        ],
+    )
+    def test_cotangents(self, change: Callable, error: type[Exception], words: list[str]) -> None:
+        model, rows = references.case("calibration").model, good("calibration")
+        cotangents = {n: torch.ones_like(x) for n, x in model.forward(rows).items()}
+        with pytest.raises(error) as raised:
+            model.param_vjp(rows, change(cotangents))
+        assert all(word in str(raised.value) for word in words), str(raised.value)
+
+    @pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "param_jacobian"])
+    @pytest.mark.parametrize(
+        ("name", "value", "error", "words"),
+        [
+            ("K", torch.tensor(1.0, dtype=torch.float64), UnknownNameError, ["'K'", "residual.hardening.K"]),
+            ("residual.hardening.K", torch.tensor(1.0), InputTypeError, ["residual.hardening.K", "torch.float32"]),
+            ("residual.hardening.K", torch.ones(4, dtype=torch.float64), InputError, ["broadcast", "[4]"]),
+            ("residual.hardening.K", torch.ones((), dtype=torch.float64, device="meta"), InputTypeError, ["meta"]),
+        ],
+    )
+    def test_overrides(self, operation: str, name: str, value: Any, error: type[Exception], words: list[str]) -> None:
+        model = references.case("calibration").model
+        with pytest.raises(error) as raised:
+            getattr(model, operation)(good("calibration"), param_overrides={name: value})
+        assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return neml2.load_model(references.case("elasticity").file, "elasticity")
+
+
+@pytest.fixture(scope="module")
+def sites() -> Any:
+    return neml2.load_model(references.case("cross_group").file, "cross_group")
+
+
+class TestTypedInputs:
+    def test_sub_batch_axes_it_was_not_compiled_for(self, model: Any) -> None:
+        with pytest.raises(InputError) as raised:
+            model(SR2(torch.zeros(4, 3, 6, dtype=torch.float64), sub_batch_ndim=1))
+        text = str(raised.value)
+        assert "'strain'" in text and "(3,)" in text and "compiled for none" in text
+        assert "example_batch_shape" in text and "strain = (2; 3)" in text
+
+    def test_other_wrapper_class(self, model: Any) -> None:
+        with pytest.raises(InputTypeError, match=r"'strain' is a Scalar, expected a SR2"):
+            model(Scalar(torch.zeros(5, 6, dtype=torch.float64)))
+
+    @pytest.mark.parametrize("count", [0, 2])
+    def test_number_of_inputs(self, model: Any, count: int) -> None:
+        strain = SR2(torch.zeros(6, dtype=torch.float64))
+        with pytest.raises(InputTypeError, match=f"{count} positional inputs given, expected 1: strain"):
+            model(*[strain] * count)
+
+    def test_dtype(self, model: Any) -> None:
+        with pytest.raises(InputTypeError, match=r"'strain' has dtype torch\.float32, expected torch\.float64"):
+            model(SR2(torch.zeros(6)))
+
+    def test_device(self, model: Any) -> None:
+        with pytest.raises(InputTypeError, match="'strain' is on device meta, expected cpu"):
+            model(SR2(torch.zeros(6, dtype=torch.float64, device="meta")))
+
+    def test_no_tensor(self, model: Any) -> None:
+        with pytest.raises(InputTypeError, match="'strain' is a list"):
+            model([0.0] * 6)
+
+    def test_chain_rule_is_refused(self, model: Any) -> None:
+        strain = SR2(torch.zeros(6, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match=r"jvp\(\) or jacobian\(\)"):
+            model(strain, v={"strain": {"strain": strain}})
+
+    @pytest.mark.parametrize("operation", ["jvp", "jacobian"])
+    def test_derivative_calls_check_typed_inputs_too(self, model: Any, operation: str) -> None:
+        more = ({},) if operation == "jvp" else ()
+        with pytest.raises(InputError, match="compiled for none"):
+            getattr(model, operation)(
+                {"strain": SR2(torch.zeros(4, 3, 6, dtype=torch.float64), sub_batch_ndim=1)}, *more
+            )
+        with pytest.raises(InputTypeError, match="Scalar, expected a SR2"):
+            getattr(model, operation)({"strain": Scalar(torch.zeros(5, 6, dtype=torch.float64))}, *more)
+
+    def test_wrong_sub_batch_size(self, sites: Any) -> None:
+        rows = good("cross_group")
+        typed = [sites.input_spec[n](x, sub_batch_ndim=len(sites.input_sub_batch[n])) for n, x in rows.items()]
+        where = list(rows).index("branch_strain~1")
+        typed[where] = SR2(rows["branch_strain~1"][:, :2], sub_batch_ndim=1)
+        with pytest.raises(InputError, match=r"'branch_strain~1' has sub-batch shape \(2,\), expected \(3,\)"):
+            sites(*typed)
+        typed[where] = SR2(rows["branch_strain~1"], sub_batch_ndim=2)
+        with pytest.raises(InputError, match="'branch_strain~1'"):
+            sites(*typed)
