@@ -65,7 +65,7 @@ class ForwardStage:
         if own is not None and any(pair.wrt in parameters for pair in own.pairs):
             for pair, block in self.parameter_blocks(state, values, rows):
                 if pair.wrt in parameters:
-                    add(found[pair.out], ("parameter", pair.wrt), block.reshape((block.shape[0], -1, pair.columns)))
+                    add(found[pair.out], ("parameter", pair.wrt), block.flatten(1, -2))
         tangents.update(found)
 
     def blocks(self, state: dict[str, Tensor], values: Values, rows: int) -> list[tuple[Pair, Tensor]]:
