@@ -1,0 +1,235 @@
+"""`AOTIModel`, the HIT type: typed tensors in and out, and what neml2 and torch ask of a model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import neml2
+import pytest
+import torch
+from neml2.types import SR2, Scalar, TensorWrapper
+from torch import nn
+
+import references
+from neml2_aoti_plugin import AOTIModel, ArtifactNotFoundError, Model
+from references import Case, difference
+from stubs.catalogue import CATALOGUE
+
+
+def load(name: str, **options: Any) -> Any:
+    case = references.case(name)
+    return neml2.load_model(case.file, case.stub.model, **options)
+
+
+def typed(case: Case, batch_rank: int = 1) -> list[TensorWrapper]:
+    """The case's rows (or its last one) as the HIT type takes them."""
+    model = load(case.stub.name)
+    rows = case.rows() if batch_rank else {n: x[-1] for n, x in case.rows().items()}
+    return [model.input_spec[n](x, sub_batch_ndim=len(model.input_sub_batch[n])) for n, x in rows.items()]
+
+
+class TestLoading:
+    def test_neml2_registers_the_plugins_class(self) -> None:
+        from neml2 import aoti
+        from neml2.factory import _registry
+
+        assert aoti.AOTIModel is AOTIModel is _registry["AOTIModel"]
+        assert type(load("elasticity")) is AOTIModel
+
+    def test_relative_path_is_against_the_stub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = Path(shutil.copytree(references.case("elasticity").folder, tmp_path / "moved"))
+        monkeypatch.chdir(tmp_path)
+        model = neml2.load_model("moved/elasticity_aoti.i", "elasticity")
+        assert model._inner.artifact == folder / "elasticity"
+
+    def test_absolute_path(self, tmp_path: Path) -> None:
+        artifact = references.case("elasticity").artifact
+        stub = tmp_path / "stub.i"
+        stub.write_text(f"[Models]\n  [m]\n    type = AOTIModel\n    artifact_path = '{artifact}'\n  []\n[]\n")
+        assert neml2.load_model(stub, "m")._inner.artifact == artifact
+
+    def test_dtype_is_the_one_compiled(self) -> None:
+        assert load("elasticity")._inner.dtype == torch.float64
+        assert load("elasticity_float32")._inner.dtype == torch.float32
+
+    @pytest.mark.parametrize("dtype", ["float64", torch.float64])
+    def test_dtype_as_asked(self, dtype: Any) -> None:
+        assert load("elasticity", dtype=dtype)._inner.dtype == torch.float64
+
+    def test_dtype_does_not_follow_torchs_default(self) -> None:
+        with references.default_dtype(torch.float32):
+            assert load("elasticity")._inner.dtype == torch.float64
+
+    @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+    def test_device_as_asked(self, device: Any) -> None:
+        assert load("elasticity", device=device)._inner.device.type == "cpu"
+
+    def test_device_follows_torchs_default(self) -> None:
+        torch.set_default_device("meta")
+        try:
+            with pytest.raises(ArtifactNotFoundError, match=r"'meta'.*compiled leaves: cpu/float64"):
+                load("elasticity")
+            assert load("elasticity", device="cpu")._inner.device.type == "cpu"
+        finally:
+            torch.set_default_device(None)
+
+    def test_repr_names_what_it_is(self) -> None:
+        text = repr(load("elasticity"))
+        assert text.startswith("AOTIModel(") and "strain -> stress" in text and "cpu/float64" in text
+
+
+class TestForward:
+    @pytest.mark.parametrize("name", CATALOGUE)
+    def test_gives_what_the_raw_model_gives(self, name: str) -> None:
+        case = references.case(name)
+        model = load(name)
+        outputs = model(*typed(case))
+        expected = case.load(tight=False).forward(case.rows())
+        assert isinstance(outputs, tuple) and len(outputs) == len(model.output_spec)
+        for value, (out, wrapper) in zip(outputs, model.output_spec.items(), strict=True):
+            assert type(value) is wrapper
+            assert torch.equal(value.data, expected[out])
+            sub = expected[out].ndim - 1 - wrapper.BASE_NDIM
+            assert value.sub_batch_ndim == sub
+
+    @pytest.mark.parametrize("name", ["elasticity", "viscoplasticity", "composed", "cross_group", "substepping"])
+    def test_of_one_row_has_no_batch(self, name: str) -> None:
+        case = references.case(name)
+        for value in load(name)(*typed(case, 0)):
+            assert value.data.ndim == value.sub_batch_ndim + type(value).BASE_NDIM
+            assert tuple(value.dynamic_batch_shape) == ()
+
+    def test_takes_raw_tensors_and_a_mixture(self) -> None:
+        case = references.case("composed")
+        model = load("composed")
+        expected = model(*typed(case))
+        raw = list(case.rows().values())
+        for inputs in (raw, [x if k % 2 else y for k, (x, y) in enumerate(zip(raw, typed(case), strict=True))]):
+            for value, wanted in zip(model(*inputs), expected, strict=True):
+                assert torch.equal(value.data, wanted.data)
+
+    def test_value_without_batch_is_common_to_all_rows(self) -> None:
+        case = references.case("viscoplasticity")
+        model = load("viscoplasticity")
+        inputs = typed(case)
+        where = list(model.input_spec).index("t~1")
+        inputs[list(model.input_spec).index("t")] = Scalar(torch.tensor(15.0, dtype=torch.float64))
+        inputs[where] = Scalar(torch.tensor(14.5, dtype=torch.float64))
+        found = model(*inputs)
+        inputs[where] = Scalar(torch.full((9,), 14.5, dtype=torch.float64))
+        for value, wanted in zip(found, model(*inputs), strict=True):
+            assert torch.equal(value.data, wanted.data)
+
+    def test_plain_value_stands_for_all_sites(self) -> None:
+        case = references.case("cross_group")
+        model = load("cross_group")
+        inputs = typed(case)
+        where = list(model.input_spec).index("branch_strain~1")
+        plain = case.rows()["branch_strain~1"][:, 0]
+        inputs[where] = SR2(plain)
+        found = model(*inputs)
+        inputs[where] = SR2(plain[:, None].expand(-1, 3, -1), sub_batch_ndim=1)
+        for value, wanted in zip(found, model(*inputs), strict=True):
+            assert torch.equal(value.data, wanted.data)
+            assert value.sub_batch_ndim == wanted.sub_batch_ndim
+
+    def test_extent_one_stands_for_all_sites(self) -> None:
+        case = references.case("cross_group")
+        model = load("cross_group")
+        inputs = typed(case)
+        where = list(model.input_spec).index("branch_strain")
+        inputs[where] = SR2(torch.zeros(6, dtype=torch.float64)).sub_batch.expand_at(3, 0)
+        expected = model(*typed(case))
+        for value, wanted in zip(model(*inputs), expected, strict=True):
+            assert difference(value.data, wanted.data) < 1e-6
+
+
+class TestDerivatives:
+    def test_take_typed_inputs_and_give_raw_blocks(self) -> None:
+        case = references.case("composed")
+        model = load("composed")
+        inputs = dict(zip(model.input_spec, typed(case), strict=True))
+        rows = case.rows()
+        plain = case.load(tight=False)
+        assert_same(model.jacobian(inputs), plain.jacobian(rows))
+        assert_same(model.jacobian(rows), plain.jacobian(rows))
+        assert_same(model.jvp(inputs, {"strain": inputs["strain"]}), plain.jvp(rows, {"strain": rows["strain"]}))
+
+    def test_by_parameters(self) -> None:
+        case = references.case("calibration")
+        model = load("calibration")
+        inputs = dict(zip(model.input_spec, typed(case), strict=True))
+        rows = case.rows()
+        plain = case.load(tight=False)
+        override = {"residual.hardening.K": torch.tensor(2000.0, dtype=torch.float64)}
+        assert_same(model.param_jacobian(inputs, override), plain.param_jacobian(rows, override))
+        outputs = dict(zip(model.output_spec, model(*inputs.values()), strict=True))
+        raw = {name: value.data for name, value in outputs.items()}
+        assert_same(model.param_vjp(inputs, outputs), plain.param_vjp(rows, raw))
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+        return
+    assert len(found) == len(expected)
+    for key in expected if isinstance(expected, dict) else range(len(expected)):
+        assert_same(found[key], expected[key])
+
+
+class TestParameters:
+    def test_without_arguments_a_dict(self) -> None:
+        model = load("promoted")
+        found = model.named_parameters()
+        assert isinstance(found, dict) and list(found) == ["promoted.E", "promoted.nu"]
+        found["promoted.E"].fill_(1.0)
+        assert float(model.named_parameters()["promoted.E"]) == 1.0
+
+    def test_with_arguments_an_iterator_as_in_torch(self) -> None:
+        model = load("promoted")
+        assert [n for n, _ in model.named_parameters(recurse=True)] == ["promoted.E", "promoted.nu"]
+        assert [n for n, _ in model.named_parameters(prefix="m")] == ["m.promoted.E", "m.promoted.nu"]
+
+    def test_parameters_of_torch(self) -> None:
+        model = load("promoted")
+        assert [float(p) for p in model.parameters()] == [71000.0, 0.33]
+        assert list(model.named_buffers(recurse=True)) == []
+        model.zero_grad()
+        assert model.eval() is model
+
+    def test_names_are_those_at_the_boundary(self) -> None:
+        assert list(load("renamed").named_parameters()) == ["youngs_modulus"]
+
+    @pytest.mark.parametrize(
+        "value",
+        [142000.0, torch.tensor(142000.0, dtype=torch.float64), Scalar(torch.tensor(142000.0, dtype=torch.float64))],
+        ids=["number", "tensor", "typed"],
+    )
+    def test_set_parameter(self, value: Any) -> None:
+        model = load("promoted")
+        strain = SR2(torch.tensor([1e-3, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+        (before,) = model(strain)
+        model.set_parameter("promoted.E", value)
+        (after,) = model(strain)
+        assert difference(after.data, 2 * before.data) < 1e-14
+        assert model.parameter_base_shapes == {"promoted.E": [], "promoted.nu": []}
+
+
+class TestAsAModule:
+    def test_it_is_an_nn_module_without_parts(self) -> None:
+        model = load("viscoplasticity")
+        assert isinstance(model, nn.Module)
+        assert list(model.children()) == []
+        assert isinstance(model._inner, Model)
+
+    def test_names_declared_in_settings_may_be_internal(self, tmp_path: Path) -> None:
+        case = references.case("crystal")
+        stub = tmp_path / "crystal_aoti.i"
+        text = case.file.read_text(encoding="utf-8").replace("'crystal'\n  []\n[]", f"'{case.artifact}'\n  []\n[]")
+        settings = "[Settings]\n  [example_batch_shape]\n    slip_rates = '(2; 12)'\n  []\n[]\n"
+        stub.write_text(settings + text.replace("artifact_path = 'crystal'", f"artifact_path = '{case.artifact}'"))
+        driver = neml2.load_input(stub).get_driver("driver")
+        assert driver.run()
+        assert list(driver.model.input_spec) == list(load("crystal").input_spec)
