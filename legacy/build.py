@@ -275,6 +275,9 @@ def _variables(target: Path, compile_cache: Path) -> dict[str, str]:
         "NEML2_AOTI_PLUGIN": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(compile_cache),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # Of the two C++ files of a graph, the wrapper takes most of the time and has no arithmetic in it.
+        "AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL": "O0",
+        "AOT_INDUCTOR_ENABLE_LINE_TABLES": "0",
     }
 
 
