@@ -46,7 +46,8 @@ def each(some: list[tuple[str, str]]) -> pytest.MarkDecorator:
 
 
 every = each(pairs(OLD))
-driven = each([pair for pair in pairs(OLD) if SCENARIOS[pair[1]].driver is not None])
+# The driver's tensors are double precision, which the float32 artifact refuses.
+driven = each([pair for pair in pairs(OLD) if SCENARIOS[pair[1]].driver and pair[1] != "static_float32"])
 
 
 def having(scenario: str, *without: str) -> pytest.MarkDecorator:
