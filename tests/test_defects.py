@@ -1,0 +1,344 @@
+"""What neml2's C++ runtime gets wrong is right here: one test per defect, by the numbers of docs/differences.md."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import neml2
+import pytest
+import references
+import torch
+from neml2.solvers import ConvergenceError
+from neml2.types import SR2, Scalar
+from references import Tensors, difference, edited
+
+from neml2_aoti_plugin import AOTIModel, ArtifactError, ArtifactNotFoundError, InputError, Model, UnknownNameError
+from neml2_aoti_plugin.artifact.schema import Pair
+from neml2_aoti_plugin.runtime import tangents
+from neml2_aoti_plugin.runtime.substepping import _successor
+from neml2_aoti_plugin.runtime.systems import DirectSystem, solve_rows
+
+
+def rows_of(name: str) -> Tensors:
+    return references.case(name).rows()
+
+
+def substepped(name: str, folder: Path, level: int, miters: int) -> Model:
+    """A model of the catalogue with substepping switched on, and so few iterations that large steps need it."""
+
+    def edit(metadata: dict[str, Any]) -> None:
+        for segment in metadata["segments"]:
+            if segment["kind"] == "implicit":
+                segment["max_substepping_level"] = level
+
+    model = Model(edited(references.case(name), folder, edit))
+    settings = references.case(name).newton
+    model.set_solver_config(**{**settings, "miters": miters})
+    return model
+
+
+class TestD01ChecksEverywhere:
+    """C++ checks neither dtype, device, rank nor sub-batch sizes, and reads garbage."""
+
+    @pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "jvp"])
+    def test_float32_is_refused(self, operation: str) -> None:
+        model = references.case("elasticity").model
+        wrong = {"strain": torch.zeros(2, 6, dtype=torch.float32)}
+        with pytest.raises(InputError, match="float32"):
+            getattr(model, operation)(wrong, *([wrong] if operation == "jvp" else []))
+
+    def test_wrong_sub_batch_size_is_refused(self) -> None:
+        case = references.case("cross_group")
+        rows = rows_of("cross_group")
+        rows["branch_strain~1"] = rows["branch_strain~1"][:, :2]
+        with pytest.raises(InputError, match=r"branch_strain~1.*\(3,\)"):
+            case.model.forward(rows)
+
+    def test_parameters_are_checked(self) -> None:
+        model = references.case("promoted").load()
+        with pytest.raises(InputError, match="float32"):
+            model.set_parameter("promoted.E", torch.tensor(1.0, dtype=torch.float32))
+        with pytest.raises(InputError, match="float32"):
+            model.forward(rows_of("promoted"), {"promoted.E": torch.tensor(1.0, dtype=torch.float32)})
+
+
+@pytest.mark.parametrize("operation", ["forward", "jacobian", "param_jacobian"])
+def test_d02_a_parameter_per_row_in_a_residual_is_each_rows_own(operation: str) -> None:
+    """C++ solves all rows with the first row's value."""
+    model = references.case("promoted_implicit").load()
+    rows = rows_of("promoted_implicit")
+    count = len(rows["t"])
+    name = "residual.creep.eta"
+    values = model.named_parameters()[name] * torch.linspace(0.8, 1.2, count, dtype=torch.float64)
+    together = getattr(model, operation)(rows, {name: values})
+    for k in range(count):
+        alone = getattr(model, operation)({n: x[k] for n, x in rows.items()}, {name: values[k]})
+        if operation == "forward":
+            assert difference(together["stress"][k], alone["stress"]) < 1e-10
+            continue
+        for wrt, block in alone[1]["stress"].items():
+            assert difference(together[1]["stress"][wrt][k], block) < 1e-8
+
+
+def test_d03_substepping_starts_from_the_callers_guess(tmp_path: Path) -> None:
+    """C++ drops the guess of a substepping build without predictor and starts from zero."""
+    case = references.case("substepping")
+
+    def without_predictor(metadata: dict[str, Any]) -> None:
+        for segment in metadata["segments"]:
+            unknowns = {v["name"] for g in segment["unknown_group_infos"] for v in g["per_var_info"]}
+            for key in [k for k in segment if k.startswith("predictor")]:
+                del segment[key]
+        outputs = {v["name"]: v for v in metadata["outputs"]}
+        metadata["inputs"] += [outputs[name] for name in sorted(unknowns)]
+
+    model = Model(edited(case, tmp_path, without_predictor))
+    rows = case.rows()
+    solution = case.model.forward(rows)
+    started = model.solve({**rows, **solution})
+    # Where one span is enough, a start from the solution leaves nothing to do.
+    assert int(started.iterations.min()) <= 1
+    assert bool(started.converged.any())
+
+
+def test_d04_substepping_with_a_predictor_that_reads_older_lags(tmp_path: Path) -> None:
+    """C++ fails on every call when the predictor reads what the residual does not."""
+    case = references.case("chaboche")
+    rows = case.rows()
+    whole = case.model.forward(rows)
+    model = substepped("chaboche", tmp_path, level=6, miters=case.newton["miters"])
+    for name, value in model.forward(rows).items():
+        assert difference(value, whole[name]) < 1e-8, name
+    few = substepped("chaboche", tmp_path / "few", level=8, miters=5).solve(rows)
+    assert bool(few.converged.all())
+    assert all(bool(value.isfinite().all()) for value in few.outputs.values())
+
+
+def test_d05_one_singular_row_is_that_rows_failure() -> None:
+    """C++ raises for the whole batch, without a word of singularity, and no step can be cut."""
+    case = references.case("viscoplasticity")
+    system = case.load()._caller.program.implicit[0].system
+    assert isinstance(system, DirectSystem)
+    generator = torch.Generator().manual_seed(5)
+    a = torch.eye(7, dtype=torch.float64) + 0.1 * torch.rand(4, 7, 7, dtype=torch.float64, generator=generator)
+    b = torch.rand(4, 7, dtype=torch.float64, generator=generator)
+    a[2, 3] = 0.0
+    (found,) = solve_rows(system._solve, [a], [b], [b])
+    assert bool(found[2].isnan().all())
+    good = [0, 1, 3]
+    assert difference(found[good], torch.linalg.solve(a[good], b[good])) < 1e-12
+
+
+def test_d06_parameter_derivatives_of_substepped_solves(tmp_path: Path) -> None:
+    """C++ takes them from a single solve, which fails where substepping is needed."""
+    case = references.case("calibration")
+    few = 4
+    rows = case.rows()
+    # A step so large that a few iterations are not enough for it.
+    rows["strain"] = rows["strain~1"] + 20.0 * (rows["strain"] - rows["strain~1"])
+    whole = case.load()
+    whole.set_solver_config(**{**case.newton, "miters": few})
+    with pytest.raises(ConvergenceError):
+        whole.param_jacobian(rows)
+    model = substepped("calibration", tmp_path, level=10, miters=few)
+    _, blocks = model.param_jacobian(rows)
+    for name, value in model.named_parameters().items():
+        # Longer steps may lead to other cuts of the increment on one side.
+        step = 1e-6 * float(value)
+        ahead, behind = (model.forward(rows, {name: value + s}) for s in (step, -step))
+        for out in ahead:
+            slope = (ahead[out] - behind[out]) / (2.0 * step)
+            assert difference(blocks[out][name], slope, float(slope.abs().max()) or 1.0) < 1e-5, (out, name)
+
+
+def test_d07_declared_shapes_may_name_a_variable_inside_the_model(tmp_path: Path) -> None:
+    """C++'s shim knows the boundary's names only, and the driver refuses the file."""
+    case = references.case("elasticity")
+    stub = tmp_path / case.file.name
+    text = case.file.read_text(encoding="utf-8").replace("'elasticity'\n  []", f"'{case.artifact}'\n  []")
+    stub.write_text(
+        "[Settings]\n  [example_batch_shape]\n    inner_rate = '(2; 12)'\n  []\n[]\n" + text, encoding="utf-8"
+    )
+    with references.default_dtype(torch.float64):
+        try:
+            driver = neml2.load_input(stub).get_driver("driver")
+        except ValueError as error:
+            pytest.fail(f"the declaration was refused: {error}")
+    assert driver.run()
+
+
+def test_d08_a_compiled_model_lists_its_parameters_like_a_module() -> None:
+    """C++'s shim gives a dict whatever is asked, which kills neml2-inspect, parameters() and optimizers."""
+    model = AOTIModel(references.case("promoted").artifact)
+    assert sorted(name for name, _ in model.named_parameters(recurse=True)) == ["promoted.E", "promoted.nu"]
+    assert len(list(model.parameters())) == 2
+
+
+def test_d10_cotangents_broadcast_and_only_those_of_compiled_pairs_are_needed() -> None:
+    """C++ reads past an unbatched cotangent and demands all outputs'."""
+    model = references.case("promoted").model
+    rows = rows_of("promoted")
+    one = torch.linspace(1.0, 2.0, 6, dtype=torch.float64)
+    full = one.expand(len(rows["strain"]), 6).contiguous()
+    for name, gradient in model.param_vjp(rows, {"stress": one}).items():
+        assert difference(gradient, model.param_vjp(rows, {"stress": full})[name]) < 1e-14
+
+
+def test_d11_a_residual_whose_square_overflows_does_not_look_converged() -> None:
+    """C++ divides by an infinite first norm, and calls the next iterate converged."""
+    case = references.case("viscoplasticity")
+    rows = rows_of("viscoplasticity")
+    rows["strain"] = rows["strain"] * 1e160
+    found = case.load().solve(rows)
+    assert not bool(found.converged[rows["strain"].abs().amax(-1) > 1e150].any())
+
+
+def test_d12_outputs_have_no_false_graph() -> None:
+    """C++ links implicit outputs to the initial guess in autograd."""
+    case = references.case("krylov")
+    rows = {name: x.clone().requires_grad_() for name, x in case.rows().items()}
+    assert not any(value.requires_grad for value in case.model.forward(rows).values())
+
+
+class TestD13D14Names:
+    """C++ ignores unknown overrides, and names variables as they were before the rename."""
+
+    def test_unknown_override_is_refused(self) -> None:
+        with pytest.raises(UnknownNameError, match="promoted.G.*promoted.E"):
+            references.case("promoted").model.forward(rows_of("promoted"), {"promoted.G": torch.tensor(1.0)})
+
+    def test_override_by_the_name_before_the_rename_is_refused(self) -> None:
+        model = references.case("renamed").model
+        with pytest.raises(UnknownNameError, match="youngs_modulus"):
+            model.forward(rows_of("renamed"), {"promoted.E": torch.tensor(1.0, dtype=torch.float64)})
+
+    def test_messages_use_boundary_names(self) -> None:
+        model = references.case("renamed").model
+        with pytest.raises(InputError, match="'eps'"):
+            model.forward({"eps": torch.zeros(2, 5, dtype=torch.float64)})
+        with pytest.raises(UnknownNameError, match="renamed to 'eps'"):
+            model.forward({"strain": torch.zeros(2, 6, dtype=torch.float64)})
+
+
+def test_d15_tolerances_are_told_in_scientific_notation() -> None:
+    """C++ prints 1e-10 as 0.000000."""
+    rows = rows_of("viscoplasticity")
+    rows["strain"] = rows["strain"] * torch.nan
+    with pytest.raises(ConvergenceError, match=r"atol=\d\.\de-\d\d"):
+        references.case("viscoplasticity").model.forward(rows)
+
+
+def test_d19_each_lag_takes_the_place_of_the_next_older_one() -> None:
+    """C++ writes the new state into every lag of an unknown."""
+    assert [_successor(name) for name in ("x~1", "x~2", "x~3", "x")] == ["x", "x~1", "x~2", "x"]
+
+
+class TestD26FilesAreNamed:
+    """C++ names no file when one is missing or is not JSON."""
+
+    def test_missing_graph(self, tmp_path: Path) -> None:
+        root = edited(references.case("elasticity"), tmp_path, lambda metadata: None)
+        (root / "cpu" / "float64" / "elasticity.pt2").unlink()
+        with pytest.raises(ArtifactNotFoundError, match=r"elasticity\.pt2"):
+            Model(root)
+
+    def test_malformed_metadata(self, tmp_path: Path) -> None:
+        root = edited(references.case("elasticity"), tmp_path, lambda metadata: None)
+        (root / "metadata.json").write_text("{", encoding="utf-8")
+        with pytest.raises(ArtifactError, match=r"metadata\.json.*JSON"):
+            Model(root)
+
+
+def test_d27_a_malformed_log_setting_is_told_by_name() -> None:
+    """neml2's own Python code raises at import; the plugin's store must not add to it or hide it."""
+    environment = {**os.environ, "NEML2_LOGS": "newton=loud"}
+    code = "from neml2_aoti_plugin import log; log.apply_env(); print(log.effective_level('newton'))"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "loud" in found.stderr + found.stdout
+
+
+def test_d30_the_caller_keeps_its_own_tensor() -> None:
+    """C++ keeps the caller's tensor, so that a later change of it changes the model."""
+    model = references.case("promoted").load()
+    rows = rows_of("promoted")
+    value = torch.tensor(1.5e5, dtype=torch.float64)
+    model.set_parameter("promoted.E", value)
+    before = model.forward(rows)["stress"]
+    value.fill_(1.0)
+    assert torch.equal(model.forward(rows)["stress"], before)
+
+
+class TestD31SubBatchedForwardBlocks:
+    """C++ returns undocumented shapes, and dies in jvp; no stub compiles such a pair, so the algebra is tested."""
+
+    pair = Pair("y", "x", (2,), (3,), 0, wrt_sub_batch_shape=(4,))
+
+    def test_site_by_site(self) -> None:
+        block = torch.rand(5, 4, 2, 3, dtype=torch.float64)
+        column = torch.rand(5, 12, 1, dtype=torch.float64)
+        expected = torch.einsum("bsij,bsjm->bsim", block, column.reshape(5, 4, 3, 1)).reshape(5, 8, 1)
+        assert difference(tangents.contract(block, self.pair, (4,), column, "file"), expected) < 1e-14
+        whole = tangents.contract(block, self.pair, (4,), None, "file")
+        assert difference(whole @ column, expected) < 1e-14
+
+    def test_constant_block_with_site_axis_of_one(self) -> None:
+        block = torch.rand(1, 1, 2, 3, dtype=torch.float64)
+        column = torch.rand(5, 12, 1, dtype=torch.float64)
+        expected = torch.einsum("ij,bsjm->bsim", block[0, 0], column.reshape(5, 4, 3, 1)).reshape(5, 8, 1)
+        assert difference(tangents.contract(block, self.pair, (4,), column, "file"), expected) < 1e-14
+
+    def test_sum_over_sites(self) -> None:
+        block = torch.rand(5, 4, 2, 3, dtype=torch.float64)
+        column = torch.rand(5, 12, 1, dtype=torch.float64)
+        expected = torch.einsum("bsij,bsjm->bim", block, column.reshape(5, 4, 3, 1))
+        assert difference(tangents.contract(block, self.pair, (), column, "file"), expected) < 1e-14
+        assert difference(tangents.contract(block, self.pair, (), None, "file") @ column, expected) < 1e-14
+
+
+def test_d32_an_unbatched_typed_call_has_no_false_sub_batch() -> None:
+    """C++'s shim takes the graph's leading 1 for a site axis."""
+    model = AOTIModel(references.case("elasticity").artifact)
+    (stress,) = model(SR2(torch.full((6,), 1e-3, dtype=torch.float64)))
+    assert stress.data.shape == (6,)
+    assert stress.sub_batch_ndim == 0
+
+
+def test_d33_a_plain_value_is_spread_over_the_sites() -> None:
+    """C++'s shim fails to reshape it; eager neml2 spreads it."""
+    case = references.case("cross_group")
+    model = AOTIModel(case.artifact)
+    rows = case.rows()
+    plain = torch.full((6,), 1e-4, dtype=torch.float64)
+
+    def typed(name: str, value: torch.Tensor) -> Any:
+        return model.input_spec[name](value, sub_batch_ndim=len(model.input_sub_batch[name]))
+
+    arguments = {name: typed(name, x) for name, x in rows.items()}
+    spread = {**arguments, "branch_strain~1": typed("branch_strain~1", plain.expand(3, 6))}
+    short = {**arguments, "branch_strain~1": SR2(plain)}
+    for one, other in zip(model(*spread.values()), model(*short.values()), strict=True):
+        assert torch.equal(one.data, other.data)
+
+
+def test_d34_sites_that_the_artifact_does_not_know_are_refused() -> None:
+    """C++'s shim accepts them and gives wrong numbers."""
+    model = AOTIModel(references.case("elasticity").artifact)
+    with pytest.raises(InputError, match=r"example_batch_shape"):
+        model(SR2(torch.zeros(2, 4, 6, dtype=torch.float64), sub_batch_ndim=1))
+    with pytest.raises(InputError, match="expected a SR2"):
+        model(Scalar(torch.zeros(5, 6, dtype=torch.float64)))
+
+
+def test_float32_label_gives_right_numbers() -> None:
+    """An artifact compiled for float32 holds float64 graphs; C++ reads float32 buffers as float64."""
+    labelled, plain = references.case("elasticity_float32").model, references.case("elasticity").model
+    strain = torch.linspace(-1e-3, 1e-3, 12).reshape(2, 6)
+    found = labelled.forward({"strain": strain.to(torch.float32)})["stress"]
+    expected = plain.forward({"strain": strain.to(torch.float32).to(torch.float64)})["stress"]
+    assert found.dtype == torch.float32
+    assert difference(found, expected) < 4.0 * math.ulp(1.0) * 2**29
