@@ -11,17 +11,17 @@ from typing import Any
 
 import neml2
 import pytest
-import references
 import torch
 from neml2.solvers import ConvergenceError
 from neml2.types import SR2, Scalar
-from references import Tensors, difference, edited
 
+import references
 from neml2_aoti_plugin import AOTIModel, ArtifactError, ArtifactNotFoundError, InputError, Model, UnknownNameError
 from neml2_aoti_plugin.artifact.schema import Pair
 from neml2_aoti_plugin.runtime import tangents
 from neml2_aoti_plugin.runtime.substepping import _successor
 from neml2_aoti_plugin.runtime.systems import DirectSystem, solve_rows
+from references import Tensors, difference, edited
 
 
 def rows_of(name: str) -> Tensors:
@@ -209,7 +209,7 @@ class TestD13D14Names:
     """C++ ignores unknown overrides, and names variables as they were before the rename."""
 
     def test_unknown_override_is_refused(self) -> None:
-        with pytest.raises(UnknownNameError, match="promoted.G.*promoted.E"):
+        with pytest.raises(UnknownNameError, match=r"promoted.G.*promoted.E"):
             references.case("promoted").model.forward(rows_of("promoted"), {"promoted.G": torch.tensor(1.0)})
 
     def test_override_by_the_name_before_the_rename_is_refused(self) -> None:
