@@ -119,7 +119,7 @@
   [newton]
     type = Newton
     linear_solver = 'schur'
-    abs_tol = 1e-8
+    abs_tol = 1e-11
     rel_tol = 1e-10
     max_its = 30
   []
