@@ -77,6 +77,7 @@ def compile_with_progress() -> float | None:
     if folder.is_dir():
         print(f"  compiled before; found in the cache {folder.parent}")
         return None
+    print("  compiling its graphs one by one; this takes a minute or two", flush=True)
     failure: list[BaseException] = []
 
     def work() -> None:
