@@ -120,7 +120,7 @@
     type = Newton
     linear_solver = 'schur'
     abs_tol = 1e-11
-    rel_tol = 1e-10
+    rel_tol = 1e-14
     max_its = 30
   []
   [schur]
