@@ -231,9 +231,10 @@ def size(value: Tensor) -> float:
 
 
 def plain(block: Tensor, like: Tensor) -> Tensor:
-    """Drop leading axes of length 1, which the binding leaves on constant blocks of batches that are not free."""
-    extra = block.ndim - like.ndim
-    return block.reshape(block.shape[extra:]) if extra > 0 and set(block.shape[:extra]) == {1} else block
+    """Bring a constant block, which the binding may leave with batch axes of length 1, to the shape of ours."""
+    while block.ndim > 0 and block.ndim >= like.ndim and block.shape[0] == 1 and block.shape != like.shape:
+        block = block[0]
+    return block.expand(like.shape) if block.shape == like.shape[like.ndim - block.ndim :] else block
 
 
 def difference(ours: Tensor, native: Tensor, scale: float | None = None) -> float:
