@@ -52,6 +52,8 @@ class KrylovSettings:
         cache_strategy: when the preconditioner is set up: at each linear solve (`none`), once per Newton solve
             (`chord`), or after a linear solve that took more than `cache_max_its` iterations (`max_its`).
         cache_max_its: see `cache_strategy`.
+        absolute_floor: whether a divisor below the machine epsilon counts as zero whatever the units, as in neml2's C++
+            runtime; else one that is small beside the right-hand side does.
     """
 
     method: KrylovMethod = "gmres"
@@ -61,6 +63,7 @@ class KrylovSettings:
     rel_tol: float = 1e-4
     cache_strategy: CacheStrategy = "none"
     cache_max_its: int = 10
+    absolute_floor: bool = False
 
 
 def _whole(value: Any) -> bool:

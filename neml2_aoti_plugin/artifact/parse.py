@@ -259,7 +259,8 @@ def krylov(node: Node) -> KrylovSettings:
         "abs_tol": number,
         "rel_tol": number,
     }
-    given = {f.name: reader.get(f.name, whole)(node.at(f.name)) for f in fields(KrylovSettings) if f.name in node}
+    written = [f.name for f in fields(KrylovSettings) if f.name in node and f.name != "absolute_floor"]
+    given = {name: reader.get(name, whole)(node.at(name)) for name in written}
     return KrylovSettings(**given)  # type: ignore[arg-type]
 
 

@@ -48,7 +48,7 @@ class ImplicitStage:
 
     def __init__(self, spec: ImplicitSegment, graph_of: GraphOf, in_lockstep: bool) -> None:
         self.spec = spec
-        self.system: System = system_of(spec, graph_of)
+        self.system: System = system_of(spec, graph_of, as_native=in_lockstep)
         self.layouts = layout_of(spec.unknowns), layout_of(spec.residuals)
         self.predictor = graph_of(spec.predictor.file) if spec.predictor else None
         self.sensitivity: Sensitivity | None = sensitivity_of(spec, graph_of)

@@ -61,7 +61,8 @@ class _Test:
     """When a row needs no further iteration; made from the norms of the right-hand sides."""
 
     def __init__(self, b_norm: Tensor, settings: KrylovSettings) -> None:
-        self._scale = b_norm.clamp(min=torch.finfo(b_norm.dtype).tiny)
+        limits = torch.finfo(b_norm.dtype)
+        self._scale = b_norm.clamp(min=limits.eps if settings.absolute_floor else limits.tiny)
         self._settings = settings
 
     def passed(self, norm: Tensor) -> Tensor:
@@ -168,7 +169,10 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
     """
     apply = minv if minv is not None else _identity
     eps = torch.finfo(b.dtype).eps
+    least = eps if settings.absolute_floor else eps * eps
     exponent = torch.frexp(b.abs().amax(-1)).exponent.unsqueeze(-1)
+    if settings.absolute_floor:
+        exponent = torch.zeros_like(exponent)
     shadow = r = torch.ldexp(b, -exponent)
     norm = _norm(r, exponent)
     test = _Test(norm, settings)
@@ -180,17 +184,17 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
     used = 0
     while used < settings.max_its and left:
         rho_old, rho = rho, _dot(shadow, r)
-        beta = (rho / _away_from_zero(rho_old, eps)) * (alpha / _away_from_zero(omega, eps))
+        beta = (rho / _away_from_zero(rho_old, least)) * (alpha / _away_from_zero(omega, least))
         p_new = r + beta * (p - omega * v)
         # A row that is done keeps its direction, so that nothing it computes from it runs away.
         p = p_new if left == len(b) else torch.where(done.unsqueeze(-1), p, p_new)
         towards = apply(p)
         v = matvec(towards)
-        alpha = rho / _away_from_zero(_dot(shadow, v), eps)
+        alpha = rho / _away_from_zero(_dot(shadow, v), least)
         s = r - alpha * v
         sideways = apply(s)
         t = matvec(sideways)
-        omega = _dot(t, s) / _dot(t, t).clamp(min=eps * eps)
+        omega = _dot(t, s) / _dot(t, t).clamp(min=least)
         x_new = x + alpha * towards + omega * sideways
         r_new = s - omega * t
         if left == len(b):
@@ -221,7 +225,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a.unsqueeze(-2), b.unsqueeze(-1)).squeeze(-1)
 
 
-def _away_from_zero(d: Tensor, eps: float) -> Tensor:
-    """Replace magnitudes below `eps` squared by that, with the sign kept; zero counts as positive."""
-    least = eps * eps
+def _away_from_zero(d: Tensor, least: float) -> Tensor:
+    """Replace magnitudes below `least` by that, with the sign kept; zero counts as positive."""
     return torch.where(d < 0, d.clamp(max=-least), d.clamp(min=least))

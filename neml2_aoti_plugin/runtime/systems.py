@@ -7,6 +7,7 @@ it); `direction` solves `A du = b`. All tensors are lists of groups with one fla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -169,13 +170,14 @@ def _takes(graph: Graph, count: int) -> bool:
     return graph.signature is not None and len(graph.signature.arguments) == count
 
 
-def system_of(segment: ImplicitSegment, graph_of: GraphOf) -> System:
-    """The system of a segment."""
+def system_of(segment: ImplicitSegment, graph_of: GraphOf, as_native: bool = False) -> System:
+    """The system of a segment; `as_native` solves iteratively with the floors of neml2's C++ runtime."""
     if isinstance(segment.step, DirectStep):
         return DirectSystem(segment, segment.step, graph_of)
     if isinstance(segment.step, FusedStep):
         return FusedSystem(segment, segment.step, graph_of)
-    return KrylovSystem(segment, segment.step, graph_of)
+    settings = replace(segment.step.settings, absolute_floor=as_native)
+    return KrylovSystem(segment, replace(segment.step, settings=settings), graph_of)
 
 
 def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int) -> None:
