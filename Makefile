@@ -8,11 +8,12 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test lint format wheel clean compare-native
+.PHONY: help demo test legacy lint format wheel clean compare-native
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
 	@echo "make test    run the tests"
+	@echo "make legacy  run the tests on artifacts of older neml2 releases, which it compiles first"
 	@echo "make lint    check style, format and types"
 	@echo "make format  mend style and format where a tool can"
 	@echo "make wheel   build the wheel in dist/"
@@ -33,6 +34,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m stubs.build
 	$(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_ARGS)
+
+legacy: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m legacy --timeout 3600 $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
