@@ -16,7 +16,15 @@ from neml2.solvers import ConvergenceError
 from neml2.types import SR2, Scalar
 
 import references
-from neml2_aoti_plugin import AOTIModel, ArtifactError, ArtifactNotFoundError, InputError, Model, UnknownNameError
+from neml2_aoti_plugin import (
+    AOTIModel,
+    ArtifactError,
+    ArtifactNotFoundError,
+    DerivativeNotCompiledError,
+    InputError,
+    Model,
+    UnknownNameError,
+)
 from neml2_aoti_plugin.artifact.schema import Pair
 from neml2_aoti_plugin.runtime import tangents
 from neml2_aoti_plugin.runtime.substepping import _successor
@@ -154,6 +162,56 @@ def test_d06_parameter_derivatives_of_substepped_solves(tmp_path: Path) -> None:
         for out in ahead:
             slope = (ahead[out] - behind[out]) / (2.0 * step)
             assert difference(blocks[out][name], slope, float(slope.abs().max()) or 1.0) < 1e-5, (out, name)
+
+
+class TestPartOfTheDerivativesOfASubsteppedModel:
+    """C++ loses what leads through the state between substeps where only some derivatives were compiled."""
+
+    def test_jacobian_is_that_of_all(self, tmp_path: Path) -> None:
+        case = references.case("substepping")
+
+        def by_strain_alone(metadata: dict[str, Any]) -> None:
+            (segment,) = metadata["segments"]
+            segment["jacobian_pairs"] = [
+                {**pair, "output": i, "row_offset": 0, "col_offset": 0}
+                for i, pair in enumerate(segment["jacobian_pairs"])
+                if pair["in_var"] == "strain"
+            ]
+            metadata["derivatives"] = [["plastic_strain", "strain"]]
+
+        model = Model(edited(case, tmp_path, by_strain_alone))
+        model.set_solver_config(**case.newton)
+        rows = case.rows()
+        (found,), (expected,) = (
+            [blocks["plastic_strain"]["strain"]] for blocks in (m.jacobian(rows)[1] for m in (model, case.model))
+        )
+        assert difference(found, expected) < 1e-9
+
+    def test_what_is_missing_is_told(self, tmp_path: Path) -> None:
+        case = references.case("calibration")
+
+        def without_givens(metadata: dict[str, Any]) -> None:
+            (segment,) = metadata["segments"]
+            segment["max_substepping_level"] = 10
+            for key in ("jacobian_given_package", "solve_ift_package", "input_sensitivity", "jacobian_pairs"):
+                segment.pop(key, None)
+            metadata["derivatives"] = []
+
+        model = Model(edited(case, tmp_path, without_givens))
+        model.set_solver_config(**{**case.newton, "miters": 4})
+        rows = case.rows()
+        rows["strain"] = rows["strain~1"] + 20.0 * (rows["strain"] - rows["strain~1"])
+        with pytest.raises(DerivativeNotCompiledError, match="-d :"):
+            model.param_jacobian(rows)
+
+
+def test_outputs_are_not_the_callers_own_tensors() -> None:
+    """C++ returns the guess itself where nothing was left to do."""
+    model = references.case("cross_group").load()
+    inputs = {name: torch.zeros(2, *v.natural_shape, dtype=torch.float64) for name, v in model.inputs.items()}
+    inputs["t"] += 1.0
+    given = {value.data_ptr() for value in inputs.values()}
+    assert all(value.data_ptr() not in given for value in model.forward(inputs).values())
 
 
 def test_d07_declared_shapes_may_name_a_variable_inside_the_model(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ class ImplicitStage:
             The outcome; rows that have not converged hold their last iterate.
         """
         givens = pack(self.spec.givens, state, rows)
-        first = pack(self.spec.unknowns, state, rows)
+        # A copy: a solve that is content with its guess must not hand the caller's own tensor back.
+        first = [x.clone() for x in pack(self.spec.unknowns, state, rows)]
         tail = values.common(self.spec.parameters)
         keep = keep_linear and isinstance(self.spec.step, DirectStep)
         # A lockstep solve that is not gated writes these lines itself.
@@ -152,7 +153,7 @@ class ImplicitStage:
         return Rows(u, converged, iterations, norm, norm0, [])
 
     def carry(
-        self, solved: Solved, values: Values, tangents: Tangents, parameters: frozenset[str]
+        self, solved: Solved, values: Values, tangents: Tangents, parameters: frozenset[str], *, cut: bool = False
     ) -> dict[str, Columns]:
         """Derivatives of the unknowns at the solution.
 
@@ -161,16 +162,22 @@ class ImplicitStage:
             values: promoted parameters.
             tangents: derivatives of the givens.
             parameters: authored names of the parameters to differentiate by.
+            cut: whether the solve is over a part of the increment only. The compiled pairs are those that lead from the
+                model's inputs to its outputs over the whole of it; over a part all givens may matter.
 
         Returns:
             Of each unknown, its derivatives by the seeds of `tangents` and by `parameters`.
+
+        Raises:
+            DerivativeNotCompiledError: a derivative over a part of the increment is not in the artifact.
         """
         found: dict[str, Columns] = {v.name: {} for v in self.spec.unknown_variables}
         if self.sensitivity is None:
             return found
         reached = {v.name for g in self.spec.givens for v in g.variables if tangents.get(v.name)}
         if reached:
-            direction = self.sensitivity.along(solved, tangents, reached)
+            whole = cut and not self.sensitivity.covers(reached)
+            direction = (self.sensitivity.along_all if whole else self.sensitivity.along)(solved, tangents, reached)
             if direction is not None:
                 for name, columns in direction.items():
                     found[name].update(columns)

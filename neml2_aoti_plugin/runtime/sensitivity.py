@@ -18,7 +18,7 @@ from ..artifact.schema import (
     KrylovSensitivity,
     Pair,
 )
-from ..errors import AOTIError
+from ..errors import AOTIError, DerivativeNotCompiledError
 from ..settings import KrylovSettings
 from .krylov import solve_linear
 from .packing import width_in
@@ -74,31 +74,77 @@ class Sensitivity:
         Returns:
             Derivatives of each unknown; None where the graphs or the tangents ask for `blocks` instead.
         """
-        dense_groups = all(
-            g.structure == "dense" for g in (*self.spec.unknowns, *self.spec.givens, *self.spec.residuals)
-        )
         seeds = {seed for name in reached for seed in tangents[name]}
-        if self._given is None or self._solve is None or len(seeds) != 1 or not dense_groups:
+        columns = [tangents[name].get(seed) for name in reached for seed in seeds]
+        if self._given is None or self._solve is None or not self._all_dense or len(seeds) != 1:
             return None
-        (seed,) = seeds
-        columns = [tangents[name][seed] for name in reached]
         if any(c is None or c.shape[-1] != 1 for c in columns):
             return None
+        return self.along_all(solved, tangents, reached)
+
+    def covers(self, reached: set[str]) -> bool:
+        """Whether `blocks` has the derivatives of all unknowns by all the givens named."""
+        compiled = {(p.out, p.wrt) for p in self.spec.sensitivity.pairs} if self.spec.sensitivity else set()
+        return all((v.name, name) in compiled for v in self.spec.unknown_variables for name in reached)
+
+    @property
+    def _all_dense(self) -> bool:
+        groups = (*self.spec.unknowns, *self.spec.givens, *self.spec.residuals)
+        return all(group.structure == "dense" for group in groups)
+
+    def along_all(self, solved: Solved, tangents: Tangents, reached: set[str]) -> dict[str, Columns]:
+        """Derivatives by all seeds of the givens, from the whole Jacobians rather than from compiled pairs.
+
+        Args:
+            solved: the solve.
+            tangents: derivatives of the givens.
+            reached: the givens that have one.
+
+        Returns:
+            Derivatives of each unknown.
+
+        Raises:
+            DerivativeNotCompiledError: the artifact does not hold the graphs.
+        """
+        if self._given is None or not self._all_dense:
+            raise DerivativeNotCompiledError(
+                f"the derivative of a step that was cut into substeps leads through {', '.join(sorted(reached))}, by "
+                "which the derivatives of the unknowns were not compiled. Compile them: "
+                "neml2-compile INPUT --model NAME -d :."
+            )
         rows, u = solved.rows.unknowns[0].shape[0], solved.rows.unknowns
-        along = [_pack_direction(group, tangents, seed, rows, u[0]) for group in self.spec.givens]
+        widths = {
+            seed: tangents[v.name][seed].shape[-1] if tangents[v.name][seed] is not None else v.size  # type: ignore[union-attr]
+            for group in self.spec.givens
+            for v in group.variables
+            for seed in tangents.get(v.name, {})
+        }
+        along = [
+            torch.cat([_pack_direction(group, tangents, seed, rows, m, u[0]) for seed, m in widths.items()], -1)
+            for group in self.spec.givens
+        ]
         by_given = self._given([*u, *solved.givens], solved.tail)
         count = len(self.spec.givens)
         check_arity(self._given, by_given, len(self.spec.residuals) * count)
         b = []
         for i in range(len(self.spec.residuals)):
             terms = [by_given[i * count + j] @ along[j] for j in range(count)]
-            b.append(-sum(terms[1:], start=terms[0]).squeeze(-1).expand(rows, -1))
-        du = solve_rows(self._solve, self._a(solved), b, u)
+            b.append(-sum(terms[1:], start=terms[0]).expand(rows, -1, -1))
+        a = self._a(solved)
+        if self._solve is not None:
+            solve = self._solve
+            single = [solve_rows(solve, a, [x[..., k] for x in b], u) for k in range(b[0].shape[-1])]
+            du = [torch.stack([x[i] for x in single], -1) for i in range(len(u))]
+        else:
+            assert isinstance(self.spec.sensitivity, KrylovSensitivity), "the only other way to a Jacobian by givens"
+            whole = _krylov(a, torch.cat(b, 1), self.spec.sensitivity.settings)
+            du = list(whole.split([x.shape[-1] for x in u], 1))
         found: dict[str, Columns] = {}
         for group, tensor in zip(self.spec.unknowns, du, strict=True):
             start = 0
             for v in group.variables:
-                found[v.name] = {seed: tensor[:, start : start + v.size].unsqueeze(-1)}
+                rows_of_v = tensor[:, start : start + v.size]
+                found[v.name] = dict(zip(widths, rows_of_v.split(list(widths.values()), -1), strict=True))
                 start += v.size
         return found
 
@@ -189,13 +235,18 @@ def _krylov(a: Groups, b: Tensor, settings: KrylovSettings) -> Tensor:
     return solve_linear(product, flat, settings).x.reshape(rows, columns, n).transpose(1, 2)
 
 
-def _pack_direction(group: GroupInfo, tangents: Tangents, seed: tuple[str, str], rows: int, like: Tensor) -> Tensor:
-    """One direction of a dense given group, `(rows, n, 1)`; givens without a tangent are zero."""
+def _pack_direction(
+    group: GroupInfo, tangents: Tangents, seed: tuple[str, str], rows: int, width: int, like: Tensor
+) -> Tensor:
+    """Derivatives of a dense given group by one seed, `(rows, n, width)`; givens without one are zero."""
     parts = []
     for v in group.variables:
         columns = tangents.get(v.name) or {}
-        column = columns.get(seed)
-        parts.append(
-            column.expand(rows, -1, -1) if column is not None else like.new_zeros((rows, width_in(v, group), 1))
-        )
+        if seed not in columns:
+            parts.append(like.new_zeros((rows, width_in(v, group), width)))
+            continue
+        column = columns[seed]
+        if column is None:
+            column = torch.eye(v.size, dtype=like.dtype, device=like.device).unsqueeze(0)
+        parts.append(column.expand(rows, -1, -1))
     return torch.cat(parts, 1)

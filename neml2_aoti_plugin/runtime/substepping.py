@@ -17,7 +17,7 @@ from .. import log
 from ..artifact.schema import Given
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
-from .implicit import ImplicitStage
+from .implicit import ImplicitStage, Solved
 from .newton import Rows
 from .parameters import Values
 from .tangents import Columns, Tangents, combine, dense, select
@@ -241,7 +241,7 @@ def _successor(name: str) -> str:
 
 def _differentiate(
     increment: Increment,
-    solved: object,
+    solved: Solved,
     values: Values,
     local: dict[str, Tensor],
     rows: Tensor,
@@ -258,7 +258,7 @@ def _differentiate(
         here[name] = combine(
             [(f, dense(select({s: increment.tangents.get(s, {})}, rows)[s], local[name])) for f, s in terms]
         )
-    found = increment.stage.carry(solved, values, here, increment.parameters)  # type: ignore[arg-type]
+    found = increment.stage.carry(solved, values, here, increment.parameters, cut=b - a < 1.0)
     where = rows[good]
     total = len(increment.outcome.converged)
     for name, columns in found.items():
