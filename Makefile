@@ -8,16 +8,18 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test legacy lint format wheel clean compare-native
+.PHONY: help demo test test-wide legacy lint format wheel clean compare-native torch-matrix
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; from a cold cache it compiles the stubs they need first"
+	@echo "make test-wide  run the tests that need the other stubs, which take minutes more to compile"
 	@echo "make legacy  run the tests on artifacts of older neml2 releases, which it compiles first"
 	@echo "make lint    check style, format and types"
 	@echo "make format  mend style and format where a tool can"
 	@echo "make wheel   build the wheel in dist/"
 	@echo "make compare-native  compare lockstep mode with neml2's C++ binding; writes docs/lockstep.md"
+	@echo "make torch-matrix    test under several torch releases and cross-load; hours, 40 GB; writes docs/compatibility.md"
 	@echo "make clean   remove the virtual environment and what was built"
 
 # torch comes first and by itself: resolved together with the rest, pip may look at every release of it.
@@ -32,8 +34,12 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m stubs.build
+	$(BIN)/python -m stubs.build --jobs $(JOBS)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_ARGS)
+
+test-wide: $(INSTALLED)
+	$(BIN)/python -m stubs.build --all --jobs $(JOBS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m 'wide and not long and not legacy' $(PYTEST_ARGS)
 
 legacy: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m legacy --timeout 3600 $(PYTEST_ARGS)
@@ -58,3 +64,7 @@ clean:
 # Lockstep mode against neml2's C++ binding, in an environment of its own with the last torch that the binding runs on.
 compare-native: $(INSTALLED)
 	$(BIN)/python tools/compare_native.py --compile-with $(BIN)/python
+
+# The wheel under several releases of torch, each in an environment of its own. TORCHES="2.14.1 2.15.0" takes these alone.
+torch-matrix: $(INSTALLED)
+	$(BIN)/python tools/torch_matrix.py --jobs $(JOBS) $(MATRIX_ARGS) $(TORCHES)

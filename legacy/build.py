@@ -176,7 +176,7 @@ def installed(release: Release) -> Path:
 
 
 def table() -> str:
-    """What stands in the cache, as a Markdown table of seconds by scenario and release."""
+    """What stands in the cache, as a Markdown table of graphs and seconds by scenario and release."""
     lines = ["| scenario | " + " | ".join(RELEASES) + " |", "|---" * (len(RELEASES) + 1) + "|"]
     for scenario in SCENARIOS.values():
         cells = []
@@ -184,7 +184,7 @@ def table() -> str:
             version = release.version
             made = _read(cache() / "artifacts" / version / f"{scenario.name}.json")
             stands = made.get("key") == fingerprint(release, scenario)
-            shown = f"{made['seconds']:.0f} s, {made['graphs']} graphs" if stands else "not built"
+            shown = f"{made['graphs']} in {made['seconds']:.0f} s" if stands else "not built"
             cells.append(shown if version in scenario.releases else "-")
         lines.append(f"| `{scenario.name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)

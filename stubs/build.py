@@ -10,6 +10,7 @@ import argparse
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import shlex
@@ -18,8 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
+from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 
 from filelock import FileLock
@@ -42,6 +48,9 @@ QUICK = {
 
 # The compile itself uses neml2 as it was published.
 PLUGIN_OFF = {"NEML2_AOTI_PLUGIN": "0"}
+
+# Runs neml2-compile with the given arguments; returns its exit status and what it printed.
+Run = Callable[[list[str], dict[str, str]], tuple[int, str]]
 
 
 class StubBuildError(RuntimeError):
@@ -72,13 +81,14 @@ def folder_of(name: str, *, quick: bool = True) -> Path:
     return cache_root() / f"{name}-{_key(stub, quick)}"
 
 
-def compiled(name: str, *, quick: bool = True) -> Path:
+def compiled(name: str, *, quick: bool = True, run: Run | None = None) -> Path:
     """Compile an entry of the catalogue, or find it compiled in the cache.
 
     Args:
         name: Name of an entry of the catalogue.
         quick: Compile the graphs' wrappers without optimisation, which saves more than half of the compile time. The
             numbers are the same; the time between kernels is not, so give False to measure speed.
+        run: How to run neml2-compile; by its console script if not given.
 
     Returns:
         The folder with the stub `<model>_aoti.i` and the artifact `<model>/` beside it.
@@ -97,7 +107,7 @@ def compiled(name: str, *, quick: bool = True) -> Path:
             return folder
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _compile(stub, scratch, quick)
+            _compile(stub, scratch, quick, run or _by_console_script)
             scratch.chmod(0o755)
             scratch.rename(folder)
         except BaseException:
@@ -153,23 +163,53 @@ def _processor() -> str:
     return f"{platform.system()} {platform.machine()} {platform.processor()} {flags}"
 
 
-def _compile(stub: Stub, target: Path, quick: bool) -> None:
+def _compile(stub: Stub, target: Path, quick: bool, run: Run) -> None:
     """Run neml2-compile for an entry into a folder."""
     _require_compiler(stub)
     what = ("--model", stub.model) if stub.appendix else ("--driver", stub.driver)
-    command = [*_neml2_compile(), str(stub.path), *what, *stub.flags, "--output-dir", str(target), "-q"]
-    environment = {**os.environ, **PLUGIN_OFF, **(QUICK if quick else {})}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    arguments = [str(stub.path), *what, *stub.flags, "--output-dir", str(target), "-q"]
+    status, output = run(arguments, _variables(quick))
     file = target / f"{stub.model}_aoti.i"
-    if done.returncode != 0 or not file.is_file():
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
+    if status != 0 or not file.is_file():
+        tail = "\n".join(output.splitlines()[-40:])
         raise StubBuildError(
-            f"neml2-compile failed on the stub {stub.name!r} with exit status {done.returncode}.\n"
-            f"Command: {shlex.join(command)}\nEnd of its output:\n{tail}"
+            f"neml2-compile failed on the stub {stub.name!r} with exit status {status}.\n"
+            f"Command: {shlex.join(['neml2-compile', *arguments])}\nEnd of its output:\n{tail}"
         )
     if stub.appendix_path:
         with file.open("a", encoding="utf-8") as out:
             out.write("\n" + stub.appendix_path.read_text(encoding="utf-8"))
+
+
+def _variables(quick: bool) -> dict[str, str]:
+    """Return the environment variables that a compile sets."""
+    return {**PLUGIN_OFF, **(QUICK if quick else {})}
+
+
+def _by_console_script(arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
+    """Run neml2-compile in a process of its own."""
+    command = [*_neml2_compile(), *arguments]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def _in_this_process(arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
+    """Run neml2-compile here, so that a next compile finds torch and inductor imported; see `_work`."""
+    import torch
+    from neml2.cli.aoti_compile import main as neml2_compile
+
+    assert all(os.environ.get(name) == value for name, value in variables.items())
+    torch._dynamo.reset()
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # operators without a C shim are no news here
+    printed = StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        try:
+            status = neml2_compile(arguments)
+        except (Exception, SystemExit):
+            traceback.print_exc()
+            status = 1
+    return int(status or 0), printed.getvalue()
 
 
 def _neml2_compile() -> list[str]:
@@ -208,35 +248,50 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 if all are there, 1 if one failed.
     """
     parser = argparse.ArgumentParser(prog="python -m stubs.build", description="Compile stubs into the cache.")
-    parser.add_argument("names", nargs="*", help="entries of the catalogue; all if none is named")
+    parser.add_argument("names", nargs="*", help="entries of the catalogue; those of the default tests if none")
+    parser.add_argument("--all", action="store_true", help="all entries")
     parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="compile N at a time (default 1)")
     parser.add_argument("--optimised", action="store_true", help="compile for speed; see stubs.build.compiled")
     options = parser.parse_args(arguments)
-    names = options.names or list(CATALOGUE)
+    names = options.names or [name for name, stub in CATALOGUE.items() if options.all or not stub.wide]
     unknown = [name for name in names if name not in CATALOGUE]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}. The catalogue has: {', '.join(CATALOGUE)}")
     quick = not options.optimised
     width = max(len(name) for name in names)
-
-    def one(name: str) -> str:
+    missing = []
+    for name in names:
         if folder_of(name, quick=quick).is_dir():
-            return "cached"
-        start = time.monotonic()
-        compiled(name, quick=quick)
-        return f"{time.monotonic() - start:.1f} s"
+            print(f"{name:<{width}}  cached")
+        else:
+            missing.append(name)
+    if not missing:
+        return 0
 
     failed = 0
-    with ThreadPoolExecutor(max_workers=max(1, options.jobs)) as pool:
-        waiting = {pool.submit(one, name): name for name in names}
+    # Started afresh and not forked, because inductor reads the variables when it is imported.
+    with ProcessPoolExecutor(max(1, options.jobs), get_context("spawn"), _set, (_variables(quick),)) as pool:
+        waiting = {pool.submit(_work, name, quick): name for name in missing}
         for future in as_completed(waiting):
             try:
-                outcome = future.result()
+                outcome = f"{future.result():.1f} s"
             except StubBuildError as error:
                 failed += 1
                 outcome = f"FAILED\n{error}"
             print(f"{waiting[future]:<{width}}  {outcome}", flush=True)
     return 1 if failed else 0
+
+
+def _set(variables: dict[str, str]) -> None:
+    """Set environment variables in a worker process."""
+    os.environ.update(variables)
+
+
+def _work(name: str, quick: bool) -> float:
+    """Compile an entry in a worker process that stays for more; return the seconds it took."""
+    start = time.monotonic()
+    compiled(name, quick=quick, run=_in_this_process)
+    return time.monotonic() - start
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class Stub:
         driver: Name of the `[Drivers]` block that the compiled stub carries.
         appendix: File with a `[Drivers]` block to append to the compiled stub; for an entry with renames, which
             neml2-compile compiles only without a driver.
+        wide: Only the wide test suite uses it, which has more time to compile.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Stub:
     flags: tuple[str, ...] = ()
     driver: str = "driver"
     appendix: str | None = None
+    wide: bool = False
 
     @property
     def path(self) -> Path:
@@ -73,6 +75,7 @@ _ENTRIES = (
         file="crystal.i",
         model="crystal",
         purpose="A crystal with an orientation as input, whose 12 slip systems are a sub-batch inside the residual.",
+        wide=True,
     ),
     Stub(
         name="promoted",
@@ -90,6 +93,7 @@ _ENTRIES = (
         file="chaboche.i",
         model="chaboche",
         purpose="One implicit segment with 19 unknowns and a linear predictor that needs values two steps back.",
+        wide=True,
     ),
     Stub(
         name="promoted_implicit",
@@ -101,6 +105,7 @@ _ENTRIES = (
             *("-d", "stress:residual.creep.eta", "-d", "stress:residual.creep.n"),
         ),
         purpose="One implicit segment with one scalar unknown and two promoted parameters in its residual.",
+        wide=True,
     ),
     Stub(
         name="calibration",
@@ -130,6 +135,7 @@ _ENTRIES = (
             "Models/krylov/input_sensitivity_solver:=lu",
         ),
         purpose="Newton with line search, GMRES with a block-Jacobi preconditioner that is kept, direct derivatives.",
+        wide=True,
     ),
     Stub(
         name="bicgstab",
@@ -137,6 +143,7 @@ _ENTRIES = (
         model="viscoplasticity",
         flags=("Models/viscoplasticity/solver:=newton_bicgstab",),
         purpose="Newton with BiCGStab and a Jacobi preconditioner that is rebuilt when it gets poor; no derivatives.",
+        wide=True,
     ),
     Stub(
         name="substepping",
@@ -150,6 +157,7 @@ _ENTRIES = (
         file="predictor_loop.i",
         model="predictor_loop",
         purpose="A predictor graph that is run several times, with one output fed back into an input.",
+        wide=True,
     ),
     Stub(
         name="cross_group",
@@ -171,24 +179,28 @@ _ENTRIES = (
         ),
         appendix="renamed_driver.i",
         purpose="An input, an output and a promoted parameter have other names at the boundary than inside.",
+        wide=True,
     ),
     replace(
         ELASTICITY,
         name="elasticity_float32",
         flags=(*ALL_PAIRS, "--dtype", "float32"),
         purpose="An artifact labelled float32, whose graphs neml2-compile nevertheless writes for float64.",
+        wide=True,
     ),
     replace(
         ELASTICITY,
         name="elasticity_static",
         flags=(*ALL_PAIRS, "--no-dynamic-batch", "--example-batch-shape", "(3,)"),
         purpose="Graphs that are pinned to the batch size of the example, 3, which the metadata do not tell.",
+        wide=True,
     ),
     replace(
         ELASTICITY,
         name="elasticity_rank2",
         flags=("--example-batch-shape", "(2, 3)"),
         purpose="Graphs with two batch axes, only the first of them dynamic, which the metadata do not tell.",
+        wide=True,
     ),
 )
 

@@ -8,6 +8,24 @@ import pytest
 from filelock import FileLock
 
 import environments
+import references
+from stubs.catalogue import CATALOGUE
+
+WIDE = frozenset(name for name, stub in CATALOGUE.items() if stub.wide)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of wide stubs: the default run leaves them out, for it must compile all its stubs in minutes."""
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if any(isinstance(value, str) and value in WIDE for value in parameters.values()):
+            item.add_marker("wide")
+
+
+@pytest.fixture(autouse=True)
+def _wide_stubs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let only tests of the wide suite use its stubs."""
+    monkeypatch.setattr(references, "wide_allowed", request.node.get_closest_marker("wide") is not None)
 
 
 @pytest.fixture(scope="session")

@@ -301,9 +301,18 @@ def _full(value: Tensor, inputs: Mapping[str, Tensor], variable: Any) -> Tensor:
     return value if value.ndim > rank else value.expand(rows, *value.shape)
 
 
-@functools.cache
+# Whether the running test is marked as one of the wide suite; conftest.py sets it.
+wide_allowed = True
+
+
 def case(name: str) -> Case:
     """An entry of the catalogue, compiled; one object for all tests of a process."""
+    assert wide_allowed or not CATALOGUE[name].wide, f"{name} is a wide stub: mark this test pytest.mark.wide"
+    return _case(name)
+
+
+@functools.cache
+def _case(name: str) -> Case:
     return Case(CATALOGUE[name], compiled(name))
 
 

@@ -285,12 +285,14 @@ class TestRawInputs:
         with pytest.raises(InputError, match=r"'branch_strain~1'.*\(6, 6\).*\(\*batch, 3, 6\)"):
             model.forward(inputs)
 
+    @pytest.mark.wide
     def test_renamed_input_by_its_old_name(self) -> None:
         model = references.case("renamed").model
         with pytest.raises(UnknownNameError) as raised:
             model.forward({"strain": torch.zeros(6, dtype=torch.float64)})
         assert "missing 'eps'" in str(raised.value) and "'strain' was renamed to 'eps'" in str(raised.value)
 
+    @pytest.mark.wide
     def test_double_precision_for_a_single_one(self) -> None:
         model = references.case("elasticity_float32").model
         with pytest.raises(InputTypeError, match=r"torch\.float64, expected torch\.float32"):

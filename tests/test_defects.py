@@ -75,6 +75,7 @@ class TestD01ChecksEverywhere:
             model.forward(rows_of("promoted"), {"promoted.E": torch.tensor(1.0, dtype=torch.float32)})
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("operation", ["forward", "jacobian", "param_jacobian"])
 def test_d02_a_parameter_per_row_in_a_residual_is_each_rows_own(operation: str) -> None:
     """C++ solves all rows with the first row's value."""
@@ -114,6 +115,7 @@ def test_d03_substepping_starts_from_the_callers_guess(tmp_path: Path) -> None:
     assert bool(started.converged.any())
 
 
+@pytest.mark.wide
 def test_d04_substepping_with_a_predictor_that_reads_older_lags(tmp_path: Path) -> None:
     """C++ fails on every call when the predictor reads what the residual does not."""
     case = references.case("chaboche")
@@ -270,11 +272,13 @@ class TestD13D14Names:
         with pytest.raises(UnknownNameError, match=r"promoted.G.*promoted.E"):
             references.case("promoted").model.forward(rows_of("promoted"), {"promoted.G": torch.tensor(1.0)})
 
+    @pytest.mark.wide
     def test_override_by_the_name_before_the_rename_is_refused(self) -> None:
         model = references.case("renamed").model
         with pytest.raises(UnknownNameError, match="youngs_modulus"):
             model.forward(rows_of("renamed"), {"promoted.E": torch.tensor(1.0, dtype=torch.float64)})
 
+    @pytest.mark.wide
     def test_messages_use_boundary_names(self) -> None:
         model = references.case("renamed").model
         with pytest.raises(InputError, match="'eps'"):
@@ -392,6 +396,7 @@ def test_d34_sites_that_the_artifact_does_not_know_are_refused() -> None:
         model(Scalar(torch.zeros(5, 6, dtype=torch.float64)))
 
 
+@pytest.mark.wide
 def test_float32_label_gives_right_numbers() -> None:
     """An artifact compiled for float32 holds float64 graphs; C++ reads float32 buffers as float64."""
     labelled, plain = references.case("elasticity_float32").model, references.case("elasticity").model

@@ -50,6 +50,7 @@ class TestLoading:
         stub.write_text(f"[Models]\n  [m]\n    type = AOTIModel\n    artifact_path = '{artifact}'\n  []\n[]\n")
         assert neml2.load_model(stub, "m")._inner.artifact == artifact
 
+    @pytest.mark.wide
     def test_dtype_is_the_one_compiled(self) -> None:
         assert load("elasticity")._inner.dtype == torch.float64
         assert load("elasticity_float32")._inner.dtype == torch.float32
@@ -199,6 +200,7 @@ class TestParameters:
         model.zero_grad()
         assert model.eval() is model
 
+    @pytest.mark.wide
     def test_names_are_those_at_the_boundary(self) -> None:
         assert list(load("renamed").named_parameters()) == ["youngs_modulus"]
 
@@ -224,6 +226,7 @@ class TestAsAModule:
         assert list(model.children()) == []
         assert isinstance(model._inner, Model)
 
+    @pytest.mark.wide
     def test_names_declared_in_settings_may_be_internal(self, tmp_path: Path) -> None:
         case = references.case("crystal")
         stub = tmp_path / "crystal_aoti.i"

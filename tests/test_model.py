@@ -61,12 +61,14 @@ class TestWhatItTells:
             "branch_strain~1": (3,),
         }
 
+    @pytest.mark.wide
     def test_device_and_dtype(self) -> None:
         model = references.case("elasticity").model
         assert (model.device, model.dtype) == (torch.device("cpu"), torch.float64)
         single = references.case("elasticity_float32").model
         assert (single.device, single.dtype) == (torch.device("cpu"), torch.float32)
 
+    @pytest.mark.wide
     def test_compiled_pairs(self) -> None:
         assert references.case("viscoplasticity").model.derivative_pairs == [("stress", "strain")]
         assert references.case("chaboche").model.derivative_pairs == []
@@ -108,6 +110,7 @@ class TestParameters:
         promoted.named_parameters()["promoted.E"].fill_(2 * 71000.0)
         assert difference(promoted.forward(strains(4))["stress"], 2 * before) < SAME
 
+    @pytest.mark.wide
     def test_change_in_place_takes_effect_in_a_residual(self, creep: Model) -> None:
         rows = references.case("promoted_implicit").rows()
         wanted = creep.forward(rows, {"residual.creep.eta": torch.tensor(1000.0, dtype=torch.float64)})
@@ -171,6 +174,7 @@ class TestParameters:
         with pytest.raises(InputError, match="broadcast"):
             promoted.forward(strains(4), {"promoted.E": torch.ones(3, dtype=torch.float64)})
 
+    @pytest.mark.wide
     @pytest.mark.parametrize("operation", ["forward", "jacobian", "param_jacobian"])
     def test_one_value_per_row_in_a_residual(self, creep: Model, operation: str) -> None:
         rows = references.case("promoted_implicit").rows()

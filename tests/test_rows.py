@@ -82,6 +82,7 @@ def test_failing_row_does_not_stop_the_others(name: str) -> None:
         assert difference(value[others], expected.outputs[out][others], scale) < SOLO, out
 
 
+@pytest.mark.wide
 def test_step_that_cannot_be_solved_fails_alone() -> None:
     case = references.case("chaboche")
     rows = case.rows()
@@ -116,6 +117,7 @@ class TestError:
         with pytest.raises(ConvergenceError, match="1 of 9 row"):
             getattr(case.model, operation)(broken, *more)
 
+    @pytest.mark.wide
     def test_tells_norms_iterations_and_tolerances_of_the_first_few(self) -> None:
         case = references.case("chaboche")
         model = case.load()
@@ -198,6 +200,7 @@ class TestLockstep:
             tolerance = 1e-6 if name == "bicgstab" else 1e-9
             assert difference(value, expected[out]) < tolerance, out
 
+    @pytest.mark.wide
     def test_rows_share_the_number_of_iterations(self) -> None:
         case = references.case("chaboche")
         rowwise, lockstep = (case.load(mode=mode).solve(case.rows()).iterations for mode in ("rowwise", "lockstep"))
