@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ArtifactError, ArtifactNotFoundError
+from .seal import expected, require
 
 T = TypeVar("T")
 
@@ -33,7 +34,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ArtifactError(f"{file}: larger than {MAX_BYTES} bytes, which no metadata file is.")
-        document = json.loads(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
+        require(file, data, expected(file))
+        document = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ArtifactNotFoundError(f"{file}: no such metadata file.") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
