@@ -105,6 +105,13 @@ class Node:
             yield key, Node(value, f"{self.path}.{key}", self.file)
 
 
+def entry(node: Node) -> dict[str, Any]:
+    """An object, whatever it holds."""
+    if not isinstance(node.value, dict):
+        raise node.fail("an object")
+    return node.value
+
+
 def text(node: Node) -> str:
     """A non-empty string."""
     if not isinstance(node.value, str) or not node.value:
@@ -128,6 +135,17 @@ def whole(node: Node) -> int:
     if isinstance(node.value, bool) or not isinstance(node.value, int) or not 0 <= node.value <= MAX_ENTRIES:
         raise node.fail("a whole number, zero or more")
     return node.value
+
+
+def at_most(limit: int) -> Callable[[Node], int]:
+    """A reader of how often something may be repeated; a damaged number would keep a solve busy for years."""
+
+    def read(node: Node) -> int:
+        if whole(node) > limit:
+            raise node.fail(f"a whole number, {limit} at most")
+        return int(node.value)
+
+    return read
 
 
 def flag(node: Node) -> bool:
