@@ -11,7 +11,7 @@ import torch
 
 import references
 from attacks.archives import ATTACKS, recorded, swapped
-from attacks.children import run
+from attacks.children import run_fresh
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model
 from neml2_aoti_plugin.artifact import passport, processor
 from neml2_aoti_plugin.artifact.package import read_signature
@@ -166,7 +166,7 @@ class TestTorch:
 
 
 def test_operators_are_registered_where_neml2_was_not_imported() -> None:
-    out = run(
+    out = run_fresh(
         """
         import sys, torch
         from neml2_aoti_plugin import Model

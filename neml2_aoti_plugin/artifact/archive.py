@@ -18,8 +18,8 @@ from ..errors import ArtifactError, ArtifactNotFoundError
 # The entries that a graph is made of stand in this folder of the archive, below a folder named like the package.
 GRAPH = "data/aotinductor/model/"
 
-# torch writes ten entries for a graph on a CPU, and one more per kernel on a GPU, none of them compressed. A library that
-# somebody compressed afterwards has a fourth of its size; sources have less, and are small.
+# torch writes ten entries for a graph on a CPU, and one more per kernel on a GPU, none of them compressed. A library
+# that somebody compressed afterwards has a fourth of its size; sources have less, and are small.
 MAX_ENTRIES = 10_000
 MAX_SOURCE = 1 << 28
 MAX_RATIO = 20

@@ -1,0 +1,279 @@
+"""Damaged files, odd numbers, odd sizes and interrupts: a clear error or a right answer, never a crash or a hang."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import references
+from attacks import documents
+from attacks.children import run
+from neml2_aoti_plugin import AOTIError, ArtifactError, ConvergenceError
+from neml2_aoti_plugin.artifact import parse
+from neml2_aoti_plugin.artifact.reading import Node
+from neml2_aoti_plugin.artifact.upgrade import upgrade
+
+WORKER = "import sys; from attacks import worker; sys.exit(worker.main())"
+
+# The long run takes ten thousand mutations of metadata and a thousand of packages over models of every kind.
+KINDS = [
+    "elasticity",
+    "promoted",
+    "promoted_implicit",
+    "composed",
+    "cross_group",
+    "krylov",
+    "predictor_loop",
+    "substepping",
+    "viscoplasticity",
+    "renamed",
+]
+
+
+def damage(kind: str, name: str, folder: Path, seed: int, count: int, limit: float) -> dict[str, int]:
+    """Have a worker damage an artifact and load it, many times; tell how that ended."""
+    out = run(WORKER, kind, references.case(name).artifact, folder, seed, count, limit=limit)
+    found = json.loads(out[out.rindex('{"ends"') :])
+    assert found["wrong"] == [] and found["escapes"] == [] and found["strays"] == []
+    ends: dict[str, int] = found["ends"]
+    # Both must happen, else the mutations are too tame or too wild to tell anything.
+    assert ends["loads"] > count // 20 and ends["ArtifactError"] > count // 5, ends
+    return ends
+
+
+@pytest.mark.parametrize(("name", "seed"), [("elasticity", 1), ("promoted_implicit", 2)])
+def test_damaged_metadata(name: str, seed: int, tmp_path: Path) -> None:
+    assert damage("metadata", name, tmp_path, seed, 120, 100)["mutations"] == 120
+
+
+@pytest.mark.parametrize(("name", "seed"), [("elasticity", 3), ("promoted_implicit", 4)])
+def test_damaged_packages(name: str, seed: int, tmp_path: Path) -> None:
+    assert damage("archive", name, tmp_path, seed, 30, 100)["mutations"] == 30
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", KINDS)
+def test_damaged_metadata_for_long(name: str, tmp_path: Path) -> None:
+    ends = damage("metadata", name, tmp_path, 100, 1050, 1700)
+    print(name, ends)
+    assert ends["mutations"] >= 1000
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", KINDS)
+def test_damaged_packages_for_long(name: str, tmp_path: Path) -> None:
+    ends = damage("archive", name, tmp_path, 200, 110, 1700)
+    print(name, ends)
+    assert ends["mutations"] == 110
+
+
+def released() -> dict[str, dict[str, Any]]:
+    """Metadata of every released schema."""
+    files = sorted((Path(__file__).parent / "data").glob("*.json"))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+@pytest.mark.parametrize("name", released())
+def test_damaged_metadata_of_every_schema_is_read_or_refused(name: str) -> None:
+    original = released()[name]
+
+    @settings(max_examples=40, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(documents.mutations(original))
+    def one(found: tuple[dict[str, Any], list[str]]) -> None:
+        document = json.loads(json.dumps(found[0]))
+        try:
+            parse.metadata(Node(upgrade(document, "file"), "", "file"), 14)
+        except AOTIError as error:
+            assert "file" in str(error)
+
+    one()
+
+
+@pytest.mark.parametrize("depth", [100, 400, 5000, 200_000])
+def test_deep_nesting_is_refused_or_has_no_effect(depth: int, tmp_path: Path) -> None:
+    out = run(
+        """
+        import shutil, sys
+        from pathlib import Path
+        from neml2_aoti_plugin import ArtifactError, Model
+        copy = Path(shutil.copytree(sys.argv[1], Path(sys.argv[2]) / "elasticity"))
+        depth = int(sys.argv[3])
+        file = copy / "metadata.json"
+        for opening, closing in ("[]", ('{"a":', "}")):
+            text = file.read_text()
+            value = opening * depth + ("1" if closing == "}" else "") + closing * depth
+            file.write_text(text.replace("{", '{"new": ' + value + ",", 1))
+            try:
+                print(Model(copy).input_names)
+            except ArtifactError as error:
+                print(error)
+            file.write_text(text)
+        """,
+        references.case("elasticity").artifact,
+        tmp_path,
+        depth,
+    )
+    assert len(out.splitlines()) == 2
+    assert all(line == "['strain']" or "metadata.json" in line for line in out.splitlines())
+
+
+def test_huge_numbers_of_repeats_are_refused(tmp_path: Path) -> None:
+    document = json.loads((references.case("viscoplasticity").artifact / "metadata.json").read_text())
+    document["solver_config"]["miters"] = 2**31
+    with pytest.raises(ArtifactError, match=r"solver_config\.miters is 2147483648, expected .* at most"):
+        parse.metadata(Node(document, "", "file"), 14)
+    document["solver_config"].update(miters=25, rtol=-1.0)
+    with pytest.raises(ArtifactError, match=r"rtol is -1\.0, expected zero or more"):
+        parse.metadata(Node(document, "", "file"), 14)
+
+
+class TestNumbers:
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(st.lists(st.floats(width=64), min_size=6, max_size=18).map(lambda x: x[: len(x) // 6 * 6]))
+    def test_any_number_at_all_spoils_no_other_row(self, numbers: list[float]) -> None:
+        model = references.case("elasticity").model
+        sound = torch.tensor([[1e-3, 2e-3, 3e-3, 0.0, 0.0, 1e-3]], dtype=torch.float64)
+        odd = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 6)
+        found = model.forward({"strain": torch.cat([odd, sound])})["stress"]
+        assert torch.equal(found[-1:], model.forward({"strain": sound})["stress"])
+        bad = ~odd.isfinite().all(-1)
+        assert (~found[:-1][bad].isfinite()).any(-1).all()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+    @pytest.mark.parametrize("name", ["viscoplasticity", "promoted_implicit", "krylov"])
+    def test_a_row_without_a_solution_fails_alone(self, name: str, value: float) -> None:
+        model, inputs = references.case(name).model, references.case(name).rows()
+        right = model.solve(inputs)
+        assert right.converged.all()
+        variable = next(n for n, v in model.inputs.items() if v.type == "SR2" and "~" not in n)
+        broken = {n: x.clone() for n, x in inputs.items()}
+        broken[variable][1] = value
+        found = model.solve(broken)
+        assert found.converged.tolist() == [i != 1 for i in range(found.converged.numel())]
+        for key, output in found.outputs.items():
+            assert output[1].isnan().all()
+            assert torch.equal(output[2:], right.outputs[key][2:]) and torch.equal(output[0], right.outputs[key][0])
+        with pytest.raises(ConvergenceError):
+            model.forward(broken)
+
+    def test_zero_rows_and_a_million(self) -> None:
+        model = references.case("elasticity").model
+        assert model.forward({"strain": torch.zeros(0, 6, dtype=torch.float64)})["stress"].shape == (0, 6)
+        few = torch.rand(1000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        many = model.forward({"strain": few.repeat(1000, 1)})["stress"]
+        once = model.forward({"strain": few})["stress"]
+        assert many.shape == (1_000_000, 6)
+        assert torch.equal(many.reshape(1000, 1000, 6), once.expand(1000, 1000, 6))
+
+    @pytest.mark.parametrize("name", ["viscoplasticity", "promoted_implicit"])
+    def test_zero_rows_of_an_implicit_model(self, name: str) -> None:
+        model = references.case(name).model
+        empty = {n: torch.zeros(0, *v.base_shape, dtype=torch.float64) for n, v in model.inputs.items()}
+        assert all(x.shape[0] == 0 for x in model.forward(empty).values())
+
+    @pytest.mark.long
+    @pytest.mark.timeout(1200)
+    def test_a_million_rows_of_an_implicit_model(self) -> None:
+        case = references.case("promoted_implicit")
+        rows = case.rows()
+        count = next(iter(rows.values())).shape[0]
+        times = -(-1_000_000 // count)
+        once = case.model.forward(rows)
+        many = case.model.forward({n: x.repeat(times, *(1 for _ in x.shape[1:])) for n, x in rows.items()})
+        for name, value in once.items():
+            assert many[name].shape[0] >= 1_000_000
+            assert torch.equal(many[name].reshape(times, *value.shape), value.expand(times, *value.shape))
+
+
+INTERRUPTED = """
+import os, random, signal, sys, threading, time
+import neml2, torch
+from neml2_aoti_plugin import Model
+
+model = Model(sys.argv[1])
+zero = torch.zeros((), dtype=torch.float64)
+rows = torch.linspace(1e-4, 3e-3, 200, dtype=torch.float64)
+inputs = {
+    "strain": rows[:, None] * torch.eye(6, dtype=torch.float64)[0], "strain~1": torch.zeros(6, dtype=torch.float64),
+    "stress~1": torch.zeros(6, dtype=torch.float64), "equivalent_plastic_strain~1": zero, "t": zero + 1.0, "t~1": zero,
+}
+right = model.forward(inputs)
+start = time.perf_counter()
+model.forward(inputs)
+takes = time.perf_counter() - start
+pick = random.Random(0)
+ends = {"interrupted": 0, "too late": 0}
+for _ in range(int(sys.argv[2])):
+    timer = threading.Timer(pick.random() * takes, lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        model.forward(inputs)
+        timer.join()
+        time.sleep(0.01)
+        ends["too late"] += 1
+    except KeyboardInterrupt:
+        ends["interrupted"] += 1
+    timer.join()
+    found = model.forward(inputs)
+    assert all(torch.equal(found[name], right[name]) for name in right)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert ends["interrupted"] > 0
+print(ends)
+"""
+
+
+def test_an_interrupted_solve_leaves_the_model_as_it_was() -> None:
+    run(INTERRUPTED, references.case("calibration").artifact, 25)
+
+
+@pytest.mark.long
+def test_interrupts_at_any_moment() -> None:
+    print(run(INTERRUPTED, references.case("calibration").artifact, 400, limit=280))
+
+
+def test_what_a_signal_handler_raises_reaches_the_caller(tmp_path: Path) -> None:
+    out = run(
+        """
+        import signal, sys, time
+        import torch
+        from neml2_aoti_plugin.runtime.interrupts import undisturbed
+        from neml2_aoti_plugin import Model
+
+        class TimeIsUp(Exception):
+            pass
+
+        def ring(number, frame):
+            raise TimeIsUp
+
+        signal.signal(signal.SIGALRM, ring)
+
+        def run(arguments):
+            # What torch does with an exception that comes up inside of an operator.
+            try:
+                signal.raise_signal(signal.SIGALRM)
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(0)
+            except BaseException as error:
+                raise RuntimeError("API call failed") from None
+            return arguments
+
+        for expected in (TimeIsUp, KeyboardInterrupt):
+            try:
+                undisturbed(run, [])
+            except expected as error:
+                print(type(error).__name__)
+            except BaseException as error:
+                print("lost", type(error).__name__)
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        """
+    )
+    assert out.split() == ["TimeIsUp", "KeyboardInterrupt"]

@@ -1,0 +1,345 @@
+"""Many processes, forked, spawned or killed; folders that are full, read-only, or left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import references
+from attacks.children import environment, run, run_fresh, start
+
+SETUP = """
+import multiprocessing, os, resource, signal, sys, tempfile, threading, time
+import neml2, torch
+from neml2_aoti_plugin import AOTIError, Model
+
+artifact = sys.argv[1]
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.float64)
+
+def inputs(rows=3):
+    return {
+        "strain": 2e-3 * torch.ones(rows, 6, dtype=torch.float64),
+        "strain~1": zeros(6), "stress~1": zeros(6), "equivalent_plastic_strain~1": zeros(),
+        "t": zeros() + 1.0, "t~1": zeros(),
+    }
+
+def stress(model, rows=3):
+    return model.forward(inputs(rows))["stress"]
+
+def in_fork(work, limit=30):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(limit)
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+
+# Processes that have torch and neml2 at hand, but nothing of the artifact; they start to load at the same moment.
+AT_ONCE = (
+    SETUP
+    + """
+processes, rounds, right = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+context = multiprocessing.get_context("fork")
+
+def load(barrier):
+    barrier.wait()
+    found = stress(Model(artifact))
+    assert abs(found[0, 0].item() - right) < 1e-9, found
+
+for number in range(rounds):
+    barrier = context.Barrier(processes)
+    children = [context.Process(target=load, args=(barrier,)) for _ in range(processes)]
+    [c.start() for c in children]
+    [c.join(120) for c in children]
+    assert [c.exitcode for c in children] == [0] * processes, (number, [c.exitcode for c in children])
+print(processes * rounds, len(os.listdir(tempfile.gettempdir())))
+"""
+)
+
+LOAD = SETUP + "print(stress(Model(artifact))[0, 0].item(), len(os.listdir(tempfile.gettempdir())))"
+
+
+@pytest.fixture
+def artifact() -> str:
+    """Viscoplasticity with a power law: six graphs on the way of a call."""
+    return str(references.case("calibration").artifact)
+
+
+@pytest.fixture
+def right() -> float:
+    """The first stress component of the call that the processes make."""
+    import torch
+
+    case = references.case("calibration")
+    zero = torch.zeros((), dtype=torch.float64)
+    found = case.load(tight=False).forward(
+        {n: torch.zeros(v.base_shape, dtype=torch.float64) for n, v in case.model.inputs.items()}
+        | {"strain": torch.full((3, 6), 2e-3, dtype=torch.float64), "t": zero + 1.0}
+    )
+    return float(found["stress"][0, 0])
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """An empty folder for temporary files."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    return folder
+
+
+class TestAtOnce:
+    def test_many_load_cold_at_once(self, artifact: str, right: float, scratch: Path) -> None:
+        assert run(AT_ONCE, artifact, 8, 1, right, limit=200, TMPDIR=str(scratch)).split() == ["8", "0"]
+
+    @pytest.mark.long
+    @pytest.mark.timeout(1500)
+    def test_sixteen_load_cold_at_once_in_twenty_rounds(self, artifact: str, right: float, scratch: Path) -> None:
+        out = run(AT_ONCE, artifact, 16, 20, right, limit=1200, TMPDIR=str(scratch))
+        assert out.split() == ["320", "0"]
+
+    @pytest.mark.long
+    def test_fresh_interpreters_at_once(self, artifact: str, right: float, scratch: Path) -> None:
+        with ThreadPoolExecutor(6) as pool:
+            before = ("env", f"TMPDIR={scratch}")
+            found = list(pool.map(lambda _: run_fresh(LOAD, artifact, limit=200, before=before), range(6)))
+        assert all(abs(float(out.split()[0]) - right) < 1e-9 for out in found)
+        assert list(scratch.iterdir()) == []
+
+
+class TestFork:
+    def test_before_the_first_call(self, artifact: str, right: float) -> None:
+        out = run(
+            SETUP + "model = Model(artifact)\nassert in_fork(lambda: print(stress(model)[0, 0].item())) == 0", artifact
+        )
+        assert abs(float(out) - right) < 1e-9
+
+    def test_after_a_call_it_is_refused_with_what_to_do(self, artifact: str) -> None:
+        out = run(
+            SETUP
+            + """
+torch.set_num_threads(2)
+model = Model(artifact)
+before = stress(model, 100)
+assert in_fork(lambda: stress(model)) == 1
+assert in_fork(lambda: stress(Model(artifact))) == 1
+assert torch.equal(stress(model, 100), before)
+""",
+            artifact,
+        )
+        lines = out.splitlines()
+        assert len(lines) == 2
+        for line in lines:
+            assert line.startswith("AOTIError: ") and "forked" in line
+            assert "get_context('spawn')" in line and "torch.set_num_threads(1)" in line
+
+    def test_after_a_call_on_one_thread(self, artifact: str) -> None:
+        run(
+            SETUP
+            + """
+model = Model(artifact)
+before = stress(model, 100)
+
+def work():
+    torch.set_num_threads(1)
+    assert torch.equal(stress(model, 100), before)
+    assert torch.equal(stress(Model(artifact), 100), before)
+
+assert in_fork(work) == 0
+assert torch.equal(stress(model, 100), before)
+""",
+            artifact,
+        )
+
+    def test_while_another_thread_is_in_a_call(self, artifact: str) -> None:
+        run(
+            SETUP
+            + """
+torch.set_num_threads(1)
+model = Model(artifact)
+before = stress(model)
+stop = threading.Event()
+
+def busy():
+    while not stop.is_set():
+        stress(model)
+
+def work():
+    assert torch.equal(stress(model), before)
+
+thread = threading.Thread(target=busy)
+thread.start()
+ends = [in_fork(work, 20) for _ in range(15)]
+stop.set()
+thread.join()
+assert ends == [0] * 15, ends
+""",
+            artifact,
+            limit=120,
+        )
+
+    @pytest.mark.long
+    def test_spawned_pool(self, artifact: str, right: float, tmp_path: Path) -> None:
+        program = tmp_path / "program.py"
+        program.write_text(
+            textwrap.dedent(SETUP)
+            + """
+def one(k):
+    return stress(Model(artifact))[0, 0].item()
+
+if __name__ == "__main__":
+    stress(Model(artifact), 100)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        print(*pool.map(one, range(4)))
+"""
+        )
+        command = [sys.executable, str(program), artifact]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        assert all(abs(float(x) - right) < 1e-9 for x in done.stdout.split())
+
+
+class TestTemporaryFolders:
+    def test_nothing_is_there_once_the_model_has_run(self, artifact: str, right: float, scratch: Path) -> None:
+        value, count = run(LOAD, artifact, TMPDIR=str(scratch)).split()
+        assert abs(float(value) - right) < 1e-9 and count == "0"
+        assert list(scratch.iterdir()) == []
+
+    def test_nothing_is_left_after_sigterm(self, artifact: str, scratch: Path) -> None:
+        child = start(
+            SETUP + "model = Model(artifact); stress(model); print('ready', flush=True); time.sleep(60)",
+            artifact,
+            TMPDIR=str(scratch),
+        )
+        assert child.line() == "ready"
+        assert child.send(signal.SIGTERM) == -signal.SIGTERM
+        assert list(scratch.iterdir()) == []
+
+    def test_what_a_killed_process_left_harms_nobody_and_goes(self, artifact: str, right: float, scratch: Path) -> None:
+        child = start(
+            """
+            import sys, time
+            from pathlib import Path
+            from neml2_aoti_plugin.runtime.unpack import private_folder
+            with private_folder(Path("x.pt2")) as folder:
+                (folder / "half.so").write_bytes(b"half")
+                print(folder, flush=True)
+                time.sleep(60)
+            """,
+            TMPDIR=str(scratch),
+        )
+        folder = Path(child.line())
+        assert folder.parent == scratch and folder.is_dir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+        # As long as it is in use, it stays.
+        value, count = run(LOAD, artifact, TMPDIR=str(scratch)).split()
+        assert abs(float(value) - right) < 1e-9 and count == "1"
+        assert (folder / "half.so").exists()
+        child.send(signal.SIGKILL)
+        assert folder.is_dir()
+        value, count = run(LOAD, artifact, TMPDIR=str(scratch)).split()
+        assert abs(float(value) - right) < 1e-9 and count == "0"
+
+    @pytest.mark.long
+    @pytest.mark.timeout(900)
+    def test_processes_killed_at_any_moment(self, artifact: str, right: float, scratch: Path) -> None:
+        source = SETUP + "print('ready', flush=True)\nwhile True: stress(Model(artifact))"
+        for number in range(25):
+            child = start(source, artifact, TMPDIR=str(scratch))
+            assert child.line() == "ready"
+            time.sleep(0.02 + 0.013 * number)
+            child.send(signal.SIGKILL)
+        assert abs(float(run(LOAD, artifact, TMPDIR=str(scratch)).split()[0]) - right) < 1e-9
+        assert list(scratch.iterdir()) == []
+
+    def test_no_room(self, artifact: str, right: float) -> None:
+        out = run(
+            SETUP
+            + """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = Model(artifact)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+try:
+    stress(model)
+except AOTIError as error:
+    print(str(error).replace("\\n", " "))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(stress(model)[0, 0].item())
+""",
+            artifact,
+        )
+        text, value = out.splitlines()
+        assert "cannot unpack it to" in text and "File too large" in text and "TMPDIR" in text
+        assert abs(float(value) - right) < 1e-9
+
+    def test_no_folder_can_be_made(self, artifact: str, right: float) -> None:
+        out = run(
+            SETUP
+            + """
+model = Model(artifact)
+tempfile.tempdir = "/proc"
+try:
+    stress(model)
+except AOTIError as error:
+    print(str(error).replace("\\n", " "))
+tempfile.tempdir = None
+print(stress(model)[0, 0].item())
+""",
+            artifact,
+        )
+        text, value = out.splitlines()
+        assert "cannot make a folder to unpack it to" in text and "TMPDIR" in text
+        assert abs(float(value) - right) < 1e-9
+
+
+MOUNTS = {
+    "full": ("size=1m", ["cannot unpack it to", "No space left on device", "TMPDIR"]),
+    "read-only": ("ro", ["cannot make a folder", "Read-only file system", "TMPDIR"]),
+    "noexec": ("noexec,size=64m", ["does not let programs run", "TMPDIR", "noexec"]),
+}
+
+
+def test_file_systems_that_do_not_serve(artifact: str, scratch: Path) -> None:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root can mount a file system of its own")
+    lines = [
+        f"mkdir {scratch}/{k} && mount -t tmpfs -o {options} none {scratch}/{k}" for k, (options, _) in MOUNTS.items()
+    ]
+    before = ("unshare", "-m", "sh", "-c", " && ".join([*lines, 'exec "$@"']), "sh")
+    if subprocess.run([*before, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this system does not let a file system be mounted")
+    for kind in MOUNTS:
+        (scratch / kind).rmdir()
+    source = (
+        SETUP
+        + """
+model = Model(artifact)
+for folder in sys.argv[2:]:
+    tempfile.tempdir = folder
+    try:
+        stress(model)
+    except AOTIError as error:
+        print(str(error).replace("\\n", " "))
+tempfile.tempdir = None
+assert stress(model).shape == (3, 6)
+"""
+    )
+    out = run_fresh(source, artifact, *(scratch / kind for kind in MOUNTS), before=before)
+    for line, (_, words) in zip(out.splitlines(), MOUNTS.values(), strict=True):
+        for word in words:
+            assert word in line, line
