@@ -14,8 +14,10 @@ from typing import Any, cast
 from ..errors import ArtifactError, InputError
 from ..settings import KrylovSettings, NewtonSettings, newton_settings
 from . import schema as s
+from .consistency import check_names, check_shapes
 from .order import with_argument_order
 from .reading import Node, any_number, at_most, choice, file_name, flag, names, number, read_json, shape, text, whole
+from .typeonly import BASE_SHAPES
 from .upgrade import released_form, upgrade
 
 ROLES = ("old_state", "old_force", "cur_force", "incremental", "static", "unknown")
@@ -89,19 +91,26 @@ def metadata(node: Node, written: int) -> s.Metadata:
         aliases=node.get("boundary_aliases", aliases, s.Aliases()),
         schema=written,
     )
-    _check_names(found, node)
-    _check_shapes(found, node)
+    check_names(found, node.file)
+    check_shapes(found, node.file)
     return found
 
 
 def variable(node: Node) -> s.Variable:
     """Read a master input or output, or a variable of an implicit segment."""
-    return s.Variable(
+    found = s.Variable(
         name=text(node.at("name")),
         base_shape=shape(node.at("base_shape")),
         sub_batch_shape=node.get("sub_batch_shape", shape, ()),
         type=node.get("var_type", text, ""),
     )
+    # The shape is told up to three times; a graph that is given another reads beyond its tensors.
+    of_type = BASE_SHAPES.get(found.type)
+    if of_type is not None and tuple(of_type) != found.base_shape:
+        raise node.at("base_shape").fail(f"{of_type}, the shape of a {found.type}")
+    if node.get("var_size", whole, found.width) not in (found.width, found.size):
+        raise node.at("var_size").fail(f"{found.width}, the number of entries of the shape {list(found.base_shape)}")
+    return found
 
 
 def parameter(node: Node) -> s.Parameter:
@@ -358,65 +367,3 @@ def predictor(node: Node) -> s.Predictor:
         if feedback.output not in outputs:
             raise loop.at("output").fail(f"one of the predictor's outputs {', '.join(outputs)}")
     return s.Predictor(file_name(node.at("predictor_package")), inputs, outputs, feedback)
-
-
-def _check_names(found: s.Metadata, node: Node) -> None:
-    """Check that every name that is used stands for something, and every value exists before it is read."""
-    parameters = {p.name for p in found.parameters}
-    known = {v.name for v in found.inputs}
-    for i, part in enumerate(found.segments):
-        where = f"{node.file}: segments[{i}]"
-        missing = set(part.parameters) - parameters
-        if missing:
-            raise ArtifactError(f"{where} takes {sorted(missing)}, which are not among the promoted parameters.")
-        if isinstance(part, s.ForwardSegment):
-            _need(part.inputs, known, where)
-            known |= set(part.outputs)
-            continue
-        unknowns = {v.name for v in part.unknown_variables}
-        if part.predictor is not None:
-            fed_back = {part.predictor.feedback.input.name} if part.predictor.feedback else set()
-            _need(part.predictor.inputs, known | unknowns | fed_back, where)
-            known |= set(part.predictor.outputs)
-        _need([v.name for g in part.givens for v in g.variables], known, where)
-        known |= unknowns
-    missing = {v.name for v in found.outputs} - known
-    if missing:
-        raise ArtifactError(f"{node.file}: no segment computes the outputs {sorted(missing)}.")
-    unpromoted = {p for _, p in found.parameter_derivatives} - parameters
-    if unpromoted:
-        raise ArtifactError(f"{node.file}: parameter_derivatives name {sorted(unpromoted)}, which are not promoted.")
-
-
-def _check_shapes(found: s.Metadata, node: Node) -> None:
-    """Check that a variable has one shape wherever it is spoken of: each place is taken for what it holds."""
-    shapes: dict[str, s.Shape] = {}
-    variables = [*found.inputs]
-    for part in found.segments:
-        if isinstance(part, s.ImplicitSegment):
-            variables += [v for group in (*part.unknowns, *part.givens) for v in group.variables]
-            variables += [given.variable for given in part.roles]
-            if part.predictor is not None and part.predictor.feedback is not None:
-                variables.append(part.predictor.feedback.input)
-    for v in variables:
-        if shapes.setdefault(v.name, v.natural_shape) != v.natural_shape:
-            raise ArtifactError(
-                f"{node.file}: {v.name!r} has the shape {v.natural_shape} here, {shapes[v.name]} there. "
-                "The metadata is damaged or was edited; compile the model again with neml2-compile."
-            )
-    for v in found.outputs:
-        # Outputs are listed without their site axes.
-        if v.name in shapes and shapes[v.name][len(shapes[v.name]) - len(v.base_shape) :] != v.base_shape:
-            raise ArtifactError(
-                f"{node.file}: the output {v.name!r} has the base shape {v.base_shape}, elsewhere {shapes[v.name]}. "
-                "The metadata is damaged or was edited; compile the model again with neml2-compile."
-            )
-
-
-def _need(wanted: Any, known: set[str], where: str) -> None:
-    for name in wanted:
-        if name not in known:
-            raise ArtifactError(
-                f"{where} needs input {name!r} which is not in the model's inputs or earlier outputs. The metadata is "
-                "damaged or was edited; compile the model again with neml2-compile."
-            )

@@ -121,8 +121,8 @@ def wire_fault(wire: Wire, signature: Signature | None) -> str:
         rank = len(argument.extents)
         if shape is None:
             continue
-        own = argument.extents[rank - len(shape) :] if rank >= len(shape) else argument.extents
-        if len(own) != len(shape) or any(a is not None and a != b for a, b in zip(own, shape, strict=True)):
+        # One axis or more of the batch stand before.
+        if rank <= len(shape) or argument.extents[rank - len(shape) :] != shape:
             return (
                 f"takes {_shown(argument.extents)} as tensor {i}, where the metadata gives it (*batch"
                 f"{''.join(f', {n}' for n in shape)}) as the {wire.role}. {cure}"

@@ -6,6 +6,7 @@ torch's C interface, which turns it into an error without a cause.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 # Those whose handlers commonly raise: Ctrl-C, a wish to end, a time limit.
 SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGBREAK", "SIGUSR1") if hasattr(signal, name)
+    int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGBREAK") if hasattr(signal, name)
 ]
 
 
@@ -33,16 +34,17 @@ def undisturbed(run: Callable[[Sequence[Tensor]], list[Tensor]], arguments: Sequ
     if threading.current_thread() is not threading.main_thread():
         return run(arguments)
     came: list[int] = []
-    handlers: dict[int, Any] = {}
+    handlers: list[tuple[int, Any]] = []
     try:
+        # `signal` would make enumerations of numbers and handlers, which takes ten times as long as the rest.
         for number in SIGNALS:
-            handler = signal.getsignal(number)
+            handler = _signal.getsignal(number)
             if callable(handler):
-                handlers[number] = handler
-                signal.signal(number, lambda n, _: came.append(n))
+                handlers.append((number, handler))
+                _signal.signal(number, lambda n, _: came.append(n))
         return run(arguments)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, handler in handlers:
+            _signal.signal(number, handler)
         for number in came:
             signal.raise_signal(number)

@@ -1,0 +1,109 @@
+"""Does a metadata file agree with itself? What one place says of a name must hold in all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ArtifactError
+from . import schema as s
+
+_AGAIN = "The metadata is damaged or was edited; compile the model again with neml2-compile."
+
+
+def check_names(found: s.Metadata, file: str) -> None:
+    """Check that every name that is used stands for something, and every value exists before it is read.
+
+    Args:
+        found: all that the file tells.
+        file: for messages.
+
+    Raises:
+        ArtifactError: a name stands for nothing.
+    """
+    parameters = {p.name for p in found.parameters}
+    known = {v.name for v in found.inputs}
+    for i, part in enumerate(found.segments):
+        where = f"{file}: segments[{i}]"
+        missing = set(part.parameters) - parameters
+        if missing:
+            raise ArtifactError(f"{where} takes {sorted(missing)}, which are not among the promoted parameters.")
+        if isinstance(part, s.ForwardSegment):
+            _need(part.inputs, known, where)
+            known |= set(part.outputs)
+            continue
+        unknowns = {v.name for v in part.unknown_variables}
+        if part.predictor is not None:
+            fed_back = {part.predictor.feedback.input.name} if part.predictor.feedback else set()
+            _need(part.predictor.inputs, known | unknowns | fed_back, where)
+            known |= set(part.predictor.outputs)
+        _need([v.name for g in part.givens for v in g.variables], known, where)
+        known |= unknowns
+    missing = {v.name for v in found.outputs} - known
+    if missing:
+        raise ArtifactError(f"{file}: no segment computes the outputs {sorted(missing)}.")
+    unpromoted = {p for _, p in found.parameter_derivatives} - parameters
+    if unpromoted:
+        raise ArtifactError(f"{file}: parameter_derivatives name {sorted(unpromoted)}, which are not promoted.")
+
+
+def check_shapes(found: s.Metadata, file: str) -> None:
+    """Check that a variable has one shape wherever it is spoken of: each place is taken for what it holds.
+
+    Args:
+        found: all that the file tells.
+        file: for messages.
+
+    Raises:
+        ArtifactError: two places tell different shapes.
+    """
+    shapes: dict[str, s.Shape] = {}
+    for v in _variables(found):
+        if shapes.setdefault(v.name, v.natural_shape) != v.natural_shape:
+            raise ArtifactError(
+                f"{file}: {v.name!r} has the shape {v.natural_shape} here, {shapes[v.name]} there. {_AGAIN}"
+            )
+    bases = {v.name: v.base_shape for v in (*_variables(found), *found.outputs)}
+    bases |= {p.name: p.base_shape for p in found.parameters}
+    # Outputs are listed without their site axes, and the derivatives of old files with them among the base axes.
+    told = [("output", v.name, v.base_shape) for v in found.outputs]
+    for pair in _pairs(found):
+        told += [("derivative of", pair.out, pair.out_base_shape), ("derivative by", pair.wrt, pair.wrt_base_shape)]
+    for what, name, base in told:
+        if base not in (bases.get(name, base), shapes.get(name)):
+            raise ArtifactError(
+                f"{file}: the {what} {name!r} has the base shape {base}, elsewhere it is {bases[name]}. {_AGAIN}"
+            )
+
+
+def _variables(found: s.Metadata) -> list[s.Variable]:
+    """All mentions of variables with their sites."""
+    variables = [*found.inputs]
+    for part in found.segments:
+        if isinstance(part, s.ImplicitSegment):
+            variables += [v for group in (*part.unknowns, *part.givens) for v in group.variables]
+            variables += [given.variable for given in part.roles]
+            if part.predictor is not None and part.predictor.feedback is not None:
+                variables.append(part.predictor.feedback.input)
+    return variables
+
+
+def _pairs(found: s.Metadata) -> list[s.Pair]:
+    """All derivative pairs of all segments."""
+    pairs: list[s.Pair] = []
+    for part in found.segments:
+        if isinstance(part, s.ForwardSegment):
+            pairs += [*(part.jacobian.pairs if part.jacobian else ())]
+            pairs += [*(part.parameter_jacobian.pairs if part.parameter_jacobian else ())]
+        else:
+            pairs += [*(part.sensitivity.pairs if part.sensitivity else ())]
+            pairs += [*(part.parameter_sensitivity.pairs if part.parameter_sensitivity else ())]
+    return pairs
+
+
+def _need(wanted: Any, known: set[str], where: str) -> None:
+    for name in wanted:
+        if name not in known:
+            raise ArtifactError(
+                f"{where} needs input {name!r} which is not in the model's inputs or earlier outputs. The metadata is "
+                "damaged or was edited; compile the model again with neml2-compile."
+            )
