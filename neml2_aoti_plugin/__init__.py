@@ -22,6 +22,7 @@ __all__ = [
     "Model",
     "UnknownNameError",
     "__version__",
+    "seal",
     "status",
 ]
 
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from neml2_aoti_plugin.errors import UnknownNameError as UnknownNameError
     from neml2_aoti_plugin.hit import AOTIModel as AOTIModel
     from neml2_aoti_plugin.model import Model as Model
+    from neml2_aoti_plugin.sealing import seal as seal
 
-_HOME = {"AOTIModel": "hit", "Model": "model", "status": "_status"}
+_HOME = {"AOTIModel": "hit", "Model": "model", "seal": "sealing", "status": "_status"}
 
 
 def __getattr__(name: str) -> object:

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ArtifactNotFoundError
 from . import perdevice
+from .admission import admit
 from .place import DEVICES, DTYPES, Place, device_of, dtype_name
 
 METADATA = "metadata.json"
@@ -18,6 +19,8 @@ METADATA = "metadata.json"
 
 def locate(path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Place:
     """Find the leaf of an artifact for a device and a dtype.
+
+    An artifact that may not be loaded, or is not as it was sealed, is refused before anything in it is opened.
 
     Args:
         path: the artifact's folder, its metadata file, or a folder inside it.
@@ -30,17 +33,40 @@ def locate(path: str | Path, device: str | torch.device | None = None, dtype: st
 
     Raises:
         ArtifactNotFoundError: there is no artifact at the path, or no such leaf.
-        ArtifactError: the path leads to several artifacts.
+        ArtifactError: the path leads to several artifacts, or the artifact may not be loaded.
         InputError: the device or the dtype is not one that neml2-compile knows.
     """
     path = Path(path)
     found = find_root(path)
     if found is not None:
+        admit(found[0], [found[0] / METADATA])
         return choose(*found, device, dtype)
+    above = perdevice.root_of(path)
+    if above is not None:
+        admit(above, perdevice.files_at(path) or perdevice.files_below(path))
     place = perdevice.locate(path, device, dtype)
     if place is not None:
         return place
     raise ArtifactNotFoundError(_missing(path))
+
+
+def root_of(path: Path) -> Path:
+    """Find the folder of a whole artifact.
+
+    Args:
+        path: as for `locate`.
+
+    Returns:
+        The folder, in either layout.
+
+    Raises:
+        ArtifactNotFoundError: there is no artifact at the path.
+    """
+    found = find_root(path)
+    root = perdevice.root_of(path) if found is None else found[0]
+    if root is None:
+        raise ArtifactNotFoundError(_missing(path))
+    return root
 
 
 def choose(

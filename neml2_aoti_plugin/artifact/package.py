@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..errors import ArtifactError, ArtifactNotFoundError
-
-MAX_SOURCE = 1 << 28
+from ..errors import ArtifactError
+from .archive import open_archive, read_text
 
 _CHECK = r'"input_handles\[(\d+)\]: '
 _DTYPE = re.compile(_CHECK + r'unmatched dtype, "\s*<< "expected: " << \w+ << "\(at::k(\w+)\)')
@@ -74,55 +72,6 @@ class Build:
     compute_capability: str = ""
 
 
-def open_archive(file: Path) -> zipfile.ZipFile:
-    """Open a package as the zip archive that it is.
-
-    Args:
-        file: the package.
-
-    Returns:
-        The open archive.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactError: it is not a zip archive.
-    """
-    try:
-        return zipfile.ZipFile(file)
-    except FileNotFoundError:
-        raise ArtifactNotFoundError(
-            f"{file}: no such file, although the metadata names it. Copy the whole artifact folder, or compile again."
-        ) from None
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ArtifactError(
-            f"{file}: not a readable package ({error}). Copy it again, or compile the model again."
-        ) from error
-
-
-def read_member(archive: zipfile.ZipFile, suffix: str) -> str | None:
-    """The text of the first member whose name ends so; None where there is none."""
-    for info in archive.infolist():
-        if info.filename.endswith(suffix) and "/data/aotinductor/" in info.filename:
-            if info.file_size > MAX_SOURCE:
-                raise ArtifactError(f"{archive.filename}: member {info.filename} claims {info.file_size} bytes.")
-            try:
-                return archive.read(info).decode()
-            except (
-                zipfile.BadZipFile,
-                OSError,
-                ValueError,
-                EOFError,
-                RuntimeError,
-                NotImplementedError,
-                zlib.error,
-            ) as error:
-                raise ArtifactError(
-                    f"{archive.filename}: member {info.filename} is damaged ({error}). Copy the package again, or "
-                    "compile the model again."
-                ) from error
-    return None
-
-
 def read_signature(file: Path) -> Signature | None:
     """Read what a graph takes from its package.
 
@@ -133,7 +82,12 @@ def read_signature(file: Path) -> Signature | None:
         The signature; None where the package does not spell it out.
     """
     with open_archive(file) as archive:
-        source = read_member(archive, "wrapper.cpp")
+        return signature_in(archive)
+
+
+def signature_in(archive: zipfile.ZipFile) -> Signature | None:
+    """Read what a graph takes from its open package; None where the package does not spell it out."""
+    source = read_text(archive, "wrapper.cpp")
     return parse_signature(source) if source is not None else None
 
 
@@ -173,23 +127,27 @@ def parse_kinds(source: str, count: int) -> list[str]:
     return kinds if single and len(kinds) == count else [""] * count
 
 
-def read_build(file: Path) -> Build:
+def build_in(archive: zipfile.ZipFile) -> Build:
     """Read what a package was built for.
 
     Args:
-        file: the package.
+        archive: the open package.
 
     Returns:
         The build facts that inductor recorded.
+
+    Raises:
+        ArtifactError: they are damaged.
     """
-    with open_archive(file) as archive:
-        found = read_member(archive, "wrapper_metadata.json") or read_member(archive, "_metadata.json")
+    found = read_text(archive, "wrapper_metadata.json") or read_text(archive, "_metadata.json")
     try:
         facts = json.loads(found) if found is not None else {}
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: its build record is not JSON ({error}). Compile the model again.") from error
+        raise ArtifactError(
+            f"{archive.filename}: its build record is not JSON ({error}). Compile the model again."
+        ) from error
     if not isinstance(facts, dict):
-        raise ArtifactError(f"{file}: its build record is not an object. Compile the model again.")
+        raise ArtifactError(f"{archive.filename}: its build record is not an object. Compile the model again.")
     text = {key: value for key, value in facts.items() if isinstance(value, str)}
     return Build(
         device=text.get("AOTI_DEVICE_KEY", ""),
@@ -198,3 +156,28 @@ def read_build(file: Path) -> Build:
         cpu_isa=text.get("AOTI_CPU_ISA", ""),
         compute_capability=text.get("AOTI_COMPUTE_CAPABILITY", ""),
     )
+
+
+def operators_in(archive: zipfile.ZipFile) -> tuple[str, ...]:
+    """Read which operators a graph calls by name, such as `neml2::opaque_pow`.
+
+    Args:
+        archive: the open package.
+
+    Returns:
+        Their names without overloads, each once.
+
+    Raises:
+        ArtifactError: the list is damaged.
+    """
+    found = read_text(archive, "wrapper.json")
+    if found is None:
+        return ()
+    try:
+        targets = [str(entry["node"]["target"]).partition(".")[0] for entry in json.loads(found)["nodes"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{archive.filename}: its list of operators is damaged ({type(error).__name__}: {error}). Compile the "
+            "model again."
+        ) from error
+    return tuple(dict.fromkeys(targets))

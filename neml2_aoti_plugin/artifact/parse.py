@@ -15,7 +15,7 @@ from ..errors import ArtifactError, InputError
 from ..settings import KrylovSettings, NewtonSettings, newton_settings
 from . import schema as s
 from .order import with_argument_order
-from .reading import Node, any_number, choice, file_name, flag, names, number, read_json, shape, text, whole
+from .reading import Node, any_number, at_most, choice, file_name, flag, names, number, read_json, shape, text, whole
 from .upgrade import released_form, upgrade
 
 ROLES = ("old_state", "old_force", "cur_force", "incremental", "static", "unknown")
@@ -41,6 +41,10 @@ def read_metadata(file: Path, *, solver: dict[str, Any] | None = None) -> s.Meta
     written = document["schema_version"]
     try:
         found = metadata(Node(upgrade(document, str(file)), "", str(file)), written)
+    except RecursionError as error:
+        raise ArtifactError(
+            f"{file}: nested too deeply for a metadata file. Compile the model again with neml2-compile."
+        ) from error
     except ArtifactError as error:
         if form == written:
             raise
@@ -72,8 +76,9 @@ def metadata(node: Node, written: int) -> s.Metadata:
     inputs, outputs = (tuple(variable(item) for item in node.at(key).items()) for key in ("inputs", "outputs"))
     parameters = tuple(parameter(item) for item in node.at("parameters").items())
     segments = tuple(segment(item, config) for item in node.at("segments").items())
-    if not segments:
-        raise node.at("segments").fail("at least one segment")
+    for key, items in (("segments", segments), ("outputs", outputs)):
+        if not items:
+            raise node.at(key).fail("at least one")
     found = s.Metadata(
         inputs=inputs,
         outputs=outputs,
@@ -85,6 +90,7 @@ def metadata(node: Node, written: int) -> s.Metadata:
         schema=written,
     )
     _check_names(found, node)
+    _check_shapes(found, node)
     return found
 
 
@@ -229,7 +235,7 @@ def implicit(node: Node, config: Node) -> s.ImplicitSegment:
         sensitivity=input_sensitivity(node),
         parameter_sensitivity=parameter_sensitivity(node),
         predictor=predictor(node) if "predictor_package" in node else None,
-        max_substepping_level=node.get("max_substepping_level", whole, 0),
+        max_substepping_level=node.get("max_substepping_level", at_most(30), 0),
     )
 
 
@@ -246,9 +252,19 @@ def group(node: Node) -> s.GroupInfo:
 
 def newton(node: Node) -> NewtonSettings:
     """Read Newton settings; absent ones take neml2's defaults."""
-    reader = {"ls_type": choice("BACKTRACKING", "STRONG_WOLFE"), "miters": whole, "ls_max_iters": whole}
+    reader = {
+        "ls_type": choice("BACKTRACKING", "STRONG_WOLFE"),
+        "miters": at_most(10**5),
+        "ls_max_iters": at_most(10**4),
+    }
     given = {f.name: reader.get(f.name, number)(node.at(f.name)) for f in fields(NewtonSettings) if f.name in node}
-    return NewtonSettings(**given)  # type: ignore[arg-type]
+    try:
+        return newton_settings(**given)
+    except InputError as error:
+        raise ArtifactError(
+            f"{node.file}: {node.path}: {error} The metadata is damaged or was edited; compile the model again with "
+            "neml2-compile."
+        ) from error
 
 
 def krylov(node: Node) -> KrylovSettings:
@@ -258,9 +274,10 @@ def krylov(node: Node) -> KrylovSettings:
         "cache_strategy": choice("none", "chord", "max_its"),
         "abs_tol": number,
         "rel_tol": number,
+        "restart": at_most(10**5),
     }
     written = [f.name for f in fields(KrylovSettings) if f.name in node and f.name != "absolute_floor"]
-    given = {name: reader.get(name, whole)(node.at(name)) for name in written}
+    given = {name: reader.get(name, at_most(10**6))(node.at(name)) for name in written}
     return KrylovSettings(**given)  # type: ignore[arg-type]
 
 
@@ -333,7 +350,7 @@ def predictor(node: Node) -> s.Predictor:
         into = s.Variable(
             text(loop.at("input")), loop.get("base_shape", shape, ()), loop.get("sub_batch_shape", shape, ())
         )
-        feedback = s.Feedback(into, text(loop.at("output")), whole(loop.at("iterations")))
+        feedback = s.Feedback(into, text(loop.at("output")), at_most(10**4)(loop.at("iterations")))
         if feedback.iterations == 0:
             raise loop.at("iterations").fail("at least one pass")
         if into.name not in inputs:
@@ -369,6 +386,31 @@ def _check_names(found: s.Metadata, node: Node) -> None:
     unpromoted = {p for _, p in found.parameter_derivatives} - parameters
     if unpromoted:
         raise ArtifactError(f"{node.file}: parameter_derivatives name {sorted(unpromoted)}, which are not promoted.")
+
+
+def _check_shapes(found: s.Metadata, node: Node) -> None:
+    """Check that a variable has one shape wherever it is spoken of: each place is taken for what it holds."""
+    shapes: dict[str, s.Shape] = {}
+    variables = [*found.inputs]
+    for part in found.segments:
+        if isinstance(part, s.ImplicitSegment):
+            variables += [v for group in (*part.unknowns, *part.givens) for v in group.variables]
+            variables += [given.variable for given in part.roles]
+            if part.predictor is not None and part.predictor.feedback is not None:
+                variables.append(part.predictor.feedback.input)
+    for v in variables:
+        if shapes.setdefault(v.name, v.natural_shape) != v.natural_shape:
+            raise ArtifactError(
+                f"{node.file}: {v.name!r} has the shape {v.natural_shape} here, {shapes[v.name]} there. "
+                "The metadata is damaged or was edited; compile the model again with neml2-compile."
+            )
+    for v in found.outputs:
+        # Outputs are listed without their site axes.
+        if v.name in shapes and shapes[v.name][len(shapes[v.name]) - len(v.base_shape) :] != v.base_shape:
+            raise ArtifactError(
+                f"{node.file}: the output {v.name!r} has the base shape {v.base_shape}, elsewhere {shapes[v.name]}. "
+                "The metadata is damaged or was edited; compile the model again with neml2-compile."
+            )
 
 
 def _need(wanted: Any, known: set[str], where: str) -> None:

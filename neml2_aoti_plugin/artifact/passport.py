@@ -1,31 +1,32 @@
-"""May this artifact run here? Everything that can be told without running any of it."""
+"""May this artifact run here? Everything that can be told without running any of it, in one report."""
 
 from __future__ import annotations
 
-import platform
+import os
 import sys
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError
-from .package import Build, open_archive, read_build
+from . import archive as zipped
+from .admission import beyond
+from .binary import library_fault
+from .operators import operator_fault
+from .package import Build, build_in, operators_in, signature_in
 from .place import Place
+from .processor import lacking, machine
 from .schema import Metadata
+from .seal import expected, require
+from .wiring import Wire, roles_fault, wire_fault, wires
 
-# What inductor calls an instruction set, and the CPU flags that it takes.
-CPU_FLAGS = {
-    "AVX512": ("avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"),
-    "AVX512_VNNI": ("avx512_vnni",),
-    "AVX2": ("avx2", "fma"),
-    "AMX_TILE": ("amx_tile",),
-}
+OLDEST_TORCH = (2, 10)
 
 
 def check(metadata: Metadata, place: Place) -> None:
-    """Refuse an artifact that cannot run here, with a cure per complaint.
+    """Refuse an artifact that cannot run here, with all that was found and a cure for each.
 
     Args:
         metadata: of the artifact.
@@ -36,16 +37,24 @@ def check(metadata: Metadata, place: Place) -> None:
         ArtifactError: anything else is wrong.
     """
     names = sorted(files_of(metadata))
-    missing = [name for name in names if not (place.leaf / name).is_file()]
-    if missing:
-        raise ArtifactNotFoundError(
-            f"{place.leaf}: {', '.join(missing)} named by {place.metadata.name} "
-            f"{'is' if len(missing) == 1 else 'are'} not there. Copy the whole artifact folder, or compile the model "
-            "again."
-        )
-    complaints = [c for name in names for c in inspect(place.leaf / name, place)]
-    if complaints:
-        raise ArtifactError("\n".join(dict.fromkeys(complaints)))
+    handed = wires(metadata)
+    doubled = roles_fault(handed)
+    # By what is wrong, the packages it is wrong with.
+    found: dict[str, list[str]] = {}
+    for text in (_of_torch(torch.__version__), _of_device(place)):
+        if text:
+            found[text] = []
+    missing = False
+    for name in names:
+        try:
+            texts = inspect(place.leaf / name, place, [w for w in handed if w.file == name])
+        except ArtifactError as error:
+            texts = [str(error).removeprefix(f"{place.leaf / name}: ")]
+            missing = missing or isinstance(error, ArtifactNotFoundError)
+        for text in (*texts, *([doubled[name]] if name in doubled else [])):
+            found.setdefault(text, []).append(name)
+    if found:
+        raise (ArtifactNotFoundError if missing else ArtifactError)(_report(found, place))
 
 
 def files_of(metadata: Metadata) -> set[str]:
@@ -66,65 +75,159 @@ def files_of(metadata: Metadata) -> set[str]:
     return found
 
 
-def inspect(file: Path, place: Place) -> list[str]:
-    """List what speaks against running one package here."""
-    with open_archive(file) as archive:
-        bad = [n for n in archive.namelist() if n.startswith(("/", "\\")) or ".." in Path(n).parts or ":" in n]
-    if bad:
-        return [f"{file}: archive entry {bad[0]!r} leads out of the folder it is unpacked to. Do not use this file."]
-    build = read_build(file)
-    return [f"{file.parent}: {c}" for c in (_of_device(build, place), _of_machine(build), _of_cpu(build, place)) if c]
+def inspect(file: Path, place: Place, handed: list[Wire]) -> list[str]:
+    """List what speaks against running one package here.
+
+    Args:
+        file: the package.
+        place: of the leaf it is in.
+        handed: what the metadata gives its graph.
+
+    Returns:
+        What is wrong and the cure, a line for each.
+
+    Raises:
+        ArtifactNotFoundError: there is no such file.
+        ArtifactError: the package is damaged, so that there is no more to tell.
+    """
+    data = read_package(file)
+    outside = beyond(file)
+    if outside:
+        return [outside]
+    require(file, data, expected(file))
+    with zipped.open_archive(file, data) as archive:
+        faults = zipped.faults(archive) or _of_contents(archive, file, data)
+        if faults:
+            return faults
+        build = build_in(archive)
+        faults = [*_of_machine(build), _of_build_device(build, place), _of_cpu(build, place)]
+        if place.device.type == "cuda" and torch.cuda.is_available():
+            have = torch.cuda.get_device_capability(place.device)
+            portable = any(name.endswith((".fatbin", ".ptx")) for name in archive.namelist())
+            faults.append(gpu_fault(build.compute_capability, have, portable))
+        faults.append(operator_fault(operators_in(archive)))
+        signature = signature_in(archive)
+    faults += [wire_fault(wire, signature) for wire in handed]
+    return list(dict.fromkeys(fault for fault in faults if fault))
 
 
-def _of_device(build: Build, place: Place) -> str:
-    wanted = place.device.type
-    if build.device and build.device.split(":")[0] != wanted:
-        return f"compiled for device {build.device}, loaded for {wanted}. Load it with device={build.device!r}."
-    if wanted == "cuda" and not torch.cuda.is_available():
-        return "compiled for cuda, and torch sees no CUDA device here. Load a cpu leaf with device='cpu'."
-    if wanted == "cuda" and build.compute_capability:
-        major, minor = torch.cuda.get_device_capability(place.device)
-        have = f"{major}{minor}"
-        if build.compute_capability.isdigit() and int(build.compute_capability) > int(have):
-            return (
-                f"compiled for compute capability {build.compute_capability}, the device has {have}. Compile it here: "
-                "neml2-compile INPUT --model NAME --device cuda."
-            )
-    return ""
+def read_package(file: Path) -> bytes:
+    """The bytes of a package.
+
+    Raises:
+        ArtifactNotFoundError: there is no such file.
+        ArtifactError: it cannot be read.
+    """
+    try:
+        # A pipe or a device would be waited for without end.
+        if file.exists() and not file.is_file():
+            raise ArtifactError(f"{file}: not a file. {zipped.AGAIN}")
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise zipped.missing(file) from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file}: cannot be read ({error}). {zipped.AGAIN}") from error
 
 
-def _of_machine(build: Build) -> str:
-    here, machine = sys.platform, platform.machine().lower()
-    same_machine = {"amd64": "x86_64", "arm64": "aarch64"}
-    built_for = build.machine.lower()
-    if build.platform and build.platform != here:
-        return f"compiled on platform {build.platform}, this is {here}. Compile the model here with neml2-compile."
-    if built_for and same_machine.get(built_for, built_for) != same_machine.get(machine, machine):
-        return f"compiled for {build.machine} processors, this is {machine}. Compile the model here with neml2-compile."
-    return ""
+def gpu_fault(built_for: str, have: tuple[int, int], portable: bool) -> str:
+    """Tell whether kernels for one GPU generation run on another.
 
+    Args:
+        built_for: compute capability as inductor records it, such as `90`; empty or a name where there is none.
+        have: of the device.
+        portable: whether the package holds code that later generations can translate.
 
-def _of_cpu(build: Build, place: Place) -> str:
-    have = cpu_flags()
-    if not have or place.device.type != "cpu":
+    Returns:
+        What is wrong and the cure; empty for nothing.
+    """
+    if not built_for.isdigit():
         return ""
-    lacking = [flag for name in build.cpu_isa.split() for flag in CPU_FLAGS.get(name, ()) if flag not in have]
-    if not lacking:
+    wanted, here = int(built_for), have[0] * 10 + have[1]
+    if wanted <= here and (portable or wanted // 10 == have[0]):
         return ""
     return (
-        f"compiled for a processor with {build.cpu_isa}; this one lacks {', '.join(lacking)} and would stop with an "
-        "illegal instruction. Compile the model here, or anywhere with ATEN_CPU_CAPABILITY=avx2."
+        f"compiled for compute capability {wanted}, the device has {here}. Compile it here: "
+        "neml2-compile INPUT --model NAME --device cuda."
     )
 
 
-@cache
-def cpu_flags() -> frozenset[str]:
-    """Flags of this machine's CPU; empty where the system does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
+def _of_contents(archive: ZipFile, file: Path, data: bytes) -> list[str]:
+    """Is everything there, whole, and of this package?"""
+    named = {name.partition("/")[0] for name in archive.namelist()}
+    if named != {file.stem}:
+        return [
+            f"holds {', '.join(sorted(named)) or 'nothing'}, expected {file.stem}: it is the package of another graph. "
+            "Copy the whole artifact folder, or compile the model again."
+        ]
+    libraries = [info for info in zipped.graph_entries(archive) if info.filename.endswith((".so", ".pyd", ".dylib"))]
+    if len(libraries) != 1:
+        # torch would call a C++ compiler, with the flags that the package gives.
+        return [f"holds {len(libraries)} compiled libraries, expected 1. Compile the model again with neml2-compile."]
+    # Entries that nobody reads, such as the kernels' source, may be damaged.
+    fault = library_fault(zipped.read_entry(archive, libraries[0], data))
+    return [fault] if fault else []
+
+
+def _of_torch(version: str) -> str:
+    numbers = version.split(".")[:2]
+    if len(numbers) == 2 and all(n.isdigit() for n in numbers) and (int(numbers[0]), int(numbers[1])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"torch {version} is not known to run compiled models. Install {oldest} or later: pip install -U torch."
+    return ""
+
+
+def _of_device(place: Place) -> str:
+    wanted = place.device
+    if wanted.type != "cuda":
+        return ""
+    if not torch.cuda.is_available():
+        return "compiled for cuda, and torch sees no CUDA device here. Load a cpu leaf with device='cpu'."
+    if wanted.index is not None and wanted.index >= torch.cuda.device_count():
+        return f"there is no device {wanted}, only {torch.cuda.device_count()}. Load it with device='cuda:0'."
+    return ""
+
+
+def _of_build_device(build: Build, place: Place) -> str:
+    if build.device and build.device.split(":")[0] != place.device.type:
+        return (
+            f"compiled for device {build.device}, loaded for {place.device.type}. Load it with device={build.device!r}."
+        )
+    return ""
+
+
+def _of_machine(build: Build) -> list[str]:
+    found = []
+    if build.platform and build.platform != sys.platform:
+        found.append(
+            f"compiled on platform {build.platform}, this is {sys.platform}. Compile the model here with neml2-compile."
+        )
+    if build.machine and machine(build.machine) != machine():
+        found.append(
+            f"compiled for {build.machine} processors, this is {machine()}. Compile the model here with neml2-compile."
+        )
+    return found
+
+
+def _of_cpu(build: Build, place: Place) -> str:
+    missing = lacking(build.cpu_isa) if place.device.type == "cpu" and machine(build.machine) == machine() else []
+    if not missing:
+        return ""
+    return (
+        f"compiled for a processor with {build.cpu_isa}; this one lacks {', '.join(missing)} and would stop with an "
+        "illegal instruction. Compile the model here: neml2-compile INPUT --model NAME."
+    )
+
+
+def _report(found: dict[str, list[str]], place: Place) -> str:
+    """One line where there is one finding; else a list of all."""
+    lines = []
+    for text, names in found.items():
+        if not names:
+            lines.append(f"{place.leaf}: {text}")
+        elif len(names) == 1:
+            lines.append(f"{place.leaf / names[0]}: {text}")
+        else:
+            lines.append(f"{place.leaf}{os.sep}{{{', '.join(names)}}}: {text}")
+    if len(lines) == 1:
+        return lines[0]
+    return f"{place.leaf} cannot run here, for {len(lines)} reasons:\n" + "\n".join(f"- {line}" for line in lines)

@@ -78,6 +78,15 @@ def holds(path: Path) -> bool:
     return bool(files_at(path) or files_below(path))
 
 
+def root_of(path: Path) -> Path | None:
+    """The folder of the whole artifact at a path; None where there is none in this layout."""
+    here = files_at(path)
+    if here:
+        folder = here[0].parent
+        return folder.parent if folder.name in DEVICES else folder
+    return path if files_below(path) else None
+
+
 def files_at(path: Path) -> list[Path]:
     """The metadata file at a path, or those right in the folder at that path."""
     if path.name.endswith(SUFFIX) and path.is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ArtifactError, ArtifactNotFoundError
+from .seal import expected, require
 
 T = TypeVar("T")
 
@@ -33,7 +34,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ArtifactError(f"{file}: larger than {MAX_BYTES} bytes, which no metadata file is.")
-        document = json.loads(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
+        require(file, data, expected(file))
+        document = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ArtifactNotFoundError(f"{file}: no such metadata file.") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -102,6 +105,13 @@ class Node:
             yield key, Node(value, f"{self.path}.{key}", self.file)
 
 
+def entry(node: Node) -> dict[str, Any]:
+    """An object, whatever it holds."""
+    if not isinstance(node.value, dict):
+        raise node.fail("an object")
+    return node.value
+
+
 def text(node: Node) -> str:
     """A non-empty string."""
     if not isinstance(node.value, str) or not node.value:
@@ -125,6 +135,17 @@ def whole(node: Node) -> int:
     if isinstance(node.value, bool) or not isinstance(node.value, int) or not 0 <= node.value <= MAX_ENTRIES:
         raise node.fail("a whole number, zero or more")
     return node.value
+
+
+def at_most(limit: int) -> Callable[[Node], int]:
+    """A reader of how often something may be repeated; a damaged number would keep a solve busy for years."""
+
+    def read(node: Node) -> int:
+        if whole(node) > limit:
+            raise node.fail(f"a whole number, {limit} at most")
+        return int(node.value)
+
+    return read
 
 
 def flag(node: Node) -> bool:

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from ..errors import ArtifactError
-from .reading import Node, names, shape, text, whole
+from .reading import Node, entry, names, shape, text, whole
 
 Document = dict[str, Any]
 
@@ -44,7 +44,7 @@ def from_3(document: Node) -> Document:
     segments = [_celled(s) if s.at("kind").value == "implicit" else _unordered(s) for s in segments_of(document)]
     pairs = [[out, wrt] for out, wrts in _differentiable(document).items() for wrt in wrts]
     # Whatever was promoted, the graphs were traced with its value in double precision.
-    parameters = [{**p.value, "dtype": "float64"} for p in document.at("parameters").items()]
+    parameters = [{**entry(p), "dtype": "float64"} for p in document.at("parameters").items()]
     changed = {"inputs": inputs, "outputs": outputs, "segments": segments, "parameters": parameters}
     return {"derivatives": pairs, "parameter_derivatives": [], **document.value, **changed}
 
@@ -80,7 +80,7 @@ def base_shape(variable: Node) -> list[int]:
 
 def _with_base_shape(variable: Node) -> Document:
     """A variable of the model with its base shape; its size in the file must agree."""
-    base = variable.value["base_shape"] if "base_shape" in variable else base_shape(variable)
+    base = list(shape(variable.at("base_shape"))) if "base_shape" in variable else base_shape(variable)
     if whole(variable.at("var_size")) != prod(base):
         raise variable.at("var_size").fail(f"{prod(base)}, the number of entries of a {variable.at('var_type').value}")
     return {**variable.value, "base_shape": base}

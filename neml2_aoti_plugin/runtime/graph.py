@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifact.package import Signature, read_signature
+from ..artifact.files import Fingerprint, fingerprint, read_unchanged
+from ..artifact.package import Argument, Signature, read_signature
 from ..errors import AOTIError, ArtifactError
+from . import forks
+from .interrupts import undisturbed
+from .unpack import load_runner
 
 # CUDA kernels are compiled for inputs at such addresses; a slice of rows may start elsewhere.
 CUDA_ALIGNMENT = 16
@@ -28,12 +32,18 @@ class Graph:
     def __init__(self, file: Path, device: torch.device) -> None:
         self.file = file
         self.device = device
-        # torch's loader waits for its runner with the interpreter locked, and a graph with a custom operator needs the
-        # interpreter to finish: calls must queue before they reach the loader.
-        self._lock = threading.Lock()
-        self._run: Any = None
+        # torch's runner waits for its turn with the interpreter locked, and a graph with a custom operator needs the
+        # interpreter to finish: calls must queue before they reach the runner.
+        self.lock = threading.Lock()
+        self.runner: Any = None
+        self._calls_python = False
         self._signature: Signature | None = None
         self._signature_read = False
+        # Ranks of arguments that were compared with the signature; they are few, and the same from call to call.
+        self._compared: set[tuple[int, ...]] = set()
+        # The package is loaded long after the passport has looked it over, and must be the same then.
+        self._fingerprint: Fingerprint = fingerprint(file)
+        forks.watch(self)
 
     @property
     def signature(self) -> Signature | None:
@@ -44,22 +54,13 @@ class Graph:
 
     def load(self) -> None:
         """Load the package, if it is not loaded yet; the caller holds no lock."""
-        with self._lock:
+        with self.lock:
             self._load()
 
     def _load(self) -> None:
-        if self._run is not None:
-            return
-        index = -1 if self.device.index is None or self.device.type == "cpu" else self.device.index
-        try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(self.file), "model", False, 1, index)
-        except RuntimeError as error:
-            raise ArtifactError(
-                f"{self.file}: torch {torch.__version__} cannot load this package ({_first_line(error)}). If it "
-                "needs a "
-                "custom operator, import neml2 first; else compile the model again with neml2-compile."
-            ) from error
-        self._run = loader.run
+        if self.runner is None:
+            data = read_unchanged(self.file, self._fingerprint)
+            self.runner, self._calls_python = load_runner(self.file, data, self.device)
 
     def __call__(
         self,
@@ -80,6 +81,7 @@ class Graph:
             The outputs, each `(rows, ...)`, or `(1, ...)` where it does not depend on the row.
 
         Raises:
+            ArtifactError: the graph does not take such arguments, or its package cannot be loaded.
             AOTIError: the graph failed.
         """
         arguments = [a if a.is_contiguous() else a.contiguous() for a in (*batched, *tail, *behind)]
@@ -87,14 +89,48 @@ class Graph:
             arguments = [arguments[i] for i in order]
         if self.device.type == "cuda":
             arguments = [a if a.data_ptr() % CUDA_ALIGNMENT == 0 else a.clone() for a in arguments]
-        with self._lock:
-            if self._run is None:
+        ranks = tuple([a.ndim for a in arguments])
+        if ranks not in self._compared:
+            self._compare(arguments)
+            self._compared.add(ranks)
+        if forks.forked_after_use:
+            forks.require_one_thread(self)
+        with self.lock:
+            if self.runner is None:
                 self._load()
+                forks.note_use()
             try:
-                outputs: list[Tensor] = self._run(arguments)
+                run = self.runner.run
+                outputs: list[Tensor] = undisturbed(run, arguments) if self._calls_python else run(arguments)
             except RuntimeError as error:
                 raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
         return outputs
+
+    def _compare(self, arguments: Sequence[Tensor]) -> None:
+        """Refuse arguments that the graph would read wrongly: it looks at none of this itself."""
+        signature = self.signature
+        if signature is None:
+            return
+        cure = "The package and the metadata do not belong together: copy the whole artifact folder, or compile again."
+        if len(arguments) != len(signature.arguments):
+            raise ArtifactError(
+                f"{self.file}: takes {len(signature.arguments)} tensors, the metadata gives it {len(arguments)}. {cure}"
+            )
+        for i, (given, taken) in enumerate(zip(arguments, signature.arguments, strict=True)):
+            if not _fits(given, taken):
+                extents = ", ".join("*" if n is None else str(n) for n in taken.extents)
+                raise ArtifactError(
+                    f"{self.file}: takes {taken.dtype} of shape ({extents}) as tensor {i}, the metadata gives it "
+                    f"{given.dtype} of shape {tuple(given.shape)}. {cure}"
+                )
+
+
+def _fits(given: Tensor, taken: Argument) -> bool:
+    return (
+        given.dtype == taken.dtype
+        and given.ndim == len(taken.extents)
+        and all(n is None or n == m for n, m in zip(taken.extents, given.shape, strict=True))
+    )
 
 
 class PinnedGraph(Graph):

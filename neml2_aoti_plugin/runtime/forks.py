@@ -1,0 +1,68 @@
+"""What a forked process may do with graphs that its parent has loaded.
+
+torch's threads do not come along in a fork, and a call that waits for them never ends: a process that was forked after
+a graph had run may run graphs on one thread only. A graph that another thread was in the midst of is loaded anew.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+
+from ..errors import AOTIError
+
+if TYPE_CHECKING:
+    from .graph import Graph
+
+_graphs: WeakSet[Graph] = WeakSet()
+# Runners whose state is that of a thread which the fork left behind; to take them down would wait for it.
+_abandoned: list[Any] = []
+_ran = False
+forked_after_use = False
+
+
+def watch(graph: Graph) -> None:
+    """Have a graph put in order in forked processes."""
+    _graphs.add(graph)
+
+
+def note_use() -> None:
+    """Note that this process has run a graph."""
+    global _ran
+    _ran = True
+
+
+def require_one_thread(graph: Graph) -> None:
+    """Refuse to run a graph where torch would wait for threads that the fork left behind.
+
+    Args:
+        graph: for the message.
+
+    Raises:
+        AOTIError: torch uses more than one thread.
+    """
+    if torch.get_num_threads() != 1:
+        raise AOTIError(
+            f"{graph.file}: this process was forked from one in which a compiled model had already run, and torch's "
+            "threads do not come along: the call would never end. Start processes with "
+            "multiprocessing.get_context('spawn'), or fork before the first call, or call torch.set_num_threads(1) in "
+            "the new process first."
+        )
+
+
+def _in_child() -> None:
+    global forked_after_use
+    forked_after_use = _ran
+    for graph in list(_graphs):
+        if graph.lock.locked():
+            _abandoned.append(graph.runner)
+            graph.runner = None
+        graph.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

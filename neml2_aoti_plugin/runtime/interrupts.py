@@ -1,0 +1,48 @@
+"""Keep Python's signal handlers from running inside a graph, where torch would lose what they raise.
+
+A graph may call an operator that is written in Python. If Ctrl-C arrives there, the KeyboardInterrupt passes through
+torch's C interface, which turns it into an error without a cause.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Those whose handlers commonly raise: Ctrl-C, a wish to end, a time limit.
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGBREAK", "SIGUSR1") if hasattr(signal, name)
+]
+
+
+def undisturbed(run: Callable[[Sequence[Tensor]], list[Tensor]], arguments: Sequence[Tensor]) -> list[Tensor]:
+    """Run a graph; signals that arrive meanwhile are handled right afterwards.
+
+    Args:
+        run: the graph.
+        arguments: of it.
+
+    Returns:
+        Its outputs.
+    """
+    # Only the main thread runs handlers, and only it may exchange them.
+    if threading.current_thread() is not threading.main_thread():
+        return run(arguments)
+    came: list[int] = []
+    handlers: dict[int, Any] = {}
+    try:
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, lambda n, _: came.append(n))
+        return run(arguments)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)

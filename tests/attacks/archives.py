@@ -1,0 +1,244 @@
+"""Hostile `.pt2` archives, each made from a real package."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import stat
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Entries = list[tuple[zipfile.ZipInfo, bytes]]
+
+
+def entries_of(data: bytes) -> Entries:
+    """The entries of an archive with their bytes."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return [(info, archive.read(info)) for info in archive.infolist()]
+
+
+def archive_of(entries: Entries) -> bytes:
+    """An archive of entries, with names and attributes as they are."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for info, data in entries:
+            fresh = zipfile.ZipInfo(info.filename, (1980, 1, 1, 0, 0, 0))
+            fresh.external_attr, fresh.compress_type, fresh.create_system = info.external_attr, info.compress_type, 3
+            archive.writestr(fresh, data)
+    return out.getvalue()
+
+
+def graph_folder(entries: Entries) -> str:
+    """The folder of the archive in which the graph is, with a slash behind."""
+    library = next(info.filename for info, _ in entries if info.filename.endswith(".so"))
+    return library.rpartition("/")[0] + "/"
+
+
+def changed(change: Callable[[Entries, str], Entries | None]) -> Callable[[bytes], bytes]:
+    """An attack that changes the list of entries; it gets the graph's folder as well."""
+
+    def attack(data: bytes) -> bytes:
+        entries = entries_of(data)
+        found = change(entries, graph_folder(entries))
+        return archive_of(entries if found is None else found)
+
+    return attack
+
+
+def extra(name: str, data: bytes = b"x", attributes: int = 0, compress: int = zipfile.ZIP_STORED) -> Callable:
+    """An attack that adds an entry; `{graph}` in its name stands for the graph's folder."""
+
+    def change(entries: Entries, graph: str) -> None:
+        info = zipfile.ZipInfo(name.replace("{graph}", graph))
+        info.external_attr, info.compress_type = attributes, compress
+        entries.append((info, data))
+
+    return changed(change)
+
+
+def edited(suffix: str, change: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    """An attack that changes the bytes of the entry whose name ends so, with a right checksum."""
+    return changed(lambda entries, _: [(i, change(d) if i.filename.endswith(suffix) else d) for i, d in entries])
+
+
+def without(suffix: str) -> Callable[[bytes], bytes]:
+    """An attack that removes the entries whose names end so."""
+    return changed(lambda entries, _: [(i, d) for i, d in entries if not i.filename.endswith(suffix)])
+
+
+def recorded(**facts: str) -> Callable[[bytes], bytes]:
+    """An attack that changes what the package says it was built for."""
+    return edited("_metadata.json", lambda d: json.dumps({**json.loads(d), **facts}).encode())
+
+
+def calling(target: str) -> Callable[[bytes], bytes]:
+    """An attack that has the graph's list of operators name another one."""
+    return extra("{graph}evil.wrapper.json", json.dumps({"nodes": [{"node": {"target": target}}]}).encode())
+
+
+def twice(entries: Entries, graph: str) -> None:
+    """Add another library of the same name: which one is checked, and which one runs?"""
+    info, data = next((i, d) for i, d in entries if i.filename.endswith(".so"))
+    entries.append((info, data[:-1] + b"\1"))
+
+
+def in_other_case(entries: Entries, graph: str) -> None:
+    """Add a library whose name differs in case only."""
+    info, data = next((i, d) for i, d in entries if i.filename.endswith(".so"))
+    other = zipfile.ZipInfo(info.filename.upper())
+    entries.append((other, data))
+
+
+def overlapping(data: bytes) -> bytes:
+    """Have two entries of the directory lie over the same bytes."""
+    end = data.rfind(b"PK\5\6")
+    size, start = struct.unpack_from("<II", data, end + 12)
+    count = struct.unpack_from("<H", data, end + 10)[0]
+    directory = bytearray(data[start : start + size])
+    at, offsets = 0, []
+    for _ in range(count):
+        name, more, comment = struct.unpack_from("<HHH", directory, at + 28)
+        offsets.append(at)
+        at += 46 + name + more + comment
+    first, second = offsets[0], offsets[1]
+    where = struct.unpack_from("<I", directory, first + 42)[0]
+    struct.pack_into("<I", directory, second + 42, where)
+    return data[:start] + bytes(directory) + data[start + size :]
+
+
+def bomb(data: bytes) -> bytes:
+    """Add an entry that unpacks to a thousand times its size."""
+    return extra("{graph}weights.bin", bytes(1 << 27), compress=zipfile.ZIP_DEFLATED)(data)
+
+
+def claimed_size(data: bytes) -> bytes:
+    """Have the directory claim that the library has 3 GB."""
+    name = next(i.filename for i, _ in entries_of(data) if i.filename.endswith(".so")).encode()
+    at = data.rfind(name) - 46
+    return data[: at + 24] + struct.pack("<I", 3 << 30) + data[at + 28 :]
+
+
+def encrypted(data: bytes) -> bytes:
+    """Flag every entry as encrypted."""
+    out, at = bytearray(data), data.find(b"PK\1\2")
+    while at >= 0:
+        out[at + 8] |= 1
+        at = data.find(b"PK\1\2", at + 4)
+    return bytes(out)
+
+
+def truncated_library(data: bytes) -> bytes:
+    """Cut the library inside an archive that is otherwise right."""
+    return edited(".so", lambda d: d[: len(d) // 2])(data)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One way to make a package hostile or broken.
+
+    Args:
+        make: the package's bytes, changed.
+        words: what the refusal must say.
+    """
+
+    make: Callable[[bytes], bytes]
+    words: list[str] = field(default_factory=list)
+
+
+LINK = (stat.S_IFLNK | 0o777) << 16
+OUT = "leads out of the folder"
+
+ATTACKS = {
+    "parent": Attack(extra("{graph}../../../../../escape.so"), [OUT, "escape.so"]),
+    "parent at the end": Attack(extra("{graph}.."), [OUT]),
+    "absolute": Attack(extra("/tmp/escape.so"), [OUT, "/tmp/escape.so"]),
+    "drive": Attack(extra("C:/escape.so"), [OUT]),
+    "backslash": Attack(extra("{graph}..\\..\\escape.so"), [OUT]),
+    "symbolic link": Attack(extra("{graph}link", b"/etc/passwd", LINK), ["symbolic link"]),
+    "device": Attack(extra("{graph}device", b"", (stat.S_IFCHR | 0o666) << 16), ["neither a file nor a folder"]),
+    "twice": Attack(changed(twice), ["is there twice"]),
+    "twice but for case": Attack(changed(in_other_case), ["is there twice"]),
+    "overlapping": Attack(overlapping, ["lie over each other"]),
+    "bomb": Attack(bomb, ["unpacks from"]),
+    "claims a size": Attack(claimed_size, ["claims two sizes"]),
+    "encrypted": Attack(encrypted, ["encrypted"]),
+    "another method": Attack(extra("{graph}a", b"x" * 99, compress=zipfile.ZIP_LZMA), ["compressed by method 14"]),
+    "many entries": Attack(
+        changed(lambda e, g: e + [(zipfile.ZipInfo(f"{g}{i}"), b"") for i in range(10_001)]), ["entries", "10000"]
+    ),
+    "no library": Attack(without(".so"), ["0 compiled libraries", "neml2-compile"]),
+    "two libraries": Attack(extra("{graph}other.so", b"\x7fELF"), ["2 compiled libraries"]),
+    "library below": Attack(extra("{graph}below/other.so", b"\x7fELF"), ["2 compiled libraries"]),
+    "empty library": Attack(edited(".so", lambda d: b""), ["library is empty"]),
+    "text as library": Attack(edited(".so", lambda d: b"#!/bin/sh\necho owned\n"), ["not an ELF file"]),
+    "library cut off": Attack(truncated_library, ["cut off"]),
+    "library's header cut off": Attack(edited(".so", lambda d: d[:40]), ["cut off"]),
+    "library of a big machine": Attack(edited(".so", lambda d: d[:5] + b"\2" + d[6:]), ["another kind of machine"]),
+    "library of another machine": Attack(
+        edited(".so", lambda d: d[:18] + struct.pack("<H", 183 if d[18] == 62 else 62) + d[20:]), ["processors, this"]
+    ),
+    "empty": Attack(lambda d: b"", ["not a readable package"]),
+    "empty archive": Attack(lambda d: archive_of([]), ["holds nothing"]),
+    "truncated": Attack(lambda d: d[: len(d) // 2], ["not a readable package"]),
+    "without its first half": Attack(lambda d: d[len(d) // 2 :], []),
+    "zeros in the middle": Attack(lambda d: d[: len(d) // 2] + bytes(4096) + d[len(d) // 2 + 4096 :], ["is damaged"]),
+    "another package's": Attack(
+        changed(lambda e, g: [(_renamed(i, "other/" + i.filename.partition("/")[2]), d) for i, d in e]),
+        ["other", "the package of another graph"],
+    ),
+    "other platform": Attack(recorded(AOTI_PLATFORM="win32"), ["platform win32", "neml2-compile"]),
+    "other machine": Attack(recorded(AOTI_MACHINE="riscv64"), ["riscv64", "neml2-compile"]),
+    "other processor": Attack(
+        recorded(AOTI_CPU_ISA="AVX512 AVX512_VNNI AMX_TILE ZVECTOR ASIMD"), ["lacks", "neml2-compile"]
+    ),
+    "other device": Attack(recorded(AOTI_DEVICE_KEY="cuda"), ["device cuda", "device='cuda'"]),
+    "record that is no object": Attack(edited("_metadata.json", lambda d: b"[]"), ["build record"]),
+    "record that is nested": Attack(edited("_metadata.json", lambda d: b"[" * 100_000), ["build record"]),
+    "record that is no text": Attack(edited("_metadata.json", lambda d: b"\xff\xfe"), ["damaged"]),
+    "unknown operator": Attack(calling("evil::run"), ["evil::run", "Import the Python package"]),
+    "unknown neml2 operator": Attack(calling("neml2::gone"), ["neml2::gone", "neml2"]),
+    "unknown torch operator": Attack(calling("aten::gone"), ["aten::gone", "torch"]),
+    "operator with an odd name": Attack(calling("os::system('x')"), ["no operator's name"]),
+    "operators that are no list": Attack(extra("{graph}evil.wrapper.json", b"{}"), ["list of operators"]),
+}
+
+
+def _renamed(info: zipfile.ZipInfo, name: str) -> zipfile.ZipInfo:
+    fresh = zipfile.ZipInfo(name)
+    fresh.external_attr, fresh.compress_type = info.external_attr, info.compress_type
+    return fresh
+
+
+def swapped(other: Path, stem: str) -> bytes:
+    """Another graph's package, as if it were that of `stem`."""
+    rename = changed(lambda e, g: [(_renamed(i, f"{stem}/" + i.filename.partition("/")[2]), d) for i, d in e])
+    return rename(other.read_bytes())
+
+
+def mutated(data: bytes, random_: random.Random) -> bytes:
+    """An archive with random damage: bits, cuts, holes, repeats, foreign ends; mostly in its directory and headers."""
+    out = bytearray(data)
+    kind = random_.choice(["bits", "bits", "directory", "directory", "directory", "cut", "hole", "repeat", "tail"])
+    if kind == "bits":
+        for _ in range(random_.randint(1, 20)):
+            out[random_.randrange(len(out))] ^= 1 << random_.randrange(8)
+    elif kind == "directory":
+        start = max(0, data.find(b"PK\1\2"))
+        for _ in range(random_.randint(1, 6)):
+            at = random_.randrange(start, len(out))
+            out[at] = random_.choice([0, 1, 0x2F, 0x2E, 0x7F, 0xFF, random_.randrange(256)])
+    elif kind == "cut":
+        del out[random_.randrange(len(out)) :]
+    elif kind == "hole":
+        at = random_.randrange(len(out))
+        del out[at : at + random_.randint(1, 5000)]
+    elif kind == "repeat":
+        at = random_.randrange(len(out))
+        out[at:at] = out[at : at + random_.randint(1, 5000)]
+    else:
+        out += random_.randbytes(random_.randint(1, 5000))
+    return bytes(out)
