@@ -8,10 +8,11 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test test-wide legacy lint format wheel clean compare-native torch-matrix
+.PHONY: help demo calibrate test test-wide legacy lint format wheel clean compare-native torch-matrix
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
+	@echo "make calibrate  fit two parameters of the compiled viscoplastic model to noisy data, and draw it"
 	@echo "make test    run the tests; from a cold cache it compiles the stubs they need first"
 	@echo "make test-wide  run the tests that need the other stubs, which take minutes more to compile"
 	@echo "make legacy  run the tests on artifacts of older neml2 releases, which it compiles first"
@@ -32,6 +33,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
+
+calibrate: $(INSTALLED)
+	$(BIN)/python examples/calibrate.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m stubs.build --jobs $(JOBS)

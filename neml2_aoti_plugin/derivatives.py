@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from .runtime.tangents import Columns, Seed
 
 Blocks = dict[str, dict[str, Tensor]]
 Pairs = tuple[tuple[str, str], ...]
+
+# What is differentiated by, as callers know it: ("input", name) or ("parameter", name).
+By = tuple[str, str]
 
 DIRECTION: Seed = ("direction", "")
 
@@ -30,8 +34,8 @@ def input_pairs(caller: Caller) -> Pairs:
     return pairs
 
 
-def parameter_pairs(caller: Caller) -> Pairs:
-    """The compiled (output, parameter) pairs by authored name; raises where there are none."""
+def parameter_pairs(caller: Caller, params: Sequence[str] | None = None) -> Pairs:
+    """The compiled (output, parameter) pairs by authored name, for some parameters; raises where there are none."""
     pairs = caller.metadata.parameter_derivatives
     if not pairs:
         promoted = ", ".join(caller.promoted.specs) or "none"
@@ -40,17 +44,89 @@ def parameter_pairs(caller: Caller) -> Pairs:
             "Compile it with "
             "them: neml2-compile INPUT --model NAME -p PARAMETER -d OUT:PARAMETER."
         )
-    return pairs
+    if params is None:
+        return pairs
+    chosen: list[tuple[str, str]] = []
+    for name in params:
+        caller.promoted.require(name)
+        found = [(o, p) for o, p in pairs if p == caller.promoted.specs[name].name]
+        if not found:
+            raise not_compiled(caller, caller.output_name(caller.metadata.outputs[0].name), ("parameter", name))
+        chosen.extend(found)
+    return tuple(chosen)
 
 
-def not_compiled(caller: Caller, out: str, wrt: str) -> DerivativeNotCompiledError:
-    """The error for a pair (boundary names) that has no graph."""
-    compiled = ", ".join(f"{caller.output_name(o)}:{caller.input_name(i)}" for o, i in caller.metadata.derivatives)
+def not_compiled(caller: Caller, out: str, by: By) -> DerivativeNotCompiledError:
+    """The error for a derivative that has no graph, by boundary names."""
+    kind, name = by
+    names = caller.input_name if kind == "input" else caller.promoted.public.__getitem__
+    pairs = caller.metadata.derivatives if kind == "input" else caller.metadata.parameter_derivatives
+    compiled = ", ".join(f"{caller.output_name(o)}:{names(i)}" for o, i in pairs)
+    flags = f"-d {out}:{name}" if kind == "input" else f"-p {name} -d {out}:{name}"
     return DerivativeNotCompiledError(
-        f"d({out})/d({wrt}) was not compiled into {caller.boundary.where}; there are: {compiled or 'none'}. "
-        "Compile it: "
-        f"neml2-compile INPUT --model NAME -d {out}:{wrt}."
+        f"d({out})/d({name}) was not compiled into {caller.boundary.where}; there are: {compiled or 'none'}. "
+        f"Compile it: neml2-compile INPUT --model NAME {flags}."
     )
+
+
+def compiled(caller: Caller, out: str, by: By) -> bool:
+    """Whether a derivative has graphs, by boundary names."""
+    kind, name = by
+    authored_out = caller.boundary.output_by_name[out].variable.name
+    if kind == "input":
+        return (authored_out, caller.boundary.by_name[name].variable.name) in caller.metadata.derivatives
+    return (authored_out, caller.promoted.specs[name].name) in caller.metadata.parameter_derivatives
+
+
+def linearise(
+    caller: Caller,
+    inputs: Mapping[str, Tensor],
+    overrides: Mapping[str, Tensor] | None,
+    pairs: Sequence[tuple[str, By]],
+) -> tuple[Tensors, list[Tensor], Shape]:
+    """Evaluate the outputs and some derivatives as matrices.
+
+    Args:
+        caller: of the model.
+        inputs: as for `Model.forward`.
+        overrides: as for `Model.forward`.
+        pairs: outputs and what to differentiate them by; compiled ones.
+
+    Returns:
+        Outputs; a matrix `(*batch, entries of the output, entries of the other)` for each pair; and the batch shape.
+    """
+    call = caller.admit(inputs, overrides)
+    bys = dict.fromkeys(by for _, by in pairs)
+    seeds: dict[str, Columns] = {}
+    parameters: list[str] = []
+    inside: dict[By, Seed] = {}
+    for kind, name in bys:
+        if kind == "input":
+            authored = caller.boundary.by_name[name].variable.name
+            seeds[authored] = {(kind, authored): None}
+        else:
+            authored = caller.promoted.specs[name].name
+            parameters.append(authored)
+        inside[kind, name] = (kind, authored)
+    found = caller.evaluate(call, seeds, parameters) if bys else caller.evaluate(call)
+    caller.require_convergence(found, call.batch)
+    matrices = []
+    for out, by in pairs:
+        authored = caller.boundary.output_by_name[out].variable.name
+        value, column = found.values[authored], found.tangents[authored].get(inside[by])
+        entries = prod(value.shape[1:]), prod(natural_shape(caller, by))
+        shape = (call.rows, *entries)
+        matrix = value.new_zeros(shape) if column is None else column.expand(shape)
+        matrices.append(caller.unflatten(matrix, call.batch))
+    return caller.outputs(found.values, call.batch), matrices, call.batch
+
+
+def natural_shape(caller: Caller, by: By) -> Shape:
+    """Shape of an input or a parameter without its batch axes."""
+    kind, name = by
+    if kind == "input":
+        return caller.boundary.by_name[name].variable.natural_shape
+    return caller.promoted.specs[name].base_shape
 
 
 def jvp(
@@ -94,7 +170,7 @@ def _check_directions(caller: Caller, tangents: Iterable[str], outs: Iterable[st
             )
         for out in outs:
             if (out, port.variable.name) not in compiled:
-                raise not_compiled(caller, caller.output_name(out), name)
+                raise not_compiled(caller, caller.output_name(out), ("input", name))
 
 
 def _broadcasts(own: Shape, batch: Shape) -> bool:
@@ -127,10 +203,13 @@ def jacobian(
 
 
 def param_jacobian(
-    caller: Caller, inputs: Mapping[str, Tensor], overrides: Mapping[str, Tensor] | None
+    caller: Caller,
+    inputs: Mapping[str, Tensor],
+    overrides: Mapping[str, Tensor] | None,
+    params: Sequence[str] | None = None,
 ) -> tuple[Tensors, Blocks, Tensors]:
     """See `Model.param_jacobian`; gives the parameters in force as well."""
-    pairs = parameter_pairs(caller)
+    pairs = parameter_pairs(caller, params)
     call = caller.admit(inputs, overrides)
     evaluation = caller.evaluate(call, {}, dict.fromkeys(p for _, p in pairs))
     caller.require_convergence(evaluation, call.batch)
@@ -174,9 +253,10 @@ def param_vjp(
     inputs: Mapping[str, Tensor],
     cotangents: Mapping[str, Tensor],
     overrides: Mapping[str, Tensor] | None,
+    params: Sequence[str] | None = None,
 ) -> Tensors:
     """See `Model.param_vjp`."""
-    pairs = parameter_pairs(caller)
+    pairs = parameter_pairs(caller, params)
     needed = list(dict.fromkeys(caller.output_name(o) for o, _ in pairs))
     absent = [name for name in needed if name not in cotangents]
     unknown = [name for name in cotangents if name not in caller.boundary.output_by_name]
@@ -186,7 +266,7 @@ def param_vjp(
             "parameter "
             f"derivatives are: {', '.join(needed)}."
         )
-    outputs, blocks, in_force = param_jacobian(caller, inputs, overrides)
+    outputs, blocks, in_force = param_jacobian(caller, inputs, overrides, params)
     gradients: Tensors = {}
     for out, parameter in pairs:
         public, name = caller.output_name(out), caller.promoted.public[parameter]

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from neml2 import types as neml2_types
 from neml2.schema import HitSchema, option
 from neml2.types import TensorWrapper
 from torch import Tensor, nn
 
-from .artifact.schema import Variable
+from . import chain, typed
 from .artifact.stub import read_stub
 from .derivatives import Blocks
-from .errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError
+from .errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError, UnknownNameError
 from .model import Model
+from .module import CompiledModule
+from .promoted import PromotedParameters
 from .runtime.call import Tensors
 
 if TYPE_CHECKING:
     import nmhit
+
+Value: TypeAlias = TensorWrapper | Tensor
 
 
 class _Declared(nn.Module):
@@ -31,8 +34,11 @@ class _Declared(nn.Module):
         self.output_spec = dict.fromkeys(sorted(names))
 
 
-class AOTIModel(nn.Module):
-    """A compiled model in the role of a neml2 model.
+class AOTIModel(CompiledModule):
+    """A compiled model in the role of a neml2 model: typed tensors, chain rule, a part of other models.
+
+    A torch module, as `Model` is. The derivative calls take typed tensors or raw ones; they return typed ones if they
+    were given any, else raw ones.
 
     Args:
         artifact: the artifact's folder, its metadata file, or a folder inside it.
@@ -47,6 +53,8 @@ class AOTIModel(nn.Module):
     """
 
     SECTION = "Models"
+    SUPPORTS_SECOND_ORDER = False
+    output_priorities: Mapping[str, str | None] = {}
 
     hit = HitSchema(
         option(
@@ -87,160 +95,186 @@ class AOTIModel(nn.Module):
         solver: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self._inner = Model(artifact, device, dtype, solver=solver)
-        self.input_spec = {name: _wrapper_class(v, name) for name, v in self._inner.inputs.items()}
-        self.output_spec = {name: _wrapper_class(v, name) for name, v in self._inner.outputs.items()}
+        self._inner: Model
+        # Not as a child, whose parameters would have names that begin with `_inner`. They are this module's own: both
+        # have the same dicts, so that a change in one is in both.
+        self.__dict__["_inner"] = Model(artifact, device, dtype, solver=solver)
+        self.__dict__["_parameters"] = self._inner._parameters
+        self.__dict__["_modules"] = self._inner._modules
+        self.input_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.inputs.items()}
+        self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.outputs.items()}
         self.input_sub_batch = {name: v.sub_batch_shape for name, v in self._inner.inputs.items()}
         if declared:
             self._declared = _Declared(declared)
+        for name, spec in self._promoted.specs.items():
+            node, leaf = self._promoted.home(name)
+            classes = node.__dict__.setdefault("_typed_storage_classes", {})
+            classes[leaf] = typed.class_of_base_shape(spec.base_shape)
+
+    @property
+    def _promoted(self) -> PromotedParameters:
+        return self._inner._promoted
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._inner._move(device, dtype)
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        return self._inner._place()
 
     def extra_repr(self) -> str:
         """What `repr` tells of the model."""
         return repr(self._inner)
 
-    def forward(self, *args: TensorWrapper | Tensor, v: Any = None, v2: Any = None, vh: Any = None) -> tuple[Any, ...]:
-        """Evaluate the outputs.
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Value, v: Any = None, v2: Any = None, vh: Any = None) -> tuple[Any, ...]:
+        """Evaluate the outputs, and their tangents if asked for.
 
         Args:
             args: a typed tensor, or a raw one `(*batch, *sub_batch, *base)`, per input in the order of `input_spec`.
-            v: not supported.
+            v: tangents `v[input][leaf]` of the inputs, with leading chain-rule axes.
             v2: not supported.
             vh: not supported.
 
         Returns:
-            One typed tensor per output, in the order of `output_spec`.
+            One typed tensor per output, in the order of `output_spec`; with `v`, behind them the tangents
+            `[output][leaf]` of the outputs.
 
         Raises:
             InputError: an input does not fit.
+            DerivativeNotCompiledError: a tangent needs a derivative that was not compiled, or a second one.
             ConvergenceError: rows of an implicit segment did not converge.
         """
-        if v is not None or v2 is not None or vh is not None:
+        if v2 is not None or vh is not None:
             raise DerivativeNotCompiledError(
-                "a compiled model does not take part in the chain rule (v=, v2=, vh=); use jvp() or jacobian()."
+                f"second derivatives (v2=, vh=) of {self._inner.artifact} were asked for; neml2-compile compiles first "
+                "derivatives only."
             )
         if len(args) != len(self.input_spec):
             raise InputTypeError(
                 f"{len(args)} positional inputs given, expected {len(self.input_spec)}: {', '.join(self.input_spec)}."
             )
-        outputs, batch = self._inner.forward_with_batch(self._raw(dict(zip(self.input_spec, args, strict=True))))
-        return tuple(
-            wrapper(outputs[name], sub_batch_ndim=outputs[name].ndim - len(batch) - wrapper.BASE_NDIM)
-            for name, wrapper in self.output_spec.items()
-        )
+        inputs = self._raw(dict(zip(self.input_spec, args, strict=True)))
+        if v is None:
+            outputs, batch = self._inner.forward_with_batch(inputs)
+            return tuple(typed.wrap(outputs, self.output_spec, len(batch)).values())
+        unknown = [name for name in v if name not in self.input_spec]
+        if unknown:
+            raise UnknownNameError(
+                f"v= has tangents of {', '.join(unknown)}; the inputs are: {', '.join(self.input_spec)}."
+            )
+        pairs = [(out, name) for out in self.output_spec for name in chain.seeded(v, self._inner.inputs)]
+        outputs, matrices, batch = self._inner.linearise(inputs, pairs)
+        wrapped = typed.wrap(outputs, self.output_spec, len(batch))
+        by_pair = dict(zip(pairs, matrices, strict=True))
+        return (*wrapped.values(), chain.push_forward(v, by_pair, self._inner.inputs, wrapped))
+
+    def call_by_name(self, state: Mapping[str, Value]) -> dict[str, TensorWrapper]:
+        """Evaluate the outputs for inputs by name.
+
+        Args:
+            state: typed or raw tensors by name, among them the inputs.
+
+        Returns:
+            Typed outputs by name.
+
+        Raises:
+            UnknownNameError: an input is absent.
+        """
+        absent = [name for name in self.input_spec if name not in state]
+        if absent:
+            raise UnknownNameError(f"inputs of {self._inner.artifact}: missing {', '.join(map(repr, absent))}.")
+        return dict(zip(self.output_spec, self(*(state[name] for name in self.input_spec)), strict=True))
+
+    # -- a part of other models -------------------------------------------------------------------------------------
+
+    @property
+    def consumed_items(self) -> frozenset[str]:
+        """Names of the inputs, for neml2's resolver of dependencies."""
+        return frozenset(self.input_spec)
+
+    @property
+    def provided_items(self) -> frozenset[str]:
+        """Names of the outputs, for neml2's resolver of dependencies."""
+        return frozenset(self.output_spec)
+
+    def iterable_export_form(self) -> None:
+        """None: there is no loop in a compiled model that another compile could take apart."""
+        return None
 
     # -- derivatives ------------------------------------------------------------------------------------------------
 
     def jvp(
         self,
-        inputs: Mapping[str, TensorWrapper | Tensor],
-        tangents: Mapping[str, TensorWrapper | Tensor],
+        inputs: Mapping[str, Value],
+        tangents: Mapping[str, Value],
         param_overrides: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensors, Tensors]:
-        """Outputs and their derivative along a direction, raw; see `Model.jvp`."""
-        return self._inner.jvp(self._raw(inputs), self._raw(tangents, "tangent"), param_overrides)
+    ) -> tuple[Mapping[str, Value], Mapping[str, Value]]:
+        """Outputs and their derivative along a direction; see `Model.jvp`."""
+        plain = self._raw(inputs)
+        outputs, along = self._inner.jvp(plain, self._raw(tangents, "tangent"), param_overrides)
+        if not (typed.has_typed(inputs) or typed.has_typed(tangents)):
+            return outputs, along
+        rank = typed.batch_rank(plain, self._inner.inputs)
+        return typed.wrap(outputs, self.output_spec, rank), typed.wrap(along, self.output_spec, rank)
 
     def jacobian(
-        self, inputs: Mapping[str, TensorWrapper | Tensor], param_overrides: Mapping[str, Tensor] | None = None
-    ) -> tuple[Tensors, Blocks]:
-        """Outputs and compiled derivative blocks, raw; see `Model.jacobian`."""
-        return self._inner.jacobian(self._raw(inputs), param_overrides)
+        self, inputs: Mapping[str, Value], param_overrides: Mapping[str, Tensor] | None = None
+    ) -> tuple[Mapping[str, Value], Mapping[str, Mapping[str, Any]]]:
+        """Outputs and compiled derivative blocks; see `Model.jacobian`. Typed blocks are `neml2.types.Tensor`."""
+        plain = self._raw(inputs)
+        outputs, blocks = self._inner.jacobian(plain, param_overrides)
+        if not typed.has_typed(inputs):
+            return outputs, blocks
+        rank = typed.batch_rank(plain, self._inner.inputs)
+        wrapped = typed.wrap_blocks(blocks, self.input_spec, self.output_spec, rank)
+        return typed.wrap(outputs, self.output_spec, rank), wrapped
 
     def param_jacobian(
-        self, inputs: Mapping[str, TensorWrapper | Tensor], param_overrides: Mapping[str, Tensor] | None = None
+        self,
+        inputs: Mapping[str, Value],
+        param_overrides: Mapping[str, Tensor] | Sequence[str] | None = None,
+        *,
+        params: Sequence[str] | None = None,
     ) -> tuple[Tensors, Blocks]:
-        """Outputs and compiled derivative blocks by parameters, raw; see `Model.param_jacobian`."""
-        return self._inner.param_jacobian(self._raw(inputs), param_overrides)
+        """Outputs and compiled derivative blocks by parameters, raw; see `Model.param_jacobian`.
+
+        In the second place it also takes the names of parameters, as neml2's eager models do.
+        """
+        overrides, names = _overrides_and_names(param_overrides, params)
+        return self._inner.param_jacobian(self._raw(inputs), overrides, params=names)
 
     def param_vjp(
         self,
-        inputs: Mapping[str, TensorWrapper | Tensor],
-        cotangents: Mapping[str, TensorWrapper | Tensor],
-        param_overrides: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Value],
+        cotangents: Mapping[str, Value],
+        param_overrides: Mapping[str, Tensor] | Sequence[str] | None = None,
+        *,
+        params: Sequence[str] | None = None,
     ) -> Tensors:
-        """Gradients by parameters for cotangents of the outputs, raw; see `Model.param_vjp`."""
-        plain = {n: c.data if isinstance(c, TensorWrapper) else c for n, c in cotangents.items()}
-        return self._inner.param_vjp(self._raw(inputs), plain, param_overrides)
+        """Gradients by parameters for cotangents of the outputs, raw; see `Model.param_vjp`.
 
-    # -- parameters -------------------------------------------------------------------------------------------------
-
-    def named_parameters(  # type: ignore[override]
-        self, prefix: str | None = None, recurse: bool | None = None, remove_duplicate: bool | None = None
-    ) -> dict[str, Tensor] | Iterator[tuple[str, Tensor]]:
-        """The promoted parameters.
-
-        Args:
-            prefix: put before each name, as in `torch.nn.Module`.
-            recurse: as in `torch.nn.Module`; a compiled model has no children with parameters.
-            remove_duplicate: as in `torch.nn.Module`.
-
-        Returns:
-            Without arguments a dict from name to tensor, as neml2's compiled models give it; with any, an iterator of
-            names and tensors, as `torch.nn.Module` does. Changing a tensor in place takes effect on the next call.
+        In the third place it also takes the names of parameters, as neml2's eager models do.
         """
-        found = self._inner.named_parameters()
-        if prefix is None and recurse is None and remove_duplicate is None:
-            return found
-        lead = f"{prefix}." if prefix else ""
-        return iter([(f"{lead}{name}", tensor) for name, tensor in found.items()])
+        overrides, names = _overrides_and_names(param_overrides, params)
+        plain = {n: c.data if isinstance(c, TensorWrapper) else c for n, c in cotangents.items()}
+        return self._inner.param_vjp(self._raw(inputs), plain, overrides, params=names)
 
-    @property
-    def parameter_base_shapes(self) -> dict[str, list[int]]:
-        """Base shape of each promoted parameter."""
-        return self._inner.parameter_base_shapes
+    def set_parameter(self, name: str, value: Value | float) -> None:
+        """Set the value of a promoted parameter; see `Model.set_parameter`."""
+        super().set_parameter(name, value.data if isinstance(value, TensorWrapper) else value)
 
-    def set_parameter(self, name: str, value: Tensor | TensorWrapper | float) -> None:
-        """Replace the value of a promoted parameter; see `Model.set_parameter`."""
-        self._inner.set_parameter(name, value.data if isinstance(value, TensorWrapper) else value)
-
-    # -- typed and raw ----------------------------------------------------------------------------------------------
-
-    def _raw(self, inputs: Mapping[str, TensorWrapper | Tensor], kind: str = "input") -> Tensors:
+    def _raw(self, inputs: Mapping[str, Value], kind: str = "input") -> Tensors:
         """Unwrap typed inputs to `(*batch, *sub_batch, *base)`; raw ones pass."""
-        variables = self._inner.inputs
-        return {
-            name: self._unwrapped(name, value, variables[name], kind)
-            if isinstance(value, TensorWrapper) and name in variables
-            else value
-            for name, value in inputs.items()
-        }
-
-    def _unwrapped(self, name: str, value: TensorWrapper, variable: Variable, kind: str) -> Tensor:
-        wanted = self.input_spec[name]
-        if not isinstance(value, wanted):
-            raise InputTypeError(f"{kind} {name!r} is a {type(value).__name__}, expected a {wanted.__name__}.")
-        if value.k_ndim:
-            raise InputError(
-                f"{kind} {name!r} carries {value.k_ndim} chain-rule axes, expected a plain {wanted.__name__}."
-            )
-        data, base, sub = value.data, len(variable.base_shape), variable.sub_batch_shape
-        if value.sub_batch_ndim and not sub:
-            raise InputError(
-                f"{kind} {name!r} has sub-batch shape {tuple(value.sub_batch_shape)}, but {self._inner.artifact} was "
-                "compiled for none and would take the sites for something else. Declare it in [Settings] "
-                f"example_batch_shape ('{name} = (2; {', '.join(map(str, value.sub_batch_shape))})') and compile again."
-            )
-        if not sub:
-            return data
-        lead = data.shape[: data.ndim - base - value.sub_batch_ndim]
-        tail = data.shape[data.ndim - base :]
-        if value.sub_batch_ndim == 0:
-            # A plain value stands for all sites, as in eager neml2.
-            return data.reshape((*lead, *(1,) * len(sub), *tail)).expand((*lead, *sub, *tail))
-        if tuple(value.sub_batch_shape) != sub:
-            raise InputError(
-                f"{kind} {name!r} has sub-batch shape {tuple(value.sub_batch_shape)}, expected {sub}, for which "
-                f"{self._inner.artifact} was compiled."
-            )
-        return data.expand((*lead, *sub, *tail))
+        return typed.unwrap(inputs, self._inner.inputs, self.input_spec, kind, self._inner.artifact)
 
 
-def _wrapper_class(variable: Variable, name: str) -> type[TensorWrapper]:
-    """The typed wrapper of a variable."""
-    found = getattr(neml2_types, variable.type, None)
-    if not (isinstance(found, type) and issubclass(found, TensorWrapper)):
-        raise ArtifactError(
-            f"variable {name!r} has type {variable.type!r}, which this neml2 does not have. Install the neml2 "
-            "release that "
-            "compiled the model, or compile it again."
-        )
-    return found
+def _overrides_and_names(
+    given: Mapping[str, Tensor] | Sequence[str] | None, names: Sequence[str] | None
+) -> tuple[Mapping[str, Tensor] | None, Sequence[str] | None]:
+    """Tell values of parameters from names of parameters, which compiled and eager models take in the same place."""
+    if given is None or isinstance(given, Mapping):
+        return given, names
+    if names is not None:
+        raise InputTypeError("names of parameters were given twice, by place and by params=.")
+    return None, given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import derivatives
+from . import autograd, derivatives, recipe
 from .artifact.layout import locate
 from .artifact.parse import read_metadata
 from .artifact.passport import check
-from .artifact.schema import Shape, Variable
-from .derivatives import Blocks
+from .artifact.schema import Shape
+from .derivatives import Blocks, By
 from .errors import InputError
+from .module import CompiledModule
 from .promoted import PromotedParameters
 from .runtime.boundary import Boundary
 from .runtime.call import Caller, Tensors, masked
@@ -26,6 +27,9 @@ from .settings import newton_settings
 
 MODE = "NEML2_AOTI_PLUGIN_MODE"
 MODES = ("rowwise", "lockstep")
+
+# What `Model._load` makes, and no pickle holds.
+_LOADED = ("artifact", "inputs", "outputs", "_metadata", "_boundary", "_caller", "_files")
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,13 @@ class Solution:
     iterations: Tensor
 
 
-class Model:
+class Model(CompiledModule):
     """A compiled model: raw tensors in, raw tensors out.
 
     Inputs are dicts from name to tensor `(*batch, *sub_batch, *base)`, with batch shapes of any rank that broadcast.
-    Calls are detached from autograd.
+    A torch module: autograd follows `forward`, by inputs and promoted parameters that require grad; the promoted
+    parameters are frozen until `requires_grad_()`. What the other calls return is detached. Copies and pickles hold
+    where the artifact is and not the artifact; they load it anew and refuse another one.
 
     Args:
         artifact: the artifact's folder, its metadata file, or a folder inside it.
@@ -56,6 +62,7 @@ class Model:
         mode: `rowwise` (each row of a batch iterates on its own) or `lockstep` (all rows iterate until the slowest has
             converged, with the iterates of neml2's C++ runtime); the environment variable `NEML2_AOTI_PLUGIN_MODE` if
             not given, else `rowwise`.
+        solver: Newton settings in place of the artifact's own, by the field names of `NewtonSettings`.
 
     Raises:
         ArtifactNotFoundError: there is no artifact, or none for that device and dtype.
@@ -72,16 +79,52 @@ class Model:
         mode: str | None = None,
         solver: Mapping[str, Any] | None = None,
     ) -> None:
-        place = locate(Path(artifact), device, dtype)
-        metadata = read_metadata(place.metadata, solver=dict(solver) if solver else None)
+        super().__init__()
         self.mode = _mode(mode)
+        self._given = Path(artifact).absolute()
+        self._solver = dict(solver) if solver else None
+        self._load(device, dtype)
+
+    def _load(self, device: str | torch.device | None, dtype: str | torch.dtype | None) -> None:
+        """Load a leaf; the promoted parameters stay what they are."""
+        place = locate(self._given, device, dtype)
+        metadata = read_metadata(place.metadata, solver=self._solver)
         check(metadata, place)
-        self.artifact = place.metadata.parent
-        self._metadata = metadata
         program = Program(metadata, place.leaf, place.device, self.mode == "lockstep")
-        self._boundary = Boundary(metadata, place.device, place.dtype, program.dtype, str(self.artifact))
-        self._promoted = PromotedParameters(metadata, self._boundary)
-        self._caller = Caller(metadata, self._boundary, program, self._promoted)
+        boundary = Boundary(metadata, place.device, place.dtype, program.dtype, str(place.metadata.parent))
+        promoted = PromotedParameters(metadata, boundary, self)
+        self.artifact = place.metadata.parent
+        self._metadata, self._boundary = metadata, boundary
+        self._caller = Caller(metadata, boundary, program, promoted)
+        self._files = recipe.files_of(place)
+        self.inputs = {port.name: replace(port.variable, name=port.name) for port in boundary.inputs}
+        self.outputs = {port.name: replace(port.variable, name=port.name) for port in boundary.outputs}
+
+    @property
+    def _promoted(self) -> PromotedParameters:
+        return self._caller.promoted
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        settings = self._caller.settings
+        self._load(device, dtype)
+        self._caller.settings = settings
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        return self.device, self.dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels: where the artifact is, which leaf, the options and the parameters; not what was loaded."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _LOADED}
+        made = recipe.Recipe(self._given, self.device, self.dtype, self._caller.settings, recipe.digests(self._files))
+        return {**state, "_recipe": made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the leaf anew, if the artifact is the same."""
+        made: recipe.Recipe = state["_recipe"]
+        super().__setstate__({name: value for name, value in state.items() if name != "_recipe"})
+        recipe.require_same(made, locate(made.artifact, made.device, made.dtype))
+        self._load(made.device, made.dtype)
+        self._caller.settings = made.settings
 
     # -- what the model is ------------------------------------------------------------------------------------------
 
@@ -104,16 +147,6 @@ class Model:
     def output_base_shapes(self) -> list[list[int]]:
         """Base shape of each output, in the order of `output_names`."""
         return [list(port.variable.base_shape) for port in self._boundary.outputs]
-
-    @property
-    def inputs(self) -> dict[str, Variable]:
-        """The inputs by name, with type, base shape and sub-batch shape."""
-        return {port.name: replace(port.variable, name=port.name) for port in self._boundary.inputs}
-
-    @property
-    def outputs(self) -> dict[str, Variable]:
-        """The outputs by name, with type and base shape."""
-        return {port.name: replace(port.variable, name=port.name) for port in self._boundary.outputs}
 
     @property
     def device(self) -> torch.device:
@@ -140,30 +173,6 @@ class Model:
     def __repr__(self) -> str:
         leaf = f"{self.device}/{str(self.dtype).removeprefix('torch.')}"
         return f"Model({str(self.artifact)!r}, {leaf}: {', '.join(self.input_names)} -> {', '.join(self.output_names)})"
-
-    # -- parameters -------------------------------------------------------------------------------------------------
-
-    @property
-    def parameter_base_shapes(self) -> dict[str, list[int]]:
-        """Base shape of each promoted parameter."""
-        return {name: list(spec.base_shape) for name, spec in self._promoted.specs.items()}
-
-    def named_parameters(self) -> Tensors:
-        """The promoted parameters by name; changing a tensor in place takes effect on the next call."""
-        return dict(self._promoted.values)
-
-    def set_parameter(self, name: str, value: Tensor | float) -> None:
-        """Replace the value of a promoted parameter by a copy.
-
-        Args:
-            name: of the parameter.
-            value: `(*batch, *base)`, or a number for all its entries.
-
-        Raises:
-            UnknownNameError: the model has no such parameter.
-            InputError: the value has the wrong shape, dtype or device.
-        """
-        self._promoted.set(name, value)
 
     # -- solver settings --------------------------------------------------------------------------------------------
 
@@ -216,11 +225,45 @@ class Model:
         self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensors, Shape]:
         """As `forward`; gives the common batch shape of the inputs as well."""
+        if autograd.is_followed(self._caller, inputs, param_overrides):
+            outputs, _, batch = autograd.linearise(self._caller, inputs, param_overrides)
+            return outputs, batch
         with torch.no_grad():
             call = self._caller.admit(inputs, param_overrides)
             found = self._caller.evaluate(call)
             self._caller.require_convergence(found, call.batch)
             return self._caller.outputs(found.values, call.batch), call.batch
+
+    def linearise(
+        self,
+        inputs: Mapping[str, Tensor],
+        pairs: Sequence[tuple[str, str]],
+        param_overrides: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensors, list[Tensor], Shape]:
+        """Evaluate the outputs and the derivatives of chosen pairs as matrices; autograd follows the outputs.
+
+        Args:
+            inputs: as for `forward`.
+            pairs: (output, input) pairs.
+            param_overrides: as for `forward`.
+
+        Returns:
+            Outputs; for each pair a matrix `(*batch, entries of the output, entries of the input)`, where entries are
+            those of sub-batch and base; and the batch shape.
+
+        Raises:
+            DerivativeNotCompiledError: a pair was not compiled.
+            ConvergenceError: as for `forward`.
+            InputError: as for `forward`.
+        """
+        wanted: list[tuple[str, By]] = [(out, ("input", name)) for out, name in pairs]
+        for out, by in wanted:
+            if not derivatives.compiled(self._caller, out, by):
+                raise derivatives.not_compiled(self._caller, out, by)
+        if autograd.is_followed(self._caller, inputs, param_overrides):
+            return autograd.linearise(self._caller, inputs, param_overrides, wanted)
+        with torch.no_grad():
+            return derivatives.linearise(self._caller, inputs, param_overrides, wanted)
 
     def solve(self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None) -> Solution:
         """Evaluate the outputs of the rows that converge, without raising for the others.
@@ -291,24 +334,29 @@ class Model:
             return derivatives.jacobian(self._caller, inputs, param_overrides)
 
     def param_jacobian(
-        self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        param_overrides: Mapping[str, Tensor] | None = None,
+        *,
+        params: Sequence[str] | None = None,
     ) -> tuple[Tensors, Blocks]:
         """Evaluate the outputs and the compiled derivative blocks by promoted parameters.
 
         Args:
             inputs: as for `forward`.
             param_overrides: as for `forward`.
+            params: names of the parameters to differentiate by; all that were compiled if not given.
 
         Returns:
             Outputs, and `P[out][parameter]` for each compiled pair, `(*batch, *out_base, *parameter_base)`.
 
         Raises:
-            DerivativeNotCompiledError: no derivative by a parameter was compiled.
+            DerivativeNotCompiledError: no derivative by a parameter was compiled, or none by one of `params`.
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
         with torch.no_grad():
-            outputs, blocks, _ = derivatives.param_jacobian(self._caller, inputs, param_overrides)
+            outputs, blocks, _ = derivatives.param_jacobian(self._caller, inputs, param_overrides, params)
         return outputs, blocks
 
     def param_vjp(
@@ -316,6 +364,8 @@ class Model:
         inputs: Mapping[str, Tensor],
         cotangents: Mapping[str, Tensor],
         param_overrides: Mapping[str, Tensor] | None = None,
+        *,
+        params: Sequence[str] | None = None,
     ) -> Tensors:
         """Contract cotangents of the outputs with the derivatives by promoted parameters.
 
@@ -323,19 +373,20 @@ class Model:
             inputs: as for `forward`.
             cotangents: by output name, each broadcasting to `(*batch, *out_base)`.
             param_overrides: as for `forward`.
+            params: as for `param_jacobian`.
 
         Returns:
             Gradient by parameter name, of the shape of the value in force: summed over the batch where the value is
             common to it.
 
         Raises:
-            DerivativeNotCompiledError: no derivative by a parameter was compiled.
+            DerivativeNotCompiledError: as for `param_jacobian`.
             UnknownNameError: a cotangent is absent or not that of an output.
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
         with torch.no_grad():
-            return derivatives.param_vjp(self._caller, inputs, cotangents, param_overrides)
+            return derivatives.param_vjp(self._caller, inputs, cotangents, param_overrides, params)
 
 
 def _mode(mode: str | None) -> str:

@@ -1,44 +1,77 @@
-"""The promoted parameters of a model: their stored values, and what is in force during one call."""
+"""The promoted parameters of a model: parameters of a torch module, and what is in force during one call."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .artifact.schema import Metadata, Parameter, Shape
 from .errors import ArtifactError, InputError, UnknownNameError
 from .runtime.boundary import Boundary
 
 
+class Group(nn.Module):
+    """A part of the qualified names of parameters: `elasticity` in `elasticity.E`."""
+
+
 class PromotedParameters:
-    """The store of a model's promoted parameters, by boundary name.
+    """The promoted parameters of a model by boundary name; their values live in a torch module.
 
     Args:
         metadata: of the artifact.
         boundary: what tensors the model takes.
+        owner: the module that has the parameters under their qualified names; those that it lacks are added to it.
     """
 
-    def __init__(self, metadata: Metadata, boundary: Boundary) -> None:
+    def __init__(self, metadata: Metadata, boundary: Boundary, owner: nn.Module) -> None:
         self._boundary = boundary
         rename = metadata.aliases.parameters
         self.specs = {
             rename.get(p.name, p.name): p for p in sorted(metadata.parameters, key=lambda p: rename.get(p.name, p.name))
         }
         self.public = {p.name: name for name, p in self.specs.items()}
-        self.values = {name: _stored(p, boundary.dtype, boundary.device) for name, p in self.specs.items()}
+        self._homes = {name: _home(owner, name) for name in self.specs}
+        for name, spec in self.specs.items():
+            node, leaf = self._homes[name]
+            if leaf not in node._parameters:
+                value = _stored(spec, boundary.dtype, boundary.device)
+                node._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    @property
+    def values(self) -> dict[str, nn.Parameter]:
+        """The parameters by name, as the module has them now."""
+        found = {}
+        for name, (node, leaf) in self._homes.items():
+            value = node._parameters.get(leaf)
+            # A parametrised value (torch.nn.utils.parametrize) is an attribute only.
+            found[name] = value if value is not None else getattr(node, leaf)
+        return found
+
+    def home(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a parameter, and the parameter's name there."""
+        return self._homes[name]
 
     def set(self, name: str, value: Tensor | float) -> None:
-        """Replace a value by a copy; see `Model.set_parameter`."""
-        self.values[name] = self.admit(name, value).clone() if name in self.specs else self._unknown(name)
+        """Set a value; see `CompiledModule.set_parameter`."""
+        self.require(name)
+        admitted, present = self.admit(name, value), self.values[name]
+        if admitted.shape == present.shape:
+            with torch.no_grad():
+                present.copy_(admitted)
+            return
+        node, leaf = self._homes[name]
+        node._parameters[leaf] = nn.Parameter(admitted.clone(), requires_grad=present.requires_grad)
 
-    def _unknown(self, name: str) -> Tensor:
+    def require(self, name: str) -> None:
+        """Refuse a name that no promoted parameter has."""
+        if name in self.specs:
+            return
         there = ", ".join(self.specs) or "none"
         raise UnknownNameError(
             f"{name!r} is not a promoted parameter of {self._boundary.where}; there are: {there}. Only "
-            "parameters promoted at "
-            "compile time can be set: neml2-compile INPUT --model NAME -p PARAMETER."
+            "parameters promoted at compile time can be set: neml2-compile INPUT --model NAME -p PARAMETER."
         )
 
     def admit(self, name: str, value: object) -> Tensor:
@@ -57,24 +90,31 @@ class PromotedParameters:
             )
         return value.detach()
 
-    def snapshot(self, overrides: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Copy the values in force for one call, by boundary name.
-
-        Args:
-            overrides: values for this call only, by boundary name.
-        """
+    def in_force(self, overrides: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The values for one call, by boundary name: those of the module, with `overrides` in their place."""
         for name in overrides or ():
-            if name not in self.specs:
-                self._unknown(name)
-        given = {**self.values, **(overrides or {})}
+            self.require(name)
+        return {**self.values, **(overrides or {})}
+
+    def snapshot(self, overrides: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Checked copies of the values for one call, by boundary name."""
         # A copy, because another thread may change a value in place while a solve goes on.
-        return {name: self.admit(name, value).clone() for name, value in given.items()}
+        return {name: self.admit(name, value).clone() for name, value in self.in_force(overrides).items()}
 
 
 def batch_of(value: Tensor, spec: Parameter) -> Shape | None:
     """The batch shape of a parameter's value; None where its trailing axes are not the base shape."""
     rank = value.ndim - len(spec.base_shape)
     return tuple(value.shape[:rank]) if rank >= 0 and tuple(value.shape[rank:]) == spec.base_shape else None
+
+
+def _home(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module below `owner` that has a parameter, made where it is absent, and its name there."""
+    *path, leaf = name.split(".")
+    for part in path:
+        # Not by add_module, which refuses names that are attributes of the model, such as `forward`.
+        owner = owner._modules.setdefault(part, Group())  # type: ignore[assignment]
+    return owner, leaf
 
 
 def _stored(spec: Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -15,7 +15,15 @@ import torch
 from neml2.types import SR2, Scalar
 
 import references
-from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, InputError, InputTypeError, Model, UnknownNameError
+from neml2_aoti_plugin import (
+    ArtifactError,
+    ArtifactNotFoundError,
+    DerivativeNotCompiledError,
+    InputError,
+    InputTypeError,
+    Model,
+    UnknownNameError,
+)
 from references import Tensors
 
 Load = Callable[..., Any]
@@ -389,10 +397,16 @@ class TestTypedInputs:
         with pytest.raises(InputTypeError, match="'strain' is a list"):
             model([0.0] * 6)
 
-    def test_chain_rule_is_refused(self, model: Any) -> None:
+    @pytest.mark.parametrize("second", ["v2", "vh"])
+    def test_second_derivatives_are_refused(self, model: Any, second: str) -> None:
         strain = SR2(torch.zeros(6, dtype=torch.float64))
-        with pytest.raises(RuntimeError, match=r"jvp\(\) or jacobian\(\)"):
-            model(strain, v={"strain": {"strain": strain}})
+        with pytest.raises(DerivativeNotCompiledError, match="first derivatives only"):
+            model(strain, v={"strain": {"strain": strain}}, **{second: {"strain": {"strain": strain}}})
+
+    def test_tangent_of_no_input(self, model: Any) -> None:
+        strain = SR2(torch.zeros(6, dtype=torch.float64))
+        with pytest.raises(UnknownNameError, match="strian"):
+            model(strain, v={"strian": {"strain": strain}})
 
     @pytest.mark.parametrize("operation", ["jvp", "jacobian"])
     def test_derivative_calls_check_typed_inputs_too(self, model: Any, operation: str) -> None:

@@ -148,15 +148,21 @@ class TestForward:
 
 
 class TestDerivatives:
-    def test_take_typed_inputs_and_give_raw_blocks(self) -> None:
+    def test_give_typed_results_for_typed_inputs_and_raw_for_raw(self) -> None:
         case = references.case("composed")
         model = load("composed")
         inputs = dict(zip(model.input_spec, typed(case), strict=True))
         rows = case.rows()
         plain = case.load(tight=False)
-        assert_same(model.jacobian(inputs), plain.jacobian(rows))
+        outputs, blocks = model.jacobian(inputs)
+        assert_same((unwrapped(outputs), {out: unwrapped(row) for out, row in blocks.items()}), plain.jacobian(rows))
+        assert all(block.batch_ndim == 1 for row in blocks.values() for block in row.values())
         assert_same(model.jacobian(rows), plain.jacobian(rows))
-        assert_same(model.jvp(inputs, {"strain": inputs["strain"]}), plain.jvp(rows, {"strain": rows["strain"]}))
+        outputs, along = model.jvp(inputs, {"strain": inputs["strain"]})
+        assert {name: type(value) for name, value in along.items()} == model.output_spec
+        expected = plain.jvp(rows, {"strain": rows["strain"]})
+        assert_same((unwrapped(outputs), unwrapped(along)), expected)
+        assert_same(model.jvp(rows, {"strain": rows["strain"]}), expected)
 
     def test_by_parameters(self) -> None:
         case = references.case("calibration")
@@ -169,6 +175,22 @@ class TestDerivatives:
         outputs = dict(zip(model.output_spec, model(*inputs.values()), strict=True))
         raw = {name: value.data for name, value in outputs.items()}
         assert_same(model.param_vjp(inputs, outputs), plain.param_vjp(rows, raw))
+
+    @pytest.mark.parametrize("given", ["by place", "by name"])
+    def test_by_some_parameters(self, given: str) -> None:
+        rows, model = references.case("calibration").rows(), load("calibration")
+        names = ["residual.hardening.K"]
+        how: dict[str, Any] = {"param_overrides" if given == "by place" else "params": names}
+        _, blocks = model.param_jacobian(rows, **how)
+        _, every = model.param_jacobian(rows)
+        assert all(list(row) == names for row in blocks.values()) and list(blocks) == list(every)
+        assert_same(blocks, {out: {n: row[n] for n in names} for out, row in every.items()})
+        cotangents = {name: torch.ones_like(x) for name, x in model._inner.forward(rows).items()}
+        assert list(model.param_vjp(rows, cotangents, **how)) == names
+
+
+def unwrapped(values: Any) -> Any:
+    return {name: value.data for name, value in values.items()}
 
 
 def assert_same(found: Any, expected: Any) -> None:

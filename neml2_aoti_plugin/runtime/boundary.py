@@ -65,8 +65,7 @@ class Boundary:
             InputTypeError: a value is no tensor, or has the wrong dtype or device.
             InputError: a shape does not fit.
         """
-        if len(inputs) != len(self.inputs) or any(name not in inputs for name in self.by_name):
-            self._refuse_names(inputs)
+        self.require_names(inputs)
         checked = [(port, *self.batch_of(inputs[port.name], port.name, port.variable)) for port in self.inputs]
         batch = checked[0][2] if checked else ()
         for _, _, other in checked:
@@ -80,6 +79,11 @@ class Boundary:
         return {
             port.variable.name: self.flatten(tensor, own, batch, rows, port.variable) for port, tensor, own in checked
         }, batch
+
+    def require_names(self, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse inputs that are not exactly those of the model."""
+        if len(inputs) != len(self.inputs) or any(name not in inputs for name in self.by_name):
+            self._refuse_names(inputs)
 
     def batch_of(self, value: Tensor, name: str, variable: Variable, kind: str = "input") -> tuple[Tensor, Shape]:
         """Check one tensor; give it detached, at its natural shape, and its batch shape."""

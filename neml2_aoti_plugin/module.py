@@ -1,0 +1,81 @@
+"""What `Model` and `AOTIModel` are as torch modules: their parameters, `to()`, copies and pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .promoted import PromotedParameters
+
+
+class CompiledModule(nn.Module):
+    """A torch module whose parameters are the promoted parameters of a compiled model.
+
+    They are frozen until `requires_grad_()` is called, so that a call costs nothing for derivatives that nobody wants.
+    """
+
+    @property
+    def _promoted(self) -> PromotedParameters:
+        """The promoted parameters."""
+        raise NotImplementedError
+
+    def named_parameters(  # type: ignore[override]
+        self, prefix: str | None = None, recurse: bool | None = None, remove_duplicate: bool | None = None
+    ) -> dict[str, nn.Parameter] | Iterator[tuple[str, nn.Parameter]]:
+        """The promoted parameters.
+
+        Args:
+            prefix: put before each name, as in `torch.nn.Module`.
+            recurse: as in `torch.nn.Module`.
+            remove_duplicate: as in `torch.nn.Module`.
+
+        Returns:
+            Without arguments a dict from name to parameter, as neml2's compiled models give it; with any, an iterator
+            of names and parameters, as `torch.nn.Module` does. Changing one in place takes effect on the next call.
+        """
+        if prefix is None and recurse is None and remove_duplicate is None:
+            return dict(self._promoted.values)
+        return super().named_parameters(
+            prefix or "", recurse is None or recurse, remove_duplicate is None or remove_duplicate
+        )
+
+    @property
+    def parameter_base_shapes(self) -> dict[str, list[int]]:
+        """Base shape of each promoted parameter."""
+        return {name: list(spec.base_shape) for name, spec in self._promoted.specs.items()}
+
+    def set_parameter(self, name: str, value: Tensor | float) -> None:
+        """Set the value of a promoted parameter: in place where the shape is the same, else by a new parameter.
+
+        Args:
+            name: of the parameter.
+            value: `(*batch, *base)`, or a number for all its entries.
+
+        Raises:
+            UnknownNameError: the model has no such parameter.
+            InputError: the value has the wrong shape, dtype or device.
+        """
+        self._promoted.set(name, value)
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Load the leaf for another device or dtype."""
+        raise NotImplementedError
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the model runs, and on what."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Take part in `to()`, `float()`, `cuda()` and their like: by another compiled leaf, or not at all.
+
+        Raises:
+            ArtifactNotFoundError: nothing was compiled for that device and dtype.
+        """
+        device, dtype = self._place()
+        probe = fn(torch.empty(0, dtype=dtype, device=device))
+        if probe.dtype != dtype or probe.device != torch.empty(0, device=device).device:
+            self._move(probe.device, probe.dtype)
+        return super()._apply(fn, recurse)

@@ -1,0 +1,256 @@
+"""Compiled models as torch modules: parameters, optimisers, state, moves, copies, pickles and other processes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import joblib
+import matplotlib.image
+import neml2
+import pytest
+import torch
+import torch.multiprocessing
+from neml2.types import SR2
+
+import references
+from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model, UnknownNameError
+from references import Tensors, difference
+
+E, NU = "promoted.E", "promoted.nu"
+
+
+@pytest.fixture(params=["raw", "typed"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """The promoted stub as `Model` and as `AOTIModel`."""
+    case = references.case("promoted")
+    return case.load() if request.param == "raw" else neml2.load_model(case.file, case.stub.model)
+
+
+def stress(model: Any, rows: Tensors | None = None) -> torch.Tensor:
+    rows = rows or references.case("promoted").rows()
+    if isinstance(model, Model):
+        return model.forward(rows)["stress"]
+    result: torch.Tensor = model(SR2(rows["strain"]))[0].data
+    return result
+
+
+class TestParameters:
+    def test_are_real_ones_under_their_qualified_names(self, model: Any) -> None:
+        assert isinstance(model, torch.nn.Module)
+        for found in (model.named_parameters(), dict(model.named_parameters(recurse=True))):
+            assert list(found) == [E, NU]
+            assert all(isinstance(x, torch.nn.Parameter) for x in found.values())
+        assert list(model.parameters()) == list(model.named_parameters().values())
+        assert model.get_parameter(E) is model.named_parameters()[E]
+        assert model.promoted.E is model.get_parameter(E)
+        assert [name for name, _ in model.named_parameters(prefix="x")] == [f"x.{E}", f"x.{NU}"]
+        assert not list(model.buffers())
+
+    def test_change_in_place_takes_effect(self, model: Any) -> None:
+        before = stress(model)
+        model.named_parameters()[E].fill_(142000.0)
+        assert difference(stress(model), 2.0 * before) < 1e-14
+
+    def test_set_parameter_keeps_the_parameter_where_the_shape_is_kept(self, model: Any) -> None:
+        parameter, before = model.get_parameter(E), stress(model)
+        model.requires_grad_()
+        model.set_parameter(E, 142000.0)
+        assert model.get_parameter(E) is parameter and parameter.requires_grad
+        with torch.no_grad():
+            assert difference(stress(model), 2.0 * before) < 1e-14
+        model.set_parameter(E, torch.linspace(71000.0, 142000.0, len(before), dtype=torch.float64))
+        changed = model.get_parameter(E)
+        assert isinstance(changed, torch.nn.Parameter) and changed.requires_grad and changed.shape == (len(before),)
+        with torch.no_grad():
+            assert difference(stress(model)[-1], 2.0 * before[-1]) < 1e-14
+
+    def test_unknown_name(self, model: Any) -> None:
+        with pytest.raises(UnknownNameError, match=r"promoted\.E, promoted\.nu"):
+            model.set_parameter("promoted.G", 1.0)
+
+    def test_typed_value(self) -> None:
+        case = references.case("promoted")
+        loaded = neml2.load_model(case.file, case.stub.model)
+        loaded.set_parameter(E, neml2.types.Scalar(torch.tensor(142000.0, dtype=torch.float64)))
+        assert float(loaded.get_parameter(E)) == 142000.0
+
+    @pytest.mark.wide
+    def test_name_without_a_dot(self) -> None:
+        loaded = neml2.load_model(references.case("renamed").file, "promoted")
+        assert list(loaded.state_dict()) == ["youngs_modulus"]
+        other = torch.func.functional_call(
+            loaded, {"youngs_modulus": torch.tensor(142000.0, dtype=torch.float64)}, (SR2(torch.ones(6).double()),)
+        )
+        assert difference(other[0].data, 2.0 * loaded(SR2(torch.ones(6).double()))[0].data) < 1e-14
+
+    def test_state_dict(self, model: Any) -> None:
+        state = {name: 2.0 * x for name, x in model.state_dict().items()}
+        assert list(state) == [E, NU]
+        before = stress(model)
+        state[NU] = model.state_dict()[NU]
+        model.load_state_dict(state)
+        assert difference(stress(model), 2.0 * before) < 1e-14
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict({})
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*promoted\.G"):
+            model.load_state_dict({**state, "promoted.G": state[E]})
+
+    def test_optimizer(self, model: Any) -> None:
+        rows = references.case("promoted").rows()
+        wanted = 1.25 * stress(model, rows)
+        model.requires_grad_()
+        optimizer = torch.optim.Adam([model.get_parameter(E)], lr=500.0)
+        for _ in range(120):
+            optimizer.zero_grad()
+            (stress(model, rows) - wanted).square().mean().backward()
+            optimizer.step()
+        assert abs(float(model.get_parameter(E)) / (1.25 * 71000.0) - 1.0) < 1e-2
+
+    def test_repr_and_modes(self, model: Any) -> None:
+        assert "promoted" in repr(model)
+        assert model.train().eval() is model and model.apply(lambda m: None) is model
+
+
+class TestMoves:
+    def test_where_it_is_already(self, model: Any) -> None:
+        before = stress(model)
+        for moved in (model.to("cpu"), model.to(torch.float64), model.double(), model.cpu()):
+            assert moved is model
+        assert torch.equal(stress(model), before)
+
+    @pytest.mark.parametrize("move", [lambda m: m.float(), lambda m: m.to(torch.float32), lambda m: m.to("meta")])
+    def test_to_what_was_not_compiled(self, model: Any, move: Any) -> None:
+        before = stress(model)
+        with pytest.raises((ArtifactNotFoundError, ValueError), match=r"float32|meta"):
+            move(model)
+        assert torch.equal(stress(model), before) and model.get_parameter(E).dtype == torch.float64
+
+    def test_to_another_compiled_leaf(self, tmp_path: Path) -> None:
+        """neml2-compile labels float64 graphs float32; beside the float64 leaf they make an artifact with both."""
+        case = references.case("promoted")
+        root = tmp_path / "promoted"
+        shutil.copytree(case.artifact, root)
+        shutil.copytree(root / "cpu" / "float64", root / "cpu" / "float32")
+        model = Model(root)
+        model.set_parameter(E, 142000.0)
+        rows = case.rows()
+        expected = model.forward(rows)["stress"]
+        assert model.to(torch.float32) is model
+        assert (model.dtype, model.get_parameter(E).dtype, float(model.get_parameter(E))) == (
+            torch.float32,
+            torch.float32,
+            142000.0,
+        )
+        found = model.forward({name: x.float() for name, x in rows.items()})["stress"]
+        assert found.dtype == torch.float32
+        assert difference(found, expected) < 1e-6
+        assert difference(model.double().forward(rows)["stress"], expected) < 1e-6
+
+    def test_as_a_part_of_another_module(self, model: Any) -> None:
+        with pytest.raises(ArtifactNotFoundError, match="float32"):
+            torch.nn.ModuleList([model]).float()
+
+
+def copies(model: Any) -> dict[str, Any]:
+    return {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+
+
+class TestCopies:
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+    def test_are_equal_and_independent(self, model: Any, how: str) -> None:
+        model.set_parameter(E, 100000.0)
+        model.requires_grad_()
+        other = copies(model)[how]
+        assert type(other) is type(model)
+        assert float(other.get_parameter(E)) == 100000.0 and other.get_parameter(E).requires_grad
+        assert torch.equal(stress(other), stress(model))
+        other.set_parameter(E, 71000.0)
+        assert float(model.get_parameter(E)) == 100000.0
+
+    def test_keep_options_and_settings(self) -> None:
+        case = references.case("viscoplasticity")
+        model = Model(case.artifact, mode="lockstep")
+        model.set_solver_config(1e-6, 1e-7, 9, "BACKTRACKING", 1, 2.0, 1e-3)
+        for other in copies(model).values():
+            assert other.mode == "lockstep" and other._caller.settings == model._caller.settings
+            found, expected = other.forward(case.rows()), model.forward(case.rows())
+            assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+    def test_copy_shares_parameters_with_what_is_copied_along(self, model: Any) -> None:
+        model.requires_grad_()
+        both = copy.deepcopy([model, model.get_parameter(E)])
+        assert both[0].get_parameter(E) is both[1]
+
+    def test_save_and_load(self, model: Any, tmp_path: Path) -> None:
+        torch.save(model, tmp_path / "model.pt")
+        assert torch.equal(stress(torch.load(tmp_path / "model.pt", weights_only=False)), stress(model))
+
+    def test_size_is_that_of_a_recipe(self, model: Any) -> None:
+        assert len(pickle.dumps(model)) < 10_000
+
+    def test_artifact_that_is_another_one_is_refused(self, tmp_path: Path) -> None:
+        shutil.copytree(references.case("promoted").artifact, tmp_path / "promoted")
+        data = pickle.dumps(Model(tmp_path / "promoted"))
+        assert isinstance(pickle.loads(data), Model)
+        metadata = tmp_path / "promoted" / "metadata.json"
+        metadata.write_text(metadata.read_text(encoding="utf-8").replace("71000.0", "72000.0"), encoding="utf-8")
+        with pytest.raises(ArtifactError, match=r"metadata\.json differ"):
+            pickle.loads(data)
+        shutil.rmtree(tmp_path / "promoted")
+        with pytest.raises(ArtifactNotFoundError, match="promoted"):
+            pickle.loads(data)
+
+    def test_artifact_that_changed_since_it_was_loaded_is_not_pickled(self, tmp_path: Path) -> None:
+        shutil.copytree(references.case("promoted").artifact, tmp_path / "promoted")
+        model = Model(tmp_path / "promoted")
+        metadata = tmp_path / "promoted" / "metadata.json"
+        metadata.write_text(metadata.read_text(encoding="utf-8") + " ", encoding="utf-8")
+        with pytest.raises(ArtifactError, match="changed or removed"):
+            pickle.dumps(model)
+
+
+def work(model: Any, queue: Any) -> None:
+    """What a spawned process does."""
+    queue.put(stress(model).detach().numpy())
+
+
+class TestProcesses:
+    def test_spawn(self, model: Any) -> None:
+        model.set_parameter(E, 100000.0)
+        context = torch.multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        process = context.Process(target=work, args=(model, queue))
+        process.start()
+        found = torch.from_numpy(queue.get(timeout=120))
+        process.join(timeout=60)
+        assert process.exitcode == 0
+        assert torch.equal(found, stress(model))
+
+    def test_joblib(self, model: Any) -> None:
+        model.set_parameter(E, 100000.0)
+        found = joblib.Parallel(n_jobs=2)(joblib.delayed(stress)(model) for _ in range(3))
+        assert all(torch.equal(x, stress(model)) for x in found)
+
+
+def test_calibration_example(tmp_path: Path) -> None:
+    """Recovers two parameters through the TransientDriver and draws data, first guess and fit."""
+    root = Path(__file__).resolve().parent.parent
+    picture = tmp_path / "calibration.png"
+    done = subprocess.run(
+        [sys.executable, root / "examples" / "calibrate.py", "--output", picture],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: float(value) for name, value in re.findall(r"^(\S+)\s+([\d.]+) MPa, truth", done.stdout, re.M)}
+    assert found == pytest.approx({"residual.overstress.sy": 240.0, "residual.hardening.K": 3100.0}, rel=1e-2)
+    image = matplotlib.image.imread(picture)
+    assert image.shape[0] > 300 and image.std() > 0.05
