@@ -330,6 +330,7 @@ MOUNTS = {
 }
 
 
+@pytest.mark.long
 def test_file_systems_that_do_not_serve(artifact: str, scratch: Path) -> None:
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("only root can mount a file system of its own")
