@@ -1,6 +1,6 @@
 """What looking over, sealing and taking turns cost: the figures of docs/reliability.md.
 
-`python benchmarks/reliability.py load|calls|threads [STUB]`, in the repository root.
+`python benchmarks/reliability.py load|calls|memory|threads [STUB]`, in the repository root.
 """
 
 from __future__ import annotations
@@ -83,6 +83,27 @@ def calls(artifact: Path) -> None:
     show("signals held back, graphs with Python inside", loop(lambda: undisturbed(list, tensors)) - nothing, "us")
 
 
+def memory(artifact: Path) -> None:
+    """What a process grows by when it loads a model again and again."""
+    import resource
+
+    def size() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    place = locate(artifact)
+    model = Model(artifact)
+    zeros = {n: torch.zeros(1, *v.natural_shape, dtype=torch.float64) for n, v in model.inputs.items()}
+    model.solve(zeros)
+    show("after the first load", size(), "MB")
+    for _ in range(120):
+        Model(artifact).solve(zeros)
+    show("after 120 more", size(), "MB")
+    file = place.leaf / min(passport.files_of(read_metadata(place.metadata)))
+    for _ in range(120):
+        torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+    show(f"after 120 more of {file.name} by torch's own loader", size(), "MB")
+
+
 def threads(artifact: Path) -> None:
     """How much of their time several threads on one model work at once, and what a call costs them."""
     torch.set_num_threads(1)
@@ -121,12 +142,12 @@ def _together(
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["load", "calls", "threads"])
+    parser.add_argument("what", choices=["load", "calls", "memory", "threads"])
     parser.add_argument("stub", nargs="?", default="viscoplasticity")
     options = parser.parse_args()
     artifact = compiled(options.stub) / CATALOGUE[options.stub].model
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
-    {"load": load, "calls": calls, "threads": threads}[options.what](artifact)
+    {"load": load, "calls": calls, "memory": memory, "threads": threads}[options.what](artifact)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,17 @@ def check_names(found: s.Metadata, file: str) -> None:
             known |= set(part.outputs)
             continue
         unknowns = {v.name for v in part.unknown_variables}
+        for what, groups in (("unknown", part.unknowns), ("given", part.givens)):
+            names = [v.name for group in groups for v in group.variables]
+            if len(set(names)) != len(names):
+                raise ArtifactError(f"{where} has two {what}s of one name among {', '.join(names)}. {_AGAIN}")
         if part.predictor is not None:
             fed_back = {part.predictor.feedback.input.name} if part.predictor.feedback else set()
             _need(part.predictor.inputs, known | unknowns | fed_back, where)
-            known |= set(part.predictor.outputs)
+            # What it gives besides unknowns is a guess, which nothing else may take for a value.
         _need([v.name for g in part.givens for v in g.variables], known, where)
+        _need([given.variable.name for given in part.roles], known | unknowns, where)
+        _need([given.pair for given in part.roles if given.pair is not None], known | unknowns, where)
         known |= unknowns
     missing = {v.name for v in found.outputs} - known
     if missing:
@@ -62,7 +68,7 @@ def check_shapes(found: s.Metadata, file: str) -> None:
             raise ArtifactError(
                 f"{file}: {v.name!r} has the shape {v.natural_shape} here, {shapes[v.name]} there. {_AGAIN}"
             )
-    bases = {v.name: v.base_shape for v in (*_variables(found), *found.outputs)}
+    bases = {v.name: v.base_shape for v in (*found.outputs, *_variables(found))}
     bases |= {p.name: p.base_shape for p in found.parameters}
     # Outputs are listed without their site axes, and the derivatives of old files with them among the base axes.
     told = [("output", v.name, v.base_shape) for v in found.outputs]
