@@ -93,6 +93,17 @@ class Graph:
         if ranks not in self._compared:
             self._compare(arguments)
             self._compared.add(ranks)
+        return self.run(arguments)
+
+    def run(self, arguments: list[Tensor]) -> list[Tensor]:
+        """Run the graph for arguments of which such ones were compared with its signature before.
+
+        Args:
+            arguments: contiguous, in the graph's order.
+
+        Returns:
+            See `__call__`.
+        """
         if forks.forked_after_use:
             forks.require_one_thread(self)
         with self.lock:

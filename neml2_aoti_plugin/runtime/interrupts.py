@@ -15,9 +15,7 @@ from typing import Any
 from torch import Tensor
 
 # Those whose handlers commonly raise: Ctrl-C, a wish to end, a time limit.
-SIGNALS = [
-    int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGBREAK") if hasattr(signal, name)
-]
+SIGNALS = [int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGBREAK") if hasattr(signal, name)]
 
 
 def undisturbed(run: Callable[[Sequence[Tensor]], list[Tensor]], arguments: Sequence[Tensor]) -> list[Tensor]:

@@ -9,44 +9,17 @@ on for its slowest row, and does not depend on which row that was.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import log
 from ..settings import NewtonSettings
-from .layout import Layout, per_row, row_dots, row_norms, scaled_row_norms
+from .layout import Layout, norms, per_row, row_dots, scaled_row_norms
 from .linesearch import acceptance, accepted
+from .onerow import solve_row
+from .rows import Rows
 from .systems import Groups, System
-
-
-@dataclass
-class Rows:
-    """What became of each row.
-
-    Args:
-        unknowns: last iterate, one tensor per group.
-        converged: bool, `(rows,)`.
-        iterations: number of updates, `(rows,)`.
-        norm: last residual norm, `(rows,)`.
-        norm0: residual norm at the first iterate, `(rows,)`.
-        linear: linearisation at the last evaluated iterate, where the system has one.
-    """
-
-    unknowns: Groups
-    converged: Tensor
-    iterations: Tensor
-    norm: Tensor
-    norm0: Tensor
-    linear: Groups
-
-
-def norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Euclidean norm of each row, `(rows,)`."""
-    if len(groups) == 1 and layout[0].trailing == 1:
-        return torch.linalg.vector_norm(groups[0], dim=-1)
-    return row_norms(groups, layout)
 
 
 def solve_rows(
@@ -77,6 +50,8 @@ def solve_rows(
     """
     of_u, of_r = layouts
     total = u[0].shape[0]
+    if total == 1 and not u[0].is_cuda:
+        return solve_row(system, u, g, tail, layouts, settings, gated=gated, keep_linear=keep_linear)
     b, linear = system.evaluate(u, g, tail)
     norm = norms(b, of_r)
     norm0 = norm
