@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import neml2
@@ -197,7 +199,38 @@ class TestPolicy:
             Model(allowed / ".." / "folder" / "elasticity")
 
 
+class TestOldLayout:
+    """A metadata file per device, as neml2 wrote it before 3.0.7."""
+
+    @pytest.fixture
+    def old(self, artifact: Path) -> Path:
+        document = json.loads((artifact / "metadata.json").read_text())
+        folder = artifact.with_name("old") / "cpu"
+        shutil.copytree(artifact / "cpu/float64", folder)
+        document.update(device="cpu", dtype="float64")
+        (folder / "old_meta.json").write_text(json.dumps(document))
+        return folder.parent
+
+    @pytest.mark.parametrize("inside", [".", "cpu", "cpu/old_meta.json"])
+    def test_a_changed_byte_is_refused(self, old: Path, inside: str) -> None:
+        assert seal(old / inside) == old.with_name("old.sha256")
+        assert Model(old / inside).forward(INPUTS)["stress"].shape == (6,)
+        flip(old / "cpu/old_meta.json", 3)
+        with pytest.raises(ArtifactError, match=r"old/cpu/old_meta\.json: was changed"):
+            Model(old / inside)
+
+    def test_roots(self, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(ROOTS, str(tmp_path / "other"))
+        with pytest.raises(ArtifactError, match="outside of the folders"):
+            Model(old / "cpu/old_meta.json")
+
+
 class TestCommand:
+    def test_is_in_the_wheel(self, wheel: Path) -> None:
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
+            assert "[console_scripts]\nneml2-aoti = neml2_aoti_plugin.cli:main" in archive.read(name).decode()
+
     def test_seals_and_tells_where(self, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["seal", str(artifact)]) == 0
         assert capsys.readouterr().out.strip() == str(artifact.with_name("elasticity.sha256"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import references
 from attacks.children import run
@@ -119,6 +122,34 @@ assert all(same(found, results[0]) for found in results)
         8,
         2,
         limit=120,
+    )
+
+
+@pytest.mark.parametrize("name", ["krylov_precond", "cross_group", pytest.param("substepping", marks=pytest.mark.long)])
+def test_models_of_other_kinds_keep_calls_apart(name: str, tmp_path: Path) -> None:
+    torch.save(references.case(name).rows(), tmp_path / "rows.pt")
+    run(
+        SETUP
+        + """
+rows = torch.load(sys.argv[4])
+cases = [{n: x.roll(k, 0) for n, x in rows.items()} for k in range(threads)]
+model = Model(artifact)
+known = [model.solve(case) for case in cases]
+assert not same(known[0].outputs, known[1].outputs)
+
+def work(i):
+    for k in range(calls):
+        found, right = model.solve(cases[(i + k) % threads]), known[(i + k) % threads]
+        assert same(found.outputs, right.outputs), f"thread {i}, call {k}"
+        assert torch.equal(found.iterations, right.iterations)
+
+all_threads(work)
+""",
+        of(name),
+        4,
+        4,
+        tmp_path / "rows.pt",
+        limit=200,
     )
 
 

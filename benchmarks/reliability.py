@@ -1,0 +1,131 @@
+"""What looking over, sealing and taking turns cost: the figures of docs/reliability.md.
+
+`python benchmarks/reliability.py load|calls|threads [STUB]`, in the repository root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import neml2  # noqa: F401
+import torch
+
+from neml2_aoti_plugin import Model, seal
+from neml2_aoti_plugin.artifact import passport
+from neml2_aoti_plugin.artifact.layout import locate
+from neml2_aoti_plugin.artifact.parse import read_metadata
+from neml2_aoti_plugin.runtime.interrupts import undisturbed
+from neml2_aoti_plugin.runtime.unpack import load_runner
+from stubs.build import compiled
+from stubs.catalogue import CATALOGUE
+
+
+def milliseconds(work: Callable[[], object], times: int = 25) -> float:
+    """The median time of this process on the processor, which other processes disturb least."""
+    work()
+    taken = []
+    for _ in range(times):
+        start = time.process_time()
+        work()
+        taken.append((time.process_time() - start) * 1e3)
+    return statistics.median(taken)
+
+
+def show(what: str, value: float, unit: str = "ms") -> None:
+    print(f"{what:<58} {value:10.3f} {unit}")
+
+
+def load(artifact: Path) -> None:
+    """What a load is made of."""
+    place = locate(artifact)
+    metadata = read_metadata(place.metadata)
+    files = [place.leaf / name for name in sorted(passport.files_of(metadata))]
+    print(f"{artifact.name}: {len(files)} graphs, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")
+    show("find the leaf", milliseconds(lambda: locate(artifact)))
+    show("read the metadata", milliseconds(lambda: read_metadata(place.metadata)))
+    checked = milliseconds(lambda: passport.check(metadata, place))
+    show("passport", checked)
+    show("passport, per graph", checked / len(files))
+    show("Model(...), all of that and the rest", milliseconds(lambda: Model(artifact)))
+    data = {file: file.read_bytes() for file in files}
+    own = milliseconds(lambda: [load_runner(file, data[file], place.device) for file in files])
+    show("unpack and load a graph here", own / len(files))
+    loader = torch._C._aoti.AOTIModelPackageLoader
+    other = milliseconds(lambda: [loader(str(file), "model", False, 1, -1) for file in files])
+    show("unpack and load a graph by torch's own loader", other / len(files))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(artifact, Path(folder) / artifact.name))
+        before = milliseconds(lambda: Model(copy))
+        seal(copy)
+        show("seal verified at load, in addition", milliseconds(lambda: Model(copy)) - before)
+
+
+def calls(artifact: Path) -> None:
+    """What a call of a graph pays."""
+    tensors = [torch.zeros(3, 6) for _ in range(4)]
+    many = 20_000
+
+    def loop(work: Callable[[], object]) -> float:
+        return milliseconds(lambda: [work() for _ in range(many)], 7) / many * 1e3
+
+    nothing = loop(lambda: tensors)
+    show("ranks of four arguments, each call", loop(lambda: tuple([t.ndim for t in tensors])) - nothing, "us")
+    show("signals held back, graphs with Python inside", loop(lambda: undisturbed(list, tensors)) - nothing, "us")
+
+
+def threads(artifact: Path) -> None:
+    """Calls per second of several threads, on one model and on a model each."""
+    torch.set_num_threads(1)
+    for rows in (1, 1000):
+        shared = Model(artifact)
+        inputs = {n: torch.zeros(rows, *v.natural_shape, dtype=torch.float64) for n, v in shared.inputs.items()}
+        inputs |= {n: inputs[n] + step for n, step in (("strain", 2e-3), ("t", 1.0)) if n in inputs}
+        for count in (1, 2, 4, 8):
+            own = [Model(artifact) for _ in range(count)]
+            for model in (shared, *own):
+                model.forward(inputs)
+            show(f"{rows} rows, {count} threads, one model", _rate([shared] * count, inputs), "calls/s")
+            show(f"{rows} rows, {count} threads, a model each", _rate(own, inputs), "calls/s")
+
+
+def _rate(models: list[Model], inputs: dict[str, torch.Tensor], seconds: float = 2.0) -> float:
+    done = [0] * len(models)
+    end = time.perf_counter() + seconds
+
+    def work(i: int) -> None:
+        while time.perf_counter() < end:
+            models[i].forward(inputs)
+            done[i] += 1
+
+    running = [threading.Thread(target=work, args=(i,)) for i in range(len(models))]
+    start = time.perf_counter()
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return sum(done) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["load", "calls", "threads"])
+    parser.add_argument("stub", nargs="?", default="viscoplasticity")
+    options = parser.parse_args()
+    artifact = compiled(options.stub) / CATALOGUE[options.stub].model
+    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
+    {"load": load, "calls": calls, "threads": threads}[options.what](artifact)
+
+
+if __name__ == "__main__":
+    main()
