@@ -9,6 +9,7 @@ on for its slowest row, and does not depend on which row that was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ def solve_rows(
     result: Rows | None = None
     du: Groups = []
     alpha: Tensor | None = None
+    # The first step is the one that goes too far.
+    cutting = True
     verbose = log.enabled("newton", "debug")
     last = max(settings.miters - 1, 0)
     for i in range(last + 1):
@@ -82,21 +85,30 @@ def solve_rows(
             du = system.direction(u, g, tail, b, linear)
         # Without rows there is nothing to count, and the end is at once.
         if count or ending:
-            final = u if i == 0 else _polished(u, du, done, of_u)
             if ending and rows is None:
+                final = u if i == 0 else _polished(u, du, done, of_u)
                 steps = torch.full((total,), i, dtype=torch.int64, device=norm.device)
                 return Rows(final, done, steps, norm, norm0, linear if keep_linear else [])
             which = None if ending else stop.nonzero().squeeze(-1)
+            kept = linear if keep_linear else []
+            leaving = (
+                _Leaving(u, du, done, norm, norm0, kept)
+                if which is None
+                else _leaving(which, u, du, done, norm, norm0, kept)
+            )
             if result is None:
-                result = _blank(total, final, norm, linear if keep_linear else [])
-            _record(result, rows, which, i, final, done, norm, norm0, linear if keep_linear else [])
+                result = _blank(total, u, norm, kept)
+            place = which if rows is None else rows if which is None else rows[which]
+            assert place is not None, "the whole batch is returned, not recorded"
+            _record(result, place, i, leaving, of_u)
             if ending:
                 return result
             keep = (~stop).nonzero().squeeze(-1)
             rows = keep if rows is None else rows[keep]
             u, g, du, b = (_take(x, keep) for x in (u, g, du, b))
             norm, norm0 = norm[keep], norm0[keep]
-        u, b, linear, norm, alpha = _advance(system, u, g, tail, b, du, norm, layouts, settings)
+        step = _advance(system, u, g, tail, b, du, norm, layouts, settings, cutting)
+        u, b, linear, norm, alpha, cutting = step.u, step.b, step.linear, step.norm, step.alpha, step.cut
     raise AssertionError("the last iteration returns")
 
 
@@ -126,6 +138,27 @@ def _polished(u: Groups, du: Groups, done: Tensor, layout: Layout) -> Groups:
     ]
 
 
+@dataclass
+class _Step:
+    """Where a step has led.
+
+    Args:
+        u: the unknowns.
+        b: `-r` there.
+        linear: the linearisation there.
+        norm: of `b`.
+        alpha: step lengths; None where all are 1.
+        cut: whether a row was cut back.
+    """
+
+    u: Groups
+    b: Groups
+    linear: Groups
+    norm: Tensor
+    alpha: Tensor | None
+    cut: bool
+
+
 def _advance(
     system: System,
     u: Groups,
@@ -136,35 +169,67 @@ def _advance(
     norm: Tensor,
     layouts: tuple[Layout, Layout],
     settings: NewtonSettings,
-) -> tuple[Groups, Groups, Groups, Tensor, Tensor | None]:
+    cutting: bool,
+) -> _Step:
     """Take the step, cut back row by row where a line search is on.
 
-    Returns:
-        The unknowns after the step, `b` and the linearisation there, its norms, and the step lengths (None: all 1).
+    A trial needs the residual alone, which costs a fraction of the linearisation. The first trial asks for both at once
+    where cuts are not expected: after a step that had none.
+
+    Args:
+        system: residual and Newton direction.
+        u: the unknowns.
+        g: givens.
+        tail: promoted parameters.
+        b: `-r` at `u`.
+        du: the full step.
+        norm: of `b`.
+        layouts: of the unknown groups and of the residual groups.
+        settings: of the line search.
+        cutting: whether cuts are expected.
     """
     of_u, of_r = layouts
     trial = [x + d for x, d in zip(u, du, strict=True)]
-    trial_b, linear = system.evaluate(trial, g, tail)
-    trial_norm = norms(trial_b, of_r)
     trials = settings.ls_max_iters - 1
+    apart = system.residual_apart and cutting and trials >= 2
+    trial_b, linear = (system.residual(trial, g, tail), []) if apart else system.evaluate(trial, g, tail)
+    trial_norm = norms(trial_b, of_r)
     if trials < 2:
-        return trial, trial_b, linear, trial_norm, None
+        return _Step(trial, trial_b, linear, trial_norm, None, False)
     squares = norm * norm
     bdu = None if settings.ls_type == "STRONG_WOLFE" else row_dots(b, du, of_r, of_u)
     alpha = torch.ones_like(norm)
+    cut: Tensor | None = None
     for _ in range(trials - 1):
         refused = ~accepted(settings, trial_norm * trial_norm, acceptance(settings, squares, bdu, alpha))
-        if not bool(refused.any()):
-            break
-        alpha = torch.where(refused, alpha / settings.ls_cutback, alpha)
         rows = refused.nonzero().squeeze(-1)
+        if rows.shape[0] == 0:
+            break
+        # Rows that are refused later were refused at first.
+        cut = rows if cut is None else cut
+        alpha = torch.where(refused, alpha / settings.ls_cutback, alpha)
         part = [x[rows] + per_row(alpha[rows], group) * d[rows] for x, d, group in zip(u, du, of_u, strict=True)]
-        part_b, part_linear = system.evaluate(part, _take(g, rows), tail)
-        for whole, some in ((trial, part), (trial_b, part_b), (linear, part_linear)):
-            for k, x in enumerate(some):
-                whole[k] = whole[k].index_copy(0, rows, x)
-        trial_norm = trial_norm.index_copy(0, rows, norms(part_b, of_r))
-    return trial, trial_b, linear, trial_norm, alpha
+        part_b = system.residual(part, _take(g, rows), tail)
+        trial = [_placed(x, rows, some) for x, some in zip(trial, part, strict=True)]
+        if not system.residual_apart:
+            trial_b = [_placed(x, rows, some) for x, some in zip(trial_b, part_b, strict=True)]
+        trial_norm.index_copy_(0, rows, norms(part_b, of_r))
+    if apart:
+        trial_b, linear = system.evaluate(trial, g, tail)
+        trial_norm = norms(trial_b, of_r)
+    elif cut is not None and system.residual_apart:
+        part_b, part_linear = system.evaluate(_take(trial, cut), _take(g, cut), tail)
+        trial_b = [_placed(x, cut, some) for x, some in zip(trial_b, part_b, strict=True)]
+        linear = [_placed(x, cut, some) for x, some in zip(linear, part_linear, strict=True)]
+        trial_norm.index_copy_(0, cut, norms(part_b, of_r))
+    return _Step(trial, trial_b, linear, trial_norm, alpha, cut is not None)
+
+
+def _placed(whole: Tensor, rows: Tensor, some: Tensor) -> Tensor:
+    """Put rows in their places: in place, but for what may be a constant of a graph."""
+    if whole.shape[0] > 1 and whole.is_contiguous():
+        return whole.index_copy_(0, rows, some)
+    return whole.index_copy(0, rows, some)
 
 
 def _take(groups: Groups, rows: Tensor) -> Groups:
@@ -182,26 +247,40 @@ def _blank(total: int, u: Groups, norm: Tensor, linear: Groups) -> Rows:
     )
 
 
-def _record(
-    result: Rows,
-    rows: Tensor | None,
-    which: Tensor | None,
-    iterations: int,
-    u: Groups,
-    done: Tensor,
-    norm: Tensor,
-    norm0: Tensor,
-    linear: Groups,
-) -> None:
-    """Write the outcome of the rows `which` of the present batch; `rows` are their places in the whole one."""
-    if which is not None:
-        u, linear = _take(u, which), _take(linear, which)
-        done, norm, norm0 = done[which], norm[which], norm0[which]
-    place = which if rows is None else rows if which is None else rows[which]
-    assert place is not None, "the whole batch is returned, not recorded"
-    for target, values in zip((*result.unknowns, *result.linear), (*u, *linear), strict=True):
+@dataclass
+class _Leaving:
+    """The rows that leave the batch, with the step that they will not take.
+
+    Args:
+        u: the unknowns.
+        du: the step.
+        done: which have converged.
+        norm: of the residual.
+        norm0: first one.
+        linear: the linearisation, where it is kept.
+    """
+
+    u: Groups
+    du: Groups
+    done: Tensor
+    norm: Tensor
+    norm0: Tensor
+    linear: Groups
+
+
+def _leaving(
+    which: Tensor, u: Groups, du: Groups, done: Tensor, norm: Tensor, norm0: Tensor, linear: Groups
+) -> _Leaving:
+    """Some rows of the present batch."""
+    return _Leaving(_take(u, which), _take(du, which), done[which], norm[which], norm0[which], _take(linear, which))
+
+
+def _record(result: Rows, place: Tensor, iterations: int, rows: _Leaving, layout: Layout) -> None:
+    """Write the outcome of rows to their places in the whole batch."""
+    final = rows.u if iterations == 0 else _polished(rows.u, rows.du, rows.done, layout)
+    for target, values in zip((*result.unknowns, *result.linear), (*final, *rows.linear), strict=True):
         target.index_copy_(0, place, values)
-    result.converged[place] = done
+    result.converged[place] = rows.done
     result.iterations[place] = iterations
-    result.norm[place] = norm
-    result.norm0[place] = norm0
+    result.norm[place] = rows.norm
+    result.norm0[place] = rows.norm0

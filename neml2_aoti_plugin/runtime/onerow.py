@@ -70,6 +70,9 @@ def solve_row(
                     break
                 alpha = alpha / settings.ls_cutback
                 trial = [x + alpha * d for x, d in zip(u, du, strict=True)]
+                trial_b = system.residual(trial, g, tail)
+                trial_norm = norms(trial_b, of_r).item()
+            if alpha != 1.0 and system.residual_apart:
                 trial_b, linear = system.evaluate(trial, g, tail)
                 trial_norm = norms(trial_b, of_r).item()
         u, b, norm = trial, trial_b, trial_norm
