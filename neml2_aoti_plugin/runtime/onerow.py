@@ -37,7 +37,7 @@ def solve_row(
     if not isfinite(norm):
         # The square may have overflowed: over an infinite first norm, all would look converged.
         norm = scaled_row_norms(b, of_r).item()
-    norm0 = norm
+    norm0, limit = norm, settings.atol
     du: Groups = []
     alpha = 1.0
     verbose = log.enabled("newton", "debug")
@@ -45,7 +45,7 @@ def solve_row(
     for i in range(last + 1):
         lost = not isfinite(norm)
         small = norm < settings.atol
-        done = small or (i > 0 and norm0 != 0.0 and norm / norm0 < settings.rtol)
+        done = norm < limit
         if gated and i > 0 and done and not small:
             moved = norms(du, of_u).item() * alpha
             done = moved < settings.substep_del_tol * (norms(u, of_u).item() + settings.atol)
@@ -57,16 +57,18 @@ def solve_row(
         if ending:
             final = [_polished(x, d) for x, d in zip(u, du, strict=True)] if done and i > 0 else u
             return _rows(final, done, i, norm, norm0, linear if keep_linear else [])
+        limit = max(norm0 * settings.rtol, settings.atol)
         trial = [x + d for x, d in zip(u, du, strict=True)]
         trial_b, linear = system.evaluate(trial, g, tail)
         trial_norm = norms(trial_b, of_r).item()
         alpha = 1.0
         trials = settings.ls_max_iters - 1
         if trials >= 2:
-            backtracking = settings.ls_type != "STRONG_WOLFE"
-            bdu = row_dots(b, du, of_r, of_u).item() if backtracking else 0.0
+            squared = norm * norm
+            slope = squared if settings.ls_type == "STRONG_WOLFE" else 2.0 * row_dots(b, du, of_r, of_u).item()
             for _ in range(trials - 1):
-                if _accepted(settings, norm, trial_norm, bdu, alpha):
+                highest = max(squared - settings.ls_c * (slope * alpha), settings.atol * settings.atol)
+                if trial_norm * trial_norm <= highest:
                     break
                 alpha = alpha / settings.ls_cutback
                 trial = [x + alpha * d for x, d in zip(u, du, strict=True)]
@@ -77,16 +79,6 @@ def solve_row(
                 trial_norm = norms(trial_b, of_r).item()
         u, b, norm = trial, trial_b, trial_norm
     raise AssertionError("the last iteration returns")
-
-
-def _accepted(settings: NewtonSettings, norm: float, trial_norm: float, bdu: float, alpha: float) -> bool:
-    """See `linesearch.acceptance` and `linesearch.accepted`."""
-    squared, trial_squared = norm * norm, trial_norm * trial_norm
-    if settings.ls_type == "STRONG_WOLFE":
-        threshold = (1.0 - settings.ls_c * alpha) * squared
-    else:
-        threshold = squared - 2.0 * settings.ls_c * alpha * bdu
-    return trial_squared <= threshold or trial_squared <= settings.atol * settings.atol
 
 
 def _polished(x: Tensor, d: Tensor) -> Tensor:
