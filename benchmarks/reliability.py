@@ -84,36 +84,38 @@ def calls(artifact: Path) -> None:
 
 
 def threads(artifact: Path) -> None:
-    """Calls per second of several threads, on one model and on a model each."""
+    """How much of their time several threads on one model work at once, and what a call costs them."""
     torch.set_num_threads(1)
-    for rows in (1, 1000):
-        shared = Model(artifact)
-        inputs = {n: torch.zeros(rows, *v.natural_shape, dtype=torch.float64) for n, v in shared.inputs.items()}
+    model = Model(artifact)
+    print("rows  threads    calls/s   processors at work   processor time of a call")
+    for rows in (1, 100, 10_000):
+        inputs = {n: torch.zeros(rows, *v.natural_shape, dtype=torch.float64) for n, v in model.inputs.items()}
         inputs |= {n: inputs[n] + step for n, step in (("strain", 2e-3), ("t", 1.0)) if n in inputs}
+        model.forward(inputs)
         for count in (1, 2, 4, 8):
-            own = [Model(artifact) for _ in range(count)]
-            for model in (shared, *own):
-                model.forward(inputs)
-            show(f"{rows} rows, {count} threads, one model", _rate([shared] * count, inputs), "calls/s")
-            show(f"{rows} rows, {count} threads, a model each", _rate(own, inputs), "calls/s")
+            calls, wall, work = _together(model, inputs, count)
+            print(f"{rows:5} {count:7} {calls / wall:11.1f} {work / wall:19.2f} {work / calls * 1e3:22.2f} ms")
 
 
-def _rate(models: list[Model], inputs: dict[str, torch.Tensor], seconds: float = 2.0) -> float:
-    done = [0] * len(models)
+def _together(
+    model: Model, inputs: dict[str, torch.Tensor], count: int, seconds: float = 3.0
+) -> tuple[int, float, float]:
+    """Calls made by some threads, seconds that passed, and seconds of processor time."""
+    done = [0] * count
     end = time.perf_counter() + seconds
 
     def work(i: int) -> None:
         while time.perf_counter() < end:
-            models[i].forward(inputs)
+            model.forward(inputs)
             done[i] += 1
 
-    running = [threading.Thread(target=work, args=(i,)) for i in range(len(models))]
-    start = time.perf_counter()
+    running = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    start, start_work = time.perf_counter(), time.process_time()
     for thread in running:
         thread.start()
     for thread in running:
         thread.join()
-    return sum(done) / (time.perf_counter() - start)
+    return sum(done), time.perf_counter() - start, time.process_time() - start_work
 
 
 def main() -> None:

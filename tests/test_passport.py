@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import references
-from attacks.archives import ATTACKS, recorded, swapped
-from attacks.children import run_fresh
+from attacks.archives import ATTACKS, edited, recorded, swapped
+from attacks.children import run, run_fresh
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model
 from neml2_aoti_plugin.artifact import passport, processor
 from neml2_aoti_plugin.artifact.package import read_signature
@@ -179,6 +179,26 @@ def test_operators_are_registered_where_neml2_was_not_imported() -> None:
         references.case("calibration").artifact,
     )
     assert float(out) == 0.0
+
+
+def test_a_library_that_needs_what_torch_lacks_is_refused_and_ends_no_process(artifact: Path) -> None:
+    file = package(artifact)
+    make = edited(".so", lambda d: d.replace(b"aoti_torch_empty_strided\0", b"aoti_torch_empty_stridex\0"))
+    file.write_bytes(make(file.read_bytes()))
+    out = run(
+        """
+        import sys, torch
+        from neml2_aoti_plugin import ArtifactError, Model
+        inputs = {"strain": torch.zeros(6, dtype=torch.float64)}
+        try:
+            Model(sys.argv[1]).forward(inputs)
+        except ArtifactError as error:
+            print(error)
+        """,
+        artifact,
+    )
+    for word in (str(file), "undefined symbol", "aoti_torch_empty_stridex", "Install the torch", "neml2-compile"):
+        assert word in out, out
 
 
 def test_a_changed_package_is_not_run_later(artifact: Path) -> None:

@@ -214,6 +214,22 @@ if __name__ == "__main__":
         assert all(abs(float(x) - right) < 1e-9 for x in done.stdout.split())
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what a process has mapped")
+def test_a_process_that_loads_again_and_again_does_not_grow(artifact: str) -> None:
+    out = run(
+        SETUP
+        + """
+for number in range(8):
+    stress(Model(artifact))
+    with open("/proc/self/maps") as maps:
+        print(sum("neml2-aoti-" in line for line in maps), len(os.listdir("/proc/self/fd")))
+""",
+        artifact,
+    )
+    first, *others = out.splitlines()
+    assert first != "0" and others == [first] * 7
+
+
 class TestTemporaryFolders:
     def test_nothing_is_there_once_the_model_has_run(self, artifact: str, right: float, scratch: Path) -> None:
         value, count = run(LOAD, artifact, TMPDIR=str(scratch)).split()
@@ -314,6 +330,7 @@ MOUNTS = {
 }
 
 
+@pytest.mark.long
 def test_file_systems_that_do_not_serve(artifact: str, scratch: Path) -> None:
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("only root can mount a file system of its own")

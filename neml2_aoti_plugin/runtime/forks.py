@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -16,16 +17,16 @@ import torch
 from ..errors import AOTIError
 
 if TYPE_CHECKING:
-    from .graph import Graph
+    from .loaded import Loaded
 
-_graphs: WeakSet[Graph] = WeakSet()
+_graphs: WeakSet[Loaded] = WeakSet()
 # Runners whose state is that of a thread which the fork left behind; to take them down would wait for it.
 _abandoned: list[Any] = []
 _ran = False
 forked_after_use = False
 
 
-def watch(graph: Graph) -> None:
+def watch(graph: Loaded) -> None:
     """Have a graph put in order in forked processes."""
     _graphs.add(graph)
 
@@ -36,18 +37,18 @@ def note_use() -> None:
     _ran = True
 
 
-def require_one_thread(graph: Graph) -> None:
+def require_one_thread(file: Path) -> None:
     """Refuse to run a graph where torch would wait for threads that the fork left behind.
 
     Args:
-        graph: for the message.
+        file: of the graph, for the message.
 
     Raises:
         AOTIError: torch uses more than one thread.
     """
     if torch.get_num_threads() != 1:
         raise AOTIError(
-            f"{graph.file}: this process was forked from one in which a compiled model had already run, and torch's "
+            f"{file}: this process was forked from one in which a compiled model had already run, and torch's "
             "threads do not come along: the call would never end. Start processes with "
             "multiprocessing.get_context('spawn'), or fork before the first call, or call torch.set_num_threads(1) in "
             "the new process first."

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..artifact.files import Fingerprint, fingerprint, read_unchanged
+from ..artifact.files import fingerprint
 from ..artifact.package import Argument, Signature, read_signature
 from ..errors import AOTIError, ArtifactError
-from . import forks
-from .interrupts import undisturbed
-from .unpack import load_runner
+from .loaded import loaded
 
 # CUDA kernels are compiled for inputs at such addresses; a slice of rows may start elsewhere.
 CUDA_ALIGNMENT = 16
@@ -32,18 +28,12 @@ class Graph:
     def __init__(self, file: Path, device: torch.device) -> None:
         self.file = file
         self.device = device
-        # torch's runner waits for its turn with the interpreter locked, and a graph with a custom operator needs the
-        # interpreter to finish: calls must queue before they reach the runner.
-        self.lock = threading.Lock()
-        self.runner: Any = None
-        self._calls_python = False
+        # The package is loaded long after the passport has looked it over, and must be the same then.
+        self._loaded = loaded(file, device, fingerprint(file))
         self._signature: Signature | None = None
         self._signature_read = False
         # Ranks of arguments that were compared with the signature; they are few, and the same from call to call.
         self._compared: set[tuple[int, ...]] = set()
-        # The package is loaded long after the passport has looked it over, and must be the same then.
-        self._fingerprint: Fingerprint = fingerprint(file)
-        forks.watch(self)
 
     @property
     def signature(self) -> Signature | None:
@@ -53,14 +43,8 @@ class Graph:
         return self._signature
 
     def load(self) -> None:
-        """Load the package, if it is not loaded yet; the caller holds no lock."""
-        with self.lock:
-            self._load()
-
-    def _load(self) -> None:
-        if self.runner is None:
-            data = read_unchanged(self.file, self._fingerprint)
-            self.runner, self._calls_python = load_runner(self.file, data, self.device)
+        """Load the package, if it is not loaded yet."""
+        self._loaded.load()
 
     def __call__(
         self,
@@ -103,19 +87,16 @@ class Graph:
 
         Returns:
             See `__call__`.
+
+        Raises:
+            AOTIError: the graph failed.
         """
-        if forks.forked_after_use:
-            forks.require_one_thread(self)
-        with self.lock:
-            if self.runner is None:
-                self._load()
-                forks.note_use()
-            try:
-                run = self.runner.run
-                outputs: list[Tensor] = undisturbed(run, arguments) if self._calls_python else run(arguments)
-            except RuntimeError as error:
-                raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
-        return outputs
+        try:
+            return self._loaded.run(arguments)
+        except AOTIError:
+            raise
+        except RuntimeError as error:
+            raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
 
     def _compare(self, arguments: Sequence[Tensor]) -> None:
         """Refuse arguments that the graph would read wrongly: it looks at none of this itself."""

@@ -8,7 +8,6 @@ over are those that run, and the folder is gone as soon as they are loaded.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import shutil
 import sys
@@ -61,10 +60,10 @@ def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, boo
             package = folder / file.name
             _write(package, data, file)
             index = -1 if device.index is None or device.type == "cpu" else device.index
-            with _refusals(file):
+            with _refusals(file, folder):
                 return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index), python
         library = _unpack(archive, data, folder, file)
-        with _refusals(file), _bound(library, file):
+        with _refusals(file, folder):
             return own(str(library), 1), python
 
 
@@ -187,45 +186,21 @@ def _calls_python(archive: ZipFile) -> bool:
 
 
 @contextmanager
-def _bound(library: Path, file: Path) -> Iterator[None]:
-    """Hold a library with all of its symbols bound.
-
-    torch binds a function when it is first called, and the process ends there and then if there is none.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import _ctypes
-
-    try:
-        held = ctypes.CDLL(str(library), mode=os.RTLD_NOW | os.RTLD_LOCAL)
-    except OSError as error:
-        text = str(error).replace(str(library), library.name)
-        if "Operation not permitted" in text or "failed to map" in text:
-            raise AOTIError(
-                f"{file}: {library.parent.parent} does not let programs run ({text}). Set TMPDIR to a folder of a file "
-                "system that is not mounted noexec, and start again."
-            ) from error
-        raise ArtifactError(
-            f"{file}: torch {torch.__version__} cannot load this package ({text}). Install the torch that the model "
-            "was compiled with, or a later one, or compile the model again with neml2-compile."
-        ) from error
-    try:
-        yield
-    finally:
-        _ctypes.dlclose(held._handle)
-
-
-@contextmanager
-def _refusals(file: Path) -> Iterator[None]:
-    """Say of which package torch complains."""
+def _refusals(file: Path, folder: Path) -> Iterator[None]:
+    """Say of which package torch complains, and what mends it."""
     try:
         yield
     except AOTIError:
         raise
     except RuntimeError as error:
-        first = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
+        text = lines[0] if lines else "no reason given"
+        if "failed to map" in text or "Operation not permitted" in text:
+            raise AOTIError(
+                f"{file}: {folder.parent} does not let programs run ({text}). Set TMPDIR to a folder of a file system "
+                "that is not mounted noexec, and start again."
+            ) from error
         raise ArtifactError(
-            f"{file}: torch {torch.__version__} cannot load this package ({first[0] if first else 'no reason given'}). "
-            "Compile the model again with neml2-compile."
+            f"{file}: torch {torch.__version__} cannot load this package ({text}). Install the torch that the model "
+            "was compiled with, or a later one, or compile the model again with neml2-compile."
         ) from error
