@@ -102,6 +102,7 @@ class AOTIModel(CompiledModule):
         self.__dict__["_parameters"] = self._inner._parameters
         self.__dict__["_modules"] = self._inner._modules
         self.input_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.inputs.items()}
+        self._spec = tuple(self.input_spec.items())
         self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.outputs.items()}
         self.input_sub_batch = {name: v.sub_batch_shape for name, v in self._inner.inputs.items()}
         if declared:
@@ -154,6 +155,12 @@ class AOTIModel(CompiledModule):
             raise InputTypeError(
                 f"{len(args)} positional inputs given, expected {len(self.input_spec)}: {', '.join(self.input_spec)}."
             )
+        direct = self._inner._direct
+        if direct is not None and v is None:
+            given = {name: _plain(value, wrapper) for (name, wrapper), value in zip(self._spec, args, strict=True)}
+            found = direct(given)
+            if found is not None:
+                return tuple([self.output_spec[name](value) for name, value in found.items()])
         inputs = self._raw(dict(zip(self.input_spec, args, strict=True)))
         if v is None:
             outputs, batch = self._inner.forward_with_batch(inputs)
@@ -267,6 +274,11 @@ class AOTIModel(CompiledModule):
     def _raw(self, inputs: Mapping[str, Value], kind: str = "input") -> Tensors:
         """Unwrap typed inputs to `(*batch, *sub_batch, *base)`; raw ones pass."""
         return typed.unwrap(inputs, self._inner.inputs, self.input_spec, kind, self._inner.artifact)
+
+
+def _plain(value: Any, wrapper: typed.Wrapper) -> Any:
+    """The tensor in a typed one without sub-batch and chain-rule axes; None for anything else."""
+    return value.data if type(value) is wrapper and not value.sub_batch_ndim and not value.k_ndim else None
 
 
 def _overrides_and_names(

@@ -22,6 +22,7 @@ from .module import CompiledModule
 from .promoted import PromotedParameters
 from .runtime.boundary import Boundary
 from .runtime.call import Caller, Tensors, masked
+from .runtime.direct import direct_call
 from .runtime.program import Program
 from .settings import newton_settings
 
@@ -29,7 +30,7 @@ MODE = "NEML2_AOTI_PLUGIN_MODE"
 MODES = ("rowwise", "lockstep")
 
 # What `Model._load` makes, and no pickle holds.
-_LOADED = ("artifact", "inputs", "outputs", "_metadata", "_boundary", "_caller", "_files")
+_LOADED = ("artifact", "inputs", "outputs", "_metadata", "_boundary", "_caller", "_direct", "_files")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Model(CompiledModule):
         self.artifact = place.metadata.parent
         self._metadata, self._boundary = metadata, boundary
         self._caller = Caller(metadata, boundary, program, promoted)
+        self._direct = direct_call(program, boundary)
         self._files = recipe.files_of(place)
         self.inputs = {port.name: replace(port.variable, name=port.name) for port in boundary.inputs}
         self.outputs = {port.name: replace(port.variable, name=port.name) for port in boundary.outputs}
@@ -219,6 +221,10 @@ class Model(CompiledModule):
             ConvergenceError: rows of an implicit segment did not converge.
             InputError: an input or an override does not fit.
         """
+        if self._direct is not None and not param_overrides:
+            found = self._direct(inputs)
+            if found is not None:
+                return found
         return self.forward_with_batch(inputs, param_overrides)[0]
 
     def forward_with_batch(

@@ -77,6 +77,20 @@ class Graph:
         if ranks not in self._compared:
             self._compare(arguments)
             self._compared.add(ranks)
+        return self.run(arguments)
+
+    def run(self, arguments: list[Tensor]) -> list[Tensor]:
+        """Run the graph for arguments of which such ones were compared with its signature before.
+
+        Args:
+            arguments: contiguous, in the graph's order.
+
+        Returns:
+            See `__call__`.
+
+        Raises:
+            AOTIError: the graph failed.
+        """
         try:
             return self._loaded.run(arguments)
         except AOTIError:

@@ -13,10 +13,11 @@ from ..artifact.schema import DirectStep, ImplicitSegment
 from ..errors import ConvergenceError
 from ..settings import NewtonSettings
 from . import lockstep, newton
+from .layout import norms
 from .linesearch import Residual
-from .newton import Rows
 from .packing import layout_of, pack, unpack
 from .parameters import Values
+from .rows import Rows
 from .sensitivity import Sensitivity, sensitivity_of
 from .systems import GraphOf, Groups, System, check_arity, system_of
 from .tangents import Columns, Tangents, add, times
@@ -149,7 +150,7 @@ class ImplicitStage:
 
     def _rows(self, u: Groups, converged: Tensor, steps: int, residual: Residual, first: Groups) -> Rows:
         iterations = torch.full_like(converged, steps, dtype=torch.int64)
-        norm, norm0 = (newton.norms(residual(x), self.layouts[1]) for x in (u, first))
+        norm, norm0 = (norms(residual(x), self.layouts[1]) for x in (u, first))
         return Rows(u, converged, iterations, norm, norm0, [])
 
     def carry(

@@ -118,3 +118,10 @@ def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layou
         total = dots if total is None else total + dots
     assert total is not None, "a system has at least one group"
     return total
+
+
+def norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Euclidean norm of each row, `(rows,)`."""
+    if len(groups) == 1 and layout[0].trailing == 1:
+        return torch.linalg.vector_norm(groups[0], dim=-1)
+    return row_norms(groups, layout)

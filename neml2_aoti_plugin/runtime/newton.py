@@ -10,43 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
 from .. import log
 from ..settings import NewtonSettings
-from .layout import Layout, per_row, row_dots, row_norms, scaled_row_norms
-from .linesearch import acceptance, accepted
+from .layout import Layout, norms, per_row, scaled_row_norms
+from .onerow import solve_row
+from .rows import Rows
+from .step import advance, take
 from .systems import Groups, System
-
-
-@dataclass
-class Rows:
-    """What became of each row.
-
-    Args:
-        unknowns: last iterate, one tensor per group.
-        converged: bool, `(rows,)`.
-        iterations: number of updates, `(rows,)`.
-        norm: last residual norm, `(rows,)`.
-        norm0: residual norm at the first iterate, `(rows,)`.
-        linear: linearisation at the last evaluated iterate, where the system has one.
-    """
-
-    unknowns: Groups
-    converged: Tensor
-    iterations: Tensor
-    norm: Tensor
-    norm0: Tensor
-    linear: Groups
-
-
-def norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Euclidean norm of each row, `(rows,)`."""
-    if len(groups) == 1 and layout[0].trailing == 1:
-        return torch.linalg.vector_norm(groups[0], dim=-1)
-    return row_norms(groups, layout)
 
 
 def solve_rows(
@@ -77,156 +52,128 @@ def solve_rows(
     """
     of_u, of_r = layouts
     total = u[0].shape[0]
+    if total == 1 and not u[0].is_cuda:
+        return solve_row(system, u, g, tail, layouts, settings, gated=gated, keep_linear=keep_linear)
     b, linear = system.evaluate(u, g, tail)
-    norm = norms(b, of_r)
-    norm0 = norm
+    norm = norm0 = norms(b, of_r)
+    limit = torch.full_like(norm, settings.atol)
     rows: Tensor | None = None
     result: Rows | None = None
     du: Groups = []
     alpha: Tensor | None = None
+    # The first step is the one that goes too far.
+    cutting = True
     verbose = log.enabled("newton", "debug")
     last = max(settings.miters - 1, 0)
     for i in range(last + 1):
-        done, lost = _verdict(norm, norm0, b, of_r, settings, first=i == 0)
-        if i == 0:
-            norm0 = norm = _finite_norms(norm, lost, b, of_r)
-            if lost is not None:
-                lost = ~norm.isfinite()
-                done = (norm < settings.atol) & ~lost
-        elif gated:
+        going = (norm >= limit).logical_and_(norm < inf)
+        if i == 0 and not bool(going.all()):
+            # A square may have overflowed: over an infinite first norm, all would look converged.
+            norm = norm0 = torch.where(norm.isfinite(), norm, scaled_row_norms(b, of_r))
+            going = (norm >= limit).logical_and_(norm < inf)
+        elif gated and i > 0:
             moved = norms(du, of_u) if alpha is None else norms(du, of_u) * alpha
-            done &= (norm < settings.atol) | (moved < settings.substep_del_tol * (norms(u, of_u) + settings.atol))
+            unsettled = moved >= settings.substep_del_tol * (norms(u, of_u) + settings.atol)
+            going |= unsettled & (norm >= settings.atol) & (norm < inf)
         if verbose and norm.numel():
             log.emit(
                 "newton", "debug", f"ITERATION {i:3d}, |R| = {norm.amax().item():.6e}, |R0| = {norm0.amax().item():.6e}"
             )
-        stop = done if lost is None else done | lost
-        count = norm.shape[0] if i == last else int(torch.count_nonzero(stop))
-        ending = count == norm.shape[0]
-        if not ending or i > 0:
+        keep = going.nonzero().squeeze(-1) if i < last else None
+        staying = 0 if keep is None else keep.shape[0]
+        if staying or i > 0:
             du = system.direction(u, g, tail, b, linear)
-        # Without rows there is nothing to count, and the end is at once.
-        if count or ending:
-            final = u if i == 0 else _polished(u, du, done, of_u)
-            if ending and rows is None:
-                steps = torch.full((total,), i, dtype=torch.int64, device=norm.device)
-                return Rows(final, done, steps, norm, norm0, linear if keep_linear else [])
-            which = None if ending else stop.nonzero().squeeze(-1)
+        if staying < norm.shape[0] or keep is None or total == 0:
+            leaving = _Leaving(u, du, ~going & (norm < inf), norm, norm0, linear if keep_linear else [])
+            if not staying and rows is None:
+                return _all_at_once(leaving, i, of_u)
+            which = (~going).nonzero().squeeze(-1) if staying else None
             if result is None:
-                result = _blank(total, final, norm, linear if keep_linear else [])
-            _record(result, rows, which, i, final, done, norm, norm0, linear if keep_linear else [])
-            if ending:
+                result = _blank(total, leaving)
+            place = which if rows is None else rows if which is None else rows[which]
+            assert place is not None, "a batch that leaves at once is not recorded"
+            _record(result, place, i, leaving if which is None else _some(leaving, which), of_u)
+            if not staying:
                 return result
-            keep = (~stop).nonzero().squeeze(-1)
+            assert keep is not None
             rows = keep if rows is None else rows[keep]
-            u, g, du, b = (_take(x, keep) for x in (u, g, du, b))
+            u, g, du, b = (take(x, keep) for x in (u, g, du, b))
             norm, norm0 = norm[keep], norm0[keep]
-        u, b, linear, norm, alpha = _advance(system, u, g, tail, b, du, norm, layouts, settings)
+            limit = limit[keep]
+        if i == 0:
+            limit = torch.clamp(norm0 * settings.rtol, min=settings.atol)
+        step = advance(system, u, g, tail, b, du, norm, layouts, settings, cutting)
+        u, b, linear, norm, alpha, cutting = step.u, step.b, step.linear, step.norm, step.alpha, step.cut
     raise AssertionError("the last iteration returns")
 
 
-def _verdict(
-    norm: Tensor, norm0: Tensor, b: Groups, layout: Layout, settings: NewtonSettings, *, first: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Which rows have converged, and which are lost; None where the test for the lost found none."""
-    done = norm < settings.atol
-    if not first:
-        done |= norm / norm0 < settings.rtol
-    lost = ~norm.isfinite()
-    return done, lost
+@dataclass
+class _Leaving:
+    """The rows that leave the batch, with the step that they will not take.
 
-
-def _finite_norms(norm: Tensor, lost: Tensor | None, b: Groups, layout: Layout) -> Tensor:
-    """The first norms, taken with scaling where a square overflowed: over an infinite one, all would look converged."""
-    if lost is None or not bool(lost.any()):
-        return norm
-    return torch.where(lost, scaled_row_norms(b, layout), norm)
-
-
-def _polished(u: Groups, du: Groups, done: Tensor, layout: Layout) -> Groups:
-    """One more step for the rows that have converged, where it is finite."""
-    return [
-        torch.where(per_row(done, group) & (step := x + d).isfinite(), step, x)
-        for x, d, group in zip(u, du, layout, strict=True)
-    ]
-
-
-def _advance(
-    system: System,
-    u: Groups,
-    g: Groups,
-    tail: Sequence[Tensor],
-    b: Groups,
-    du: Groups,
-    norm: Tensor,
-    layouts: tuple[Layout, Layout],
-    settings: NewtonSettings,
-) -> tuple[Groups, Groups, Groups, Tensor, Tensor | None]:
-    """Take the step, cut back row by row where a line search is on.
-
-    Returns:
-        The unknowns after the step, `b` and the linearisation there, its norms, and the step lengths (None: all 1).
+    Args:
+        u: the unknowns.
+        du: the step.
+        done: which have converged.
+        norm: of the residual.
+        norm0: first one.
+        linear: the linearisation, where it is kept.
     """
-    of_u, of_r = layouts
-    trial = [x + d for x, d in zip(u, du, strict=True)]
-    trial_b, linear = system.evaluate(trial, g, tail)
-    trial_norm = norms(trial_b, of_r)
-    trials = settings.ls_max_iters - 1
-    if trials < 2:
-        return trial, trial_b, linear, trial_norm, None
-    squares = norm * norm
-    bdu = None if settings.ls_type == "STRONG_WOLFE" else row_dots(b, du, of_r, of_u)
-    alpha = torch.ones_like(norm)
-    for _ in range(trials - 1):
-        refused = ~accepted(settings, trial_norm * trial_norm, acceptance(settings, squares, bdu, alpha))
-        if not bool(refused.any()):
-            break
-        alpha = torch.where(refused, alpha / settings.ls_cutback, alpha)
-        rows = refused.nonzero().squeeze(-1)
-        part = [x[rows] + per_row(alpha[rows], group) * d[rows] for x, d, group in zip(u, du, of_u, strict=True)]
-        part_b, part_linear = system.evaluate(part, _take(g, rows), tail)
-        for whole, some in ((trial, part), (trial_b, part_b), (linear, part_linear)):
-            for k, x in enumerate(some):
-                whole[k] = whole[k].index_copy(0, rows, x)
-        trial_norm = trial_norm.index_copy(0, rows, norms(part_b, of_r))
-    return trial, trial_b, linear, trial_norm, alpha
+
+    u: Groups
+    du: Groups
+    done: Tensor
+    norm: Tensor
+    norm0: Tensor
+    linear: Groups
 
 
-def _take(groups: Groups, rows: Tensor) -> Groups:
-    return [x.index_select(0, rows) for x in groups]
-
-
-def _blank(total: int, u: Groups, norm: Tensor, linear: Groups) -> Rows:
-    return Rows(
-        [x.new_empty((total, *x.shape[1:])) for x in u],
-        torch.zeros(total, dtype=torch.bool, device=norm.device),
-        torch.zeros(total, dtype=torch.int64, device=norm.device),
-        norm.new_empty(total),
-        norm.new_empty(total),
-        [x.new_empty((total, *x.shape[1:])) for x in linear],
+def _some(rows: _Leaving, which: Tensor) -> _Leaving:
+    """Some of these rows."""
+    return _Leaving(
+        take(rows.u, which),
+        take(rows.du, which),
+        rows.done[which],
+        rows.norm[which],
+        rows.norm0[which],
+        take(rows.linear, which),
     )
 
 
-def _record(
-    result: Rows,
-    rows: Tensor | None,
-    which: Tensor | None,
-    iterations: int,
-    u: Groups,
-    done: Tensor,
-    norm: Tensor,
-    norm0: Tensor,
-    linear: Groups,
-) -> None:
-    """Write the outcome of the rows `which` of the present batch; `rows` are their places in the whole one."""
-    if which is not None:
-        u, linear = _take(u, which), _take(linear, which)
-        done, norm, norm0 = done[which], norm[which], norm0[which]
-    place = which if rows is None else rows if which is None else rows[which]
-    assert place is not None, "the whole batch is returned, not recorded"
-    for target, values in zip((*result.unknowns, *result.linear), (*u, *linear), strict=True):
+def _polished(rows: _Leaving, iterations: int, layout: Layout) -> Groups:
+    """The unknowns, after one more step of the rows that have converged by steps, where it is finite."""
+    if iterations == 0:
+        return rows.u
+    return [
+        torch.where(per_row(rows.done, group) & (step := x + d).isfinite(), step, x)
+        for x, d, group in zip(rows.u, rows.du, layout, strict=True)
+    ]
+
+
+def _all_at_once(rows: _Leaving, iterations: int, layout: Layout) -> Rows:
+    """The outcome of a batch whose rows leave together."""
+    steps = torch.full(rows.norm.shape, iterations, dtype=torch.int64, device=rows.norm.device)
+    return Rows(_polished(rows, iterations, layout), rows.done, steps, rows.norm, rows.norm0, rows.linear)
+
+
+def _blank(total: int, like: _Leaving) -> Rows:
+    """Room for the outcome of the whole batch."""
+    return Rows(
+        [x.new_empty((total, *x.shape[1:])) for x in like.u],
+        torch.zeros(total, dtype=torch.bool, device=like.norm.device),
+        torch.zeros(total, dtype=torch.int64, device=like.norm.device),
+        like.norm.new_empty(total),
+        like.norm.new_empty(total),
+        [x.new_empty((total, *x.shape[1:])) for x in like.linear],
+    )
+
+
+def _record(result: Rows, place: Tensor, iterations: int, rows: _Leaving, layout: Layout) -> None:
+    """Write the outcome of rows to their places in the whole batch."""
+    final = _polished(rows, iterations, layout)
+    for target, values in zip((*result.unknowns, *result.linear), (*final, *rows.linear), strict=True):
         target.index_copy_(0, place, values)
-    result.converged[place] = done
-    result.iterations[place] = iterations
-    result.norm[place] = norm
-    result.norm0[place] = norm0
+    result.converged.index_copy_(0, place, rows.done)
+    result.iterations.index_fill_(0, place, iterations)
+    result.norm.index_copy_(0, place, rows.norm)
+    result.norm0.index_copy_(0, place, rows.norm0)

@@ -15,9 +15,9 @@ from . import substepping
 from .forward import ForwardStage
 from .graph import Graph, PinnedGraph
 from .implicit import ImplicitStage
-from .newton import Rows
 from .packing import unpack
 from .parameters import Values
+from .rows import Rows
 from .tangents import Columns, Seed, Tangents, dense, per_site, select
 
 # A block of rows should stay in the cache while its Newton solve goes on.

@@ -18,8 +18,8 @@ from ..artifact.schema import Given
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
 from .implicit import ImplicitStage, Solved
-from .newton import Rows
 from .parameters import Values
+from .rows import Rows
 from .tangents import Columns, Tangents, combine, dense, select
 
 _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")

@@ -24,7 +24,12 @@ GraphOf = Callable[[str], Graph]
 
 
 class System(Protocol):
-    """What a Newton solve asks of a segment."""
+    """What a Newton solve asks of a segment.
+
+    `residual_apart` tells whether the residual alone costs less than `evaluate`.
+    """
+
+    residual_apart: bool
 
     def evaluate(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> tuple[Groups, Groups]:
         """`b = -r` at `u`, and the linearisation there."""
@@ -61,6 +66,8 @@ class _Residual:
 class DirectSystem(_Residual):
     """A Jacobian graph and a graph of the direct solve."""
 
+    residual_apart = True
+
     def __init__(self, segment: ImplicitSegment, step: DirectStep, graph_of: GraphOf) -> None:
         super().__init__(segment, graph_of)
         self._jacobian, self._solve = graph_of(step.jacobian), graph_of(step.solve)
@@ -90,6 +97,7 @@ class FusedSystem(_Residual):
     def __init__(self, segment: ImplicitSegment, step: FusedStep, graph_of: GraphOf) -> None:
         super().__init__(segment, graph_of)
         self._step, self._returns_iterate = graph_of(step.file), step.returns_iterate
+        self.residual_apart = not self._returns_iterate
 
     def evaluate(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> tuple[Groups, Groups]:
         """See `System.evaluate`; the step itself stands in for the linearisation where it comes with `b`."""
@@ -123,6 +131,8 @@ class FusedSystem(_Residual):
 
 class KrylovSystem(_Residual):
     """Matrix-vector products and an iterative solve."""
+
+    residual_apart = False
 
     def __init__(self, segment: ImplicitSegment, step: KrylovStep, graph_of: GraphOf) -> None:
         super().__init__(segment, graph_of)

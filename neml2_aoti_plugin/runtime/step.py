@@ -1,0 +1,118 @@
+"""One Newton step of a batch, cut back row by row where a line search is on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..settings import NewtonSettings
+from .layout import Layout, norms, per_row, row_dots
+from .systems import Groups, System
+
+
+@dataclass
+class Step:
+    """Where a step has led.
+
+    Args:
+        u: the unknowns.
+        b: `-r` there.
+        linear: the linearisation there.
+        norm: of `b`.
+        alpha: step lengths; None where all are 1.
+        cut: whether a row was cut back.
+    """
+
+    u: Groups
+    b: Groups
+    linear: Groups
+    norm: Tensor
+    alpha: Tensor | None
+    cut: bool
+
+
+def advance(
+    system: System,
+    u: Groups,
+    g: Groups,
+    tail: Sequence[Tensor],
+    b: Groups,
+    du: Groups,
+    norm: Tensor,
+    layouts: tuple[Layout, Layout],
+    settings: NewtonSettings,
+    cutting: bool,
+) -> Step:
+    """Take the step, cut back row by row where a line search is on.
+
+    A trial needs the residual alone, which costs a fraction of the linearisation. The first trial asks for both at once
+    where cuts are not expected: after a step that had none.
+
+    Args:
+        system: residual and Newton direction.
+        u: the unknowns.
+        g: givens.
+        tail: promoted parameters.
+        b: `-r` at `u`.
+        du: the full step.
+        norm: of `b`.
+        layouts: of the unknown groups and of the residual groups.
+        settings: of the line search.
+        cutting: whether cuts are expected.
+    """
+    of_u, of_r = layouts
+    trial = [x + d for x, d in zip(u, du, strict=True)]
+    trials = settings.ls_max_iters - 1
+    apart = system.residual_apart and cutting and trials >= 2
+    trial_b, linear = (system.residual(trial, g, tail), []) if apart else system.evaluate(trial, g, tail)
+    trial_norm = norms(trial_b, of_r)
+    if trials < 2:
+        return Step(trial, trial_b, linear, trial_norm, None, False)
+    # A trial stands if its square is below this, or below the square of the tolerance; a NaN never is.
+    slope = norm * norm if settings.ls_type == "STRONG_WOLFE" else 2.0 * row_dots(b, du, of_r, of_u)
+    squares, least = norm * norm, settings.atol * settings.atol
+    limit = torch.sub(squares, slope, alpha=settings.ls_c).clamp_(min=least)
+    alpha: Tensor | None = None
+    cut: Tensor | None = None
+    for _ in range(trials - 1):
+        stands = trial_norm * trial_norm <= limit
+        rows = stands.logical_not_().nonzero().squeeze(-1)
+        if rows.shape[0] == 0:
+            break
+        # Rows that are refused later were refused at first.
+        cut = rows if cut is None else cut
+        alpha = torch.ones_like(norm) if alpha is None else alpha
+        shorter = alpha[rows] / settings.ls_cutback
+        alpha.index_copy_(0, rows, shorter)
+        part_limit = torch.sub(squares[rows], slope[rows] * shorter, alpha=settings.ls_c).clamp_(min=least)
+        limit.index_copy_(0, rows, part_limit)
+        part = [x[rows] + per_row(shorter, group) * d[rows] for x, d, group in zip(u, du, of_u, strict=True)]
+        part_b = system.residual(part, take(g, rows), tail)
+        trial = [_place(x, rows, some) for x, some in zip(trial, part, strict=True)]
+        if not system.residual_apart:
+            trial_b = [_place(x, rows, some) for x, some in zip(trial_b, part_b, strict=True)]
+        trial_norm.index_copy_(0, rows, norms(part_b, of_r))
+    if apart:
+        trial_b, linear = system.evaluate(trial, g, tail)
+        trial_norm = norms(trial_b, of_r)
+    elif cut is not None and system.residual_apart:
+        part_b, part_linear = system.evaluate(take(trial, cut), take(g, cut), tail)
+        trial_b = [_place(x, cut, some) for x, some in zip(trial_b, part_b, strict=True)]
+        linear = [_place(x, cut, some) for x, some in zip(linear, part_linear, strict=True)]
+        trial_norm.index_copy_(0, cut, norms(part_b, of_r))
+    return Step(trial, trial_b, linear, trial_norm, alpha, cut is not None)
+
+
+def _place(whole: Tensor, rows: Tensor, some: Tensor) -> Tensor:
+    """Put rows in their places: in place, but for what may be a constant of a graph."""
+    if whole.shape[0] > 1 and whole.is_contiguous():
+        return whole.index_copy_(0, rows, some)
+    return whole.index_copy(0, rows, some)
+
+
+def take(groups: Groups, rows: Tensor) -> Groups:
+    """Some rows of the tensors of all groups."""
+    return [x.index_select(0, rows) for x in groups]
