@@ -26,7 +26,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,8 @@ class Measured:
         size: Of the environment, in GiB.
         compiled: Stubs that were compiled.
         cached: Stubs that an earlier run had compiled under this torch.
-        uncompiled: Stubs that could not be compiled.
+        left_out: Stubs that cannot be compiled with a torch as old as this, with the reason.
+        uncompiled: Stubs that failed to compile, with the last line of what was said.
         compile_seconds: For those that were compiled.
         evaluated: Compiled stubs that were loaded and evaluated.
         not_evaluated: The others, with what went wrong.
@@ -91,7 +92,8 @@ class Measured:
     size: float = 0.0
     compiled: int = 0
     cached: int = 0
-    uncompiled: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    uncompiled: dict[str, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
     evaluated: int = 0
     not_evaluated: dict[str, str] = field(default_factory=dict)
@@ -113,6 +115,7 @@ class Crossing:
 
     Args:
         stamp: Of the numbers that were compared with.
+        commit: Of the sources with which they were loaded.
         wanted: Number of compiled stubs.
         values: Largest relative difference of an output, by stub.
         derivatives: Largest relative difference of a derivative, by stub that has any.
@@ -121,6 +124,7 @@ class Crossing:
     """
 
     stamp: str
+    commit: str = ""
     wanted: int = 0
     values: dict[str, float] = field(default_factory=dict)
     derivatives: dict[str, float] = field(default_factory=dict)
@@ -154,7 +158,7 @@ def evaluate(model: Model, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def numbers(file: Path) -> dict[str, Any]:
-    """Evaluate every stub that this torch has compiled, and save inputs and numbers.
+    """Evaluate the stubs of the default tests that this torch has compiled, and save inputs and numbers.
 
     Args:
         file: Where to save them.
@@ -171,8 +175,8 @@ def numbers(file: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     troubles: dict[str, str] = {}
-    for name in CATALOGUE:
-        if not folder_of(name).is_dir():
+    for name, stub in CATALOGUE.items():
+        if stub.wide or not folder_of(name).is_dir():
             continue
         try:
             case = references.case(name)
@@ -199,29 +203,47 @@ def cross(file: Path) -> dict[str, Any]:
         file: What `numbers` has saved under the other torch.
 
     Returns:
-        The fields of a `Crossing`, but for its stamp.
+        The fields of a `Crossing`, but for its stamp and commit.
     """
     import torch
-
-    from neml2_aoti_plugin import Model
+    from neml2.aoti import Model
 
     torch.set_num_threads(1)
     saved: dict[str, Any] = torch.load(file, weights_only=True)
-    result = Crossing("", len(saved))
+    result = Crossing("", wanted=len(saved))
     for name, was in saved.items():
         try:
-            values, derivatives = evaluate(Model(was["artifact"]), was["inputs"])
+            model = Model(was["artifact"])
+            values, derivatives = evaluate(model, was["inputs"])
             result.values[name] = worst(values, was["values"])
             if derivatives or was["derivatives"]:
-                result.derivatives[name] = worst(derivatives, was["derivatives"])
+                givens = was["inputs"] | dict(model.named_parameters())
+                # A derivative may be zero but for rounding; then its numbers are no measure of what matters.
+                pairs = {pair: pair.split(":") for pair in derivatives}
+                least = {pair: size(values[out]) / size(givens[by]) for pair, (out, by) in pairs.items()}
+                result.derivatives[name] = worst(derivatives, was["derivatives"], least)
         except Exception as error:
             traceback.print_exc()
             result.refused[name] = line_of(error)
-    return {key: value for key, value in asdict(result).items() if key != "stamp"}
+    return {key: value for key, value in asdict(result).items() if key not in ("stamp", "commit")}
 
 
-def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Give the largest difference over the largest number of its tensor; raise where there is no comparing."""
+def size(value: Tensor) -> float:
+    """Give the largest absolute value, 1 where all is zero."""
+    return (float(value.detach().abs().max()) if value.numel() else 0.0) or 1.0
+
+
+def worst(found: dict[str, Tensor], wanted: dict[str, Tensor], least: dict[str, float] | None = None) -> float:
+    """Compare tensors by name; raise where there is no comparing.
+
+    Args:
+        found: Tensors.
+        wanted: What they should be.
+        least: What the difference is taken over at least, by name.
+
+    Returns:
+        The largest difference over the largest number of the same tensor.
+    """
     if set(found) != set(wanted):
         raise ValueError(f"names {sorted(found)}, and {sorted(wanted)} under the torch that compiled")
     gaps = [0.0]
@@ -230,7 +252,7 @@ def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
         if value.shape != other.shape or value.dtype != other.dtype or not bool(value.isfinite().all()):
             raise ValueError(f"{name}: {value.dtype} {tuple(value.shape)}, or not finite")
         if value.numel():
-            gaps.append(float((value - other).abs().max()) / (float(other.abs().max()) or 1.0))
+            gaps.append(float((value - other).abs().max()) / max(size(other), (least or {}).get(name, 0.0)))
     return max(gaps)
 
 
@@ -411,23 +433,39 @@ def make_room(shop: Workshop) -> None:
 def measure(shop: Workshop, torch: str) -> Measured:
     """Install, compile, evaluate and test under one torch."""
     found = Measured(torch, day=str(date.today()), commit=commit())
-    steps: tuple[tuple[str, Callable[[Workshop, Measured], None]], ...] = (
-        ("install", lambda shop, found: install(shop, found.torch)),
-        ("look around", look_around),
-        ("compile stubs", compile_stubs),
-        ("evaluate", take_numbers),
-        ("test", run_tests),
+    take_steps(
+        shop,
+        found,
+        {
+            "install": lambda: install(shop, torch),
+            "look around": lambda: look_around(shop, found),
+            "compile stubs": lambda: compile_stubs(shop, found),
+            "evaluate": lambda: take_numbers(shop, found),
+            "test": lambda: run_tests(shop, found),
+        },
     )
-    for name, step in steps:
+    return found
+
+
+def measure_tests(shop: Workshop, before: Measured) -> Measured:
+    """Run the tests again under one torch, and keep what else was found."""
+    found = replace(before, day=str(date.today()), commit=commit(), trouble="")
+    steps = {"install": lambda: install(shop, found.torch), "test": lambda: run_tests(shop, found)}
+    take_steps(shop, found, steps)
+    return found
+
+
+def take_steps(shop: Workshop, found: Measured, steps: dict[str, Callable[[], None]]) -> None:
+    """Take steps under one torch, up to the first that fails."""
+    for name, step in steps.items():
         start = time.monotonic()
         try:
-            step(shop, found)
-        except (StepError, OSError, subprocess.SubprocessError, ValueError) as error:
+            step()
+        except Exception as error:  # whatever it is, the other releases are still to come
             found.trouble = f"{name}: {' '.join(str(error).split())}"
-            say(f"torch {torch}: {found.trouble}")
+            say(f"torch {found.torch}: {found.trouble}")
             break
-        say(f"torch {torch}: {name}, {time.monotonic() - start:.0f} s")
-    return found
+        say(f"torch {found.torch}: {name}, {time.monotonic() - start:.0f} s")
 
 
 def look_around(shop: Workshop, found: Measured) -> None:
@@ -449,12 +487,20 @@ def compile_stubs(shop: Workshop, found: Measured) -> None:
     start = time.monotonic()
     text = shop.run(found.torch, "stubs", ["-m", "stubs.build", "-j", str(shop.jobs)], good=(0, 1))
     seconds = time.monotonic() - start
-    outcomes = dict(re.findall(r"^(\w+) +(cached|FAILED|[\d.]+ s)$", text, re.MULTILINE))
+    # Each outcome with what stands below it, which is the error where there was one.
+    pieces = re.split(r"^(\w+) +(cached|FAILED|left out: .*|[\d.]+ s)$", text, flags=re.MULTILINE)
+    outcomes = {name: (how, below) for name, how, below in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True)}
     if not outcomes:
         raise StepError(text.strip().splitlines()[-1][:250])
-    found.cached = list(outcomes.values()).count("cached")
-    found.uncompiled = [name for name, outcome in outcomes.items() if outcome == "FAILED"]
-    found.compiled = len(outcomes) - found.cached - len(found.uncompiled)
+    for name, (how, below) in outcomes.items():
+        if how == "FAILED":
+            found.uncompiled[name] = below.strip().splitlines()[-1]
+        elif how.startswith("left out: "):
+            found.left_out[name] = how.removeprefix("left out: ")
+        elif how == "cached":
+            found.cached += 1
+        else:
+            found.compiled += 1
     found.compile_seconds = seconds if found.compiled else 0.0
 
 
@@ -472,6 +518,7 @@ def numbers_of(shop: Workshop, torch: str) -> Path:
 
 def run_tests(shop: Workshop, found: Measured) -> None:
     """Run the tests, and count them."""
+    found.passed, found.failed, found.skipped, found.test_seconds = 0, {}, 0, 0.0
     report = shop.of(found.torch) / "tests.xml"
     report.unlink(missing_ok=True)
     start = time.monotonic()
@@ -496,19 +543,21 @@ def cross_load(shop: Workshop, here: str, results: dict[str, Measured]) -> dict[
     found = {there: Crossing(**told) for there, told in kept.items() if there in results}
     stamps = {t: m.stamp for t, m in results.items() if m.stamp}
     stale = [t for t, stamp in stamps.items() if t not in found or found[t].stamp != stamp or found[t].trouble]
-    if not stale or here not in stamps:
+    if not stale:
         return found
     try:
         install(shop, here)
-    except (StepError, OSError, subprocess.SubprocessError) as error:
+    except Exception as error:
         say(f"torch {here}: {error}")
         return found
     for there in stale:
         try:
             saved = [str(numbers_of(shop, there))]
-            found[there] = Crossing(stamps[there], **shop.last_line(here, "crossing", saved, log=f"from-{there}"))
+            found[there] = Crossing(
+                stamps[there], commit(), **shop.last_line(here, "crossing", saved, log=f"from-{there}")
+            )
         except (StepError, ValueError) as error:
-            found[there] = Crossing(stamps[there], results[there].evaluated, trouble=str(error))
+            found[there] = Crossing(stamps[there], commit(), results[there].evaluated, trouble=str(error))
         say(f"torch {here}, compiled under {there}: {crossing_cell(found[there])}")
         write_json(file, {key: asdict(one) for key, one in found.items()})
     return found
@@ -522,8 +571,8 @@ HEAD = ("torch", "measured", "Python", "stubs compiled", "loaded, evaluated", "p
 def row(torch: str, found: Measured | None) -> tuple[str, ...]:
     """Give one row of the first table."""
     if found is None:
-        return torch, "not measured", *[""] * (len(HEAD) - 2)
-    total = found.compiled + found.cached + len(found.uncompiled)
+        return torch, "not run", *[""] * (len(HEAD) - 2)
+    total = found.compiled + found.cached + len(found.uncompiled) + len(found.left_out)
     stubs = f"{found.compiled + found.cached} of {total}"
     stubs += f", {found.compile_seconds:.0f} s" if found.compiled and not found.cached else ""
     stubs += f" ({found.cached} from the cache)" if found.cached else ""
@@ -562,21 +611,24 @@ def troubles(results: dict[str, Measured], crossings: dict[str, dict[str, Crossi
     """Give a line for each thing that failed."""
     for torch, found in results.items():
         if found.trouble:
-            yield f"torch {torch}: stopped at {found.trouble}"
-        if found.uncompiled:
-            yield f"torch {torch}: not compiled: {', '.join(found.uncompiled)}"
-        for name, why in (found.not_evaluated | found.failed).items():
-            yield f"torch {torch}: `{name}`: {why}"
+            yield f"torch {torch}: stopped at {as_code(found.trouble)}"
+        for name, why in (found.uncompiled | found.not_evaluated | found.failed).items():
+            yield f"torch {torch}: `{name}`: {as_code(why)}"
     for here, told in crossings.items():
         for there, one in told.items():
             if one.trouble:
-                yield f"torch {here}, compiled under {there}: {one.trouble}"
+                yield f"torch {here}, compiled under {there}: {as_code(one.trouble)}"
             for name, why in one.refused.items():
-                yield f"torch {here}, compiled under {there}: `{name}`: {why}"
+                yield f"torch {here}, compiled under {there}: `{name}`: {as_code(why)}"
             for name in one.values:
                 gap = max(one.values[name], one.derivatives.get(name, 0.0))
                 if gap > TOLERANCE:
                     yield f"torch {here}, compiled under {there}: `{name}` differs by {gap:.1e}"
+
+
+def as_code(text: str) -> str:
+    """Show a message as it is, cut to about a line."""
+    return "`" + textwrap.shorten(text.replace("`", "'"), 160, placeholder=" ...") + "`"
 
 
 TESTED = """
@@ -587,18 +639,30 @@ package beside it, so that the wheel is what they test. Everything runs on the p
 """
 
 COLUMNS = """
-*Measured* gives the day and the commit of the sources. Seconds are those of the whole step, with {jobs} processes at
-a time and other work on the same machine: they are no benchmark. *From the cache* are stubs that an earlier run had
-compiled under the same torch. Also installed: {others}. The environments take, by torch, {sizes}.
+*Measured* gives the day of the tests and the commit of the sources, with a plus sign if they had changes since.
+Seconds are those of the whole step, with {jobs} processes at a time and other work on the same machine: they are no
+benchmark. *From the cache* are stubs that an earlier run had compiled under the same torch. Also installed: {others}.
+The environments take, by torch, {sizes}.
 """
 
 CROSSED = """
 A row is the torch that compiled, a column the torch that loads. Each cell gives the number of compiled stubs that
 were loaded and evaluated, and the largest relative difference from what the compiling torch gave for the same inputs:
-of an output, or of a derivative where any were compiled, over the largest number in the same tensor. More than
-{tolerance:.0e} counts as a failure. The inputs are states of the stubs' own load histories. {derivatives} of {stubs}
-stubs have derivatives. Where a torch loads what it compiled itself, that is done in another process.
+of an output, or of a derivative where any were compiled, over the largest number in the same tensor, and for a
+derivative at least over that in the output divided by that in the input, since some derivatives are zero but for
+rounding. 0 is equality to the last bit. More than {tolerance:.0e} counts as a failure. The inputs are states of the
+stubs' own load histories. {derivatives} of {stubs} stubs have derivatives. Where a torch loads what it compiled
+itself, that is done in another process. Loaded at commit {commits}.
 """
+
+
+def left_out(results: dict[str, Measured]) -> Iterator[str]:
+    """Give a section on the stubs that a torch is too old for, if there are any."""
+    lines = [f"- torch {t}: `{name}`: {why}" for t, one in results.items() for name, why in one.left_out.items()]
+    if lines:
+        yield "## What an older torch cannot compile"
+        yield "\n".join(lines)
+        yield wrapped("Tests of these stubs are skipped there.")
 
 
 def page(results: dict[str, Measured], crossings: dict[str, dict[str, Crossing]], jobs: int) -> str:
@@ -606,15 +670,17 @@ def page(results: dict[str, Measured], crossings: dict[str, dict[str, Crossing]]
     every = {f"{name} {version}" for found in results.values() for name, version in found.versions.items()}
     others = sorted(one for one in every if not one.startswith(("torch ", "Python ")))
     sizes = [f"{torch}: {found.size:.1f} GiB" for torch, found in results.items() if found.size]
-    compared = [torch for torch, found in results.items() if found.stamp]
-    grid = [[there, *(crossing_cell(crossings.get(here, {}).get(there)) for here in compared)] for there in compared]
+    compiling = [torch for torch, found in results.items() if found.stamp]
+    loading = [torch for torch in TORCHES if crossings.get(torch)]
+    grid = [[there, *(crossing_cell(crossings[here].get(there)) for here in loading)] for there in compiling]
     crossed = [one for told in crossings.values() for one in told.values()]
     stubs = {name for one in crossed for name in one.values}
     derivatives = {name for one in crossed for name in one.derivatives}
+    commits = sorted({one.commit for one in crossed})
     missing = [torch for torch in TORCHES if torch not in results]
-    bad = [*troubles(results, crossings), *([f"not measured: torch {', '.join(missing)}"] if missing else [])]
+    bad = [*troubles(results, crossings), *([f"tests not run: torch {', '.join(missing)}"] if missing else [])]
     blocks = (
-        "# Which torch",
+        "# torch releases",
         "What the plugin was seen to do under each torch. This page is written by",
         "    make torch-matrix",
         wrapped(f"on {machine()}."),
@@ -623,8 +689,13 @@ def page(results: dict[str, Measured], crossings: dict[str, dict[str, Crossing]]
         table(HEAD, [row(torch, results.get(torch)) for torch in TORCHES], left=3),
         wrapped(COLUMNS.format(jobs=jobs, others=", ".join(others), sizes=", ".join(sizes))),
         "## Compiled under one torch, loaded under another",
-        wrapped(CROSSED.format(tolerance=TOLERANCE, derivatives=len(derivatives), stubs=len(stubs))),
-        table(["compiled under", *(f"loaded under {torch}" for torch in compared)], grid),
+        wrapped(
+            CROSSED.format(
+                tolerance=TOLERANCE, derivatives=len(derivatives), stubs=len(stubs), commits=", ".join(commits)
+            )
+        ),
+        table(["compiled under", *(f"loaded under {torch}" for torch in loading)], grid),
+        *left_out(results),
         "## What failed",
         "\n".join(f"- {line}." for line in bad) or "Nothing.",
     )
@@ -681,11 +752,15 @@ def results_in(shop: Workshop) -> dict[str, Measured]:
     return {t: Measured(**json.loads(f.read_text(encoding="utf-8"))) for t, f in files.items() if f.exists()}
 
 
-def crossings_in(shop: Workshop) -> dict[str, dict[str, Crossing]]:
-    """Read what was loaded so far."""
+def crossings_in(shop: Workshop, results: dict[str, Measured]) -> dict[str, dict[str, Crossing]]:
+    """Read what was loaded so far of what the results speak of."""
     files = {torch: shop.of(torch) / "crossings.json" for torch in TORCHES}
     told = {torch: json.loads(file.read_text(encoding="utf-8")) for torch, file in files.items() if file.exists()}
-    return {here: {there: Crossing(**one) for there, one in row.items()} for here, row in told.items()}
+    crossings = {here: {there: Crossing(**one) for there, one in row.items()} for here, row in told.items()}
+    return {
+        here: {there: one for there, one in row.items() if there in results and one.stamp == results[there].stamp}
+        for here, row in crossings.items()
+    }
 
 
 def main() -> int:
@@ -698,6 +773,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default 2)")
     parser.add_argument("--space", type=float, default=20, help="GiB to be free before an install (default 20)")
     parser.add_argument("--fresh", action="store_true", help="discard what was found before on the chosen torches")
+    parser.add_argument("--retest", action="store_true", help="run the tests again, and keep what else was found")
+    parser.add_argument("--load-only", action="store_true", help="only load what others have compiled")
     parser.add_argument("--keep", action="store_true", help="leave the environments when all is done")
     parser.add_argument("--page-only", action="store_true", help="write the page from what was found before")
     options = parser.parse_args()
@@ -708,7 +785,8 @@ def main() -> int:
     shop.folder.mkdir(parents=True, exist_ok=True)
 
     def write() -> tuple[dict[str, Measured], dict[str, dict[str, Crossing]]]:
-        results, crossings = results_in(shop), crossings_in(shop)
+        results = results_in(shop)
+        crossings = crossings_in(shop, results)
         options.page.write_text(page(results, crossings, shop.jobs), encoding="utf-8")
         return results, crossings
 
@@ -718,12 +796,16 @@ def main() -> int:
                 shutil.rmtree(shop.of(torch), ignore_errors=True)
                 shutil.rmtree(shop.environment(torch), ignore_errors=True)
         lay_out(shop)
-        for torch in chosen:
+        for torch in [] if options.load_only else chosen:
             before = results_in(shop).get(torch)
-            if before is not None and not before.trouble:
-                say(f"torch {torch}: measured on {before.stamp}; --fresh measures again")
+            if before is None or before.trouble:
+                found = measure(shop, torch)
+            elif options.retest:
+                found = measure_tests(shop, before)
+            else:
+                say(f"torch {torch}: measured on {before.day}; --fresh measures again")
                 continue
-            write_json(shop.of(torch) / "result.json", asdict(measure(shop, torch)))
+            write_json(shop.of(torch) / "result.json", asdict(found))
             write()
         for torch in chosen:
             cross_load(shop, torch, results_in(shop))
