@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo calibrate test test-wide legacy lint format wheel clean compare-native torch-matrix
+.PHONY: help demo calibrate test test-wide legacy lint format wheel clean compare-native benchmark torch-matrix
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
@@ -20,6 +20,7 @@ help:
 	@echo "make format  mend style and format where a tool can"
 	@echo "make wheel   build the wheel in dist/"
 	@echo "make compare-native  compare lockstep mode with neml2's C++ binding; writes docs/lockstep.md"
+	@echo "make benchmark    measure against neml2's C++ runtime and others, for 90 minutes; writes docs/performance.md"
 	@echo "make torch-matrix    test under several torch releases and cross-load; hours, 40 GB; writes docs/compatibility.md"
 	@echo "make clean   remove the virtual environment and what was built"
 
@@ -68,6 +69,10 @@ clean:
 # Lockstep mode against neml2's C++ binding, in an environment of its own with the last torch that the binding runs on.
 compare-native: $(INSTALLED)
 	$(BIN)/python tools/compare_native.py --compile-with $(BIN)/python
+
+# Times and memory, in the same environment. BENCHMARK_ARGS="--quick" tries it in minutes; "--help" tells the rest.
+benchmark: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(BENCHMARK_ARGS)
 
 # The wheel under several releases of torch, each in an environment of its own. TORCHES="2.14.1 2.15.0" takes these alone.
 torch-matrix: $(INSTALLED)

@@ -1,0 +1,210 @@
+"""Time the cases of one model and one kind of batch; runs in the environment with the C++ runtime.
+
+Reads its orders as JSON from the standard input and writes a line `RESULT {...}` after each case, so that nothing is
+lost when it is stopped or killed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stubs.catalogue import CATALOGUE
+
+from . import machine, timing
+from .agreement import DERIVATIVE_TOLERANCE, EAGER_TOLERANCE, TOLERANCE, compare, deviations
+from .batches import make_pools, taken
+from .cases import COMPILED, COPY, ESSENTIAL, FLOOR, LAST_TEST, NATIVE, PLUGIN, Case
+from .floor import Floor
+from .peers import Loaded
+from .results import Found, Orders, median
+
+# A call of an essential peer may take this part of the time for the case, or so many seconds.
+PART, LEAST_LIMIT = 0.5, 20.0
+# Up to so many rows, a call takes about as long as on one.
+FEW = 1_000
+# What neml2.compile takes for one number of rows of an implicit model, until it has been seen.
+COMPILE_SECONDS = {True: 120.0, False: 20.0}
+
+
+class Worker:
+    """A model with its pools, and what its cases have taken so far.
+
+    Args:
+        orders: what to do.
+    """
+
+    def __init__(self, orders: Orders) -> None:
+        self.orders = orders
+        self.loaded = Loaded(CATALOGUE[orders.model], Path(orders.folder))
+        self.pool: dict[str, Tensor] = torch.load(orders.pool)[orders.batch]
+        # For a quantity and a peer: the most rows it has been timed on, and the seconds of one call.
+        self.known: dict[tuple[str, str], tuple[int, float]] = {(q, p): (n, s) for q, p, n, s in orders.known}
+        self.compile_seconds: float | None = None
+
+    def run(self, case: Case, seconds: float) -> Found:
+        """Check and time one case."""
+        begun = time.monotonic()
+        inputs = taken(self.pool, case.rows)
+        found = Found(case.key)
+        calls: dict[str, Callable[[], object]] = {}
+        results: dict[str, dict[str, Tensor]] = {}
+        took: dict[str, float] = {}
+        for peer in case.peers:
+            if peer in (FLOOR, LAST_TEST, COPY):
+                continue
+            reason = self.reason_to_skip(case, peer, seconds)
+            if reason:
+                found.skipped[peer] = reason
+                continue
+            try:
+                call = self._call(case, peer, inputs)
+                start = time.monotonic()
+                results[peer] = self.loaded.plain(case.quantity, call(), case.rows)
+                took[peer] = time.monotonic() - start
+                if peer == COMPILED:
+                    self.compile_seconds = took.pop(peer)
+            except Exception as error:
+                if peer == PLUGIN:
+                    raise
+                found.skipped[peer] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+                continue
+            calls[peer] = call
+        self._check(case, found, inputs, calls, results)
+        results = {PLUGIN: results[PLUGIN]}
+        if found.trouble:
+            return found
+        if case.quantity == "forward":
+            self._add_bounds(case, found, inputs, results[PLUGIN], calls)
+        del results
+        left = seconds - (time.monotonic() - begun)
+        found.seconds = timing.measure({p: calls[p] for p in case.peers if p in calls}, left, took)
+        for peer, samples in found.seconds.items():
+            self.known[case.quantity, peer] = (case.rows, median(samples))
+        return found
+
+    def reason_to_skip(self, case: Case, peer: str, seconds: float) -> str:
+        """Why a peer is left out of a case, or nothing."""
+        if peer not in ESSENTIAL and self.orders.only_essential:
+            return "left out after the process had been killed with it"
+        if peer == NATIVE and self.orders.only_plugin:
+            return "left out after the process had been killed with it"
+        if peer == COMPILED:
+            implicit = FLOOR in case.peers and LAST_TEST in case.peers
+            expected = self.compile_seconds or COMPILE_SECONDS[implicit]
+            left = self.orders.deadline - time.time()
+            if expected > 0.4 * left:
+                return f"compiling for this number of rows takes about {expected:.0f} s"
+            return ""
+        memory = self.orders.memory.get(peer, 0.0) * case.rows
+        free = machine.available_bytes()
+        if peer == NATIVE and memory > 0.85 * free:
+            return f"needs about {memory / 2**30:.0f} GiB of memory; {free / 2**30:.0f} GiB are free"
+        rows, took = self.known.get((case.quantity, peer), (0, 0.0))
+        if not rows:
+            return ""
+        expected = took * max(1.0, case.rows / max(rows, FEW))
+        limit = max(LEAST_LIMIT, PART * seconds) if peer in ESSENTIAL else seconds / (2 * (timing.LEAST_ROUNDS + 2))
+        if case.rows > rows and expected > limit:
+            return f"a call would take about {expected:.0f} s, by its time for {rows:,} rows"
+        return ""
+
+    def _call(self, case: Case, peer: str, inputs: dict[str, Tensor]) -> Callable[[], Any]:
+        if case.quantity == "driver":
+            return self.loaded.driver(peer)
+        make: Callable[[str, dict[str, Tensor]], Callable[[], Any]] = getattr(self.loaded, case.quantity)
+        return make(peer, inputs)
+
+    def _check(
+        self,
+        case: Case,
+        found: Found,
+        inputs: dict[str, Tensor],
+        calls: dict[str, Callable[[], Any]],
+        results: dict[str, dict[str, Tensor]],
+    ) -> None:
+        """Compare all peers with the plugin; a peer with other numbers is not timed."""
+        mine = results[PLUGIN]
+        again = self.loaded.plain(case.quantity, calls[PLUGIN](), case.rows)
+        found.stable = all(torch.equal(value, again[name]) for name, value in mine.items())
+        del again
+        for peer in [peer for peer in results if peer != PLUGIN]:
+            theirs = results.pop(peer)
+            if peer == NATIVE:
+                tight = functools.partial(self.loaded.tight, case.quantity, inputs)
+                found.deviations[peer], found.judged = compare(mine, theirs, inputs, tight)
+                limit = DERIVATIVE_TOLERANCE if case.quantity == "jacobian" else TOLERANCE
+                if found.deviations[peer] > limit:
+                    found.trouble = f"the plugin differs from the C++ runtime by {found.deviations[peer]:.1e}"
+                continue
+            found.deviations[peer] = float(deviations(mine, theirs, inputs).max())
+            if found.deviations[peer] > EAGER_TOLERANCE:
+                found.skipped[peer] = f"differs from the plugin by {found.deviations[peer]:.1e}"
+                del calls[peer]
+
+    def _add_bounds(
+        self,
+        case: Case,
+        found: Found,
+        inputs: dict[str, Tensor],
+        outputs: dict[str, Tensor],
+        calls: dict[str, Callable[[], object]],
+    ) -> None:
+        """Add what no runtime can be faster than: the bare graphs, and the copy of inputs and outputs."""
+        iterations = self.loaded.plugin.solve(inputs).iterations
+        found.updates = [int(n) for n in torch.bincount(iterations)]
+        both = [*inputs.values(), *(value.contiguous() for value in outputs.values())]
+        calls[COPY] = lambda: [value.clone() for value in both]
+        try:
+            floor = Floor(self.loaded.artifact, inputs, outputs, iterations)
+        except Exception as error:
+            found.skipped[FLOOR] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            return
+        floor.forward()
+        floor.last_test()
+        found.floor_block = floor.block
+        calls[FLOOR], calls[LAST_TEST] = floor.forward, floor.last_test
+
+
+def main() -> int:
+    """Do what the standard input orders."""
+    machine.be_killed_first()
+    orders = Orders(**json.loads(sys.stdin.read()))
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(orders.threads)
+    if not Path(orders.pool).exists():
+        stub = CATALOGUE[orders.model]
+        folder = Path(orders.folder)
+        pools = make_pools(folder / stub.model, folder / f"{stub.model}_aoti.i", stub.driver)
+        Path(orders.pool).parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(f"{orders.pool}.{os.getpid()}")
+        torch.save(pools, scratch)
+        scratch.replace(orders.pool)
+    if not orders.cases:
+        return 0
+    worker = Worker(orders)
+    cases = [Case(*order) for order in orders.cases]
+    for number, case in enumerate(cases):
+        print(f"START {case.key}", flush=True)
+        share = case.weight / sum(other.weight for other in cases[number:])
+        seconds = share * (orders.deadline - time.time())
+        try:
+            found = worker.run(case, seconds)
+        except Exception as error:
+            found = Found(case.key, trouble=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
+        print(f"RESULT {json.dumps(asdict(found))}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,50 @@
+"""A call takes memory for its outputs and for a block of rows, and not for the Jacobians of the whole batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import references
+from attacks.children import run_fresh
+
+ROWS = 200_000
+UNKNOWNS = 7
+# Of each row a call keeps its outputs and, to tell how it fared, the unknowns, two norms, two counts and two flags: 18
+# numbers and a bit, where inputs and outputs have 28.
+FACTOR = 0.66
+# A block has 2 MiB of Jacobians and what they are made from; several such sets are held at once, by the allocator too.
+BLOCKS = 16 << 20
+# All Jacobians, once; the C++ runtime holds several such sets.
+JACOBIANS = UNKNOWNS * UNKNOWNS * 8 * ROWS
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import torch
+from benchmarks.batches import spread, states, taken
+from benchmarks.memory import peak_growth
+from neml2_aoti_plugin import Model
+
+artifact, stub, rows = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+model = Model(artifact)
+pool = spread(states(stub, "driver"), 1024)
+converged = model.solve(pool).converged
+assert int(converged.sum()) > 1000
+inputs = taken({name: value[converged] for name, value in pool.items()}, rows)
+outputs, growth = peak_growth(lambda: model.forward(inputs))
+given, found = (sum(x.numel() * x.element_size() for x in some.values()) for some in (inputs, outputs))
+print(json.dumps({"growth": growth, "inputs": given, "outputs": found}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak memory")
+def test_peak_is_bounded_by_outputs_and_a_block() -> None:
+    case = references.case("viscoplasticity")
+    told = json.loads(run_fresh(PROGRAM, case.artifact, case.file, ROWS, limit=120).splitlines()[-1])
+    assert told["outputs"] == UNKNOWNS * 8 * ROWS
+    assert told["growth"] < FACTOR * (told["inputs"] + told["outputs"]) + BLOCKS, told
+    assert told["growth"] < 0.6 * JACOBIANS, told
