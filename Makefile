@@ -8,13 +8,14 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo calibrate test test-wide legacy lint format wheel clean compare-native benchmark torch-matrix
+.PHONY: help demo calibrate test test-wide long legacy lint format wheel clean compare-native benchmark torch-matrix
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
 	@echo "make calibrate  fit two parameters of the compiled viscoplastic model to noisy data, and draw it"
 	@echo "make test    run the tests; from a cold cache it compiles the stubs they need first"
 	@echo "make test-wide  run the tests that need the other stubs, which take minutes more to compile"
+	@echo "make long    run the long tests: many threads, processes and damaged files"
 	@echo "make legacy  run the tests on artifacts of older neml2 releases, which it compiles first"
 	@echo "make lint    check style, format and types"
 	@echo "make format  mend style and format where a tool can"
@@ -45,6 +46,10 @@ test: $(INSTALLED)
 test-wide: $(INSTALLED)
 	$(BIN)/python -m stubs.build --all --jobs $(JOBS)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m 'wide and not long and not legacy' $(PYTEST_ARGS)
+
+long: $(INSTALLED)
+	$(BIN)/python -m stubs.build --all --jobs $(JOBS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m long --timeout 2000 $(PYTEST_ARGS)
 
 legacy: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m legacy --timeout 3600 $(PYTEST_ARGS)
