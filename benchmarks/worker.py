@@ -31,6 +31,8 @@ from .results import Found, Orders, median
 
 # A call of an essential peer may take this part of the time for the case, or so many seconds.
 PART, LEAST_LIMIT = 0.5, 20.0
+# The part of a case's time that the rounds may take, however long the checks took.
+LEAST_PART = 0.3
 # Up to so many rows, a call takes about as long as on one.
 FEW = 1_000
 # What neml2.compile takes for one number of rows of an implicit model, until it has been seen.
@@ -60,6 +62,7 @@ class Worker:
         calls: dict[str, Callable[[], object]] = {}
         results: dict[str, dict[str, Tensor]] = {}
         took: dict[str, float] = {}
+        compiling = 0.0
         for peer in case.peers:
             if peer in (FLOOR, LAST_TEST, COPY):
                 continue
@@ -73,7 +76,7 @@ class Worker:
                 results[peer] = self.loaded.plain(case.quantity, call(), case.rows)
                 took[peer] = time.monotonic() - start
                 if peer == COMPILED:
-                    self.compile_seconds = took.pop(peer)
+                    compiling = self.compile_seconds = took.pop(peer)
             except Exception as error:
                 if peer == PLUGIN:
                     raise
@@ -87,7 +90,8 @@ class Worker:
         if case.quantity == "forward":
             self._add_bounds(case, found, inputs, results[PLUGIN], calls)
         del results
-        left = seconds - (time.monotonic() - begun)
+        # What compiling took is not taken from the rounds; some time is left for them in any case.
+        left = max(seconds - (time.monotonic() - begun - compiling), LEAST_PART * seconds)
         found.seconds = timing.measure({p: calls[p] for p in case.peers if p in calls}, left, took)
         for peer, samples in found.seconds.items():
             self.known[case.quantity, peer] = (case.rows, median(samples))
