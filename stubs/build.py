@@ -46,6 +46,9 @@ QUICK = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 
+# The first torch, by major and minor number, with which neml2-compile writes derivatives by parameters.
+BY_PARAMETERS = (2, 11)
+
 # The compile itself uses neml2 as it was published.
 PLUGIN_OFF = {"NEML2_AOTI_PLUGIN": "0"}
 
@@ -55,6 +58,10 @@ Run = Callable[[list[str], dict[str, str]], tuple[int, str]]
 
 class StubBuildError(RuntimeError):
     """A stub could not be compiled."""
+
+
+class OlderTorchError(StubBuildError):
+    """A stub cannot be compiled with a torch as old as this one."""
 
 
 def cache_root() -> Path:
@@ -95,12 +102,18 @@ def compiled(name: str, *, quick: bool = True, run: Run | None = None) -> Path:
 
     Raises:
         KeyError: The catalogue has no such entry.
+        OlderTorchError: neml2-compile cannot compile it with this torch.
         StubBuildError: There is no C++ compiler, or neml2-compile failed.
     """
     stub = _entry(name)
     folder = folder_of(name, quick=quick)
     if folder.is_dir():
         return folder
+    if stub.by_parameters and tuple(map(int, version("torch").split(".")[:2])) < BY_PARAMETERS:
+        raise OlderTorchError(
+            f"neml2-compile writes derivatives by parameters, which the stub {name!r} has, from torch "
+            f"{'.'.join(map(str, BY_PARAMETERS))} on; here is {version('torch')}."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():  # another process was first
@@ -245,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Arguments without the program name; those of the process if not given.
 
     Returns:
-        The exit status: 0 if all are there, 1 if one failed.
+        The exit status: 0 if all are there or left out, 1 if one failed.
     """
     parser = argparse.ArgumentParser(prog="python -m stubs.build", description="Compile stubs into the cache.")
     parser.add_argument("names", nargs="*", help="entries of the catalogue; those of the default tests if none")
@@ -275,6 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
         for future in as_completed(waiting):
             try:
                 outcome = f"{future.result():.1f} s"
+            except OlderTorchError as error:
+                outcome = f"left out: {error}"
             except StubBuildError as error:
                 failed += 1
                 outcome = f"FAILED\n{error}"

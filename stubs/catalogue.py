@@ -43,6 +43,12 @@ class Stub:
         """Path of the appendix, if there is one."""
         return FOLDER / self.appendix if self.appendix else None
 
+    @property
+    def by_parameters(self) -> bool:
+        """Whether derivatives by promoted parameters are compiled."""
+        options = list(zip(self.flags, self.flags[1:], strict=False))
+        return any(("-p", value.rpartition(":")[2]) in options for option, value in options if option == "-d")
+
 
 ALL_PAIRS = ("-d", ":")
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
+
+# Before torch is imported, and for processes that tests start: two workers with a pool of threads each wait for each
+# other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from filelock import FileLock
 
 import environments
 import references
+from stubs.build import OlderTorchError
 from stubs.catalogue import CATALOGUE
 
 WIDE = frozenset(name for name, stub in CATALOGUE.items() if stub.wide)
@@ -20,6 +28,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if any(isinstance(value, str) and value in WIDE for value in parameters.values()):
             item.add_marker("wide")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    """Skip tests whose fixtures need a stub that this torch is too old for."""
+    return (yield from _unless_torch_is_too_old())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    """Skip tests of a stub that this torch is too old for."""
+    return (yield from _unless_torch_is_too_old())
+
+
+def _unless_torch_is_too_old() -> Generator[None, Any, Any]:
+    try:
+        return (yield)
+    except OlderTorchError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,7 @@ def in_fork(work, limit=30):
         signal.alarm(limit)
         try:
             work()
+            sys.stdout.flush()
             os._exit(0)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", flush=True)
