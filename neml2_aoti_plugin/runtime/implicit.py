@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .. import log
-from ..artifact.schema import DirectStep, ImplicitSegment
+from ..artifact.schema import ImplicitSegment
 from ..errors import ConvergenceError
 from ..settings import NewtonSettings
 from . import lockstep, newton
@@ -31,11 +31,13 @@ class Solved:
         rows: outcome of each row; the unknowns are `rows.unknowns`.
         givens: the givens that were held.
         tail: promoted parameters as the solve's graphs take them.
+        jacobian: blocks at the solution, once they have been asked for.
     """
 
     rows: Rows
     givens: Groups
     tail: list[Tensor]
+    jacobian: Groups = field(default_factory=list)
 
 
 class ImplicitStage:
@@ -87,7 +89,6 @@ class ImplicitStage:
         settings: NewtonSettings,
         *,
         gated: bool = False,
-        keep_linear: bool = False,
     ) -> Solved:
         """Solve for the unknowns from the guess in `state`, and write them into it.
 
@@ -97,7 +98,6 @@ class ImplicitStage:
             rows: the batch.
             settings: of the Newton solve.
             gated: see `newton.solve_rows`.
-            keep_linear: see `newton.solve_rows`.
 
         Returns:
             The outcome; rows that have not converged hold their last iterate.
@@ -106,7 +106,6 @@ class ImplicitStage:
         # A copy: a solve that is content with its guess must not hand the caller's own tensor back.
         first = [x.clone() for x in pack(self.spec.unknowns, state, rows)]
         tail = values.common(self.spec.parameters)
-        keep = keep_linear and isinstance(self.spec.step, DirectStep)
         # A lockstep solve that is not gated writes these lines itself.
         speaks = log.enabled("newton", "info") and (gated or not self.in_lockstep)
         if speaks:
@@ -114,9 +113,7 @@ class ImplicitStage:
         if self.in_lockstep:
             found = self._in_lockstep(first, givens, tail, settings, gated)
         else:
-            found = newton.solve_rows(
-                self.system.fresh(), first, givens, tail, self.layouts, settings, gated=gated, keep_linear=keep
-            )
+            found = newton.solve_rows(self.system.fresh(), first, givens, tail, self.layouts, settings, gated=gated)
         if speaks:
             log.emit("newton", "info", _outcome(found, settings))
             log.emit("newton", "info", "---- end newton solve ----")
@@ -151,7 +148,7 @@ class ImplicitStage:
     def _rows(self, u: Groups, converged: Tensor, steps: int, residual: Residual, first: Groups) -> Rows:
         iterations = torch.full_like(converged, steps, dtype=torch.int64)
         norm, norm0 = (norms(residual(x), self.layouts[1]) for x in (u, first))
-        return Rows(u, converged, iterations, norm, norm0, [])
+        return Rows(u, converged, iterations, norm, norm0)
 
     def carry(
         self, solved: Solved, values: Values, tangents: Tangents, parameters: frozenset[str], *, cut: bool = False

@@ -33,7 +33,6 @@ def solve_rows(
     settings: NewtonSettings,
     *,
     gated: bool = False,
-    keep_linear: bool = False,
 ) -> Rows:
     """Solve `r(u) = 0` for each row.
 
@@ -45,7 +44,6 @@ def solve_rows(
         layouts: of the unknown groups and of the residual groups.
         settings: tolerances and limits.
         gated: whether the relative test also asks for a small last step (`substep_del_tol`).
-        keep_linear: whether the linearisations are kept for sensitivities.
 
     Returns:
         The outcome of each row.
@@ -53,7 +51,7 @@ def solve_rows(
     of_u, of_r = layouts
     total = u[0].shape[0]
     if total == 1 and not u[0].is_cuda:
-        return solve_row(system, u, g, tail, layouts, settings, gated=gated, keep_linear=keep_linear)
+        return solve_row(system, u, g, tail, layouts, settings, gated=gated)
     b, linear = system.evaluate(u, g, tail)
     norm = norm0 = norms(b, of_r)
     limit = torch.full_like(norm, settings.atol)
@@ -84,7 +82,7 @@ def solve_rows(
         if staying or i > 0:
             du = system.direction(u, g, tail, b, linear)
         if staying < norm.shape[0] or keep is None or total == 0:
-            leaving = _Leaving(u, du, ~going & (norm < inf), norm, norm0, linear if keep_linear else [])
+            leaving = _Leaving(u, du, ~going & (norm < inf), norm, norm0)
             if not staying and rows is None:
                 return _all_at_once(leaving, i, of_u)
             which = (~going).nonzero().squeeze(-1) if staying else None
@@ -117,7 +115,6 @@ class _Leaving:
         done: which have converged.
         norm: of the residual.
         norm0: first one.
-        linear: the linearisation, where it is kept.
     """
 
     u: Groups
@@ -125,7 +122,6 @@ class _Leaving:
     done: Tensor
     norm: Tensor
     norm0: Tensor
-    linear: Groups
 
 
 def _some(rows: _Leaving, which: Tensor) -> _Leaving:
@@ -136,7 +132,6 @@ def _some(rows: _Leaving, which: Tensor) -> _Leaving:
         rows.done[which],
         rows.norm[which],
         rows.norm0[which],
-        take(rows.linear, which),
     )
 
 
@@ -153,7 +148,7 @@ def _polished(rows: _Leaving, iterations: int, layout: Layout) -> Groups:
 def _all_at_once(rows: _Leaving, iterations: int, layout: Layout) -> Rows:
     """The outcome of a batch whose rows leave together."""
     steps = torch.full(rows.norm.shape, iterations, dtype=torch.int64, device=rows.norm.device)
-    return Rows(_polished(rows, iterations, layout), rows.done, steps, rows.norm, rows.norm0, rows.linear)
+    return Rows(_polished(rows, iterations, layout), rows.done, steps, rows.norm, rows.norm0)
 
 
 def _blank(total: int, like: _Leaving) -> Rows:
@@ -164,14 +159,13 @@ def _blank(total: int, like: _Leaving) -> Rows:
         torch.zeros(total, dtype=torch.int64, device=like.norm.device),
         like.norm.new_empty(total),
         like.norm.new_empty(total),
-        [x.new_empty((total, *x.shape[1:])) for x in like.linear],
     )
 
 
 def _record(result: Rows, place: Tensor, iterations: int, rows: _Leaving, layout: Layout) -> None:
     """Write the outcome of rows to their places in the whole batch."""
     final = _polished(rows, iterations, layout)
-    for target, values in zip((*result.unknowns, *result.linear), (*final, *rows.linear), strict=True):
+    for target, values in zip(result.unknowns, final, strict=True):
         target.index_copy_(0, place, values)
     result.converged.index_copy_(0, place, rows.done)
     result.iterations.index_fill_(0, place, iterations)

@@ -28,7 +28,6 @@ def solve_row(
     settings: NewtonSettings,
     *,
     gated: bool,
-    keep_linear: bool,
 ) -> Rows:
     """Solve `r(u) = 0` for one row; see `newton.solve_rows`."""
     of_u, of_r = layouts
@@ -56,7 +55,7 @@ def solve_row(
             du = system.direction(u, g, tail, b, linear)
         if ending:
             final = [_polished(x, d) for x, d in zip(u, du, strict=True)] if done and i > 0 else u
-            return _rows(final, done, i, norm, norm0, linear if keep_linear else [])
+            return _rows(final, done, i, norm, norm0)
         limit = max(norm0 * settings.rtol, settings.atol)
         trial = [x + d for x, d in zip(u, du, strict=True)]
         trial_b, linear = system.evaluate(trial, g, tail)
@@ -87,7 +86,7 @@ def _polished(x: Tensor, d: Tensor) -> Tensor:
     return step if isfinite(step.sum().item()) else torch.where(step.isfinite(), step, x)
 
 
-def _rows(u: Groups, done: bool, iterations: int, norm: float, norm0: float, linear: Groups) -> Rows:
+def _rows(u: Groups, done: bool, iterations: int, norm: float, norm0: float) -> Rows:
     device, dtype = u[0].device, u[0].dtype
     return Rows(
         u,
@@ -95,5 +94,4 @@ def _rows(u: Groups, done: bool, iterations: int, norm: float, norm0: float, lin
         torch.tensor([iterations], device=device),
         torch.tensor([norm], dtype=dtype, device=device),
         torch.tensor([norm0], dtype=dtype, device=device),
-        linear,
     )

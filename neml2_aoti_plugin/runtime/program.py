@@ -290,7 +290,7 @@ class Program:
         if stage.spec.max_substepping_level > 0:
             return substepping.solve(stage, state, values, rows, settings, carried, by)
         stage.guess(state, rows)
-        solved = stage.solve(state, values, rows, settings, keep_linear=carried is not None)
+        solved = stage.solve(state, values, rows, settings)
         if carried is not None:
             carried.update(stage.carry(solved, values, carried, by))
         return solved.rows, solved.rows

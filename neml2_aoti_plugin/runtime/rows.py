@@ -19,7 +19,6 @@ class Rows:
         iterations: number of updates, `(rows,)`.
         norm: last residual norm, `(rows,)`.
         norm0: residual norm at the first iterate, `(rows,)`.
-        linear: linearisation at the last evaluated iterate, where the system has one.
     """
 
     unknowns: Groups
@@ -27,4 +26,3 @@ class Rows:
     iterations: Tensor
     norm: Tensor
     norm0: Tensor
-    linear: Groups

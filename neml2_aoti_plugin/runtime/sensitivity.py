@@ -149,14 +149,15 @@ class Sensitivity:
         return found
 
     def _a(self, solved: Solved) -> Groups:
-        """The Jacobian blocks at the solution: those of the last iterate, if the solve kept them."""
-        if solved.rows.linear:
-            return solved.rows.linear
+        """The Jacobian blocks at the solution, which is a polishing step beyond the last that the solve evaluated."""
+        if solved.jacobian:
+            return solved.jacobian
         assert self._jacobian is not None, "only asked for where the segment has the graph"
         outputs = self._jacobian([*solved.rows.unknowns, *solved.givens], solved.tail)
         count = len(self.spec.residuals) * len(self.spec.unknowns)
         check_arity(self._jacobian, outputs, count + len(self.spec.residuals))
-        return outputs[:count]
+        solved.jacobian = outputs[:count]
+        return solved.jacobian
 
     def blocks(self, solved: Solved) -> Blocks:
         """`du/dg` of every compiled pair, `(rows, entries of u, entries of g)`."""

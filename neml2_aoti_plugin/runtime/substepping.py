@@ -8,7 +8,7 @@ its two halves. Derivatives go the same way, for all that is done to a given is 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -98,7 +98,6 @@ def solve(
         torch.zeros(rows, dtype=torch.int64, device=like.device),
         like.new_zeros(rows),
         like.new_zeros(rows),
-        [],
     )
     increment = Increment(
         stage, state, values, settings, tangents, parameters, past, _past_tangents(tangents, past), unknowns, blank
@@ -142,9 +141,9 @@ def _span(increment: Increment, a: float, b: float, rows: Tensor, level: int) ->
     values = increment.values.take(rows)
     stage.guess(local, len(rows))
     wanted = increment.tangents is not None
-    solved = stage.solve(local, values, len(rows), increment.settings, gated=True, keep_linear=wanted)
+    solved = stage.solve(local, values, len(rows), increment.settings, gated=True)
     if level == 0:
-        increment.first = replace(solved.rows, linear=[])
+        increment.first = solved.rows
     ok = solved.rows.converged
     good = ok.nonzero().squeeze(-1)
     log.emit(
