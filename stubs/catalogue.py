@@ -75,6 +75,7 @@ _ENTRIES = (
         model="composed",
         flags=ALL_PAIRS,
         purpose="Three segments, explicit, implicit, explicit, so that derivatives must be chained across them.",
+        wide=True,
     ),
     Stub(
         name="crystal",
@@ -130,6 +131,7 @@ _ENTRIES = (
         model="krylov",
         flags=ALL_PAIRS,
         purpose="Newton with GMRES without preconditioner; no predictor; the derivatives are Krylov solves as well.",
+        wide=True,
     ),
     Stub(
         name="krylov_precond",

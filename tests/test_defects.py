@@ -260,7 +260,7 @@ def test_d11_a_residual_whose_square_overflows_does_not_look_converged() -> None
 
 def test_d12_outputs_have_no_false_graph() -> None:
     """C++ links implicit outputs to the initial guess in autograd."""
-    case = references.case("krylov")
+    case = references.case("calibration")
     rows = {name: x.clone().requires_grad_() for name, x in case.rows().items()}
     for name, value in case.model.forward(rows).items():
         found = torch.autograd.grad(value.sum(), list(rows.values()), retain_graph=True, allow_unused=True)

@@ -156,7 +156,7 @@ class TestConsoleScripts:
         return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=120, check=False)
 
     def test_neml2_run_writes_the_trajectory(self, tmp_path: Path) -> None:
-        case = references.case("composed")
+        case = references.case("calibration")
         file = tmp_path / "result.pt"
         done = self.start(BIN / "neml2-run", case.file, "driver", f"Drivers/driver/save_as:={file}")
         assert done.returncode == 0, done.stderr

@@ -47,12 +47,12 @@ def damage(kind: str, name: str, folder: Path, seed: int, count: int, limit: flo
     return ends
 
 
-@pytest.mark.parametrize(("name", "seed"), [("elasticity", 1), ("composed", 2)])
+@pytest.mark.parametrize(("name", "seed"), [("elasticity", 1), ("calibration", 2)])
 def test_damaged_metadata(name: str, seed: int, tmp_path: Path) -> None:
     assert damage("metadata", name, tmp_path, seed, 120, 100)["mutations"] == 120
 
 
-@pytest.mark.parametrize(("name", "seed"), [("elasticity", 3), ("composed", 4)])
+@pytest.mark.parametrize(("name", "seed"), [("elasticity", 3), ("calibration", 4)])
 def test_damaged_packages(name: str, seed: int, tmp_path: Path) -> None:
     assert damage("archive", name, tmp_path, seed, 30, 100)["mutations"] == 30
 

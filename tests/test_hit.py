@@ -102,6 +102,7 @@ class TestForward:
             assert value.data.ndim == value.sub_batch_ndim + type(value).BASE_NDIM
             assert tuple(value.dynamic_batch_shape) == ()
 
+    @pytest.mark.wide
     def test_takes_raw_tensors_and_a_mixture(self) -> None:
         case = references.case("composed")
         model = load("composed")
@@ -148,6 +149,7 @@ class TestForward:
 
 
 class TestDerivatives:
+    @pytest.mark.wide
     def test_give_typed_results_for_typed_inputs_and_raw_for_raw(self) -> None:
         case = references.case("composed")
         model = load("composed")

@@ -253,7 +253,7 @@ class TestShapes:
             assert torch.equal(value, expected[out]), out
 
     def test_inputs_are_not_changed(self) -> None:
-        for name in ("viscoplasticity", "krylov", "substepping"):
+        for name in ("viscoplasticity", "calibration", "substepping"):
             case = references.case(name)
             rows = case.rows()
             kept = {n: x.clone() for n, x in rows.items()}
@@ -261,7 +261,7 @@ class TestShapes:
             assert all(torch.equal(rows[n], kept[n]) for n in rows), name
 
     def test_outputs_are_the_callers_own(self) -> None:
-        case = references.case("krylov")
+        case = references.case("calibration")
         rows = case.rows()
         first = case.model.forward(rows)
         kept = {n: x.clone() for n, x in first.items()}
