@@ -1,8 +1,8 @@
 """Calls that torch's automatic differentiation and `torch.vmap` follow, through the compiled derivatives.
 
-The derivatives are evaluated together with the outputs, where a solve has its linearisation at hand, and are outputs of
-the same autograd node: so the first derivatives can be contracted by torch's own operations, and a second derivative,
-for which there are no graphs, is noticed and refused.
+The derivatives are evaluated together with the outputs, so that no second solve is needed, and are outputs of the same
+autograd node: so the first derivatives can be contracted by torch's own operations, and a second derivative, for which
+there are no graphs, is noticed and refused.
 """
 
 from __future__ import annotations

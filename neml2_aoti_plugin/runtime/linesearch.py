@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch import Tensor
 from ..settings import NewtonSettings
 from .layout import Layout, per_row, row_dots, row_norm_squares
 
+# A value of each row, or that of one row.
+Number = TypeVar("Number", Tensor, float)
 Residual = Callable[[list[Tensor]], list[Tensor]]
 Report = Callable[[str], None]
 
 
-def acceptance(settings: NewtonSettings, norm0_sq: Tensor, bdu: Tensor | None, alpha: Tensor | float) -> Tensor:
+def acceptance(settings: NewtonSettings, norm0_sq: Number, bdu: Number | None, alpha: Number | float) -> Number:
     """The squared residual norm that a trial must not exceed to be accepted.
 
     Both criteria ask for a decrease in proportion to the step length. `BACKTRACKING` takes `b . du` for the slope
@@ -27,7 +30,7 @@ def acceptance(settings: NewtonSettings, norm0_sq: Tensor, bdu: Tensor | None, a
         alpha: step length of each row.
 
     Returns:
-        `(*batch,)`; may be negative.
+        `(*batch,)`, or a number for one row; may be negative.
     """
     if settings.ls_type == "STRONG_WOLFE":
         return (1.0 - settings.ls_c * alpha) * norm0_sq

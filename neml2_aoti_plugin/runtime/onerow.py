@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import log
 from ..settings import NewtonSettings
 from .layout import Layout, norms, row_dots, scaled_row_norms
+from .linesearch import acceptance
 from .rows import Rows
 from .systems import Groups, System
 
@@ -64,10 +65,10 @@ def solve_row(
         trials = settings.ls_max_iters - 1
         if trials >= 2:
             squared = norm * norm
-            slope = squared if settings.ls_type == "STRONG_WOLFE" else 2.0 * row_dots(b, du, of_r, of_u).item()
+            bdu = None if settings.ls_type == "STRONG_WOLFE" else row_dots(b, du, of_r, of_u).item()
             for _ in range(trials - 1):
-                highest = max(squared - settings.ls_c * (slope * alpha), settings.atol * settings.atol)
-                if trial_norm * trial_norm <= highest:
+                limit_squared = max(acceptance(settings, squared, bdu, alpha), settings.atol * settings.atol)
+                if trial_norm * trial_norm <= limit_squared:
                     break
                 alpha = alpha / settings.ls_cutback
                 trial = [x + alpha * d for x, d in zip(u, du, strict=True)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..settings import NewtonSettings
 from .layout import Layout, norms, per_row, row_dots
+from .linesearch import acceptance
 from .systems import Groups, System
 
 
@@ -72,9 +73,9 @@ def advance(
     if trials < 2:
         return Step(trial, trial_b, linear, trial_norm, None, False)
     # A trial stands if its square is below this, or below the square of the tolerance; a NaN never is.
-    slope = norm * norm if settings.ls_type == "STRONG_WOLFE" else 2.0 * row_dots(b, du, of_r, of_u)
+    bdu = None if settings.ls_type == "STRONG_WOLFE" else row_dots(b, du, of_r, of_u)
     squares, least = norm * norm, settings.atol * settings.atol
-    limit = torch.sub(squares, slope, alpha=settings.ls_c).clamp_(min=least)
+    limit = acceptance(settings, squares, bdu, 1.0).clamp_(min=least)
     alpha: Tensor | None = None
     cut: Tensor | None = None
     for _ in range(trials - 1):
@@ -87,8 +88,8 @@ def advance(
         alpha = torch.ones_like(norm) if alpha is None else alpha
         shorter = alpha[rows] / settings.ls_cutback
         alpha.index_copy_(0, rows, shorter)
-        part_limit = torch.sub(squares[rows], slope[rows] * shorter, alpha=settings.ls_c).clamp_(min=least)
-        limit.index_copy_(0, rows, part_limit)
+        part_limit = acceptance(settings, squares[rows], None if bdu is None else bdu[rows], shorter)
+        limit.index_copy_(0, rows, part_limit.clamp_(min=least))
         part = [x[rows] + per_row(shorter, group) * d[rows] for x, d, group in zip(u, du, of_u, strict=True)]
         part_b = system.residual(part, take(g, rows), tail)
         trial = [_place(x, rows, some) for x, some in zip(trial, part, strict=True)]
