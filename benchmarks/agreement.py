@@ -9,9 +9,9 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
-# The plugin against the C++ runtime. The plugin takes derivatives at the iterate before the last.
+# The plugin against the C++ runtime, whose slowest rows of composed leave 1e-8 in the derivatives.
 TOLERANCE = 1e-9
-DERIVATIVE_TOLERANCE = 1e-5
+DERIVATIVE_TOLERANCE = 1e-7
 # Against eager neml2, which stops as the C++ runtime does: its slowest rows are right to the solver's tolerance only.
 EAGER_TOLERANCE = 1e-5
 # A row's own size counts, but not below this part of the largest in the batch.
