@@ -47,7 +47,7 @@ QUICK = {
 }
 
 # The first torch, by major and minor number, with which neml2-compile writes derivatives by parameters.
-BY_PARAMETERS = (2, 11)
+BY_PARAMETERS = (2, 12)
 
 # The compile itself uses neml2 as it was published.
 PLUGIN_OFF = {"NEML2_AOTI_PLUGIN": "0"}
