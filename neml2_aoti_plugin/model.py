@@ -289,7 +289,7 @@ class Model(CompiledModule):
                 converged = torch.ones(call.batch, dtype=torch.bool, device=self.device)
                 return Solution(outputs, converged, torch.zeros(call.batch, dtype=torch.int64, device=self.device))
             converged = report.converged.reshape(call.batch)
-            if not bool(converged.all()):
+            if not report.all_converged:
                 outputs = {name: masked(value, converged) for name, value in outputs.items()}
             return Solution(outputs, converged, report.iterations.reshape(call.batch))
 

@@ -139,7 +139,8 @@ def test_d05_one_singular_row_is_that_rows_failure() -> None:
     b = torch.rand(4, 7, dtype=torch.float64, generator=generator)
     a[2, 3] = 0.0
     (found,) = solve_rows(system._solve, [a], [b], [b])
-    assert bool(found[2].isnan().all())
+    # A graph that was compiled under torch 2.11 or 2.12 does not raise, and returns infinities as well.
+    assert not bool(found[2].isfinite().any())
     good = [0, 1, 3]
     assert difference(found[good], torch.linalg.solve(a[good], b[good])) < 1e-12
 

@@ -49,6 +49,9 @@ class Boundary:
         self.by_name = {port.name: port for port in self.inputs}
         self.output_by_name = {port.name: port for port in self.outputs}
         self.device, self.dtype, self.compute_dtype, self.where = device, dtype, compute_dtype, where
+        self._ports = [
+            (p.name, p.variable.name, p.variable.natural_shape, 1 + len(p.variable.natural_shape)) for p in self.inputs
+        ]
 
     def admit(self, inputs: Mapping[str, Tensor], batches: Sequence[Shape] = ()) -> tuple[dict[str, Tensor], Shape]:
         """Check the inputs and give them one flat batch axis.
@@ -65,6 +68,9 @@ class Boundary:
             InputTypeError: a value is no tensor, or has the wrong dtype or device.
             InputError: a shape does not fit.
         """
+        plain = self._plain(inputs)
+        if plain is not None and all(other == plain[1] for other in batches):
+            return plain
         self.require_names(inputs)
         checked = [(port, *self.batch_of(inputs[port.name], port.name, port.variable)) for port in self.inputs]
         batch = checked[0][2] if checked else ()
@@ -79,6 +85,27 @@ class Boundary:
         return {
             port.variable.name: self.flatten(tensor, own, batch, rows, port.variable) for port, tensor, own in checked
         }, batch
+
+    def _plain(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Shape] | None:
+        """The commonest inputs: all right, and all with the same one batch axis. None where they are others."""
+        if type(inputs) is not dict or len(inputs) != len(self.inputs) or not inputs:
+            return None
+        if self.dtype != self.compute_dtype:
+            return None
+        batch: Shape | None = None
+        found = {}
+        for name, authored, natural, base in self._ports:
+            value = inputs.get(name)
+            if not isinstance(value, Tensor) or value.dtype is not self.dtype or not self._on_device(value.device):
+                return None
+            shape = tuple(value.shape)
+            if batch is None:
+                batch = shape[:1]
+            if len(shape) != base or shape != batch + natural:
+                return None
+            found[authored] = value
+        assert batch is not None
+        return found, batch
 
     def require_names(self, inputs: Mapping[str, Tensor]) -> None:
         """Refuse inputs that are not exactly those of the model."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from ..promoted import PromotedParameters
 
 Tensors = dict[str, Tensor]
+
+# Nothing is recorded during a call. Where torch need not even look, an operator that neml2 has written in Python, and
+# that a graph calls, takes half the time.
+_BelowAutograd: Callable[[], AbstractContextManager[None]] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", nullcontext
+)
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,15 @@ class Caller:
         self, call: Admitted, tangents: Mapping[str, Columns] | None = None, by: Iterable[str] = ()
     ) -> Evaluation:
         """Evaluate the outputs, and derivatives by the seeds of `tangents` and by parameters `by` (authored names)."""
-        return self.program.evaluate(call.state, call.parameters, call.rows, self._wanted, self.settings, tangents, by)
+        with _BelowAutograd():
+            return self.program.evaluate(
+                call.state, call.parameters, call.rows, self._wanted, self.settings, tangents, by
+            )
 
     def require_convergence(self, found: Evaluation, batch: Shape) -> None:
         """Raise `ConvergenceError` if a row has not converged."""
         report = found.report
-        if report is not None and not bool(report.converged.all()):
+        if report is not None and not report.all_converged:
             raise convergence_error(report, batch, self.program, self.settings, self.metadata.aliases)
 
     def outputs(self, values: Mapping[str, Tensor], batch: Shape) -> Tensors:

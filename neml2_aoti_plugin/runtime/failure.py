@@ -11,7 +11,8 @@ from .. import errors
 from ..artifact.schema import Aliases, Shape
 from ..settings import NewtonSettings
 from .implicit import ImplicitStage
-from .program import Program, Report
+from .program import Program
+from .report import Report
 
 CAPTURE = "NEML2_CAPTURE_SOLVE_FAILURE"
 SHOWN = 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +14,9 @@ from ..settings import NewtonSettings
 from . import lockstep, newton
 from .layout import norms
 from .linesearch import Residual
-from .packing import layout_of, pack, unpack
+from .packing import Packing, layout_of
 from .parameters import Values
-from .rows import Rows
+from .rows import Rows, Told
 from .sensitivity import Sensitivity, sensitivity_of
 from .systems import GraphOf, Groups, System, check_arity, system_of
 from .tangents import Columns, Tangents, add, times
@@ -53,6 +52,7 @@ class ImplicitStage:
         self.spec = spec
         self.system: System = system_of(spec, graph_of, as_native=in_lockstep)
         self.layouts = layout_of(spec.unknowns), layout_of(spec.residuals)
+        self.unknowns, self._givens = Packing(spec.unknowns), Packing(spec.givens)
         self.predictor = graph_of(spec.predictor.file) if spec.predictor else None
         self.sensitivity: Sensitivity | None = sensitivity_of(spec, graph_of)
         self.in_lockstep = in_lockstep
@@ -102,9 +102,9 @@ class ImplicitStage:
         Returns:
             The outcome; rows that have not converged hold their last iterate.
         """
-        givens = pack(self.spec.givens, state, rows)
-        # A copy: a solve that is content with its guess must not hand the caller's own tensor back.
-        first = [x.clone() for x in pack(self.spec.unknowns, state, rows)]
+        givens = self._givens.pack(state, rows)
+        # A solve that is content with its guess must not hand the caller's own tensor back.
+        first = self.unknowns.pack(state, rows, own=True)
         tail = values.common(self.spec.parameters)
         # A lockstep solve that is not gated writes these lines itself.
         speaks = log.enabled("newton", "info") and (gated or not self.in_lockstep)
@@ -117,7 +117,7 @@ class ImplicitStage:
         if speaks:
             log.emit("newton", "info", _outcome(found, settings))
             log.emit("newton", "info", "---- end newton solve ----")
-        state.update(unpack(self.spec.unknowns, found.unknowns))
+        state.update(self.unknowns.unpack(found.unknowns))
         return Solved(found, givens, tail)
 
     def _in_lockstep(
@@ -148,7 +148,8 @@ class ImplicitStage:
     def _rows(self, u: Groups, converged: Tensor, steps: int, residual: Residual, first: Groups) -> Rows:
         iterations = torch.full_like(converged, steps, dtype=torch.int64)
         norm, norm0 = (norms(residual(x), self.layouts[1]) for x in (u, first))
-        return Rows(u, converged, iterations, norm, norm0)
+        told = Told(converged, iterations, norm, norm0)
+        return Rows(u, lambda: told)
 
     def carry(
         self, solved: Solved, values: Values, tangents: Tangents, parameters: frozenset[str], *, cut: bool = False
@@ -192,22 +193,18 @@ class ImplicitStage:
 
 def _outcome(found: Rows, settings: NewtonSettings) -> str:
     """The line that ends a solve in the log."""
-    steps = int(found.iterations.max()) if found.iterations.numel() else 0
-    if bool(found.converged.all()):
-        absolute = found.norm < settings.atol
-        relative = found.norm / found.norm0 < settings.rtol
+    told = found.told
+    steps = int(told.iterations.max()) if told.iterations.numel() else 0
+    if found.all_converged:
+        absolute = told.norm < settings.atol
+        relative = told.norm / told.norm0 < settings.rtol
         reason = "mixed"
         if bool(absolute.all()):
             reason = "both" if bool(relative.all()) else "abs_tol"
         elif bool(relative.all()):
             reason = "rel_tol"
         return f"{'converged' if steps else 'converged at predictor'} (iters={steps}, reason={reason})"
-    if not bool(found.norm.isfinite().all()):
+    if not bool(told.norm.isfinite().all()):
         return f"diverged at iter {steps} (non-finite residual)"
-    worst, worst0 = found.norm.max().item(), found.norm0.max().item()
+    worst, worst0 = told.norm.max().item(), told.norm0.max().item()
     return f"NOT converged (max_iters={settings.miters}, |R|={worst:.6e}, |R0|={worst0:.6e})"
-
-
-def common_names(stages: Sequence[object]) -> set[str]:
-    """Parameters that some stage takes once for all rows."""
-    return {name for stage in stages for name in getattr(stage, "common_parameters", ())}

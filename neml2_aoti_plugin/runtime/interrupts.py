@@ -29,7 +29,7 @@ def undisturbed(run: Callable[[Sequence[Tensor]], list[Tensor]], arguments: Sequ
         Its outputs.
     """
     # Only the main thread runs handlers, and only it may exchange them.
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         return run(arguments)
     came: list[int] = []
     handlers: list[tuple[int, Any]] = []

@@ -1,22 +1,22 @@
 """Newton's method for a batch of one row: the steps of `newton`, decided by numbers instead of tensors.
 
-At one row the small tensor operations of the decisions would take about as long as the graphs. The arithmetic is the
-same, operation by operation, so that a row has the same result on its own as in a batch.
+At one row the small tensor operations of the decisions would take about as long as the graphs. The decisions are the
+same, so that a row has the same result on its own as in a batch, but for rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import hypot, isfinite
 
 import torch
 from torch import Tensor
 
 from .. import log
 from ..settings import NewtonSettings
-from .layout import Layout, norms, row_dots, scaled_row_norms
+from .layout import Layout
 from .linesearch import acceptance
-from .rows import Rows
+from .rows import ROUGH, Rows, Told
 from .systems import Groups, System
 
 
@@ -31,15 +31,15 @@ def solve_row(
     gated: bool,
 ) -> Rows:
     """Solve `r(u) = 0` for one row; see `newton.solve_rows`."""
-    of_u, of_r = layouts
     b, linear = system.evaluate(u, g, tail)
-    norm = norms(b, of_r).item()
-    if not isfinite(norm):
-        # The square may have overflowed: over an infinite first norm, all would look converged.
-        norm = scaled_row_norms(b, of_r).item()
-    norm0, limit = norm, settings.atol
+    numbers = _numbers(b)
+    norm = hypot(*numbers)
+    norm0, limit, before = norm, settings.atol, norm
     du: Groups = []
     alpha = 1.0
+    trials = settings.ls_max_iters - 1
+    # The first step is the one that goes too far.
+    stale, cutting = False, trials >= 2
     verbose = log.enabled("newton", "debug")
     last = max(settings.miters - 1, 0)
     for i in range(last + 1):
@@ -47,52 +47,73 @@ def solve_row(
         small = norm < settings.atol
         done = norm < limit
         if gated and i > 0 and done and not small:
-            moved = norms(du, of_u).item() * alpha
-            done = moved < settings.substep_del_tol * (norms(u, of_u).item() + settings.atol)
+            moved = hypot(*_numbers(du)) * alpha
+            done = moved < settings.substep_del_tol * (hypot(*_numbers(u)) + settings.atol)
         if verbose:
             log.emit("newton", "debug", f"ITERATION {i:3d}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
-        ending = done or lost or i == last
-        if not ending or i > 0:
-            du = system.direction(u, g, tail, b, linear)
-        if ending:
-            final = [_polished(x, d) for x, d in zip(u, du, strict=True)] if done and i > 0 else u
-            return _rows(final, done, i, norm, norm0)
+        if done or lost or i == last:
+            if done and i > 0 and norm > ROUGH * limit:
+                du = system.direction(u, g, tail, b, linear)
+                u = [_moved(x, d) for x, d in zip(u, du, strict=True)]
+            return _rows(u, done, i, norm, norm0)
+        if stale:
+            b, linear = system.evaluate(u, g, tail)
+        du = system.direction(u, g, tail, b, linear)
         limit = max(norm0 * settings.rtol, settings.atol)
-        trial = [x + d for x, d in zip(u, du, strict=True)]
-        trial_b, linear = system.evaluate(trial, g, tail)
-        trial_norm = norms(trial_b, of_r).item()
-        alpha = 1.0
-        trials = settings.ls_max_iters - 1
+        slope = 0.0
         if trials >= 2:
-            squared = norm * norm
-            bdu = None if settings.ls_type == "STRONG_WOLFE" else row_dots(b, du, of_r, of_u).item()
-            for _ in range(trials - 1):
-                limit_squared = max(acceptance(settings, squared, bdu, alpha), settings.atol * settings.atol)
-                if trial_norm * trial_norm <= limit_squared:
-                    break
-                alpha = alpha / settings.ls_cutback
-                trial = [x + alpha * d for x, d in zip(u, du, strict=True)]
-                trial_b = system.residual(trial, g, tail)
-                trial_norm = norms(trial_b, of_r).item()
-            if alpha != 1.0 and system.residual_apart:
-                trial_b, linear = system.evaluate(trial, g, tail)
-                trial_norm = norms(trial_b, of_r).item()
-        u, b, norm = trial, trial_b, trial_norm
+            slope = sum([x * y for x, y in zip(numbers, _numbers(du), strict=True)])
+        # Quadratic convergence goes on as it did: the next norm is to this one as this was to the last, squared.
+        ending = i > 0 and norm * norm * norm < limit * before * before
+        stale = system.direct and (ending or cutting)
+        before = norm
+        trial = [x + d for x, d in zip(u, du, strict=True)]
+        b, linear = (system.residual(trial, g, tail), linear) if stale else system.evaluate(trial, g, tail)
+        numbers = _numbers(b)
+        norm = hypot(*numbers)
+        alpha = 1.0
+        for _ in range(trials - 1):
+            limit_squared = max(acceptance(settings, before * before, slope, alpha), settings.atol * settings.atol)
+            if norm * norm <= limit_squared:
+                break
+            alpha = alpha / settings.ls_cutback
+            trial = [x + alpha * d for x, d in zip(u, du, strict=True)]
+            b = system.residual(trial, g, tail)
+            numbers = _numbers(b)
+            norm = hypot(*numbers)
+        cutting = alpha != 1.0
+        if cutting and system.residual_apart and not stale:
+            if system.direct:
+                stale = True
+            else:
+                b, linear = system.evaluate(trial, g, tail)
+                numbers = _numbers(b)
+                norm = hypot(*numbers)
+        u = trial
     raise AssertionError("the last iteration returns")
 
 
-def _polished(x: Tensor, d: Tensor) -> Tensor:
-    """One more step for a row that has converged, where it is finite."""
+def _numbers(groups: Groups) -> list[float]:
+    """The entries of a row."""
+    first: list[float] = groups[0].flatten().tolist()
+    return first if len(groups) == 1 else [v for x in groups for v in x.flatten().tolist()]
+
+
+def _moved(x: Tensor, d: Tensor) -> Tensor:
+    """Take a step where it is finite."""
     step = x + d
     return step if isfinite(step.sum().item()) else torch.where(step.isfinite(), step, x)
 
 
 def _rows(u: Groups, done: bool, iterations: int, norm: float, norm0: float) -> Rows:
     device, dtype = u[0].device, u[0].dtype
-    return Rows(
-        u,
-        torch.tensor([done], device=device),
-        torch.tensor([iterations], device=device),
-        torch.tensor([norm], dtype=dtype, device=device),
-        torch.tensor([norm0], dtype=dtype, device=device),
-    )
+
+    def tell() -> Told:
+        return Told(
+            torch.tensor([done], device=device),
+            torch.tensor([iterations], device=device),
+            torch.tensor([norm], dtype=dtype, device=device),
+            torch.tensor([norm0], dtype=dtype, device=device),
+        )
+
+    return Rows(u, tell, done)

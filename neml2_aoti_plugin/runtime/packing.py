@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 
 import torch
 from torch import Tensor
@@ -24,49 +23,61 @@ def width_in(variable: Variable, group: GroupInfo) -> int:
     return variable.size if group.structure == "dense" else variable.width
 
 
-def pack(groups: Sequence[GroupInfo], state: Mapping[str, Tensor], rows: int) -> list[Tensor]:
-    """Concatenate variables into one tensor per group.
+class Packing:
+    """The way of variables into the tensors of their groups, and back.
 
     Args:
         groups: the groups.
-        state: each variable, `(rows, *sub_batch, *base)`.
-        rows: the batch.
-
-    Returns:
-        Per group `(rows, n)` when dense, `(rows, *sub_batch, n)` when block.
     """
-    packed = []
-    for group in groups:
-        parts = [state[v.name].reshape((rows, *group.sub_batch_shape, width_in(v, group))) for v in group.variables]
-        packed.append(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
-    return packed
 
+    def __init__(self, groups: Sequence[GroupInfo]) -> None:
+        self._groups = [
+            (
+                [(v.name, (*g.sub_batch_shape, width_in(v, g)), v.natural_shape) for v in g.variables],
+                [width_in(v, g) for v in g.variables],
+            )
+            for g in groups
+        ]
 
-def unpack(groups: Sequence[GroupInfo], tensors: Sequence[Tensor]) -> State:
-    """Slice group tensors into variables, the inverse of `pack`.
+    def pack(self, state: Mapping[str, Tensor], rows: int, *, own: bool = False) -> list[Tensor]:
+        """Concatenate variables into one tensor per group.
 
-    Args:
-        groups: the groups.
-        tensors: one per group, as `pack` gives them.
+        Args:
+            state: each variable, `(rows, *sub_batch, *base)`.
+            rows: the batch.
+            own: whether the tensors must share no memory with the variables.
 
-    Returns:
-        Each variable, `(rows, *sub_batch, *base)`.
-    """
-    state = {}
-    for group, tensor in zip(groups, tensors, strict=True):
-        start = 0
-        for v in group.variables:
-            width = width_in(v, group)
-            state[v.name] = tensor[..., start : start + width].reshape((tensor.shape[0], *v.natural_shape))
-            start += width
-    return state
+        Returns:
+            Per group `(rows, n)` when dense, `(rows, *sub_batch, n)` when block.
+        """
+        packed = []
+        for variables, _ in self._groups:
+            parts = [
+                state[name]
+                if tail == natural
+                else state[name].reshape((rows, *tail))
+                if natural
+                else state[name].unsqueeze(-1)
+                for name, tail, natural in variables
+            ]
+            if len(parts) > 1:
+                packed.append(torch.cat(parts, -1))
+            else:
+                packed.append(parts[0].clone() if own else parts[0])
+        return packed
 
+    def unpack(self, tensors: Sequence[Tensor]) -> State:
+        """Slice group tensors into variables, the inverse of `pack`.
 
-def group_shape(group: GroupInfo) -> tuple[int, ...]:
-    """Shape of a group's tensor without the batch."""
-    return (*group.sub_batch_shape, sum(width_in(v, group) for v in group.variables))
+        Args:
+            tensors: one per group, as `pack` gives them.
 
-
-def row_entries(groups: Sequence[GroupInfo]) -> int:
-    """Number of entries of one row over all groups."""
-    return sum(prod(group_shape(g)) for g in groups)
+        Returns:
+            Each variable, `(rows, *sub_batch, *base)`.
+        """
+        state = {}
+        for (variables, widths), tensor in zip(self._groups, tensors, strict=True):
+            parts = torch.split_with_sizes(tensor, widths, -1) if len(widths) > 1 else (tensor,)
+            for (name, tail, natural), part in zip(variables, parts, strict=True):
+                state[name] = part if tail == natural else part.reshape((tensor.shape[0], *natural))
+        return state

@@ -15,40 +15,14 @@ from . import substepping
 from .forward import ForwardStage
 from .graph import Graph, PinnedGraph
 from .implicit import ImplicitStage
-from .packing import unpack
 from .parameters import Values
+from .report import Outcome, Report
 from .rows import Rows
 from .tangents import Columns, Seed, Tangents, dense, per_site, select
 
 # A block of rows should stay in the cache while its Newton solve goes on.
 CACHE_BYTES = 2 << 20
 MIN_BLOCK, MAX_BLOCK = 256, 1 << 16
-
-
-@dataclass
-class Report:
-    """How the implicit segments of an evaluation fared.
-
-    Args:
-        converged: rows for which every segment converged, `(rows,)`.
-        iterations: Newton updates over all segments, `(rows,)`.
-        norm: last residual norm of the segment that failed, else of the last one, `(rows,)`.
-        norm0: first residual norm likewise.
-        segment: index of the segment that failed, else -1, `(rows,)`.
-        tried: rows that converged without substeps, `(rows,)`.
-        unknowns: last iterate of each unknown, without substeps, `(rows, ...)`.
-    """
-
-    converged: Tensor
-    iterations: Tensor
-    norm: Tensor
-    norm0: Tensor
-    segment: Tensor
-    tried: Tensor
-    unknowns: dict[str, Tensor]
-
-
-_PER_ROW = ("converged", "iterations", "norm", "norm0", "segment", "tried")
 
 
 @dataclass
@@ -261,7 +235,7 @@ class Program:
         by: frozenset[str],
     ) -> Evaluation:
         carried: Tangents | None = None if tangents is None else dict(tangents)
-        report: Report | None = None
+        outcomes: list[Outcome] = []
         for i, stage in enumerate(self.stages):
             if isinstance(stage, ForwardStage):
                 if carried is None:
@@ -270,10 +244,11 @@ class Program:
                     stage.run_with_tangents(state, values, rows, carried, by)
                 continue
             outcome, tried = self._run_implicit(stage, state, values, rows, settings or stage.spec.newton, carried, by)
-            report = _merge(report, outcome, i, tried, unpack(stage.spec.unknowns, tried.unknowns))
+            outcomes.append(Outcome(i, stage, outcome, tried))
         found: dict[str, dict[Seed, Tensor]] = {}
         if carried is not None:
             found = {name: dense(carried.get(name, {}), state[name]) for name in wanted}
+        report = Report(rows, [(None, outcomes)]) if outcomes else None
         return Evaluation({name: state[name] for name in wanted}, found, report)
 
     def _run_implicit(
@@ -296,41 +271,13 @@ class Program:
         return solved.rows, solved.rows
 
 
-def _merge(report: Report | None, rows: Rows, segment: int, tried: Rows, unknowns: dict[str, Tensor]) -> Report:
-    """Add a segment's outcome to that of the segments before it; a row's first failure stands."""
-    failed = torch.where(rows.converged, -1, segment)
-    if report is None:
-        return Report(rows.converged, rows.iterations, rows.norm, rows.norm0, failed, tried.converged, unknowns)
-    return Report(
-        report.converged & rows.converged,
-        report.iterations + rows.iterations,
-        torch.where(report.converged, rows.norm, report.norm),
-        torch.where(report.converged, rows.norm0, report.norm0),
-        torch.where(report.converged, failed, report.segment),
-        report.tried & tried.converged,
-        {**report.unknowns, **unknowns},
-    )
-
-
 def _blank(part: Evaluation, rows: int) -> Evaluation:
     """Room for the whole batch, of the form that one part has."""
-
-    def room(x: Tensor) -> Tensor:
-        return x.new_empty((rows, *x.shape[1:]))
-
-    report = None
-    if part.report is not None:
-        r = part.report
-        report = Report(
-            room(r.converged),
-            room(r.iterations),
-            room(r.norm),
-            room(r.norm0),
-            room(r.segment),
-            room(r.tried),
-            {name: room(u) for name, u in r.unknowns.items()},
-        )
-    return Evaluation({name: room(v) for name, v in part.values.items()}, {name: {} for name in part.tangents}, report)
+    return Evaluation(
+        {name: x.new_empty((rows, *x.shape[1:])) for name, x in part.values.items()},
+        {name: {} for name in part.tangents},
+        None if part.report is None else Report(rows),
+    )
 
 
 def _write(whole: Evaluation, part: Evaluation, index: Tensor | slice, rows: int) -> None:
@@ -344,7 +291,4 @@ def _write(whole: Evaluation, part: Evaluation, index: Tensor | slice, rows: int
                 into[seed] = column.new_zeros((rows, *column.shape[1:]))
             into[seed][index] = column
     if whole.report is not None and part.report is not None:
-        for name in _PER_ROW:
-            getattr(whole.report, name)[index] = getattr(part.report, name)
-        for name, value in part.report.unknowns.items():
-            whole.report.unknowns[name][index] = value
+        whole.report.parts += [(index, outcomes) for _, outcomes in part.report.parts]

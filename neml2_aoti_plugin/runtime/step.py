@@ -21,7 +21,7 @@ class Step:
     Args:
         u: the unknowns.
         b: `-r` there.
-        linear: the linearisation there.
+        linear: the linearisation there; None if it was not evaluated.
         norm: of `b`.
         alpha: step lengths; None where all are 1.
         cut: whether a row was cut back.
@@ -29,7 +29,7 @@ class Step:
 
     u: Groups
     b: Groups
-    linear: Groups
+    linear: Groups | None
     norm: Tensor
     alpha: Tensor | None
     cut: bool
@@ -43,14 +43,13 @@ def advance(
     b: Groups,
     du: Groups,
     norm: Tensor,
+    idle: Tensor | None,
     layouts: tuple[Layout, Layout],
     settings: NewtonSettings,
-    cutting: bool,
+    *,
+    apart: bool,
 ) -> Step:
     """Take the step, cut back row by row where a line search is on.
-
-    A trial needs the residual alone, which costs a fraction of the linearisation. The first trial asks for both at once
-    where cuts are not expected: after a step that had none.
 
     Args:
         system: residual and Newton direction.
@@ -60,46 +59,51 @@ def advance(
         b: `-r` at `u`.
         du: the full step.
         norm: of `b`.
+        idle: rows whose step is zero; they are not cut back.
         layouts: of the unknown groups and of the residual groups.
         settings: of the line search.
-        cutting: whether cuts are expected.
+        apart: whether to evaluate the residual alone, as trials that are cut back do.
     """
     of_u, of_r = layouts
     trial = [x + d for x, d in zip(u, du, strict=True)]
     trials = settings.ls_max_iters - 1
-    apart = system.residual_apart and cutting and trials >= 2
-    trial_b, linear = (system.residual(trial, g, tail), []) if apart else system.evaluate(trial, g, tail)
+    apart = apart and system.residual_apart
+    linear: Groups | None = None
+    if apart:
+        trial_b = system.residual(trial, g, tail)
+    else:
+        trial_b, linear = system.evaluate(trial, g, tail)
     trial_norm = norms(trial_b, of_r)
-    if trials < 2:
-        return Step(trial, trial_b, linear, trial_norm, None, False)
-    # A trial stands if its square is below this, or below the square of the tolerance; a NaN never is.
-    bdu = None if settings.ls_type == "STRONG_WOLFE" else row_dots(b, du, of_r, of_u)
-    squares, least = norm * norm, settings.atol * settings.atol
-    limit = acceptance(settings, squares, bdu, 1.0).clamp_(min=least)
     alpha: Tensor | None = None
     cut: Tensor | None = None
-    for _ in range(trials - 1):
-        stands = trial_norm * trial_norm <= limit
-        rows = stands.logical_not_().nonzero().squeeze(-1)
-        if rows.shape[0] == 0:
-            break
-        # Rows that are refused later were refused at first.
-        cut = rows if cut is None else cut
-        alpha = torch.ones_like(norm) if alpha is None else alpha
-        shorter = alpha[rows] / settings.ls_cutback
-        alpha.index_copy_(0, rows, shorter)
-        part_limit = acceptance(settings, squares[rows], None if bdu is None else bdu[rows], shorter)
-        limit.index_copy_(0, rows, part_limit.clamp_(min=least))
-        part = [x[rows] + per_row(shorter, group) * d[rows] for x, d, group in zip(u, du, of_u, strict=True)]
-        part_b = system.residual(part, take(g, rows), tail)
-        trial = [_place(x, rows, some) for x, some in zip(trial, part, strict=True)]
-        if not system.residual_apart:
+    if trials >= 2:
+        # A trial stands if its square is below this, or below the square of the tolerance; a NaN never is.
+        bdu = None if settings.ls_type == "STRONG_WOLFE" else row_dots(b, du, of_r, of_u)
+        squares, least = norm * norm, settings.atol * settings.atol
+        limit = acceptance(settings, squares, bdu, 1.0).clamp_(min=least)
+        if idle is not None:
+            limit.index_fill_(0, idle, torch.inf)
+        for _ in range(trials - 1):
+            stands = trial_norm * trial_norm <= limit
+            if bool(stands.all()):
+                break
+            rows = stands.logical_not_().nonzero().squeeze(-1)
+            # Rows that are refused later were refused at first.
+            cut = rows if cut is None else cut
+            alpha = torch.ones_like(norm) if alpha is None else alpha
+            shorter = alpha[rows] / settings.ls_cutback
+            alpha.index_copy_(0, rows, shorter)
+            part_limit = acceptance(settings, squares[rows], None if bdu is None else bdu[rows], shorter)
+            limit.index_copy_(0, rows, part_limit.clamp_(min=least))
+            part = [x[rows] + per_row(shorter, group) * d[rows] for x, d, group in zip(u, du, of_u, strict=True)]
+            part_b = system.residual(part, take(g, rows), tail)
+            trial = [_place(x, rows, some) for x, some in zip(trial, part, strict=True)]
             trial_b = [_place(x, rows, some) for x, some in zip(trial_b, part_b, strict=True)]
-        trial_norm.index_copy_(0, rows, norms(part_b, of_r))
-    if apart:
+            trial_norm.index_copy_(0, rows, norms(part_b, of_r))
+    if apart and not system.direct:
         trial_b, linear = system.evaluate(trial, g, tail)
         trial_norm = norms(trial_b, of_r)
-    elif cut is not None and system.residual_apart:
+    elif linear is not None and cut is not None and system.residual_apart:
         part_b, part_linear = system.evaluate(take(trial, cut), take(g, cut), tail)
         trial_b = [_place(x, cut, some) for x, some in zip(trial_b, part_b, strict=True)]
         linear = [_place(x, cut, some) for x, some in zip(linear, part_linear, strict=True)]

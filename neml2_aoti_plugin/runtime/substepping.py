@@ -19,7 +19,7 @@ from ..errors import ArtifactError
 from ..settings import NewtonSettings
 from .implicit import ImplicitStage, Solved
 from .parameters import Values
-from .rows import Rows
+from .rows import Rows, Told
 from .tangents import Columns, Tangents, combine, dense, select
 
 _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
@@ -52,7 +52,7 @@ class Increment:
     past: dict[str, Tensor]
     past_tangents: Tangents
     unknowns: dict[str, Tensor]
-    outcome: Rows
+    outcome: Told
     unknown_tangents: Tangents = field(default_factory=dict)
     spans: int = 0
     depth: int = 0
@@ -92,8 +92,7 @@ def solve(
     }
     # A span starts from what the span before it ended with, the first one from the caller's guess.
     past.update({name: state[name].clone() if name in state else zero.clone() for name, zero in unknowns.items()})
-    blank = Rows(
-        [],
+    blank = Told(
         torch.zeros(rows, dtype=torch.bool, device=like.device),
         torch.zeros(rows, dtype=torch.int64, device=like.device),
         like.new_zeros(rows),
@@ -116,7 +115,7 @@ def solve(
             f"{increment.spans} segment-solves",
         )
     assert increment.first is not None, "the first span is always solved"
-    return blank, increment.first
+    return Rows([], lambda: blank), increment.first
 
 
 def _past_tangents(tangents: Tangents | None, past: dict[str, Tensor]) -> Tangents:
@@ -144,7 +143,8 @@ def _span(increment: Increment, a: float, b: float, rows: Tensor, level: int) ->
     solved = stage.solve(local, values, len(rows), increment.settings, gated=True)
     if level == 0:
         increment.first = solved.rows
-    ok = solved.rows.converged
+    told = solved.rows.told
+    ok = told.converged
     good = ok.nonzero().squeeze(-1)
     log.emit(
         "substep",
@@ -152,9 +152,9 @@ def _span(increment: Increment, a: float, b: float, rows: Tensor, level: int) ->
         f"{'  ' * (level + 1)}span [{a:g}, {b:g}] L{level}: active={len(rows)} -> converged={len(good)} "
         f"failed={len(rows) - len(good)}",
     )
-    increment.outcome.iterations[rows] += solved.rows.iterations
-    increment.outcome.norm[rows] = solved.rows.norm
-    increment.outcome.norm0[rows] = solved.rows.norm0
+    increment.outcome.iterations[rows] += told.iterations
+    increment.outcome.norm[rows] = told.norm
+    increment.outcome.norm0[rows] = told.norm0
     if wanted and len(good):
         _differentiate(increment, solved, values, local, rows, good, a, b)
     if len(good):

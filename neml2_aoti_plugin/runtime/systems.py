@@ -26,10 +26,12 @@ GraphOf = Callable[[str], Graph]
 class System(Protocol):
     """What a Newton solve asks of a segment.
 
-    `residual_apart` tells whether the residual alone costs less than `evaluate`.
+    `residual_apart` tells whether the residual alone costs less than `evaluate`, and `direct` whether besides a
+    linearisation serves at other unknowns than those where it was evaluated.
     """
 
     residual_apart: bool
+    direct: bool
 
     def evaluate(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> tuple[Groups, Groups]:
         """`b = -r` at `u`, and the linearisation there."""
@@ -40,7 +42,7 @@ class System(Protocol):
         ...
 
     def direction(self, u: Groups, g: Groups, tail: Sequence[Tensor], b: Groups, linear: Groups) -> Groups:
-        """The step `du` from `u`; rows whose system is singular come back NaN."""
+        """The step `du` from `u`; rows whose system is singular come back not finite."""
         ...
 
     def fresh(self) -> System:
@@ -66,7 +68,7 @@ class _Residual:
 class DirectSystem(_Residual):
     """A Jacobian graph and a graph of the direct solve."""
 
-    residual_apart = True
+    residual_apart = direct = True
 
     def __init__(self, segment: ImplicitSegment, step: DirectStep, graph_of: GraphOf) -> None:
         super().__init__(segment, graph_of)
@@ -93,6 +95,8 @@ class DirectSystem(_Residual):
 
 class FusedSystem(_Residual):
     """One graph of the whole step (older releases)."""
+
+    direct = False
 
     def __init__(self, segment: ImplicitSegment, step: FusedStep, graph_of: GraphOf) -> None:
         super().__init__(segment, graph_of)
@@ -132,7 +136,7 @@ class FusedSystem(_Residual):
 class KrylovSystem(_Residual):
     """Matrix-vector products and an iterative solve."""
 
-    residual_apart = False
+    residual_apart = direct = False
 
     def __init__(self, segment: ImplicitSegment, step: KrylovStep, graph_of: GraphOf) -> None:
         super().__init__(segment, graph_of)
@@ -201,10 +205,10 @@ def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int) -> None:
 
 
 def solve_rows(graph: Graph, a: Groups, b: Groups, like: Groups) -> Groups:
-    """Solve `A x = b`, or NaN for the rows where `A` is singular.
+    """Solve `A x = b`; rows where `A` is singular come back not finite.
 
     Args:
-        graph: the compiled solve; it refuses the whole batch for one singular row.
+        graph: the compiled solve; under some releases of torch it refuses the whole batch for one singular row.
         a: the blocks of the matrix.
         b: the right-hand side.
         like: tensors of the shapes of `x`.
