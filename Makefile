@@ -81,4 +81,4 @@ benchmark: $(INSTALLED)
 
 # The wheel under several releases of torch, each in an environment of its own. TORCHES="2.14.1 2.15.0" takes these alone.
 torch-matrix: $(INSTALLED)
-	$(BIN)/python tools/torch_matrix.py --jobs $(JOBS) $(MATRIX_ARGS) $(TORCHES)
+	$(BIN)/python -m tools.torch_matrix --jobs $(JOBS) $(MATRIX_ARGS) $(TORCHES)
