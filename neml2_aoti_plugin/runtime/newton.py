@@ -68,11 +68,9 @@ def solve_rows(
         # A square may have overflowed: over an infinite first norm, all would look converged.
         norm = torch.where(norm.isfinite(), norm, scaled_row_norms(b, of_r))
         worst = norm.amax().item()
-    gone = _Gone(total, of_u, norm)
-    limit: Tensor | float = settings.atol
-    place: Tensor | None = None  # of the rows in the whole batch; None while they are all of it
+    gone = _Gone(of_u, norm)
+    batch = _Batch(u, g, b, linear, norm, torch.full_like(norm, settings.atol))
     idle: Tensor | None = None  # rows that move no more
-    steps: Tensor | None = None  # taken by each row; None where it is the same number for all
     du: Groups = []
     alpha: Tensor | None = None
     loosest, before = inf, inf
@@ -81,60 +79,91 @@ def solve_rows(
     verbose = log.enabled("newton", "debug")
     last = max(settings.miters - 1, 0)
     for i in range(last + 1):
+        norm, present = batch.norm, batch.norm.shape[0]
         sound = isfinite(worst)
-        going = norm >= limit
+        going = norm >= batch.limit
         if not sound:
             going &= norm < inf
         if gated and i > 0:
             moved = norms(du, of_u) if alpha is None else norms(du, of_u) * alpha
-            unsettled = moved >= settings.substep_del_tol * (norms(u, of_u) + settings.atol)
+            unsettled = moved >= settings.substep_del_tol * (norms(batch.u, of_u) + settings.atol)
             going |= unsettled & (norm >= settings.atol) & (norm < inf)
         if idle is not None:
             going.index_fill_(0, idle, False)
         if verbose:
-            log.emit("newton", "debug", f"ITERATION {i:3d}, |R| = {worst:.6e}, |R0| = {gone.first(place):.6e}")
-        count, present = int(going.count_nonzero()), norm.shape[0]
+            first = gone.norm0 if batch.place is None else gone.norm0[batch.place]
+            log.emit("newton", "debug", f"ITERATION {i:3d}, |R| = {worst:.6e}, |R0| = {first.amax().item():.6e}")
+        count = int(going.count_nonzero())
         if count == 0 or i == last:
-            gone.sound &= sound and count == 0
-            done = None if sound and count == 0 else ~going & (norm < inf)
-            gone.leave(system, u, g, tail, b, linear, norm, limit, place, done, i if steps is None else steps)
+            gone.leave(system, tail, batch, None if sound and count == 0 else ~going & (norm < inf))
             return gone.rows()
         if count < present:
             idle = going.logical_not().nonzero().squeeze(-1)
             many = present - count >= max(IDLE_ROWS, IDLE_PART * present)
             if i == 0 or many or not (system.direct and sound):
-                gone.sound &= sound
-                u_idle, g_idle, b_idle, linear_idle = (take(x, idle) for x in (u, g, b, linear))
-                done = None if sound else norm[idle] < inf
-                where, taken = idle if place is None else place[idle], i if steps is None else steps[idle]
-                near = limit[idle] if isinstance(limit, Tensor) else limit
-                gone.leave(system, u_idle, g_idle, tail, b_idle, linear_idle, norm[idle], near, where, done, taken)
-                keep = going.nonzero().squeeze(-1)
-                place = keep if place is None else place[keep]
-                u, g, b, norm = take(u, keep), take(g, keep), take(b, keep), norm[keep]
-                linear = linear if stale else take(linear, keep)
-                limit = limit[keep] if isinstance(limit, Tensor) else limit
-                idle = steps = None
-            elif steps is None:
-                steps = torch.full((present,), i, dtype=torch.int64, device=norm.device)
+                gone.leave(system, tail, batch.some(idle), None if sound else norm[idle] < inf)
+                batch.linear = [] if stale else batch.linear
+                batch, idle = batch.some(going.nonzero().squeeze(-1)), None
+                batch.steps = i
+            elif not isinstance(batch.steps, Tensor):
+                batch.steps = torch.full((present,), i, dtype=torch.int64, device=norm.device)
         if i == 0:
-            limit = torch.clamp(norm * settings.rtol, min=settings.atol)
-            loosest = limit.amax().item()
+            batch.limit = torch.clamp(batch.norm * settings.rtol, min=settings.atol)
+            loosest = batch.limit.amax().item()
         if stale:
-            b, linear = system.evaluate(u, g, tail)
-        du = system.direction(u, g, tail, b, linear)
-        if idle is not None and steps is not None:
+            batch.b, batch.linear = system.evaluate(batch.u, batch.g, tail)
+        du = system.direction(batch.u, batch.g, tail, batch.b, batch.linear)
+        if idle is not None:
             du = [d.index_fill(0, idle, 0.0) for d in du]
-            steps += going
+        batch.steps += 1 if idle is None else going
         # Quadratic convergence goes on as it did: the next norm is to this one as this was to the last, squared.
         ending = i == 0 or worst * worst * worst < loosest * before * before
         apart = (cutting and settings.ls_max_iters > 2) or (system.direct and ending)
-        step = advance(system, u, g, tail, b, du, norm, idle, layouts, settings, apart=apart)
+        step = advance(system, batch.u, batch.g, tail, batch.b, du, batch.norm, idle, layouts, settings, apart=apart)
         stale = step.linear is None
-        u, b, linear, norm = step.u, step.b, linear if step.linear is None else step.linear, step.norm
+        batch.u, batch.b, batch.norm = step.u, step.b, step.norm
+        batch.linear = batch.linear if step.linear is None else step.linear
         alpha, cutting = step.alpha, step.cut
-        before, worst = worst, norm.amax().item()
+        before, worst = worst, batch.norm.amax().item()
     raise AssertionError("the last iteration returns")
+
+
+@dataclass
+class _Batch:
+    """The rows that are still in the batch.
+
+    Args:
+        u: last iterate.
+        g: givens.
+        b: `-r` there.
+        linear: the last linearisation there is.
+        norm: of `b`.
+        limit: that the norm has to come below.
+        steps: taken by each row; a number where it is the same for all.
+        place: of the rows in the whole batch; None while they are all of it.
+    """
+
+    u: Groups
+    g: Groups
+    b: Groups
+    linear: Groups
+    norm: Tensor
+    limit: Tensor
+    steps: Tensor | int = 0
+    place: Tensor | None = None
+
+    def some(self, rows: Tensor) -> _Batch:
+        """Some of these rows."""
+        return _Batch(
+            take(self.u, rows),
+            take(self.g, rows),
+            take(self.b, rows),
+            take(self.linear, rows),
+            self.norm[rows],
+            self.limit[rows],
+            self.steps[rows] if isinstance(self.steps, Tensor) else self.steps,
+            rows if self.place is None else self.place[rows],
+        )
 
 
 @dataclass
@@ -142,81 +171,45 @@ class _Gone:
     """The rows that have left the batch.
 
     Args:
-        total: rows of the batch.
         layout: of the unknowns.
-        norm0: first residual norm of each row.
-        sound: whether all of them have converged.
+        norm0: first residual norm of each row of the whole batch.
     """
 
-    total: int
     layout: Layout
     norm0: Tensor
     sound: bool = True
     unknowns: Groups = field(default_factory=list)
     told: Told | None = None
 
-    def first(self, place: Tensor | None) -> float:
-        """The largest first norm of some rows."""
-        return (self.norm0 if place is None else self.norm0[place]).amax().item()
-
-    def leave(
-        self,
-        system: System,
-        u: Groups,
-        g: Groups,
-        tail: Sequence[Tensor],
-        b: Groups,
-        linear: Groups,
-        norm: Tensor,
-        limit: Tensor | float,
-        place: Tensor | None,
-        done: Tensor | None,
-        steps: Tensor | int,
-    ) -> None:
+    def leave(self, system: System, tail: Sequence[Tensor], batch: _Batch, done: Tensor | None) -> None:
         """Polish rows and keep them.
 
         Args:
             system: residual and Newton direction.
-            u: their last iterate.
-            g: givens.
             tail: promoted parameters.
-            b: `-r` there.
-            linear: the last linearisation there is.
-            norm: of `b`.
-            limit: that it had to come below.
-            place: in the whole batch; None for all of it.
+            batch: the rows.
             done: which have converged; None for all.
-            steps: that they have taken.
         """
+        self.sound &= done is None
+        u, steps = batch.u, batch.steps
         if isinstance(steps, Tensor) or steps > 0:
-            rough = norm > ROUGH * limit
+            rough = batch.norm > ROUGH * batch.limit
             if bool(rough.any()):
                 which = rough if done is None else done & rough
-                du = system.direction(u, g, tail, b, linear)
+                du = system.direction(u, batch.g, tail, batch.b, batch.linear)
                 u = [_moved(x, d, which, group) for x, d, group in zip(u, du, self.layout, strict=True)]
-        if place is None:
-            self.unknowns, self.told = u, self._tell(done, steps, norm)
-            return
-        if self.told is None:
-            self.unknowns = [x.new_empty((self.total, *x.shape[1:])) for x in u]
-            self.told = self._tell(None, 0, self.norm0)
-            self.told = self.told._replace(norm=norm.new_empty(self.total))
-        for target, values in zip(self.unknowns, u, strict=True):
-            target.index_copy_(0, place, values)
-        if done is not None:
-            self.told.converged.index_copy_(0, place, done)
-        if isinstance(steps, Tensor):
-            self.told.iterations.index_copy_(0, place, steps)
-        else:
-            self.told.iterations.index_fill_(0, place, steps)
-        self.told.norm.index_copy_(0, place, norm)
-
-    def _tell(self, done: Tensor | None, steps: Tensor | int, norm: Tensor) -> Told:
-        device = norm.device
-        converged = torch.ones(norm.shape, dtype=torch.bool, device=device) if done is None else done
         if not isinstance(steps, Tensor):
-            steps = torch.full(norm.shape, steps, dtype=torch.int64, device=device)
-        return Told(converged, steps, norm, self.norm0)
+            steps = torch.full(batch.norm.shape, steps, dtype=torch.int64, device=batch.norm.device)
+        converged = torch.ones_like(steps, dtype=torch.bool) if done is None else done
+        if batch.place is None:
+            self.unknowns, self.told = u, Told(converged, steps, batch.norm, self.norm0)
+            return
+        parts = [*u, converged, steps, batch.norm]
+        if self.told is None:
+            wholes = [x.new_empty((len(self.norm0), *x.shape[1:])) for x in parts]
+            self.unknowns, self.told = wholes[:-3], Told(wholes[-3], wholes[-2], wholes[-1], self.norm0)
+        for whole, part in zip((*self.unknowns, *self.told[:3]), parts, strict=True):
+            whole.index_copy_(0, batch.place, part)
 
     def rows(self) -> Rows:
         """The outcome of the whole batch."""
