@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 import references
 from neml2_aoti_plugin import Model
+from neml2_aoti_plugin.errors import InputError
+from neml2_aoti_plugin.runtime import newton
 from references import Case, Tensors, difference
 from stubs.catalogue import CATALOGUE
 
@@ -247,3 +250,27 @@ class TestLockstep:
         with pytest.raises(ConvergenceError, match="1 of 9 row"):
             model.forward(broken)
         assert model.solve(broken).converged.tolist() == [k != 1 for k in range(9)]
+
+
+def test_rows_of_a_block_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = references.case("viscoplasticity")
+    rows = {name: torch.cat([x] * 3) for name, x in case.rows().items()}
+    whole = case.load().forward(rows)
+    monkeypatch.setenv("NEML2_AOTI_PLUGIN_BLOCK_ROWS", "2")
+    model = case.load()
+    sizes: list[int] = []
+    solve = newton.solve_rows
+
+    def seen(system: Any, u: list[Tensor], *rest: Any, **options: Any) -> Any:
+        sizes.append(len(u[0]))
+        return solve(system, u, *rest, **options)
+
+    monkeypatch.setattr(newton, "solve_rows", seen)
+    cut = model.forward(rows)
+    assert sum(sizes) == len(rows["t"]) and max(sizes) <= 3
+    for out, value in whole.items():
+        assert difference(cut[out], value) < SOLO
+    for wrong in ("0", "-1", "many", "1.5"):
+        monkeypatch.setenv("NEML2_AOTI_PLUGIN_BLOCK_ROWS", wrong)
+        with pytest.raises(InputError, match=f"NEML2_AOTI_PLUGIN_BLOCK_ROWS is '{wrong}'"):
+            case.load()

@@ -15,6 +15,7 @@ from ..artifact.schema import Metadata, Shape
 from ..settings import NewtonSettings
 from .boundary import Boundary
 from .failure import convergence_error
+from .interrupts import one_call
 from .program import Evaluation, Program
 from .tangents import Columns
 
@@ -91,7 +92,7 @@ class Caller:
         self, call: Admitted, tangents: Mapping[str, Columns] | None = None, by: Iterable[str] = ()
     ) -> Evaluation:
         """Evaluate the outputs, and derivatives by the seeds of `tangents` and by parameters `by` (authored names)."""
-        with _BelowAutograd():
+        with one_call(), _BelowAutograd():
             return self.program.evaluate(
                 call.state, call.parameters, call.rows, self._wanted, self.settings, tangents, by
             )

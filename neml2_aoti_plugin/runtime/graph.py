@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,8 +28,12 @@ class Graph:
     def __init__(self, file: Path, device: torch.device) -> None:
         self.file = file
         self.device = device
+        self._on_cuda = device.type == "cuda"
         # The package is loaded long after the passport has looked it over, and must be the same then.
         self._loaded = loaded(file, device, fingerprint(file))
+        # What runs the graph for contiguous arguments, in its order, of which there are as many and of the same ranks
+        # each time: after the first, without another comparison.
+        self.again: Callable[[list[Tensor]], list[Tensor]] = self._first
         self._signature: Signature | None = None
         self._signature_read = False
         # Ranks of arguments that were compared with the signature; they are few, and the same from call to call.
@@ -71,32 +75,18 @@ class Graph:
         arguments = [a if a.is_contiguous() else a.contiguous() for a in (*batched, *tail, *behind)]
         if order is not None:
             arguments = [arguments[i] for i in order]
-        if self.device.type == "cuda":
+        if self._on_cuda:
             arguments = [a if a.data_ptr() % CUDA_ALIGNMENT == 0 else a.clone() for a in arguments]
         ranks = tuple([a.ndim for a in arguments])
         if ranks not in self._compared:
             self._compare(arguments)
             self._compared.add(ranks)
-        return self.run(arguments)
+        return self._loaded.run(arguments)
 
-    def run(self, arguments: list[Tensor]) -> list[Tensor]:
-        """Run the graph for arguments of which such ones were compared with its signature before.
-
-        Args:
-            arguments: contiguous, in the graph's order.
-
-        Returns:
-            See `__call__`.
-
-        Raises:
-            AOTIError: the graph failed.
-        """
-        try:
-            return self._loaded.run(arguments)
-        except AOTIError:
-            raise
-        except RuntimeError as error:
-            raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
+    def _first(self, arguments: list[Tensor]) -> list[Tensor]:
+        outputs = self(arguments)
+        self.again = self._loaded.run
+        return outputs
 
     def _compare(self, arguments: Sequence[Tensor]) -> None:
         """Refuse arguments that the graph would read wrongly: it looks at none of this itself."""
@@ -185,8 +175,3 @@ def _join(parts: list[Tensor], rows: int, per_call: int) -> Tensor:
     if per_call > 1 and parts[0].shape[0] == 1:
         return parts[0]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -45,15 +45,19 @@ class ImplicitStage:
     Args:
         spec: the segment.
         graph_of: gives the graph of a file.
+        device: that the graphs run on.
         in_lockstep: whether all rows iterate until the slowest has converged, as in neml2's C++ runtime.
     """
 
-    def __init__(self, spec: ImplicitSegment, graph_of: GraphOf, in_lockstep: bool) -> None:
+    def __init__(self, spec: ImplicitSegment, graph_of: GraphOf, device: torch.device, in_lockstep: bool) -> None:
         self.spec = spec
-        self.system: System = system_of(spec, graph_of, as_native=in_lockstep)
+        self.system: System = system_of(spec, graph_of, device, as_native=in_lockstep)
         self.layouts = layout_of(spec.unknowns), layout_of(spec.residuals)
         self.unknowns, self._givens = Packing(spec.unknowns), Packing(spec.givens)
         self.predictor = graph_of(spec.predictor.file) if spec.predictor else None
+        # Unknowns that need a first iterate before a predictor speaks.
+        told = set(spec.predictor.outputs) - set(spec.predictor.inputs) if spec.predictor else set()
+        self._untold = [v for v in spec.unknown_variables if v.name not in told]
         self.sensitivity: Sensitivity | None = sensitivity_of(spec, graph_of)
         self.in_lockstep = in_lockstep
 
@@ -65,7 +69,7 @@ class ImplicitStage:
     def guess(self, state: dict[str, Tensor], rows: int) -> None:
         """Put the first iterate of the unknowns into `state`: what is there, else zero, else what a predictor says."""
         like = next(iter(state.values()))
-        for unknown in self.spec.unknown_variables:
+        for unknown in self._untold:
             if unknown.name not in state:
                 state[unknown.name] = like.new_zeros((rows, *unknown.natural_shape))
         if self.predictor is None or self.spec.predictor is None:

@@ -111,7 +111,9 @@ def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layou
     """
     total = None
     for a, b, a_group, b_group in zip(left, right, left_layout, right_layout, strict=True):
-        if a_group.trailing == b_group.trailing:
+        if a_group.trailing == b_group.trailing == 1:
+            dots = torch.linalg.vecdot(a, b)
+        elif a_group.trailing == b_group.trailing:
             dots = (a * b).sum(a_group.axes)
         else:
             dots = (a.flatten(-a_group.trailing) * b.flatten(-b_group.trailing)).sum(-1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..artifact.files import Fingerprint, read_unchanged
+from ..errors import AOTIError
 from . import forks
 from .interrupts import undisturbed
 from .unpack import load_runner
@@ -57,8 +58,7 @@ class Loaded:
 
         Raises:
             ArtifactError: the package cannot be loaded, or is not what it was.
-            AOTIError: there is no room to unpack it, or the process was forked.
-            RuntimeError: the graph failed.
+            AOTIError: the graph failed, there is no room to unpack it, or the process was forked.
         """
         if forks.forked_after_use:
             forks.require_one_thread(self.file)
@@ -66,7 +66,12 @@ class Loaded:
             if self.runner is None:
                 self._load()
             run = self.runner.run
-            outputs: list[Tensor] = undisturbed(run, arguments) if self._calls_python else run(arguments)
+            try:
+                outputs: list[Tensor] = undisturbed(run, arguments) if self._calls_python else run(arguments)
+            except AOTIError:
+                raise
+            except RuntimeError as error:
+                raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
         return outputs
 
     def _load(self) -> None:
@@ -94,3 +99,8 @@ def loaded(file: Path, device: torch.device, as_it_was: Fingerprint) -> Loaded:
     found = _loaded.get(key)
     # Of two threads that come first, one wins, and both get its object.
     return _loaded.setdefault(key, Loaded(file, device, as_it_was)) if found is None else found
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

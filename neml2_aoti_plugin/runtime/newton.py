@@ -1,13 +1,13 @@
 """Newton's method over a batch whose rows are problems of their own.
 
 A row that has converged, or whose residual is no longer finite, moves no more, and leaves the batch as soon as that is
-worth copying the others. A row that has converged after a step takes one more when it leaves, by the last linearisation
-there is, unless its residual is far below the limit: its error falls as if the batch had gone on for its slowest row,
-and does not depend on which row that was.
+worth copying the others. A row that has converged after a step takes one more, by the last linearisation there is,
+unless its residual is far below the limit: its error falls as if the batch had gone on for its slowest row, and does
+not depend on which row that was.
 
 The test of a step needs the residual alone. The Jacobian's graph returns it too, so where rows are expected to go on,
-both are evaluated at once; where rows are expected to converge or to be cut back, first the residual, and then the
-Jacobian of the rows that need it.
+both are evaluated at once, and rows that turn out to have converged take their last step with the others. Where rows
+are expected to converge or to be cut back, first the residual is evaluated, then the Jacobian of those that need it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from .. import log
 from ..settings import NewtonSettings
-from .layout import Group, Layout, norms, per_row, scaled_row_norms
+from .layout import Layout, norms, per_row, scaled_row_norms
 from .onerow import solve_row
 from .rows import ROUGH, Rows, Told
 from .step import advance, take
 from .systems import Groups, System
 
 # So many idle rows, and such a part of the batch, are worth a copy of the others.
-IDLE_ROWS, IDLE_PART = 64, 1 / 8
+IDLE_ROWS, IDLE_PART = 64, 1 / 4
 
 
 def solve_rows(
@@ -68,9 +68,10 @@ def solve_rows(
         # A square may have overflowed: over an infinite first norm, all would look converged.
         norm = torch.where(norm.isfinite(), norm, scaled_row_norms(b, of_r))
         worst = norm.amax().item()
-    gone = _Gone(of_u, norm)
+    gone = _Gone(norm)
     batch = _Batch(u, g, b, linear, norm, torch.full_like(norm, settings.atol))
-    idle: Tensor | None = None  # rows that move no more
+    idle: Tensor | None = None  # rows that wait, and have taken their last step
+    busy = total  # rows that do not wait
     du: Groups = []
     alpha: Tensor | None = None
     loosest, before = inf, inf
@@ -88,43 +89,66 @@ def solve_rows(
             moved = norms(du, of_u) if alpha is None else norms(du, of_u) * alpha
             unsettled = moved >= settings.substep_del_tol * (norms(batch.u, of_u) + settings.atol)
             going |= unsettled & (norm >= settings.atol) & (norm < inf)
-        if idle is not None:
-            going.index_fill_(0, idle, False)
+            if idle is not None:
+                going.index_fill_(0, idle, False)
         if verbose:
             first = gone.norm0 if batch.place is None else gone.norm0[batch.place]
             log.emit("newton", "debug", f"ITERATION {i:3d}, |R| = {worst:.6e}, |R0| = {first.amax().item():.6e}")
         count = int(going.count_nonzero())
         if count == 0 or i == last:
-            gone.leave(system, tail, batch, None if sound and count == 0 else ~going & (norm < inf))
+            done = None if sound and count == 0 else ~going & (norm < inf)
+            gone.keep(batch, _polished(system, tail, batch, of_u, done) if i > 0 else batch.u, done)
             return gone.rows()
-        if count < present:
-            idle = going.logical_not().nonzero().squeeze(-1)
-            many = present - count >= max(IDLE_ROWS, IDLE_PART * present)
-            if i == 0 or many or not (system.direct and sound):
-                gone.leave(system, tail, batch.some(idle), None if sound else norm[idle] < inf)
-                batch.linear = [] if stale else batch.linear
-                batch, idle = batch.some(going.nonzero().squeeze(-1)), None
-                batch.steps = i
-            elif not isinstance(batch.steps, Tensor):
-                batch.steps = torch.full((present,), i, dtype=torch.int64, device=norm.device)
+        # Quadratic convergence goes on as it did: the next norm is to this one as this was to the last, squared.
+        ending = i == 0 or worst * worst * worst < loosest * before * before
+        apart = (cutting and settings.ls_max_iters > 2) or (system.direct and ending)
+        frozen, leaving = idle, None
+        if count < busy:
+            resting = going.logical_not().nonzero().squeeze(-1)
+            if i == 0 or present - count >= max(IDLE_ROWS, IDLE_PART * present) or not (system.direct and sound):
+                leaving, idle, busy = resting, None, count
+            else:
+                # These wait, but for the step that they are about to take with the others.
+                idle, busy = resting, count
+                batch.limit.index_fill_(0, resting, inf)
+                if not isinstance(batch.steps, Tensor):
+                    batch.steps = torch.full((present,), i, dtype=torch.int64, device=norm.device)
+        if leaving is not None and (stale or i == 0 or not sound):
+            some = batch.some(leaving)
+            done = None if sound else some.norm < inf
+            gone.keep(some, _polished(system, tail, some, of_u, done) if i > 0 else some.u, done)
+            batch, leaving, frozen = batch.some(going.nonzero().squeeze(-1), linear=not stale), None, None
+            batch.steps = i
         if i == 0:
             batch.limit = torch.clamp(batch.norm * settings.rtol, min=settings.atol)
             loosest = batch.limit.amax().item()
         if stale:
             batch.b, batch.linear = system.evaluate(batch.u, batch.g, tail)
         du = system.direction(batch.u, batch.g, tail, batch.b, batch.linear)
-        if idle is not None:
-            du = [d.index_fill(0, idle, 0.0) for d in du]
+        if leaving is not None:
+            some = batch.some(leaving, linear=False)
+            gone.keep(some, _moved(some.u, take(du, leaving), some.rough, of_u), None)
+            staying = going.nonzero().squeeze(-1)
+            batch, du, frozen = batch.some(staying, linear=apart), take(du, staying), None
+            batch.steps = i
+        if frozen is not None:
+            du = [d.index_fill(0, frozen, 0.0) for d in du]
         batch.steps += 1 if idle is None else going
-        # Quadratic convergence goes on as it did: the next norm is to this one as this was to the last, squared.
-        ending = i == 0 or worst * worst * worst < loosest * before * before
-        apart = (cutting and settings.ls_max_iters > 2) or (system.direct and ending)
-        step = advance(system, batch.u, batch.g, tail, batch.b, du, batch.norm, idle, layouts, settings, apart=apart)
+        origin, limit = batch.u, batch.limit
+        step = advance(system, origin, batch.g, tail, batch.b, du, batch.norm, limit, layouts, settings, apart=apart)
         stale = step.linear is None
         batch.u, batch.b, batch.norm = step.u, step.b, step.norm
         batch.linear = batch.linear if step.linear is None else step.linear
         alpha, cutting = step.alpha, step.cut
         before, worst = worst, batch.norm.amax().item()
+        if idle is not None and not isfinite(worst):
+            # A last step that led nowhere is not taken.
+            back = (batch.norm < inf).logical_not_() & (limit == inf)
+            batch.u = [
+                torch.where(per_row(back, group), x, y) for x, y, group in zip(origin, batch.u, of_u, strict=True)
+            ]
+            batch.norm = batch.norm.masked_fill(back, 0.0)
+            worst = batch.norm.amax().item()
     raise AssertionError("the last iteration returns")
 
 
@@ -138,7 +162,7 @@ class _Batch:
         b: `-r` there.
         linear: the last linearisation there is.
         norm: of `b`.
-        limit: that the norm has to come below.
+        limit: that the norm has to come below; infinite for rows that wait.
         steps: taken by each row; a number where it is the same for all.
         place: of the rows in the whole batch; None while they are all of it.
     """
@@ -152,76 +176,85 @@ class _Batch:
     steps: Tensor | int = 0
     place: Tensor | None = None
 
-    def some(self, rows: Tensor) -> _Batch:
-        """Some of these rows."""
+    @property
+    def rough(self) -> Tensor:
+        """Rows that have not had their last step, and gain by it."""
+        return self.norm > ROUGH * self.limit
+
+    def some(self, rows: Tensor, *, linear: bool = True) -> _Batch:
+        """Some of these rows; without the linearisation, if it is not asked for."""
         return _Batch(
             take(self.u, rows),
             take(self.g, rows),
             take(self.b, rows),
-            take(self.linear, rows),
-            self.norm[rows],
-            self.limit[rows],
-            self.steps[rows] if isinstance(self.steps, Tensor) else self.steps,
-            rows if self.place is None else self.place[rows],
+            take(self.linear, rows) if linear else [],
+            self.norm.index_select(0, rows),
+            self.limit.index_select(0, rows),
+            self.steps.index_select(0, rows) if isinstance(self.steps, Tensor) else self.steps,
+            rows if self.place is None else self.place.index_select(0, rows),
         )
+
+
+def _polished(system: System, tail: Sequence[Tensor], batch: _Batch, layout: Layout, done: Tensor | None) -> Groups:
+    """The unknowns after the last step of those rows that have converged; of all if `done` is None."""
+    rough = batch.rough
+    if not bool(rough.any()):
+        return batch.u
+    du = system.direction(batch.u, batch.g, tail, batch.b, batch.linear)
+    return _moved(batch.u, du, rough if done is None else done & rough, layout)
+
+
+def _moved(u: Groups, du: Groups, which: Tensor, layout: Layout) -> Groups:
+    """Take a step with some rows, where it is finite."""
+    moved = []
+    for x, d, group in zip(u, du, layout, strict=True):
+        step = x + d
+        moved.append(torch.where(step.isfinite().logical_and_(per_row(which, group)), step, x))
+    return moved
 
 
 @dataclass
 class _Gone:
-    """The rows that have left the batch.
+    """The rows that have left the batch: a part for each time that some did.
 
     Args:
-        layout: of the unknowns.
         norm0: first residual norm of each row of the whole batch.
     """
 
-    layout: Layout
     norm0: Tensor
     sound: bool = True
-    unknowns: Groups = field(default_factory=list)
-    told: Told | None = None
+    places: list[Tensor | None] = field(default_factory=list)
+    unknowns: list[Groups] = field(default_factory=list)
+    fares: list[tuple[Tensor | None, Tensor | int, Tensor]] = field(default_factory=list)
 
-    def leave(self, system: System, tail: Sequence[Tensor], batch: _Batch, done: Tensor | None) -> None:
-        """Polish rows and keep them.
-
-        Args:
-            system: residual and Newton direction.
-            tail: promoted parameters.
-            batch: the rows.
-            done: which have converged; None for all.
-        """
+    def keep(self, batch: _Batch, u: Groups, done: Tensor | None) -> None:
+        """Keep rows: what is told of their batch, their unknowns, and which have converged (None for all)."""
         self.sound &= done is None
-        u, steps = batch.u, batch.steps
-        if isinstance(steps, Tensor) or steps > 0:
-            rough = batch.norm > ROUGH * batch.limit
-            if bool(rough.any()):
-                which = rough if done is None else done & rough
-                du = system.direction(u, batch.g, tail, batch.b, batch.linear)
-                u = [_moved(x, d, which, group) for x, d, group in zip(u, du, self.layout, strict=True)]
-        if not isinstance(steps, Tensor):
-            steps = torch.full(batch.norm.shape, steps, dtype=torch.int64, device=batch.norm.device)
-        converged = torch.ones_like(steps, dtype=torch.bool) if done is None else done
-        if batch.place is None:
-            self.unknowns, self.told = u, Told(converged, steps, batch.norm, self.norm0)
-            return
-        parts = [*u, converged, steps, batch.norm]
-        if self.told is None:
-            wholes = [x.new_empty((len(self.norm0), *x.shape[1:])) for x in parts]
-            self.unknowns, self.told = wholes[:-3], Told(wholes[-3], wholes[-2], wholes[-1], self.norm0)
-        for whole, part in zip((*self.unknowns, *self.told[:3]), parts, strict=True):
-            whole.index_copy_(0, batch.place, part)
+        self.places.append(batch.place)
+        self.unknowns.append(u)
+        self.fares.append((done, batch.steps, batch.norm))
 
     def rows(self) -> Rows:
         """The outcome of the whole batch."""
-        told = self.told
-        assert told is not None, "asked for after the last row has left"
-        return Rows(self.unknowns, lambda: told, self.sound)
+        whole = [self._whole(parts) for parts in zip(*self.unknowns, strict=True)]
+        self.unknowns = []
+        return Rows(whole, self._told, self.sound)
 
+    def _whole(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put what belongs to the parts together."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = parts[0].new_empty((len(self.norm0), *parts[0].shape[1:]))
+        for place, part in zip(self.places, parts, strict=True):
+            assert place is not None, "of several parts, each is some of the rows"
+            whole.index_copy_(0, place, part)
+        return whole
 
-def _moved(x: Tensor, d: Tensor, which: Tensor, group: Group) -> Tensor:
-    """Take a step with some rows, where it is finite."""
-    step = x + d
-    return torch.where(step.isfinite().logical_and_(per_row(which, group)), step, x)
+    def _told(self) -> Told:
+        norms = [norm for _, _, norm in self.fares]
+        done = [torch.ones_like(norm, dtype=torch.bool) if x is None else x for x, _, norm in self.fares]
+        steps = [x if isinstance(x, Tensor) else torch.full_like(norm, x).long() for _, x, norm in self.fares]
+        return Told(self._whole(done), self._whole(steps), self._whole(norms), self.norm0)
 
 
 def _none(u: Groups) -> Rows:

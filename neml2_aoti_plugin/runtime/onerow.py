@@ -73,8 +73,7 @@ def solve_row(
         norm = hypot(*numbers)
         alpha = 1.0
         for _ in range(trials - 1):
-            limit_squared = max(acceptance(settings, before * before, slope, alpha), settings.atol * settings.atol)
-            if norm * norm <= limit_squared:
+            if norm * norm <= max(acceptance(settings, before * before, slope, alpha), limit * limit):
                 break
             alpha = alpha / settings.ls_cutback
             trial = [x + alpha * d for x, d in zip(u, du, strict=True)]

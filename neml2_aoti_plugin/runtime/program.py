@@ -12,6 +12,7 @@ from torch import Tensor
 from ..artifact.schema import ForwardSegment, Metadata, Variable
 from ..settings import NewtonSettings
 from . import substepping
+from .blocks import block_rows, cut
 from .forward import ForwardStage
 from .graph import Graph, PinnedGraph
 from .implicit import ImplicitStage
@@ -19,10 +20,6 @@ from .parameters import Values
 from .report import Outcome, Report
 from .rows import Rows
 from .tangents import Columns, Seed, Tangents, dense, per_site, select
-
-# A block of rows should stay in the cache while its Newton solve goes on.
-CACHE_BYTES = 2 << 20
-MIN_BLOCK, MAX_BLOCK = 256, 1 << 16
 
 
 @dataclass
@@ -64,11 +61,13 @@ class Program:
             if isinstance(segment, ForwardSegment):
                 self.stages.append(ForwardStage(segment, self.graph, self._takes_rows_of_parameters(segment)))
             else:
-                self.stages.append(ImplicitStage(segment, self.graph, lockstep))
+                self.stages.append(ImplicitStage(segment, self.graph, device, lockstep))
         self._common = {name for stage in self.stages for name in stage.common_parameters}
         self._base_ranks = {p.name: len(p.base_shape) for p in metadata.parameters}
         self.implicit = [s for s in self.stages if isinstance(s, ImplicitStage)]
-        self.block = self._block_rows()
+        # Rows to solve at a time; None for all of them.
+        blockwise = self.implicit and not lockstep and device.type == "cpu"
+        self.block = block_rows(stage.spec for stage in self.implicit) if blockwise else None
 
     def graph(self, file: str) -> Graph:
         """The graph of a file of the leaf; one object however often it is named."""
@@ -110,18 +109,6 @@ class Program:
             for argument, name in zip(signature.arguments, segment.taken, strict=True)
             if name in segment.parameters
         )
-
-    def _block_rows(self) -> int | None:
-        """Rows to evaluate at a time; None for all of them."""
-        if not self.implicit or self.lockstep or self.device.type != "cpu":
-            return None
-        entries = 0
-        for stage in self.implicit:
-            u = sum(v.size for v in stage.spec.unknown_variables)
-            g = sum(v.size for group in stage.spec.givens for v in group.variables)
-            entries = max(entries, u * u + 4 * u + g)
-        rows = CACHE_BYTES // (8 * entries)
-        return min(max(rows, MIN_BLOCK), MAX_BLOCK)
 
     def evaluate(
         self,
@@ -216,13 +203,8 @@ class Program:
                 yield members[part], fixed
 
     def _blocks(self, rows: int, *, whole: bool) -> Iterator[slice | None]:
-        block = self.block
-        if block is None or rows <= block + block // 2:
-            yield None if whole else slice(0, rows)
-            return
-        count = -(-rows // block)
-        size = -(-rows // count)
-        yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+        parts = [slice(0, rows)] if self.block is None else list(cut(rows, self.block))
+        yield from (parts if len(parts) > 1 or not whole else [None])
 
     def _run(
         self,

@@ -43,7 +43,7 @@ def advance(
     b: Groups,
     du: Groups,
     norm: Tensor,
-    idle: Tensor | None,
+    limit: Tensor,
     layouts: tuple[Layout, Layout],
     settings: NewtonSettings,
     *,
@@ -59,7 +59,7 @@ def advance(
         b: `-r` at `u`.
         du: the full step.
         norm: of `b`.
-        idle: rows whose step is zero; they are not cut back.
+        limit: norm of a row that has converged; no step that leads there is cut back.
         layouts: of the unknown groups and of the residual groups.
         settings: of the line search.
         apart: whether to evaluate the residual alone, as trials that are cut back do.
@@ -77,14 +77,12 @@ def advance(
     alpha: Tensor | None = None
     cut: Tensor | None = None
     if trials >= 2:
-        # A trial stands if its square is below this, or below the square of the tolerance; a NaN never is.
+        # A trial stands if its square is not above this; a NaN always is.
         bdu = None if settings.ls_type == "STRONG_WOLFE" else row_dots(b, du, of_r, of_u)
-        squares, least = norm * norm, settings.atol * settings.atol
-        limit = acceptance(settings, squares, bdu, 1.0).clamp_(min=least)
-        if idle is not None:
-            limit.index_fill_(0, idle, torch.inf)
+        squares, least = norm * norm, limit * limit
+        most = torch.maximum(acceptance(settings, squares, bdu, 1.0), least)
         for _ in range(trials - 1):
-            stands = trial_norm * trial_norm <= limit
+            stands = trial_norm * trial_norm <= most
             if bool(stands.all()):
                 break
             rows = stands.logical_not_().nonzero().squeeze(-1)
@@ -93,8 +91,8 @@ def advance(
             alpha = torch.ones_like(norm) if alpha is None else alpha
             shorter = alpha[rows] / settings.ls_cutback
             alpha.index_copy_(0, rows, shorter)
-            part_limit = acceptance(settings, squares[rows], None if bdu is None else bdu[rows], shorter)
-            limit.index_copy_(0, rows, part_limit.clamp_(min=least))
+            part_most = acceptance(settings, squares[rows], None if bdu is None else bdu[rows], shorter)
+            most.index_copy_(0, rows, torch.maximum(part_most, least[rows]))
             part = [x[rows] + per_row(shorter, group) * d[rows] for x, d, group in zip(u, du, of_u, strict=True)]
             part_b = system.residual(part, take(g, rows), tail)
             trial = [_place(x, rows, some) for x, some in zip(trial, part, strict=True)]

@@ -42,7 +42,10 @@ class System(Protocol):
         ...
 
     def direction(self, u: Groups, g: Groups, tail: Sequence[Tensor], b: Groups, linear: Groups) -> Groups:
-        """The step `du` from `u`; rows whose system is singular come back not finite."""
+        """The step `du` from `u`; rows whose system is singular come back not finite.
+
+        What is in `linear` may be replaced by what serves another `b` better.
+        """
         ...
 
     def fresh(self) -> System:
@@ -91,6 +94,17 @@ class DirectSystem(_Residual):
     def fresh(self) -> DirectSystem:
         """See `System.fresh`."""
         return self
+
+
+class DenseSystem(DirectSystem):
+    """A Jacobian graph of one dense block, which is factored here: the factors serve another right-hand side."""
+
+    def direction(self, u: Groups, g: Groups, tail: Sequence[Tensor], b: Groups, linear: Groups) -> Groups:
+        """See `System.direction`."""
+        if len(linear) == 1:
+            # A row without pivot comes back not finite from the solve.
+            linear[:] = torch.linalg.lu_factor_ex(linear[0])[:2]
+        return [torch.linalg.lu_solve(*linear, b[0].unsqueeze(-1)).squeeze(-1)]
 
 
 class FusedSystem(_Residual):
@@ -184,10 +198,13 @@ def _takes(graph: Graph, count: int) -> bool:
     return graph.signature is not None and len(graph.signature.arguments) == count
 
 
-def system_of(segment: ImplicitSegment, graph_of: GraphOf, as_native: bool = False) -> System:
-    """The system of a segment; `as_native` solves iteratively with the floors of neml2's C++ runtime."""
+def system_of(segment: ImplicitSegment, graph_of: GraphOf, device: torch.device, as_native: bool = False) -> System:
+    """The system of a segment; `as_native` solves by the graphs alone, and as neml2's C++ runtime where it iterates."""
     if isinstance(segment.step, DirectStep):
-        return DirectSystem(segment, segment.step, graph_of)
+        groups = (*segment.unknowns, *segment.residuals)
+        one = len(groups) == 2 and all(group.structure == "dense" for group in groups)
+        kind = DenseSystem if one and device.type == "cpu" and not as_native else DirectSystem
+        return kind(segment, segment.step, graph_of)
     if isinstance(segment.step, FusedStep):
         return FusedSystem(segment, segment.step, graph_of)
     settings = replace(segment.step.settings, absolute_floor=as_native)

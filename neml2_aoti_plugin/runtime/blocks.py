@@ -1,0 +1,64 @@
+"""How many rows a solve takes at a time.
+
+A block's vectors and matrices are to stay in a core's cache while Newton's method goes over them again and again; yet
+it must have rows enough that the work between graphs, which hardly depends on their number, is a small part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+from ..artifact.schema import ImplicitSegment
+from ..errors import InputError
+
+# The environment variable that says how many rows, in place of what is found here.
+BLOCK_ROWS = "NEML2_AOTI_PLUGIN_BLOCK_ROWS"
+
+# Measured (docs/performance.md): below, the work between graphs shows; twice the second-level cache is no worse.
+LEAST_BYTES, CACHES = 4 << 20, 2
+MIN_ROWS, MAX_ROWS = 512, 1 << 16
+
+
+def block_rows(segments: Iterable[ImplicitSegment]) -> int:
+    """Rows to solve at a time.
+
+    Args:
+        segments: what is solved.
+
+    Raises:
+        InputError: the environment variable holds no such number.
+    """
+    given = os.environ.get(BLOCK_ROWS, "").strip()
+    if given:
+        if not given.isdecimal() or int(given) == 0:
+            raise InputError(
+                f"the environment variable {BLOCK_ROWS} is {given!r}, expected a number of rows, at least 1."
+            )
+        return int(given)
+    entries = 1
+    for segment in segments:
+        u = sum(v.size for v in segment.unknown_variables)
+        g = sum(v.size for group in segment.givens for v in group.variables)
+        entries = max(entries, u * u + 4 * u + g)
+    return min(max(_bytes() // (8 * entries), MIN_ROWS), MAX_ROWS)
+
+
+def cut(rows: int, block: int) -> Iterator[slice]:
+    """Cut a batch into blocks of about the same size; a batch of up to one and a half is one."""
+    if rows <= block + block // 2:
+        yield slice(0, rows)
+        return
+    size = -(-rows // -(-rows // block))
+    yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+@cache
+def _bytes() -> int:
+    """What a block may take."""
+    try:
+        second_level = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        second_level = 0
+    return max(LEAST_BYTES, CACHES * second_level)
