@@ -245,8 +245,7 @@ def test_what_a_signal_handler_raises_reaches_the_caller(tmp_path: Path) -> None
         """
         import signal, sys, time
         import torch
-        from neml2_aoti_plugin.runtime.interrupts import undisturbed
-        from neml2_aoti_plugin import Model
+        from neml2_aoti_plugin.runtime.interrupts import one_call, undisturbed
 
         class TimeIsUp(Exception):
             pass
@@ -275,6 +274,31 @@ def test_what_a_signal_handler_raises_reaches_the_caller(tmp_path: Path) -> None
                 print("lost", type(error).__name__)
             signal.signal(signal.SIGALRM, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+        # Within a call: right after the graph in which it came, and the handlers are back in any case.
+        signal.signal(signal.SIGALRM, ring)
+        try:
+            with one_call():
+                undisturbed(list, [])
+                assert signal.getsignal(signal.SIGALRM) is not ring
+                undisturbed(run, [])
+                print("went on")
+        except TimeIsUp as error:
+            print(type(error).__name__)
+        except KeyboardInterrupt:
+            print("lost the first")
+        rung = []
+        signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+        with one_call():
+            undisturbed(list, [])
+            signal.raise_signal(signal.SIGALRM)
+            assert not rung
+            undisturbed(list, [])
+            assert rung
+            undisturbed(list, [])
+            signal.raise_signal(signal.SIGALRM)
+        assert len(rung) == 2
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         """
     )
-    assert out.split() == ["TimeIsUp", "KeyboardInterrupt"]
+    assert out.split() == ["TimeIsUp", "KeyboardInterrupt", "TimeIsUp"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -252,6 +253,21 @@ class TestShapes:
         for out, value in case.model.forward({n: view(x) for n, x in rows.items()}).items():
             assert torch.equal(value, expected[out]), out
 
+    @pytest.mark.parametrize("batch", [(1,), (5,)])
+    def test_short_way_gives_what_the_long_way_gives(self, batch: tuple[int, ...]) -> None:
+        model = references.case("elasticity").model
+        assert model._direct is not None
+        inputs = strains(*batch)
+        short = model._direct.jacobian(inputs)
+        assert short is not None
+        # A mapping other than a dict is taken the long way.
+        long = model.jacobian(OrderedDict(inputs))
+        for a, b in zip(short, long, strict=True):
+            mine, theirs = flat(a), flat(b)
+            assert list(mine) == list(theirs)
+            for name, value in mine.items():
+                assert value.is_contiguous() and torch.equal(value, theirs[name])
+
     def test_inputs_are_not_changed(self) -> None:
         for name in ("viscoplasticity", "calibration", "substepping"):
             case = references.case(name)
@@ -268,6 +284,16 @@ class TestShapes:
         for x in first.values():
             x.zero_()
         assert all(torch.equal(value, kept[n]) for n, value in case.model.forward(rows).items())
+
+    @pytest.mark.parametrize("name", ["elasticity", "promoted", "calibration"])
+    def test_blocks_are_the_callers_own(self, name: str) -> None:
+        case = references.case(name)
+        rows = case.rows()
+        first = flat(case.model.jacobian(rows)[1])
+        kept = {n: x.clone() for n, x in first.items()}
+        for x in first.values():
+            x.zero_()
+        assert all(torch.equal(value, kept[n]) for n, value in flat(case.model.jacobian(rows)[1]).items())
 
 
 class TestSolve:

@@ -70,8 +70,6 @@ def solve_rows(
         worst = norm.amax().item()
     gone = _Gone(norm)
     batch = _Batch(u, g, b, linear, norm, torch.full_like(norm, settings.atol))
-    idle: Tensor | None = None  # rows that wait, and have taken their last step
-    busy = total  # rows that do not wait
     du: Groups = []
     alpha: Tensor | None = None
     loosest, before = inf, inf
@@ -89,8 +87,8 @@ def solve_rows(
             moved = norms(du, of_u) if alpha is None else norms(du, of_u) * alpha
             unsettled = moved >= settings.substep_del_tol * (norms(batch.u, of_u) + settings.atol)
             going |= unsettled & (norm >= settings.atol) & (norm < inf)
-            if idle is not None:
-                going.index_fill_(0, idle, False)
+            if batch.idle is not None:
+                going.index_fill_(0, batch.idle, False)
         if verbose:
             first = gone.norm0 if batch.place is None else gone.norm0[batch.place]
             log.emit("newton", "debug", f"ITERATION {i:3d}, |R| = {worst:.6e}, |R0| = {first.amax().item():.6e}")
@@ -102,23 +100,19 @@ def solve_rows(
         # Quadratic convergence goes on as it did: the next norm is to this one as this was to the last, squared.
         ending = i == 0 or worst * worst * worst < loosest * before * before
         apart = (cutting and settings.ls_max_iters > 2) or (system.direct and ending)
-        frozen, leaving = idle, None
-        if count < busy:
+        frozen, leaving = batch.idle, None
+        if count < present and (frozen is None or count < present - len(frozen)):
             resting = going.logical_not().nonzero().squeeze(-1)
-            if i == 0 or present - count >= max(IDLE_ROWS, IDLE_PART * present) or not (system.direct and sound):
-                leaving, idle, busy = resting, None, count
+            if i == 0 or len(resting) >= max(IDLE_ROWS, IDLE_PART * present) or not (system.direct and sound):
+                leaving = resting
             else:
-                # These wait, but for the step that they are about to take with the others.
-                idle, busy = resting, count
-                batch.limit.index_fill_(0, resting, inf)
-                if not isinstance(batch.steps, Tensor):
-                    batch.steps = torch.full((present,), i, dtype=torch.int64, device=norm.device)
-        if leaving is not None and (stale or i == 0 or not sound):
+                batch.let_wait(resting, i)
+        if leaving is not None and (i == 0 or stale or not sound):
             some = batch.some(leaving)
             done = None if sound else some.norm < inf
             gone.keep(some, _polished(system, tail, some, of_u, done) if i > 0 else some.u, done)
-            batch, leaving, frozen = batch.some(going.nonzero().squeeze(-1), linear=not stale), None, None
-            batch.steps = i
+            batch = batch.some(going.nonzero().squeeze(-1), linear=not stale)
+            frozen = leaving = None
         if i == 0:
             batch.limit = torch.clamp(batch.norm * settings.rtol, min=settings.atol)
             loosest = batch.limit.amax().item()
@@ -130,10 +124,9 @@ def solve_rows(
             gone.keep(some, _moved(some.u, take(du, leaving), some.rough, of_u), None)
             staying = going.nonzero().squeeze(-1)
             batch, du, frozen = batch.some(staying, linear=apart), take(du, staying), None
-            batch.steps = i
         if frozen is not None:
             du = [d.index_fill(0, frozen, 0.0) for d in du]
-        batch.steps += 1 if idle is None else going
+        batch.steps += 1 if batch.idle is None else going
         origin, limit = batch.u, batch.limit
         step = advance(system, origin, batch.g, tail, batch.b, du, batch.norm, limit, layouts, settings, apart=apart)
         stale = step.linear is None
@@ -141,20 +134,15 @@ def solve_rows(
         batch.linear = batch.linear if step.linear is None else step.linear
         alpha, cutting = step.alpha, step.cut
         before, worst = worst, batch.norm.amax().item()
-        if idle is not None and not isfinite(worst):
-            # A last step that led nowhere is not taken.
-            back = (batch.norm < inf).logical_not_() & (limit == inf)
-            batch.u = [
-                torch.where(per_row(back, group), x, y) for x, y, group in zip(origin, batch.u, of_u, strict=True)
-            ]
-            batch.norm = batch.norm.masked_fill(back, 0.0)
+        if batch.idle is not None and not isfinite(worst):
+            batch.take_back(origin, of_u)
             worst = batch.norm.amax().item()
     raise AssertionError("the last iteration returns")
 
 
 @dataclass
 class _Batch:
-    """The rows that are still in the batch.
+    """The rows that are still in the batch; some of them may wait.
 
     Args:
         u: last iterate.
@@ -165,6 +153,7 @@ class _Batch:
         limit: that the norm has to come below; infinite for rows that wait.
         steps: taken by each row; a number where it is the same for all.
         place: of the rows in the whole batch; None while they are all of it.
+        idle: rows that wait; None for none.
     """
 
     u: Groups
@@ -175,6 +164,7 @@ class _Batch:
     limit: Tensor
     steps: Tensor | int = 0
     place: Tensor | None = None
+    idle: Tensor | None = None
 
     @property
     def rough(self) -> Tensor:
@@ -193,6 +183,19 @@ class _Batch:
             self.steps.index_select(0, rows) if isinstance(self.steps, Tensor) else self.steps,
             rows if self.place is None else self.place.index_select(0, rows),
         )
+
+    def let_wait(self, rows: Tensor, steps: int) -> None:
+        """Let rows wait, but for the step that they are about to take with the others."""
+        self.idle = rows
+        self.limit.index_fill_(0, rows, inf)
+        if not isinstance(self.steps, Tensor):
+            self.steps = torch.full(self.norm.shape, steps, dtype=torch.int64, device=self.norm.device)
+
+    def take_back(self, origin: Groups, layout: Layout) -> None:
+        """Take back the last step of rows that wait, where it has led nowhere."""
+        back = (self.norm < inf).logical_not_() & (self.limit == inf)
+        self.u = [torch.where(per_row(back, of), x, y) for x, y, of in zip(origin, self.u, layout, strict=True)]
+        self.norm = self.norm.masked_fill(back, 0.0)
 
 
 def _polished(system: System, tail: Sequence[Tensor], batch: _Batch, layout: Layout, done: Tensor | None) -> Groups:
