@@ -100,14 +100,16 @@ def solve_rows(
         # Quadratic convergence goes on as it did: the next norm is to this one as this was to the last, squared.
         ending = i == 0 or worst * worst * worst < loosest * before * before
         apart = (cutting and settings.ls_max_iters > 2) or (system.direct and ending)
+        # The steps of several rows may be taken together, where those of one do not depend on the others.
+        jointly = system.direct and sound
         frozen, leaving = batch.idle, None
         if count < present and (frozen is None or count < present - len(frozen)):
             resting = going.logical_not().nonzero().squeeze(-1)
-            if i == 0 or len(resting) >= max(IDLE_ROWS, IDLE_PART * present) or not (system.direct and sound):
+            if i == 0 or len(resting) >= max(IDLE_ROWS, IDLE_PART * present) or not jointly:
                 leaving = resting
             else:
                 batch.let_wait(resting, i)
-        if leaving is not None and (i == 0 or stale or not sound):
+        if leaving is not None and (i == 0 or stale or not jointly):
             some = batch.some(leaving)
             done = None if sound else some.norm < inf
             gone.keep(some, _polished(system, tail, some, of_u, done) if i > 0 else some.u, done)

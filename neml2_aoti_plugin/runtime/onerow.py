@@ -94,8 +94,10 @@ def solve_row(
 
 def _numbers(groups: Groups) -> list[float]:
     """The entries of a row."""
-    first: list[float] = groups[0].flatten().tolist()
-    return first if len(groups) == 1 else [v for x in groups for v in x.flatten().tolist()]
+    if len(groups) == 1 and groups[0].ndim == 2:
+        only: list[float] = groups[0].tolist()[0]
+        return only
+    return [v for x in groups for v in x.flatten().tolist()]
 
 
 def _moved(x: Tensor, d: Tensor) -> Tensor:

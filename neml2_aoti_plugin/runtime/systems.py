@@ -101,8 +101,10 @@ class DenseSystem(DirectSystem):
 
     def direction(self, u: Groups, g: Groups, tail: Sequence[Tensor], b: Groups, linear: Groups) -> Groups:
         """See `System.direction`."""
+        # A row without pivot comes back not finite from either solve. For one row, a solve is as cheap as half of one.
+        if len(linear) == 1 and u[0].shape[0] == 1:
+            return [torch.linalg.solve_ex(linear[0], b[0].unsqueeze(-1)).result.squeeze(-1)]
         if len(linear) == 1:
-            # A row without pivot comes back not finite from the solve.
             linear[:] = torch.linalg.lu_factor_ex(linear[0])[:2]
         return [torch.linalg.lu_solve(*linear, b[0].unsqueeze(-1)).squeeze(-1)]
 
