@@ -41,6 +41,7 @@ class Judged:
         ratio: that was measured; None if it was not.
         quartiles: of the ratio over the rounds.
         reason: why it was not measured.
+        floor: the floor's ratio to the same peer, which no runtime of these graphs can go below.
     """
 
     target: Target
@@ -49,6 +50,7 @@ class Judged:
     ratio: float | None
     quartiles: tuple[float, float] | None = None
     reason: str = ""
+    floor: float | None = None
 
     @property
     def met(self) -> bool:
@@ -100,7 +102,8 @@ def _judge_at(store: Store, target: Target, rows: int, limit: float) -> Judged:
         return Judged(target, rows, limit, None, reason=found.trouble or found.skipped.get(target.peer, "nothing"))
     ratio = found.ratio(PLUGIN, target.peer)
     reason = "" if ratio is not None else found.trouble or found.skipped.get(target.peer, "no such peer")
-    return Judged(target, rows, limit, ratio, found.spread(PLUGIN, target.peer), reason)
+    floor = found.ratio(FLOOR, target.peer) if target.peer != FLOOR else None
+    return Judged(target, rows, limit, ratio, found.spread(PLUGIN, target.peer), reason, floor)
 
 
 def growth_of_time(store: Store, name: str) -> tuple[int, float] | None:

@@ -69,7 +69,7 @@ def solve_rows(
         norm = torch.where(norm.isfinite(), norm, scaled_row_norms(b, of_r))
         worst = norm.amax().item()
     gone = _Gone(norm)
-    batch = _Batch(u, g, b, linear, norm, torch.full_like(norm, settings.atol))
+    batch = _Batch(u, g, b, linear, norm, norm, torch.full_like(norm, settings.atol))
     du: Groups = []
     alpha: Tensor | None = None
     loosest, before = inf, inf
@@ -95,7 +95,7 @@ def solve_rows(
         count = int(going.count_nonzero())
         if count == 0 or i == last:
             done = None if sound and count == 0 else ~going & (norm < inf)
-            gone.keep(batch, _polished(system, tail, batch, of_u, done) if i > 0 else batch.u, done)
+            gone.keep(batch, _polished(system, tail, batch, of_u, done, stale) if i > 0 else batch.u, done)
             return gone.rows()
         # Quadratic convergence goes on as it did: the next norm is to this one as this was to the last, squared.
         ending = i == 0 or worst * worst * worst < loosest * before * before
@@ -112,7 +112,7 @@ def solve_rows(
         if leaving is not None and (i == 0 or stale or not jointly):
             some = batch.some(leaving)
             done = None if sound else some.norm < inf
-            gone.keep(some, _polished(system, tail, some, of_u, done) if i > 0 else some.u, done)
+            gone.keep(some, _polished(system, tail, some, of_u, done, stale) if i > 0 else some.u, done)
             batch = batch.some(going.nonzero().squeeze(-1), linear=not stale)
             frozen = leaving = None
         if i == 0:
@@ -132,7 +132,7 @@ def solve_rows(
         origin, limit = batch.u, batch.limit
         step = advance(system, origin, batch.g, tail, batch.b, du, batch.norm, limit, layouts, settings, apart=apart)
         stale = step.linear is None
-        batch.u, batch.b, batch.norm = step.u, step.b, step.norm
+        batch.u, batch.b, batch.norm, batch.before = step.u, step.b, step.norm, batch.norm
         batch.linear = batch.linear if step.linear is None else step.linear
         alpha, cutting = step.alpha, step.cut
         before, worst = worst, batch.norm.amax().item()
@@ -152,6 +152,7 @@ class _Batch:
         b: `-r` there.
         linear: the last linearisation there is.
         norm: of `b`.
+        before: that norm before the last step.
         limit: that the norm has to come below; infinite for rows that wait.
         steps: taken by each row; a number where it is the same for all.
         place: of the rows in the whole batch; None while they are all of it.
@@ -163,6 +164,7 @@ class _Batch:
     b: Groups
     linear: Groups
     norm: Tensor
+    before: Tensor
     limit: Tensor
     steps: Tensor | int = 0
     place: Tensor | None = None
@@ -181,6 +183,7 @@ class _Batch:
             take(self.b, rows),
             take(self.linear, rows) if linear else [],
             self.norm.index_select(0, rows),
+            self.before.index_select(0, rows),
             self.limit.index_select(0, rows),
             self.steps.index_select(0, rows) if isinstance(self.steps, Tensor) else self.steps,
             rows if self.place is None else self.place.index_select(0, rows),
@@ -200,13 +203,34 @@ class _Batch:
         self.norm = self.norm.masked_fill(back, 0.0)
 
 
-def _polished(system: System, tail: Sequence[Tensor], batch: _Batch, layout: Layout, done: Tensor | None) -> Groups:
-    """The unknowns after the last step of those rows that have converged; of all if `done` is None."""
-    rough = batch.rough
+def _polished(
+    system: System, tail: Sequence[Tensor], batch: _Batch, layout: Layout, done: Tensor | None, stale: bool
+) -> Groups:
+    """The unknowns after the last step of those rows that have converged.
+
+    Args:
+        system: residual and Newton direction.
+        tail: promoted parameters.
+        batch: the rows.
+        layout: of the unknowns.
+        done: which have converged; None for all.
+        stale: whether the linearisation is that before the last step.
+    """
+    rough = batch.rough if done is None else batch.rough & done
     if not bool(rough.any()):
         return batch.u
-    du = system.direction(batch.u, batch.g, tail, batch.b, batch.linear)
-    return _moved(batch.u, du, rough if done is None else done & rough, layout)
+    u, g = batch.u, batch.g
+    du = system.direction(u, g, tail, batch.b, batch.linear)
+    # By an old linearisation the residual falls about as far as it fell by the last step; where that is too little for
+    # the rows that are polished, there is a new one.
+    slow = rough & (batch.norm * batch.norm > ROUGH * batch.limit * batch.before) if stale else None
+    if slow is not None and bool(slow.any()):
+        rows = slow.nonzero().squeeze(-1)
+        u_slow, g_slow = take(u, rows), take(g, rows)
+        b, linear = system.evaluate(u_slow, g_slow, tail)
+        better = system.direction(u_slow, g_slow, tail, b, linear)
+        du = [d.index_copy(0, rows, some) for d, some in zip(du, better, strict=True)]
+    return _moved(u, du, rough, layout)
 
 
 def _moved(u: Groups, du: Groups, which: Tensor, layout: Layout) -> Groups:

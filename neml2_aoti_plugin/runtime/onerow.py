@@ -53,6 +53,8 @@ def solve_row(
             log.emit("newton", "debug", f"ITERATION {i:3d}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
         if done or lost or i == last:
             if done and i > 0 and norm > ROUGH * limit:
+                if stale and norm * norm > ROUGH * limit * before:
+                    b, linear = system.evaluate(u, g, tail)
                 du = system.direction(u, g, tail, b, linear)
                 u = [_moved(x, d) for x, d in zip(u, du, strict=True)]
             return _rows(u, done, i, norm, norm0)
