@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,16 @@ class SquareRoots:
 
     def fresh(self) -> SquareRoots:
         return self
+
+
+class DoubleRoots(SquareRoots):
+    """`(u - g)^2 = 0`, where Newton's method halves the distance in each step, and no more."""
+
+    def evaluate(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> tuple[Groups, Groups]:
+        return self.residual(u, g, tail), [2.0 * (u[0] - g[0])]
+
+    def residual(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> Groups:
+        return [-((u[0] - g[0]) ** 2)]
 
 
 def solve(squares: Tensor, spoiled: float | None = None, step: float = torch.inf) -> Rows:
@@ -85,6 +96,17 @@ def test_last_step_is_one_step_however_long_the_others_take(copies: int) -> None
     alone = solve(squares[:1], spoiled=4.0, step=1e-9).unknowns[0].squeeze(-1)
     assert 1e-10 < float((alone - 2.0).abs()) < 1e-6
     torch.testing.assert_close(roots[:copies], alone.expand(copies), rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_last_step_has_its_own_jacobian_where_an_old_one_leads_too_short(rows: int) -> None:
+    roots = torch.linspace(0.0, 0.75, rows, dtype=torch.float64).unsqueeze(-1)
+    found = newton.solve_rows(
+        DoubleRoots(), [torch.ones_like(roots)], [roots], [], (LAYOUT, LAYOUT), replace(SETTINGS, rtol=0.0)
+    )
+    assert found.all_converged
+    halved = found.told.iterations.unsqueeze(-1) + 1
+    torch.testing.assert_close(found.unknowns[0] - roots, (1.0 - roots) * 0.5**halved, rtol=1e-6, atol=0.0)
 
 
 def test_lost_rows_do_not_hold_up_the_others() -> None:
