@@ -83,6 +83,9 @@ class Worker:
                 found.skipped[peer] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
                 continue
             calls[peer] = call
+        if PLUGIN not in results:
+            found.trouble = found.skipped[PLUGIN]
+            return found
         self._check(case, found, inputs, calls, results)
         results = {PLUGIN: results[PLUGIN]}
         if found.trouble:
