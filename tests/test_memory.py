@@ -10,13 +10,13 @@ import pytest
 import references
 from attacks.children import run_fresh
 
-ROWS = 200_000
+ROWS = 400_000
 UNKNOWNS = 7
-# Of each row a call keeps its outputs and, to tell how it fared, the unknowns, two norms, two counts and two flags: 18
-# numbers and a bit, where inputs and outputs have 28.
-FACTOR = 0.66
-# A block has 2 MiB of Jacobians and what they are made from; several such sets are held at once, by the allocator too.
-BLOCKS = 16 << 20
+# Of each row a call keeps its outputs and, to tell how it fared, the unknowns, two norms, a count and its place: 18
+# numbers and a bit, where inputs and outputs have 28. What lies between them, the allocator keeps as well: a third more.
+FACTOR = 0.9
+# Of a block's Jacobians several sets are held at once: two linearisations, their factors, and what graphs make them from.
+SETS = 16
 # All Jacobians, once; the C++ runtime holds several such sets.
 JACOBIANS = UNKNOWNS * UNKNOWNS * 8 * ROWS
 
@@ -37,7 +37,7 @@ assert int(converged.sum()) > 1000
 inputs = taken({name: value[converged] for name, value in pool.items()}, rows)
 outputs, growth = peak_growth(lambda: model.forward(inputs))
 given, found = (sum(x.numel() * x.element_size() for x in some.values()) for some in (inputs, outputs))
-print(json.dumps({"growth": growth, "inputs": given, "outputs": found}))
+print(json.dumps({"growth": growth, "inputs": given, "outputs": found, "block": model._caller.program.block}))
 """
 
 
@@ -46,5 +46,6 @@ def test_peak_is_bounded_by_outputs_and_a_block() -> None:
     case = references.case("viscoplasticity")
     told = json.loads(run_fresh(PROGRAM, case.artifact, case.file, ROWS, limit=120).splitlines()[-1])
     assert told["outputs"] == UNKNOWNS * 8 * ROWS
-    assert told["growth"] < FACTOR * (told["inputs"] + told["outputs"]) + BLOCKS, told
-    assert told["growth"] < 0.6 * JACOBIANS, told
+    blocks = SETS * UNKNOWNS * UNKNOWNS * 8 * told["block"]
+    assert told["growth"] < FACTOR * (told["inputs"] + told["outputs"]) + blocks, told
+    assert told["growth"] < 0.75 * JACOBIANS, told
