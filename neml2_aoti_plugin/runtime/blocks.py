@@ -16,7 +16,7 @@ from ..errors import InputError
 # The environment variable that says how many rows, in place of what is found here.
 BLOCK_ROWS = "NEML2_AOTI_PLUGIN_BLOCK_ROWS"
 
-# Measured (docs/performance.md): below, the work between graphs shows; twice the second-level cache is no worse.
+# With less the work between graphs shows; twice the second-level cache is no worse.
 LEAST_BYTES, CACHES = 4 << 20, 2
 MIN_ROWS, MAX_ROWS = 512, 1 << 16
 
