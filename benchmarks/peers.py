@@ -121,7 +121,7 @@ class Loaded:
         """The class `AOTIModel` of a peer."""
         from neml2.aoti._shim import AOTIModel as Shim
 
-        from neml2_aoti_plugin.hit import AOTIModel
+        from neml2_aoti_plugin.host.hit import AOTIModel
 
         return AOTIModel if peer == PLUGIN else Shim
 

@@ -21,11 +21,11 @@ import neml2  # noqa: F401
 import torch
 
 from neml2_aoti_plugin import Model, seal
-from neml2_aoti_plugin.artifact import passport
-from neml2_aoti_plugin.artifact.layout import locate
+from neml2_aoti_plugin.artifact import compatibility as passport
+from neml2_aoti_plugin.artifact.locate import locate
 from neml2_aoti_plugin.artifact.parse import read_metadata
-from neml2_aoti_plugin.runtime.interrupts import undisturbed
-from neml2_aoti_plugin.runtime.unpack import load_runner
+from neml2_aoti_plugin.graphs.interrupts import undisturbed
+from neml2_aoti_plugin.graphs.unpack import load_runner
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
 

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from neml2_aoti_plugin.errors import InputError as InputError
     from neml2_aoti_plugin.errors import InputTypeError as InputTypeError
     from neml2_aoti_plugin.errors import UnknownNameError as UnknownNameError
-    from neml2_aoti_plugin.hit import AOTIModel as AOTIModel
+    from neml2_aoti_plugin.host.hit import AOTIModel as AOTIModel
     from neml2_aoti_plugin.model import Model as Model
     from neml2_aoti_plugin.sealing import seal as seal
 
-_HOME = {"AOTIModel": "hit", "Model": "model", "seal": "sealing", "status": "_status"}
+_HOME = {"AOTIModel": "host.hit", "Model": "model", "seal": "sealing", "status": "_status"}
 
 
 def __getattr__(name: str) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .artifact.layout import root_of
+from .artifact.locate import root_of
 from .artifact.seal import write_seal
 
 

@@ -26,9 +26,9 @@ from neml2_aoti_plugin import (
     UnknownNameError,
 )
 from neml2_aoti_plugin.artifact.schema import Pair
-from neml2_aoti_plugin.runtime import tangents
-from neml2_aoti_plugin.runtime.substepping import _successor
-from neml2_aoti_plugin.runtime.systems import DirectSystem, solve_rows
+from neml2_aoti_plugin.program import tangents
+from neml2_aoti_plugin.program.substepping import _successor
+from neml2_aoti_plugin.program.systems import DirectSystem, solve_rows
 from references import Tensors, difference, edited
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import neml2_aoti_plugin
-from neml2_aoti_plugin import eager, log
+from neml2_aoti_plugin import log
 from neml2_aoti_plugin.errors import ConvergenceError, InputError
+from neml2_aoti_plugin.host import eager
 from stubs.catalogue import CATALOGUE
 
 neml2 = pytest.importorskip("neml2")

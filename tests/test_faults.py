@@ -245,7 +245,7 @@ def test_what_a_signal_handler_raises_reaches_the_caller(tmp_path: Path) -> None
         """
         import signal, sys, time
         import torch
-        from neml2_aoti_plugin.runtime.interrupts import one_call, undisturbed
+        from neml2_aoti_plugin.graphs.interrupts import one_call, undisturbed
 
         class TimeIsUp(Exception):
             pass

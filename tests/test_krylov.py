@@ -16,10 +16,10 @@ from torch import Tensor
 
 from neml2_aoti_plugin import log
 from neml2_aoti_plugin.errors import AOTIError
-from neml2_aoti_plugin.runtime.krylov import bicgstab, gmres, solve_linear
-from neml2_aoti_plugin.runtime.krylovstep import KrylovStep
-from neml2_aoti_plugin.runtime.layout import Group
 from neml2_aoti_plugin.settings import KrylovSettings
+from neml2_aoti_plugin.solve.groups import Group
+from neml2_aoti_plugin.solve.krylov import bicgstab, gmres, solve_linear
+from neml2_aoti_plugin.solve.krylovstep import KrylovStep
 
 METHODS = [KrylovSettings("gmres", rel_tol=1e-11), KrylovSettings("bicgstab", rel_tol=1e-11)]
 both_methods = pytest.mark.parametrize("tight", METHODS, ids=lambda s: s.method)

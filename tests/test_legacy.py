@@ -23,7 +23,7 @@ from data import collect
 from legacy import build
 from legacy.catalogue import EVERY, SCENARIOS, pairs, release_named
 from neml2_aoti_plugin import DerivativeNotCompiledError, Model
-from neml2_aoti_plugin.artifact.layout import locate
+from neml2_aoti_plugin.artifact.locate import locate
 from neml2_aoti_plugin.artifact.parse import read_metadata
 from neml2_aoti_plugin.artifact.schema import ForwardSegment, ImplicitSegment, Metadata
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from neml2_aoti_plugin import log
 from neml2_aoti_plugin.errors import ConvergenceError
-from neml2_aoti_plugin.runtime import layout, linesearch, lockstep
-from neml2_aoti_plugin.runtime.layout import Group, Layout
 from neml2_aoti_plugin.settings import NewtonSettings
+from neml2_aoti_plugin.solve import groups as layout
+from neml2_aoti_plugin.solve import linesearch, lockstep
+from neml2_aoti_plugin.solve.groups import Group, Layout
 
 DENSE: Layout = (Group("dense"),)
 TIGHT = NewtonSettings(atol=1e-10, rtol=1e-12, miters=40)

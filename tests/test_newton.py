@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from neml2_aoti_plugin.runtime import newton
-from neml2_aoti_plugin.runtime.layout import Group
-from neml2_aoti_plugin.runtime.rows import Rows
 from neml2_aoti_plugin.settings import NewtonSettings
+from neml2_aoti_plugin.solve import newton
+from neml2_aoti_plugin.solve.groups import Group
+from neml2_aoti_plugin.solve.rows import Rows
 
 Groups = list[Tensor]
 LAYOUT = (Group("dense"),)

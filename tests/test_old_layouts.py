@@ -13,7 +13,7 @@ import neml2
 import pytest
 import torch
 
-from neml2_aoti_plugin.artifact.layout import locate
+from neml2_aoti_plugin.artifact.locate import locate
 from neml2_aoti_plugin.artifact.stub import Stub, find, read_stub
 from neml2_aoti_plugin.errors import ArtifactError, ArtifactNotFoundError, InputError
 

@@ -13,7 +13,8 @@ import references
 from attacks.archives import ATTACKS, edited, recorded, swapped
 from attacks.children import run, run_fresh
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model
-from neml2_aoti_plugin.artifact import passport, processor
+from neml2_aoti_plugin.artifact import compatibility as passport
+from neml2_aoti_plugin.artifact import processor
 from neml2_aoti_plugin.artifact.package import read_signature
 from neml2_aoti_plugin.artifact.wiring import Wire, wire_fault
 

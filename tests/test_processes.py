@@ -252,7 +252,7 @@ class TestTemporaryFolders:
             """
             import sys, time
             from pathlib import Path
-            from neml2_aoti_plugin.runtime.unpack import private_folder
+            from neml2_aoti_plugin.graphs.unpack import private_folder
             with private_folder(Path("x.pt2")) as folder:
                 (folder / "half.so").write_bytes(b"half")
                 print(folder, flush=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 import references
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin.errors import InputError
-from neml2_aoti_plugin.runtime import newton
+from neml2_aoti_plugin.solve import newton
 from references import Case, Tensors, difference
 from stubs.catalogue import CATALOGUE
 

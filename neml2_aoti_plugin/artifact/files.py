@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .passport import read_package
+from .compatibility import read_package
 from .seal import expected, require
 
 

@@ -1,0 +1,1 @@
+"""What neml2 sees of a compiled model."""

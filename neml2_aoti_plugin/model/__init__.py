@@ -1,0 +1,5 @@
+"""`Model`: what callers give and get."""
+
+from .model import Model, Solution
+
+__all__ = ["Model", "Solution"]

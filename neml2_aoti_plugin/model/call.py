@@ -1,0 +1,136 @@
+"""One call of a model: admit the caller's tensors, evaluate, and give results back in the caller's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..artifact.schema import Metadata, Shape
+from ..graphs.interrupts import one_call
+from ..program.program import Evaluation, Program
+from ..program.tangents import Columns
+from ..settings import NewtonSettings
+from .admission import Boundary
+from .failure import convergence_error
+
+if TYPE_CHECKING:
+    from .promoted import PromotedParameters
+
+Tensors = dict[str, Tensor]
+
+# Nothing is recorded during a call. Where torch need not even look, an operator that neml2 has written in Python, and
+# that a graph calls, takes half the time.
+_BelowAutograd: Callable[[], AbstractContextManager[None]] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", nullcontext
+)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """Checked arguments of a call.
+
+    Args:
+        state: inputs by authored name, `(rows, *sub_batch, *base)`.
+        parameters: by authored name, `base_shape` or `(rows, *base_shape)`.
+        in_force: parameters by boundary name as they were given, `(*batch, *base)`.
+        batch: the caller's batch shape.
+    """
+
+    state: Tensors
+    parameters: Tensors
+    in_force: Tensors
+    batch: Shape
+
+    @property
+    def rows(self) -> int:
+        """Size of the flat batch axis."""
+        return prod(self.batch)
+
+
+class Caller:
+    """What all calls of a model share.
+
+    Args:
+        metadata: of the artifact.
+        boundary: what tensors the model takes.
+        program: the segments.
+        promoted: the parameters.
+    """
+
+    def __init__(self, metadata: Metadata, boundary: Boundary, program: Program, promoted: PromotedParameters) -> None:
+        self.metadata = metadata
+        self.boundary = boundary
+        self.program = program
+        self.promoted = promoted
+        self.settings: NewtonSettings | None = None
+        self._wanted = [v.name for v in metadata.outputs]
+
+    def admit(self, inputs: Mapping[str, Tensor], overrides: Mapping[str, Tensor] | None) -> Admitted:
+        """Check inputs and overrides."""
+        if not self.promoted.specs and not overrides:
+            state, batch = self.boundary.admit(inputs)
+            return Admitted(state, {}, {}, batch)
+        in_force = self.promoted.snapshot(overrides)
+        specs = self.promoted.specs
+        batches = {name: tuple(t.shape[: t.ndim - len(specs[name].base_shape)]) for name, t in in_force.items()}
+        state, batch = self.boundary.admit(inputs, [b for b in batches.values() if b])
+        rows, parameters = prod(batch), {}
+        for name, value in in_force.items():
+            spec = specs[name]
+            if batches[name]:
+                value = value.expand(batch + spec.base_shape).reshape((rows, *spec.base_shape))
+            parameters[spec.name] = value.to(self.boundary.compute_dtype) if value.is_floating_point() else value
+        return Admitted(state, parameters, in_force, batch)
+
+    def evaluate(
+        self, call: Admitted, tangents: Mapping[str, Columns] | None = None, by: Iterable[str] = ()
+    ) -> Evaluation:
+        """Evaluate the outputs, and derivatives by the seeds of `tangents` and by parameters `by` (authored names)."""
+        with one_call(), _BelowAutograd():
+            return self.program.evaluate(
+                call.state, call.parameters, call.rows, self._wanted, self.settings, tangents, by
+            )
+
+    def require_convergence(self, found: Evaluation, batch: Shape) -> None:
+        """Raise `ConvergenceError` if a row has not converged."""
+        report = found.report
+        if report is not None and not report.all_converged:
+            raise convergence_error(report, batch, self.program, self.settings, self.metadata.aliases)
+
+    def outputs(self, values: Mapping[str, Tensor], batch: Shape) -> Tensors:
+        """Outputs by boundary name in the caller's batch shape and dtype."""
+        return {port.name: self.unflatten(values[port.variable.name], batch) for port in self.boundary.outputs}
+
+    def unflatten(self, value: Tensor, batch: Shape) -> Tensor:
+        """Bring a result `(rows or 1, ...)` to the caller's batch shape and dtype."""
+        value = self.to_caller(value)
+        rows = prod(batch)
+        if value.shape[0] != rows:
+            value = value.expand((rows, *value.shape[1:]))
+        if len(batch) != 1:
+            value = value.reshape(batch + tuple(value.shape[1:]))
+        return value if value.is_contiguous() else value.contiguous()
+
+    def to_caller(self, value: Tensor) -> Tensor:
+        """Bring a result to the caller's dtype."""
+        dtype = self.boundary.dtype
+        return value.to(dtype) if value.dtype != dtype and value.is_floating_point() else value
+
+    def output_name(self, authored: str) -> str:
+        """Boundary name of an output."""
+        return self.metadata.aliases.outputs.get(authored, authored)
+
+    def input_name(self, authored: str) -> str:
+        """Boundary name of an input."""
+        return self.metadata.aliases.inputs.get(authored, authored)
+
+
+def masked(value: Tensor, converged: Tensor) -> Tensor:
+    """NaN in the rows that have not converged."""
+    return value.masked_fill(~converged.reshape(converged.shape + (1,) * (value.ndim - converged.ndim)), torch.nan)

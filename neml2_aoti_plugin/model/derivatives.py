@@ -1,0 +1,292 @@
+"""The derivative calls of a model: which were compiled, seeds, and blocks in the caller's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..artifact.schema import Shape, Variable
+from ..errors import DerivativeNotCompiledError, InputError, UnknownNameError
+from ..program.program import Evaluation
+from ..program.tangents import Columns, Seed
+from .call import Caller, Tensors
+
+Blocks = dict[str, dict[str, Tensor]]
+Pairs = tuple[tuple[str, str], ...]
+
+# What is differentiated by, as callers know it: ("input", name) or ("parameter", name).
+By = tuple[str, str]
+
+DIRECTION: Seed = ("direction", "")
+
+
+def input_pairs(caller: Caller) -> Pairs:
+    """The compiled (output, input) pairs by authored name; raises where there are none."""
+    pairs = caller.metadata.derivatives
+    if not pairs:
+        raise DerivativeNotCompiledError(
+            f"{caller.boundary.where} was compiled without derivatives by inputs. Compile it with them: "
+            "neml2-compile INPUT --model NAME -d OUT:IN (or -d : for all)."
+        )
+    return pairs
+
+
+def parameter_pairs(caller: Caller, params: Sequence[str] | None = None) -> Pairs:
+    """The compiled (output, parameter) pairs by authored name, for some parameters; raises where there are none."""
+    pairs = caller.metadata.parameter_derivatives
+    if not pairs:
+        promoted = ", ".join(caller.promoted.specs) or "none"
+        raise DerivativeNotCompiledError(
+            f"{caller.boundary.where} was compiled without derivatives by parameters (promoted: {promoted}). "
+            "Compile it with "
+            "them: neml2-compile INPUT --model NAME -p PARAMETER -d OUT:PARAMETER."
+        )
+    if params is None:
+        return pairs
+    chosen: list[tuple[str, str]] = []
+    for name in params:
+        caller.promoted.require(name)
+        found = [(o, p) for o, p in pairs if p == caller.promoted.specs[name].name]
+        if not found:
+            raise not_compiled(caller, caller.output_name(caller.metadata.outputs[0].name), ("parameter", name))
+        chosen.extend(found)
+    return tuple(chosen)
+
+
+def not_compiled(caller: Caller, out: str, by: By) -> DerivativeNotCompiledError:
+    """The error for a derivative that has no graph, by boundary names."""
+    kind, name = by
+    names = caller.input_name if kind == "input" else caller.promoted.public.__getitem__
+    pairs = caller.metadata.derivatives if kind == "input" else caller.metadata.parameter_derivatives
+    compiled = ", ".join(f"{caller.output_name(o)}:{names(i)}" for o, i in pairs)
+    flags = f"-d {out}:{name}" if kind == "input" else f"-p {name} -d {out}:{name}"
+    return DerivativeNotCompiledError(
+        f"d({out})/d({name}) was not compiled into {caller.boundary.where}; there are: {compiled or 'none'}. "
+        f"Compile it: neml2-compile INPUT --model NAME {flags}."
+    )
+
+
+def compiled(caller: Caller, out: str, by: By) -> bool:
+    """Whether a derivative has graphs, by boundary names."""
+    kind, name = by
+    authored_out = caller.boundary.output_by_name[out].variable.name
+    if kind == "input":
+        return (authored_out, caller.boundary.by_name[name].variable.name) in caller.metadata.derivatives
+    return (authored_out, caller.promoted.specs[name].name) in caller.metadata.parameter_derivatives
+
+
+def linearise(
+    caller: Caller,
+    inputs: Mapping[str, Tensor],
+    overrides: Mapping[str, Tensor] | None,
+    pairs: Sequence[tuple[str, By]],
+) -> tuple[Tensors, list[Tensor], Shape]:
+    """Evaluate the outputs and some derivatives as matrices.
+
+    Args:
+        caller: of the model.
+        inputs: as for `Model.forward`.
+        overrides: as for `Model.forward`.
+        pairs: outputs and what to differentiate them by; compiled ones.
+
+    Returns:
+        Outputs; a matrix `(*batch, entries of the output, entries of the other)` for each pair; and the batch shape.
+    """
+    call = caller.admit(inputs, overrides)
+    bys = dict.fromkeys(by for _, by in pairs)
+    seeds: dict[str, Columns] = {}
+    parameters: list[str] = []
+    inside: dict[By, Seed] = {}
+    for kind, name in bys:
+        if kind == "input":
+            authored = caller.boundary.by_name[name].variable.name
+            seeds[authored] = {(kind, authored): None}
+        else:
+            authored = caller.promoted.specs[name].name
+            parameters.append(authored)
+        inside[kind, name] = (kind, authored)
+    found = caller.evaluate(call, seeds, parameters) if bys else caller.evaluate(call)
+    caller.require_convergence(found, call.batch)
+    matrices = []
+    for out, by in pairs:
+        authored = caller.boundary.output_by_name[out].variable.name
+        value, column = found.values[authored], found.tangents[authored].get(inside[by])
+        entries = prod(value.shape[1:]), prod(natural_shape(caller, by))
+        shape = (call.rows, *entries)
+        matrix = value.new_zeros(shape) if column is None else column.expand(shape)
+        matrices.append(caller.unflatten(matrix, call.batch))
+    return caller.outputs(found.values, call.batch), matrices, call.batch
+
+
+def natural_shape(caller: Caller, by: By) -> Shape:
+    """Shape of an input or a parameter without its batch axes."""
+    kind, name = by
+    if kind == "input":
+        return caller.boundary.by_name[name].variable.natural_shape
+    return caller.promoted.specs[name].base_shape
+
+
+def jvp(
+    caller: Caller,
+    inputs: Mapping[str, Tensor],
+    tangents: Mapping[str, Tensor],
+    overrides: Mapping[str, Tensor] | None,
+) -> tuple[Tensors, Tensors]:
+    """See `Model.jvp`."""
+    pairs = input_pairs(caller)
+    outs = tuple(dict.fromkeys(o for o, _ in pairs))
+    _check_directions(caller, tangents, outs, pairs)
+    call = caller.admit(inputs, overrides)
+    seeds: dict[str, Columns] = {}
+    for name, tangent in tangents.items():
+        variable = caller.boundary.by_name[name].variable
+        checked, own = caller.boundary.batch_of(tangent, name, variable, "tangent")
+        if not _broadcasts(own, call.batch):
+            raise InputError(f"tangent {name!r} has batch {list(own)}, which does not broadcast to {list(call.batch)}.")
+        flat = caller.boundary.flatten(checked, own, call.batch, call.rows, variable)
+        seeds[variable.name] = {DIRECTION: flat.reshape((call.rows, variable.size, 1))}
+    found = caller.evaluate(call, seeds)
+    caller.require_convergence(found, call.batch)
+    along = {}
+    for out in outs:
+        value, column = found.values[out], found.tangents[out].get(DIRECTION)
+        flat = torch.zeros_like(value) if column is None else column.expand(call.rows, -1, -1).reshape(value.shape)
+        along[caller.output_name(out)] = caller.unflatten(flat, call.batch)
+    return caller.outputs(found.values, call.batch), along
+
+
+def _check_directions(caller: Caller, tangents: Iterable[str], outs: Iterable[str], pairs: Pairs) -> None:
+    """A direction along an input must find every pair it needs; a missing one must not count as zero."""
+    compiled = frozenset(pairs)
+    for name in tangents:
+        port = caller.boundary.by_name.get(name)
+        if port is None:
+            raise UnknownNameError(
+                f"tangent {name!r} is not an input of {caller.boundary.where}; the inputs are: "
+                f"{', '.join(caller.boundary.by_name)}."
+            )
+        for out in outs:
+            if (out, port.variable.name) not in compiled:
+                raise not_compiled(caller, caller.output_name(out), ("input", name))
+
+
+def _broadcasts(own: Shape, batch: Shape) -> bool:
+    return len(own) <= len(batch) and all(a in (1, b) for a, b in zip(own[::-1], batch[::-1], strict=False))
+
+
+def jacobian(
+    caller: Caller, inputs: Mapping[str, Tensor], overrides: Mapping[str, Tensor] | None
+) -> tuple[Tensors, Blocks]:
+    """See `Model.jacobian`."""
+    pairs = input_pairs(caller)
+    call = caller.admit(inputs, overrides)
+    direct = caller.program.single_forward_blocks(call.state, call.parameters, call.rows, pairs)
+    if direct is not None:
+        values, found, constant = direct
+        blocks: Blocks = {}
+        for (out, wrt), block in found.items():
+            once = (out, wrt) in constant and block.shape[0] == 1
+            shaped = caller.to_caller(block[0]).contiguous() if once else caller.unflatten(block, call.batch)
+            blocks.setdefault(caller.output_name(out), {})[caller.input_name(wrt)] = shaped
+        return caller.outputs(values, call.batch), blocks
+    seeds: dict[str, Columns] = {wrt: {("input", wrt): None} for wrt in dict.fromkeys(i for _, i in pairs)}
+    evaluation = caller.evaluate(call, seeds)
+    caller.require_convergence(evaluation, call.batch)
+    variables = {v.name: v for v in caller.metadata.inputs}
+    names = caller.metadata.aliases.inputs
+    return caller.outputs(evaluation.values, call.batch), blocks_of(
+        caller, evaluation, call.batch, pairs, "input", variables, names
+    )
+
+
+def param_jacobian(
+    caller: Caller,
+    inputs: Mapping[str, Tensor],
+    overrides: Mapping[str, Tensor] | None,
+    params: Sequence[str] | None = None,
+) -> tuple[Tensors, Blocks, Tensors]:
+    """See `Model.param_jacobian`; gives the parameters in force as well."""
+    pairs = parameter_pairs(caller, params)
+    call = caller.admit(inputs, overrides)
+    evaluation = caller.evaluate(call, {}, dict.fromkeys(p for _, p in pairs))
+    caller.require_convergence(evaluation, call.batch)
+    variables = {p.name: Variable(p.name, p.base_shape) for p in caller.metadata.parameters}
+    blocks = blocks_of(caller, evaluation, call.batch, pairs, "parameter", variables, caller.promoted.public)
+    return caller.outputs(evaluation.values, call.batch), blocks, call.in_force
+
+
+def blocks_of(
+    caller: Caller,
+    found: Evaluation,
+    batch: Shape,
+    pairs: Pairs,
+    kind: str,
+    wrt: Mapping[str, Variable],
+    names: Mapping[str, str],
+) -> Blocks:
+    """Derivative blocks by boundary names, `(*batch, *out_shape, *wrt_shape)`; zero for pairs that do not depend.
+
+    Args:
+        caller: of the model.
+        found: an evaluation with derivatives by seeds `(kind, name)`.
+        batch: the caller's batch shape.
+        pairs: authored names.
+        kind: of the seeds.
+        wrt: the variables by which.
+        names: their boundary names, where they differ.
+    """
+    blocks: Blocks = {}
+    for out, by in pairs:
+        value, column = found.values[out], found.tangents[out].get((kind, by))
+        rows = value.shape[0]
+        shape = (rows, *value.shape[1:], *wrt[by].natural_shape)
+        block = value.new_zeros(shape) if column is None else column.expand(rows, -1, -1).reshape(shape)
+        blocks.setdefault(caller.output_name(out), {})[names.get(by, by)] = caller.unflatten(block, batch)
+    return blocks
+
+
+def param_vjp(
+    caller: Caller,
+    inputs: Mapping[str, Tensor],
+    cotangents: Mapping[str, Tensor],
+    overrides: Mapping[str, Tensor] | None,
+    params: Sequence[str] | None = None,
+) -> Tensors:
+    """See `Model.param_vjp`."""
+    pairs = parameter_pairs(caller, params)
+    needed = list(dict.fromkeys(caller.output_name(o) for o, _ in pairs))
+    absent = [name for name in needed if name not in cotangents]
+    unknown = [name for name in cotangents if name not in caller.boundary.output_by_name]
+    if absent or unknown:
+        raise UnknownNameError(
+            f"cotangents of {caller.boundary.where}: missing {absent}, unknown {unknown}; outputs with compiled "
+            "parameter "
+            f"derivatives are: {', '.join(needed)}."
+        )
+    outputs, blocks, in_force = param_jacobian(caller, inputs, overrides, params)
+    gradients: Tensors = {}
+    for out, parameter in pairs:
+        public, name = caller.output_name(out), caller.promoted.public[parameter]
+        cotangent = _cotangent(caller, public, cotangents[public], outputs[public])
+        block = blocks[public][name]
+        base = block.ndim - cotangent.ndim
+        weighted = block * cotangent.reshape(cotangent.shape + (1,) * base)
+        batch_rank = cotangent.ndim - len(caller.boundary.output_by_name[public].variable.base_shape)
+        axes = tuple(range(batch_rank, cotangent.ndim))
+        term = weighted.sum(axes) if axes else weighted
+        gradients[name] = gradients[name] + term if name in gradients else term
+    return {name: gradient.sum_to_size(in_force[name].shape) for name, gradient in sorted(gradients.items())}
+
+
+def _cotangent(caller: Caller, name: str, cotangent: Tensor, output: Tensor) -> Tensor:
+    caller.boundary.check_type(cotangent, name, "cotangent")
+    try:
+        return cotangent.detach().expand(output.shape)
+    except RuntimeError:
+        raise InputError(
+            f"cotangent {name!r} has shape {tuple(cotangent.shape)}, which does not broadcast to the output's "
+            f"{tuple(output.shape)}."
+        ) from None

@@ -1,0 +1,75 @@
+"""Tell which rows did not converge, and hand on their iterates where that is asked for."""
+
+from __future__ import annotations
+
+import os
+from math import prod
+
+import torch
+
+from .. import errors
+from ..artifact.schema import Aliases, Shape
+from ..program.implicit import ImplicitStage
+from ..program.program import Program
+from ..program.report import Report
+from ..settings import NewtonSettings
+
+CAPTURE = "NEML2_CAPTURE_SOLVE_FAILURE"
+SHOWN = 5
+
+
+def capturing() -> bool:
+    """Whether failed solves hand on their iterates; read anew at each failure."""
+    return os.environ.get(CAPTURE, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def convergence_error(
+    report: Report, batch: Shape, program: Program, settings: NewtonSettings | None, aliases: Aliases
+) -> RuntimeError:
+    """The error for an evaluation in which rows did not converge.
+
+    Args:
+        report: of the evaluation.
+        batch: the caller's batch shape.
+        program: that was evaluated.
+        settings: Newton settings in place of the artifact's.
+        aliases: names at the boundary.
+
+    Returns:
+        A `ConvergenceError`; with `converged_mask` and `unknowns` if failures are captured.
+    """
+    failed = (~report.converged).nonzero().squeeze(-1)
+    first = failed[:SHOWN]
+    segment = int(report.segment[first[0]])
+    stage = program.stages[segment]
+    assert isinstance(stage, ImplicitStage), "only implicit segments fail to converge"
+    used = settings or stage.spec.newton
+    lost = ~report.norm.isfinite() & ~report.converged
+    total = prod(batch)
+    kind = "diverged (non-finite residual)" if bool(lost[failed].all()) else "not converged"
+    steps = int(report.iterations[failed].max())
+    level = stage.spec.max_substepping_level
+    lines = [
+        f"Newton solve {kind}: {len(failed)} of {total} row(s) failed after at most {steps} iteration(s) "
+        f"(miters={used.miters}, atol={used.atol:.1e}, rtol={used.rtol:.1e}"
+        + (f", max_substepping_level={level}" if level else "")
+        + f", segment {segment})."
+    ]
+    norms, norms0, iterations = (x[first].tolist() for x in (report.norm, report.norm0, report.iterations))
+    for row, norm, norm0, count in zip(first.tolist(), norms, norms0, iterations, strict=True):
+        place = [int(k) for k in torch.unravel_index(torch.tensor(row), batch)] if len(batch) > 1 else row
+        state = "diverged" if norm != norm or norm == float("inf") else "not converged"
+        lines.append(f"  row {place}: {state} at iteration {count}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
+    if len(failed) > SHOWN:
+        lines.append(f"  ... and {len(failed) - SHOWN} more")
+    remedy = "reduce the outer step" if level else "reduce the time step"
+    lines.append(f"Try a better predictor, a line search, or {remedy}; Model.solve returns the rows that converge.")
+    error = errors.ConvergenceError("\n".join(lines))
+    if capturing():
+        names = {**aliases.inputs, **aliases.outputs}
+        error.converged_mask = report.tried.reshape(batch)  # type: ignore[attr-defined]
+        error.unknowns = {  # type: ignore[attr-defined]
+            names.get(name, name): value.reshape(batch + tuple(value.shape[1:]))
+            for name, value in report.unknowns.items()
+        }
+    return error

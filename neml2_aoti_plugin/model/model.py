@@ -1,0 +1,407 @@
+"""`Model`: a compiled model over raw tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifact.compatibility import check
+from ..artifact.locate import locate
+from ..artifact.parse import read_metadata
+from ..artifact.schema import Shape
+from ..errors import InputError
+from ..program.program import Program
+from ..settings import newton_settings
+from . import autograd, derivatives, recipe
+from .admission import Boundary
+from .call import Caller, Tensors, masked
+from .derivatives import Blocks, By
+from .module import CompiledModule
+from .plan import direct_call
+from .promoted import PromotedParameters
+
+MODE = "NEML2_AOTI_PLUGIN_MODE"
+MODES = ("rowwise", "lockstep")
+
+# What `Model._load` makes, and no pickle holds.
+_LOADED = ("artifact", "inputs", "outputs", "_metadata", "_boundary", "_caller", "_direct", "_files")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Outputs with how each row fared.
+
+    Args:
+        outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that did not converge.
+        converged: `(*batch,)`, bool.
+        iterations: number of Newton updates of each row, `(*batch,)`; 0 for a model without implicit segments.
+    """
+
+    outputs: Tensors
+    converged: Tensor
+    iterations: Tensor
+
+
+class Model(CompiledModule):
+    """A compiled model: raw tensors in, raw tensors out.
+
+    Inputs are dicts from name to tensor `(*batch, *sub_batch, *base)`, with batch shapes of any rank that broadcast.
+    A torch module: autograd follows `forward`, by inputs and promoted parameters that require grad; the promoted
+    parameters are frozen until `requires_grad_()`. What the other calls return is detached. Copies and pickles hold
+    where the artifact is and not the artifact; they load it anew and refuse another one.
+
+    Args:
+        artifact: the artifact's folder, its metadata file, or a folder inside it.
+        device: device to run on; torch's current default device if not given.
+        dtype: `float64` or `float32`; if not given, float64 where compiled, else the only one compiled.
+        mode: `rowwise` (each row of a batch iterates on its own) or `lockstep` (all rows iterate until the slowest has
+            converged, with the iterates of neml2's C++ runtime); the environment variable `NEML2_AOTI_PLUGIN_MODE` if
+            not given, else `rowwise`.
+        solver: Newton settings in place of the artifact's own, by the field names of `NewtonSettings`.
+
+    Raises:
+        ArtifactNotFoundError: there is no artifact, or none for that device and dtype.
+        ArtifactError: the artifact is damaged, of an unknown schema, or made for another machine.
+        InputError: an argument has no such value.
+    """
+
+    def __init__(
+        self,
+        artifact: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        *,
+        mode: str | None = None,
+        solver: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.mode = _mode(mode)
+        self._given = Path(artifact).absolute()
+        self._solver = dict(solver) if solver else None
+        self._load(device, dtype)
+
+    def _load(self, device: str | torch.device | None, dtype: str | torch.dtype | None) -> None:
+        """Load a leaf; the promoted parameters stay what they are."""
+        place = locate(self._given, device, dtype)
+        metadata = read_metadata(place.metadata, solver=self._solver)
+        check(metadata, place)
+        program = Program(metadata, place.leaf, place.device, self.mode == "lockstep")
+        boundary = Boundary(metadata, place.device, place.dtype, program.dtype, str(place.metadata.parent))
+        promoted = PromotedParameters(metadata, boundary, self)
+        self.artifact = place.metadata.parent
+        self._metadata, self._boundary = metadata, boundary
+        self._caller = Caller(metadata, boundary, program, promoted)
+        self._direct = direct_call(program, boundary)
+        self._files = recipe.files_of(place)
+        self.inputs = {port.name: replace(port.variable, name=port.name) for port in boundary.inputs}
+        self.outputs = {port.name: replace(port.variable, name=port.name) for port in boundary.outputs}
+
+    @property
+    def _promoted(self) -> PromotedParameters:
+        return self._caller.promoted
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        settings = self._caller.settings
+        self._load(device, dtype)
+        self._caller.settings = settings
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        return self.device, self.dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels: where the artifact is, which leaf, the options and the parameters; not what was loaded."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _LOADED}
+        made = recipe.Recipe(self._given, self.device, self.dtype, self._caller.settings, recipe.digests(self._files))
+        return {**state, "_recipe": made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the leaf anew, if the artifact is the same."""
+        made: recipe.Recipe = state["_recipe"]
+        super().__setstate__({name: value for name, value in state.items() if name != "_recipe"})
+        recipe.require_same(made, locate(made.artifact, made.device, made.dtype))
+        self._load(made.device, made.dtype)
+        self._caller.settings = made.settings
+
+    # -- what the model is ------------------------------------------------------------------------------------------
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the inputs, in the model's order."""
+        return [port.name for port in self._boundary.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs, in the model's order."""
+        return [port.name for port in self._boundary.outputs]
+
+    @property
+    def input_base_shapes(self) -> list[list[int]]:
+        """Base shape of each input, in the order of `input_names`."""
+        return [list(port.variable.base_shape) for port in self._boundary.inputs]
+
+    @property
+    def output_base_shapes(self) -> list[list[int]]:
+        """Base shape of each output, in the order of `output_names`."""
+        return [list(port.variable.base_shape) for port in self._boundary.outputs]
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the model runs on."""
+        return self._boundary.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of inputs and outputs."""
+        return self._boundary.dtype
+
+    @property
+    def derivative_pairs(self) -> list[tuple[str, str]]:
+        """The (output, input) pairs whose derivatives were compiled."""
+        caller = self._caller
+        return [(caller.output_name(o), caller.input_name(i)) for o, i in self._metadata.derivatives]
+
+    @property
+    def parameter_derivative_pairs(self) -> list[tuple[str, str]]:
+        """The (output, parameter) pairs whose derivatives were compiled."""
+        public, out = self._promoted.public, self._caller.output_name
+        return [(out(o), public[p]) for o, p in self._metadata.parameter_derivatives]
+
+    def __repr__(self) -> str:
+        leaf = f"{self.device}/{str(self.dtype).removeprefix('torch.')}"
+        return f"Model({str(self.artifact)!r}, {leaf}: {', '.join(self.input_names)} -> {', '.join(self.output_names)})"
+
+    # -- solver settings --------------------------------------------------------------------------------------------
+
+    def set_solver_config(
+        self,
+        atol: float,
+        rtol: float,
+        miters: int,
+        ls_type: str,
+        ls_max_iters: int,
+        ls_cutback: float,
+        ls_c: float,
+        substep_del_tol: float = 1e-6,
+    ) -> None:
+        """Replace the Newton settings of all implicit segments; see `NewtonSettings` for the arguments.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        self._caller.settings = newton_settings(
+            atol=atol,
+            rtol=rtol,
+            miters=miters,
+            ls_type=ls_type,
+            ls_max_iters=ls_max_iters,
+            ls_cutback=ls_cutback,
+            ls_c=ls_c,
+            substep_del_tol=substep_del_tol,
+        )
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None) -> Tensors:
+        """Evaluate the outputs.
+
+        Args:
+            inputs: by name, each `(*batch, *sub_batch, *base)`.
+            param_overrides: values of promoted parameters for this call only, `(*batch, *base)`.
+
+        Returns:
+            Outputs by name in the order of `output_names`, `(*batch, *sub_batch, *base)`.
+
+        Raises:
+            ConvergenceError: rows of an implicit segment did not converge.
+            InputError: an input or an override does not fit.
+        """
+        if self._direct is not None and not param_overrides:
+            found = self._direct(inputs)
+            if found is not None:
+                return found
+        return self.forward_with_batch(inputs, param_overrides)[0]
+
+    def forward_with_batch(
+        self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensors, Shape]:
+        """As `forward`; gives the common batch shape of the inputs as well."""
+        if autograd.is_followed(self._caller, inputs, param_overrides):
+            outputs, _, batch = autograd.linearise(self._caller, inputs, param_overrides)
+            return outputs, batch
+        with torch.no_grad():
+            call = self._caller.admit(inputs, param_overrides)
+            found = self._caller.evaluate(call)
+            self._caller.require_convergence(found, call.batch)
+            return self._caller.outputs(found.values, call.batch), call.batch
+
+    def linearise(
+        self,
+        inputs: Mapping[str, Tensor],
+        pairs: Sequence[tuple[str, str]],
+        param_overrides: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensors, list[Tensor], Shape]:
+        """Evaluate the outputs and the derivatives of chosen pairs as matrices; autograd follows the outputs.
+
+        Args:
+            inputs: as for `forward`.
+            pairs: (output, input) pairs.
+            param_overrides: as for `forward`.
+
+        Returns:
+            Outputs; for each pair a matrix `(*batch, entries of the output, entries of the input)`, where entries are
+            those of sub-batch and base; and the batch shape.
+
+        Raises:
+            DerivativeNotCompiledError: a pair was not compiled.
+            ConvergenceError: as for `forward`.
+            InputError: as for `forward`.
+        """
+        wanted: list[tuple[str, By]] = [(out, ("input", name)) for out, name in pairs]
+        for out, by in wanted:
+            if not derivatives.compiled(self._caller, out, by):
+                raise derivatives.not_compiled(self._caller, out, by)
+        if autograd.is_followed(self._caller, inputs, param_overrides):
+            return autograd.linearise(self._caller, inputs, param_overrides, wanted)
+        with torch.no_grad():
+            return derivatives.linearise(self._caller, inputs, param_overrides, wanted)
+
+    def solve(self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None) -> Solution:
+        """Evaluate the outputs of the rows that converge, without raising for the others.
+
+        Args:
+            inputs: as for `forward`.
+            param_overrides: as for `forward`.
+
+        Returns:
+            Outputs, which rows converged, and the Newton updates of each.
+        """
+        with torch.no_grad():
+            call = self._caller.admit(inputs, param_overrides)
+            found = self._caller.evaluate(call)
+            outputs, report = self._caller.outputs(found.values, call.batch), found.report
+            if report is None:
+                converged = torch.ones(call.batch, dtype=torch.bool, device=self.device)
+                return Solution(outputs, converged, torch.zeros(call.batch, dtype=torch.int64, device=self.device))
+            converged = report.converged.reshape(call.batch)
+            if not report.all_converged:
+                outputs = {name: masked(value, converged) for name, value in outputs.items()}
+            return Solution(outputs, converged, report.iterations.reshape(call.batch))
+
+    def jvp(
+        self,
+        inputs: Mapping[str, Tensor],
+        tangents: Mapping[str, Tensor],
+        param_overrides: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensors, Tensors]:
+        """Evaluate the outputs and their derivatives along a direction of the inputs.
+
+        Args:
+            inputs: as for `forward`.
+            tangents: direction by input name, `(*batch, *sub_batch, *base)`; zero for inputs that are absent.
+            param_overrides: as for `forward`.
+
+        Returns:
+            Outputs, and the derivative along the direction of each output that is in a compiled pair.
+
+        Raises:
+            DerivativeNotCompiledError: no derivative was compiled, or one that the direction needs was not.
+            ConvergenceError: as for `forward`.
+            InputError: as for `forward`.
+        """
+        with torch.no_grad():
+            return derivatives.jvp(self._caller, inputs, tangents, param_overrides)
+
+    def jacobian(
+        self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensors, Blocks]:
+        """Evaluate the outputs and the compiled derivative blocks.
+
+        Args:
+            inputs: as for `forward`.
+            param_overrides: as for `forward`.
+
+        Returns:
+            Outputs, and `J[out][in]` for each compiled pair, `(*batch, *out_base, *in_base)`. A block of a model of one
+            forward segment that does not depend on the batch is `(*out_base, *in_base)`; one between sub-batched
+            variables is per site, `(*batch, *sub_batch, *out_base, *in_base)`.
+
+        Raises:
+            DerivativeNotCompiledError: no derivative was compiled.
+            ConvergenceError: as for `forward`.
+            InputError: as for `forward`.
+        """
+        if self._direct is not None and not param_overrides:
+            found = self._direct.jacobian(inputs)
+            if found is not None:
+                return found
+        with torch.no_grad():
+            return derivatives.jacobian(self._caller, inputs, param_overrides)
+
+    def param_jacobian(
+        self,
+        inputs: Mapping[str, Tensor],
+        param_overrides: Mapping[str, Tensor] | None = None,
+        *,
+        params: Sequence[str] | None = None,
+    ) -> tuple[Tensors, Blocks]:
+        """Evaluate the outputs and the compiled derivative blocks by promoted parameters.
+
+        Args:
+            inputs: as for `forward`.
+            param_overrides: as for `forward`.
+            params: names of the parameters to differentiate by; all that were compiled if not given.
+
+        Returns:
+            Outputs, and `P[out][parameter]` for each compiled pair, `(*batch, *out_base, *parameter_base)`.
+
+        Raises:
+            DerivativeNotCompiledError: no derivative by a parameter was compiled, or none by one of `params`.
+            ConvergenceError: as for `forward`.
+            InputError: as for `forward`.
+        """
+        with torch.no_grad():
+            outputs, blocks, _ = derivatives.param_jacobian(self._caller, inputs, param_overrides, params)
+        return outputs, blocks
+
+    def param_vjp(
+        self,
+        inputs: Mapping[str, Tensor],
+        cotangents: Mapping[str, Tensor],
+        param_overrides: Mapping[str, Tensor] | None = None,
+        *,
+        params: Sequence[str] | None = None,
+    ) -> Tensors:
+        """Contract cotangents of the outputs with the derivatives by promoted parameters.
+
+        Args:
+            inputs: as for `forward`.
+            cotangents: by output name, each broadcasting to `(*batch, *out_base)`.
+            param_overrides: as for `forward`.
+            params: as for `param_jacobian`.
+
+        Returns:
+            Gradient by parameter name, of the shape of the value in force: summed over the batch where the value is
+            common to it.
+
+        Raises:
+            DerivativeNotCompiledError: as for `param_jacobian`.
+            UnknownNameError: a cotangent is absent or not that of an output.
+            ConvergenceError: as for `forward`.
+            InputError: as for `forward`.
+        """
+        with torch.no_grad():
+            return derivatives.param_vjp(self._caller, inputs, cotangents, param_overrides, params)
+
+
+def _mode(mode: str | None) -> str:
+    found = mode or os.environ.get(MODE) or "rowwise"
+    if found not in MODES:
+        source = "mode" if mode else f"the environment variable {MODE}"
+        raise InputError(f"{source} is {found!r}, expected one of {', '.join(MODES)}.")
+    return found

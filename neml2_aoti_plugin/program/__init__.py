@@ -1,0 +1,1 @@
+"""The segments of a model, evaluated over rows."""

@@ -1,0 +1,276 @@
+"""A leaf made ready to run: its segments with their graphs, evaluated over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..artifact.schema import ForwardSegment, Metadata, Variable
+from ..graphs.graph import Graph, PinnedGraph
+from ..settings import NewtonSettings
+from ..solve.rows import Rows
+from . import substepping
+from .blocks import block_rows, cut
+from .explicit import ForwardStage
+from .implicit import ImplicitStage
+from .parameters import Values
+from .report import Outcome, Report
+from .tangents import Columns, Seed, Tangents, dense, per_site, select
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation gives.
+
+    Args:
+        values: the variables that were asked for, `(rows, ...)`.
+        tangents: their derivatives by each seed, `(rows, entries, m)`; a seed that does not reach them is absent.
+        report: how the solves fared; None where the model has none.
+    """
+
+    values: dict[str, Tensor]
+    tangents: dict[str, dict[Seed, Tensor]]
+    report: Report | None
+
+
+class Program:
+    """The segments of a leaf with their graphs.
+
+    Args:
+        metadata: of the artifact.
+        leaf: the folder of the graphs.
+        device: that they run on.
+        lockstep: whether Newton solves iterate all rows until the slowest has converged.
+    """
+
+    def __init__(self, metadata: Metadata, leaf: Path, device: torch.device, lockstep: bool) -> None:
+        self.metadata = metadata
+        self.lockstep = lockstep
+        self.device = device
+        self._leaf = leaf
+        self._graphs: dict[str, Graph] = {}
+        self.batch_axes: tuple[int | None, ...] = (None,)
+        self.dtype = torch.float64
+        self._trace_facts()
+        self.stages: list[ForwardStage | ImplicitStage] = []
+        for segment in metadata.segments:
+            if isinstance(segment, ForwardSegment):
+                self.stages.append(ForwardStage(segment, self.graph, self._takes_rows_of_parameters(segment)))
+            else:
+                self.stages.append(ImplicitStage(segment, self.graph, device, lockstep))
+        self._common = {name for stage in self.stages for name in stage.common_parameters}
+        self._base_ranks = {p.name: len(p.base_shape) for p in metadata.parameters}
+        self.implicit = [s for s in self.stages if isinstance(s, ImplicitStage)]
+        # Rows to solve at a time; None for all of them.
+        blockwise = self.implicit and not lockstep and device.type == "cpu"
+        self.block = block_rows(stage.spec for stage in self.implicit) if blockwise else None
+
+    def graph(self, file: str) -> Graph:
+        """The graph of a file of the leaf; one object however often it is named."""
+        if file not in self._graphs:
+            path = self._leaf / file
+            standard = self.batch_axes == (None,)
+            self._graphs[file] = (
+                Graph(path, self.device) if standard else PinnedGraph(path, self.device, self.batch_axes)
+            )
+        return self._graphs[file]
+
+    def _trace_facts(self) -> None:
+        """Learn the traced batch axes and the true dtype from the first graph: the metadata does not tell them."""
+        first = self.metadata.segments[0]
+        if isinstance(first, ForwardSegment):
+            known: dict[str, Variable] = {v.name: v for v in self.metadata.inputs}
+            ranks = {i: len(known[name].natural_shape) for i, name in enumerate(first.taken) if name in known}
+            file = first.value
+        else:
+            group = first.unknowns[0]
+            ranks = {0: 1 if group.structure == "dense" else len(group.sub_batch_shape) + 1}
+            file = first.residual
+        signature = Graph(self._leaf / file, self.device).signature
+        if signature is None or not ranks or max(ranks) >= len(signature.arguments):
+            return
+        place, rank = next(iter(ranks.items()))
+        argument = signature.arguments[place]
+        self.dtype = argument.dtype
+        self.batch_axes = argument.extents[: len(argument.extents) - rank]
+
+    def _takes_rows_of_parameters(self, segment: ForwardSegment) -> bool:
+        """Whether a forward graph takes promoted parameters with the batch axes, or as stored."""
+        signature = self.graph(segment.value).signature if segment.parameters else None
+        if signature is None or len(signature.arguments) != len(segment.taken):
+            return True
+        base_ranks = {p.name: len(p.base_shape) for p in self.metadata.parameters}
+        return all(
+            len(argument.extents) == base_ranks[name] + len(self.batch_axes)
+            for argument, name in zip(signature.arguments, segment.taken, strict=True)
+            if name in segment.parameters
+        )
+
+    def evaluate(
+        self,
+        state: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        rows: int,
+        wanted: Iterable[str],
+        settings: NewtonSettings | None = None,
+        tangents: Mapping[str, Columns] | None = None,
+        by: Iterable[str] = (),
+    ) -> Evaluation:
+        """Evaluate the segments for all rows.
+
+        Args:
+            state: the inputs by authored name, `(rows, *sub_batch, *base)`.
+            parameters: values by authored name, `base_shape` or `(rows, *base_shape)`.
+            rows: the batch.
+            wanted: names of the variables to return.
+            settings: Newton settings in place of the artifact's.
+            tangents: derivatives of the inputs, if derivatives are wanted.
+            by: parameters to differentiate by.
+
+        Returns:
+            Values, derivatives and the report of the solves.
+        """
+        values = Values(parameters, self._base_ranks)
+        names, seeds = list(wanted), frozenset(by)
+        parts = list(self._parts(values, rows))
+        if len(parts) == 1 and parts[0][0] is None:
+            return self._run(dict(state), values, rows, names, settings, tangents, seeds)
+        whole: Evaluation | None = None
+        for index, fixed in parts:
+            assert index is not None
+            part_state = {name: value[index] for name, value in state.items()}
+            part_tangents = None if tangents is None else select(tangents, index)
+            count = next(iter(part_state.values())).shape[0] if part_state else rows
+            part = self._run(part_state, values.take(index, fixed), count, names, settings, part_tangents, seeds)
+            whole = _blank(part, rows) if whole is None else whole
+            _write(whole, part, index, rows)
+        assert whole is not None
+        return whole
+
+    def single_forward_blocks(
+        self, state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], rows: int, pairs: Iterable[tuple[str, str]]
+    ) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor], frozenset[tuple[str, str]]] | None:
+        """Values and derivative blocks of a model that is one forward segment, as its graph gives them.
+
+        Args:
+            state: as for `evaluate`.
+            parameters: as for `evaluate`.
+            rows: the batch.
+            pairs: authored (output, input) pairs.
+
+        Returns:
+            The outputs, each block `(rows or 1, *sites, *out_base, *in_base)`, and the pairs whose block is known not
+            to depend on the row; None where the model is another.
+        """
+        stage = self.stages[0]
+        values = Values(parameters, self._base_ranks)
+        alone = len(self.stages) == 1 and isinstance(stage, ForwardStage) and stage.spec.jacobian is not None
+        if not alone or not isinstance(stage, ForwardStage) or values.per_row(self._common):
+            return None
+        found = dict(state)
+        blocks = {(pair.out, pair.wrt): (pair, block) for pair, block in stage.blocks(found, values, rows)}
+        shaped: dict[tuple[str, str], Tensor] = {}
+        variables = {v.name: v for v in (*self.metadata.inputs, *self.metadata.outputs)}
+        for out, wrt in pairs:
+            if (out, wrt) in blocks:
+                pair, block = blocks[out, wrt]
+                value = found[out]
+                sites = tuple(value.shape[1 : value.ndim - len(pair.out_base_shape)])
+                shaped[out, wrt] = per_site(block, pair, sites, stage.spec.value)
+            else:
+                base = variables[out].base_shape + variables[wrt].base_shape
+                shaped[out, wrt] = found[out].new_zeros((1, *base))
+        constant = frozenset(key for key, (pair, _) in blocks.items() if pair.constant)
+        return {v.name: found[v.name] for v in self.metadata.outputs}, shaped, constant
+
+    def _parts(self, values: Values, rows: int) -> Iterator[tuple[Tensor | slice | None, dict[str, Tensor]]]:
+        """Cut the rows into those that share the parameters which graphs take only once, and into blocks."""
+        varying = values.per_row(self._common)
+        if not varying or rows == 0:
+            fixed = {name: values[name].new_empty(values[name].shape[1:]) for name in varying}
+            yield from ((part, fixed) for part in self._blocks(rows, whole=not varying))
+            return
+        stacked = torch.cat([values[name].reshape(rows, -1).to(torch.float64) for name in varying], -1)
+        kinds, kind = torch.unique(stacked, dim=0, return_inverse=True)
+        for k in range(kinds.shape[0]):
+            members = (kind == k).nonzero().squeeze(-1)
+            fixed = {name: values[name][members[0]] for name in varying}
+            for part in self._blocks(len(members), whole=False):
+                yield members[part], fixed
+
+    def _blocks(self, rows: int, *, whole: bool) -> Iterator[slice | None]:
+        parts = [slice(0, rows)] if self.block is None else list(cut(rows, self.block))
+        yield from (parts if len(parts) > 1 or not whole else [None])
+
+    def _run(
+        self,
+        state: dict[str, Tensor],
+        values: Values,
+        rows: int,
+        wanted: list[str],
+        settings: NewtonSettings | None,
+        tangents: Mapping[str, Columns] | None,
+        by: frozenset[str],
+    ) -> Evaluation:
+        carried: Tangents | None = None if tangents is None else dict(tangents)
+        outcomes: list[Outcome] = []
+        for i, stage in enumerate(self.stages):
+            if isinstance(stage, ForwardStage):
+                if carried is None:
+                    stage.run(state, values, rows)
+                else:
+                    stage.run_with_tangents(state, values, rows, carried, by)
+                continue
+            outcome, tried = self._run_implicit(stage, state, values, rows, settings or stage.spec.newton, carried, by)
+            outcomes.append(Outcome(i, stage, outcome, tried))
+        found: dict[str, dict[Seed, Tensor]] = {}
+        if carried is not None:
+            found = {name: dense(carried.get(name, {}), state[name]) for name in wanted}
+        report = Report(rows, [(None, outcomes)]) if outcomes else None
+        return Evaluation({name: state[name] for name in wanted}, found, report)
+
+    def _run_implicit(
+        self,
+        stage: ImplicitStage,
+        state: dict[str, Tensor],
+        values: Values,
+        rows: int,
+        settings: NewtonSettings,
+        carried: Tangents | None,
+        by: frozenset[str],
+    ) -> tuple[Rows, Rows]:
+        """Solve a segment; give the outcome of its rows, and that of their first try."""
+        if stage.spec.max_substepping_level > 0:
+            return substepping.solve(stage, state, values, rows, settings, carried, by)
+        stage.guess(state, rows)
+        solved = stage.solve(state, values, rows, settings)
+        if carried is not None:
+            carried.update(stage.carry(solved, values, carried, by))
+        return solved.rows, solved.rows
+
+
+def _blank(part: Evaluation, rows: int) -> Evaluation:
+    """Room for the whole batch, of the form that one part has."""
+    return Evaluation(
+        {name: x.new_empty((rows, *x.shape[1:])) for name, x in part.values.items()},
+        {name: {} for name in part.tangents},
+        None if part.report is None else Report(rows),
+    )
+
+
+def _write(whole: Evaluation, part: Evaluation, index: Tensor | slice, rows: int) -> None:
+    """Put the results of some rows in their places."""
+    for name, value in part.values.items():
+        whole.values[name][index] = value
+    for name, columns in part.tangents.items():
+        into = whole.tangents[name]
+        for seed, column in columns.items():
+            if seed not in into:
+                into[seed] = column.new_zeros((rows, *column.shape[1:]))
+            into[seed][index] = column
+    if whole.report is not None and part.report is not None:
+        whole.report.parts += [(index, outcomes) for _, outcomes in part.report.parts]
