@@ -38,6 +38,16 @@ class NewtonSettings:
     ls_c: float = 1e-3
     substep_del_tol: float = 1e-6
 
+    @property
+    def updates(self) -> int:
+        """Number of updates allowed."""
+        return max(self.miters - 1, 0)
+
+    @property
+    def cuts(self) -> int:
+        """How often a step may be cut back."""
+        return max(self.ls_max_iters - 2, 0)
+
 
 @dataclass(frozen=True)
 class KrylovSettings:
@@ -54,6 +64,8 @@ class KrylovSettings:
         cache_max_its: see `cache_strategy`.
         absolute_floor: whether a divisor below the machine epsilon counts as zero whatever the units, as in neml2's C++
             runtime; else one that is small beside the right-hand side does.
+        together: whether a row takes part in all iterations of its batch, and the preconditioner is kept or set up for
+            all rows alike, as in neml2's C++ runtime; else each row has its own number of iterations.
     """
 
     method: KrylovMethod = "gmres"
@@ -64,6 +76,7 @@ class KrylovSettings:
     cache_strategy: CacheStrategy = "none"
     cache_max_its: int = 10
     absolute_floor: bool = False
+    together: bool = True
 
 
 def _whole(value: Any) -> bool:

@@ -46,6 +46,11 @@ class Graph:
             self._signature, self._signature_read = read_signature(self.file), True
         return self._signature
 
+    @property
+    def takes_one_batch_axis(self) -> bool:
+        """Whether the graph was traced with one batch axis, of any length."""
+        return True
+
     def load(self) -> None:
         """Load the package, if it is not loaded yet."""
         self._loaded.load()
@@ -127,6 +132,11 @@ class PinnedGraph(Graph):
     def __init__(self, file: Path, device: torch.device, axes: tuple[int | None, ...]) -> None:
         super().__init__(file, device)
         self.axes = axes
+
+    @property
+    def takes_one_batch_axis(self) -> bool:
+        """Whether the graph was traced with one batch axis, of any length: not this one."""
+        return False
 
     def __call__(
         self,

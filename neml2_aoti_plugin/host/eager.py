@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from torch import Tensor
 
-from ..errors import InputError
+from .. import log
+from ..errors import ConvergenceError, InputError
 from ..settings import CacheStrategy, KrylovMethod, KrylovSettings, LineSearch, NewtonSettings
-from ..solve import lockstep
+from ..solve import newton
+from ..solve.criteria import criteria_of
 from ..solve.groups import Group, Layout, Structure
 from ..solve.krylov import solve_linear
-from ..solve.krylovstep import JacobianProduct, KrylovStep, PreconditionerApply, PreconditionerSetup
-from ..solve.linesearch import Residual
-from ..solve.lockstep import Step
+from ..solve.lockstep import FrozenRows, LockstepRows
+from ..solve.newton import Solved
+from ..solve.outcome import Outcome
+from ..solve.preconditioned import KrylovSystem, Products
+from ..solve.system import Direction, Groups, Linearisation, System
+
+Residual = Callable[[list[Tensor]], list[Tensor]]
+Step = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
+JacobianProduct = Callable[[list[Tensor], list[Tensor]], Sequence[Tensor]]
+PreconditionerSetup = Callable[[list[Tensor]], Sequence[Tensor]]
+PreconditionerApply = Callable[[Sequence[Tensor], Tensor], Tensor]
+
+_ADVICE = "A better predictor, a line search or a smaller time step may help."
 
 LayoutDescription = Sequence[tuple[str, Sequence[int]]]
 """For each group its structure (`dense` or `block`) and the sizes of its site axes."""
@@ -63,11 +76,7 @@ def newton_solve_eager(
     """
     settings = _newton_settings(atol, rtol, miters, ls_type, ls_max_iters, ls_cutback, ls_c, substep_del_tol)
     unknowns, residuals = _layouts(unknown_layout, residual_layout, u0)
-    trace: list[str] = []
-    u, iterations = lockstep.solve(
-        residual_fn, step_fn, u0, unknowns, residuals, settings, trace=trace if collect_log else None
-    )
-    return u, True, iterations, trace
+    return _solve(CallableSystem(residual_fn, step_fn), u0, (unknowns, residuals), settings, collect_log)
 
 
 def newton_solve_eager_masked(
@@ -95,7 +104,11 @@ def newton_solve_eager_masked(
     """
     settings = _newton_settings(atol, rtol, miters, ls_type, ls_max_iters, ls_cutback, ls_c, substep_del_tol)
     unknowns, residuals = _layouts(unknown_layout, residual_layout, u0)
-    return lockstep.solve_masked(residual_fn, step_fn, u0, unknowns, residuals, settings)
+    criteria = criteria_of(settings, small_steps=True, as_native=True)
+    rows = FrozenRows(CallableSystem(residual_fn, step_fn), list(u0), (unknowns, residuals), criteria)
+    found = newton.solve(rows, settings, newton.listener())
+    statistics = found.statistics
+    return found.unknowns, statistics.converged, rows.updates
 
 
 def krylov_solve_eager(
@@ -137,12 +150,9 @@ def krylov_solve_eager(
     settings = _newton_settings(atol, rtol, miters, ls_type, ls_max_iters, ls_cutback, ls_c, substep_del_tol)
     linear = _krylov_settings(method, restart, max_its, abs_tol, rel_tol, cache_strategy, cache_max_its)
     unknowns, residuals = _layouts(unknown_layout, residual_layout, u0)
-    step = KrylovStep(residual_fn, matvec_fn, linear, unknowns, residuals, precond_setup_fn, precond_apply_fn)
-    trace: list[str] = []
-    u, iterations = lockstep.solve(
-        step.residual, step, u0, unknowns, residuals, settings, trace=trace if collect_log else None
-    )
-    return u, True, iterations, trace
+    products = CallableProducts(residual_fn, matvec_fn, precond_setup_fn, precond_apply_fn)
+    layouts = unknowns, residuals
+    return _solve(KrylovSystem(products, linear, layouts), u0, layouts, settings, collect_log)
 
 
 def krylov_solve_linear(
@@ -173,6 +183,100 @@ def krylov_solve_linear(
     """
     settings = _krylov_settings(method, restart, max_its, abs_tol, rel_tol, "none", 0)
     return solve_linear(matvec_fn, b, settings).x
+
+
+@dataclass(frozen=True)
+class CallableSystem:
+    """A system that neml2 gives as callables, which take all rows; see `solve.system.System`.
+
+    Args:
+        residual_fn: `b = -r` at given unknowns.
+        step_fn: the Newton step and `b` at given unknowns.
+    """
+
+    residual_fn: Residual
+    step_fn: Step
+
+    def residual(self, u: Groups) -> Groups:
+        """See `solve.system.System`."""
+        return self.residual_fn(u)
+
+    def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
+        """See `solve.system.System`."""
+        du, b = self.step_fn(u)
+        return b, Direction(du)
+
+    def take(self, rows: Tensor) -> System:
+        """See `solve.system.System`."""
+        raise NotImplementedError("neml2's callables take all rows")
+
+
+@dataclass(frozen=True)
+class CallableProducts:
+    """Products and a preconditioner that neml2 gives as callables; see `solve.preconditioned.Products`."""
+
+    residual_fn: Residual
+    matvec_fn: JacobianProduct
+    setup_fn: PreconditionerSetup | None
+    apply_fn: PreconditionerApply | None
+
+    def residual(self, u: Groups) -> Groups:
+        """See `solve.preconditioned.Products`."""
+        return self.residual_fn(u)
+
+    def product(self, u: Groups, v: Groups) -> Sequence[Tensor]:
+        """See `solve.preconditioned.Products`."""
+        return self.matvec_fn(u, v)
+
+    def set_up(self, u: Groups) -> Sequence[Tensor] | None:
+        """See `solve.preconditioned.Products`."""
+        return self.setup_fn(u) if self.setup_fn is not None and self.apply_fn is not None else None
+
+    def precondition(self, state: Sequence[Tensor], r: Tensor) -> Tensor:
+        """See `solve.preconditioned.Products`."""
+        assert self.apply_fn is not None
+        return self.apply_fn(state, r)
+
+    def take(self, rows: Tensor) -> Products:
+        """See `solve.preconditioned.Products`."""
+        raise NotImplementedError("neml2's callables take all rows")
+
+
+def _solve(
+    system: System, u0: Sequence[Tensor], layouts: tuple[Layout, Layout], settings: NewtonSettings, collect_log: bool
+) -> tuple[list[Tensor], bool, int, list[str]]:
+    """Solve in lockstep, or raise for the batch as a whole."""
+    trace: list[str] = []
+    shown = newton.listener()
+
+    def tell(line: str) -> None:
+        trace.append(line)
+        if shown is not None:
+            shown(line)
+
+    rows = LockstepRows(system, list(u0), layouts, criteria_of(settings, as_native=True))
+    log.emit("newton", "info", "---- begin newton solve ----")
+    try:
+        found = newton.solve(rows, settings, tell if collect_log else shown)
+        if log.enabled("newton", "info"):
+            log.emit("newton", "info", newton.outcome_line(found.statistics, settings))
+    finally:
+        log.emit("newton", "info", "---- end newton solve ----")
+    if not found.statistics.all_converged:
+        raise _failure(found, rows.updates, settings)
+    return found.unknowns, True, rows.updates, trace
+
+
+def _failure(found: Solved, updates: int, settings: NewtonSettings) -> RuntimeError:
+    """The error for a batch that did not converge as a whole."""
+    statistics = found.statistics
+    if bool((statistics.outcome == Outcome.DIVERGED).any()):
+        return ConvergenceError(f"The Newton solve diverged at iteration {updates}: non-finite residual. {_ADVICE}")
+    largest, largest0 = statistics.norm.amax().item(), statistics.norm0.amax().item()
+    return ConvergenceError(
+        f"The Newton solve has not converged in {settings.miters} iterations: max |R| = {largest:.6e}, "
+        f"max |R0| = {largest0:.6e}, atol = {settings.atol:g}, rtol = {settings.rtol:g}. {_ADVICE}"
+    )
 
 
 def _newton_settings(

@@ -9,13 +9,20 @@ import torch
 
 from .. import errors
 from ..artifact.schema import Aliases, Shape
-from ..program.implicit import ImplicitStage
+from ..program.implicit import ImplicitSegment
 from ..program.program import Program
 from ..program.report import Report
 from ..settings import NewtonSettings
+from ..solve.outcome import Outcome
 
 CAPTURE = "NEML2_CAPTURE_SOLVE_FAILURE"
 SHOWN = 5
+
+_KINDS = {
+    Outcome.DIVERGED: "diverged (non-finite residual)",
+    Outcome.OUT_OF_ITERATIONS: "not converged",
+    Outcome.SINGULAR: "stopped at a singular Jacobian",
+}
 
 
 def capturing() -> bool:
@@ -38,28 +45,29 @@ def convergence_error(
     Returns:
         A `ConvergenceError`; with `converged_mask` and `unknowns` if failures are captured.
     """
-    failed = (~report.converged).nonzero().squeeze(-1)
+    statistics, segments = report.statistics()
+    failed = (~statistics.converged).nonzero().squeeze(-1)
     first = failed[:SHOWN]
-    segment = int(report.segment[first[0]])
-    stage = program.stages[segment]
-    assert isinstance(stage, ImplicitStage), "only implicit segments fail to converge"
-    used = settings or stage.spec.newton
-    lost = ~report.norm.isfinite() & ~report.converged
+    index = int(segments[first[0]])
+    segment = program.segments[index]
+    assert isinstance(segment, ImplicitSegment), "only implicit segments fail to converge"
+    used = settings or segment.spec.newton
     total = prod(batch)
-    kind = "diverged (non-finite residual)" if bool(lost[failed].all()) else "not converged"
-    steps = int(report.iterations[failed].max())
-    level = stage.spec.max_substepping_level
+    kinds = {Outcome(int(code)) for code in statistics.outcome[failed].unique()}
+    kind = _KINDS[kinds.pop()] if len(kinds) == 1 else "not converged"
+    steps = int(statistics.iterations[failed].max())
+    level = segment.spec.max_substepping_level
     lines = [
         f"Newton solve {kind}: {len(failed)} of {total} row(s) failed after at most {steps} iteration(s) "
         f"(miters={used.miters}, atol={used.atol:.1e}, rtol={used.rtol:.1e}"
         + (f", max_substepping_level={level}" if level else "")
-        + f", segment {segment})."
+        + f", segment {index})."
     ]
-    norms, norms0, iterations = (x[first].tolist() for x in (report.norm, report.norm0, report.iterations))
-    for row, norm, norm0, count in zip(first.tolist(), norms, norms0, iterations, strict=True):
+    columns = (statistics.norm, statistics.norm0, statistics.iterations, statistics.outcome)
+    for row, norm, norm0, count, code in zip(first.tolist(), *(x[first].tolist() for x in columns), strict=True):
         place = [int(k) for k in torch.unravel_index(torch.tensor(row), batch)] if len(batch) > 1 else row
-        state = "diverged" if norm != norm or norm == float("inf") else "not converged"
-        lines.append(f"  row {place}: {state} at iteration {count}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
+        words = Outcome(code).words
+        lines.append(f"  row {place}: {words} at iteration {count}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
     if len(failed) > SHOWN:
         lines.append(f"  ... and {len(failed) - SHOWN} more")
     remedy = "reduce the outer step" if level else "reduce the time step"
@@ -67,9 +75,9 @@ def convergence_error(
     error = errors.ConvergenceError("\n".join(lines))
     if capturing():
         names = {**aliases.inputs, **aliases.outputs}
-        error.converged_mask = report.tried.reshape(batch)  # type: ignore[attr-defined]
+        error.converged_mask = report.tried().reshape(batch)  # type: ignore[attr-defined]
         error.unknowns = {  # type: ignore[attr-defined]
             names.get(name, name): value.reshape(batch + tuple(value.shape[1:]))
-            for name, value in report.unknowns.items()
+            for name, value in report.unknowns().items()
         }
     return error

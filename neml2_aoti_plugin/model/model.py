@@ -288,10 +288,11 @@ class Model(CompiledModule):
             if report is None:
                 converged = torch.ones(call.batch, dtype=torch.bool, device=self.device)
                 return Solution(outputs, converged, torch.zeros(call.batch, dtype=torch.int64, device=self.device))
-            converged = report.converged.reshape(call.batch)
+            statistics, _ = report.statistics()
+            converged = statistics.converged.reshape(call.batch)
             if not report.all_converged:
                 outputs = {name: masked(value, converged) for name, value in outputs.items()}
-            return Solution(outputs, converged, report.iterations.reshape(call.batch))
+            return Solution(outputs, converged, statistics.iterations.reshape(call.batch))
 
     def jvp(
         self,

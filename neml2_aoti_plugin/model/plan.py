@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..artifact.schema import Shape
-from ..program.explicit import ForwardStage
+from ..program.explicit import ExplicitSegment
 from ..program.program import Program
 from .admission import Boundary
 
@@ -27,7 +27,7 @@ class DirectCall:
         derivatives: the compiled pairs of the model, by authored names.
     """
 
-    def __init__(self, stage: ForwardStage, boundary: Boundary, derivatives: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, stage: ExplicitSegment, boundary: Boundary, derivatives: Sequence[tuple[str, str]]) -> None:
         self._value, self._jacobian = stage.value, stage.jacobian
         names = {port.variable.name: port.name for port in boundary.inputs}
         shapes = {port.name: torch.Size(port.variable.natural_shape) for port in boundary.inputs}
@@ -127,7 +127,7 @@ class DirectCall:
 
 
 def _blocks(
-    stage: ForwardStage, boundary: Boundary, derivatives: Sequence[tuple[str, str]]
+    stage: ExplicitSegment, boundary: Boundary, derivatives: Sequence[tuple[str, str]]
 ) -> tuple[tuple[str, str, int, Shape, bool], ...]:
     """Of each compiled pair: output, input, place among the graph's outputs, shape, and whether it is constant.
 
@@ -156,8 +156,8 @@ def direct_call(program: Program, boundary: Boundary) -> DirectCall | None:
         program: its segments.
         boundary: what tensors it takes.
     """
-    stage = program.stages[0]
-    if len(program.stages) > 1 or not isinstance(stage, ForwardStage):
+    stage = program.segments[0]
+    if len(program.segments) > 1 or not isinstance(stage, ExplicitSegment):
         return None
     plain = (
         not stage.spec.parameters

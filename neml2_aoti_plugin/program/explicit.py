@@ -11,8 +11,8 @@ from .systems import GraphOf, check_arity
 from .tangents import Columns, Tangents, add, contract, forward_block
 
 
-class ForwardStage:
-    """A forward segment with its graphs.
+class ExplicitSegment:
+    """An explicit segment (neml2 calls it forward) with its graphs.
 
     Args:
         spec: the segment.

@@ -1,25 +1,33 @@
-"""Implicit segments: predictor, Newton solve, and derivatives by the implicit function theorem."""
+"""Implicit segments: first iterate, Newton solve, and derivatives by the implicit function theorem."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import log
-from ..artifact.schema import ImplicitSegment
-from ..errors import ConvergenceError
+from ..artifact import schema
 from ..settings import NewtonSettings
-from ..solve import lockstep, newton
-from ..solve.groups import norms
-from ..solve.linesearch import Residual
-from ..solve.rows import Rows, Told
-from .packing import Packing, layout_of
+from ..solve import choice, newton
+from ..solve.criteria import criteria_of
+from ..solve.lockstep import FrozenRows, LockstepRows
+from ..solve.outcome import RowStatistics
+from ..solve.system import Groups
+from ..solve.tensors import TensorRows
+from .blocks import MAX_ROWS
+from .packing import Packing
 from .parameters import Values
 from .sensitivity import Sensitivity, sensitivity_of
-from .systems import GraphOf, Groups, System, check_arity, system_of
+from .systems import GraphOf, SystemGraphs, check_arity
 from .tangents import Columns, Tangents, add, times
+
+# A solve of a segment from packed unknowns and givens; the flag asks for small last steps (`substep_del_tol`).
+Solve = Callable[[Groups, Groups, Sequence[Tensor], NewtonSettings, bool], newton.Solved]
 
 
 @dataclass
@@ -27,56 +35,71 @@ class Solved:
     """A solve with what its derivatives need.
 
     Args:
-        rows: outcome of each row; the unknowns are `rows.unknowns`.
+        unknowns: one tensor per group.
+        statistics: how each row fared.
         givens: the givens that were held.
-        tail: promoted parameters as the solve's graphs take them.
+        parameters: promoted parameters as the solve's graphs take them.
         jacobian: blocks at the solution, once they have been asked for.
     """
 
-    rows: Rows
+    unknowns: Groups
+    statistics: RowStatistics
     givens: Groups
-    tail: list[Tensor]
+    parameters: list[Tensor]
     jacobian: Groups = field(default_factory=list)
 
 
-class ImplicitStage:
+class ImplicitSegment:
     """An implicit segment with its graphs.
 
     Args:
         spec: the segment.
         graph_of: gives the graph of a file.
         device: that the graphs run on.
-        in_lockstep: whether all rows iterate until the slowest has converged, as in neml2's C++ runtime.
+        dtype: that they compute in.
+        lockstep: whether all rows iterate until the slowest has converged, as in neml2's C++ runtime.
     """
 
-    def __init__(self, spec: ImplicitSegment, graph_of: GraphOf, device: torch.device, in_lockstep: bool) -> None:
+    def __init__(
+        self, spec: schema.ImplicitSegment, graph_of: GraphOf, device: torch.device, dtype: torch.dtype, lockstep: bool
+    ) -> None:
         self.spec = spec
-        self.system: System = system_of(spec, graph_of, device, as_native=in_lockstep)
-        self.layouts = layout_of(spec.unknowns), layout_of(spec.residuals)
+        self.graphs = SystemGraphs(spec, graph_of, device, lockstep)
         self.unknowns, self._givens = Packing(spec.unknowns), Packing(spec.givens)
         self.predictor = graph_of(spec.predictor.file) if spec.predictor else None
         # Unknowns that need a first iterate before a predictor speaks.
         told = set(spec.predictor.outputs) - set(spec.predictor.inputs) if spec.predictor else set()
         self._untold = [v for v in spec.unknown_variables if v.name not in told]
-        self.sensitivity: Sensitivity | None = sensitivity_of(spec, graph_of)
-        self.in_lockstep = in_lockstep
+        self.sensitivity: Sensitivity | None = sensitivity_of(spec, self.graphs, graph_of)
+        self._solve, self.implementation = _solver(spec, self.graphs, dtype, lockstep)
 
     @property
     def common_parameters(self) -> tuple[str, ...]:
         """Parameters that the graphs take once for all rows."""
         return self.spec.parameters
 
-    def guess(self, state: dict[str, Tensor], rows: int) -> None:
-        """Put the first iterate of the unknowns into `state`: what is there, else zero, else what a predictor says."""
+    def guess(self, state: dict[str, Tensor], rows: int, given: frozenset[str] = frozenset()) -> None:
+        """Put the first iterate of the unknowns into `state`: what the caller gave, else a predictor's, else zero.
+
+        Args:
+            state: variables, `(rows, ...)`.
+            rows: the batch.
+            given: unknowns whose value in `state` the caller gave, so that no predictor has a say in them.
+        """
+        kept = {v.name: state[v.name] for v in self.spec.unknown_variables if v.name in given}
         like = next(iter(state.values()))
         for unknown in self._untold:
             if unknown.name not in state:
                 state[unknown.name] = like.new_zeros((rows, *unknown.natural_shape))
-        if self.predictor is None or self.spec.predictor is None:
-            return
-        spec, loop = self.spec.predictor, self.spec.predictor.feedback
+        if self.predictor is not None and self.spec.predictor is not None:
+            self._predict(self.spec.predictor, state, rows)
+            state.update(kept)
+
+    def _predict(self, spec: schema.Predictor, state: dict[str, Tensor], rows: int) -> None:
+        assert self.predictor is not None
+        loop = spec.feedback
         if loop is not None:
-            state[loop.input.name] = like.new_zeros((rows, *loop.input.natural_shape))
+            state[loop.input.name] = next(iter(state.values())).new_zeros((rows, *loop.input.natural_shape))
         for _ in range(loop.iterations if loop is not None else 1):
             outputs = self.predictor([state[name] for name in spec.inputs])
             check_arity(self.predictor, outputs, len(spec.outputs))
@@ -92,68 +115,32 @@ class ImplicitStage:
         rows: int,
         settings: NewtonSettings,
         *,
-        gated: bool = False,
+        small_steps: bool = False,
     ) -> Solved:
-        """Solve for the unknowns from the guess in `state`, and write them into it.
+        """Solve for the unknowns from the first iterate in `state`, and write them into it.
 
         Args:
             state: givens and first iterate, `(rows, ...)` each.
             values: promoted parameters.
             rows: the batch.
             settings: of the Newton solve.
-            gated: see `newton.solve_rows`.
+            small_steps: whether the relative test also asks for a small last step (`substep_del_tol`).
 
         Returns:
             The outcome; rows that have not converged hold their last iterate.
         """
         givens = self._givens.pack(state, rows)
-        # A solve that is content with its guess must not hand the caller's own tensor back.
-        first = self.unknowns.pack(state, rows, own=True)
-        tail = values.common(self.spec.parameters)
-        # A lockstep solve that is not gated writes these lines itself.
-        speaks = log.enabled("newton", "info") and (gated or not self.in_lockstep)
+        first = self.unknowns.pack(state, rows)
+        parameters = values.common(self.spec.parameters)
+        speaks = log.enabled("newton", "info")
         if speaks:
             log.emit("newton", "info", "---- begin newton solve ----")
-        if self.in_lockstep:
-            found = self._in_lockstep(first, givens, tail, settings, gated)
-        else:
-            found = newton.solve_rows(self.system.fresh(), first, givens, tail, self.layouts, settings, gated=gated)
+        found = self._solve(first, givens, parameters, settings, small_steps)
         if speaks:
-            log.emit("newton", "info", _outcome(found, settings))
+            log.emit("newton", "info", newton.outcome_line(found.statistics, settings))
             log.emit("newton", "info", "---- end newton solve ----")
         state.update(self.unknowns.unpack(found.unknowns))
-        return Solved(found, givens, tail)
-
-    def _in_lockstep(
-        self, first: Groups, givens: Groups, tail: list[Tensor], settings: NewtonSettings, gated: bool
-    ) -> Rows:
-        """Iterate as the C++ runtime does; a batch that fails is iterated again, to tell which rows did."""
-        system = self.system.fresh()
-
-        def residual(u: Groups) -> Groups:
-            return system.residual(u, givens, tail)
-
-        def step(u: Groups) -> tuple[Groups, Groups]:
-            b, linear = system.evaluate(u, givens, tail)
-            return system.direction(u, givens, tail, b, linear), b
-
-        of_u, of_r = self.layouts
-        rows = first[0].shape[0]
-        if not gated:
-            try:
-                u, steps = lockstep.solve(residual, step, first, of_u, of_r, settings)
-                converged = torch.ones(rows, dtype=torch.bool, device=first[0].device)
-                return self._rows(u, converged, steps, residual, first)
-            except ConvergenceError:
-                system = self.system.fresh()
-        u, converged, steps = lockstep.solve_masked(residual, step, first, of_u, of_r, settings)
-        return self._rows(u, converged, steps, residual, first)
-
-    def _rows(self, u: Groups, converged: Tensor, steps: int, residual: Residual, first: Groups) -> Rows:
-        iterations = torch.full_like(converged, steps, dtype=torch.int64)
-        norm, norm0 = (norms(residual(x), self.layouts[1]) for x in (u, first))
-        told = Told(converged, iterations, norm, norm0)
-        return Rows(u, lambda: told)
+        return Solved(found.unknowns, found.statistics, givens, parameters)
 
     def carry(
         self, solved: Solved, values: Values, tangents: Tangents, parameters: frozenset[str], *, cut: bool = False
@@ -195,20 +182,95 @@ class ImplicitStage:
         return found
 
 
-def _outcome(found: Rows, settings: NewtonSettings) -> str:
-    """The line that ends a solve in the log."""
-    told = found.told
-    steps = int(told.iterations.max()) if told.iterations.numel() else 0
-    if found.all_converged:
-        absolute = told.norm < settings.atol
-        relative = told.norm / told.norm0 < settings.rtol
-        reason = "mixed"
-        if bool(absolute.all()):
-            reason = "both" if bool(relative.all()) else "abs_tol"
-        elif bool(relative.all()):
-            reason = "rel_tol"
-        return f"{'converged' if steps else 'converged at predictor'} (iters={steps}, reason={reason})"
-    if not bool(told.norm.isfinite().all()):
-        return f"diverged at iter {steps} (non-finite residual)"
-    worst, worst0 = told.norm.max().item(), told.norm0.max().item()
-    return f"NOT converged (max_iters={settings.miters}, |R|={worst:.6e}, |R0|={worst0:.6e})"
+def _solver(
+    spec: schema.ImplicitSegment, graphs: SystemGraphs, dtype: torch.dtype, lockstep: bool
+) -> tuple[Solve, str]:
+    """How a segment is solved, and the name of the implementation with the reason for it."""
+    if lockstep:
+        return partial(_in_lockstep, graphs), "torch (lockstep)"
+    if not graphs.factored or dtype != torch.float64 or any(g.structure != "dense" for g in spec.givens):
+        return partial(_by_tensors, graphs), "torch (not one dense group on a CPU in float64)"
+    if len(spec.givens) != 1 or not graphs.residual.takes_one_batch_axis:
+        return partial(_by_tensors, graphs), "torch (not one group of givens, or pinned batch axes)"
+    arrays, reason = choice.arrays()
+    if arrays is None:
+        return partial(_by_tensors, graphs), f"torch ({reason})"
+    n = sum(v.size for v in spec.unknown_variables)
+    q = sum(v.size for g in spec.givens for v in g.variables)
+    return partial(_by_kernels, graphs, arrays, arrays.Workspaces(n, q, MAX_ROWS)), f"numba ({reason})"
+
+
+def _by_kernels(
+    graphs: SystemGraphs,
+    arrays: Any,
+    spaces: Any,
+    first: Groups,
+    givens: Groups,
+    parameters: Sequence[Tensor],
+    settings: NewtonSettings,
+    small_steps: bool,
+) -> newton.Solved:
+    """Solve one dense group on a CPU."""
+    residual_graph, jacobian_graph = graphs.residual, graphs.jacobian
+    assert jacobian_graph is not None
+
+    def residual(u: Tensor, g: Tensor) -> Tensor:
+        outputs = residual_graph.again([u, g, *parameters])
+        if len(outputs) != 1:
+            check_arity(residual_graph, outputs, 1)
+        return _whole(outputs[0], u.shape[0])
+
+    def linearise(u: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = jacobian_graph.again([u, g, *parameters])
+        if len(outputs) != 2:
+            check_arity(jacobian_graph, outputs, 2)
+        return _whole(outputs[1], u.shape[0]), _whole(outputs[0], u.shape[0])
+
+    tell = newton.listener()
+    space = spaces.borrow(first[0].shape[0])
+    try:
+        rows = arrays.ArrayRows(
+            residual, linearise, first[0], givens[0], settings, space, small_steps=small_steps, hold=tell is not None
+        )
+        return newton.solve(rows, settings, tell)
+    finally:
+        spaces.give_back(space)
+
+
+def _whole(x: Tensor, rows: int) -> Tensor:
+    """A graph's output row by row and contiguous; one that is the same for all rows comes back once."""
+    return x if x.shape[0] == rows and x.is_contiguous() else x.expand(rows, *x.shape[1:]).contiguous()
+
+
+def _by_tensors(
+    graphs: SystemGraphs,
+    first: Groups,
+    givens: Groups,
+    parameters: Sequence[Tensor],
+    settings: NewtonSettings,
+    small_steps: bool,
+) -> newton.Solved:
+    """Solve any system."""
+    criteria = criteria_of(settings, small_steps=small_steps)
+    rows = TensorRows(graphs.system(givens, parameters), first, graphs.layouts, criteria)
+    return newton.solve(rows, settings, newton.listener())
+
+
+def _in_lockstep(
+    graphs: SystemGraphs,
+    first: Groups,
+    givens: Groups,
+    parameters: Sequence[Tensor],
+    settings: NewtonSettings,
+    small_steps: bool,
+) -> newton.Solved:
+    """Iterate as the C++ runtime does; a batch that fails is iterated again, to tell which rows did."""
+    tell = newton.listener()
+    if not small_steps:
+        criteria = criteria_of(settings, as_native=True)
+        rows = LockstepRows(graphs.system(givens, parameters), first, graphs.layouts, criteria)
+        found = newton.solve(rows, settings, tell)
+        if found.statistics.all_converged:
+            return found
+    criteria = criteria_of(settings, small_steps=True, as_native=True)
+    return newton.solve(FrozenRows(graphs.system(givens, parameters), first, graphs.layouts, criteria), settings, tell)

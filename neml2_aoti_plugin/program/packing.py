@@ -38,14 +38,14 @@ class Packing:
             )
             for g in groups
         ]
+        self.names = tuple(v.name for g in groups for v in g.variables)
 
-    def pack(self, state: Mapping[str, Tensor], rows: int, *, own: bool = False) -> list[Tensor]:
+    def pack(self, state: Mapping[str, Tensor], rows: int) -> list[Tensor]:
         """Concatenate variables into one tensor per group.
 
         Args:
             state: each variable, `(rows, *sub_batch, *base)`.
             rows: the batch.
-            own: whether the tensors must share no memory with the variables.
 
         Returns:
             Per group `(rows, n)` when dense, `(rows, *sub_batch, n)` when block.
@@ -60,10 +60,7 @@ class Packing:
                 else state[name].unsqueeze(-1)
                 for name, tail, natural in variables
             ]
-            if len(parts) > 1:
-                packed.append(torch.cat(parts, -1))
-            else:
-                packed.append(parts[0].clone() if own else parts[0])
+            packed.append(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
         return packed
 
     def unpack(self, tensors: Sequence[Tensor]) -> State:

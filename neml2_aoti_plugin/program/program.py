@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor
 from ..artifact.schema import ForwardSegment, Metadata, Variable
 from ..graphs.graph import Graph, PinnedGraph
 from ..settings import NewtonSettings
-from ..solve.rows import Rows
+from ..solve.newton import Solved
 from . import substepping
 from .blocks import block_rows, cut
-from .explicit import ForwardStage
-from .implicit import ImplicitStage
+from .explicit import ExplicitSegment
+from .implicit import ImplicitSegment
 from .parameters import Values
-from .report import Outcome, Report
+from .report import Report, SegmentOutcome
 from .tangents import Columns, Seed, Tangents, dense, per_site, select
 
 
@@ -56,18 +57,21 @@ class Program:
         self.batch_axes: tuple[int | None, ...] = (None,)
         self.dtype = torch.float64
         self._trace_facts()
-        self.stages: list[ForwardStage | ImplicitStage] = []
-        for segment in metadata.segments:
-            if isinstance(segment, ForwardSegment):
-                self.stages.append(ForwardStage(segment, self.graph, self._takes_rows_of_parameters(segment)))
+        self.segments: list[ExplicitSegment | ImplicitSegment] = []
+        for spec in metadata.segments:
+            if isinstance(spec, ForwardSegment):
+                self.segments.append(ExplicitSegment(spec, self.graph, self._takes_rows_of_parameters(spec)))
             else:
-                self.stages.append(ImplicitStage(segment, self.graph, device, lockstep))
-        self._common = {name for stage in self.stages for name in stage.common_parameters}
+                self.segments.append(ImplicitSegment(spec, self.graph, device, self.dtype, lockstep))
+        self._common = {name for segment in self.segments for name in segment.common_parameters}
         self._base_ranks = {p.name: len(p.base_shape) for p in metadata.parameters}
-        self.implicit = [s for s in self.stages if isinstance(s, ImplicitStage)]
+        self.implicit = [s for s in self.segments if isinstance(s, ImplicitSegment)]
+        unknowns = {v.name for s in self.implicit for v in s.spec.unknown_variables}
+        # Unknowns whose first iterate a caller may give, although they are no inputs.
+        self.first_iterates = frozenset(unknowns - {v.name for v in metadata.inputs})
         # Rows to solve at a time; None for all of them.
         blockwise = self.implicit and not lockstep and device.type == "cpu"
-        self.block = block_rows(stage.spec for stage in self.implicit) if blockwise else None
+        self.block = block_rows(segment.spec for segment in self.implicit) if blockwise else None
 
     def graph(self, file: str) -> Graph:
         """The graph of a file of the leaf; one object however often it is named."""
@@ -166,13 +170,13 @@ class Program:
             The outputs, each block `(rows or 1, *sites, *out_base, *in_base)`, and the pairs whose block is known not
             to depend on the row; None where the model is another.
         """
-        stage = self.stages[0]
+        segment = self.segments[0]
         values = Values(parameters, self._base_ranks)
-        alone = len(self.stages) == 1 and isinstance(stage, ForwardStage) and stage.spec.jacobian is not None
-        if not alone or not isinstance(stage, ForwardStage) or values.per_row(self._common):
+        alone = len(self.segments) == 1 and isinstance(segment, ExplicitSegment) and segment.spec.jacobian is not None
+        if not alone or not isinstance(segment, ExplicitSegment) or values.per_row(self._common):
             return None
         found = dict(state)
-        blocks = {(pair.out, pair.wrt): (pair, block) for pair, block in stage.blocks(found, values, rows)}
+        blocks = {(pair.out, pair.wrt): (pair, block) for pair, block in segment.blocks(found, values, rows)}
         shaped: dict[tuple[str, str], Tensor] = {}
         variables = {v.name: v for v in (*self.metadata.inputs, *self.metadata.outputs)}
         for out, wrt in pairs:
@@ -180,7 +184,7 @@ class Program:
                 pair, block = blocks[out, wrt]
                 value = found[out]
                 sites = tuple(value.shape[1 : value.ndim - len(pair.out_base_shape)])
-                shaped[out, wrt] = per_site(block, pair, sites, stage.spec.value)
+                shaped[out, wrt] = per_site(block, pair, sites, segment.spec.value)
             else:
                 base = variables[out].base_shape + variables[wrt].base_shape
                 shaped[out, wrt] = found[out].new_zeros((1, *base))
@@ -217,40 +221,46 @@ class Program:
         by: frozenset[str],
     ) -> Evaluation:
         carried: Tangents | None = None if tangents is None else dict(tangents)
-        outcomes: list[Outcome] = []
-        for i, stage in enumerate(self.stages):
-            if isinstance(stage, ForwardStage):
+        given = self.first_iterates.intersection(state)
+        outcomes: list[SegmentOutcome] = []
+        for i, segment in enumerate(self.segments):
+            if isinstance(segment, ExplicitSegment):
                 if carried is None:
-                    stage.run(state, values, rows)
+                    segment.run(state, values, rows)
                 else:
-                    stage.run_with_tangents(state, values, rows, carried, by)
+                    segment.run_with_tangents(state, values, rows, carried, by)
                 continue
-            outcome, tried = self._run_implicit(stage, state, values, rows, settings or stage.spec.newton, carried, by)
-            outcomes.append(Outcome(i, stage, outcome, tried))
+            used = settings or segment.spec.newton
+            if segment.spec.max_substepping_level > 0:
+                statistics, tried = substepping.solve(segment, state, values, rows, used, given, carried, by)
+            else:
+                segment.guess(state, rows, given)
+                solved = segment.solve(state, values, rows, used)
+                statistics, tried = solved.statistics, Solved(solved.unknowns, solved.statistics)
+                if carried is not None:
+                    carried.update(segment.carry(solved, values, carried, by))
+            outcomes.append(SegmentOutcome(i, segment.unknowns, statistics, tried))
         found: dict[str, dict[Seed, Tensor]] = {}
         if carried is not None:
             found = {name: dense(carried.get(name, {}), state[name]) for name in wanted}
         report = Report(rows, [(None, outcomes)]) if outcomes else None
+        if report is not None:
+            spoiled = _not_finite(found, rows)
+            report.spoiled += [] if spoiled is None else [(None, spoiled)]
         return Evaluation({name: state[name] for name in wanted}, found, report)
 
-    def _run_implicit(
-        self,
-        stage: ImplicitStage,
-        state: dict[str, Tensor],
-        values: Values,
-        rows: int,
-        settings: NewtonSettings,
-        carried: Tangents | None,
-        by: frozenset[str],
-    ) -> tuple[Rows, Rows]:
-        """Solve a segment; give the outcome of its rows, and that of their first try."""
-        if stage.spec.max_substepping_level > 0:
-            return substepping.solve(stage, state, values, rows, settings, carried, by)
-        stage.guess(state, rows)
-        solved = stage.solve(state, values, rows, settings)
-        if carried is not None:
-            carried.update(stage.carry(solved, values, carried, by))
-        return solved.rows, solved.rows
+
+def _not_finite(found: Mapping[str, Mapping[Seed, Tensor]], rows: int) -> Tensor | None:
+    """Rows with a derivative that is not finite; None for none."""
+    spoiled: Tensor | None = None
+    for columns in found.values():
+        for column in columns.values():
+            # The sum answers for all entries at once, but for one that overflows.
+            if not column.shape[0] or isfinite(column.sum().item()):
+                continue
+            lost = ~column.isfinite().flatten(1).all(-1).expand(rows)
+            spoiled = lost if spoiled is None else spoiled | lost
+    return spoiled if spoiled is not None and bool(spoiled.any()) else None
 
 
 def _blank(part: Evaluation, rows: int) -> Evaluation:
@@ -274,3 +284,4 @@ def _write(whole: Evaluation, part: Evaluation, index: Tensor | slice, rows: int
             into[seed][index] = column
     if whole.report is not None and part.report is not None:
         whole.report.parts += [(index, outcomes) for _, outcomes in part.report.parts]
+        whole.report.spoiled += [(index, lost) for _, lost in part.report.spoiled]

@@ -1,33 +1,34 @@
-"""How the implicit segments of an evaluation fared, row by row; put together when it is asked for."""
+"""How the implicit segments of an evaluation fared, row by row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..solve.rows import Rows
-from .implicit import ImplicitStage
+from ..solve.newton import Solved
+from ..solve.outcome import Outcome, RowStatistics, blank, first_failure
+from .packing import Packing
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True)
+class SegmentOutcome:
     """One segment's solve over some rows.
 
     Args:
         segment: its index.
-        stage: the segment.
-        rows: how its rows fared.
-        tried: how they did without substeps.
+        unknowns: the packing of its unknowns.
+        statistics: how its rows fared.
+        tried: what the solve came to without substepping.
     """
 
     segment: int
-    stage: ImplicitStage
-    rows: Rows
-    tried: Rows
+    unknowns: Packing
+    statistics: RowStatistics
+    tried: Solved
 
 
 @dataclass
@@ -37,92 +38,69 @@ class Report:
     Args:
         rows: of the whole batch.
         parts: the outcomes of some rows, with the place of these in the batch; None for all of it.
+        spoiled: rows with derivatives that are not finite, by the same places; None for none.
     """
 
     rows: int
-    parts: list[tuple[Tensor | slice | None, list[Outcome]]] = field(default_factory=list)
+    parts: list[tuple[Tensor | slice | None, list[SegmentOutcome]]] = field(default_factory=list)
+    spoiled: list[tuple[Tensor | slice | None, Tensor]] = field(default_factory=list)
 
     @property
     def all_converged(self) -> bool:
         """Whether every segment converged for all rows."""
-        return all(outcome.rows.all_converged for _, outcomes in self.parts for outcome in outcomes)
+        parts = (outcome.statistics.all_converged for _, outcomes in self.parts for outcome in outcomes)
+        return not self.spoiled and all(parts)
 
-    @cached_property
-    def converged(self) -> Tensor:
-        """Rows for which every segment converged, `(rows,)`."""
-        return self._over(_converged)
+    def statistics(self) -> tuple[RowStatistics, Tensor]:
+        """How each row fared over all segments, and the index of the segment that failed first, else -1, `(rows,)`."""
+        whole = blank(self.rows, self.parts[0][1][0].statistics.norm)
+        segment = torch.full_like(whole.iterations, -1)
+        for place, outcomes in self.parts:
+            found, index = first_failure([outcome.statistics for outcome in outcomes])
+            where = slice(None) if place is None else place
+            for into, value in zip(
+                (whole.outcome, whole.iterations, whole.norm, whole.norm0),
+                (found.outcome, found.iterations, found.norm, found.norm0),
+                strict=True,
+            ):
+                into[where] = value.to(into.dtype)
+            indices = torch.tensor([o.segment for o in outcomes] + [-1], device=index.device)
+            segment[where] = indices[index]
+        last = self.parts[0][1][-1].segment
+        for place, rows in self.spoiled:
+            where = torch.arange(self.rows, device=rows.device)[slice(None) if place is None else place][rows]
+            where = where[whole.outcome[where] == Outcome.CONVERGED]
+            whole.outcome[where], segment[where] = int(Outcome.SINGULAR), last
+        return whole, segment
 
-    @cached_property
     def tried(self) -> Tensor:
-        """Rows that converged without substeps, `(rows,)`."""
-        return self._over(lambda outcomes: _all([o.tried.told.converged for o in outcomes]))
+        """Rows that converged without substepping, bool, `(rows,)`."""
 
-    @cached_property
-    def iterations(self) -> Tensor:
-        """Newton updates over all segments, `(rows,)`."""
-        return self._over(lambda outcomes: torch.stack([o.rows.told.iterations for o in outcomes]).sum(0))
+        def all_of(outcomes: list[SegmentOutcome]) -> Tensor:
+            return torch.stack([outcome.tried.statistics.converged for outcome in outcomes]).all(0)
 
-    @cached_property
-    def segment(self) -> Tensor:
-        """Index of the segment that failed first, else -1, `(rows,)`."""
-        return self._over(_segment)
+        return self._over(all_of)
 
-    @cached_property
-    def norm(self) -> Tensor:
-        """Last residual norm of the segment that failed first, else of the last one, `(rows,)`."""
-        return self._over(lambda outcomes: _of_failed(outcomes, [o.rows.told.norm for o in outcomes]))
-
-    @cached_property
-    def norm0(self) -> Tensor:
-        """First residual norm likewise."""
-        return self._over(lambda outcomes: _of_failed(outcomes, [o.rows.told.norm0 for o in outcomes]))
-
-    @cached_property
     def unknowns(self) -> dict[str, Tensor]:
-        """Last iterate of each unknown, without substeps, `(rows, ...)`."""
-        stages = {o.segment: o.stage for _, outcomes in self.parts for o in outcomes}
-        names = [v.name for stage in stages.values() for v in stage.spec.unknown_variables]
-        return {name: self._over(partial(_unknown, name)) for name in names}
+        """Last iterate of each unknown, without substepping, `(rows, ...)`."""
 
-    def _over(self, of: Callable[[list[Outcome]], Tensor]) -> Tensor:
+        def one(name: str, outcomes: list[SegmentOutcome]) -> Tensor:
+            found: dict[str, Tensor] = {}
+            for outcome in outcomes:
+                found.update(outcome.unknowns.unpack(outcome.tried.unknowns))
+            return found[name]
+
+        names = dict.fromkeys(name for _, outcomes in self.parts for o in outcomes for name in o.unknowns.names)
+        return {name: self._over(partial(one, name)) for name in names}
+
+    def _over(self, of: Callable[[list[SegmentOutcome]], Tensor]) -> Tensor:
         """Put what a part says in its place."""
         whole: Tensor | None = None
         for place, outcomes in self.parts:
-            part = of(outcomes)
+            value = of(outcomes)
             if place is None:
-                return part
-            if whole is None:
-                whole = part.new_empty((self.rows, *part.shape[1:]))
-            whole[place] = part
-        assert whole is not None, "a batch has at least one part"
+                return value
+            whole = value.new_empty((self.rows, *value.shape[1:])) if whole is None else whole
+            whole[place] = value
+        assert whole is not None, "a report has a part"
         return whole
-
-
-def _all(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).all(0)
-
-
-def _converged(outcomes: list[Outcome]) -> Tensor:
-    return _all([o.rows.told.converged for o in outcomes])
-
-
-def _segment(outcomes: list[Outcome]) -> Tensor:
-    found = torch.full_like(outcomes[0].rows.told.iterations, -1)
-    for outcome in reversed(outcomes):
-        found = torch.where(outcome.rows.told.converged, found, outcome.segment)
-    return found
-
-
-def _of_failed(outcomes: list[Outcome], values: list[Tensor]) -> Tensor:
-    """Of each row the value of the segment that failed first, else of the last one."""
-    found = values[-1]
-    for outcome, value in zip(reversed(outcomes), reversed(values), strict=True):
-        found = torch.where(outcome.rows.told.converged, found, value)
-    return found
-
-
-def _unknown(name: str, outcomes: list[Outcome]) -> Tensor:
-    found: dict[str, Tensor] = {}
-    for outcome in outcomes:
-        found.update(outcome.stage.unknowns.unpack(outcome.tried.unknowns))
-    return found[name]

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..artifact.schema import (
     DirectParameterSensitivity,
     DirectSensitivity,
-    DirectStep,
     FusedSensitivity,
     GroupInfo,
     ImplicitSegment,
@@ -20,9 +19,19 @@ from ..artifact.schema import (
 )
 from ..errors import AOTIError, DerivativeNotCompiledError
 from ..settings import KrylovSettings
+from ..solve import choice
 from ..solve.krylov import solve_linear
+from ..solve.system import Groups
 from .packing import width_in
-from .systems import GraphOf, Groups, check_arity, on_sound_rows, solve_rows
+from .systems import (
+    GraphOf,
+    SystemGraphs,
+    check_arity,
+    on_sound_rows,
+    solve_blocks,
+    spoiled,
+    without_singular_rows,
+)
 from .tangents import Columns, Tangents
 
 if TYPE_CHECKING:
@@ -37,21 +46,24 @@ class Sensitivity:
 
     Args:
         spec: the segment.
+        graphs: of its system.
         graph_of: gives the graph of a file.
     """
 
-    def __init__(self, spec: ImplicitSegment, graph_of: GraphOf) -> None:
-        self.spec = spec
+    def __init__(self, spec: ImplicitSegment, graphs: SystemGraphs, graph_of: GraphOf) -> None:
+        self.spec, self._graphs = spec, graphs
         by_given, by_parameter = spec.sensitivity, spec.parameter_sensitivity
         self._fused = graph_of(by_given.file) if isinstance(by_given, FusedSensitivity) else None
         self._fused_parameter = graph_of(by_parameter.file) if isinstance(by_parameter, FusedSensitivity) else None
-        self._jacobian = self._given = self._solve_ift = self._solve = None
+        self._jacobian = self._given = self._solve_ift = None
         if isinstance(by_given, (DirectSensitivity, KrylovSensitivity)):
             self._jacobian, self._given = graph_of(by_given.jacobian), graph_of(by_given.jacobian_given)
         if isinstance(by_given, DirectSensitivity):
             self._solve_ift = graph_of(by_given.solve)
-        if isinstance(spec.step, DirectStep):
-            self._solve = graph_of(spec.step.solve)
+        # A dense system is solved here: its compiled solve refuses a whole batch for one singular row.
+        self._dense = graphs.factored and self._all_dense
+        self._arrays = choice.arrays()[0] if self._dense else None
+        self._offsets = _offsets(spec.unknowns), _offsets(spec.givens)
         self._dr_dparam = self._solve_param = None
         if isinstance(by_parameter, (DirectParameterSensitivity, KrylovParameterSensitivity)):
             self._dr_dparam = graph_of(by_parameter.dr_dparam)
@@ -76,7 +88,7 @@ class Sensitivity:
         """
         seeds = {seed for name in reached for seed in tangents[name]}
         columns = [tangents[name].get(seed) for name in reached for seed in seeds]
-        if self._given is None or self._solve is None or not self._all_dense or len(seeds) != 1:
+        if self._given is None or self._graphs.solve is None or not self._all_dense or len(seeds) != 1:
             return None
         if any(c is None or c.shape[-1] != 1 for c in columns):
             return None
@@ -112,7 +124,7 @@ class Sensitivity:
                 "which the derivatives of the unknowns were not compiled. Compile them: "
                 "neml2-compile INPUT --model NAME -d :."
             )
-        rows, u = solved.rows.unknowns[0].shape[0], solved.rows.unknowns
+        rows, u = solved.unknowns[0].shape[0], solved.unknowns
         widths = {
             seed: tangents[v.name][seed].shape[-1] if tangents[v.name][seed] is not None else v.size  # type: ignore[union-attr]
             for group in self.spec.givens
@@ -123,7 +135,7 @@ class Sensitivity:
             torch.cat([_pack_direction(group, tangents, seed, rows, m, u[0]) for seed, m in widths.items()], -1)
             for group in self.spec.givens
         ]
-        by_given = self._given([*u, *solved.givens], solved.tail)
+        by_given = self._given([*u, *solved.givens], solved.parameters)
         count = len(self.spec.givens)
         check_arity(self._given, by_given, len(self.spec.residuals) * count)
         b = []
@@ -131,9 +143,11 @@ class Sensitivity:
             terms = [by_given[i * count + j] @ along[j] for j in range(count)]
             b.append(-sum(terms[1:], start=terms[0]).expand(rows, -1, -1))
         a = self._a(solved)
-        if self._solve is not None:
-            solve = self._solve
-            single = [solve_rows(solve, a, [x[..., k] for x in b], u) for k in range(b[0].shape[-1])]
+        if self._dense:
+            du = [self._columns(a[0].expand(rows, -1, -1), -b[0], list(range(b[0].shape[-1])))]
+        elif self._graphs.solve is not None:
+            solve = self._graphs.solve
+            single = [solve_blocks(solve, a, [x[..., k] for x in b], u) for k in range(b[0].shape[-1])]
             du = [torch.stack([x[i] for x in single], -1) for i in range(len(u))]
         else:
             assert isinstance(self.spec.sensitivity, KrylovSensitivity), "the only other way to a Jacobian by givens"
@@ -153,7 +167,7 @@ class Sensitivity:
         if solved.jacobian:
             return solved.jacobian
         assert self._jacobian is not None, "only asked for where the segment has the graph"
-        outputs = self._jacobian([*solved.rows.unknowns, *solved.givens], solved.tail)
+        outputs = self._jacobian([*solved.unknowns, *solved.givens], solved.parameters)
         count = len(self.spec.residuals) * len(self.spec.unknowns)
         check_arity(self._jacobian, outputs, count + len(self.spec.residuals))
         solved.jacobian = outputs[:count]
@@ -164,26 +178,51 @@ class Sensitivity:
         by_given = self.spec.sensitivity
         if by_given is None:
             return []
-        u = solved.rows.unknowns
+        u = solved.unknowns
         if self._fused is not None:
-            return _cut(self._fused([*u, *solved.givens], solved.tail), by_given.pairs)
+            return _cut(self._fused([*u, *solved.givens], solved.parameters), by_given.pairs)
         assert self._given is not None
-        b = self._given([*u, *solved.givens], solved.tail)
+        b = self._given([*u, *solved.givens], solved.parameters)
         a = self._a(solved)
         if isinstance(by_given, KrylovSensitivity):
             return _cut([-_krylov(a, torch.cat(b, -1), by_given.settings)], by_given.pairs)
-        assert self._solve_ift is not None
         rows = u[0].shape[0]
-        arguments = [x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in (*a, *b)]
+        if self._dense:
+            return self._dense_blocks(a[0].expand(rows, -1, -1), torch.cat(b, -1).expand(rows, -1, -1), by_given.pairs)
+        assert self._solve_ift is not None
+        a, b = ([x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in part] for part in (a, b))
         like = [u[0].new_empty((rows, p.rows, p.columns)) for p in by_given.pairs]
-        return _cut(on_sound_rows(self._solve_ift, arguments, like), by_given.pairs)
+        mended, singular = without_singular_rows(a)
+        found = on_sound_rows(self._solve_ift, [*mended, *b], like)
+        return _cut(found if singular is None else spoiled(found, singular), by_given.pairs)
+
+    def _dense_blocks(self, a: Tensor, b: Tensor, pairs: tuple[Pair, ...]) -> Blocks:
+        """`-A^-1 B` of the compiled pairs, by the columns of `B` that they need."""
+        of_u, of_g = self._offsets
+        chosen = [k for wrt in dict.fromkeys(p.wrt for p in pairs) for k in range(*of_g[wrt])]
+        places = {k: i for i, k in enumerate(chosen)}
+        x = self._columns(a, b, chosen)
+        found = []
+        for pair in pairs:
+            start = places[of_g[pair.wrt][0]]
+            found.append((pair, x[:, slice(*of_u[pair.out]), start : start + pair.columns]))
+        return found
+
+    def _columns(self, a: Tensor, b: Tensor, chosen: list[int]) -> Tensor:
+        """`-A^-1 B` for chosen columns of `B`, `(rows, n, len(chosen))`; NaN in rows whose matrix is singular."""
+        if self._arrays is not None and a.dtype == torch.float64:
+            found: Tensor = self._arrays.columns(a.contiguous(), b.contiguous(), chosen)
+            return found
+        factors, pivots, info = torch.linalg.lu_factor_ex(a)
+        x = -torch.linalg.lu_solve(factors, pivots, b[..., chosen])
+        return x.masked_fill((info != 0)[:, None, None], torch.nan)
 
     def parameter_blocks(self, solved: Solved, values: Values) -> Blocks:
         """`du/dp` of every compiled pair, `(rows, entries of u, entries of p)`."""
         by_parameter = self.spec.parameter_sensitivity
         if by_parameter is None:
             return []
-        u = solved.rows.unknowns
+        u = solved.unknowns
         rows = u[0].shape[0]
         arguments = [*u, *solved.givens, *values.expanded(self.spec.parameters, rows)]
         if self._fused_parameter is not None:
@@ -195,14 +234,26 @@ class Sensitivity:
                 return _cut([-_krylov([a], dr_dp, by_parameter.settings)], by_parameter.pairs)
             assert self._solve_param is not None
             like = [u[0].new_empty((rows, *p.out_base_shape, *p.wrt_base_shape)) for p in by_parameter.pairs]
-            found = on_sound_rows(self._solve_param, [a, dr_dp], like)
+            mended, singular = without_singular_rows([a])
+            found = on_sound_rows(self._solve_param, [*mended, dr_dp], like)
+            found = found if singular is None else spoiled(found, singular)
         blocks = _cut(found, by_parameter.pairs)
         return [(pair, block.reshape((block.shape[0], pair.rows, pair.columns))) for pair, block in blocks]
 
 
-def sensitivity_of(spec: ImplicitSegment, graph_of: GraphOf) -> Sensitivity | None:
+def sensitivity_of(spec: ImplicitSegment, graphs: SystemGraphs, graph_of: GraphOf) -> Sensitivity | None:
     """The derivative graphs of a segment; None where it was compiled without any."""
-    return Sensitivity(spec, graph_of) if spec.sensitivity or spec.parameter_sensitivity else None
+    return Sensitivity(spec, graphs, graph_of) if spec.sensitivity or spec.parameter_sensitivity else None
+
+
+def _offsets(groups: tuple[GroupInfo, ...]) -> dict[str, tuple[int, int]]:
+    """First and last-but-one place of each variable's entries, group after group."""
+    found, start = {}, 0
+    for group in groups:
+        for v in group.variables:
+            found[v.name] = (start, start + v.size)
+            start += v.size
+    return found
 
 
 def _cut(outputs: Groups, pairs: tuple[Pair, ...]) -> Blocks:

@@ -1,14 +1,14 @@
-"""Solve an implicit segment over an increment that is cut into spans where a row does not converge.
+"""Solve an implicit segment over an increment that is cut into subincrements where a row does not converge.
 
-A span [a, b] is a part of the increment from 0 to 1. Over a span the forces are interpolated between their old and new
-values and the old state is what the span before it ended with. Rows that converge over a span leave; the others solve
-its two halves. Derivatives go the same way, for all that is done to a given is linear in the givens.
+A subincrement [a, b] is a part of the increment from 0 to 1. Over it the forces are interpolated between their old and
+new values, and the old state is what the subincrement before it ended with. Rows that converge over it leave; the
+others solve its two halves. Derivatives go the same way, for all that is done to a given is linear in the givens.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from .. import log
 from ..artifact.schema import Given
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
-from ..solve.rows import Rows, Told
-from .implicit import ImplicitStage, Solved
+from ..solve import newton
+from ..solve.outcome import Outcome, RowStatistics, blank
+from .implicit import ImplicitSegment, Solved
 from .parameters import Values
 from .tangents import Columns, Tangents, combine, dense, select
 
@@ -27,23 +28,24 @@ _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
 
 @dataclass
 class Increment:
-    """What all spans of one call share, and what they have come to.
+    """What all subincrements of one call share, and what they have come to.
 
     Args:
-        stage: the segment.
+        segment: the segment.
         state: all variables of the call at the increment's ends.
         values: promoted parameters.
         settings: of the Newton solve.
         tangents: derivatives of the variables, where they are wanted.
         parameters: parameters to differentiate by.
-        past: givens with a lag, and first iterates, at the start of each row's current span.
+        past: givens with a lag, and first iterates, at the start of each row's current subincrement.
         past_tangents: their derivatives.
         unknowns: solution of each row.
         unknown_tangents: its derivatives, per row.
-        outcome: how the rows fared.
+        statistics: how the rows fared.
+        given: unknowns whose first iterate the caller gave; it serves the increment as a whole.
     """
 
-    stage: ImplicitStage
+    segment: ImplicitSegment
     state: dict[str, Tensor]
     values: Values
     settings: NewtonSettings
@@ -52,74 +54,83 @@ class Increment:
     past: dict[str, Tensor]
     past_tangents: Tangents
     unknowns: dict[str, Tensor]
-    outcome: Told
+    statistics: RowStatistics
+    given: frozenset[str]
     unknown_tangents: Tangents = field(default_factory=dict)
-    spans: int = 0
+    solves: int = 0
     depth: int = 0
     substepped: Tensor | None = None
-    first: Rows | None = None
+    first: newton.Solved | None = None
 
 
 def solve(
-    stage: ImplicitStage,
+    segment: ImplicitSegment,
     state: dict[str, Tensor],
     values: Values,
     rows: int,
     settings: NewtonSettings,
+    given: frozenset[str] = frozenset(),
     tangents: Tangents | None = None,
     parameters: frozenset[str] = frozenset(),
-) -> tuple[Rows, Rows]:
+) -> tuple[RowStatistics, newton.Solved]:
     """Solve for the unknowns of all rows, and write them into `state` and their derivatives into `tangents`.
 
     Args:
-        stage: the segment.
+        segment: the segment.
         state: all variables, `(rows, ...)` each.
         values: promoted parameters.
         rows: the batch.
         settings: of the Newton solve.
+        given: unknowns whose first iterate the caller gave, in `state`.
         tangents: derivatives of the variables; None if no derivatives are wanted.
         parameters: parameters to differentiate by.
 
     Returns:
-        The outcome of each row, and what it was over the whole increment in one span.
+        How each row fared, and what the solve over the whole increment came to.
     """
+    spec = segment.spec
     like = next(iter(state.values()))
-    unknowns = {v.name: like.new_zeros((rows, *v.natural_shape)) for v in stage.spec.unknown_variables}
-    given = [g.variable.name for g in stage.spec.roles]
-    predicted_from = stage.spec.predictor.inputs if stage.spec.predictor else ()
+    unknowns = {v.name: like.new_zeros((rows, *v.natural_shape)) for v in spec.unknown_variables}
+    names = [g.variable.name for g in spec.roles]
+    predicted_from = spec.predictor.inputs if spec.predictor else ()
     past = {
-        name: state[name].clone() for name in dict.fromkeys((*given, *predicted_from)) if _lag(name) and name in state
+        name: state[name].clone() for name in dict.fromkeys((*names, *predicted_from)) if _lag(name) and name in state
     }
-    # A span starts from what the span before it ended with, the first one from the caller's guess.
+    # A subincrement starts from what the one before it ended with, the first one from the caller's iterate.
     past.update({name: state[name].clone() if name in state else zero.clone() for name, zero in unknowns.items()})
-    blank = Told(
-        torch.zeros(rows, dtype=torch.bool, device=like.device),
-        torch.zeros(rows, dtype=torch.int64, device=like.device),
-        like.new_zeros(rows),
-        like.new_zeros(rows),
-    )
     increment = Increment(
-        stage, state, values, settings, tangents, parameters, past, _past_tangents(tangents, past), unknowns, blank
+        segment,
+        state,
+        values,
+        settings,
+        tangents,
+        parameters,
+        past,
+        _past_tangents(tangents, past),
+        unknowns,
+        blank(rows, like),
+        given,
     )
-    _span(increment, 0.0, 1.0, torch.arange(rows, device=like.device), 0)
+    _solve_part(increment, 0.0, 1.0, torch.arange(rows, device=like.device), 0)
     state.update(unknowns)
     if tangents is not None:
         tangents.update({name: increment.unknown_tangents.get(name, {}) for name in unknowns})
-    if log.enabled("substep", "info") and bool(blank.converged.all()):
+    statistics = replace(increment.statistics, all_converged=bool(increment.statistics.converged.all()))
+    if log.enabled("substep", "info") and statistics.all_converged:
         bisected = 0 if increment.substepped is None else int(increment.substepped.sum())
         what = "value" if tangents is None else "jacobian"
         log.emit(
             "substep",
             "info",
             f"{what}: B={rows} elements, {bisected} substepped, max depth={increment.depth}, "
-            f"{increment.spans} segment-solves",
+            f"{increment.solves} segment-solves",
         )
-    assert increment.first is not None, "the first span is always solved"
-    return Rows([], lambda: blank), increment.first
+    assert increment.first is not None, "the whole increment is always tried"
+    return statistics, increment.first
 
 
 def _past_tangents(tangents: Tangents | None, past: dict[str, Tensor]) -> Tangents:
-    """Derivatives of what is chained from span to span, one block per row so that rows can be written."""
+    """Derivatives of what is chained between subincrements, one block per row so that rows can be written."""
     if tangents is None:
         return {}
     return {
@@ -129,21 +140,21 @@ def _past_tangents(tangents: Tangents | None, past: dict[str, Tensor]) -> Tangen
     }
 
 
-def _span(increment: Increment, a: float, b: float, rows: Tensor, level: int) -> None:
-    """Solve the span [a, b] for some rows, in halves where it does not converge."""
-    stage, spec = increment.stage, increment.stage.spec
-    increment.spans += 1
+def _solve_part(increment: Increment, a: float, b: float, rows: Tensor, level: int) -> None:
+    """Solve the subincrement [a, b] for some rows, in halves where it does not converge."""
+    segment, spec = increment.segment, increment.segment.spec
+    increment.solves += 1
     increment.depth = max(increment.depth, level)
     local = {name: value[rows] for name, value in increment.state.items()}
     local.update({name: value[rows] for name, value in increment.past.items()})
     local.update(_interpolated(spec.roles, increment, local, rows, a, b))
     values = increment.values.take(rows)
-    stage.guess(local, len(rows))
+    segment.guess(local, len(rows), increment.given if level == 0 else frozenset())
     wanted = increment.tangents is not None
-    solved = stage.solve(local, values, len(rows), increment.settings, gated=True)
+    solved = segment.solve(local, values, len(rows), increment.settings, small_steps=True)
     if level == 0:
-        increment.first = solved.rows
-    told = solved.rows.told
+        increment.first = newton.Solved(solved.unknowns, solved.statistics)
+    told, total = solved.statistics, increment.statistics
     ok = told.converged
     good = ok.nonzero().squeeze(-1)
     log.emit(
@@ -152,40 +163,35 @@ def _span(increment: Increment, a: float, b: float, rows: Tensor, level: int) ->
         f"{'  ' * (level + 1)}span [{a:g}, {b:g}] L{level}: active={len(rows)} -> converged={len(good)} "
         f"failed={len(rows) - len(good)}",
     )
-    increment.outcome.iterations[rows] += told.iterations
-    increment.outcome.norm[rows] = told.norm
-    increment.outcome.norm0[rows] = told.norm0
+    total.iterations[rows] += told.iterations
+    total.norm[rows], total.norm0[rows] = told.norm, told.norm0
+    total.outcome[rows] = told.outcome.to(total.outcome.dtype)
     if wanted and len(good):
         _differentiate(increment, solved, values, local, rows, good, a, b)
     if len(good):
         _advance(increment, local, rows, good)
     if len(good) == len(rows):
-        increment.outcome.converged[rows] = True
         return
-    bad = (~ok).nonzero().squeeze(-1)
-    increment.outcome.converged[rows[good]] = True
     if level == 0:
         increment.substepped = ~ok
+    bad = (~ok).nonzero().squeeze(-1)
     failing = rows[bad]
     if level >= spec.max_substepping_level:
-        increment.outcome.converged[failing] = False
         for unknown in spec.unknown_variables:
             increment.unknowns[unknown.name][failing] = local[unknown.name][bad]
         return
     middle = 0.5 * (a + b)
-    increment.outcome.converged[failing] = False
-    _span(increment, a, middle, failing, level + 1)
+    _solve_part(increment, a, middle, failing, level + 1)
     # A row that failed the first half has no state to start the second from.
-    going_on = failing[increment.outcome.converged[failing]]
-    increment.outcome.converged[going_on] = False
+    going_on = failing[total.outcome[failing] == Outcome.CONVERGED]
     if len(going_on):
-        _span(increment, middle, b, going_on, level + 1)
+        _solve_part(increment, middle, b, going_on, level + 1)
 
 
 def _interpolated(
     roles: tuple[Given, ...], increment: Increment, local: dict[str, Tensor], rows: Tensor, a: float, b: float
 ) -> dict[str, Tensor]:
-    """Values over the span of the givens that are not chained."""
+    """Values over the subincrement of the givens that are not chained."""
     found = {}
     for name, terms in _terms(roles, a, b).items():
         found[name] = sum(
@@ -196,7 +202,7 @@ def _interpolated(
 
 
 def _terms(roles: tuple[Given, ...], a: float, b: float) -> dict[str, list[tuple[float, str]]]:
-    """Each force over the span [a, b] as a combination of its values at the increment's ends."""
+    """Each force over the subincrement [a, b] as a combination of its values at the increment's ends."""
     terms: dict[str, list[tuple[float, str]]] = {}
     for given in roles:
         name, pair = given.variable.name, given.pair
@@ -221,7 +227,7 @@ def _lag(name: str) -> int:
 def _advance(increment: Increment, local: dict[str, Tensor], rows: Tensor, good: Tensor) -> None:
     """Keep the solution of the rows that converged, and move their history on by one."""
     where = rows[good]
-    for unknown in increment.stage.spec.unknown_variables:
+    for unknown in increment.segment.spec.unknown_variables:
         increment.unknowns[unknown.name][where] = local[unknown.name][good]
     for name in increment.past:
         source = _successor(name)
@@ -230,7 +236,7 @@ def _advance(increment: Increment, local: dict[str, Tensor], rows: Tensor, good:
 
 
 def _successor(name: str) -> str:
-    """What a history variable holds one span later: the next younger lag; a first iterate stays itself."""
+    """What a history variable holds one subincrement later: the next younger lag; a first iterate stays itself."""
     lag = _lag(name)
     if lag == 0:
         return name
@@ -248,18 +254,18 @@ def _differentiate(
     a: float,
     b: float,
 ) -> None:
-    """Carry the derivatives over the span for the rows that converged."""
+    """Carry the derivatives over the subincrement for the rows that converged."""
     assert increment.tangents is not None
-    roles = increment.stage.spec.roles
+    roles = increment.segment.spec.roles
     here: Tangents = select(increment.tangents, rows)
     here.update(select(increment.past_tangents, rows))
     for name, terms in _terms(roles, a, b).items():
         here[name] = combine(
             [(f, dense(select({s: increment.tangents.get(s, {})}, rows)[s], local[name])) for f, s in terms]
         )
-    found = increment.stage.carry(solved, values, here, increment.parameters, cut=b - a < 1.0)
+    found = increment.segment.carry(solved, values, here, increment.parameters, cut=b - a < 1.0)
     where = rows[good]
-    total = len(increment.outcome.converged)
+    total = len(increment.statistics.outcome)
     for name, columns in found.items():
         _write(increment.unknown_tangents.setdefault(name, {}), columns, total, where, good)
     after: Tangents = {**here, **found}

@@ -1,14 +1,9 @@
-"""The nonlinear system of an implicit segment: its residual and its Newton direction, however they were compiled.
-
-`evaluate` gives `b = -r` at the unknowns and what the direction needs besides (the Jacobian, if there is a graph of
-it); `direction` solves `A du = b`. All tensors are lists of groups with one flat batch axis.
-"""
+"""The nonlinear system of an implicit segment as the solver takes it, however it was compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,240 +11,264 @@ from torch import Tensor
 from ..artifact.schema import DirectStep, FusedStep, ImplicitSegment, KrylovStep
 from ..errors import AOTIError, ArtifactError
 from ..graphs.graph import Graph
-from ..solve.krylovstep import KrylovStep as KrylovDirection
+from ..settings import KrylovSettings
+from ..solve.preconditioned import KrylovSystem, Products
+from ..solve.system import Direction, Groups, Linearisation, System
 from .packing import layout_of
 
-Groups = list[Tensor]
 GraphOf = Callable[[str], Graph]
 
 
-class System(Protocol):
-    """What a Newton solve asks of a segment.
+@dataclass(frozen=True)
+class Bound:
+    """The residual graph with all but the unknowns bound; what the systems of all kinds share.
 
-    `residual_apart` tells whether the residual alone costs less than `evaluate`, and `direct` whether besides a
-    linearisation serves at other unknowns than those where it was evaluated.
+    Args:
+        graphs: of the segment.
+        g: givens, one tensor per group, `(rows, ...)`.
+        parameters: promoted parameters, without a batch.
     """
 
-    residual_apart: bool
-    direct: bool
+    graphs: SystemGraphs
+    g: Groups
+    parameters: Sequence[Tensor]
 
-    def evaluate(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> tuple[Groups, Groups]:
-        """`b = -r` at `u`, and the linearisation there."""
-        ...
-
-    def residual(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> Groups:
-        """`b = -r` at `u`."""
-        ...
-
-    def direction(self, u: Groups, g: Groups, tail: Sequence[Tensor], b: Groups, linear: Groups) -> Groups:
-        """The step `du` from `u`; rows whose system is singular come back not finite.
-
-        What is in `linear` may be replaced by what serves another `b` better.
-        """
-        ...
-
-    def fresh(self) -> System:
-        """The system for another solve, with nothing kept of the last one."""
-        ...
-
-
-class _Residual:
-    """What all systems share: the residual graph."""
-
-    def __init__(self, segment: ImplicitSegment, graph_of: GraphOf) -> None:
-        self._residual_graph = graph_of(segment.residual)
-        self._residuals = len(segment.residuals)
-        self._unknowns = len(segment.unknowns)
-
-    def residual(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> Groups:
-        """See `System.residual`."""
-        b = self._residual_graph([*u, *g], tail)
-        check_arity(self._residual_graph, b, self._residuals)
+    def residual(self, u: Groups) -> Groups:
+        """See `solve.system.System`."""
+        b = self.graphs.residual([*u, *self.g], self.parameters)
+        check_arity(self.graphs.residual, b, self.graphs.residual_groups)
         return b
 
-
-class DirectSystem(_Residual):
-    """A Jacobian graph and a graph of the direct solve."""
-
-    residual_apart = direct = True
-
-    def __init__(self, segment: ImplicitSegment, step: DirectStep, graph_of: GraphOf) -> None:
-        super().__init__(segment, graph_of)
-        self._jacobian, self._solve = graph_of(step.jacobian), graph_of(step.solve)
-        self._blocks = self._residuals * self._unknowns
-
-    def evaluate(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> tuple[Groups, Groups]:
-        """See `System.evaluate`."""
-        outputs = self._jacobian([*u, *g], tail)
-        check_arity(self._jacobian, outputs, self._blocks + self._residuals)
-        rows = u[0].shape[0]
-        # A block that depends on nothing comes back once for all rows.
-        a = [x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in outputs[: self._blocks]]
-        return outputs[self._blocks :], a
-
-    def direction(self, u: Groups, g: Groups, tail: Sequence[Tensor], b: Groups, linear: Groups) -> Groups:
-        """See `System.direction`."""
-        return solve_rows(self._solve, linear, b, u)
-
-    def fresh(self) -> DirectSystem:
-        """See `System.fresh`."""
-        return self
+    def _some(self, rows: Tensor) -> Groups:
+        """The givens of some rows."""
+        return [x.index_select(0, rows) for x in self.g]
 
 
-class DenseSystem(DirectSystem):
-    """A Jacobian graph of one dense block, which is factored here: the factors serve another right-hand side."""
+@dataclass(frozen=True)
+class Blocks:
+    """A Jacobian in blocks that a graph solves with; see `solve.system.Linearisation`."""
 
-    def direction(self, u: Groups, g: Groups, tail: Sequence[Tensor], b: Groups, linear: Groups) -> Groups:
-        """See `System.direction`."""
-        # A row without pivot comes back not finite from either solve. For one row, a solve is as cheap as half of one.
-        if len(linear) == 1 and u[0].shape[0] == 1:
-            return [torch.linalg.solve_ex(linear[0], b[0].unsqueeze(-1)).result.squeeze(-1)]
-        if len(linear) == 1:
-            linear[:] = torch.linalg.lu_factor_ex(linear[0])[:2]
-        return [torch.linalg.lu_solve(*linear, b[0].unsqueeze(-1)).squeeze(-1)]
+    graph: Graph
+    a: Groups
+    u: Groups
+    reusable: bool = True
 
+    def solve(self, b: Groups) -> Groups:
+        """See `solve.system.Linearisation`."""
+        return solve_blocks(self.graph, self.a, b, self.u)
 
-class FusedSystem(_Residual):
-    """One graph of the whole step (older releases)."""
-
-    direct = False
-
-    def __init__(self, segment: ImplicitSegment, step: FusedStep, graph_of: GraphOf) -> None:
-        super().__init__(segment, graph_of)
-        self._step, self._returns_iterate = graph_of(step.file), step.returns_iterate
-        self.residual_apart = not self._returns_iterate
-
-    def evaluate(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> tuple[Groups, Groups]:
-        """See `System.evaluate`; the step itself stands in for the linearisation where it comes with `b`."""
-        if self._returns_iterate:
-            return self.residual(u, g, tail), []
-        try:
-            outputs = self._step([*u, *g], tail)
-        except ArtifactError:
-            raise
-        except AOTIError:
-            return self.residual(u, g, tail), []
-        check_arity(self._step, outputs, self._unknowns + self._residuals)
-        return outputs[self._unknowns :], outputs[: self._unknowns]
-
-    def direction(self, u: Groups, g: Groups, tail: Sequence[Tensor], b: Groups, linear: Groups) -> Groups:
-        """See `System.direction`."""
-        if linear:
-            return linear
-        count = self._unknowns
-
-        def step(arguments: Sequence[Tensor]) -> list[Tensor]:
-            return self._step(arguments, tail)[:count]
-
-        found = on_sound_rows(step, [*u, *g], u)
-        return [x - y for x, y in zip(found, u, strict=True)] if self._returns_iterate else found
-
-    def fresh(self) -> FusedSystem:
-        """See `System.fresh`."""
-        return self
+    def take(self, rows: Tensor) -> Linearisation:
+        """See `solve.system.Linearisation`."""
+        a, u = ([x.index_select(0, rows) for x in groups] for groups in (self.a, self.u))
+        return Blocks(self.graph, a, u)
 
 
-class KrylovSystem(_Residual):
-    """Matrix-vector products and an iterative solve."""
+class Factors:
+    """A dense Jacobian, factored when it is first solved with; see `solve.system.Linearisation`.
 
-    residual_apart = direct = False
+    Args:
+        a: `(rows, n, n)`, or its factors.
+        pivots: of the factors; None while there are none.
+    """
 
-    def __init__(self, segment: ImplicitSegment, step: KrylovStep, graph_of: GraphOf) -> None:
-        super().__init__(segment, graph_of)
-        self._settings = step.settings
-        self._matvec = graph_of(step.matvec)
-        self._setup = graph_of(step.precond_setup) if step.precond_setup else None
-        self._apply = graph_of(step.precond_apply) if step.precond_apply else None
-        self._layouts = layout_of(segment.unknowns), layout_of(segment.residuals)
-        self._kept: tuple[Groups, KrylovDirection] | None = None
-        self._b: Groups = []
+    reusable = True
 
-    def evaluate(self, u: Groups, g: Groups, tail: Sequence[Tensor]) -> tuple[Groups, Groups]:
-        """See `System.evaluate`."""
-        return self.residual(u, g, tail), []
+    def __init__(self, a: Tensor, pivots: Tensor | None = None) -> None:
+        self._a, self._pivots = a, pivots
 
-    def direction(self, u: Groups, g: Groups, tail: Sequence[Tensor], b: Groups, linear: Groups) -> Groups:
-        """See `System.direction`."""
-        # The preconditioner belongs to the rows that it was set up for; another choice of rows starts afresh.
-        if self._kept is None or self._kept[0] is not g:
-            self._kept = (g, self._iteration(g, tail))
-        self._b = b
-        return self._kept[1](u)[0]
+    def solve(self, b: Groups) -> Groups:
+        """See `solve.system.Linearisation`; a row without a pivot comes back not finite."""
+        if self._pivots is None:
+            self._a, self._pivots = torch.linalg.lu_factor_ex(self._a)[:2]
+        return [torch.linalg.lu_solve(self._a, self._pivots, b[0].unsqueeze(-1)).squeeze(-1)]
 
-    def _iteration(self, g: Groups, tail: Sequence[Tensor]) -> KrylovDirection:
-        matvec, setup, apply = self._matvec, self._setup, self._apply
+    def take(self, rows: Tensor) -> Linearisation:
+        """See `solve.system.Linearisation`."""
+        pivots = None if self._pivots is None else self._pivots.index_select(0, rows)
+        return Factors(self._a.index_select(0, rows), pivots)
+
+
+class DirectSystem(Bound):
+    """A Jacobian graph and a graph of the direct solve; see `solve.system.System`."""
+
+    def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
+        """See `solve.system.System`."""
+        graphs, rows = self.graphs, u[0].shape[0]
+        assert graphs.jacobian is not None and graphs.solve is not None
+        a, b = jacobian(graphs, u, self.g, self.parameters)
+        a = [x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in a]
+        return b, Factors(a[0]) if graphs.factored else Blocks(graphs.solve, a, u)
+
+    def take(self, rows: Tensor) -> System:
+        """See `solve.system.System`."""
+        return DirectSystem(self.graphs, self._some(rows), self.parameters)
+
+
+class FusedSystem(Bound):
+    """One graph of the whole step (older releases); see `solve.system.System`."""
+
+    def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
+        """See `solve.system.System`."""
+        graphs, count = self.graphs, len(u)
+        assert graphs.step is not None
+        step = graphs.step
+        if not graphs.returns_iterate:
+            try:
+                outputs = step([*u, *self.g], self.parameters)
+            except ArtifactError:
+                raise
+            except AOTIError:
+                pass
+            else:
+                check_arity(step, outputs, count + graphs.residual_groups)
+                return outputs[count:], Direction(outputs[:count])
+        found = on_sound_rows(lambda arguments: step(arguments, self.parameters)[:count], [*u, *self.g], u)
+        if graphs.returns_iterate:
+            found = [x - y for x, y in zip(found, u, strict=True)]
+        return self.residual(u), Direction(found)
+
+    def take(self, rows: Tensor) -> System:
+        """See `solve.system.System`."""
+        return FusedSystem(self.graphs, self._some(rows), self.parameters)
+
+
+class GraphProducts(Bound):
+    """Matrix-vector products and a preconditioner; see `solve.preconditioned.Products`."""
+
+    def product(self, u: Groups, v: Groups) -> Sequence[Tensor]:
+        """See `solve.preconditioned.Products`."""
+        assert self.graphs.matvec is not None
+        return self.graphs.matvec([*u, *self.g], self.parameters, v)
+
+    def set_up(self, u: Groups) -> Sequence[Tensor] | None:
+        """See `solve.preconditioned.Products`."""
+        graph = self.graphs.precond_setup
+        if graph is None or self.graphs.precond_apply is None:
+            return None
+        count = len(u) + len(self.g) + len(self.parameters)
         # neml2 traces the preconditioner without promoted parameters, although it may read them.
-        setup_tail = tail if setup is not None and _takes(setup, len(self._layouts[0]) + len(g) + len(tail)) else ()
-        return KrylovDirection(
-            lambda u: self._b,
-            lambda u, v: matvec([*u, *g], tail, v),
-            self._settings,
-            *self._layouts,
-            precond_setup=(lambda u: setup([*u, *g], setup_tail)) if setup is not None else None,
-            precond_apply=(lambda state, r: apply([*state, r])[0]) if apply is not None else None,
-        )
+        takes_them = graph.signature is not None and len(graph.signature.arguments) == count
+        return graph([*u, *self.g], self.parameters if takes_them else ())
 
-    def fresh(self) -> KrylovSystem:
-        """See `System.fresh`."""
-        clone = object.__new__(KrylovSystem)
-        clone.__dict__.update(self.__dict__, _kept=None)
-        return clone
+    def precondition(self, state: Sequence[Tensor], r: Tensor) -> Tensor:
+        """See `solve.preconditioned.Products`."""
+        assert self.graphs.precond_apply is not None
+        return self.graphs.precond_apply([*state, r])[0]
+
+    def take(self, rows: Tensor) -> Products:
+        """See `solve.preconditioned.Products`."""
+        return GraphProducts(self.graphs, self._some(rows), self.parameters)
 
 
-def _takes(graph: Graph, count: int) -> bool:
-    return graph.signature is not None and len(graph.signature.arguments) == count
+class SystemGraphs:
+    """The graphs of an implicit segment's system.
 
+    Args:
+        segment: the segment.
+        graph_of: gives the graph of a file.
+        device: that they run on.
+        as_native: whether linear systems are solved by the graphs alone, and as by neml2's C++ runtime where that
+            iterates.
+    """
 
-def system_of(segment: ImplicitSegment, graph_of: GraphOf, device: torch.device, as_native: bool = False) -> System:
-    """The system of a segment; `as_native` solves by the graphs alone, and as neml2's C++ runtime where it iterates."""
-    if isinstance(segment.step, DirectStep):
+    jacobian: Graph | None = None
+    solve: Graph | None = None
+    step: Graph | None = None
+    matvec: Graph | None = None
+    precond_setup: Graph | None = None
+    precond_apply: Graph | None = None
+    returns_iterate = False
+    krylov: KrylovSettings | None = None
+
+    def __init__(self, segment: ImplicitSegment, graph_of: GraphOf, device: torch.device, as_native: bool) -> None:
+        self.residual = graph_of(segment.residual)
+        self.residual_groups, self.unknown_groups = len(segment.residuals), len(segment.unknowns)
+        self.layouts = layout_of(segment.unknowns), layout_of(segment.residuals)
         groups = (*segment.unknowns, *segment.residuals)
-        one = len(groups) == 2 and all(group.structure == "dense" for group in groups)
-        kind = DenseSystem if one and device.type == "cpu" and not as_native else DirectSystem
-        return kind(segment, segment.step, graph_of)
-    if isinstance(segment.step, FusedStep):
-        return FusedSystem(segment, segment.step, graph_of)
-    settings = replace(segment.step.settings, absolute_floor=as_native)
-    return KrylovSystem(segment, replace(segment.step, settings=settings), graph_of)
+        one_dense_block = len(groups) == 2 and all(group.structure == "dense" for group in groups)
+        self.factored = False
+        step = segment.step
+        if isinstance(step, DirectStep):
+            self.jacobian, self.solve = graph_of(step.jacobian), graph_of(step.solve)
+            self.factored = one_dense_block and device.type == "cpu" and not as_native
+        elif isinstance(step, FusedStep):
+            self.step, self.returns_iterate = graph_of(step.file), step.returns_iterate
+        else:
+            assert isinstance(step, KrylovStep)
+            self.matvec = graph_of(step.matvec)
+            self.precond_setup = graph_of(step.precond_setup) if step.precond_setup else None
+            self.precond_apply = graph_of(step.precond_apply) if step.precond_apply else None
+            self.krylov = replace(step.settings, absolute_floor=as_native, together=as_native)
+
+    def system(self, g: Groups, parameters: Sequence[Tensor]) -> System:
+        """The system with givens and parameters bound; for one solve, since an iterative one keeps a preconditioner."""
+        if self.krylov is not None:
+            return KrylovSystem(GraphProducts(self, g, parameters), self.krylov, self.layouts)
+        return (FusedSystem if self.step is not None else DirectSystem)(self, g, parameters)
+
+
+def jacobian(graphs: SystemGraphs, u: Groups, g: Groups, parameters: Sequence[Tensor]) -> tuple[Groups, Groups]:
+    """The blocks of the Jacobian, `(rows or 1, ...)`, and `b = -r`."""
+    assert graphs.jacobian is not None
+    outputs = graphs.jacobian([*u, *g], parameters)
+    count = graphs.residual_groups * graphs.unknown_groups
+    check_arity(graphs.jacobian, outputs, count + graphs.residual_groups)
+    return outputs[:count], outputs[count:]
 
 
 def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int) -> None:
     """Refuse a graph that returns another number of tensors than the metadata tells."""
     if len(outputs) != expected:
         raise ArtifactError(
-            f"{graph.file}: returned {len(outputs)} outputs, expected {expected}. The package belongs to "
-            "another model or "
-            "to another compile; compile the model again with neml2-compile."
+            f"{graph.file}: returned {len(outputs)} outputs, expected {expected}. The package belongs to another model "
+            "or to another compile; compile the model again with neml2-compile."
         )
 
 
-def solve_rows(graph: Graph, a: Groups, b: Groups, like: Groups) -> Groups:
-    """Solve `A x = b`; rows where `A` is singular come back not finite.
+def solve_blocks(graph: Graph, a: Groups, b: Groups, like: Groups) -> Groups:
+    """Solve `A x = b` by a graph, which under some releases of torch refuses the whole batch for one singular row.
 
     Args:
-        graph: the compiled solve; under some releases of torch it refuses the whole batch for one singular row.
+        graph: the compiled solve.
         a: the blocks of the matrix.
         b: the right-hand side.
         like: tensors of the shapes of `x`.
 
     Returns:
-        `x`.
+        `x`; not finite in rows where `A` is singular.
     """
-    if len(a) == 1:
-        try:
-            return graph([*a, *b])
-        except ArtifactError:
-            raise
-        except AOTIError:
-            singular = torch.linalg.solve_ex(a[0], b[0].unsqueeze(-1)).info != 0
-            if not singular.any():
-                raise
-            mended = torch.where(
-                singular[:, None, None], torch.eye(a[0].shape[-1], dtype=a[0].dtype, device=a[0].device), a[0]
-            )
-            found = graph([mended, *b])
-            return [x.masked_fill(singular[:, None], torch.nan) for x in found]
-    return on_sound_rows(graph, [*a, *b], like)
+    mended, singular = without_singular_rows(a)
+    found = on_sound_rows(graph, [*mended, *b], like)
+    return found if singular is None else spoiled(found, singular)
+
+
+def without_singular_rows(a: Groups) -> tuple[Groups, Tensor | None]:
+    """Put the identity in the place of square blocks without an inverse, which torch would complain of on stderr.
+
+    Args:
+        a: the blocks of a matrix, row-major.
+
+    Returns:
+        The blocks, and the rows that have such a block, `(rows,)`; None for none.
+    """
+    size = round(len(a) ** 0.5)
+    mended, rows = list(a), None
+    for place in range(0, len(a), size + 1):
+        block = a[place]
+        if block.shape[-1] != block.shape[-2]:
+            continue
+        singular = torch.linalg.lu_factor_ex(block).info != 0
+        if bool(singular.any()):
+            eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
+            mended[place] = torch.where(singular[..., None, None], eye, block)
+            found = singular.flatten(1).any(-1) if singular.ndim > 1 else singular
+            rows = found if rows is None else rows | found
+    return mended, rows
+
+
+def spoiled(found: Groups, rows: Tensor) -> Groups:
+    """NaN in some rows."""
+    return [x.masked_fill(rows.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan) for x in found]
 
 
 def on_sound_rows(run: Callable[[Sequence[Tensor]], Groups], arguments: Sequence[Tensor], like: Groups) -> Groups:

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .criteria import LEAST_SQUARES, MOST_SQUARES
+
 Structure = Literal["dense", "block"]
 
 
@@ -73,15 +75,20 @@ def row_norm_squares(groups: Sequence[Tensor], layout: Layout) -> Tensor:
 
 
 def row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Euclidean norm of each row over all groups: `(*batch,)`; infinite where a square overflows."""
-    return row_norm_squares(groups, layout).sqrt()
+    """Euclidean norm of each row over all groups, `(*batch,)`; squares that overflow or vanish are taken with scaling.
 
-
-def scaled_row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
-    """As `row_norms`, but each row is divided by its largest entry first, so squares cannot overflow.
-
-    Costs about twice as much, and differs from `row_norms` by rounding where that is finite.
+    Args:
+        groups: as for `row_norm_squares`.
+        layout: as for `row_norm_squares`.
     """
+    squares = row_norm_squares(groups, layout)
+    norm = squares.sqrt()
+    doubtful = ~((squares > LEAST_SQUARES) & (squares < MOST_SQUARES))
+    return torch.where(doubtful, _scaled_row_norms(groups, layout), norm) if bool(doubtful.any()) else norm
+
+
+def _scaled_row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """As `row_norms`, with each row divided by its largest entry first."""
     largest = None
     for tensor, group in zip(groups, layout, strict=True):
         peak = tensor.abs().amax(group.axes)
@@ -91,7 +98,22 @@ def scaled_row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
     scale = torch.where(largest > 0, largest, 1.0)
     scale = torch.where(largest.isfinite(), scale, 1.0)
     scaled = [tensor / per_row(scale, group) for tensor, group in zip(groups, layout, strict=True)]
-    return row_norms(scaled, layout) * scale
+    return row_norm_squares(scaled, layout).sqrt() * scale
+
+
+def finite_rows(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Rows whose entries are all finite, bool, `(*batch,)`.
+
+    Args:
+        groups: as for `row_norm_squares`.
+        layout: as for `row_norm_squares`.
+    """
+    found = None
+    for tensor, group in zip(groups, layout, strict=True):
+        finite = tensor.isfinite().all(group.axes)
+        found = finite if found is None else found & finite
+    assert found is not None, "a system has at least one group"
+    return found
 
 
 def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layout, right_layout: Layout) -> Tensor:
@@ -120,10 +142,3 @@ def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layou
         total = dots if total is None else total + dots
     assert total is not None, "a system has at least one group"
     return total
-
-
-def norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Euclidean norm of each row, `(rows,)`."""
-    if len(groups) == 1 and layout[0].trailing == 1:
-        return torch.linalg.vector_norm(groups[0], dim=-1)
-    return row_norms(groups, layout)

@@ -1,7 +1,9 @@
 """Iterative linear solves of a batch of systems `A x = b`, given only the products `A v`.
 
 Tensors are flat: `(rows, N)`. The rows are independent systems that share the iterations: one that is done waits for
-the others. Both methods take the iterates of neml2's C++ runtime, as long as that divides by nothing below the machine
+the others, and its solution is that of the iteration at which it was done.
+
+Both methods take the iterates of neml2's C++ runtime, as long as that divides by nothing below the machine
 epsilon: it takes such a divisor for zero, whatever the units, so that a residual that is small in its units (a strain)
 is solved wrongly or not at all. Here only what is small beside the right-hand side counts as zero.
 """
@@ -28,11 +30,13 @@ class LinearSolution:
         x: `(rows, N)`; the last iterate where the solve did not converge.
         iterations: iterations taken, those of the slowest row.
         done: rows that have converged, `(rows,)`.
+        used: iterations that each row took part in, `(rows,)`.
     """
 
     x: Tensor
     iterations: int
     done: Tensor
+    used: Tensor
 
 
 def solve_linear(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
@@ -75,8 +79,8 @@ class _Test:
             largest, relative = torch.stack((norm.amax(), (norm / self._scale).amax())).tolist()
             log.emit("linear", "debug", f"  krylov iter={iteration} max|r|={largest:.6e} max|r|/|b|={relative:.6e}")
 
-    def solution(self, x: Tensor, iterations: int, passed: Tensor) -> LinearSolution:
-        return LinearSolution(x, iterations, passed & (x.sum(-1) + self._scale).isfinite())
+    def solution(self, x: Tensor, iterations: int, passed: Tensor, used: Tensor) -> LinearSolution:
+        return LinearSolution(x, iterations, passed & (x.sum(-1) + self._scale).isfinite(), used)
 
 
 def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
@@ -96,7 +100,7 @@ def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator 
     r = apply(b)
     beta = _norm(r)
     done = test.passed(torch.maximum(beta, b_norm))
-    used = 0
+    used, by_row = 0, torch.zeros_like(done, dtype=torch.int64)
     while used < settings.max_its and not done.all():
         if used:
             r = apply(b - matvec(x))
@@ -105,15 +109,28 @@ def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator 
             if done.all():
                 break
         width = min(max(settings.restart, 1), settings.max_its - used)
-        dx, done, used = _gmres_cycle(lambda v: apply(matvec(v)), r, beta, done, used, width, test)
-        x = x + dx
-    return test.solution(x, used, done)
+        dx, done, used, taken = _gmres_cycle(
+            lambda v: apply(matvec(v)), r, beta, done, used, width, test, together=settings.together
+        )
+        x, by_row = x + dx, by_row + taken
+    return test.solution(x, used, done, by_row)
 
 
 def _gmres_cycle(
-    operator: Operator, r: Tensor, beta: Tensor, done: Tensor, used: int, width: int, test: _Test
-) -> tuple[Tensor, Tensor, int]:
-    """One cycle of GMRES from the preconditioned residual `r`: the correction, the rows done, the iterations used."""
+    operator: Operator,
+    r: Tensor,
+    beta: Tensor,
+    done: Tensor,
+    used: int,
+    width: int,
+    test: _Test,
+    *,
+    together: bool,
+) -> tuple[Tensor, Tensor, int, Tensor]:
+    """One cycle of GMRES from the preconditioned residual `r`.
+
+    Gives the correction, the rows done, the iterations used so far, and in how many of this cycle each row took part.
+    """
     rows, n = r.shape
     eps = torch.finfo(r.dtype).eps
     # Room for a few directions, doubled when full: most solves end long before the restart width.
@@ -122,7 +139,9 @@ def _gmres_cycle(
     rotations: list[tuple[Tensor, Tensor]] = []
     columns: list[Tensor] = []
     projected = [beta]
+    taken = torch.zeros_like(done, dtype=torch.int64)
     for j in range(width):
+        taken += ~done
         w = operator(basis[:, j])
         span = basis[:, : j + 1]
         h = torch.matmul(span, w.unsqueeze(-1))
@@ -155,8 +174,12 @@ def _gmres_cycle(
     size = len(columns)
     triangle = torch.stack([torch.nn.functional.pad(column, (0, size - column.shape[-1])) for column in columns], -1)
     triangle.diagonal(dim1=-2, dim2=-1).add_(eps)
-    y = torch.linalg.solve_triangular(triangle, torch.stack(projected[:size], -1).unsqueeze(-1), upper=True)
-    return torch.matmul(basis[:, :size].mT, y).squeeze(-1), done, used
+    right = torch.stack(projected[:size], -1)
+    if not together:
+        # Directions found after a row was done are none of its own.
+        right = torch.where(torch.arange(size, device=r.device) < taken.unsqueeze(-1), right, 0.0)
+    y = torch.linalg.solve_triangular(triangle, right.unsqueeze(-1), upper=True)
+    return torch.matmul(basis[:, :size].mT, y).squeeze(-1), done, used, taken
 
 
 def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
@@ -181,7 +204,7 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
     v = p = torch.zeros_like(b)
     rho = alpha = omega = torch.ones_like(norm).unsqueeze(-1)
     left = len(b) - int(done.sum())
-    used = 0
+    used, by_row = 0, torch.zeros_like(done, dtype=torch.int64)
     while used < settings.max_its and left:
         rho_old, rho = rho, _dot(shadow, r)
         beta = (rho / _away_from_zero(rho_old, least)) * (alpha / _away_from_zero(omega, least))
@@ -202,12 +225,12 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
         else:
             x = torch.where(done.unsqueeze(-1), x, x_new)
             r = torch.where(done.unsqueeze(-1), r, r_new)
-        used += 1
+        used, by_row = used + 1, by_row + ~done
         norm = _norm(r, exponent)
         done = done | test.passed(norm)
         test.report(used, norm)
         left = len(b) - int(done.sum())
-    return test.solution(torch.ldexp(x, exponent), used, done)
+    return test.solution(torch.ldexp(x, exponent), used, done, by_row)
 
 
 def _identity(r: Tensor) -> Tensor:

@@ -1,0 +1,123 @@
+"""By what a Newton solve decides about a row: each criterion once, for numbers and tensors alike.
+
+The functions hold arithmetic, comparisons and `&`, `|` only, so that Python numbers, tensors and numba's kernels take
+the same lines. A row's criteria see numbers of that row alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..settings import NewtonSettings
+
+# A row whose residual norm is below this part of its limit has nothing to gain from another step.
+FINE = 1e-4
+
+# Sums of squares between these bounds have neither overflowed nor lost digits to underflow.
+LEAST_SQUARES, MOST_SQUARES = 1e-280, 1e300
+
+
+class Criteria(NamedTuple):
+    """The settings that the criteria read, as numbers; see `NewtonSettings`.
+
+    Args:
+        atol: limit of the residual norm.
+        rtol: limit of that norm relative to its first value.
+        trial_rtol: the same for a trial that stands without a test of its decrease; neml2 asks for `atol` there (0).
+        c: slack of the acceptance.
+        cutback: divisor of the step length.
+        strong_wolfe: whether the acceptance is that of STRONG_WOLFE.
+        searching: whether trials are tested at all.
+        small_steps: whether the relative test also asks for a small last step.
+        step_tol: how small, relative to the unknowns.
+    """
+
+    atol: float
+    rtol: float
+    trial_rtol: float
+    c: float
+    cutback: float
+    strong_wolfe: bool
+    searching: bool
+    small_steps: bool
+    step_tol: float
+
+
+def criteria_of(settings: NewtonSettings, *, small_steps: bool = False, as_native: bool = False) -> Criteria:
+    """The criteria of a solve.
+
+    Args:
+        settings: of the solve.
+        small_steps: whether the relative test also asks for a small last step (`substep_del_tol`).
+        as_native: whether the line search is that of neml2's C++ runtime, which tests a trial that has converged by
+            the relative tolerance alone.
+    """
+    return Criteria(
+        float(settings.atol),
+        float(settings.rtol),
+        0.0 if as_native else float(settings.rtol),
+        float(settings.ls_c),
+        float(settings.ls_cutback),
+        settings.ls_type == "STRONG_WOLFE",
+        settings.cuts > 0,
+        small_steps,
+        float(settings.substep_del_tol),
+    )
+
+
+def converged(norm: Any, norm0: Any, criteria: Criteria) -> Any:
+    """Whether a residual norm meets the absolute or the relative tolerance; an exact zero always does."""
+    return (norm < criteria.atol) | (norm < criteria.rtol * norm0) | (norm == 0.0)
+
+
+def small_step(moved: Any, size: Any, norm: Any, criteria: Criteria) -> Any:
+    """Whether the last step allows a row to have converged.
+
+    Args:
+        moved: norm of the step.
+        size: norm of the unknowns after it.
+        norm: residual norm; one that meets the absolute tolerance needs no small step.
+        criteria: of the solve.
+    """
+    return (norm < criteria.atol) | (moved < criteria.step_tol * (size + criteria.atol))
+
+
+def accepted(trial: Any, norm: Any, norm0: Any, slope: Any, alpha: Any, criteria: Criteria) -> Any:
+    """Whether a trial of the line search may stand.
+
+    Both tests ask that the square of the residual norm falls in proportion to the step length: `BACKTRACKING` takes
+    the slope `b . du`, `STRONG_WOLFE` the squared norm itself, without a test of the curvature (neml2's definitions).
+    A trial whose residual norm is small enough stands in any case.
+
+    Args:
+        trial: residual norm at the trial.
+        norm: residual norm before the step.
+        norm0: residual norm at the first iterate.
+        slope: `b . du` before the step, divided by the square of `norm`.
+        alpha: step length.
+        criteria: of the solve.
+    """
+    ratio = trial / norm
+    most = 1.0 - criteria.c * alpha if criteria.strong_wolfe else 1.0 - 2.0 * criteria.c * alpha * slope
+    return (ratio * ratio <= most) | (trial <= criteria.atol) | (trial < criteria.trial_rtol * norm0)
+
+
+def gains(norm: Any, norm0: Any, criteria: Criteria) -> Any:
+    """Whether a row that has converged still gains by one more step, its last."""
+    return (norm > FINE * criteria.atol) & (norm > FINE * criteria.rtol * norm0)
+
+
+def carries(norm: Any, before: Any, norm0: Any, criteria: Criteria) -> Any:
+    """Whether the last step may be taken by the linearisation at hand, that before the step that converged.
+
+    By an old linearisation the residual falls about as far as it fell by the step before. Where that is too little,
+    the last step has a linearisation of its own.
+
+    Args:
+        norm: residual norm.
+        before: residual norm before the step.
+        norm0: residual norm at the first iterate.
+        criteria: of the solve.
+    """
+    after = norm * (norm / before)
+    return (after <= FINE * criteria.atol) | (after <= FINE * criteria.rtol * norm0)

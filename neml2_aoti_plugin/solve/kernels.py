@@ -1,0 +1,373 @@
+"""The operations of the row-wise Newton loop as numba kernels: one call between two graph calls.
+
+Rows are decided one by one, each by its own numbers. The sums of a row are taken in the order of its entries, without
+reassociation, so that the bits of a row depend on nothing but the row. What a graph has returned is read, never
+written: it may be a constant that the graph owns.
+
+All vectors of the live rows lie in `vectors[kind, row]` and `givens[kind, row]`, which the graphs are given views of.
+"""
+
+from __future__ import annotations
+
+from math import inf, isfinite, nan, sqrt
+from typing import Any, Final
+
+import numpy as np
+
+from . import criteria as by
+from .machine_code import kernel
+from .outcome import Outcome
+
+# Kinds of `vectors`: unknowns, direction, trial, `-r` at the trial, trials of refused rows.
+U, STEP, TRIAL, B, SHORT = range(5)
+# Kinds of `givens`: of the live rows, of refused rows.
+GIVENS, SHORT_GIVENS = range(2)
+# Columns of `numbers`, of the live rows: residual norm, that of the trial, slope over squared norm, step length.
+NORM, TRIAL_NORM, SLOPE, ALPHA = range(4)
+# Columns of `indices`: place of a live row in the batch, its row in the linearisation, live row of a refused one.
+PLACE, SOURCE, REFUSED = range(3)
+# Columns of `norms` and of `record`, of all rows: last and first residual norm; outcome and updates.
+LAST, FIRST = range(2)
+OUTCOME, UPDATES = range(2)
+
+CONVERGED: Final = int(Outcome.CONVERGED)
+DIVERGED: Final = int(Outcome.DIVERGED)
+SINGULAR: Final = int(Outcome.SINGULAR)
+# In `record` of a row that has converged and waits for a last step with a linearisation of its own.
+WAITING: Final = -1
+
+_LEAST, _MOST = by.LEAST_SQUARES, by.MOST_SQUARES
+_converged, _small_step, _accepted = kernel(by.converged), kernel(by.small_step), kernel(by.accepted)
+_gains, _carries = kernel(by.gains), kernel(by.carries)
+
+
+def packed(criteria: by.Criteria) -> Any:
+    """Criteria as one array, which a kernel takes in a fraction of the time that a tuple takes."""
+    return np.array([float(value) for value in criteria])
+
+
+@kernel
+def _unpacked(p: Any) -> Any:
+    """The criteria in an array."""
+    return by.Criteria(p[0], p[1], p[2], p[3], p[4], p[5] != 0.0, p[6] != 0.0, p[7] != 0.0, p[8])
+
+
+@kernel
+def norm_of(x: Any) -> Any:
+    """Euclidean norm; squares that would overflow or vanish are taken with scaling."""
+    total = 0.0
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    if _LEAST < total < _MOST:
+        return sqrt(total)
+    peak = 0.0
+    for i in range(len(x)):
+        size = abs(x[i])
+        if not size < inf:
+            return nan if size != size else inf
+        peak = max(peak, size)
+    if peak == 0.0:
+        return 0.0
+    total = 0.0
+    for i in range(len(x)):
+        total += (x[i] / peak) * (x[i] / peak)
+    return peak * sqrt(total)
+
+
+@kernel
+def factor(a: Any, pivots: Any) -> Any:
+    """Factor a matrix in place by elimination with partial pivoting; tell whether it has a pivot in each column.
+
+    Golub, van Loan, Matrix Computations, 4th ed., algorithm 3.4.1.
+    """
+    n = a.shape[0]
+    for k in range(n):
+        place, peak = k, abs(a[k, k])
+        for i in range(k + 1, n):
+            size = abs(a[i, k])
+            if size > peak:
+                place, peak = i, size
+        pivots[k] = place
+        if not 0.0 < peak < inf:
+            return False
+        if place != k:
+            for j in range(n):
+                a[k, j], a[place, j] = a[place, j], a[k, j]
+        inverse = 1.0 / a[k, k]
+        for i in range(k + 1, n):
+            multiple = a[i, k] * inverse
+            a[i, k] = multiple
+            if multiple != 0.0:
+                for j in range(k + 1, n):
+                    a[i, j] -= multiple * a[k, j]
+    return True
+
+
+@kernel
+def substitute(a: Any, pivots: Any, x: Any) -> None:
+    """Solve with the factors of `factor`, in place."""
+    n = len(x)
+    for k in range(n):
+        place = pivots[k]
+        x[k], x[place] = x[place], x[k]
+    for i in range(n):
+        total = x[i]
+        for j in range(i):
+            total -= a[i, j] * x[j]
+        x[i] = total
+    for i in range(n - 1, -1, -1):
+        total = x[i]
+        for j in range(i + 1, n):
+            total -= a[i, j] * x[j]
+        x[i] = total / a[i, i]
+
+
+@kernel
+def all_finite(x: Any) -> Any:
+    """Whether all entries are finite."""
+    sound = True
+    for i in range(len(x)):
+        sound = sound and isfinite(x[i])
+    return sound
+
+
+@kernel
+def begin(
+    b: Any, vectors: Any, givens: Any, numbers: Any, indices: Any, norms: Any, record: Any, solution: Any, limits: Any
+) -> Any:
+    """Judge the first iterates of all rows; give the number of those that go on."""
+    criteria = _unpacked(limits)
+    u, g = vectors[U], givens[GIVENS]
+    live = 0
+    for row in range(len(solution)):
+        norm = norm_of(b[row])
+        norms[row, LAST] = norms[row, FIRST] = norm
+        record[row, UPDATES] = 0
+        # Nothing is relative to the first norm yet.
+        small = norm < criteria.atol or norm == 0.0
+        if small or not isfinite(norm):
+            record[row, OUTCOME] = CONVERGED if small else DIVERGED
+            solution[row] = u[row]
+            continue
+        if live != row:
+            u[live] = u[row]
+            g[live] = g[row]
+        numbers[live, NORM] = norm
+        indices[live, PLACE] = row
+        indices[live, SOURCE] = row
+        live += 1
+    return live
+
+
+@kernel
+def advance(
+    a: Any,
+    b: Any,
+    live: Any,
+    update: Any,
+    vectors: Any,
+    givens: Any,
+    numbers: Any,
+    indices: Any,
+    lu: Any,
+    pivots: Any,
+    norms: Any,
+    record: Any,
+    solution: Any,
+) -> Any:
+    """Factor, solve for the direction and set the full trial; rows without a direction leave.
+
+    Gives the number of rows that stay.
+    """
+    u, step, trial, g = vectors[U], vectors[STEP], vectors[TRIAL], givens[GIVENS]
+    kept = 0
+    for k in range(live):
+        source, row, norm = indices[k, SOURCE], indices[k, PLACE], numbers[k, NORM]
+        matrix, direction = lu[kept], step[kept]
+        matrix[:] = a[source]
+        direction[:] = b[source]
+        if factor(matrix, pivots[kept]):
+            substitute(matrix, pivots[kept], direction)
+        else:
+            direction[:] = nan
+        if not all_finite(direction):
+            record[row, OUTCOME] = SINGULAR
+            record[row, UPDATES] = update - 1
+            norms[row, LAST] = norm
+            solution[row] = u[k]
+            continue
+        if kept != k:
+            u[kept] = u[k]
+            g[kept] = g[k]
+            numbers[kept, NORM] = norm
+            indices[kept, PLACE] = row
+        slope = 0.0
+        for i in range(len(direction)):
+            slope += (b[source, i] / norm) * (direction[i] / norm)
+            trial[kept, i] = u[kept, i] + direction[i]
+        numbers[kept, SLOPE] = slope
+        kept += 1
+    return kept
+
+
+@kernel
+def settle(
+    live: Any,
+    update: Any,
+    vectors: Any,
+    givens: Any,
+    numbers: Any,
+    indices: Any,
+    lu: Any,
+    pivots: Any,
+    norms: Any,
+    record: Any,
+    solution: Any,
+    limits: Any,
+) -> Any:
+    """Accept the trials: rows that are done leave, the others move up; give the number of these."""
+    criteria = _unpacked(limits)
+    u, step, trial, b, g = vectors[U], vectors[STEP], vectors[TRIAL], vectors[B], givens[GIVENS]
+    kept = 0
+    for k in range(live):
+        row, norm = indices[k, PLACE], numbers[k, TRIAL_NORM]
+        first = norms[row, FIRST]
+        done = _converged(norm, first, criteria)
+        if done and criteria.small_steps:
+            moved = numbers[k, ALPHA] * norm_of(step[k])
+            done = _small_step(moved, norm_of(trial[k]), norm, criteria)
+        if done or not isfinite(norm):
+            record[row, OUTCOME] = CONVERGED if done else DIVERGED
+            record[row, UPDATES] = update
+            norms[row, LAST] = norm
+            solution[row] = trial[k]
+            if done and _gains(norm, first, criteria):
+                if _carries(norm, numbers[k, NORM], first, criteria):
+                    last = b[k]
+                    substitute(lu[k], pivots[k], last)
+                    if all_finite(last):
+                        solution[row] += last
+                else:
+                    record[row, OUTCOME] = WAITING
+            continue
+        u[kept] = trial[k]
+        if kept != k:
+            g[kept] = g[k]
+        numbers[kept, NORM] = norm
+        indices[kept, PLACE] = row
+        indices[kept, SOURCE] = kept
+        kept += 1
+    return kept
+
+
+@kernel
+def judge(
+    trial_b: Any,
+    live: Any,
+    update: Any,
+    hold: Any,
+    vectors: Any,
+    givens: Any,
+    numbers: Any,
+    indices: Any,
+    lu: Any,
+    pivots: Any,
+    norms: Any,
+    record: Any,
+    solution: Any,
+    limits: Any,
+) -> Any:
+    """Judge the full trials; where none is refused, settle at once.
+
+    Gives the number of live rows and that of refused ones, whose shorter trials are set.
+    """
+    criteria = _unpacked(limits)
+    b = vectors[B]
+    refused = 0
+    for k in range(live):
+        b[k] = trial_b[k]
+        numbers[k, TRIAL_NORM] = norm_of(b[k])
+        numbers[k, ALPHA] = 1.0
+        if criteria.searching and not _stands(k, numbers, indices, norms, criteria):
+            _shorten(k, refused, vectors, givens, numbers, indices, criteria)
+            refused += 1
+    if refused == 0 and not hold:
+        live = settle(live, update, vectors, givens, numbers, indices, lu, pivots, norms, record, solution, limits)
+    return live, refused
+
+
+@kernel
+def judge_again(
+    short_b: Any,
+    refused: Any,
+    more: Any,
+    vectors: Any,
+    givens: Any,
+    numbers: Any,
+    indices: Any,
+    norms: Any,
+    limits: Any,
+) -> Any:
+    """Judge the trials of the refused rows; `more` tells whether they may be cut back again.
+
+    Gives the number of those that are refused again, whose shorter trials are set.
+    """
+    criteria = _unpacked(limits)
+    left = 0
+    for i in range(refused):
+        k = indices[i, REFUSED]
+        vectors[B, k] = short_b[i]
+        vectors[TRIAL, k] = vectors[SHORT, i]
+        numbers[k, TRIAL_NORM] = norm_of(short_b[i])
+        if more and not _stands(k, numbers, indices, norms, criteria):
+            _shorten(k, left, vectors, givens, numbers, indices, criteria)
+            left += 1
+    return left
+
+
+@kernel
+def _stands(k: Any, numbers: Any, indices: Any, norms: Any, criteria: Any) -> Any:
+    """Whether the trial of a live row may stand."""
+    first = norms[indices[k, PLACE], FIRST]
+    return _accepted(numbers[k, TRIAL_NORM], numbers[k, NORM], first, numbers[k, SLOPE], numbers[k, ALPHA], criteria)
+
+
+@kernel
+def _shorten(k: Any, i: Any, vectors: Any, givens: Any, numbers: Any, indices: Any, criteria: Any) -> None:
+    """Set the next trial of a live row, as the refused row `i`."""
+    alpha = numbers[k, ALPHA] / criteria.cutback
+    numbers[k, ALPHA] = alpha
+    indices[i, REFUSED] = k
+    for j in range(vectors.shape[2]):
+        vectors[SHORT, i, j] = vectors[U, k, j] + alpha * vectors[STEP, k, j]
+    givens[SHORT_GIVENS, i] = givens[GIVENS, k]
+
+
+@kernel
+def last_steps(a: Any, b: Any, waiting: Any, lu: Any, pivots: Any, record: Any, solution: Any) -> None:
+    """Take the last step of the waiting rows by a linearisation at their solution."""
+    for i in range(len(waiting)):
+        row = waiting[i]
+        record[row, OUTCOME] = CONVERGED
+        matrix, step = lu[0], b[i].copy()
+        matrix[:] = a[i]
+        if factor(matrix, pivots[0]):
+            substitute(matrix, pivots[0], step)
+            if all_finite(step):
+                solution[row] += step
+
+
+@kernel
+def columns(a: Any, b: Any, chosen: Any, lu: Any, pivots: Any, found: Any) -> None:
+    """Solve `A X = -B` for chosen columns of `B`, row by row; NaN where a matrix is singular."""
+    n = a.shape[1]
+    for row in range(len(found)):
+        lu[:] = a[row]
+        x = found[row]
+        if not factor(lu, pivots):
+            x[:] = nan
+            continue
+        for c in range(len(chosen)):
+            for i in range(n):
+                x[c, i] = -b[row, i, chosen[c]]
+            substitute(lu, pivots, x[c])

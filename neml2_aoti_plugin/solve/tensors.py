@@ -1,0 +1,200 @@
+"""The rows of a solve as tensors: any device, any number of groups, any linear solver; simple before fast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import criteria as by
+from .criteria import Criteria
+from .groups import Layout, finite_rows, per_row, row_dots, row_norms
+from .newton import Solved
+from .outcome import Outcome, RowStatistics, blank
+from .system import Groups, Linearisation, System
+
+
+class TensorSteps:
+    """Newton steps of rows with a line search: what the row-wise and the lockstep solve share.
+
+    Args:
+        system: with all but the unknowns bound.
+        u: first iterate, one tensor per unknown group.
+        layouts: of the unknown groups and of the residual groups.
+        criteria: of the solve.
+    """
+
+    _norm0: Tensor
+    _norm: Tensor
+    _b: Groups
+    _du: Groups
+    _linear: Linearisation
+    _slope: Tensor
+    _alpha: Tensor
+    _trial: Groups
+    _trial_b: Groups
+    _trial_norm: Tensor
+
+    def __init__(self, system: System, u: Groups, layouts: tuple[Layout, Layout], criteria: Criteria) -> None:
+        self._system, self._u, self._criteria = system, u, criteria
+        self._of_u, self._of_r = layouts
+        self._update, self.refused = 0, 0
+
+    def _evaluate_first(self) -> Tensor:
+        """Evaluate the residual at the first iterate; give the rows that are done there."""
+        self._b = self._system.residual(self._u)
+        self._norm = self._norm0 = row_norms(self._b, self._of_r)
+        # Nothing is relative to the first norm yet.
+        return (self._norm < self._criteria.atol) | (self._norm == 0.0)
+
+    def step(self) -> None:
+        """See `newton.Rows`."""
+        self._update += 1
+        b, self._linear = self._system.linearise(self._u)
+        self._du = self._direction(self._linear.solve(b))
+        self._alpha = torch.ones_like(self._norm)
+        if self._criteria.searching and not self._criteria.strong_wolfe:
+            b, du = self._scaled(self._b, self._of_r), self._scaled(self._du, self._of_u)
+            self._slope = row_dots(b, du, self._of_r, self._of_u)
+        else:
+            self._slope = torch.zeros_like(self._norm)
+        self._evaluate_trial()
+
+    def _scaled(self, x: Groups, layout: Layout) -> Groups:
+        """A vector divided by the residual norm of its row, so that products cannot overflow."""
+        return [part / per_row(self._norm, group) for part, group in zip(x, layout, strict=True)]
+
+    def _direction(self, du: Groups) -> Groups:
+        """The direction in which rows move."""
+        return du
+
+    def _must_stand(self) -> Tensor:
+        """Rows that are not cut back, whatever their trial."""
+        return ~finite_rows(self._du, self._of_u)
+
+    def cut_back(self) -> None:
+        """See `newton.Rows`."""
+        self._alpha = torch.where(self._stands, self._alpha, self._alpha / self._criteria.cutback)
+        self._evaluate_trial()
+
+    def _evaluate_trial(self) -> None:
+        moves = zip(self._u, self._du, self._of_u, strict=True)
+        self._trial = [x + per_row(self._alpha, group) * d for x, d, group in moves]
+        self._trial_b = self._system.residual(self._trial)
+        self._trial_norm = row_norms(self._trial_b, self._of_r)
+        if self._criteria.searching:
+            judged = by.accepted(self._trial_norm, self._norm, self._norm0, self._slope, self._alpha, self._criteria)
+            self._stands: Tensor = judged | self._must_stand()
+            self.refused = int((~self._stands).count_nonzero())
+
+    def _have_converged(self, before: Groups) -> Tensor:
+        """Rows that have converged by the last step."""
+        found: Tensor = by.converged(self._norm, self._norm0, self._criteria)
+        if self._criteria.small_steps:
+            moved = row_norms([x - y for x, y in zip(self._u, before, strict=True)], self._of_u)
+            found = found & by.small_step(moved, row_norms(self._u, self._of_u), self._norm, self._criteria)
+        return found
+
+    def worst(self) -> tuple[float, float]:
+        """See `newton.Rows`."""
+        return _largest(self._norm), _largest(self._norm0)
+
+    def trials(self) -> tuple[float, float, float]:
+        """See `newton.Rows`."""
+        if not self._alpha.numel():
+            return 1.0, 0.0, 0.0
+        slope = 1.0 if self._criteria.strong_wolfe else 2.0 * self._slope
+        least = self._norm * (1.0 - self._criteria.c * self._alpha * slope).clamp(min=0.0).sqrt()
+        return self._alpha.amin().item(), _largest(self._trial_norm), least.amin().item()
+
+
+class TensorRows(TensorSteps):
+    """The rows of a row-wise solve; see `newton.Rows`. Their tensors have one batch axis."""
+
+    def start(self) -> None:
+        """See `newton.Rows`."""
+        self._whole = self._system
+        done = self._evaluate_first()
+        rows = self.live = len(self._norm)
+        self._statistics = blank(rows, self._norm)
+        self._statistics.norm0.copy_(self._norm0)
+        self._solution = [x.clone() for x in self._u]
+        self._place = torch.arange(rows, device=self._norm.device)
+        self._waiting: list[Tensor] = []
+        self._leave(Outcome.DIVERGED, ~self._norm.isfinite())
+        self._leave(Outcome.CONVERGED, done[self._place])
+
+    def settle(self) -> None:
+        """See `newton.Rows`."""
+        if not self.live:
+            return
+        origin, before = self._u, self._norm
+        found = finite_rows(self._du, self._of_u)
+        self._u = [
+            torch.where(per_row(found, group), trial, x)
+            for x, trial, group in zip(origin, self._trial, self._of_u, strict=True)
+        ]
+        self._b, self._norm = self._trial_b, torch.where(found, self._trial_norm, before)
+        done = self._have_converged(origin) & found
+        lost = found & ~self._norm.isfinite()
+        if bool(done.any()):
+            self._take_last_steps(done, before)
+        places = self._place
+        for outcome, rows in (
+            (Outcome.SINGULAR, ~found),
+            (Outcome.DIVERGED, lost),
+            (Outcome.CONVERGED, done),
+        ):
+            # Those that have left before do not shift the others.
+            self._leave(outcome, rows[torch.isin(places, self._place)])
+
+    def _take_last_steps(self, done: Tensor, before: Tensor) -> None:
+        """Let rows that have converged take their last step, or wait for one with a linearisation of its own."""
+        gains = done & by.gains(self._norm, self._norm0, self._criteria)
+        now = gains & by.carries(self._norm, before, self._norm0, self._criteria)
+        now = now if self._linear.reusable else torch.zeros_like(now)
+        self._waiting.append(self._place[gains & ~now])
+        rows = now.nonzero().squeeze(-1)
+        if len(rows):
+            steps = self._linear.take(rows).solve([x.index_select(0, rows) for x in self._b])
+            moved = _moved([x.index_select(0, rows) for x in self._u], steps, self._of_u)
+            self._u = [x.index_copy(0, rows, m) for x, m in zip(self._u, moved, strict=True)]
+
+    def _leave(self, outcome: Outcome, leaving: Tensor) -> None:
+        """Let rows leave with their outcome."""
+        if not bool(leaving.any()):
+            return
+        rows, staying = leaving.nonzero().squeeze(-1), (~leaving).nonzero().squeeze(-1)
+        place, told = self._place[rows], self._statistics
+        told.outcome[place] = int(outcome)
+        told.iterations[place] = self._update - (outcome is Outcome.SINGULAR)
+        told.norm[place] = self._norm[rows]
+        for whole, x in zip(self._solution, self._u, strict=True):
+            whole[place] = x[rows]
+        self._u, self._b = ([x.index_select(0, staying) for x in groups] for groups in (self._u, self._b))
+        self._norm, self._norm0, self._place = (x[staying] for x in (self._norm, self._norm0, self._place))
+        self.live = len(staying)
+        self._system = self._system.take(staying)
+
+    def finish(self) -> Solved:
+        """See `newton.Rows`."""
+        if self.live:
+            self._leave(Outcome.OUT_OF_ITERATIONS, torch.ones_like(self._norm, dtype=torch.bool))
+        waiting = torch.cat(self._waiting) if self._waiting else self._place
+        if len(waiting):
+            u = [x.index_select(0, waiting) for x in self._solution]
+            b, linear = self._whole.take(waiting).linearise(u)
+            for whole, x in zip(self._solution, _moved(u, linear.solve(b), self._of_u), strict=True):
+                whole[waiting] = x
+        told = self._statistics
+        everything = bool((told.outcome == Outcome.CONVERGED).all())
+        return Solved(self._solution, RowStatistics(told.outcome, told.iterations, told.norm, told.norm0, everything))
+
+
+def _moved(u: Groups, steps: Groups, layout: Layout) -> Groups:
+    """Take a step with the rows where it is finite."""
+    finite = finite_rows(steps, layout)
+    return [torch.where(per_row(finite, g), x + d, x) for x, d, g in zip(u, steps, layout, strict=True)]
+
+
+def _largest(norms: Tensor) -> float:
+    return norms.amax().item() if norms.numel() else 0.0
