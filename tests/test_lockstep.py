@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from neml2_aoti_plugin import log
 from neml2_aoti_plugin.errors import ConvergenceError
+from neml2_aoti_plugin.host.eager import newton_solve_eager, newton_solve_eager_masked
 from neml2_aoti_plugin.settings import NewtonSettings
 from neml2_aoti_plugin.solve import groups as layout
-from neml2_aoti_plugin.solve import linesearch, lockstep
-from neml2_aoti_plugin.solve.groups import Group, Layout
+from neml2_aoti_plugin.solve.groups import Group
 
-DENSE: Layout = (Group("dense"),)
+DENSE = [("dense", ())]
 TIGHT = NewtonSettings(atol=1e-10, rtol=1e-12, miters=40)
 
 
@@ -45,12 +45,19 @@ class Problem:
         b = self.c - self.f(u[0])
         return [b / self.slope(u[0])], [b]
 
-    def solve(self, u0: Tensor, settings: NewtonSettings, **options: list[str]) -> tuple[Tensor, int]:
-        u, iterations = lockstep.solve(self.residual, self.step, [u0], DENSE, DENSE, settings, **options)
+    def solve(self, u0: Tensor, settings: NewtonSettings, trace: list[str] | None = None) -> tuple[Tensor, int]:
+        u, converged, iterations, lines = newton_solve_eager(
+            self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings), collect_log=trace is not None
+        )
+        assert converged
+        if trace is not None:
+            trace.extend(lines)
         return u[0], iterations
 
     def solve_masked(self, u0: Tensor, settings: NewtonSettings) -> tuple[Tensor, Tensor, int]:
-        u, mask, iterations = lockstep.solve_masked(self.residual, self.step, [u0], DENSE, DENSE, settings)
+        u, mask, iterations = newton_solve_eager_masked(
+            self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings)
+        )
         return u[0], mask, iterations
 
 
@@ -113,7 +120,7 @@ def test_systems_of_two_groups_agree_with_scipy(seed: int, ls_type: str, ls_max_
     factor = torch.randn(batch, n, n, generator=generator, dtype=torch.float64)
     m = factor @ factor.mT / n + torch.eye(n, dtype=torch.float64)
     c = 10 * torch.randn(batch, n, generator=generator, dtype=torch.float64)
-    groups: Layout = (Group("dense"), Group("block", (sites,)))
+    groups = [("dense", ()), ("block", (sites,))]
 
     def split(x: Tensor) -> list[Tensor]:
         return [x[:, :dense], x[:, dense:].reshape(batch, sites, per_site)]
@@ -128,7 +135,7 @@ def test_systems_of_two_groups_agree_with_scipy(seed: int, ls_type: str, ls_max_
         return split(torch.linalg.solve(m + torch.diag_embed(3 * flat**2), torch.cat([b[0], b[1].flatten(1)], 1))), b
 
     chosen = NewtonSettings(1e-11, 1e-13, 60, ls_type, ls_max_iters)
-    u, _ = lockstep.solve(residual, step, split(torch.zeros_like(c)), groups, groups, chosen)
+    u, *_ = newton_solve_eager(residual, step, groups, groups, split(torch.zeros_like(c)), *astuple(chosen))
     found = torch.cat([u[0], u[1].flatten(1)], 1)
     for row in range(batch):
         expected = scipy.optimize.root(
@@ -191,13 +198,13 @@ def test_a_residual_whose_square_overflows(dtype: torch.dtype, huge: float) -> N
     assert mask.all() and iterations == 14
 
 
-def test_scaled_norms() -> None:
+def test_norms_neither_overflow_nor_vanish() -> None:
     groups = (Group("dense"), Group("block", (2,)))
-    one = torch.tensor([[3.0], [0.0], [3e200], [math.nan], [math.inf]], dtype=torch.float64)
-    two = torch.tensor([4.0, 0.0, 4e200, 1.0, 1.0], dtype=torch.float64).reshape(5, 1, 1) * torch.tensor([[1.0], [0.0]])
-    assert layout.scaled_row_norms([one, two], groups)[:3].tolist() == pytest.approx([5.0, 0.0, 5e200])
-    assert not layout.scaled_row_norms([one, two], groups)[3:].isfinite().any()
-    assert layout.row_norms([one, two], groups)[:3].tolist() == [5.0, 0.0, math.inf]
+    one = torch.tensor([[3.0], [0.0], [3e200], [3e-200], [math.nan], [math.inf]], dtype=torch.float64)
+    two = torch.tensor([4.0, 0.0, 4e200, 4e-200, 1.0, 1.0], dtype=torch.float64).reshape(6, 1, 1)
+    norms = layout.row_norms([one, two * torch.tensor([[1.0], [0.0]])], groups)
+    assert norms[:4].tolist() == pytest.approx([5.0, 0.0, 5e200, 5e-200], rel=1e-14)
+    assert not norms[4:].isfinite().any()
 
 
 def test_dot_products_over_groups_of_different_rank() -> None:
@@ -279,32 +286,27 @@ def trials(settings: NewtonSettings, c: float, u: float) -> tuple[float, float]:
 def test_line_search_of_each_row(ls_type: str, ls_max_iters: int) -> None:
     settings = NewtonSettings(ls_type=ls_type, ls_max_iters=ls_max_iters, ls_cutback=3.0, ls_c=0.2)
     problem = cubic(C)
-    u = torch.full_like(C, 0.05)
-    b = problem.residual([u])
-    du, _ = problem.step([u])
-    moved, trial_b, squares = linesearch.search(
-        problem.residual, [u], b, du, layout.row_norm_squares(b, DENSE), DENSE, DENSE, settings
-    )
+    # One update, whatever it leads to.
+    u, _, iterations = problem.solve_masked(torch.full_like(C, 0.05), replace(settings, miters=2))
     expected = [trials(settings, c, 0.05) for c in C[:, 0].tolist()]
     assert len({alpha for _, alpha in expected}) > 1 or ls_max_iters == 2
-    torch.testing.assert_close(moved[0][:, 0], torch.tensor([x for x, _ in expected], dtype=torch.float64))
-    torch.testing.assert_close(trial_b[0], C - moved[0] ** 3 - moved[0])
-    torch.testing.assert_close(squares, trial_b[0][:, 0] ** 2)
+    assert iterations == 1
+    torch.testing.assert_close(u[:, 0], torch.tensor([x for x, _ in expected], dtype=torch.float64))
 
 
-def test_rows_that_are_settled_wait_for_nobody() -> None:
-    """A zero step never satisfies STRONG_WOLFE; a settled row must not keep the others in the line search."""
+def test_rows_that_have_converged_wait_for_nobody() -> None:
+    """A zero step never satisfies STRONG_WOLFE; a row that rests must not keep the others in the line search."""
     problem = cubic(C[:2])
-    u = torch.cat([torch.ones(1, 1, dtype=torch.float64), cubic_root(C[1:2])])
-    b = problem.residual([u])
-    du = [problem.step([u])[0][0] * torch.tensor([[0.0], [1.0]])]
-    settings = NewtonSettings(ls_type="STRONG_WOLFE", ls_max_iters=10)
-    problem.residuals = 0
-    squares = layout.row_norm_squares(b, DENSE)
-    linesearch.search(
-        problem.residual, [u], b, du, squares, DENSE, DENSE, settings, settled=torch.tensor([True, False])
+    start = torch.cat([1.001 * cubic_root(C[:1]), torch.full((1, 1), 1.1, dtype=torch.float64)])
+    settings = NewtonSettings(
+        atol=1e-30, rtol=1e-2, miters=3, ls_type="STRONG_WOLFE", ls_max_iters=10, substep_del_tol=1.0
     )
-    assert problem.residuals == 1
+    _, mask, iterations = problem.solve_masked(start, replace(settings, miters=2))
+    assert mask.tolist() == [True, False] and iterations == 1
+    problem.residuals = 0
+    _, mask, iterations = problem.solve_masked(start, settings)
+    assert mask.tolist() == [True, True] and iterations == 2
+    assert problem.residuals == 3
 
 
 @pytest.fixture
@@ -364,8 +366,8 @@ def test_log_of_a_divergence(lines: list[str]) -> None:
 
 def test_masked_solves_log_their_iterations_only(lines: list[str]) -> None:
     _, _, iterations = cubic(C).solve_masked(torch.ones_like(C), TIGHT)
-    assert len(lines) == iterations
-    assert all(line.startswith(f"ITERATION {i:3d}, |R| = ") for i, line in enumerate(lines, 1))
+    assert len(lines) == iterations + 1
+    assert all(line.startswith(f"ITERATION {i:3d}, |R| = ") for i, line in enumerate(lines))
 
 
 def test_what_a_callable_raises_comes_through() -> None:
@@ -373,4 +375,4 @@ def test_what_a_callable_raises_comes_through() -> None:
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        lockstep.solve(residual, cubic(C).step, [C], DENSE, DENSE, TIGHT)
+        newton_solve_eager(residual, cubic(C).step, DENSE, DENSE, [C], *astuple(TIGHT))

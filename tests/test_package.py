@@ -37,7 +37,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     head = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
     needs = [Requirement(text) for text in head.get_all("Requires-Dist", [])]
     at_run_time = {need.name: str(need.specifier) for need in needs if need.marker is None}
-    assert at_run_time == {"neml2": "<4,>=3.1", "torch": ">=2.10"}
+    assert at_run_time == {"neml2": "<4,>=3.1", "numba": ">=0.61", "torch": ">=2.10"}
     assert head["Requires-Python"] == ">=3.10"
     assert head["License-Expression"] == "MIT"
     entry_points = archive.read(f"{folder}/entry_points.txt").decode()

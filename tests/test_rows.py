@@ -13,7 +13,6 @@ from torch import Tensor
 import references
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin.errors import InputError
-from neml2_aoti_plugin.solve import newton
 from references import Case, Tensors, difference
 from stubs.catalogue import CATALOGUE
 
@@ -259,13 +258,14 @@ def test_rows_of_a_block_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEML2_AOTI_PLUGIN_BLOCK_ROWS", "2")
     model = case.load()
     sizes: list[int] = []
-    solve = newton.solve_rows
+    segment = model._caller.program.implicit[0]
+    solve = segment.solve
 
-    def seen(system: Any, u: list[Tensor], *rest: Any, **options: Any) -> Any:
-        sizes.append(len(u[0]))
-        return solve(system, u, *rest, **options)
+    def seen(state: Tensors, values: Any, rows: int, *rest: Any, **options: Any) -> Any:
+        sizes.append(rows)
+        return solve(state, values, rows, *rest, **options)
 
-    monkeypatch.setattr(newton, "solve_rows", seen)
+    monkeypatch.setattr(segment, "solve", seen)
     cut = model.forward(rows)
     assert sum(sizes) == len(rows["t"]) and max(sizes) <= 3
     for out, value in whole.items():

@@ -110,8 +110,9 @@ def gains(norm: Any, norm0: Any, criteria: Criteria) -> Any:
 def carries(norm: Any, before: Any, norm0: Any, criteria: Criteria) -> Any:
     """Whether the last step may be taken by the linearisation at hand, that before the step that converged.
 
-    By an old linearisation the residual falls about as far as it fell by the step before. Where that is too little,
-    the last step has a linearisation of its own.
+    Where a step lets the residual fall by a factor, another one by the same linearisation lets it fall by twice that
+    factor, to first order: the Jacobian has changed by twice as much as its mean along the step. Where that is too
+    little, the last step has a linearisation of its own.
 
     Args:
         norm: residual norm.
@@ -119,5 +120,5 @@ def carries(norm: Any, before: Any, norm0: Any, criteria: Criteria) -> Any:
         norm0: residual norm at the first iterate.
         criteria: of the solve.
     """
-    after = norm * (norm / before)
+    after = 2.0 * norm * (norm / before)
     return (after <= FINE * criteria.atol) | (after <= FINE * criteria.rtol * norm0)
