@@ -41,6 +41,7 @@ class Status:
         python: Python's version.
         native_on_disk: Whether neml2's own binding is installed; None without neml2.
         native_binding: What neml2's own binding would do with this torch.
+        kernels: What the Newton loop runs on, "numba" or "torch", and why.
     """
 
     active: bool
@@ -53,6 +54,7 @@ class Status:
     python: str
     native_on_disk: bool | None
     native_binding: str
+    kernels: str
 
     def __str__(self) -> str:
         on_disk = {True: "on disk", False: "not on disk", None: "no neml2"}[self.native_on_disk]
@@ -62,6 +64,7 @@ class Status:
             "AOTIModel": self.owner or "not registered",
             "versions": f"neml2 {self.neml2 or '-'}, torch {self.torch or '-'}, Python {self.python}",
             "neml2's binding": f"{on_disk}; {self.native_binding}",
+            "Newton loop": self.kernels,
         }
         head = f"neml2-aoti-plugin {self.plugin}: {'active' if self.active else 'not active'}"
         return "\n".join([head, *(f"  {name:<16} {value}" for name, value in rows.items())])
@@ -89,7 +92,17 @@ def status() -> Status:
         python=platform.python_version(),
         native_on_disk=on_disk,
         native_binding=native_verdict(neml2, torch, on_disk),
+        kernels=_kernels(),
     )
+
+
+def _kernels() -> str:
+    from .solve import choice
+
+    try:
+        return "{} ({})".format(*choice.chosen())
+    except ValueError as error:
+        return str(error)
 
 
 def native_verdict(neml2: str | None, torch: str | None, on_disk: bool | None) -> str:

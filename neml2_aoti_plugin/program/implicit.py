@@ -72,6 +72,7 @@ class ImplicitSegment:
         self._untold = [v for v in spec.unknown_variables if v.name not in told]
         self.sensitivity: Sensitivity | None = sensitivity_of(spec, self.graphs, graph_of)
         self._solve, self.implementation = _solver(spec, self.graphs, dtype, lockstep)
+        log.emit("model", "info", f"Newton loop of {graph_of(spec.residual).file.name}: {self.implementation}")
 
     @property
     def common_parameters(self) -> tuple[str, ...]:
@@ -102,7 +103,7 @@ class ImplicitSegment:
             state[loop.input.name] = next(iter(state.values())).new_zeros((rows, *loop.input.natural_shape))
         for _ in range(loop.iterations if loop is not None else 1):
             outputs = self.predictor([state[name] for name in spec.inputs])
-            check_arity(self.predictor, outputs, len(spec.outputs))
+            check_arity(self.predictor, outputs, len(spec.outputs), "predictor ")
             for name, value in zip(spec.outputs, outputs, strict=True):
                 state[name] = value if value.shape[0] == rows else value.expand(rows, *value.shape[1:])
             if loop is not None:

@@ -216,11 +216,11 @@ def jacobian(graphs: SystemGraphs, u: Groups, g: Groups, parameters: Sequence[Te
     return outputs[:count], outputs[count:]
 
 
-def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int) -> None:
+def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int, role: str = "") -> None:
     """Refuse a graph that returns another number of tensors than the metadata tells."""
     if len(outputs) != expected:
         raise ArtifactError(
-            f"{graph.file}: returned {len(outputs)} outputs, expected {expected}. The package belongs to another model "
+            f"{graph.file}: {role}returned {len(outputs)} outputs, expected {expected}. The package belongs to another model "
             "or to another compile; compile the model again with neml2-compile."
         )
 

@@ -1,0 +1,178 @@
+"""A row fares the same in whatever company: alone, in pairs, in batches of all sizes, in any order, across blocks."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import references
+from neml2_aoti_plugin import Model
+from neml2_aoti_plugin.graphs.graph import Graph
+from neml2_aoti_plugin.settings import newton_settings
+from neml2_aoti_plugin.solve import arrays, newton
+from neml2_aoti_plugin.solve.choice import VARIABLE
+from references import Case, Tensors
+from stubs.catalogue import CATALOGUE
+
+IMPLICIT = [
+    name
+    for name, stub in CATALOGUE.items()
+    if stub.model not in ("elasticity", "promoted") and "float32" not in stub.flags
+]
+# What the documents promise, relative to the largest entry of the output's row.
+ALIKE = 1e-12
+# GMRES and BiCGStab enlarge what the graphs round otherwise, up to their own tolerance.
+ITERATIVE = {"krylov_precond": 1e-11, "bicgstab": 1e-11}
+TOLERANCES = (1e-6, 1e-8, 1e-10)
+SIZES = (1, 2, 7, 63, 64, 65)
+COUNT = 65
+# The rows of this stub take hundreds of solves each.
+SUBSTEPPED = {"substepping": 12}
+
+
+@pytest.fixture(params=["numba", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both implementations of the loop's operations."""
+    monkeypatch.setenv(VARIABLE, request.param)
+    name: str = request.param
+    return name
+
+
+@cache
+def uneven(name: str, count: int = COUNT) -> Tensors:
+    """Rows of a case at rates over four decades, the slowest of them among the first."""
+    case = references.case(name)
+    generator = torch.Generator().manual_seed(7)
+    few = case.rows()
+    which = torch.randint(len(next(iter(few.values()))), (count,), generator=generator)
+    rows = {n: x[which].clone() for n, x in few.items()}
+    if {"t", "t~1"} <= set(rows):
+        factor = 10.0 ** (4.0 * torch.rand(count, generator=generator, dtype=torch.float64) - 2.0)
+        rows["t~1"] = rows["t"] - (rows["t"] - rows["t~1"]) * factor
+    first = rows[case.model.input_names[0]]
+    first *= 1.0 + 1e-3 * torch.randn(first.shape, generator=generator, dtype=torch.float64)
+    return rows
+
+
+def loaded(case: Case, tolerance: float) -> Model:
+    model = case.load(tight=False)
+    model.set_solver_config(**{**case.newton, "atol": tolerance, "rtol": tolerance})
+    return model
+
+
+def part(rows: Tensors, index: Tensor) -> Tensors:
+    return {n: x[index] for n, x in rows.items()}
+
+
+def assert_alike(found: Any, index: Tensor, together: Any, tolerance: float) -> None:
+    """The same verdicts and iterations, and the same values row by row."""
+    assert found.converged.tolist() == together.converged[index].tolist()
+    assert found.iterations.tolist() == together.iterations[index].tolist()
+    for out, value in found.outputs.items():
+        good = found.converged
+        whole = together.outputs[out]
+        expected = whole[index][good].reshape(int(good.sum()), -1)
+        # A row that is next to nothing beside the others is compared with a millionth of these.
+        least = 1e-6 * float(whole[together.converged].abs().max())
+        scale = expected.abs().amax(1, keepdim=True).clamp(min=least)
+        assert bool(((value[good].reshape(expected.shape) - expected).abs() <= tolerance * scale).all()), out
+
+
+@pytest.mark.parametrize("tolerance", TOLERANCES)
+@pytest.mark.parametrize("name", IMPLICIT)
+def test_rows_fare_as_alone(name: str, tolerance: float, implementation: str) -> None:
+    count = SUBSTEPPED.get(name, COUNT)
+    case, rows = references.case(name), uneven(name, count)
+    model = loaded(case, tolerance)
+    together = model.solve(rows)
+    assert len(together.iterations.unique()) > 1
+    slow = int(together.iterations.argmax())
+    alike = max(ALIKE, ITERATIVE.get(name, 0.0))
+    for k in range(0, count, 3):
+        assert_alike(model.solve(part(rows, torch.tensor([k]))), torch.tensor([k]), together, alike)
+        pair = torch.tensor([k, slow])
+        assert_alike(model.solve(part(rows, pair)), pair, together, alike)
+    for size in (n for n in SIZES if n <= count):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(size))[:size]
+        assert_alike(model.solve(part(rows, order)), order, together, alike)
+        slow_last = torch.cat([order[order != slow], torch.tensor([slow])])
+        assert_alike(model.solve(part(rows, slow_last)), slow_last, together, alike)
+
+
+@pytest.mark.parametrize("tolerance", TOLERANCES)
+@pytest.mark.parametrize("name", ["viscoplasticity", "chaboche"])
+def test_large_batches_and_borders_of_blocks(
+    name: str, tolerance: float, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, rows = references.case(name), uneven(name, 600)
+    model = loaded(case, tolerance)
+    together = model.solve(rows)
+    for size in (511, 512, 513):
+        order = torch.randperm(600, generator=torch.Generator().manual_seed(size))[:size]
+        assert_alike(model.solve(part(rows, order)), order, together, ALIKE)
+    monkeypatch.setenv("NEML2_AOTI_PLUGIN_BLOCK_ROWS", "37")
+    assert_alike(loaded(case, tolerance).solve(rows), torch.arange(600), together, ALIKE)
+
+
+def test_a_lost_row_changes_no_other(implementation: str) -> None:
+    case, rows = references.case("viscoplasticity"), uneven("viscoplasticity")
+    model = loaded(case, 1e-6)
+    expected = model.solve(rows)
+    broken = {n: x.clone() for n, x in rows.items()}
+    broken["strain"][17] = torch.nan
+    found = model.solve(broken)
+    assert found.converged.tolist() == [k != 17 for k in range(COUNT)]
+    others = torch.tensor([k for k in range(COUNT) if k != 17])
+    assert found.iterations[others].tolist() == expected.iterations[others].tolist()
+    for out, value in found.outputs.items():
+        assert torch.equal(value[others], expected.outputs[out][others]), out
+
+
+@pytest.mark.wide
+def test_a_row_whose_first_norms_overflow_fares_the_same_twice() -> None:
+    case = references.case("chaboche")
+    rows = {n: x[:1].clone() for n, x in case.rows().items()}
+    rows["t~2"] = torch.full_like(rows["t~2"], 1e-4)
+    model = case.load(tight=False)
+    alone = model.solve(rows)
+    twice = model.solve({n: torch.cat([x, x]) for n, x in rows.items()})
+    assert twice.converged.tolist() == alone.converged.tolist() * 2
+    assert twice.iterations.tolist() == alone.iterations.tolist() * 2
+
+
+@pytest.mark.parametrize("tolerance", TOLERANCES)
+def test_what_is_left_comes_from_the_vector_tails_of_the_graphs(tolerance: float) -> None:
+    """With the rows of each graph call filled up to whole vectors, the bits of a row are the same in any company."""
+    case, rows = references.case("viscoplasticity"), uneven("viscoplasticity")
+    segment = loaded(case, tolerance)._caller.program.implicit[0]
+    residual, jacobian = segment.graphs.residual, segment.graphs.jacobian
+    assert jacobian is not None
+    state = {n: x.clone() for n, x in rows.items()}
+    segment.guess(state, COUNT)
+    g, u = segment._givens.pack(state, COUNT)[0], segment.unknowns.pack(state, COUNT)[0]
+    settings = newton_settings(**{**case.newton, "atol": tolerance, "rtol": tolerance})
+
+    def filled(graph: Graph, u: Tensor, g: Tensor) -> list[Tensor]:
+        more = -len(u) % 8
+        outputs = graph([torch.cat([x, x[:1].expand(more, -1)]) for x in (u, g)])
+        return [x[: len(u)] for x in outputs]
+
+    def linearise(u: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = filled(jacobian, u, g)
+        return b, a
+
+    def solve(index: Tensor) -> newton.Solved:
+        space = arrays.Workspace(len(index), u.shape[1], g.shape[1])
+        found = arrays.ArrayRows(lambda u, g: filled(residual, u, g)[0], linearise, u[index], g[index], settings, space)
+        return newton.solve(found, settings)
+
+    together = solve(torch.arange(COUNT))
+    assert together.statistics.all_converged
+    for index in (*torch.arange(COUNT).split(1), torch.randperm(COUNT), torch.arange(7), torch.arange(30, 63)):
+        found = solve(index)
+        assert torch.equal(found.unknowns[0], together.unknowns[0][index])
+        assert torch.equal(found.statistics.norm, together.statistics.norm[index])
