@@ -88,7 +88,8 @@ for number in range(calls):
         assert torch.equal(found, right)
         ends["done"] += 1
     else:
-        assert type(seen) is TimeIsUp and str(seen) == "at once", repr(seen)
+        # While a package is opened, Python's own codecs put words before the text.
+        assert type(seen) is TimeIsUp and "at once" in str(seen), repr(seen)
         ends["raised"] += 1
     assert torch.equal(stress(), right)
 assert ends["raised"] > calls // 4, ends
