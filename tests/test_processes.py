@@ -194,6 +194,75 @@ assert ends == [0] * 15, ends
             limit=120,
         )
 
+    def test_by_another_thread_in_mid_call(self, artifact: str) -> None:
+        run(
+            SETUP
+            + """
+torch.set_num_threads(1)
+model = Model(artifact)
+before = stress(model)
+ring = lambda number, frame: None
+signal.signal(signal.SIGTERM, ring)
+ends, over = [], threading.Event()
+
+def work():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is ring
+    torch.set_num_threads(1)
+    assert torch.equal(stress(model), before)
+
+def forks():
+    ends.extend(in_fork(work, 20) for _ in range(25))
+    over.set()
+
+thread = threading.Thread(target=forks)
+thread.start()
+while not over.is_set():
+    stress(model)
+thread.join()
+assert ends == [0] * 25, ends
+""",
+            artifact,
+            limit=120,
+        )
+
+    def test_by_a_signal_handler_in_mid_call(self, artifact: str) -> None:
+        run(
+            SETUP
+            + """
+torch.set_num_threads(1)
+model = Model(artifact)
+before = stress(model)
+ends = []
+
+def ring(number, frame):
+    # The new process has a call to go on with, as this one has.
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        ends.append(torch.equal(stress(model), before))
+        child.append(1)
+    else:
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0)
+
+child = []
+signal.signal(signal.SIGUSR1, ring)
+for number in range(20):
+    timer = threading.Timer(2e-4 * number, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.start()
+    found = stress(model)
+    if not child:
+        timer.join()
+        [None for _ in range(1000)]
+    assert torch.equal(found, before)
+    if child:
+        os._exit(0 if all(ends) else 1)
+assert ends == [True] * 20, ends
+""",
+            artifact,
+            limit=120,
+        )
+
     @pytest.mark.long
     def test_spawned_pool(self, artifact: str, right: float, tmp_path: Path) -> None:
         program = tmp_path / "program.py"

@@ -59,10 +59,13 @@ def _in_child() -> None:
     global forked_after_use
     forked_after_use = _ran
     for graph in list(_graphs):
-        if graph.lock.locked():
-            _abandoned.append(graph.runner)
-            graph.runner = None
-        graph.lock = threading.Lock()
+        # The lock is held by a thread that is gone, or by this one, which goes on with its call.
+        if graph.lock.acquire(blocking=False):
+            graph.lock.release()
+            continue
+        _abandoned.append(graph.runner)
+        graph.runner, graph.inside = None, False
+        graph.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

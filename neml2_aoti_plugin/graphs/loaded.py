@@ -18,7 +18,6 @@ from torch import Tensor
 from ..artifact.files import Fingerprint, read_unchanged
 from ..errors import AOTIError
 from . import forks
-from .interrupts import undisturbed
 from .unpack import load_runner
 
 
@@ -35,11 +34,14 @@ class Loaded:
         self.file = file
         self._device = device
         self._as_it_was = as_it_was
-        # torch's runner waits for its turn with the interpreter locked, and a graph with a custom operator needs the
-        # interpreter to finish: calls must queue before they reach the runner.
-        self.lock = threading.Lock()
+        # torch's runner waits for its turn with the interpreter locked, and a graph with an operator in Python needs
+        # the interpreter to finish: calls must queue before they reach the runner. A signal handler or a finalizer may
+        # make a call of its own in a thread that has the lock; it finds the runner free, for no Python runs inside.
+        self.lock = threading.RLock()
         self.runner: Any = None
         self._calls_python = False
+        # Whether the graph runs, and may call Python.
+        self.inside = False
         forks.watch(self)
 
     def load(self) -> None:
@@ -65,13 +67,35 @@ class Loaded:
         with self.lock:
             if self.runner is None:
                 self._load()
-            run = self.runner.run
+            if self._calls_python:
+                return self._run_with_python(arguments)
             try:
-                outputs: list[Tensor] = undisturbed(run, arguments) if self._calls_python else run(arguments)
-            except AOTIError:
-                raise
+                outputs: list[Tensor] = self.runner.run(arguments)
             except RuntimeError as error:
+                if not _is_from_torch(error):
+                    raise
                 raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
+        return outputs
+
+    def _run_with_python(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        if self.inside:
+            raise AOTIError(
+                f"{self.file}: called again from within itself: by an operator in Python that it calls, or by a signal "
+                "handler or a finalizer that ran meanwhile in the same thread. The call would wait for itself for "
+                "ever. Make such a call in another thread, or after the first one."
+            )
+        self.inside = True
+        try:
+            outputs: list[Tensor] = self.runner.run(arguments)
+        except RuntimeError as error:
+            if not _is_from_torch(error):
+                raise
+            # Of what an operator raises, torch keeps nothing but the text.
+            if str(error).startswith("KeyboardInterrupt"):
+                raise KeyboardInterrupt from error
+            raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
+        finally:
+            self.inside = False
         return outputs
 
     def _load(self) -> None:
@@ -99,6 +123,14 @@ def loaded(file: Path, device: torch.device, as_it_was: Fingerprint) -> Loaded:
     found = _loaded.get(key)
     # Of two threads that come first, one wins, and both get its object.
     return _loaded.setdefault(key, Loaded(file, device, as_it_was)) if found is None else found
+
+
+def _is_from_torch(error: RuntimeError) -> bool:
+    """Whether the graph failed; else a signal handler has raised the error right after the graph had returned.
+
+    A handler is a function in Python, and leaves its frame in the traceback.
+    """
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from zipfile import ZipFile
 import torch
 
 from ..artifact import archive as zipped
-from ..artifact.package import operators_in
 from ..errors import AOTIError, ArtifactError
+from .native import operators, repacked
 
 if sys.platform != "win32":
     import fcntl
@@ -43,7 +43,7 @@ def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, boo
         device: that it runs on.
 
     Returns:
-        torch's object with the method `run`, and whether the graph calls operators that are written in Python.
+        torch's object with the method `run`, and whether the graph may call operators that are written in Python.
 
     Raises:
         ArtifactError: the package cannot be unpacked without harm, or torch cannot load it.
@@ -53,18 +53,18 @@ def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, boo
         faults = zipped.faults(archive)
         if faults:
             raise ArtifactError(f"{file}: {faults[0]}")
-        python = _calls_python(archive)
+        called = operators(archive, device)
         own = getattr(torch._C._aoti, "AOTIModelContainerRunnerCpu", None) if device.type == "cpu" else None
         if own is None:
             # A GPU's kernels are read from the folder later on; torch's loader keeps one of its own for them.
             package = folder / file.name
-            _write(package, data, file)
+            _write(package, repacked(archive, called.changed) if called.changed else data, file)
             index = -1 if device.index is None or device.type == "cpu" else device.index
             with _refusals(file, folder):
-                return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index), python
-        library = _unpack(archive, data, folder, file)
+                return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index), called.python
+        library = _unpack(archive, data, folder, file, called.changed)
         with _refusals(file, folder):
-            return own(str(library), 1), python
+            return own(str(library), 1), called.python
 
 
 @contextmanager
@@ -148,15 +148,16 @@ def _lock(path: str) -> int | None:
     return handle
 
 
-def _unpack(archive: ZipFile, data: bytes, folder: Path, file: Path) -> Path:
-    """Write the entries that a graph is made of; give the path of its library."""
+def _unpack(archive: ZipFile, data: bytes, folder: Path, file: Path, changed: Mapping[str, bytes]) -> Path:
+    """Write the entries that a graph is made of, some of them changed; give the path of its library."""
     libraries = []
     for info in zipped.graph_entries(archive):
         name = info.filename.rpartition("/")[2]
         target = folder / name
         if target.exists():
             raise ArtifactError(f"{file}: archive entry {name!r} is there twice. Do not use this file.")
-        _write(target, zipped.read_entry(archive, info, data), file)
+        entry = changed.get(info.filename)
+        _write(target, zipped.read_entry(archive, info, data) if entry is None else entry, file)
         if name.endswith((".so", ".pyd", ".dylib")):
             libraries.append(target)
     if len(libraries) != 1:
@@ -178,11 +179,6 @@ def _write(target: Path, data: bytes | memoryview, file: Path) -> None:
             f"{file}: cannot unpack it to {target.parent} ({error.strerror or error}); it takes {len(data)} bytes. "
             f"{_ELSEWHERE}"
         ) from error
-
-
-def _calls_python(archive: ZipFile) -> bool:
-    """Whether a graph calls operators other than torch's own, which may be written in Python."""
-    return any(not name.startswith("aten::") for name in operators_in(archive))
 
 
 @contextmanager

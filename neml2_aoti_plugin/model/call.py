@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..artifact.schema import Metadata, Shape
-from ..graphs.interrupts import one_call
 from ..program.program import Evaluation, Program
 from ..program.tangents import Columns
 from ..settings import NewtonSettings
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 
-# Nothing is recorded during a call. Where torch need not even look, an operator that neml2 has written in Python, and
-# that a graph calls, takes half the time.
+# Nothing is recorded during a call; torch need not even look. Operators in Python take half the time then.
 _BelowAutograd: Callable[[], AbstractContextManager[None]] = getattr(
     torch._C, "_AutoDispatchBelowAutograd", nullcontext
 )
@@ -92,7 +90,7 @@ class Caller:
         self, call: Admitted, tangents: Mapping[str, Columns] | None = None, by: Iterable[str] = ()
     ) -> Evaluation:
         """Evaluate the outputs, and derivatives by the seeds of `tangents` and by parameters `by` (authored names)."""
-        with one_call(), _BelowAutograd():
+        with _BelowAutograd():
             return self.program.evaluate(
                 call.state, call.parameters, call.rows, self._wanted, self.settings, tangents, by
             )

@@ -1,0 +1,437 @@
+"""Signals at any moment, and calls within calls: what a handler raises is what the caller sees, and nothing is lost."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import references
+from attacks.archives import archive_of, entries_of
+from attacks.children import run
+
+# A power law: its graphs name neml2::opaque_pow, which is written in Python.
+POWER_LAW = "calibration"
+
+SETUP = """
+import faulthandler, gc, os, random, signal, sys, threading, time
+import neml2, torch
+from neml2_aoti_plugin import AOTIError, Model
+
+torch.set_num_threads(1)
+artifact = sys.argv[1]
+zero = torch.zeros((), dtype=torch.float64)
+model = Model(artifact)
+
+def inputs(rows=3):
+    strain = 2e-3 * torch.ones(rows, 6, dtype=torch.float64)
+    given = {n: torch.zeros(v.base_shape, dtype=torch.float64) for n, v in model.inputs.items()}
+    return given | {n: v for n, v in (("strain", strain), ("t", zero + 1.0)) if n in given}
+
+given = inputs()
+
+def stress(of=model):
+    return of.forward(given)["stress"]
+
+class TimeIsUp(Exception):
+    pass
+
+class NoMore(RuntimeError):
+    pass
+
+right = stress()
+start = time.perf_counter()
+for _ in range(20):
+    stress()
+takes = (time.perf_counter() - start) / 20
+lost = []
+sys.unraisablehook = lambda found: lost.append(repr(found.exc_value))
+"""
+
+HAMMERED = (
+    SETUP
+    + """
+interval, calls = float(sys.argv[2]), int(sys.argv[3])
+armed, rung = [], []
+
+def ring(number, frame):
+    rung.append(number)
+    if armed:
+        armed.clear()
+        raise TimeIsUp("at once")
+
+signal.signal(signal.SIGALRM, ring)
+pick = random.Random(1)
+ends = {"raised": 0, "done": 0}
+for number in range(calls):
+    own = Model(artifact) if number % 10 == 0 else model
+    seen = None
+    try:
+        armed.append(1)
+        signal.setitimer(signal.ITIMER_REAL, pick.uniform(2e-5, 1.2 * takes), interval)
+        found = stress(own)
+        armed.clear()
+    except BaseException as error:
+        seen = error
+    before = len(rung)
+    assert not armed or seen is None, repr(seen)
+    end = time.monotonic() + 5
+    # The user's handler is at its place and still gets its signals.
+    while interval and len(rung) == before:
+        assert time.monotonic() < end
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert signal.getsignal(signal.SIGALRM) is ring
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    armed.clear()
+    if seen is None:
+        assert torch.equal(found, right)
+        ends["done"] += 1
+    else:
+        # While a package is opened, Python's own codecs put words before the text.
+        assert type(seen) is TimeIsUp and "at once" in str(seen), repr(seen)
+        ends["raised"] += 1
+    assert torch.equal(stress(), right)
+assert ends["raised"] > calls // 4, ends
+assert not lost, lost
+print(ends)
+"""
+)
+
+# An operator in Python that neml2 does not have; its graph cannot be freed of it.
+FOREIGN = (
+    """
+import torch
+library, hooks = torch.library.Library("ours", "DEF"), []
+library.define("power(Tensor base, Tensor exponent) -> Tensor")
+
+def power(base, exponent):
+    for hook in hooks:
+        hook()
+    return torch.pow(base, exponent)
+
+library.impl("power", power, "CompositeExplicitAutograd")
+"""
+    + SETUP
+)
+
+
+def of(name: str = POWER_LAW) -> str:
+    return str(references.case(name).artifact)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A copy of the power law's artifact whose graphs call `ours::power`."""
+    copy = Path(shutil.copytree(of(), tmp_path / "folder" / Path(of()).name))
+    for file in copy.rglob("*.pt2"):
+        entries = entries_of(file.read_bytes())
+        file.write_bytes(
+            archive_of([(i, data.replace(b'"neml2::opaque_pow"', b'"ours::power"')) for i, data in entries])
+        )
+    return copy
+
+
+def test_no_python_runs_inside_the_graphs_of_a_power_law() -> None:
+    run(
+        SETUP
+        + """
+inside, ran = [], []
+
+def watch(frame, event, what):
+    if event == "c_call" and getattr(what, "__name__", "") == "run":
+        inside.append(1)
+        ran.append(1)
+    elif event in ("c_return", "c_exception") and getattr(what, "__name__", "") == "run":
+        inside.clear()
+    elif event == "call" and (inside or frame.f_code.co_filename.endswith("neml2/types/functions.py")):
+        entered.append(frame.f_code.co_name)
+
+entered = []
+sys.setprofile(watch)
+found = stress()
+sys.setprofile(None)
+assert len(ran) > 3 and not entered, (len(ran), entered)
+assert torch.equal(found, right)
+""",
+        of(),
+    )
+
+
+@pytest.mark.parametrize("interval", [0, 5e-5, 1e-3])
+def test_a_timer_at_any_moment(interval: float) -> None:
+    run(HAMMERED, of(), interval, 120, limit=100)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("interval", [0, 5e-5, 3e-4, 1e-3])
+def test_a_timer_at_any_moment_for_long(interval: float) -> None:
+    print(run(HAMMERED, of(), interval, 6000, limit=280))
+
+
+# Another process sends both at once while a graph of so many rows runs, which takes longer than the rest of a call.
+TWO = (
+    SETUP
+    + """
+import subprocess
+given = inputs(int(sys.argv[3]))
+came, raised = [], []
+
+def handler(kind):
+    def ring(number, frame):
+        came.append(number)
+        if kind:
+            raise kind("rung")
+    return ring
+
+def wait():
+    end = time.monotonic() + 5
+    while len(came) < 2:
+        assert time.monotonic() < end, came
+
+shoot = "import os, signal, sys, time"
+shoot += "\\nfor line in sys.stdin: time.sleep(8e-3); [os.kill(int(line), s) for s in (signal.SIGALRM, signal.SIGTERM)]"
+sender = subprocess.Popen([sys.executable, "-c", shoot], stdin=subprocess.PIPE, text=True)
+first, second = handler({"TimeIsUp": TimeIsUp, "NoMore": NoMore}[sys.argv[2]]), handler(None)
+signal.signal(signal.SIGALRM, first)
+signal.signal(signal.SIGTERM, second)
+stress()
+for number in range(8):
+    came.clear()
+    raised.clear()
+    try:
+        print(os.getpid(), file=sender.stdin, flush=True)
+        stress()
+        wait()
+    except (TimeIsUp, RuntimeError) as error:
+        raised.append(f"{type(error).__name__}: {error}")
+    wait()
+    assert sorted(came) == [signal.SIGALRM, signal.SIGTERM]
+    assert raised == [f"{sys.argv[2]}: rung"], raised
+    assert signal.getsignal(signal.SIGALRM) is first and signal.getsignal(signal.SIGTERM) is second
+sender.stdin.close()
+assert sender.wait(10) == 0
+given = inputs()
+assert torch.equal(stress(), right) and not lost
+"""
+)
+
+
+@pytest.mark.parametrize(("name", "rows"), [(POWER_LAW, 100_000), ("elasticity", 1_500_000)])
+@pytest.mark.parametrize("kind", ["TimeIsUp", "NoMore"])
+def test_two_signals_within_one_graph(name: str, rows: int, kind: str) -> None:
+    run(TWO, of(name), kind, rows, limit=100)
+
+
+def test_bursts_of_interrupts() -> None:
+    run(
+        SETUP
+        + """
+import subprocess
+# Another process sends them, as a terminal does: a thread of this one would have to wait for the graph.
+shoot = "import os, sys, time"
+shoot += "\\nfor _ in range(1000): os.kill(int(sys.argv[1]), 2); time.sleep(3e-4)"
+shoot += "\\nos.kill(int(sys.argv[1]), int(sys.argv[2]))"
+armed, came, raised, ends, over = [], [], [], [], []
+
+def interrupted(number, frame):
+    came.append(number)
+    if armed:
+        armed.clear()
+        raised.append(1)
+        raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, interrupted)
+signal.signal(signal.SIGUSR1, lambda number, frame: over.append(1))
+sender = subprocess.Popen([sys.executable, "-c", shoot, str(os.getpid()), str(int(signal.SIGUSR1))])
+while not over:
+    try:
+        armed.append(1)
+        while not over:
+            stress()
+        armed.clear()
+    except KeyboardInterrupt:
+        ends.append(1)
+assert sender.wait(10) == 0
+assert ends and len(raised) == len(ends) and not lost
+assert signal.getsignal(signal.SIGINT) is interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+assert torch.equal(stress(), right)
+print(len(came), len(ends))
+""",
+        of(),
+        limit=100,
+    )
+
+
+class TestWithin:
+    """A call that a thread makes while it is in a call."""
+
+    @pytest.mark.parametrize("name", [POWER_LAW, "elasticity"])
+    def test_a_handler_calls_the_same_model(self, name: str) -> None:
+        run(
+            SETUP
+            + """
+deep = []
+
+def ring(number, frame):
+    assert torch.equal(stress(), right)
+    deep.append(1)
+
+signal.signal(signal.SIGALRM, ring)
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, takes))
+    assert torch.equal(stress(), right)
+assert len(deep) > 50, len(deep)
+""",
+            of(name),
+        )
+
+    def test_a_handler_calls_while_the_model_is_loaded(self) -> None:
+        run(
+            SETUP
+            + """
+deep = []
+
+def ring(number, frame):
+    deep.append(torch.equal(stress(Model(artifact)), right))
+
+signal.signal(signal.SIGALRM, ring)
+from neml2_aoti_plugin.graphs import loaded
+for number in range(30):
+    loaded._loaded.clear()
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 2e-2))
+    assert torch.equal(stress(Model(artifact)), right)
+assert len(deep) > 20 and all(deep), deep
+""",
+            of(),
+        )
+
+    @pytest.mark.parametrize("name", [POWER_LAW, "elasticity"])
+    def test_a_finalizer_calls_the_same_model(self, name: str) -> None:
+        run(
+            SETUP
+            + """
+class Circle:
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        if len(done) < 60 and not busy:
+            busy.append(1)
+            done.append(torch.equal(stress(), right))
+            busy.clear()
+            Circle()
+
+busy, done = [], []
+# All that there is so far need not be looked at each time.
+gc.freeze()
+gc.set_threshold(7, 1000, 1000)
+while len(done) < 60:
+    Circle()
+    assert torch.equal(stress(), right)
+gc.set_threshold(700, 10, 10)
+assert all(done) and not lost, (done, lost)
+""",
+            of(name),
+        )
+
+
+class TestOperatorsOfOthers:
+    """Operators in Python that are not neml2's run inside the graph."""
+
+    def test_a_call_from_within_is_refused_at_once(self, foreign: Path) -> None:
+        out = run(
+            FOREIGN
+            + """
+told = []
+
+def again():
+    hooks.clear()
+    try:
+        stress()
+    except AOTIError as error:
+        told.append(str(error))
+
+hooks.append(again)
+assert torch.equal(stress(), right)
+hooks.append(again)
+assert torch.equal(stress(), right)
+print(*told, sep="\\n")
+""",
+            foreign,
+        )
+        first, second = out.splitlines()
+        assert first == second and ".pt2: called again from within itself" in first
+        assert "in another thread, or after the first one" in first
+
+    def test_an_interrupt_inside(self, foreign: Path) -> None:
+        run(
+            FOREIGN
+            + """
+hooks.append(lambda: signal.raise_signal(signal.SIGINT))
+for _ in range(3):
+    try:
+        stress()
+        raise AssertionError
+    except KeyboardInterrupt as error:
+        assert isinstance(error.__cause__, RuntimeError)
+hooks.clear()
+assert torch.equal(stress(), right)
+
+def fail():
+    raise ValueError("odd")
+
+hooks.append(fail)
+try:
+    stress()
+    raise AssertionError
+except AOTIError as error:
+    assert ".pt2: the compiled graph failed: ValueError: odd" in str(error)
+hooks.clear()
+assert torch.equal(stress(), right)
+""",
+            foreign,
+        )
+
+    def test_threads_take_turns(self, foreign: Path) -> None:
+        run(
+            FOREIGN
+            + """
+found = []
+hooks.append(lambda: time.sleep(1e-4))
+threads = [threading.Thread(target=lambda: found.extend(stress() for _ in range(10))) for _ in range(6)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert len(found) == 60 and all(torch.equal(one, right) for one in found)
+""",
+            foreign,
+        )
+
+    def test_a_fork_while_another_thread_is_inside(self, foreign: Path) -> None:
+        run(
+            FOREIGN
+            + """
+inside = threading.Event()
+
+def linger():
+    inside.set()
+    time.sleep(0.3)
+
+hooks.append(linger)
+thread = threading.Thread(target=stress)
+thread.start()
+assert inside.wait(10)
+hooks.clear()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    torch.set_num_threads(1)
+    os._exit(0 if torch.equal(stress(), right) and torch.equal(stress(Model(artifact)), right) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+thread.join()
+assert torch.equal(stress(), right)
+""",
+            foreign,
+        )
