@@ -1,9 +1,12 @@
-"""Have graphs call torch's own operator where neml2 wrote one in Python.
+"""Have graphs call other operators than they list, where these do the same and better.
 
 A graph that calls Python runs the interpreter inside torch's C++. A signal handler may run there, and torch turns what
 it raises into an error without a cause; a finalizer may run there, and call the same graph again. `neml2::opaque_pow`,
 which every power law calls, is torch's power and nothing else. A graph names its operators in a list beside its
 library; with torch's power in that list, no Python runs inside the graph, and there is nothing to guard.
+
+A graph of a linear solve asks torch to raise where a matrix is singular: one row then fails the whole batch, and torch
+prints the failure on stderr each time. Without that question the row comes back not finite, and is judged by that.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from ..artifact.package import operators_in
 
 PYTHON_POWER = "neml2::opaque_pow"
 POWER = "aten::pow.Tensor_Tensor"
+RAISE_IF_SINGULAR = "aten::_linalg_check_errors"
+# Compares a tensor with what it is given, which here is nothing.
+ASK_NOTHING = "aten::_assert_tensor_metadata"
 
 # How the name of the entry ends that lists them.
 LISTED = "wrapper.json"
@@ -43,7 +49,7 @@ class Operators:
 
 
 def operators(archive: zipfile.ZipFile, device: torch.device) -> Operators:
-    """Replace a graph's operators in Python by those of torch that do the same.
+    """Replace neml2's power in Python by torch's, and leave the question for singular matrices out.
 
     Args:
         archive: the open package, which has been looked over.
@@ -54,9 +60,10 @@ def operators(archive: zipfile.ZipFile, device: torch.device) -> Operators:
     """
     names = operators_in(archive)
     changed: dict[str, bytes] = {}
-    if PYTHON_POWER in names and _same_as_torch(device):
+    power = PYTHON_POWER in names and _same_as_torch(device)
+    if power or RAISE_IF_SINGULAR in names:
         info = next(info for info in zipped.graph_entries(archive) if info.filename.endswith(LISTED))
-        changed[info.filename], names = _without_python(bytes(zipped.read_entry(archive, info)))
+        changed[info.filename], names = _exchanged(bytes(zipped.read_entry(archive, info)), power=power)
     return Operators(changed, any(not name.startswith("aten::") for name in names))
 
 
@@ -78,15 +85,25 @@ def repacked(archive: zipfile.ZipFile, changed: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-def _without_python(listed: bytes) -> tuple[bytes, tuple[str, ...]]:
-    """Replace neml2's power in a list of operators; give the list, and the names that are in it."""
+def _exchanged(listed: bytes, *, power: bool) -> tuple[bytes, tuple[str, ...]]:
+    """Exchange operators in a list; give the list, and the names that are in it.
+
+    Args:
+        listed: the list.
+        power: whether neml2's power is exchanged.
+    """
     content = json.loads(listed)
     nodes = [entry["node"] for entry in content["nodes"]]
     for node in nodes:
         # torch finds the arguments by their names in the operator's schema. What is of another form stays as it is.
-        if node["target"] == PYTHON_POWER and _names(node) == ["base", "exponent"]:
+        target, names = node["target"], _names(node)
+        if power and target == PYTHON_POWER and names == ["base", "exponent"]:
             node["target"] = POWER
             node["inputs"][0]["name"] = "self"
+        elif target == RAISE_IF_SINGULAR and names[:1] == ["info"] and not node.get("outputs"):
+            node["target"] = ASK_NOTHING
+            node["inputs"] = node["inputs"][:1]
+            node["inputs"][0]["name"] = "a"
     return json.dumps(content).encode(), tuple(str(node["target"]) for node in nodes)
 
 

@@ -23,15 +23,7 @@ from ..solve import choice
 from ..solve.krylov import solve_linear
 from ..solve.system import Groups
 from .packing import width_in
-from .systems import (
-    GraphOf,
-    SystemGraphs,
-    check_arity,
-    on_sound_rows,
-    solve_blocks,
-    spoiled,
-    without_singular_rows,
-)
+from .systems import GraphOf, SystemGraphs, check_arity, on_sound_rows
 from .tangents import Columns, Tangents
 
 if TYPE_CHECKING:
@@ -60,7 +52,7 @@ class Sensitivity:
             self._jacobian, self._given = graph_of(by_given.jacobian), graph_of(by_given.jacobian_given)
         if isinstance(by_given, DirectSensitivity):
             self._solve_ift = graph_of(by_given.solve)
-        # A dense system is solved here: its compiled solve refuses a whole batch for one singular row.
+        # A dense system is solved here, for the columns that the compiled pairs need alone.
         self._dense = graphs.factored and self._all_dense
         self._arrays = choice.arrays()[0] if self._dense else None
         self._offsets = _offsets(spec.unknowns), _offsets(spec.givens)
@@ -147,7 +139,7 @@ class Sensitivity:
             du = [self._columns(a[0].expand(rows, -1, -1), -b[0], list(range(b[0].shape[-1])))]
         elif self._graphs.solve is not None:
             solve = self._graphs.solve
-            single = [solve_blocks(solve, a, [x[..., k] for x in b], u) for k in range(b[0].shape[-1])]
+            single = [on_sound_rows(solve, [*a, *(x[..., k] for x in b)], u) for k in range(b[0].shape[-1])]
             du = [torch.stack([x[i] for x in single], -1) for i in range(len(u))]
         else:
             assert isinstance(self.spec.sensitivity, KrylovSensitivity), "the only other way to a Jacobian by givens"
@@ -192,9 +184,7 @@ class Sensitivity:
         assert self._solve_ift is not None
         a, b = ([x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in part] for part in (a, b))
         like = [u[0].new_empty((rows, p.rows, p.columns)) for p in by_given.pairs]
-        mended, singular = without_singular_rows(a)
-        found = on_sound_rows(self._solve_ift, [*mended, *b], like)
-        return _cut(found if singular is None else spoiled(found, singular), by_given.pairs)
+        return _cut(on_sound_rows(self._solve_ift, [*a, *b], like), by_given.pairs)
 
     def _dense_blocks(self, a: Tensor, b: Tensor, pairs: tuple[Pair, ...]) -> Blocks:
         """`-A^-1 B` of the compiled pairs, by the columns of `B` that they need."""
@@ -234,9 +224,7 @@ class Sensitivity:
                 return _cut([-_krylov([a], dr_dp, by_parameter.settings)], by_parameter.pairs)
             assert self._solve_param is not None
             like = [u[0].new_empty((rows, *p.out_base_shape, *p.wrt_base_shape)) for p in by_parameter.pairs]
-            mended, singular = without_singular_rows([a])
-            found = on_sound_rows(self._solve_param, [*mended, dr_dp], like)
-            found = found if singular is None else spoiled(found, singular)
+            found = on_sound_rows(self._solve_param, [a, dr_dp], like)
         blocks = _cut(found, by_parameter.pairs)
         return [(pair, block.reshape((block.shape[0], pair.rows, pair.columns))) for pair, block in blocks]
 

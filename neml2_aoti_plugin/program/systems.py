@@ -55,7 +55,7 @@ class Blocks:
 
     def solve(self, b: Groups) -> Groups:
         """See `solve.system.Linearisation`."""
-        return solve_blocks(self.graph, self.a, b, self.u)
+        return on_sound_rows(self.graph, [*self.a, *b], self.u)
 
     def take(self, rows: Tensor) -> Linearisation:
         """See `solve.system.Linearisation`."""
@@ -220,55 +220,9 @@ def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int, role: st
     """Refuse a graph that returns another number of tensors than the metadata tells."""
     if len(outputs) != expected:
         raise ArtifactError(
-            f"{graph.file}: {role}returned {len(outputs)} outputs, expected {expected}. The package belongs to another model "
-            "or to another compile; compile the model again with neml2-compile."
+            f"{graph.file}: {role}returned {len(outputs)} outputs, expected {expected}. The package belongs to another "
+            "model or to another compile; compile the model again with neml2-compile."
         )
-
-
-def solve_blocks(graph: Graph, a: Groups, b: Groups, like: Groups) -> Groups:
-    """Solve `A x = b` by a graph, which under some releases of torch refuses the whole batch for one singular row.
-
-    Args:
-        graph: the compiled solve.
-        a: the blocks of the matrix.
-        b: the right-hand side.
-        like: tensors of the shapes of `x`.
-
-    Returns:
-        `x`; not finite in rows where `A` is singular.
-    """
-    mended, singular = without_singular_rows(a)
-    found = on_sound_rows(graph, [*mended, *b], like)
-    return found if singular is None else spoiled(found, singular)
-
-
-def without_singular_rows(a: Groups) -> tuple[Groups, Tensor | None]:
-    """Put the identity in the place of square blocks without an inverse, which torch would complain of on stderr.
-
-    Args:
-        a: the blocks of a matrix, row-major.
-
-    Returns:
-        The blocks, and the rows that have such a block, `(rows,)`; None for none.
-    """
-    size = round(len(a) ** 0.5)
-    mended, rows = list(a), None
-    for place in range(0, len(a), size + 1):
-        block = a[place]
-        if block.shape[-1] != block.shape[-2]:
-            continue
-        singular = torch.linalg.lu_factor_ex(block).info != 0
-        if bool(singular.any()):
-            eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
-            mended[place] = torch.where(singular[..., None, None], eye, block)
-            found = singular.flatten(1).any(-1) if singular.ndim > 1 else singular
-            rows = found if rows is None else rows | found
-    return mended, rows
-
-
-def spoiled(found: Groups, rows: Tensor) -> Groups:
-    """NaN in some rows."""
-    return [x.masked_fill(rows.reshape(-1, *(1,) * (x.ndim - 1)), torch.nan) for x in found]
 
 
 def on_sound_rows(run: Callable[[Sequence[Tensor]], Groups], arguments: Sequence[Tensor], like: Groups) -> Groups:
