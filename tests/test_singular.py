@@ -1,0 +1,104 @@
+"""A solve that fails does so quietly and by name, and a row that has converged has finite derivatives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from neml2.solvers import ConvergenceError
+
+import references
+from attacks.children import run
+from neml2_aoti_plugin import Model
+from neml2_aoti_plugin.solve.choice import VARIABLE
+
+DIVERGING = """
+import sys
+import torch
+from neml2_aoti_plugin import ConvergenceError, Model
+
+model = Model(sys.argv[1], mode=sys.argv[2])
+given = {n: torch.zeros(v.natural_shape, dtype=torch.float64) for n, v in model.inputs.items()}
+first = model.input_names[0]
+x = torch.zeros(8, *model.inputs[first].natural_shape, dtype=torch.float64)
+x[1], x[2], x[3], x[4], x[5] = 0.5, torch.nan, 1e200, 1e12, torch.inf
+given |= {first: x, "t": torch.ones((), dtype=torch.float64)}
+print(model.solve(given).converged.tolist())
+for call in (model.forward, model.jacobian):
+    try:
+        call(given)
+    except ConvergenceError as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("mode", ["rowwise", "lockstep"])
+@pytest.mark.parametrize("implementation", ["numba", "torch"])
+@pytest.mark.parametrize("name", ["viscoplasticity", "cross_group"])
+def test_diverging_rows_print_nothing(name: str, mode: str, implementation: str) -> None:
+    # What it prints on either stream comes back.
+    out = run(DIVERGING, references.case(name).artifact, mode, **{VARIABLE: implementation})
+    solved, *errors = out.splitlines()
+    assert "True" in solved and "False" in solved
+    assert errors == ["ConvergenceError", "ConvergenceError"]
+
+
+class Spoiled:
+    """Stands for a graph of derivatives by givens whose values are not finite in one row."""
+
+    def __init__(self, graph: Any, row: int) -> None:
+        self.graph, self.row = graph, row
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        outputs = [x.clone() for x in self.graph(*arguments, **options)]
+        for x in outputs:
+            x[self.row] = torch.nan
+        return outputs
+
+
+@pytest.mark.parametrize("implementation", ["numba", "torch"])
+def test_a_row_without_derivatives_fails_by_name(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, implementation)
+    case = references.case("viscoplasticity")
+    model, rows = case.load(), case.rows()
+    sensitivity = model._caller.program.implicit[0].sensitivity
+    assert sensitivity is not None
+    monkeypatch.setattr(sensitivity, "_given", Spoiled(sensitivity._given, 3))
+    with pytest.raises(ConvergenceError, match=r"1 of 9 row\(s\)[\s\S]*row 3: singular Jacobian"):
+        model.jacobian(rows)
+    # The values do not need them.
+    assert bool(model.solve(rows).converged.all())
+
+
+@pytest.mark.parametrize("implementation", ["numba", "torch"])
+def test_a_singular_matrix_at_the_solution_gives_no_number(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, implementation)
+    case = references.case("viscoplasticity")
+    model, rows = case.load(), case.rows()
+    sensitivity = model._caller.program.implicit[0].sensitivity
+    assert sensitivity is not None
+    jacobian = sensitivity._jacobian
+
+    def singular(*arguments: Any) -> Any:
+        a, b = jacobian(*arguments)
+        a = a.clone()
+        a[5, :, 0] = 0.0
+        return [a, b]
+
+    class Graph:
+        file = Path("jacobian.pt2")
+        __call__ = staticmethod(singular)
+
+    monkeypatch.setattr(sensitivity, "_jacobian", Graph())
+    with pytest.raises(ConvergenceError, match=r"row 5: singular Jacobian"):
+        model.jacobian(rows)
+
+
+def test_all_blocks_of_a_model_that_converges_are_finite() -> None:
+    case = references.case("viscoplasticity")
+    _, blocks = Model(case.artifact).jacobian(case.rows())
+    assert all(bool(block.isfinite().all()) for row in blocks.values() for block in row.values())
