@@ -58,12 +58,7 @@ class Report:
         for place, outcomes in self.parts:
             found, index = first_failure([outcome.statistics for outcome in outcomes])
             where = slice(None) if place is None else place
-            for into, value in zip(
-                (whole.outcome, whole.iterations, whole.norm, whole.norm0),
-                (found.outcome, found.iterations, found.norm, found.norm0),
-                strict=True,
-            ):
-                into[where] = value.to(into.dtype)
+            whole.record[where], whole.norms[where] = found.record, found.norms
             indices = torch.tensor([o.segment for o in outcomes] + [-1], device=index.device)
             segment[where] = indices[index]
         last = self.parts[0][1][-1].segment

@@ -164,8 +164,8 @@ def _solve_part(increment: Increment, a: float, b: float, rows: Tensor, level: i
         f"failed={len(rows) - len(good)}",
     )
     total.iterations[rows] += told.iterations
-    total.norm[rows], total.norm0[rows] = told.norm, told.norm0
-    total.outcome[rows] = told.outcome.to(total.outcome.dtype)
+    total.norms[rows] = told.norms
+    total.outcome[rows] = told.outcome
     if wanted and len(good):
         _differentiate(increment, solved, values, local, rows, good, a, b)
     if len(good):

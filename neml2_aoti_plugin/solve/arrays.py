@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..settings import NewtonSettings
 from . import kernels
-from .criteria import criteria_of
+from .criteria import Criteria, criteria_of
 from .newton import Solved
 from .outcome import Outcome, RowStatistics
 
@@ -94,8 +95,7 @@ class ArrayRows:
     ) -> None:
         self._residual, self._jacobian = residual, jacobian
         self._first, self._givens = u, g
-        self._criteria = criteria_of(settings, small_steps=small_steps)
-        self._limits = kernels.packed(self._criteria)
+        self._criteria, self._limits = _criteria(settings, small_steps)
         self._cuts, self._hold = settings.cuts, hold
         rows, n = u.shape
         self._rows = rows
@@ -227,13 +227,7 @@ class ArrayRows:
             failures -= len(waiting)
             if len(waiting):
                 self._last_steps(waiting)
-        statistics = RowStatistics(
-            torch.from_numpy(record[:, kernels.OUTCOME]),
-            torch.from_numpy(record[:, kernels.UPDATES]),
-            torch.from_numpy(self._norms[:, kernels.LAST]),
-            torch.from_numpy(self._norms[:, kernels.FIRST]),
-            failures == 0,
-        )
+        statistics = RowStatistics(torch.from_numpy(record), torch.from_numpy(self._norms), failures == 0)
         return Solved([self._unknowns], statistics)
 
     def _abandon(self) -> None:
@@ -268,6 +262,12 @@ class ArrayRows:
         most = 1.0 - self._criteria.c * numbers[:, kernels.ALPHA] * slope
         least = numbers[:, kernels.NORM] * np.sqrt(np.maximum(most, 0.0))
         return float(numbers[:, kernels.ALPHA].min()), _largest(numbers[:, kernels.TRIAL_NORM]), float(least.min())
+
+
+@lru_cache(maxsize=64)
+def _criteria(settings: NewtonSettings, small_steps: bool) -> tuple[Criteria, np.ndarray]:
+    criteria = criteria_of(settings, small_steps=small_steps)
+    return criteria, kernels.packed(criteria)
 
 
 def _largest(norms: np.ndarray) -> float:

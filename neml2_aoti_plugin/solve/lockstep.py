@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .groups import per_row
 from .newton import Solved
-from .outcome import Outcome, RowStatistics
+from .outcome import Outcome, statistics_of
 from .system import Groups
 from .tensors import TensorSteps
 
@@ -51,8 +51,8 @@ class LockstepRows(TensorSteps):
         """See `newton.Rows`."""
         outcome = torch.where(self._norm.isfinite(), int(Outcome.OUT_OF_ITERATIONS), int(Outcome.DIVERGED))
         outcome = torch.where(self._done, int(Outcome.CONVERGED), outcome)
-        updates = torch.full_like(outcome, self._update, dtype=torch.int64)
-        statistics = RowStatistics(outcome, updates, self._norm, self._norm0, bool(self._done.all()))
+        updates = torch.full_like(outcome, self._update)
+        statistics = statistics_of(outcome, updates, self._norm, self._norm0, bool(self._done.all()))
         # A solve that is content with its first iterate must not hand the caller's own tensor back.
         return Solved(self._u if self._update else [x.clone() for x in self._u], statistics)
 

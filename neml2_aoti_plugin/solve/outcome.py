@@ -37,23 +37,46 @@ class RowStatistics:
     """How each row fared.
 
     Args:
-        outcome: an `Outcome` per row, int8, `(rows,)`.
-        iterations: number of Newton updates, int64, `(rows,)`.
-        norm: last residual norm, `(rows,)`.
-        norm0: residual norm at the first iterate, `(rows,)`.
+        record: an `Outcome` and the number of Newton updates, int64, `(rows, 2)`.
+        norms: last residual norm and that at the first iterate, `(rows, 2)`.
         all_converged: whether all rows have converged.
     """
 
-    outcome: Tensor
-    iterations: Tensor
-    norm: Tensor
-    norm0: Tensor
+    record: Tensor
+    norms: Tensor
     all_converged: bool
+
+    @property
+    def outcome(self) -> Tensor:
+        """An `Outcome` per row, `(rows,)`."""
+        return self.record[..., 0]
+
+    @property
+    def iterations(self) -> Tensor:
+        """Number of Newton updates, `(rows,)`."""
+        return self.record[..., 1]
+
+    @property
+    def norm(self) -> Tensor:
+        """Last residual norm, `(rows,)`."""
+        return self.norms[..., 0]
+
+    @property
+    def norm0(self) -> Tensor:
+        """Residual norm at the first iterate, `(rows,)`."""
+        return self.norms[..., 1]
 
     @property
     def converged(self) -> Tensor:
         """Rows that have converged, bool, `(rows,)`."""
         return self.outcome == Outcome.CONVERGED
+
+
+def statistics_of(
+    outcome: Tensor, iterations: Tensor, norm: Tensor, norm0: Tensor, all_converged: bool
+) -> RowStatistics:
+    """Statistics from their columns, each `(rows,)`."""
+    return RowStatistics(torch.stack((outcome, iterations), -1), torch.stack((norm, norm0), -1), all_converged)
 
 
 def blank(rows: int, like: Tensor) -> RowStatistics:
@@ -63,13 +86,9 @@ def blank(rows: int, like: Tensor) -> RowStatistics:
         rows: how many.
         like: has the dtype and the device of the norms.
     """
-    return RowStatistics(
-        torch.full((rows,), Outcome.OUT_OF_ITERATIONS, dtype=torch.int8, device=like.device),
-        torch.zeros(rows, dtype=torch.int64, device=like.device),
-        like.new_zeros(rows),
-        like.new_zeros(rows),
-        rows == 0,
-    )
+    record = torch.zeros(rows, 2, dtype=torch.int64, device=like.device)
+    record[:, 0] = int(Outcome.OUT_OF_ITERATIONS)
+    return RowStatistics(record, like.new_zeros(rows, 2), rows == 0)
 
 
 def first_failure(parts: Sequence[RowStatistics]) -> tuple[RowStatistics, Tensor]:
@@ -92,4 +111,4 @@ def first_failure(parts: Sequence[RowStatistics]) -> tuple[RowStatistics, Tensor
         norm, norm0 = torch.where(fine, norm, part.norm), torch.where(fine, norm0, part.norm0)
         index = torch.where(fine, index, i)
         iterations = iterations + part.iterations
-    return RowStatistics(outcome, iterations, norm, norm0, all(part.all_converged for part in parts)), index
+    return statistics_of(outcome, iterations, norm, norm0, all(part.all_converged for part in parts)), index

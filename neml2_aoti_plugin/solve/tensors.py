@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from . import criteria as by
 from .criteria import Criteria
 from .groups import Layout, finite_rows, per_row, row_dots, row_norms
 from .newton import Solved
-from .outcome import Outcome, RowStatistics, blank
+from .outcome import Outcome, blank
 from .system import Groups, Linearisation, System
 
 
@@ -186,8 +188,7 @@ class TensorRows(TensorSteps):
             for whole, x in zip(self._solution, _moved(u, linear.solve(b), self._of_u), strict=True):
                 whole[waiting] = x
         told = self._statistics
-        everything = bool((told.outcome == Outcome.CONVERGED).all())
-        return Solved(self._solution, RowStatistics(told.outcome, told.iterations, told.norm, told.norm0, everything))
+        return Solved(self._solution, replace(told, all_converged=bool(told.converged.all())))
 
 
 def _moved(u: Groups, steps: Groups, layout: Layout) -> Groups:
