@@ -18,7 +18,8 @@ import torch
 import references
 from attacks.children import environment
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model, cli, seal
-from neml2_aoti_plugin.artifact.roots import REQUIRE_SEAL, ROOTS
+from neml2_aoti_plugin.artifact.admit import REQUIRE_SEAL
+from neml2_aoti_plugin.artifact.roots import ROOTS
 
 INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
 
