@@ -1,4 +1,4 @@
-"""The compatibility check: hostile, damaged and foreign packages are refused before any native code runs, in one report."""
+"""The compatibility check: hostile, damaged and foreign packages are refused before native code runs, in a report."""
 
 from __future__ import annotations
 

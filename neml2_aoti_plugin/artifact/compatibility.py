@@ -50,10 +50,11 @@ def check(metadata: Metadata, place: Place) -> dict[str, Package]:
     missing = False
     told: dict[str, list[str]] = {}
     for name in names:
+        file = place.leaf / name
         try:
-            packages[name], told[name] = inspect(place.leaf / name, place, [w for w in handed if w.file == name])
+            packages[name], told[name] = inspect(file, place, [w for w in handed if w.file == name])
         except ArtifactError as error:
-            told[name] = [str(error).removeprefix(f"{place.leaf / name}: ")]
+            told[name] = [str(error).removeprefix(f"{file}: ")]
             missing = missing or isinstance(error, ArtifactNotFoundError)
     signatures = {name: package.signature for name, package in packages.items()}
     for more in (roles_fault(handed), order_faults(metadata, place.leaf, signatures)):

@@ -152,7 +152,8 @@ def _told(line: str) -> str:
     """What is wrong with a line of a seal, without its text: the file may be another one than a seal."""
     if not line:
         return "an empty line"
-    return "a SHA-256 and another name" if _LINE.fullmatch(line) else f"{len(line)} characters of another kind"
+    match = _LINE.fullmatch(line)
+    return f"{len(line)} characters of another kind" if match is None else f"a SHA-256 and {named(match['name'])}"
 
 
 def _fail(error: OSError) -> None:
