@@ -17,7 +17,7 @@ from .operators import operator_fault
 from .order import order_faults
 from .package import Build, Package, Signature, build_in, operators_in, read_package, signature_in
 from .place import DEVICES, Place
-from .processor import lacking, machine
+from .processor import NEEDS, lacking, machine
 from .schema import Metadata
 from .telling import named
 from .wiring import Wire, roles_fault, wire_fault, wires
@@ -108,8 +108,9 @@ def inspect(file: Path, place: Place, handed: list[Wire]) -> tuple[Package, list
         inside = look_over(file, data)
         _looked_over[known] = inside
         # Not without end, however many artifacts a process goes through.
-        while len(_looked_over) > _MANY:
-            _looked_over.pop(next(iter(_looked_over)), None)
+        if len(_looked_over) > _MANY:
+            for old in list(_looked_over)[:-_MANY]:
+                _looked_over.pop(old, None)
     package = Package(file, place.folder, digest, inside.signature)
     if inside.faults:
         return package, list(inside.faults)
@@ -269,15 +270,16 @@ def _of_cpu(build: Build, place: Place) -> str:
     missing = lacking(build.cpu_isa) if place.device.type == "cpu" and machine(build.machine) == machine() else []
     if not missing:
         return ""
+    built_for = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
     return (
-        f"compiled for a processor with {_word(build.cpu_isa)}; this one lacks {', '.join(missing)} and would stop "
+        f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop "
         "with an illegal instruction. Compile the model here: neml2-compile INPUT --model NAME."
     )
 
 
 def _word(text: str) -> str:
-    """What a build record calls a machine or its parts, as an error may show it."""
-    return " ".join(named(part).strip("'") for part in text[:120].split())
+    """What a build record calls a machine, as an error may show it."""
+    return named(text).strip("'")
 
 
 def _report(found: dict[str, list[str]], place: Place) -> str:

@@ -6,6 +6,7 @@ allows. It is opened without waiting for anybody, and read once. Stubs are the e
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -98,10 +99,16 @@ def _opened(path: Path, kind: Kind, base: Path | None) -> Iterator[tuple[int, in
     except (FileNotFoundError, ArtifactError):
         raise
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({reason(error)}). {AGAIN}") from error
+        raise ArtifactError(f"{path}: cannot be read ({reason(error)}). {_cure(error)}") from error
     finally:
         if handle >= 0:
             os.close(handle)
+
+
+def _cure(error: BaseException) -> str:
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return "Close files that are open, or allow this process more of them (ulimit -n), and try again."
+    return AGAIN
 
 
 def _open(path: Path, base: Path | None) -> int:

@@ -109,8 +109,8 @@ class Loaded:
         # The latest last, and only once.
         self._places.pop(package.file, None)
         self._places[package.file] = package
-        while len(self._places) > _PLACES:
-            self._places.pop(next(iter(self._places)), None)
+        for old in list(self._places)[:-_PLACES]:
+            self._places.pop(old, None)
 
     def _read(self) -> bytes:
         """The bytes that were looked over, from wherever they still are."""
