@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import neml2
 import pytest
 import torch
 
@@ -130,7 +131,7 @@ class TestSize:
     def test_seal(self, artifact: Path) -> None:
         seal(artifact)
         os.truncate(artifact.with_name("elasticity.sha256"), files.SEAL.limit + 1)
-        assert f"elasticity.sha256: larger than {files.SEAL.limit} bytes" in refusal(artifact)
+        assert f"elasticity.sha256: cannot read the seal (larger than {files.SEAL.limit} bytes" in refusal(artifact)
 
     def test_a_file_that_shrinks_while_it_is_read(self, tmp_path: Path) -> None:
         """The system tells a size of this file that it does not have."""
@@ -238,6 +239,13 @@ class TestSecrets:
                 assert secrets.SIGN not in str(error), f"{where}: {error}"
         assert refused > 100
 
+    def test_in_a_type_whose_size_is_wrong(self) -> None:
+        document = json.loads((DATA / "3.0.3-cross_group.json").read_text())
+        document["inputs"][0].update(var_type=secrets.SECRET, base_shape=[6], var_size=5)
+        with pytest.raises(ArtifactError, match="var_type is a str") as raised:
+            parse.metadata(Node(upgrade(document, "file"), "", "file"), 14)
+        assert secrets.SIGN not in str(raised.value)
+
     @pytest.mark.parametrize(
         "text",
         [
@@ -334,6 +342,12 @@ class TestPaths:
             assert "cannot be reached (File name too long)" in text and len(text) < 700
             with pytest.raises(ArtifactNotFoundError, match="File name too long"):
                 seal(path)
+
+    def test_too_long_in_a_stub(self, tmp_path: Path) -> None:
+        stub = tmp_path / "bar_aoti.i"
+        stub.write_text(f"[Models]\n[bar]\ntype = AOTIModel\nartifact_path = '/{'x' * 5000}'\n[]\n[]\n")
+        with pytest.raises(ArtifactNotFoundError, match=r"\[Models/bar\] in .*bar_aoti\.i"):
+            neml2.load_model(stub, "bar")
 
     def test_with_a_null_byte_and_in_a_ring(self, tmp_path: Path) -> None:
         (tmp_path / "ring").symlink_to("ring")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -184,7 +185,7 @@ def gpu_fault(built_for: str, have: tuple[int, int], portable: bool) -> str:
     Returns:
         What is wrong and the cure; empty for nothing.
     """
-    if not built_for.isdigit():
+    if not re.fullmatch("[0-9]{1,4}", built_for):
         return ""
     wanted, here = int(built_for), have[0] * 10 + have[1]
     if wanted <= here and (portable or wanted // 10 == have[0]):

@@ -145,7 +145,7 @@ def find_root(path: Path) -> tuple[Path, tuple[str, ...]] | None:
         path = path.parent
         return (path.parent, (path.name,)) if is_there(path.parent / METADATA) and path.name in DEVICES else None
     for root, hint in ((path, ()), (path.parent, (path.name,)), (path.parent.parent, (path.parent.name, path.name))):
-        if is_there(root / METADATA) and (not hint or hint[0] in DEVICES) and path.is_dir():
+        if is_there(root / METADATA) and (not hint or hint[0] in DEVICES) and os.path.isdir(path):
             return root, hint
     return None
 
@@ -187,8 +187,9 @@ def _missing(path: Path) -> str:
         "Give the artifact's folder that neml2-compile wrote: it holds metadata.json and a folder per device, or, from "
         "neml2 before 3.0.7, MODEL_meta.json or DEVICE/MODEL_meta.json."
     )
-    if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.is_dir() and (find_root(p) or perdevice.holds(p)))
+    if os.path.isdir(path):
+        below = (path / name for name in _names(path))
+        inside = [p.name for p in below if os.path.isdir(p) and (find_root(p) or perdevice.holds(p))]
         return f"no metadata.json in {path}{f', but artifacts below it: {_few(inside)}' if inside else ''}. {cure}"
     folder = path.parent
     if is_there(path) and path.suffix != ".json":
@@ -202,8 +203,16 @@ def _missing(path: Path) -> str:
 
 
 def _beside(folder: Path) -> str:
-    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    there = _names(folder)
     return f" In {folder} there are: {_few(there)}." if there else ""
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder; nothing where that cannot be told."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def _few(names: list[str]) -> str:

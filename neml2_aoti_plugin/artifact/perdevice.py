@@ -6,6 +6,7 @@ The file itself records its device and dtype. Up to 3.0.3 there is one in the fo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,12 +103,12 @@ def files_at(path: Path) -> list[Path]:
     """The metadata file at a path, or those right in the folder at that path."""
     if path.name.endswith(SUFFIX) and is_there(path):
         return [path]
-    return sorted(path.glob(f"?*{SUFFIX}")) if path.is_dir() else []
+    return sorted(path.glob(f"?*{SUFFIX}")) if os.path.isdir(path) else []
 
 
 def files_below(path: Path) -> list[Path]:
     """The metadata files in the device folders below a folder."""
-    return [file for device in DEVICES if (path / device).is_dir() for file in files_at(path / device)]
+    return [file for device in DEVICES if os.path.isdir(path / device) for file in files_at(path / device)]
 
 
 def read(file: Path, folder: Folder) -> Leaf:
