@@ -31,8 +31,10 @@ def beyond(path: Path) -> str:
         What is wrong and the cure; empty where the path is allowed.
     """
     roots = allowed_roots()
+    if roots is None:
+        return ""
     real = os.path.realpath(path)
-    if roots is None or any(within(real, root) for root in roots):
+    if any(within(real, root) for root in roots):
         return ""
     return (
         f"lies in {os.path.dirname(real)}, outside of the folders that {ROOTS} allows: {', '.join(roots)}. Move the "
