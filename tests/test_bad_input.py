@@ -125,7 +125,7 @@ class TestMetadata:
         [
             (15, ["schema 15", "up to 14", "pip install -U neml2-aoti-plugin"]),
             (1, ["schema 1", "14 (neml2 3.1.0)", "neml2-compile"]),
-            ("14", ["schema_version", "'14'", "whole number"]),
+            ("14", ["schema_version", "is a str", "whole number"]),
             (None, ["schema_version", "None", "whole number"]),
             (True, ["schema_version", "True", "whole number"]),
         ],
@@ -145,12 +145,15 @@ class TestMetadata:
             (lambda d: d.pop("inputs"), ["'inputs'"]),
             (lambda d: d.pop("segments"), ["'segments'"]),
             (lambda d: d.update(segments=[]), ["segments", "at least one"]),
-            (lambda d: d.update(type="plain"), ["type", "'plain'", "composed"]),
+            (lambda d: d.update(type="plain"), ["type", "is a str", "composed"]),
             (lambda d: d["inputs"][0].pop("name"), ["inputs[0]", "'name'"]),
             (lambda d: d["inputs"][0].update(base_shape=[-6]), ["inputs[0].base_shape", "-6"]),
-            (lambda d: d["inputs"][0].update(base_shape="six"), ["inputs[0].base_shape", "'six'", "list"]),
-            (lambda d: d["segments"][0].update(kind="magic"), ["segments[0].kind", "'magic'"]),
-            (lambda d: d["segments"][0].update(package="../x.pt2"), ["segments[0].package", "../x.pt2"]),
+            (lambda d: d["inputs"][0].update(base_shape="six"), ["inputs[0].base_shape", "is a str", "list"]),
+            (lambda d: d["segments"][0].update(kind="magic"), ["segments[0].kind", "is a str", "forward, implicit"]),
+            (
+                lambda d: d["segments"][0].update(package="../x.pt2"),
+                ["segments[0].package", "is a str", "bare name of a .pt2"],
+            ),
             (lambda d: d["segments"][0].update(inputs=["eps"]), ["eps"]),
         ],
     )

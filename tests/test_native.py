@@ -56,7 +56,7 @@ def test_the_same_bits_without_python(tmp_path: Path) -> None:
         assert not python
         again = tmp_path / file.name
         again.write_bytes(new)
-        with open_archive(again) as archive:
+        with open_archive(again, again.read_bytes()) as archive:
             assert all(name.startswith("aten::") for name in operators_in(archive))
         for found in (runner.run(arguments(file)), torchs_own(again)):
             assert len(found) == len(right)
@@ -106,7 +106,7 @@ def test_what_is_of_another_form_stays(change, tmp_path: Path) -> None:  # type:
         entries.append((info, data))
     copy = tmp_path / file.name
     copy.write_bytes(archive_of(entries))
-    with open_archive(copy) as archive:
+    with open_archive(copy, copy.read_bytes()) as archive:
         called = operators(archive, CPU)
         text = next(data for info, data in entries if info.filename.endswith("wrapper.json"))
         assert called.python

@@ -130,11 +130,14 @@ def test_a_recorded_dtype_is_the_callers(flat: Path) -> None:
     assert locate(flat).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("key", "value"), [("device", "tpu"), ("dtype", "float16"), ("dtype", 3)])
-def test_a_recorded_leaf_that_is_none_is_refused(flat: Path, key: str, value: object) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [("device", "tpu", "a str as the device"), ("dtype", "float16", "a str as the dtype"), ("dtype", 3, "3 as the")],
+)
+def test_a_recorded_leaf_that_is_none_is_refused(flat: Path, key: str, value: object, told: str) -> None:
     document = {**json.loads((flat / "bar_meta.json").read_text()), key: value}
     (flat / "bar_meta.json").write_text(json.dumps(document))
-    with pytest.raises(ArtifactError, match=f"bar_meta.json: records.*{value}"):
+    with pytest.raises(ArtifactError, match=f"bar_meta.json: records.*{told}"):
         locate(flat)
 
 

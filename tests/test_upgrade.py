@@ -233,7 +233,7 @@ def test_an_unreleased_schema_that_does_not_fit_says_so(tmp_path: Path) -> None:
         (1, "schema 1, which no neml2 release wrote.*3.0.0 to 3.0.2"),
         (0, "schema 0, which no neml2 release wrote"),
         (-3, "schema -3, which no neml2 release wrote"),
-        ("7", "schema_version is '7', expected a whole number"),
+        ("7", "schema_version is a str, expected a whole number"),
         (True, "schema_version is True, expected a whole number"),
         (None, "schema_version is None, expected a whole number"),
     ],

@@ -1,1 +1,1 @@
-"""What neml2-compile wrote: the layout on disk, the metadata as frozen objects, the packages, the passport."""
+"""What neml2-compile wrote: the layout on disk, the metadata as frozen objects, whether they may run here."""

@@ -13,7 +13,9 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
-from ..errors import ArtifactError, ArtifactNotFoundError
+from ..errors import ArtifactError
+from .files import AGAIN
+from .telling import named, reason
 
 # The entries that a graph is made of stand in this folder of the archive, below a folder named like the package.
 GRAPH = "data/aotinductor/model/"
@@ -40,42 +42,29 @@ DAMAGE = (
     NotImplementedError,
 )
 
-AGAIN = "Copy it again, or compile the model again."
-
 _LINK = stat.S_IFLNK
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
 
-def open_archive(file: Path, data: bytes | None = None) -> zipfile.ZipFile:
+def open_archive(file: Path, data: bytes) -> zipfile.ZipFile:
     """Open a package as the zip archive that it is.
 
     Args:
-        file: the package.
-        data: its bytes, where they have been read already.
+        file: the package, for messages.
+        data: its bytes.
 
     Returns:
         The open archive.
 
     Raises:
-        ArtifactNotFoundError: there is no such file.
         ArtifactError: it is not a zip archive.
     """
     try:
-        archive = zipfile.ZipFile(file if data is None else io.BytesIO(data))
-    except FileNotFoundError:
-        raise missing(file) from None
+        archive = zipfile.ZipFile(io.BytesIO(data))
     except DAMAGE as error:
-        raise ArtifactError(f"{file}: not a readable package ({error}). {AGAIN}") from error
+        raise ArtifactError(f"{file}: not a readable package ({reason(error)}). {AGAIN}") from None
     archive.filename = str(file)
     return archive
-
-
-def missing(file: Path) -> ArtifactNotFoundError:
-    """The error for a package that is not there."""
-    return ArtifactNotFoundError(
-        f"{file}: no such file, although the metadata names it. Copy the whole artifact folder, or compile the model "
-        "again."
-    )
 
 
 def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, data: bytes | None = None) -> bytes | memoryview:
@@ -105,8 +94,8 @@ def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, data: bytes | No
         return view
     except DAMAGE as error:
         raise ArtifactError(
-            f"{archive.filename}: entry {info.filename!r} is damaged ({error or type(error).__name__}). {AGAIN}"
-        ) from error
+            f"{archive.filename}: entry {named(info.filename)} is damaged ({_damage(error)}). {AGAIN}"
+        ) from None
 
 
 def read_text(archive: zipfile.ZipFile, suffix: str) -> str | None:
@@ -115,14 +104,14 @@ def read_text(archive: zipfile.ZipFile, suffix: str) -> str | None:
         if info.filename.endswith(suffix) and f"/{GRAPH}" in info.filename:
             if info.file_size > MAX_SOURCE:
                 raise ArtifactError(
-                    f"{archive.filename}: entry {info.filename!r} claims {info.file_size} bytes of text. {AGAIN}"
+                    f"{archive.filename}: entry {named(info.filename)} claims {info.file_size} bytes of text. {AGAIN}"
                 )
             try:
                 return bytes(read_entry(archive, info)).decode()
             except UnicodeDecodeError as error:
                 raise ArtifactError(
-                    f"{archive.filename}: entry {info.filename!r} is damaged ({error}). {AGAIN}"
-                ) from error
+                    f"{archive.filename}: entry {named(info.filename)} is damaged ({reason(error)}). {AGAIN}"
+                ) from None
     return None
 
 
@@ -151,11 +140,11 @@ def faults(archive: zipfile.ZipFile) -> list[str]:
     for info in entries:
         fault = _fault(info)
         if fault:
-            found.append(f"archive entry {info.filename[:200]!r} {fault}. Do not use this file.")
+            found.append(f"archive entry {named(info.filename)} {fault}. Do not use this file.")
     folded = Counter(info.filename.casefold() for info in entries)
     twice = [info.filename for info in entries if folded[info.filename.casefold()] > 1]
     if twice:
-        found.append(f"archive entry {twice[0]!r} is there twice. Do not use this file.")
+        found.append(f"archive entry {named(twice[0])} is there twice. Do not use this file.")
     total = sum(i.compress_size for i in entries), sum(i.file_size for i in entries)
     for packed, unpacked in (total, *((i.compress_size, i.file_size) for i in entries)):
         if unpacked > max(SMALL, MAX_RATIO * packed):
@@ -166,6 +155,11 @@ def faults(archive: zipfile.ZipFile) -> list[str]:
     if any(end > start for (_, end), (start, _) in pairwise(spans)):
         found.append("has entries that lie over each other. Do not use this file.")
     return found
+
+
+def _damage(error: BaseException) -> str:
+    """What is wrong with an entry; `zipfile` quotes the bytes that it found in the place of a name."""
+    return "its checksum is another" if "CRC" in str(error) or "checksum" in str(error) else reason(error)
 
 
 def _fault(info: zipfile.ZipInfo) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -14,23 +15,26 @@ from ..errors import ArtifactError, ArtifactNotFoundError
 from . import archive as zipped
 from .binary import library_fault
 from .operators import operator_fault
-from .package import Build, build_in, operators_in, signature_in
-from .place import Place
-from .processor import lacking, machine
-from .roots import beyond
+from .order import order_faults
+from .package import Build, Package, Signature, build_in, operators_in, read_package, signature_in
+from .place import DEVICES, Place
+from .processor import NEEDS, lacking, machine
 from .schema import Metadata
-from .seal import expected, require
+from .telling import named
 from .wiring import Wire, roles_fault, wire_fault, wires
 
 OLDEST_TORCH = (2, 10)
 
 
-def check(metadata: Metadata, place: Place) -> None:
+def check(metadata: Metadata, place: Place) -> dict[str, Package]:
     """Refuse an artifact that cannot run here, with all that was found and a cure for each.
 
     Args:
         metadata: of the artifact.
         place: of its leaf.
+
+    Returns:
+        The packages by the names that the metadata has for them.
 
     Raises:
         ArtifactNotFoundError: a file is missing.
@@ -38,23 +42,31 @@ def check(metadata: Metadata, place: Place) -> None:
     """
     names = sorted(files_of(metadata))
     handed = wires(metadata)
-    doubled = roles_fault(handed)
+    packages: dict[str, Package] = {}
     # By what is wrong, the packages it is wrong with.
     found: dict[str, list[str]] = {}
-    for text in (_of_torch(torch.__version__), _of_device(place)):
+    for text in (_of_torch(torch.__version__), _of_device(place), _of_metadata(metadata, place)):
         if text:
             found[text] = []
     missing = False
+    told: dict[str, list[str]] = {}
     for name in names:
+        file = place.leaf / name
         try:
-            texts = inspect(place.leaf / name, place, [w for w in handed if w.file == name])
+            packages[name], told[name] = inspect(file, place, [w for w in handed if w.file == name])
         except ArtifactError as error:
-            texts = [str(error).removeprefix(f"{place.leaf / name}: ")]
+            told[name] = [str(error).removeprefix(f"{file}: ")]
             missing = missing or isinstance(error, ArtifactNotFoundError)
-        for text in (*texts, *([doubled[name]] if name in doubled else [])):
+    signatures = {name: package.signature for name, package in packages.items()}
+    for more in (roles_fault(handed), order_faults(metadata, place.leaf, signatures)):
+        for name, text in more.items():
+            told[name].append(text)
+    for name in names:
+        for text in told[name]:
             found.setdefault(text, []).append(name)
     if found:
         raise (ArtifactNotFoundError if missing else ArtifactError)(_report(found, place))
+    return packages
 
 
 def files_of(metadata: Metadata) -> set[str]:
@@ -75,7 +87,7 @@ def files_of(metadata: Metadata) -> set[str]:
     return found
 
 
-def inspect(file: Path, place: Place, handed: list[Wire]) -> list[str]:
+def inspect(file: Path, place: Place, handed: list[Wire]) -> tuple[Package, list[str]]:
     """List what speaks against running one package here.
 
     Args:
@@ -84,49 +96,82 @@ def inspect(file: Path, place: Place, handed: list[Wire]) -> list[str]:
         handed: what the metadata gives its graph.
 
     Returns:
-        What is wrong and the cure, a line for each.
+        The package, and what is wrong with the cure, a line for each.
 
     Raises:
         ArtifactNotFoundError: there is no such file.
         ArtifactError: the package is damaged, so that there is no more to tell.
     """
-    data = read_package(file)
-    outside = beyond(file)
-    if outside:
-        return [outside]
-    require(file, data, expected(file))
+    data, digest = read_package(file, place.folder)
+    known = (digest, file.stem)
+    inside = _looked_over.get(known)
+    if inside is None:
+        inside = look_over(file, data)
+        _looked_over[known] = inside
+        # Not without end, however many artifacts a process goes through.
+        if len(_looked_over) > _MANY:
+            for old in list(_looked_over)[:-_MANY]:
+                _looked_over.pop(old, None)
+    package = Package(file, place.folder, digest, inside.signature)
+    if inside.faults:
+        return package, list(inside.faults)
+    build = inside.build
+    faults = [*_of_machine(build), _of_build_device(build, place), _of_cpu(build, place)]
+    if place.device.type == "cuda" and torch.cuda.is_available():
+        have = torch.cuda.get_device_capability(place.device)
+        faults.append(gpu_fault(build.compute_capability, have, inside.portable))
+    faults.append(operator_fault(inside.operators))
+    faults += [wire_fault(wire, inside.signature) for wire in handed]
+    return package, list(dict.fromkeys(fault for fault in faults if fault))
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What the bytes of a package tell, wherever they lie.
+
+    Args:
+        faults: what speaks against them anywhere; with any, the rest is not told.
+        build: what they were built for.
+        portable: whether there is code that later GPUs can translate.
+        operators: that the graph calls by name.
+        signature: what the graph takes.
+    """
+
+    faults: tuple[str, ...] = ()
+    build: Build = field(default_factory=Build)
+    portable: bool = False
+    operators: tuple[str, ...] = ()
+    signature: Signature | None = None
+
+
+# By digest and name of the package: the same bytes need not be looked over again.
+_looked_over: dict[tuple[str, str], Inside] = {}
+_MANY = 4096
+
+
+def look_over(file: Path, data: bytes) -> Inside:
+    """Look into a package.
+
+    Args:
+        file: the package; its name is that of the graph.
+        data: its bytes.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        ArtifactError: it is damaged, so that there is no more to tell.
+    """
     with zipped.open_archive(file, data) as archive:
         faults = zipped.faults(archive) or _of_contents(archive, file, data)
         if faults:
-            return faults
-        build = build_in(archive)
-        faults = [*_of_machine(build), _of_build_device(build, place), _of_cpu(build, place)]
-        if place.device.type == "cuda" and torch.cuda.is_available():
-            have = torch.cuda.get_device_capability(place.device)
-            portable = any(name.endswith((".fatbin", ".ptx")) for name in archive.namelist())
-            faults.append(gpu_fault(build.compute_capability, have, portable))
-        faults.append(operator_fault(operators_in(archive)))
-        signature = signature_in(archive)
-    faults += [wire_fault(wire, signature) for wire in handed]
-    return list(dict.fromkeys(fault for fault in faults if fault))
-
-
-def read_package(file: Path) -> bytes:
-    """The bytes of a package.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactError: it cannot be read.
-    """
-    try:
-        # A pipe or a device would be waited for without end.
-        if file.exists() and not file.is_file():
-            raise ArtifactError(f"{file}: not a file. {zipped.AGAIN}")
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise zipped.missing(file) from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file}: cannot be read ({error}). {zipped.AGAIN}") from error
+            return Inside(tuple(faults))
+        return Inside(
+            build=build_in(archive),
+            portable=any(name.endswith((".fatbin", ".ptx")) for name in archive.namelist()),
+            operators=operators_in(archive),
+            signature=signature_in(archive),
+        )
 
 
 def gpu_fault(built_for: str, have: tuple[int, int], portable: bool) -> str:
@@ -140,7 +185,7 @@ def gpu_fault(built_for: str, have: tuple[int, int], portable: bool) -> str:
     Returns:
         What is wrong and the cure; empty for nothing.
     """
-    if not built_for.isdigit():
+    if not re.fullmatch("[0-9]{1,4}", built_for):
         return ""
     wanted, here = int(built_for), have[0] * 10 + have[1]
     if wanted <= here and (portable or wanted // 10 == have[0]):
@@ -153,10 +198,10 @@ def gpu_fault(built_for: str, have: tuple[int, int], portable: bool) -> str:
 
 def _of_contents(archive: ZipFile, file: Path, data: bytes) -> list[str]:
     """Is everything there, whole, and of this package?"""
-    named = {name.partition("/")[0] for name in archive.namelist()}
-    if named != {file.stem}:
+    folders = {name.partition("/")[0] for name in archive.namelist()}
+    if folders != {file.stem}:
         return [
-            f"holds {', '.join(sorted(named)) or 'nothing'}, expected {file.stem}: it is the package of another graph. "
+            f"holds {_few(folders)}, expected {file.stem}: it is the package of another graph. "
             "Copy the whole artifact folder, or compile the model again."
         ]
     libraries = [info for info in zipped.graph_entries(archive) if info.filename.endswith((".so", ".pyd", ".dylib"))]
@@ -166,6 +211,17 @@ def _of_contents(archive: ZipFile, file: Path, data: bytes) -> list[str]:
     # Entries that nobody reads, such as the kernels' source, may be damaged.
     fault = library_fault(zipped.read_entry(archive, libraries[0], data))
     return [fault] if fault else []
+
+
+def _few(folders: set[str]) -> str:
+    listed = [named(name).strip("'") for name in sorted(folders)]
+    return ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "") or "nothing"
+
+
+def _of_metadata(metadata: Metadata, place: Place) -> str:
+    if place.digest and metadata.digest != place.digest:
+        return "its metadata was changed while the model was loaded. Load the model again."
+    return ""
 
 
 def _of_torch(version: str) -> str:
@@ -190,7 +246,8 @@ def _of_device(place: Place) -> str:
 def _of_build_device(build: Build, place: Place) -> str:
     if build.device and build.device.split(":")[0] != place.device.type:
         return (
-            f"compiled for device {build.device}, loaded for {place.device.type}. Load it with device={build.device!r}."
+            f"compiled for device {_word(build.device)}, loaded for {place.device.type}. Load it with "
+            f"device={build.device if build.device in DEVICES else 'the device it was compiled for'!r}."
         )
     return ""
 
@@ -199,11 +256,13 @@ def _of_machine(build: Build) -> list[str]:
     found = []
     if build.platform and build.platform != sys.platform:
         found.append(
-            f"compiled on platform {build.platform}, this is {sys.platform}. Compile the model here with neml2-compile."
+            f"compiled on platform {_word(build.platform)}, this is {sys.platform}. Compile the model here with "
+            "neml2-compile."
         )
     if build.machine and machine(build.machine) != machine():
         found.append(
-            f"compiled for {build.machine} processors, this is {machine()}. Compile the model here with neml2-compile."
+            f"compiled for {_word(build.machine)} processors, this is {machine()}. Compile the model here with "
+            "neml2-compile."
         )
     return found
 
@@ -212,10 +271,16 @@ def _of_cpu(build: Build, place: Place) -> str:
     missing = lacking(build.cpu_isa) if place.device.type == "cpu" and machine(build.machine) == machine() else []
     if not missing:
         return ""
+    built_for = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
     return (
-        f"compiled for a processor with {build.cpu_isa}; this one lacks {', '.join(missing)} and would stop with an "
-        "illegal instruction. Compile the model here: neml2-compile INPUT --model NAME."
+        f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop "
+        "with an illegal instruction. Compile the model here: neml2-compile INPUT --model NAME."
     )
+
+
+def _word(text: str) -> str:
+    """What a build record calls a machine, as an error may show it."""
+    return named(text).strip("'")
 
 
 def _report(found: dict[str, list[str]], place: Place) -> str:

@@ -5,14 +5,18 @@ Since neml2 3.0.7 one `metadata.json` stands above the leaves; `perdevice` knows
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
-from ..errors import ArtifactNotFoundError
+from ..errors import ArtifactError, ArtifactNotFoundError
 from . import perdevice
+from .admit import admit
+from .files import AGAIN, is_there
+from .folder import Folder
 from .place import DEVICES, DTYPES, Place, device_of, dtype_name
-from .roots import admit
+from .telling import reason
 
 METADATA = "metadata.json"
 
@@ -37,17 +41,33 @@ def locate(path: str | Path, device: str | torch.device | None = None, dtype: st
         InputError: the device or the dtype is not one that neml2-compile knows.
     """
     path = Path(path)
+    _require_reach(path)
     found = find_root(path)
     if found is not None:
-        admit(found[0], [found[0] / METADATA])
-        return choose(*found, device, dtype)
+        folder = admit(found[0], [found[0] / METADATA])
+        return choose(*found, device, dtype, folder)
     above = perdevice.root_of(path)
     if above is not None:
-        admit(above, perdevice.files_at(path) or perdevice.files_below(path))
-    place = perdevice.locate(path, device, dtype)
-    if place is not None:
-        return place
+        folder = admit(above, perdevice.files_at(path) or perdevice.files_below(path))
+        place = perdevice.locate(path, device, dtype, folder)
+        if place is not None:
+            return place
     raise ArtifactNotFoundError(_missing(path))
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """An artifact's path that stays the same when the working directory changes.
+
+    Raises:
+        ArtifactNotFoundError: the path is relative, and the working directory is gone.
+    """
+    try:
+        return Path(path).absolute()
+    except OSError as error:
+        raise ArtifactNotFoundError(
+            f"{_short(Path(path))}: a relative path, and the working directory is gone ({reason(error)}). Give an "
+            "absolute path, or change to a folder that is there."
+        ) from None
 
 
 def root_of(path: Path) -> Path:
@@ -62,6 +82,7 @@ def root_of(path: Path) -> Path:
     Raises:
         ArtifactNotFoundError: there is no artifact at the path.
     """
+    _require_reach(path)
     found = find_root(path)
     root = perdevice.root_of(path) if found is None else found[0]
     if root is None:
@@ -70,7 +91,11 @@ def root_of(path: Path) -> Path:
 
 
 def choose(
-    root: Path, hint: tuple[str, ...], device: str | torch.device | None, dtype: str | torch.dtype | None
+    root: Path,
+    hint: tuple[str, ...],
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    folder: Folder,
 ) -> Place:
     """Choose a leaf of an artifact.
 
@@ -79,6 +104,7 @@ def choose(
         hint: the device, and perhaps the dtype, that the caller's path names.
         device: see `locate`.
         dtype: see `locate`.
+        folder: through which the files are read.
 
     Returns:
         The place of the leaf.
@@ -100,7 +126,7 @@ def choose(
             f"{found}. Load one of these (device=, dtype=), or compile the one you need: "
             f"neml2-compile INPUT --model {model} --device {wanted.type} --dtype {precision}"
         )
-    return Place(model, root / METADATA, root / wanted.type / precision, wanted, DTYPES[precision])
+    return Place(model, root / METADATA, root / wanted.type / precision, wanted, DTYPES[precision], folder)
 
 
 def find_root(path: Path) -> tuple[Path, tuple[str, ...]] | None:
@@ -114,25 +140,45 @@ def find_root(path: Path) -> tuple[Path, tuple[str, ...]] | None:
         The folder, and the device and dtype that the path itself names, if it does; None where there is no such folder.
     """
     if path.name == METADATA:
-        return (path.parent, ()) if path.is_file() else None
+        return (path.parent, ()) if is_there(path) else None
     if path.name == f"{path.parent.parent.name}{perdevice.SUFFIX}" and not path.exists():
         path = path.parent
-        return (path.parent, (path.name,)) if (path.parent / METADATA).is_file() and path.name in DEVICES else None
+        return (path.parent, (path.name,)) if is_there(path.parent / METADATA) and path.name in DEVICES else None
     for root, hint in ((path, ()), (path.parent, (path.name,)), (path.parent.parent, (path.parent.name, path.name))):
-        if (root / METADATA).is_file() and (not hint or hint[0] in DEVICES) and path.is_dir():
+        if is_there(root / METADATA) and (not hint or hint[0] in DEVICES) and os.path.isdir(path):
             return root, hint
     return None
 
 
 def leaves(root: Path) -> list[tuple[str, str]]:
     """List the leaves of an artifact as (device, dtype)."""
-    return sorted(
-        (family.name, leaf.name)
-        for family in root.iterdir()
-        if family.is_dir() and family.name in DEVICES
-        for leaf in family.iterdir()
-        if leaf.is_dir() and leaf.name in DTYPES
-    )
+    try:
+        return sorted(
+            (family.name, leaf.name)
+            for family in root.iterdir()
+            if family.is_dir() and family.name in DEVICES
+            for leaf in family.iterdir()
+            if leaf.is_dir() and leaf.name in DTYPES
+        )
+    except OSError as error:
+        raise ArtifactError(f"{error.filename}: cannot be read ({reason(error)}). {AGAIN}") from None
+
+
+def _require_reach(path: Path) -> None:
+    """Refuse a path that the system does not even look at: too long, in a ring of links, in a closed folder."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise ArtifactNotFoundError(
+            f"{_short(path)}: cannot be reached ({reason(error)}). Give the artifact's folder that neml2-compile wrote."
+        ) from None
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:120]}...{text[-120:]} ({len(text)} characters)"
 
 
 def _missing(path: Path) -> str:
@@ -141,18 +187,32 @@ def _missing(path: Path) -> str:
         "Give the artifact's folder that neml2-compile wrote: it holds metadata.json and a folder per device, or, from "
         "neml2 before 3.0.7, MODEL_meta.json or DEVICE/MODEL_meta.json."
     )
-    if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.is_dir() and (find_root(p) or perdevice.holds(p)))
+    if os.path.isdir(path):
+        below = (path / name for name in _names(path))
+        inside = [p.name for p in below if os.path.isdir(p) and (find_root(p) or perdevice.holds(p))]
         return f"no metadata.json in {path}{f', but artifacts below it: {_few(inside)}' if inside else ''}. {cure}"
     folder = path.parent
+    if is_there(path) and path.suffix != ".json":
+        return (
+            f"no metadata.json in {path}: it is a file. If it is an input file that neml2-compile wrote, load it with "
+            f"neml2.load_model({str(path)!r}, NAME), or give the folder that it names. {cure}"
+        )
     if path.suffix == ".json":
         return f"{path}: no such metadata file.{_beside(folder)} {cure}"
     return f"no metadata.json in {path}: there is no such folder.{_beside(folder)} {cure}"
 
 
 def _beside(folder: Path) -> str:
-    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    there = _names(folder)
     return f" In {folder} there are: {_few(there)}." if there else ""
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder; nothing where that cannot be told."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def _few(names: list[str]) -> str:

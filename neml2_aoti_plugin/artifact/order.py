@@ -6,20 +6,22 @@ them. Both keep their own order; which argument is which shows in the graph's pa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .package import Signature, read_signature
+from .package import Signature
 from .schema import ForwardSegment, Metadata, Segment, Shape
 
 
-def with_argument_order(metadata: Metadata, folder: Path) -> Metadata:
+def with_argument_order(metadata: Metadata, leaf: Path, signature_of: Callable[[Path], Signature | None]) -> Metadata:
     """Find the order of arguments wherever it is open.
 
     Args:
         metadata: of the artifact.
-        folder: of its packages.
+        leaf: the folder of its packages.
+        signature_of: reads from a package what its graph takes.
 
     Returns:
         The metadata with `arguments` in those segments.
@@ -32,17 +34,55 @@ def with_argument_order(metadata: Metadata, folder: Path) -> Metadata:
         return metadata
     shapes = {v.name: v.natural_shape for v in metadata.inputs}
     shapes |= {p.name: p.shape for p in metadata.parameters}
-    return replace(metadata, segments=tuple(_ordered(s, shapes, folder) for s in metadata.segments))
+    ordered = (_ordered(s, shapes, leaf, signature_of) for s in metadata.segments)
+    return replace(metadata, segments=tuple(ordered))
 
 
-def _ordered(segment: Segment, shapes: dict[str, Shape], folder: Path) -> Segment:
+def order_faults(metadata: Metadata, leaf: Path, signatures: Mapping[str, Signature | None]) -> dict[str, str]:
+    """Tell which packages take their arguments in another order than the one that was found.
+
+    The order was read from packages before they were looked over; these may be others by then.
+
+    Args:
+        metadata: with the order of arguments.
+        leaf: the folder of its packages.
+        signatures: by file, what the graphs take that were looked over.
+
+    Returns:
+        By file what is wrong and the cure.
+    """
+    shapes = {v.name: v.natural_shape for v in metadata.inputs} | {p.name: p.shape for p in metadata.parameters}
+    found = {}
+    for segment in metadata.segments:
+        if not isinstance(segment, ForwardSegment) or not segment.arguments:
+            continue
+        for file in _ordering(segment):
+            if file not in signatures:
+                continue
+            try:
+                order = argument_order(segment, shapes, signatures[file], leaf / file)
+            except ArtifactError:
+                order = ()
+            if order != segment.arguments:
+                found[file] = "was changed while the model was loaded. Load the model again."
+    return found
+
+
+def _ordering(segment: ForwardSegment) -> list[str]:
+    """The packages that tell the order."""
+    return [segment.value, *([segment.jacobian.file] if segment.jacobian else [])]
+
+
+def _ordered(
+    segment: Segment, shapes: dict[str, Shape], leaf: Path, signature_of: Callable[[Path], Signature | None]
+) -> Segment:
     if not isinstance(segment, ForwardSegment) or not segment.parameters_among_inputs:
         return segment
-    files = [segment.value, *([segment.jacobian.file] if segment.jacobian else [])]
-    orders = {file: argument_order(segment, shapes, read_signature(folder / file), folder / file) for file in files}
+    files = _ordering(segment)
+    orders = {file: argument_order(segment, shapes, signature_of(leaf / file), leaf / file) for file in files}
     if len(set(orders.values())) > 1:
         raise ArtifactError(
-            f"{folder}: {' and '.join(files)} take their arguments in different orders, {orders}. Compile the model "
+            f"{leaf}: {' and '.join(files)} take their arguments in different orders, {orders}. Compile the model "
             "again."
         )
     return replace(segment, arguments=orders[segment.value], parameters_among_inputs=False)

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ArtifactNotFoundError
+from . import files
 from .archive import open_archive, read_text
+from .folder import Contents, Folder, folder_at
+from .telling import reason
 
 _CHECK = r'"input_handles\[(\d+)\]: '
 _DTYPE = re.compile(_CHECK + r'unmatched dtype, "\s*<< "expected: " << \w+ << "\(at::k(\w+)\)')
@@ -72,16 +75,72 @@ class Build:
     compute_capability: str = ""
 
 
-def read_signature(file: Path) -> Signature | None:
+@dataclass(frozen=True)
+class Package:
+    """A package that was looked over, and may run.
+
+    Args:
+        file: where it was then.
+        folder: of its artifact.
+        digest: SHA-256 of the bytes that were looked over; what has another one is another package.
+        signature: what its graph takes; None where it does not tell.
+    """
+
+    file: Path
+    folder: Folder
+    digest: str
+    signature: Signature | None
+
+    def read(self) -> bytes:
+        """Read the bytes that were looked over once more.
+
+        Raises:
+            ArtifactNotFoundError: the file is gone.
+            ArtifactError: it has changed, or cannot be read.
+        """
+        data, digest = read_package(self.file, self.folder)
+        if digest != self.digest:
+            raise ArtifactError(
+                f"{self.file}: has changed since the model was loaded, so that it may not go with the rest any more. "
+                "Load the model again."
+            )
+        return data
+
+
+def read_package(file: Path, folder: Folder) -> Contents:
+    """Read the bytes of a package.
+
+    Args:
+        file: the package.
+        folder: of its artifact.
+
+    Returns:
+        The bytes and their digest.
+
+    Raises:
+        ArtifactNotFoundError: there is no such file.
+        ArtifactError: it cannot be read.
+    """
+    try:
+        return folder.read(file, files.PACKAGE)
+    except FileNotFoundError:
+        raise ArtifactNotFoundError(
+            f"{file}: no such file, although the metadata names it. Copy the whole artifact folder, or compile the "
+            "model again."
+        ) from None
+
+
+def read_signature(file: Path, folder: Folder | None = None) -> Signature | None:
     """Read what a graph takes from its package.
 
     Args:
         file: the package.
+        folder: of its artifact; the one that the file is in, if not given.
 
     Returns:
         The signature; None where the package does not spell it out.
     """
-    with open_archive(file) as archive:
+    with open_archive(file, read_package(file, folder or folder_at(file.parent)).data) as archive:
         return signature_in(archive)
 
 
@@ -144,8 +203,8 @@ def build_in(archive: zipfile.ZipFile) -> Build:
         facts = json.loads(found) if found is not None else {}
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
-            f"{archive.filename}: its build record is not JSON ({error}). Compile the model again."
-        ) from error
+            f"{archive.filename}: its build record is not JSON ({reason(error)}). Compile the model again."
+        ) from None
     if not isinstance(facts, dict):
         raise ArtifactError(f"{archive.filename}: its build record is not an object. Compile the model again.")
     text = {key: value for key, value in facts.items() if isinstance(value, str)}
@@ -177,7 +236,6 @@ def operators_in(archive: zipfile.ZipFile) -> tuple[str, ...]:
         targets = [str(entry["node"]["target"]).partition(".")[0] for entry in json.loads(found)["nodes"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
-            f"{archive.filename}: its list of operators is damaged ({type(error).__name__}: {error}). Compile the "
-            "model again."
-        ) from error
+            f"{archive.filename}: its list of operators is damaged ({reason(error)}). Compile the model again."
+        ) from None
     return tuple(dict.fromkeys(targets))

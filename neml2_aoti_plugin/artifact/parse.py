@@ -15,7 +15,9 @@ from ..errors import ArtifactError, InputError
 from ..settings import KrylovSettings, NewtonSettings, newton_settings
 from . import schema as s
 from .consistency import check_names, check_shapes
+from .folder import Folder, folder_at
 from .order import with_argument_order
+from .package import read_signature
 from .reading import Node, any_number, at_most, choice, file_name, flag, names, number, read_json, shape, text, whole
 from .typeonly import BASE_SHAPES
 from .upgrade import released_form, upgrade
@@ -23,11 +25,12 @@ from .upgrade import released_form, upgrade
 ROLES = ("old_state", "old_force", "cur_force", "incremental", "static", "unknown")
 
 
-def read_metadata(file: Path, *, solver: dict[str, Any] | None = None) -> s.Metadata:
+def read_metadata(file: Path, folder: Folder | None = None, *, solver: dict[str, Any] | None = None) -> s.Metadata:
     """Read a metadata file of any released schema.
 
     Args:
         file: the file.
+        folder: of its artifact; the one that the file is in, if not given.
         solver: Newton settings that take the place of the file's, such as those of a stub's `[Solvers]` block.
 
     Returns:
@@ -38,7 +41,8 @@ def read_metadata(file: Path, *, solver: dict[str, Any] | None = None) -> s.Meta
         ArtifactNotFoundError: there is no such file.
         InputError: a Newton setting is not one.
     """
-    document = read_json(file)
+    folder = folder or folder_at(file.parent)
+    document, digest = read_json(file, folder)
     form = released_form(document, str(file))
     written = document["schema_version"]
     try:
@@ -54,7 +58,8 @@ def read_metadata(file: Path, *, solver: dict[str, Any] | None = None) -> s.Meta
             f"{file}: written in schema {written}, which no neml2 release wrote; read like schema {form} it does not "
             f"fit: {error}"
         ) from error
-    return with_solver(with_argument_order(found, file.parent), solver or {})
+    ordered = with_argument_order(found, file.parent, lambda package: read_signature(package, folder))
+    return with_solver(replace(ordered, digest=digest), solver or {})
 
 
 def with_solver(found: s.Metadata, solver: dict[str, Any]) -> s.Metadata:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from .folder import Folder
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 DEVICES = ("cpu", "cuda", "xpu", "hip", "mps")
@@ -23,6 +24,8 @@ class Place:
         leaf: the folder of the graphs.
         device: that the graphs run on; with an index where one was asked for.
         dtype: that the caller's tensors have.
+        folder: of the whole artifact, through which the files are read.
+        digest: of the metadata file, where it was read to find the leaf; empty where it was not.
     """
 
     model: str
@@ -30,6 +33,8 @@ class Place:
     leaf: Path
     device: torch.device
     dtype: torch.dtype
+    folder: Folder
+    digest: str = ""
 
 
 def device_of(device: str | torch.device | None, hint: str | None = None) -> torch.device:

@@ -9,44 +9,42 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ArtifactError, ArtifactNotFoundError
-from .seal import expected, require
+from . import files
+from .folder import Folder, folder_at
+from .telling import NAME, keys, named, reason, shown
 
 T = TypeVar("T")
 
 # A tensor of a material point is small; a larger extent is damage, and would only fail later and less clearly.
 MAX_ENTRIES = 1 << 40
-MAX_BYTES = 1 << 30
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, folder: Folder | None = None) -> tuple[dict[str, Any], str]:
     """Decode a metadata file.
 
     Args:
         file: the file.
+        folder: of its artifact; the one that the file is in, if not given.
 
     Returns:
-        The top-level object.
+        The top-level object, and the digest of the file.
 
     Raises:
         ArtifactNotFoundError: there is no such file.
         ArtifactError: it is not JSON, or not an object.
     """
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ArtifactError(f"{file}: larger than {MAX_BYTES} bytes, which no metadata file is.")
-        data = file.read_bytes()
-        require(file, data, expected(file))
+        data, digest = (folder or folder_at(file.parent)).read(file, files.METADATA)
         document = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ArtifactNotFoundError(f"{file}: no such metadata file.") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(
-            f"{file}: cannot be read as JSON ({type(error).__name__}: {error}). Compile the model again with "
-            "neml2-compile."
-        ) from error
+            f"{file}: cannot be read as JSON ({reason(error)}). Compile the model again with neml2-compile."
+        ) from None
     if not isinstance(document, dict):
         raise ArtifactError(f"{file}: holds a {type(document).__name__}, expected a JSON object with 'schema_version'.")
-    return document
+    return document, digest
 
 
 class Node:
@@ -65,12 +63,9 @@ class Node:
 
     def fail(self, expected: str) -> ArtifactError:
         """The error to raise when the value is not what it must be."""
-        shown = repr(self.value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
         return ArtifactError(
-            f"{self.file}: {self.path or 'the file'} is {shown}, expected {expected}. The metadata is damaged or was "
-            "edited; compile the model again with neml2-compile."
+            f"{self.file}: {self.path or 'the file'} is {shown(self.value)}, expected {expected}. The metadata is "
+            "damaged or was edited; compile the model again with neml2-compile."
         )
 
     def __contains__(self, key: str) -> bool:
@@ -82,7 +77,7 @@ class Node:
             raise self.fail("an object")
         if key not in self.value:
             raise ArtifactError(
-                f"{self.file}: {self.path or 'the file'} has no key {key!r}; it has {', '.join(map(str, self.value))}. "
+                f"{self.file}: {self.path or 'the file'} has no key {key!r}; it has {keys(self.value)}. "
                 "The metadata is damaged or was edited; compile the model again with neml2-compile."
             )
         return Node(self.value[key], f"{self.path}.{key}" if self.path else key, self.file)
@@ -102,7 +97,7 @@ class Node:
         if not isinstance(self.value, dict):
             raise self.fail("an object")
         for key, value in self.value.items():
-            yield key, Node(value, f"{self.path}.{key}", self.file)
+            yield key, Node(value, f"{self.path}.{key if NAME.fullmatch(key) else named(key)}", self.file)
 
 
 def entry(node: Node) -> dict[str, Any]:
@@ -113,8 +108,8 @@ def entry(node: Node) -> dict[str, Any]:
 
 
 def text(node: Node) -> str:
-    """A non-empty string."""
-    if not isinstance(node.value, str) or not node.value:
+    """A name, without the spaces and odd characters that would make a riddle of each error that quotes it."""
+    if not isinstance(node.value, str) or not NAME.fullmatch(node.value):
         raise node.fail("a name")
     return node.value
 

@@ -1,39 +1,24 @@
-"""Whether an artifact may be loaded in this process at all: from which folders, and sealed or not."""
+"""From which folders artifacts may be loaded in this process."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import ArtifactError
-from . import seal
-
 ROOTS = "NEML2_AOTI_PLUGIN_ROOTS"
-REQUIRE_SEAL = "NEML2_AOTI_PLUGIN_REQUIRE_SEAL"
-_OFF = ("", "0", "false", "no", "off")
 
 
-def admit(root: Path, metadata: Iterable[Path]) -> None:
-    """Refuse an artifact that may not be loaded; nothing in it is opened before.
+def allowed_roots() -> list[str] | None:
+    """The folders that `NEML2_AOTI_PLUGIN_ROOTS` names, all links resolved; None where it is not set."""
+    value = os.environ.get(ROOTS, "")
+    if not value.strip():
+        return None
+    return [os.path.realpath(os.path.expanduser(part)) for part in value.split(os.pathsep) if part.strip()]
 
-    Args:
-        root: its folder.
-        metadata: its metadata files.
 
-    Raises:
-        ArtifactError: it lies outside of the folders that `NEML2_AOTI_PLUGIN_ROOTS` names, is not sealed although
-            `NEML2_AOTI_PLUGIN_REQUIRE_SEAL` is set, or is not as it was sealed.
-    """
-    for path in (root, *metadata):
-        outside = beyond(path)
-        if outside:
-            raise ArtifactError(f"{path}: {outside}")
-    if not seal.verify(root) and os.environ.get(REQUIRE_SEAL, "").strip().lower() not in _OFF:
-        raise ArtifactError(
-            f"{root}: this artifact has no seal {seal.seal_file(root)}, and {REQUIRE_SEAL} asks for one. If you trust "
-            f"the artifact as it is, write the seal: neml2-aoti seal {root}"
-        )
+def within(path: str, folder: str) -> bool:
+    """Whether a real path is that of a folder or of something inside it."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def beyond(path: Path) -> str:
@@ -45,12 +30,11 @@ def beyond(path: Path) -> str:
     Returns:
         What is wrong and the cure; empty where the path is allowed.
     """
-    value = os.environ.get(ROOTS, "")
-    if not value.strip():
+    roots = allowed_roots()
+    if roots is None:
         return ""
-    roots = [os.path.realpath(os.path.expanduser(part)) for part in value.split(os.pathsep) if part.strip()]
     real = os.path.realpath(path)
-    if any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
+    if any(within(real, root) for root in roots):
         return ""
     return (
         f"lies in {os.path.dirname(real)}, outside of the folders that {ROOTS} allows: {', '.join(roots)}. Move the "

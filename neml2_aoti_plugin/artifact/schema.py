@@ -300,7 +300,10 @@ class Aliases:
 
 @dataclass(frozen=True)
 class Metadata:
-    """All that the metadata file tells."""
+    """All that the metadata file tells.
+
+    `digest` is that of the file, for the question whether it is still the same.
+    """
 
     inputs: tuple[Variable, ...]
     outputs: tuple[Variable, ...]
@@ -310,3 +313,4 @@ class Metadata:
     parameter_derivatives: tuple[tuple[str, str], ...]
     aliases: Aliases = field(default_factory=Aliases)
     schema: int = 14
+    digest: str = field(default="", compare=False, repr=False)

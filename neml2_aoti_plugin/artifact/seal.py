@@ -6,7 +6,6 @@ written; it does not tell who wrote it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tempfile
@@ -14,14 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ArtifactError, ArtifactNotFoundError
+from . import files
+from .telling import named
 
 SUFFIX = ".sha256"
-_LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>.+)")
-_CHUNK = 1 << 20
-
-# What the files of verified artifacts must be, by absolute path of the artifact and of the file. A graph is loaded long
-# after its artifact was verified, and must still be the one that was.
-_verified: dict[str, dict[str, str]] = {}
+# A seal that passed through a Windows editor or git has another end of line; no name in a seal ends so.
+_LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>[^\r]+)\r?")
 
 
 def seal_file(root: Path) -> Path:
@@ -46,7 +43,7 @@ def write_seal(root: Path) -> Path:
     root = _real(root)
     if not root.is_dir():
         raise ArtifactNotFoundError(f"{root}: no such folder. Give the artifact's folder that neml2-compile wrote.")
-    lines = [f"{_digest_of(root.parent / name)}  {name}\n" for name in sorted(_files(root))]
+    lines = [f"{_digest_of(root, name)}  {name}\n" for name in sorted(_files(root))]
     target = seal_file(root)
     try:
         handle, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=root.parent)
@@ -62,14 +59,14 @@ def write_seal(root: Path) -> Path:
     return target
 
 
-def verify(root: Path) -> bool:
+def verify(root: Path) -> dict[str, str] | None:
     """Compare an artifact with its seal.
 
     Args:
         root: its folder.
 
     Returns:
-        Whether it has a seal.
+        The SHA-256 of each file by absolute path; None where there is no seal.
 
     Raises:
         ArtifactError: a file was changed, added or removed since, or the seal is damaged.
@@ -77,20 +74,20 @@ def verify(root: Path) -> bool:
     root = _real(root)
     target = seal_file(root)
     try:
-        text = target.read_bytes().decode("utf-8", "surrogateescape")
+        text = files.read_file(target, files.SEAL, None).decode("utf-8", "surrogateescape")
     except FileNotFoundError:
-        _verified.pop(str(root), None)
-        return False
-    except OSError as error:
-        raise ArtifactError(f"{target}: cannot read the seal ({error}). {_reseal(root)}") from error
+        if os.path.lexists(target):
+            raise ArtifactError(f"{target}: a link to a seal that is not there. {_reseal(root)}") from None
+        return None
+    except ArtifactError as error:
+        told = str(error).removeprefix(f"{target}: ").removesuffix(files.AGAIN).rstrip(". ")
+        raise ArtifactError(f"{target}: cannot read the seal ({told}). {_reseal(root)}") from error
     wanted = _parse(text, root, target)
     present = set(_files(root))
     found = [f"{name}: is gone" for name in sorted(set(wanted) - present)]
     found += [f"{name}: was added" for name in sorted(present - set(wanted))]
     found += [
-        f"{name}: was changed"
-        for name in sorted(present & set(wanted))
-        if _digest_of(root.parent / name) != wanted[name]
+        f"{name}: was changed" for name in sorted(present & set(wanted)) if _digest_of(root, name) != wanted[name]
     ]
     if found:
         raise ArtifactError(
@@ -99,39 +96,7 @@ def verify(root: Path) -> bool:
             + "\nCopy "
             f"the artifact again from where it came. Only if you know the change and trust it: neml2-aoti seal {root}"
         )
-    _verified[str(root)] = {str(root.parent / name): digest for name, digest in wanted.items()}
-    return True
-
-
-def expected(file: Path) -> str | None:
-    """The SHA-256 that a file of a verified artifact must have; None where it is of none."""
-    folder = os.path.realpath(os.path.dirname(file) or ".")
-    path = os.path.join(folder, os.path.basename(file))
-    while True:
-        if folder in _verified:
-            return _verified[folder].get(path)
-        above = os.path.dirname(folder)
-        if above == folder:
-            return None
-        folder = above
-
-
-def require(file: Path, data: bytes, digest: str | None) -> None:
-    """Refuse the bytes of a file that are not those that were sealed.
-
-    Args:
-        file: for messages.
-        data: its bytes.
-        digest: its SHA-256 when it was verified; None for a file that has no seal.
-
-    Raises:
-        ArtifactError: the bytes are others.
-    """
-    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-        raise ArtifactError(
-            f"{file}: was changed after the sealed artifact was verified. Copy the artifact again from where it came, "
-            "and load the model anew."
-        )
+    return {str(root.parent / name): digest for name, digest in wanted.items()}
 
 
 def _real(root: Path) -> Path:
@@ -147,11 +112,11 @@ def _parse(text: str, root: Path, target: Path) -> dict[str, str]:
         parts = name.split("/")
         if match is None or parts[0] != root.name or len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
             raise ArtifactError(
-                f"{target}, line {number}: {line[:100]!r}, expected a SHA-256 and the name of a file in {root.name}/. "
+                f"{target}, line {number}: {_told(line)}, expected a SHA-256 and the name of a file in {root.name}/. "
                 f"{_reseal(root)}"
             )
         if name in wanted:
-            raise ArtifactError(f"{target}, line {number}: {name!r} is there twice. {_reseal(root)}")
+            raise ArtifactError(f"{target}, line {number}: {named(name)} is there twice. {_reseal(root)}")
         wanted[name] = match["digest"]
     if not wanted:
         raise ArtifactError(f"{target}: the seal is empty. {_reseal(root)}")
@@ -160,9 +125,9 @@ def _parse(text: str, root: Path, target: Path) -> dict[str, str]:
 
 def _files(root: Path) -> Iterator[str]:
     """Names of all files of an artifact, as the seal writes them: from beside the artifact, with slashes."""
-    for folder, folders, files in os.walk(root, onerror=_fail):
+    for folder, folders, plain in os.walk(root, onerror=_fail):
         inside = Path(folder).relative_to(root.parent).as_posix()
-        for name in (*folders, *files):
+        for name in (*folders, *plain):
             if any(ord(c) < 32 or c == "\\" for c in name):
                 raise ArtifactError(f"{folder}: holds a file named {name!r}, which a seal cannot list. Rename it.")
         for name in folders:
@@ -171,21 +136,25 @@ def _files(root: Path) -> Iterator[str]:
                     f"{os.path.join(folder, name)}: a link to a folder, which a seal does not cover. Copy the folder "
                     "itself to its place."
                 )
-        for name in files:
+        for name in plain:
             if not os.path.isfile(os.path.join(folder, name)):
                 raise ArtifactError(f"{os.path.join(folder, name)}: not a file, which a seal cannot cover. Remove it.")
             yield f"{inside}/{name}"
 
 
-def _digest_of(file: Path) -> str:
-    digest = hashlib.sha256()
+def _digest_of(root: Path, name: str) -> str:
     try:
-        with file.open("rb", buffering=0) as source:
-            while chunk := source.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error}). Copy the artifact again.") from error
-    return digest.hexdigest()
+        return files.digest_file(root.parent / name, files.ANY, root)
+    except FileNotFoundError:
+        raise ArtifactNotFoundError(f"{root.parent / name}: is gone. Copy the artifact again.") from None
+
+
+def _told(line: str) -> str:
+    """What is wrong with a line of a seal, without its text: the file may be another one than a seal."""
+    if not line:
+        return "an empty line"
+    match = _LINE.fullmatch(line)
+    return f"{len(line)} characters of another kind" if match is None else f"a SHA-256 and {named(match['name'])}"
 
 
 def _fail(error: OSError) -> None:

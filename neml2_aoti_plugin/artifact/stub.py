@@ -6,6 +6,7 @@ Since neml2 3.0.4 the artifact is an `artifact_path`, before it was the metadata
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,8 @@ def find(given: str, folder: Path) -> Path:
         return folder / path
     moved = [folder.joinpath(*path.parts[-depth:]) for depth in range(1, len(path.parts))]
     for candidate in (path, *moved):
-        if candidate.exists():
+        # Unlike Path.exists, this raises nothing for a path that is too long.
+        if os.path.exists(candidate):
             return candidate
     raise ArtifactNotFoundError(
         f"there is neither {path}, which the stub names, nor {moved[0] if moved else folder} beside the stub. Put the "

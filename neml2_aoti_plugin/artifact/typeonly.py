@@ -82,7 +82,7 @@ def _with_base_shape(variable: Node) -> Document:
     """A variable of the model with its base shape; its size in the file must agree."""
     base = list(shape(variable.at("base_shape"))) if "base_shape" in variable else base_shape(variable)
     if whole(variable.at("var_size")) != prod(base):
-        raise variable.at("var_size").fail(f"{prod(base)}, the number of entries of a {variable.at('var_type').value}")
+        raise variable.at("var_size").fail(f"{prod(base)}, the number of entries of a {text(variable.at('var_type'))}")
     return {**variable.value, "base_shape": base}
 
 
@@ -150,7 +150,7 @@ def _flat_variable(variable: Node) -> Document:
     natural, base = list(shape(variable.at("unflattened_shape"))), base_shape(variable)
     sites = len(natural) - len(base)
     if sites < 0 or natural[sites:] != base or prod(natural) != whole(variable.at("var_size")):
-        entries = variable.at("var_size").value
+        entries = whole(variable.at("var_size"))
         raise variable.at("unflattened_shape").fail(f"the shape of {entries} entries that ends in {base}")
     return {**variable.value, "base_shape": base, "sub_batch_shape": natural[:sites]}
 

@@ -11,6 +11,7 @@ from copy import deepcopy
 
 from ..errors import ArtifactError
 from .reading import Node
+from .telling import shown
 from .typeonly import Document, from_2, from_3, segments_of
 
 NEWEST = 14
@@ -43,7 +44,7 @@ def released_form(document: Document, file: str) -> int:
     written = document.get("schema_version")
     if not isinstance(written, int) or isinstance(written, bool):
         raise ArtifactError(
-            f"{file}: schema_version is {written!r}, expected a whole number. Is this neml2-compile's file?"
+            f"{file}: schema_version is {shown(written)}, expected a whole number. Is this neml2-compile's file?"
         )
     if written > NEWEST:
         raise ArtifactError(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..artifact.files import fingerprint
-from ..artifact.package import Argument, Signature, read_signature
+from ..artifact.package import Argument, Package
 from ..errors import AOTIError, ArtifactError
 from .loaded import loaded
 
@@ -21,30 +19,21 @@ class Graph:
     """One compiled graph.
 
     Args:
-        file: its package.
+        package: as it was looked over.
         device: that it runs on.
     """
 
-    def __init__(self, file: Path, device: torch.device) -> None:
-        self.file = file
+    def __init__(self, package: Package, device: torch.device) -> None:
+        self.file = package.file
+        self.signature = package.signature
         self.device = device
         self._on_cuda = device.type == "cuda"
-        # The package is loaded long after the passport has looked it over, and must be the same then.
-        self._loaded = loaded(file, device, fingerprint(file))
+        self._loaded = loaded(package, device)
         # What runs the graph for contiguous arguments, in its order, of which there are as many and of the same ranks
         # each time: after the first, without another comparison.
         self.again: Callable[[list[Tensor]], list[Tensor]] = self._first
-        self._signature: Signature | None = None
-        self._signature_read = False
         # Ranks of arguments that were compared with the signature; they are few, and the same from call to call.
         self._compared: set[tuple[int, ...]] = set()
-
-    @property
-    def signature(self) -> Signature | None:
-        """What the graph takes; None where its package does not tell."""
-        if not self._signature_read:
-            self._signature, self._signature_read = read_signature(self.file), True
-        return self._signature
 
     @property
     def takes_one_batch_axis(self) -> bool:
@@ -124,13 +113,13 @@ class PinnedGraph(Graph):
     """A graph that was traced with batch axes other than one free one: rows are padded and folded onto them.
 
     Args:
-        file: its package.
+        package: as it was looked over.
         device: that it runs on.
         axes: the traced batch axes; None for a free one, which only the first can be.
     """
 
-    def __init__(self, file: Path, device: torch.device, axes: tuple[int | None, ...]) -> None:
-        super().__init__(file, device)
+    def __init__(self, package: Package, device: torch.device, axes: tuple[int | None, ...]) -> None:
+        super().__init__(package, device)
         self.axes = axes
 
     @property

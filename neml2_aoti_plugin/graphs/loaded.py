@@ -6,34 +6,35 @@ and again would grow each time.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..artifact.files import Fingerprint, read_unchanged
-from ..errors import AOTIError
+from ..artifact.package import Package
+from ..errors import AOTIError, ArtifactError
 from . import forks
 from .unpack import load_runner
+
+# How many copies of a package are remembered; any one of them will do.
+_PLACES = 8
 
 
 class Loaded:
     """A package that is loaded when it first runs, and the lock under which it runs.
 
     Args:
-        file: the package.
+        package: as it was looked over.
         device: that it runs on.
-        as_it_was: its fingerprint when it was looked over.
     """
 
-    def __init__(self, file: Path, device: torch.device, as_it_was: Fingerprint) -> None:
-        self.file = file
+    def __init__(self, package: Package, device: torch.device) -> None:
+        self.file = package.file
         self._device = device
-        self._as_it_was = as_it_was
+        # Wherever these bytes were seen: one of these files may be gone by the time that they are needed.
+        self._places = {package.file: package}
         # torch's runner waits for its turn with the interpreter locked, and a graph with an operator in Python needs
         # the interpreter to finish: calls must queue before they reach the runner. A signal handler or a finalizer may
         # make a call of its own in a thread that has the lock; it finds the runner free, for no Python runs inside.
@@ -100,29 +101,49 @@ class Loaded:
 
     def _load(self) -> None:
         if self.runner is None:
-            data = read_unchanged(self.file, self._as_it_was)
-            self.runner, self._calls_python = load_runner(self.file, data, self._device)
+            self.runner, self._calls_python = load_runner(self.file, self._read(), self._device)
             forks.note_use()
 
+    def seen(self, package: Package) -> None:
+        """Note another place where the same bytes are."""
+        # The latest last, and only once.
+        self._places.pop(package.file, None)
+        self._places[package.file] = package
+        for old in list(self._places)[:-_PLACES]:
+            self._places.pop(old, None)
 
-_loaded: dict[tuple[str, Fingerprint, torch.device], Loaded] = {}
+    def _read(self) -> bytes:
+        """The bytes that were looked over, from wherever they still are."""
+        failure: ArtifactError | None = None
+        for package in reversed(list(self._places.values())):
+            try:
+                return package.read()
+            except ArtifactError as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
 
 
-def loaded(file: Path, device: torch.device, as_it_was: Fingerprint) -> Loaded:
-    """The one object of this process for a package.
+_loaded: dict[tuple[str, torch.device], Loaded] = {}
+
+
+def loaded(package: Package, device: torch.device) -> Loaded:
+    """The one object of this process for a package, wherever it lies: what has the same bytes is the same.
 
     Args:
-        file: the package.
+        package: as it was looked over.
         device: that it runs on.
-        as_it_was: its fingerprint; a file that has changed is another package.
 
     Returns:
         What runs it.
     """
-    key = (os.path.abspath(file), as_it_was, device)
+    key = (package.digest, device)
     found = _loaded.get(key)
-    # Of two threads that come first, one wins, and both get its object.
-    return _loaded.setdefault(key, Loaded(file, device, as_it_was)) if found is None else found
+    if found is None:
+        # Of two threads that come first, one wins, and both get its object.
+        found = _loaded.setdefault(key, Loaded(package, device))
+    found.seen(package)
+    return found
 
 
 def _is_from_torch(error: RuntimeError) -> bool:

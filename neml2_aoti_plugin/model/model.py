@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..artifact.compatibility import check
-from ..artifact.locate import locate
+from ..artifact.locate import absolute, locate
 from ..artifact.parse import read_metadata
 from ..artifact.schema import Shape
 from ..errors import InputError
@@ -30,7 +29,7 @@ MODE = "NEML2_AOTI_PLUGIN_MODE"
 MODES = ("rowwise", "lockstep")
 
 # What `Model._load` makes, and no pickle holds.
-_LOADED = ("artifact", "inputs", "outputs", "_metadata", "_boundary", "_caller", "_direct", "_files")
+_LOADED = ("artifact", "inputs", "outputs", "_metadata", "_boundary", "_caller", "_direct", "_origin")
 
 
 @dataclass(frozen=True)
@@ -82,23 +81,31 @@ class Model(CompiledModule):
     ) -> None:
         super().__init__()
         self.mode = _mode(mode)
-        self._given = Path(artifact).absolute()
+        self._given = absolute(artifact)
         self._solver = dict(solver) if solver else None
         self._load(device, dtype)
 
-    def _load(self, device: str | torch.device | None, dtype: str | torch.dtype | None) -> None:
-        """Load a leaf; the promoted parameters stay what they are."""
+    def _load(
+        self,
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        made: recipe.Recipe | None = None,
+    ) -> None:
+        """Load a leaf, that of a recipe if there is one; the promoted parameters stay what they are."""
         place = locate(self._given, device, dtype)
-        metadata = read_metadata(place.metadata, solver=self._solver)
-        check(metadata, place)
-        program = Program(metadata, place.leaf, place.device, self.mode == "lockstep")
+        metadata = read_metadata(place.metadata, place.folder, solver=self._solver)
+        packages = check(metadata, place)
+        origin = recipe.origin(place, metadata, packages.values())
+        if made is not None:
+            recipe.require_same(made, origin)
+        program = Program(metadata, packages, place.device, self.mode == "lockstep")
         boundary = Boundary(metadata, place.device, place.dtype, program.dtype, str(place.metadata.parent))
         promoted = PromotedParameters(metadata, boundary, self)
         self.artifact = place.metadata.parent
         self._metadata, self._boundary = metadata, boundary
         self._caller = Caller(metadata, boundary, program, promoted)
         self._direct = direct_call(program, boundary)
-        self._files = recipe.files_of(place)
+        self._origin = origin
         self.inputs = {port.name: replace(port.variable, name=port.name) for port in boundary.inputs}
         self.outputs = {port.name: replace(port.variable, name=port.name) for port in boundary.outputs}
 
@@ -117,15 +124,16 @@ class Model(CompiledModule):
     def __getstate__(self) -> dict[str, Any]:
         """What travels: where the artifact is, which leaf, the options and the parameters; not what was loaded."""
         state = {name: value for name, value in self.__dict__.items() if name not in _LOADED}
-        made = recipe.Recipe(self._given, self.device, self.dtype, self._caller.settings, recipe.digests(self._files))
+        recipe.require_unchanged(self._origin)
+        digests = self._origin.by_name
+        made = recipe.Recipe(self._given, self.device, self.dtype, self._caller.settings, digests)
         return {**state, "_recipe": made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the leaf anew, if the artifact is the same."""
         made: recipe.Recipe = state["_recipe"]
         super().__setstate__({name: value for name, value in state.items() if name != "_recipe"})
-        recipe.require_same(made, locate(made.artifact, made.device, made.dtype))
-        self._load(made.device, made.dtype)
+        self._load(made.device, made.dtype, made)
         self._caller.settings = made.settings
 
     # -- what the model is ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .promoted import PromotedParameters
 
 
@@ -73,9 +74,22 @@ class CompiledModule(nn.Module):
 
         Raises:
             ArtifactNotFoundError: nothing was compiled for that device and dtype.
+            InputError: torch has no such device here.
         """
         device, dtype = self._place()
-        probe = fn(torch.empty(0, dtype=dtype, device=device))
+        try:
+            probe = fn(torch.empty(0, dtype=dtype, device=device))
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            # What torch says where there is no such device is of several types, and of torch only.
+            raise InputError(
+                f"torch cannot move a tensor to where this model was asked to go: {_first_line(error)}. It stays on "
+                f"{device}. Choose a device that is there; torch.cuda.is_available() is {torch.cuda.is_available()}."
+            ) from error
         if probe.dtype != dtype or probe.device != torch.empty(0, device=device).device:
             self._move(probe.device, probe.dtype)
         return super()._apply(fn, recurse)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..artifact import files
+from ..artifact.folder import Folder
+from ..artifact.package import Package
 from ..artifact.place import Place
+from ..artifact.schema import Metadata
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
-
-# By file: size and time of last change when the model was loaded.
-Files = dict[Path, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -36,52 +36,68 @@ class Recipe:
     digests: dict[str, str]
 
 
-def files_of(place: Place) -> Files:
-    """The files that a leaf is read from.
+@dataclass(frozen=True)
+class Origin:
+    """The files that a model was loaded from, as they were read then.
 
     Args:
-        place: the leaf.
+        folder: of the artifact.
+        metadata: the metadata file.
+        digests: SHA-256 of it and of the packages that it names, by path.
     """
-    return {path: _stamp(path) for path in (place.metadata, *sorted(place.leaf.glob("*.pt2")))}
+
+    folder: Folder
+    metadata: Path
+    digests: dict[Path, str]
+
+    @property
+    def by_name(self) -> dict[str, str]:
+        """The digests by name of file."""
+        return {path.name: digest for path, digest in self.digests.items()}
 
 
-def digests(files: Files) -> dict[str, str]:
-    """The SHA-256 digests of files by name.
+def origin(place: Place, metadata: Metadata, packages: Iterable[Package]) -> Origin:
+    """What a model is made of, once it has been looked over."""
+    digests = {place.metadata: metadata.digest, **{package.file: package.digest for package in packages}}
+    return Origin(place.folder, place.metadata, digests)
+
+
+def require_unchanged(made_of: Origin) -> None:
+    """Refuse to copy a model whose artifact is no longer there as it was: the copy would be another one.
 
     Args:
-        files: as they were when the model was loaded.
+        made_of: its files when it was loaded.
 
     Raises:
         ArtifactError: a file is no longer what was loaded.
     """
-    for path, stamp in files.items():
-        if not path.is_file() or _stamp(path) != stamp:
+    for path, digest in made_of.digests.items():
+        kind = files.METADATA if path == made_of.metadata else files.PACKAGE
+        try:
+            same = files.digest_file(path, kind, made_of.folder.root) == digest
+        except (ArtifactError, FileNotFoundError):
+            same = False
+        if not same:
             raise ArtifactError(
                 f"{path} was changed or removed after the model was loaded, so a copy of the model would be another "
                 "one. Load the model again, then copy or pickle it."
             )
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def require_same(recipe: Recipe, place: Place) -> None:
+def require_same(recipe: Recipe, found: Origin) -> None:
     """Refuse an artifact that is not the one of the recipe.
 
     Args:
         recipe: of a pickled model.
-        place: what there is in its place.
+        found: what there is in its place.
 
     Raises:
         ArtifactError: a file differs, is missing or was added.
     """
-    found = digests(files_of(place))
-    differing = sorted(n for n in recipe.digests.keys() | found.keys() if recipe.digests.get(n) != found.get(n))
+    there = found.by_name
+    differing = sorted(n for n in recipe.digests.keys() | there.keys() if recipe.digests.get(n) != there.get(n))
     if differing:
         raise ArtifactError(
             f"{recipe.artifact} is not the artifact that the pickled model was made from: {', '.join(differing)} "
             "differ. Put the same artifact there, or load this one anew instead of unpickling."
         )
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..artifact.package import Package
 from ..artifact.schema import ForwardSegment, Metadata, Variable
 from ..graphs.graph import Graph, PinnedGraph
 from ..settings import NewtonSettings
@@ -43,16 +43,18 @@ class Program:
 
     Args:
         metadata: of the artifact.
-        leaf: the folder of the graphs.
+        packages: its graphs as they were looked over, by the names that the metadata has for them.
         device: that they run on.
         lockstep: whether Newton solves iterate all rows until the slowest has converged.
     """
 
-    def __init__(self, metadata: Metadata, leaf: Path, device: torch.device, lockstep: bool) -> None:
+    def __init__(
+        self, metadata: Metadata, packages: Mapping[str, Package], device: torch.device, lockstep: bool
+    ) -> None:
         self.metadata = metadata
         self.lockstep = lockstep
         self.device = device
-        self._leaf = leaf
+        self._packages = packages
         self._graphs: dict[str, Graph] = {}
         self.batch_axes: tuple[int | None, ...] = (None,)
         self.dtype = torch.float64
@@ -76,10 +78,10 @@ class Program:
     def graph(self, file: str) -> Graph:
         """The graph of a file of the leaf; one object however often it is named."""
         if file not in self._graphs:
-            path = self._leaf / file
+            package = self._packages[file]
             standard = self.batch_axes == (None,)
             self._graphs[file] = (
-                Graph(path, self.device) if standard else PinnedGraph(path, self.device, self.batch_axes)
+                Graph(package, self.device) if standard else PinnedGraph(package, self.device, self.batch_axes)
             )
         return self._graphs[file]
 
@@ -94,7 +96,7 @@ class Program:
             group = first.unknowns[0]
             ranks = {0: 1 if group.structure == "dense" else len(group.sub_batch_shape) + 1}
             file = first.residual
-        signature = Graph(self._leaf / file, self.device).signature
+        signature = self._packages[file].signature
         if signature is None or not ranks or max(ranks) >= len(signature.arguments):
             return
         place, rank = next(iter(ranks.items()))

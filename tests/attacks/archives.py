@@ -242,3 +242,23 @@ def mutated(data: bytes, random_: random.Random) -> bytes:
     else:
         out += random_.randbytes(random_.randint(1, 5000))
     return bytes(out)
+
+
+# Twice the shear modulus of the elasticity stub, as its library holds it.
+TWICE_SHEAR = 158914.72868217053
+
+
+def with_shear(value: float, tag: str = "") -> Callable[[bytes], bytes]:
+    """Change a number in the elasticity graph, and the bytes of its package, without changing any size.
+
+    Args:
+        value: in place of twice the shear modulus.
+        tag: of one length for all that are exchanged; makes bytes that no other test has.
+    """
+    old, new = (struct.pack("<d", number) for number in (TWICE_SHEAR, value))
+
+    def change(library: bytes) -> bytes:
+        assert library.count(old) == 1
+        return library.replace(old, new)
+
+    return lambda data: recorded(tag=tag)(edited(".so", change)(data))

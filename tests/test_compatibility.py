@@ -1,4 +1,4 @@
-"""The passport: hostile, damaged and foreign packages are refused before any native code runs, in one report."""
+"""The compatibility check: hostile, damaged and foreign packages are refused before native code runs, in a report."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import references
 from attacks.archives import ATTACKS, edited, recorded, swapped
 from attacks.children import run, run_fresh
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model
-from neml2_aoti_plugin.artifact import compatibility as passport
-from neml2_aoti_plugin.artifact import processor
+from neml2_aoti_plugin.artifact import compatibility, processor
+from neml2_aoti_plugin.artifact.folder import folder_at
 from neml2_aoti_plugin.artifact.package import read_signature
 from neml2_aoti_plugin.artifact.wiring import Wire, wire_fault
 
@@ -66,7 +66,8 @@ class TestArchives:
         assert "takes 3 tensors, where the metadata gives it 1 as the value" in refusal(artifact)
 
     def test_package_that_takes_other_shapes(self) -> None:
-        signature = read_signature(package(references.case("elasticity").artifact))
+        file = package(references.case("elasticity").artifact)
+        signature = read_signature(file, folder_at(file.parent))
         assert wire_fault(Wire("x", "value", ((6,),)), signature) == ""
         text = wire_fault(Wire("x", "value", ((7,),)), signature)
         assert "(*, 6) as tensor 0" in text and "(*batch, 7) as the value" in text
@@ -152,7 +153,7 @@ class TestProcessor:
         ],
     )
     def test_gpu_generations(self, built_for: str, have: tuple[int, int], portable: bool, refused: bool) -> None:
-        text = passport.gpu_fault(built_for, have, portable)
+        text = compatibility.gpu_fault(built_for, have, portable)
         assert bool(text) == refused
         assert not refused or "--device cuda" in text
 
@@ -163,7 +164,7 @@ class TestTorch:
         [("2.9.1", True), ("1.13", True), ("2.10.0", False), ("2.13.0+cpu", False), ("3.0", False), ("nightly", False)],
     )
     def test_torch_that_is_too_old(self, version: str, refused: bool) -> None:
-        assert bool(passport._of_torch(version)) == refused
+        assert bool(compatibility._of_torch(version)) == refused
 
 
 def test_operators_are_registered_where_neml2_was_not_imported() -> None:
@@ -203,10 +204,12 @@ def test_a_library_that_needs_what_torch_lacks_is_refused_and_ends_no_process(ar
 
 
 def test_a_changed_package_is_not_run_later(artifact: Path) -> None:
+    file = package(artifact, "elasticity_jvp")
+    # Bytes that nothing else in this process has: what is loaded already is not read again.
+    file.write_bytes(recorded(more=str(artifact))(file.read_bytes()))
     model = Model(artifact)
     inputs = {"strain": torch.zeros(6, dtype=torch.float64)}
     model.forward(inputs)
-    file = package(artifact, "elasticity_jvp")
     file.write_bytes(recorded(AOTI_PLATFORM="linux", more="x")(file.read_bytes()))
     with pytest.raises(ArtifactError, match="has changed since the model was loaded"):
         model.jacobian(inputs)

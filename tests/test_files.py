@@ -1,0 +1,430 @@
+"""How files of artifacts are opened: plain files in the artifact's own folder, and errors that show nothing of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import neml2
+import pytest
+import torch
+
+import references
+from attacks import secrets
+from attacks.archives import changed, edited, extra
+from attacks.children import run
+from neml2_aoti_plugin import AOTIError, ArtifactError, ArtifactNotFoundError, InputError, Model, seal
+from neml2_aoti_plugin.artifact import files, parse
+from neml2_aoti_plugin.artifact.reading import Node
+from neml2_aoti_plugin.artifact.roots import ROOTS
+from neml2_aoti_plugin.artifact.telling import named, shown
+from neml2_aoti_plugin.artifact.upgrade import upgrade
+
+DATA = Path(__file__).parent / "data"
+INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """A copy of the elasticity artifact that a test may damage."""
+    return Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "folder" / "elasticity"))
+
+
+def refusal(artifact: Path, kind: type[Exception] = ArtifactError, **options: str) -> str:
+    with pytest.raises(kind) as raised:
+        Model(artifact, **options)
+    return str(raised.value)
+
+
+def package(artifact: Path) -> Path:
+    return artifact / "cpu/float64/elasticity.pt2"
+
+
+HOSTILE = """
+import json, os, resource, signal, socket, sys
+from pathlib import Path
+from neml2_aoti_plugin import AOTIError, Model, seal
+
+artifact = Path(sys.argv[1])
+document = json.loads((artifact / "metadata.json").read_text())
+(artifact / "cpu/float64/old_meta.json").write_text(json.dumps({**document, "device": "cpu", "dtype": "float64"}))
+
+def hostile(path, kind):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        # The path of a socket must be short.
+        os.chdir(path.parent)
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "ring":
+        path.symlink_to(path.name)
+    else:
+        path.symlink_to(kind)
+
+PLACES = {
+    "seal": ("../elasticity.sha256", lambda: Model(artifact)),
+    "metadata": ("metadata.json", lambda: Model(artifact)),
+    "metadata itself": ("metadata.json", lambda: Model(artifact / "metadata.json")),
+    "old metadata": ("cpu/float64/old_meta.json", lambda: Model(artifact / "cpu/float64/old_meta.json")),
+    "package": ("cpu/float64/elasticity.pt2", lambda: Model(artifact)),
+    "file to seal": ("cpu/more", lambda: seal(artifact)),
+}
+for place, (name, load) in PLACES.items():
+    for kind in ("pipe", "socket", "folder", "ring", "/dev/zero", "/dev/tty", "/proc/kmsg", "/proc/self/pagemap"):
+        path = artifact / name
+        kept = path.with_name(path.name + ".kept")
+        if path.exists():
+            path.rename(kept)
+        hostile(path, kind)
+        # A hang ends the process.
+        signal.alarm(20)
+        try:
+            load()
+            end = "loads"
+        except AOTIError as error:
+            end = type(error).__name__ + " " + str(error).replace("\\n", " ")
+        signal.alarm(0)
+        print(place, kind, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, end, sep="|", flush=True)
+        path.rmdir() if kind == "folder" else path.unlink()
+        (path.parent / (path.name + ".sha256")).unlink(missing_ok=True)
+        if kept.exists():
+            kept.rename(path)
+print("end")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the devices are Linux's")
+@pytest.mark.parametrize("roots", ["", "/"])
+def test_pipes_sockets_and_devices_are_refused_at_once(artifact: Path, roots: str) -> None:
+    *lines, last = run(HOSTILE, artifact, **{ROOTS: roots}, limit=200).splitlines()
+    assert last == "end" and len(lines) == 48
+    sizes = []
+    for line in lines:
+        place, kind, size, end = line.split("|", 3)
+        sizes.append(int(size))
+        # One more folder is no fault; what the system makes up has no bytes, and is sealed so where it is allowed.
+        if place == "file to seal" and (kind == "folder" or (roots and kind.startswith("/proc"))):
+            assert end == "loads"
+        else:
+            assert end.startswith(("ArtifactError", "ArtifactNotFoundError")) and str(artifact.parent) in end, line
+    # In MB: nothing without end was read.
+    assert max(sizes) - min(sizes) < 200
+
+
+class TestSize:
+    def test_metadata(self, artifact: Path) -> None:
+        os.truncate(artifact / "metadata.json", files.METADATA.limit + 1)
+        assert f"metadata.json: larger than {files.METADATA.limit} bytes" in refusal(artifact)
+
+    def test_package(self, artifact: Path) -> None:
+        os.truncate(package(artifact), files.PACKAGE.limit + 1)
+        assert f"elasticity.pt2: larger than {files.PACKAGE.limit} bytes" in refusal(artifact)
+
+    def test_seal(self, artifact: Path) -> None:
+        seal(artifact)
+        os.truncate(artifact.with_name("elasticity.sha256"), files.SEAL.limit + 1)
+        assert f"elasticity.sha256: cannot read the seal (larger than {files.SEAL.limit} bytes" in refusal(artifact)
+
+    def test_a_file_that_shrinks_while_it_is_read(self, tmp_path: Path) -> None:
+        """The system tells a size of this file that it does not have."""
+        there = [path for path in (Path("/sys/kernel/uevent_seqnum"), Path("/sys/kernel/profiling")) if path.is_file()]
+        if not there:
+            pytest.skip("no file of a size that it does not have")
+        with pytest.raises(ArtifactError, match=r"cannot be read \(ValueError\)"):
+            files.read_file(there[0], files.ANY, None)
+
+
+class TestLinks:
+    """Without a root that allows it, nothing is opened outside of the artifact's real folder."""
+
+    @pytest.fixture
+    def outside(self, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "outside" / "elasticity"))
+
+    @pytest.mark.parametrize(
+        "inside",
+        ["metadata.json", "cpu/float64/elasticity.pt2", "cpu/float64/elasticity_jvp.pt2", "cpu/float64", "cpu"],
+    )
+    @pytest.mark.parametrize("relative", [False, True])
+    def test_that_lead_out_are_refused(
+        self, artifact: Path, outside: Path, inside: str, relative: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, target = artifact / inside, outside / inside
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.symlink_to(os.path.relpath(target, path.parent) if relative else target)
+        text = refusal(artifact)
+        assert "out of the artifact's folder" in text and f"{ROOTS}={artifact.parent.parent}" in text
+        # The cure that it tells.
+        monkeypatch.setenv(ROOTS, str(artifact.parent.parent))
+        assert Model(artifact).forward(INPUTS)["stress"].shape == (6,)
+        monkeypatch.setenv(ROOTS, str(artifact.parent))
+        assert "outside of the folders" in refusal(artifact)
+
+    def test_that_lead_out_are_refused_in_the_old_layout(self, artifact: Path, outside: Path) -> None:
+        document = json.loads((artifact / "metadata.json").read_text())
+        leaf = artifact / "cpu/float64"
+        (artifact / "metadata.json").unlink()
+        (outside / "old_meta.json").write_text(json.dumps({**document, "device": "cpu", "dtype": "float64"}))
+        (leaf / "old_meta.json").symlink_to(outside / "old_meta.json")
+        assert "out of the artifact's folder" in refusal(leaf)
+
+    def test_that_lead_out_are_not_sealed(self, artifact: Path, outside: Path) -> None:
+        package(artifact).unlink()
+        package(artifact).symlink_to(package(outside))
+        with pytest.raises(ArtifactError, match="out of the artifact's folder"):
+            seal(artifact)
+
+    def test_that_stay_inside_are_followed(self, artifact: Path) -> None:
+        file = package(artifact)
+        (artifact / "store").mkdir()
+        file.rename(artifact / "store" / "a")
+        file.symlink_to("../../store/a")
+        assert Model(artifact).forward(INPUTS)["stress"].shape == (6,)
+
+    def test_to_the_artifact_itself_are_followed(self, artifact: Path) -> None:
+        link = artifact.with_name("link")
+        link.symlink_to(artifact)
+        assert Model(link).forward(INPUTS)["stress"].shape == (6,)
+
+    def test_a_link_that_comes_up_while_it_is_opened(
+        self, artifact: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the look at the path and the opening, a folder is exchanged for a link."""
+        leaf = artifact / "cpu/float64"
+        looked = os.path.realpath
+
+        def exchanged(path: str | Path) -> str:
+            found = looked(path)
+            if str(path).endswith(".pt2") and not leaf.is_symlink():
+                shutil.rmtree(leaf)
+                leaf.symlink_to(outside / "cpu/float64")
+            return found
+
+        monkeypatch.setattr(os.path, "realpath", exchanged)
+        with pytest.raises(ArtifactError, match="cannot be read"):
+            files.read_file(leaf / "elasticity.pt2", files.PACKAGE, artifact)
+
+    def test_the_name_of_a_package_does_not_lead_out(self, artifact: Path, outside: Path) -> None:
+        """A variable's name that ends like a package's is no package."""
+        document = json.loads((artifact / "metadata.json").read_text())
+        for variable in (document["inputs"][0], *document["segments"][0]["inputs"]):
+            if isinstance(variable, dict):
+                variable["name"] = str(package(outside))
+        document["segments"][0]["inputs"] = [str(package(outside))]
+        (artifact / "metadata.json").write_text(json.dumps(document))
+        with pytest.raises(ArtifactError) as raised:
+            Model(artifact)
+        assert "out of the artifact's folder" in str(raised.value) or "derivative" in str(raised.value)
+
+
+class TestSecrets:
+    """An error shows numbers, names and types, and nothing else of what was read."""
+
+    @pytest.mark.parametrize("name", ["3.0.0-multi", "3.0.3-cross_group", "3.0.6-multi", "3.0.7-multi", "3.1.0-multi"])
+    def test_in_the_metadata_of_every_schema(self, name: str) -> None:
+        refused = 0
+        for where, document in secrets.documents(json.loads((DATA / f"{name}.json").read_text())):
+            try:
+                parse.metadata(Node(upgrade(document, "file"), "", "file"), 14)
+            except AOTIError as error:
+                refused += 1
+                assert secrets.SIGN not in str(error), f"{where}: {error}"
+        assert refused > 100
+
+    def test_in_a_type_whose_size_is_wrong(self) -> None:
+        document = json.loads((DATA / "3.0.3-cross_group.json").read_text())
+        document["inputs"][0].update(var_type=secrets.SECRET, base_shape=[6], var_size=5)
+        with pytest.raises(ArtifactError, match="var_type is a str") as raised:
+            parse.metadata(Node(upgrade(document, "file"), "", "file"), 14)
+        assert secrets.SIGN not in str(raised.value)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            secrets.SECRET,
+            json.dumps(secrets.SECRET),
+            json.dumps([secrets.SECRET]),
+            json.dumps({"schema_version": secrets.SECRET}),
+            json.dumps({secrets.SECRET: 14}),
+            json.dumps({"schema_version": 14, "type": secrets.SECRET}),
+            json.dumps({"schema_version": 14, secrets.SECRET: 1}),
+            f'{{"a": "\\{secrets.SECRET}"}}',
+            f'{{"{secrets.SIGN}',
+        ],
+    )
+    @pytest.mark.parametrize("old", [False, True])
+    def test_in_a_file_that_is_no_metadata(self, artifact: Path, text: str, old: bool) -> None:
+        file = artifact / ("cpu/float64/old_meta.json" if old else "metadata.json")
+        file.write_text(text)
+        assert secrets.SIGN not in refusal(file)
+
+    def test_in_bytes_that_are_no_text(self, artifact: Path) -> None:
+        (artifact / "metadata.json").write_bytes(secrets.SECRET.encode() + b"\xff\xfe")
+        assert secrets.SIGN not in refusal(artifact)
+
+    @pytest.mark.parametrize("key", ["device", "dtype"])
+    def test_in_what_a_file_of_the_old_layout_records(self, artifact: Path, key: str) -> None:
+        document = json.loads((artifact / "metadata.json").read_text())
+        file = artifact / "cpu/float64/old_meta.json"
+        file.write_text(json.dumps({**document, "device": "cpu", "dtype": "float64", key: secrets.SECRET}))
+        text = refusal(file)
+        assert secrets.SIGN not in text and f"a str as the {key}" in text
+
+    @pytest.mark.parametrize("line", [secrets.SECRET, "0" * 64 + "  " + secrets.SECRET, "0" * 64 + "  elasticity/a b"])
+    def test_in_a_seal(self, artifact: Path, line: str) -> None:
+        artifact.with_name("elasticity.sha256").write_text(line)
+        assert secrets.SIGN not in refusal(artifact)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            pytest.param(lambda data: secrets.SECRET.encode(), id="no archive"),
+            pytest.param(lambda data: other_archive(), id="another archive"),
+            pytest.param(extra(secrets.SECRET), id="entry"),
+            pytest.param(extra("../" + secrets.SECRET), id="entry that leads out"),
+            pytest.param(extra("{graph}" + secrets.SECRET + ".so"), id="library"),
+            pytest.param(edited("_metadata.json", lambda d: secrets.SECRET.encode()), id="build record"),
+            pytest.param(edited("_metadata.json", lambda d: json.dumps(secrets.SECRET).encode()), id="build text"),
+            pytest.param(
+                edited("_metadata.json", lambda d: json.dumps({k: secrets.SECRET for k in json.loads(d)}).encode()),
+                id="build facts",
+            ),
+            pytest.param(
+                extra("{graph}x.wrapper.json", json.dumps({"nodes": [{"node": {"target": secrets.SECRET}}]}).encode()),
+                id="operator",
+            ),
+            pytest.param(extra("{graph}x.wrapper.json", secrets.SECRET.encode()), id="operators"),
+            pytest.param(changed(lambda e, g: [(i, secrets.SECRET.encode()) for i, _ in e]), id="everything"),
+            pytest.param(lambda data: misnamed(data), id="two names"),
+        ],
+    )
+    def test_in_a_package(self, artifact: Path, make: Callable[[bytes], bytes]) -> None:
+        file = package(artifact)
+        file.write_bytes(make(file.read_bytes()))
+        text = refusal(artifact)
+        assert secrets.SIGN not in text, text
+
+    def test_what_may_be_shown(self) -> None:
+        assert [shown(x) for x in (3, -2.5, True, None)] == ["3", "-2.5", "True", "None"]
+        assert [shown(x) for x in ("14", ["a"], {"a": 1}, 10**30)] == ["a str", "a list", "a dict", "an int"]
+        assert named("strain~1") == "'strain~1'" and named("a/b.pt2") == "'a/b.pt2'"
+        assert named("a b") == "<3 characters that are no name>" and named("x" * 999).startswith("<999 characters")
+
+
+def other_archive() -> bytes:
+    """A zip archive that is no package."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(secrets.SECRET, "x")
+    return out.getvalue()
+
+
+def misnamed(data: bytes) -> bytes:
+    """The library under another name before its bytes than in the directory; `zipfile` quotes both."""
+    name = next(n for n in zipfile.ZipFile(io.BytesIO(data)).namelist() if n.endswith(".so")).encode()
+    at = data.find(name)
+    secret = (secrets.SECRET * 9)[: len(name)].encode()
+    return data[:at] + secret + data[at + len(name) :]
+
+
+class TestPaths:
+    def test_too_long(self, tmp_path: Path) -> None:
+        for path in (tmp_path / ("x" * 5000), Path("/x" * 5000), tmp_path / ("y" * 300) / "metadata.json"):
+            text = refusal(path, ArtifactNotFoundError)
+            assert "cannot be reached (File name too long)" in text and len(text) < 700
+            with pytest.raises(ArtifactNotFoundError, match="File name too long"):
+                seal(path)
+
+    def test_too_long_in_a_stub(self, tmp_path: Path) -> None:
+        stub = tmp_path / "bar_aoti.i"
+        stub.write_text(f"[Models]\n[bar]\ntype = AOTIModel\nartifact_path = '/{'x' * 5000}'\n[]\n[]\n")
+        with pytest.raises(ArtifactNotFoundError, match=r"\[Models/bar\] in .*bar_aoti\.i"):
+            neml2.load_model(stub, "bar")
+
+    def test_with_a_null_byte_and_in_a_ring(self, tmp_path: Path) -> None:
+        (tmp_path / "ring").symlink_to("ring")
+        assert "cannot be reached" in refusal(tmp_path / "ring", ArtifactNotFoundError)
+        assert "cannot be reached" in refusal(Path(f"{tmp_path}/a\0b"), ArtifactNotFoundError)
+
+    def test_in_a_working_directory_that_is_gone(self, tmp_path: Path) -> None:
+        out = run(
+            """
+            import os, sys, torch
+            from neml2_aoti_plugin import ArtifactNotFoundError, Model
+            folder = sys.argv[2]
+            os.mkdir(folder)
+            os.chdir(folder)
+            os.rmdir(folder)
+            try:
+                Model("elasticity")
+            except ArtifactNotFoundError as error:
+                print(error)
+            # An absolute path needs no working directory.
+            print(Model(sys.argv[1]).forward({"strain": torch.zeros(6, dtype=torch.float64)})["stress"].shape)
+            """,
+            references.case("elasticity").artifact,
+            tmp_path / "gone",
+        )
+        told, shape = out.splitlines()
+        assert "the working directory is gone" in told and "absolute path" in told
+        assert shape == "torch.Size([6])"
+
+    def test_a_stub_is_told_what_to_do_with_it(self) -> None:
+        stub = references.case("elasticity").file
+        text = refusal(stub, ArtifactNotFoundError)
+        assert "it is a file" in text and f"neml2.load_model({str(stub)!r}, NAME)" in text
+        assert "no such folder" not in text
+
+
+class TestLeafBeforeMetadata:
+    """A leaf that is not there is told, whatever the metadata is worth."""
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}'])
+    @pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float32"}])
+    def test_new_layout(self, artifact: Path, text: str, options: dict[str, str]) -> None:
+        (artifact / "metadata.json").write_text(text)
+        told = refusal(artifact, ArtifactNotFoundError, **options)
+        assert "no compiled artifact for device" in told and "cpu/float64" in told
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 4, "device": "tpu"}'])
+    def test_old_layout(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "bar" / "cpu").mkdir(parents=True)
+        file = tmp_path / "bar" / "cpu" / "bar_meta.json"
+        file.write_text(text)
+        for path in (tmp_path / "bar", tmp_path / "bar" / "cpu", file):
+            told = refusal(path, ArtifactNotFoundError, device="cuda")
+            assert "no compiled artifact for device 'cuda'" in told and f"cpu/damaged ({file})" in told
+            refusal(path, device="cpu")
+            refusal(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_to_a_device_that_is_not_there() -> None:
+    model = Model(references.case("elasticity").artifact)
+    for move in (lambda: model.to("cuda"), lambda: model.cuda(), lambda: model.to("cuda:7")):
+        with pytest.raises(InputError, match=r"cannot move .*It stays on cpu.*is_available\(\) is False"):
+            move()
+        assert model.device == torch.device("cpu") and model.forward(INPUTS)["stress"].shape == (6,)
+
+
+def test_a_seal_with_the_line_ends_of_windows(artifact: Path) -> None:
+    file = seal(artifact)
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert Model(artifact).forward(INPUTS)["stress"].shape == (6,)
+    document = artifact / "metadata.json"
+    document.write_text(document.read_text() + " ")
+    with pytest.raises(ArtifactError, match=r"metadata\.json: was changed"):
+        Model(artifact)
+
+
+def test_a_link_to_a_seal_that_is_not_there_is_no_missing_seal(artifact: Path) -> None:
+    artifact.with_name("elasticity.sha256").symlink_to("nothing")
+    assert "a link to a seal that is not there" in refusal(artifact)

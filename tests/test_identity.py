@@ -1,0 +1,228 @@
+"""A package is known by its bytes: what was checked is what runs, whatever happens to the file meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import references
+from attacks.archives import TWICE_SHEAR, recorded, with_shear
+from attacks.children import run
+from neml2_aoti_plugin import ArtifactError, Model
+from neml2_aoti_plugin.artifact.compatibility import check
+from neml2_aoti_plugin.artifact.locate import locate
+from neml2_aoti_plugin.artifact.order import order_faults
+from neml2_aoti_plugin.artifact.package import Argument, Signature
+from neml2_aoti_plugin.artifact.parse import read_metadata
+from neml2_aoti_plugin.artifact.schema import ForwardSegment
+
+SHEAR = {"strain": torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)}
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """A copy of the elasticity artifact whose value graph no other test has."""
+    copied = Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "folder" / "elasticity"))
+    package(copied).write_bytes(variant(copied, 1.0))
+    return copied
+
+
+def package(artifact: Path) -> Path:
+    return artifact / "cpu/float64/elasticity.pt2"
+
+
+def variant(artifact: Path, factor: float) -> bytes:
+    """The package with a shear modulus so many times the true one; all variants have one size."""
+    original = package(references.case("elasticity").artifact).read_bytes()
+    return with_shear(factor * TWICE_SHEAR, str(artifact))(original)
+
+
+def stress(model: Model) -> float:
+    return float(model.forward(SHEAR)["stress"][3])
+
+
+def in_place(file: Path, data: bytes) -> None:
+    """Overwrite a file, then put its times back."""
+    before = file.stat()
+    assert before.st_size == len(data)
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def replaced(file: Path, data: bytes) -> None:
+    """Put another file of the same size and times in its place."""
+    before = file.stat()
+    other = file.with_suffix(".new")
+    other.write_bytes(data)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(other, file)
+
+
+@pytest.mark.parametrize("exchange", [in_place, replaced])
+class TestExchange:
+    def test_a_new_model_has_the_new_numbers(self, artifact: Path, exchange: Callable[[Path, bytes], None]) -> None:
+        model = Model(artifact)
+        assert stress(model) == TWICE_SHEAR
+        exchange(package(artifact), variant(artifact, 2.0))
+        assert stress(Model(artifact)) == 2.0 * TWICE_SHEAR
+        # What is loaded stays what it was.
+        assert stress(model) == TWICE_SHEAR
+
+    def test_a_model_that_was_not_called_yet_refuses_the_other(
+        self, artifact: Path, exchange: Callable[[Path, bytes], None]
+    ) -> None:
+        package(artifact).write_bytes(variant(artifact, 3.0))
+        model = Model(artifact)
+        exchange(package(artifact), variant(artifact, 4.0))
+        with pytest.raises(ArtifactError, match=r"elasticity\.pt2: has changed since the model was loaded"):
+            stress(model)
+        exchange(package(artifact), variant(artifact, 3.0))
+        assert stress(model) == 3.0 * TWICE_SHEAR
+
+    @pytest.mark.parametrize("how", [pickle.dumps, copy.deepcopy])
+    def test_no_copy_of_a_model_whose_package_is_another_one(
+        self, artifact: Path, exchange: Callable[[Path, bytes], None], how: Callable[[Model], object]
+    ) -> None:
+        model = Model(artifact)
+        stress(model)
+        exchange(package(artifact), variant(artifact, 2.0))
+        with pytest.raises(ArtifactError, match=r"elasticity\.pt2 was changed or removed after the model was loaded"):
+            how(model)
+
+    def test_no_pickle_is_loaded_from_another_package(
+        self, artifact: Path, exchange: Callable[[Path, bytes], None]
+    ) -> None:
+        data = pickle.dumps(Model(artifact))
+        exchange(package(artifact), variant(artifact, 2.0))
+        told = r"not the artifact that the pickled model was made from: elasticity\.pt2 differ"
+        with pytest.raises(ArtifactError, match=told):
+            pickle.loads(data)
+
+
+def test_what_is_refused_never_runs_in_a_race(artifact: Path) -> None:
+    """While one thread exchanges a package for one whose build record is refused, another loads and calls models."""
+    file = package(artifact)
+    good = file.read_bytes()
+    bad = recorded(AOTI_PLATFORM="win32")(variant(artifact, 2.0))
+    stop = threading.Event()
+
+    def exchange() -> None:
+        for number in range(10**9):
+            if stop.is_set():
+                return
+            other = file.with_suffix(".new")
+            other.write_bytes(bad if number % 2 == 0 else good)
+            os.replace(other, file)
+
+    ends = {"runs": 0, "refused at the load": 0, "refused at the call": 0}
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        for number in range(150):
+            # A graph is read again only where no model has loaded it; a new variant each time keeps it so.
+            if number % 10 == 0:
+                good = variant(artifact / str(number % 9), 1.0)
+            try:
+                model = Model(artifact)
+            except ArtifactError as error:
+                assert "win32" in str(error)
+                ends["refused at the load"] += 1
+                continue
+            try:
+                assert stress(model) == TWICE_SHEAR
+                ends["runs"] += 1
+            except ArtifactError as error:
+                assert "has changed since the model was loaded" in str(error)
+                ends["refused at the call"] += 1
+    finally:
+        stop.set()
+        thread.join()
+    assert min(ends["runs"], ends["refused at the load"]) > 0, ends
+
+
+class TestOneContentOneLibrary:
+    def test_models_of_two_copies_share_it(self, artifact: Path, tmp_path: Path) -> None:
+        other = shutil.copytree(artifact, tmp_path / "other" / "elasticity")
+        out = run(
+            """
+            import sys, torch
+            from neml2_aoti_plugin import Model
+            strain = torch.zeros(6, dtype=torch.float64)
+            for path in sys.argv[1:]:
+                Model(path).forward({"strain": strain})
+                with open("/proc/self/maps") as maps:
+                    print(sum("neml2-aoti-" in line for line in maps))
+            """,
+            artifact,
+            other,
+        )
+        first, second = out.split()
+        assert first == second != "0"
+
+    def test_one_copy_is_enough(self, artifact: Path, tmp_path: Path) -> None:
+        package(artifact).write_bytes(variant(artifact, 5.0))
+        other = shutil.copytree(artifact, tmp_path / "other" / "elasticity")
+        models = [Model(artifact), Model(other)]
+        package(other).unlink()
+        assert [stress(model) for model in models] == [5.0 * TWICE_SHEAR] * 2
+
+    def test_other_bytes_are_another_library(self, artifact: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(artifact, tmp_path / "other" / "elasticity"))
+        package(other).write_bytes(variant(artifact, 7.0))
+        assert (stress(Model(artifact)), stress(Model(other))) == (TWICE_SHEAR, 7.0 * TWICE_SHEAR)
+
+
+class TestExtraFiles:
+    @pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing"])
+    @pytest.mark.parametrize("how", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy])
+    def test_do_not_keep_a_model_from_being_copied(
+        self, artifact: Path, kind: str, how: Callable[[Model], Model]
+    ) -> None:
+        extra = package(artifact).with_name("extra.pt2")
+        if kind == "folder":
+            extra.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(extra)
+        else:
+            extra.symlink_to("nothing")
+        assert stress(how(Model(artifact))) == TWICE_SHEAR
+
+
+class TestWhileItIsLoaded:
+    """What was read first, such as in which order a graph takes its arguments, must go with what is checked later."""
+
+    def test_metadata_that_changed(self, artifact: Path) -> None:
+        place = locate(artifact)
+        metadata = read_metadata(place.metadata, place.folder)
+        assert check(metadata, replace(place, digest=metadata.digest))
+        with pytest.raises(ArtifactError, match="metadata was changed while the model was loaded"):
+            check(metadata, replace(place, digest="0" * 64))
+
+    def test_the_old_layout_notes_what_it_read(self, artifact: Path) -> None:
+        file = artifact / "cpu/float64/elasticity_meta.json"
+        document = json.loads((artifact / "metadata.json").read_text())
+        file.write_text(json.dumps({**document, "device": "cpu", "dtype": "float64"}))
+        place = locate(file)
+        assert place.digest == read_metadata(file, place.folder).digest
+
+    def test_the_order_of_arguments_that_changed(self) -> None:
+        plain = Argument(torch.float64, (), "")
+        typed = Argument(torch.float64, (None, 6), "SR2")
+        segment = ForwardSegment("a.pt2", ("x",), ("y",), ("p",), arguments=("x", "p"))
+        metadata = replace(read_metadata(references.case("elasticity").artifact / "metadata.json"), segments=(segment,))
+        there = {"a.pt2": Signature((typed, plain), 1)}
+        assert order_faults(metadata, Path("leaf"), there) == {}
+        there = {"a.pt2": Signature((plain, typed), 1)}
+        assert "changed while the model was loaded" in order_faults(metadata, Path("leaf"), there)["a.pt2"]
