@@ -99,6 +99,28 @@ class TestTaken:
         assert torch.equal(state["stress"], solution["stress"])
         assert set(state) == {*model.input_names, "stress"}
 
+    @pytest.mark.parametrize("mode", ["rowwise", "lockstep"])
+    @pytest.mark.parametrize("name", ["calibration", "viscoplasticity"])
+    def test_it_saves_iterations(self, name: str, mode: str) -> None:
+        case = references.case(name)
+        model, rows = case.load(mode=mode), case.rows()
+        rows["strain"] = 1.5 * rows["strain"]
+        cold = model.solve(rows)
+        assert int(cold.iterations.min()) >= 5
+        warm = model.solve({**rows, **cold.outputs})
+        assert bool(warm.converged.all()) and int(warm.iterations.max()) == 0
+        assert all(torch.equal(x, cold.outputs[n]) for n, x in warm.outputs.items())
+        # One that is near, as the last iterate of a finite-element program is.
+        for distance, most in ((1e-6, 2), (1e-3, 3)):
+            near = model.solve({**rows, **{n: x * (1 + distance) for n, x in cold.outputs.items()}})
+            assert int(near.iterations.max()) <= most
+
+    def test_result_is_not_the_callers_tensor(self, model: Model, rows: Tensors, solution: Tensors) -> None:
+        kept = {n: x.clone() for n, x in solution.items()}
+        for value in model.forward({**rows, **solution}).values():
+            value.zero_()
+        assert all(torch.equal(x, kept[n]) for n, x in solution.items())
+
     def test_batches_broadcast(self, model: Model, rows: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
         first = torch.full((6,), 3.0, dtype=torch.float64)
         state = seen_by_the_program(model, lambda: model.forward({**rows, "stress": first}), monkeypatch)
