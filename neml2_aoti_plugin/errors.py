@@ -50,8 +50,9 @@ def _neml2_convergence_error() -> type[RuntimeError] | None:
 class _ConvergenceError(RuntimeError):
     """A nonlinear solve did not converge; a smaller step may.
 
-    With `NEML2_CAPTURE_SOLVE_FAILURE` set, an instance also carries `converged_mask` (bool, batch shape) and
-    `unknowns` (dict of the last iterates by unknown name).
+    One that a compiled model raises carries `converged_mask` (bool, of the caller's batch shape) and `rows` (int64, the
+    flat indices of the rows that failed); with `NEML2_CAPTURE_SOLVE_FAILURE` set also `unknowns` (dict of the last
+    iterates by unknown name).
     """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 from .errors import InputError, InputTypeError
@@ -79,19 +80,59 @@ class KrylovSettings:
     together: bool = True
 
 
-def _whole(value: Any) -> bool:
-    return bool(value == int(value) and value >= 0)
+# neml2's own counts are ints of 32 bits.
+MOST = 2**31 - 1
 
 
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "atol": (lambda x: x >= 0, "zero or more"),
-    "rtol": (lambda x: x >= 0, "zero or more"),
-    "miters": (_whole, "a whole number, zero or more"),
-    "ls_type": (lambda x: x in ("BACKTRACKING", "STRONG_WOLFE"), "BACKTRACKING or STRONG_WOLFE"),
-    "ls_max_iters": (_whole, "a whole number, zero or more"),
-    "ls_cutback": (lambda x: x > 1, "more than 1"),
-    "ls_c": (lambda x: x >= 0, "zero or more"),
-    "substep_del_tol": (lambda x: x >= 0, "zero or more"),
+def _number(value: Any) -> float:
+    """A finite number as a float."""
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError
+    found = float(value)
+    if not isfinite(found):
+        raise ValueError
+    return found
+
+
+def _whole(value: Any) -> int:
+    """A whole number as an int, also one that is written as a float."""
+    found = int(_number(value))
+    if found != value or not 0 <= found <= MOST:
+        raise ValueError
+    return found
+
+
+def _at_least_zero(value: Any) -> float:
+    found = _number(value)
+    if found < 0:
+        raise ValueError
+    return found
+
+
+def _more_than_one(value: Any) -> float:
+    found = _number(value)
+    if found <= 1:
+        raise ValueError
+    return found
+
+
+def _line_search(value: Any) -> str:
+    if value not in ("BACKTRACKING", "STRONG_WOLFE"):
+        raise ValueError
+    return str(value)
+
+
+_COUNT = (_whole, f"a whole number, zero or more, and {MOST} at most")
+_TOLERANCE = (_at_least_zero, "a finite number, zero or more")
+_RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "atol": _TOLERANCE,
+    "rtol": _TOLERANCE,
+    "miters": _COUNT,
+    "ls_type": (_line_search, "BACKTRACKING or STRONG_WOLFE"),
+    "ls_max_iters": _COUNT,
+    "ls_cutback": (_more_than_one, "a finite number, more than 1"),
+    "ls_c": _TOLERANCE,
+    "substep_del_tol": _TOLERANCE,
 }
 
 
@@ -102,18 +143,25 @@ def newton_settings(**values: Any) -> NewtonSettings:
         values: fields of `NewtonSettings` by name.
 
     Returns:
-        The settings.
+        The settings, with counts as ints and all other numbers as floats.
 
     Raises:
         InputError: a value is out of range.
         InputTypeError: a value has the wrong type.
     """
+    checked = {}
     for name, value in values.items():
-        holds, wanted = _RULES[name]
+        read, wanted = _RULES[name]
         try:
-            fits = holds(value)
-        except (TypeError, ValueError) as error:
-            raise InputTypeError(f"{name} is {value!r}, expected {wanted}.") from error
-        if not fits:
-            raise InputError(f"{name} is {value!r}, expected {wanted}.")
-    return NewtonSettings(**values)
+            checked[name] = read(value)
+        except TypeError as error:
+            raise InputTypeError(f"{name} is {_shown(value)}, expected {wanted}.") from error
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{name} is {_shown(value)}, expected {wanted}.") from error
+    return NewtonSettings(**checked)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; Python does not write out ints of thousands of digits."""
+    huge = isinstance(value, int) and value.bit_length() > 256
+    return f"an int of {value.bit_length()} bits" if huge else repr(value)

@@ -208,6 +208,35 @@ class TestMissing:
         _, second = torch.func.jvp(gradient, (rows["strain"],), (torch.ones_like(rows["strain"]),))
         assert bool(second.isnan().all())
 
+    @pytest.mark.parametrize("name", ["elasticity", "calibration"])
+    def test_forward_over_forward_is_not_zero_either(self, name: str) -> None:
+        case = references.case(name)
+        row = {n: x[-1] for n, x in case.rows().items()}
+
+        def stress(strain: Tensor) -> Tensor:
+            return case.model.forward({**row, "strain": strain})["stress"]
+
+        strain, ones = row["strain"], torch.ones_like(row["strain"])
+        once, twice = torch.func.jvp(lambda e: torch.func.jvp(stress, (e,), (ones,))[1], (strain,), (ones,))
+        assert difference(once, case.model.jvp(row, {"strain": ones})[1]["stress"]) < 1e-12
+        assert bool(twice.isnan().all())
+        assert bool(torch.func.jacfwd(torch.func.jacfwd(stress))(strain).isnan().all())
+        with pytest.raises(DerivativeNotCompiledError, match="first derivatives only"):
+            torch.func.jacrev(torch.func.jacfwd(stress))(strain)
+
+    def test_forward_over_forward_by_what_the_model_does_not_take(self) -> None:
+        """An outer derivative that does not lead through the model is no second derivative of it."""
+        case = references.case("calibration")
+        row = {n: x[-1] for n, x in case.rows().items()}
+
+        def scaled(factor: Tensor) -> Tensor:
+            ones = torch.ones_like(row["strain"])
+            stress = lambda e: case.model.forward({**row, "strain": e})["stress"]  # noqa: E731
+            return factor * torch.func.jvp(stress, (row["strain"],), (ones,))[1]
+
+        value, slope = torch.func.jvp(scaled, (torch.tensor(2.0),), (torch.tensor(1.0),))
+        assert difference(2.0 * slope, value) < 1e-14
+
     def test_wrong_input_is_told_as_without_grad(self) -> None:
         model = references.case("elasticity").model
         with pytest.raises(InputError, match=r"'strain'.*\(5,\)"):
@@ -251,6 +280,13 @@ class TestFunctional:
         found = torch.func.vmap(lambda t: case.model.forward({**rest, "strain": strain, "t": t})["stress"])(steps)
         expected = case.model.forward({**rest, "strain": strain, "t": steps})["stress"]
         assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("name", ["elasticity", "calibration", "cross_group"])
+    def test_vmap_over_no_rows(self, name: str) -> None:
+        case = references.case(name)
+        found = torch.func.vmap(case.model.forward)({n: x[:0] for n, x in case.rows().items()})
+        for out, value in case.model.forward(case.rows()).items():
+            assert found[out].shape == (0, *value.shape[1:]), out
 
     def test_vmap_over_sites_and_plain_values(self) -> None:
         case = references.case("cross_group")

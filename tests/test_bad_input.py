@@ -16,14 +16,17 @@ from neml2.types import SR2, Scalar
 
 import references
 from neml2_aoti_plugin import (
+    AOTIModel,
     ArtifactError,
     ArtifactNotFoundError,
+    ConvergenceError,
     DerivativeNotCompiledError,
     InputError,
     InputTypeError,
     Model,
     UnknownNameError,
 )
+from neml2_aoti_plugin.model.promoted import RESERVED
 from references import Tensors
 
 Load = Callable[..., Any]
@@ -163,6 +166,59 @@ class TestMetadata:
         self.edit(artifact, change)
         refused(load, artifact, ArtifactError, str(artifact / "metadata.json"), "neml2-compile", *words)
 
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda d: d["inputs"].append(d["inputs"][0]), ["inputs", "'strain' twice"]),
+            (lambda d: d["outputs"].append(d["outputs"][0]), ["outputs", "'stress' twice"]),
+            (lambda d: d["parameters"].append(d["parameters"][0]), ["parameters", "'promoted.E' twice"]),
+            (
+                lambda d: d.update(boundary_aliases={"parameters": {"promoted.E": "promoted.nu"}}),
+                ["'promoted.E' and 'promoted.nu', which are both called 'promoted.nu'"],
+            ),
+            (
+                lambda d: d.update(boundary_aliases={"parameters": {"promoted.E": "promoted"}}),
+                ["'promoted' is a parameter and a part of the name of another one, 'promoted.nu'"],
+            ),
+            (lambda d: d.update(boundary_aliases={"parameters": {"promoted.E": "a..b"}}), ["'a..b'", "empty"]),
+        ],
+    )
+    def test_names_that_stand_for_two_things(
+        self, load: Load, tmp_path: Path, change: Callable[[dict[str, Any]], Any], words: list[str]
+    ) -> None:
+        artifact = references.edited(references.case("promoted"), tmp_path, change)
+        refused(load, artifact, ArtifactError, str(artifact / "metadata.json"), "neml2-compile", *words)
+
+    @pytest.mark.parametrize(
+        "name", ["_caller", "inputs", "mode", "training", "_parameters.E", "output_spec", "_inner"]
+    )
+    def test_parameter_of_the_name_of_an_attribute(self, load: Load, tmp_path: Path, name: str) -> None:
+        def rename(metadata: dict[str, Any]) -> None:
+            metadata["boundary_aliases"] = {"parameters": {"promoted.E": name}}
+
+        artifact = references.edited(references.case("promoted"), tmp_path, rename)
+        refused(load, artifact, ArtifactError, str(artifact), f"parameter {name!r}", "--rename-parameter")
+
+    def test_all_own_attributes_are_reserved(self) -> None:
+        case = references.case("promoted")
+        for found in (
+            case.load(),
+            neml2.load_model(case.file, case.stub.model),
+            AOTIModel(case.artifact, declared={"x"}),
+        ):
+            own = {*vars(found), *found._modules} - {*vars(torch.nn.Module()), "promoted"}
+            assert own <= RESERVED, own - RESERVED
+
+    @pytest.mark.parametrize("name", ["forward", "device", "E"])
+    def test_parameter_of_the_name_of_a_method(self, load: Load, tmp_path: Path, name: str) -> None:
+        def rename(metadata: dict[str, Any]) -> None:
+            metadata["boundary_aliases"] = {"parameters": {"promoted.E": name}}
+
+        model = load(references.edited(references.case("promoted"), tmp_path, rename))
+        assert float(model.named_parameters()[name]) == 71000.0
+        model.set_parameter(name, 1.0)
+        assert float(model.state_dict()[name]) == 1.0
+
     def test_type_that_neml2_does_not_have(self, artifact: Path) -> None:
         self.edit(artifact, lambda d: d["inputs"][0].update(var_type="SR3"))
         refused(load_hit, artifact, ArtifactError, "'strain'", "'SR3'", "neml2")
@@ -279,6 +335,28 @@ class TestRawInputs:
             OPERATIONS[operation](model, change(good("calibration")))
         for word in words:
             assert word in str(raised.value), f"{word!r} is not in: {raised.value}"
+
+    @pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "solve"])
+    def test_input_that_is_not_finite_is_named_by_every_operation(self, operation: str) -> None:
+        rows = good("calibration")
+        rows["t"].fill_(torch.nan)
+        with pytest.raises(ConvergenceError) as raised:
+            OPERATIONS[operation](references.case("calibration").model, rows)
+        for word in ("9 of 9 row", "'t' is not finite", "9 of these rows", "Give finite values"):
+            assert word in str(raised.value), str(raised.value)
+
+    def test_other_dtype_is_offered_only_where_it_was_compiled(self, tmp_path: Path) -> None:
+        strain = {"strain": torch.zeros(6)}
+        artifact = references.edited(references.case("elasticity"), tmp_path, lambda _: None)
+        with pytest.raises(InputTypeError) as raised:
+            Model(artifact).forward(strain)
+        assert str(raised.value).endswith("Pass strain.to(torch.float64).")
+        shutil.copytree(artifact / "cpu/float64", artifact / "cpu/float32")
+        with pytest.raises(InputTypeError) as raised:
+            Model(artifact).forward(strain)
+        assert str(raised.value).endswith("Pass strain.to(torch.float64), or load the model with dtype='float32'.")
+        with pytest.raises(InputTypeError, match=r"Pass strain\.to\(torch\.float64\)\.$"):
+            Model(artifact).forward({"strain": torch.zeros(6, dtype=torch.float16)})
 
     def test_wrong_sub_batch_size(self) -> None:
         model = references.case("cross_group").model

@@ -75,7 +75,7 @@ def assert_alike(found: Any, index: Tensor, together: Any, tolerance: float) -> 
     for out, value in found.outputs.items():
         good = found.converged
         whole = together.outputs[out]
-        expected = whole[index][good].reshape(int(good.sum()), -1)
+        expected = whole[index][good].reshape(int(good.sum()), whole[0].numel())
         # A row that is next to nothing beside the others is compared with a millionth of these.
         least = 1e-6 * float(whole[together.converged].abs().max())
         scale = expected.abs().amax(1, keepdim=True).clamp(min=least)

@@ -256,17 +256,51 @@ class TestShapes:
     @pytest.mark.parametrize("batch", [(1,), (5,)])
     def test_short_way_gives_what_the_long_way_gives(self, batch: tuple[int, ...]) -> None:
         model = references.case("elasticity").model
-        assert model._direct is not None
+        assert model._plan is not None
         inputs = strains(*batch)
-        short = model._direct.jacobian(inputs)
+        assert model._plan.jacobian(inputs) is not None
+        # The second time it is known how blocks come from the graph's outputs.
+        short = model._plan.jacobian(inputs)
         assert short is not None
-        # A mapping other than a dict is taken the long way.
+        # A mapping other than a dict is admitted first.
         long = model.jacobian(OrderedDict(inputs))
         for a, b in zip(short, long, strict=True):
             mine, theirs = flat(a), flat(b)
             assert list(mine) == list(theirs)
             for name, value in mine.items():
                 assert value.is_contiguous() and torch.equal(value, theirs[name])
+
+    @pytest.mark.parametrize("name", ["elasticity", "promoted"])
+    @pytest.mark.parametrize("form", ["plain", "one row", "grid", "transposed", "no rows", "a value per row"])
+    def test_blocks_of_one_forward_segment_are_those_that_seeds_give(self, name: str, form: str) -> None:
+        model = references.case(name).model
+        inputs = strains(2, 3) if form == "grid" else strains(4)
+        if form == "one row":
+            inputs = strains()
+        elif form == "no rows":
+            inputs = strains(0)
+        elif form == "transposed":
+            inputs = {"strain": strains(4)["strain"].T.contiguous().T}
+        overrides = None
+        if form == "a value per row" and name == "promoted":
+            overrides = {"promoted.E": torch.tensor([1e4, 2e4, 3e4, 4e4], dtype=torch.float64)}
+        for _ in range(2):
+            outputs, blocks = model.jacobian(inputs, overrides)
+            expected, (matrix,), batch = model.linearise(inputs, [("stress", "strain")], overrides)
+            assert torch.equal(outputs["stress"], expected["stress"])
+            block = blocks["stress"]["strain"]
+            assert block.shape == ((6, 6) if name == "elasticity" else (*batch, 6, 6))
+            assert block.is_contiguous() and torch.equal(block.expand(matrix.shape), matrix)
+
+    def test_rows_of_many_sizes_in_turn(self) -> None:
+        """What is known of a number of rows is forgotten in time, and learnt again."""
+        model = references.case("elasticity").load()
+        every = strains(100)
+        expected, blocks = model.jacobian(OrderedDict(every))
+        for rows in (*range(1, 101), 1, 50):
+            part = {"strain": every["strain"][:rows]}
+            assert torch.equal(model.forward(part)["stress"], expected["stress"][:rows])
+            assert torch.equal(model.jacobian(part)[1]["stress"]["strain"], blocks["stress"]["strain"])
 
     def test_inputs_are_not_changed(self) -> None:
         for name in ("viscoplasticity", "calibration", "substepping"):
@@ -345,6 +379,18 @@ class TestSettings:
             ("ls_c", -1e-3),
             ("substep_del_tol", -1.0),
             ("atol", "tight"),
+            ("atol", float("inf")),
+            ("rtol", float("nan")),
+            ("atol", "1e-8"),
+            ("atol", True),
+            ("miters", float("inf")),
+            ("miters", float("nan")),
+            ("miters", 2**31),
+            ("miters", True),
+            ("miters", "5"),
+            ("ls_max_iters", float("inf")),
+            ("ls_cutback", float("inf")),
+            ("ls_c", 1j),
         ],
     )
     def test_values_out_of_range_are_refused_by_name(self, name: str, value: object) -> None:
@@ -353,6 +399,26 @@ class TestSettings:
         with pytest.raises(InputError) as raised:
             model.set_solver_config(**{**case.newton, name: value})
         assert name in str(raised.value) and repr(value) in str(raised.value)
+        with pytest.raises(InputError, match=f"{name} is "):
+            case.load(solver={name: value})
+
+    @pytest.mark.parametrize("name", ["atol", "miters", "ls_max_iters", "ls_cutback"])
+    def test_huge_whole_numbers_are_refused_without_being_written_out(self, name: str) -> None:
+        case = references.case("viscoplasticity")
+        with pytest.raises(InputError, match=f"{name} is an int of 20001 bits, expected"):
+            case.load().set_solver_config(**{**case.newton, name: 2**20000})
+
+    @pytest.mark.parametrize("mode", ["rowwise", "lockstep"])
+    def test_whole_numbers_may_be_floats(self, mode: str) -> None:
+        case = references.case("viscoplasticity")
+        whole, floats = (case.load(mode=mode) for _ in range(2))
+        whole.set_solver_config(**{**case.newton, "miters": 30, "ls_max_iters": 8})
+        floats.set_solver_config(**{**case.newton, "miters": 30.0, "ls_max_iters": torch.tensor(8.0)})
+        expected = whole.solve(case.rows())
+        for model in (floats, case.load(mode=mode, solver={**case.newton, "miters": 30.0, "ls_max_iters": 8.0})):
+            found = model.solve(case.rows())
+            assert torch.equal(found.iterations, expected.iterations)
+            assert all(torch.equal(x, expected.outputs[n]) for n, x in found.outputs.items())
 
     @pytest.mark.parametrize("how", ["argument", "environment"])
     def test_unknown_mode_is_refused(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:

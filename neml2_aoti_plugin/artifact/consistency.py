@@ -52,6 +52,45 @@ def check_names(found: s.Metadata, file: str) -> None:
         raise ArtifactError(f"{file}: parameter_derivatives name {sorted(unpromoted)}, which are not promoted.")
 
 
+def check_boundary(found: s.Metadata, file: str) -> None:
+    """Check that what callers know by a name is one thing.
+
+    Args:
+        found: all that the file tells.
+        file: for messages.
+
+    Raises:
+        ArtifactError: two inputs, two outputs or two parameters have one name at the boundary.
+    """
+    renames = found.aliases
+    for kind, names, to in (
+        ("inputs", [v.name for v in found.inputs], renames.inputs),
+        ("outputs", [v.name for v in found.outputs], renames.outputs),
+        ("parameters", [p.name for p in found.parameters], renames.parameters),
+    ):
+        seen: dict[str, str] = {}
+        for name in names:
+            public = to.get(name, name)
+            if public in seen:
+                which = (
+                    f"{seen[public]!r} and {name!r}, which are both called {public!r}" if to else f"{public!r} twice"
+                )
+                raise ArtifactError(f"{file}: among the {kind} there are {which}. {_AGAIN}")
+            seen[public] = name
+    parameters = {renames.parameters.get(p.name, p.name) for p in found.parameters}
+    for name in sorted(parameters):
+        path = name.split(".")
+        if not all(path):
+            raise ArtifactError(
+                f"{file}: {name!r} is no name of a parameter: a part between its dots is empty. {_AGAIN}"
+            )
+        above = parameters.intersection(".".join(path[:k]) for k in range(1, len(path)))
+        if above:
+            raise ArtifactError(
+                f"{file}: {min(above)!r} is a parameter and a part of the name of another one, {name!r}. {_AGAIN}"
+            )
+
+
 def check_shapes(found: s.Metadata, file: str) -> None:
     """Check that a variable has one shape wherever it is spoken of: each place is taken for what it holds.
 

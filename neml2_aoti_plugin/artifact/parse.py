@@ -14,7 +14,7 @@ from typing import Any, cast
 from ..errors import ArtifactError, InputError
 from ..settings import KrylovSettings, NewtonSettings, newton_settings
 from . import schema as s
-from .consistency import check_names, check_shapes
+from .consistency import check_boundary, check_names, check_shapes
 from .folder import Folder, folder_at
 from .order import with_argument_order
 from .package import read_signature
@@ -68,9 +68,10 @@ def with_solver(found: s.Metadata, solver: dict[str, Any]) -> s.Metadata:
     unknown = [name for name in solver if name not in known]
     if unknown:
         raise InputError(f"solver has no setting {', '.join(unknown)}; there are {', '.join(known)}.")
-    newton_settings(**solver)
+    checked = newton_settings(**solver)
+    given = {name: getattr(checked, name) for name in solver}
     changed = (
-        replace(part, newton=replace(part.newton, **solver)) if isinstance(part, s.ImplicitSegment) else part
+        replace(part, newton=replace(part.newton, **given)) if isinstance(part, s.ImplicitSegment) else part
         for part in found.segments
     )
     return replace(found, segments=tuple(changed))
@@ -96,6 +97,7 @@ def metadata(node: Node, written: int) -> s.Metadata:
         aliases=node.get("boundary_aliases", aliases, s.Aliases()),
         schema=written,
     )
+    check_boundary(found, node.file)
     check_names(found, node.file)
     check_shapes(found, node.file)
     return found

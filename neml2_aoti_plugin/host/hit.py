@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..artifact.stub import read_stub
 from ..errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError, UnknownNameError
 from ..model import Model
+from ..model.admission import FIRST_ITERATE
 from ..model.call import Tensors
 from ..model.derivatives import Blocks
 from ..model.module import CompiledModule
@@ -102,8 +103,11 @@ class AOTIModel(CompiledModule):
         self.__dict__["_parameters"] = self._inner._parameters
         self.__dict__["_modules"] = self._inner._modules
         self.input_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.inputs.items()}
-        self._spec = tuple(self.input_spec.items())
+        self._wrappers = tuple(self.input_spec.values())
         self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.outputs.items()}
+        self._output_wrappers = tuple(enumerate(self.output_spec.values()))
+        # Of the unknowns that may be given as first iterates.
+        self._iterate_spec = {name: typed.wrapper_of_unknown(v, name) for name, v in self._inner.first_iterates.items()}
         self.input_sub_batch = {name: v.sub_batch_shape for name, v in self._inner.inputs.items()}
         if declared:
             self._declared = _Declared(declared)
@@ -155,16 +159,14 @@ class AOTIModel(CompiledModule):
             raise InputTypeError(
                 f"{len(args)} positional inputs given, expected {len(self.input_spec)}: {', '.join(self.input_spec)}."
             )
-        direct = self._inner._direct
-        if direct is not None and v is None:
-            given = {name: _plain(value, wrapper) for (name, wrapper), value in zip(self._spec, args, strict=True)}
-            found = direct(given)
+        plan = self._inner._plan
+        if plan is not None and v is None:
+            found = plan.values([*map(_plain, args, self._wrappers)])
             if found is not None:
-                return tuple([self.output_spec[name](value) for name, value in found.items()])
+                return tuple([wrapper(found[place]) for place, wrapper in self._output_wrappers])
         inputs = self._raw(dict(zip(self.input_spec, args, strict=True)))
         if v is None:
-            outputs, batch = self._inner.forward_with_batch(inputs)
-            return tuple(typed.wrap(outputs, self.output_spec, len(batch)).values())
+            return tuple(self._evaluate(inputs).values())
         unknown = [name for name in v if name not in self.input_spec]
         if unknown:
             raise UnknownNameError(
@@ -180,7 +182,8 @@ class AOTIModel(CompiledModule):
         """Evaluate the outputs for inputs by name.
 
         Args:
-            state: typed or raw tensors by name, among them the inputs.
+            state: typed or raw tensors by name, among them the inputs. Unknowns of implicit segments are taken as first
+                iterates; any other name is passed over.
 
         Returns:
             Typed outputs by name.
@@ -191,7 +194,16 @@ class AOTIModel(CompiledModule):
         absent = [name for name in self.input_spec if name not in state]
         if absent:
             raise UnknownNameError(f"inputs of {self._inner.artifact}: missing {', '.join(map(repr, absent))}.")
+        iterates = {name: state[name] for name in self._iterate_spec if name in state}
+        if iterates:
+            inputs = {name: state[name] for name in self.input_spec}
+            return self._evaluate(self._raw({**inputs, **iterates}))
         return dict(zip(self.output_spec, self(*(state[name] for name in self.input_spec)), strict=True))
+
+    def _evaluate(self, inputs: Mapping[str, Tensor]) -> dict[str, TensorWrapper]:
+        """Typed outputs for raw inputs, and first iterates, by name."""
+        outputs, batch = self._inner.forward_with_batch(inputs)
+        return typed.wrap(outputs, self.output_spec, len(batch))
 
     # -- a part of other models -------------------------------------------------------------------------------------
 
@@ -222,7 +234,7 @@ class AOTIModel(CompiledModule):
         outputs, along = self._inner.jvp(plain, self._raw(tangents, "tangent"), param_overrides)
         if not (typed.has_typed(inputs) or typed.has_typed(tangents)):
             return outputs, along
-        rank = typed.batch_rank(plain, self._inner.inputs)
+        rank = self._batch_rank(plain)
         return typed.wrap(outputs, self.output_spec, rank), typed.wrap(along, self.output_spec, rank)
 
     def jacobian(
@@ -233,7 +245,7 @@ class AOTIModel(CompiledModule):
         outputs, blocks = self._inner.jacobian(plain, param_overrides)
         if not typed.has_typed(inputs):
             return outputs, blocks
-        rank = typed.batch_rank(plain, self._inner.inputs)
+        rank = self._batch_rank(plain)
         wrapped = typed.wrap_blocks(blocks, self.input_spec, self.output_spec, rank)
         return typed.wrap(outputs, self.output_spec, rank), wrapped
 
@@ -272,13 +284,23 @@ class AOTIModel(CompiledModule):
         super().set_parameter(name, value.data if isinstance(value, TensorWrapper) else value)
 
     def _raw(self, inputs: Mapping[str, Value], kind: str = "input") -> Tensors:
-        """Unwrap typed inputs to `(*batch, *sub_batch, *base)`; raw ones pass."""
-        return typed.unwrap(inputs, self._inner.inputs, self.input_spec, kind, self._inner.artifact)
+        """Unwrap typed inputs and first iterates to `(*batch, *sub_batch, *base)`; raw ones pass."""
+        found = typed.unwrap(inputs, self._inner.inputs, self.input_spec, kind, self._inner.artifact)
+        if self._iterate_spec.keys().isdisjoint(found):
+            return found
+        iterates = self._inner.first_iterates
+        return typed.unwrap(found, iterates, self._iterate_spec, FIRST_ITERATE, self._inner.artifact)
+
+    def _batch_rank(self, inputs: Mapping[str, Tensor]) -> int:
+        """Number of batch axes that raw inputs and first iterates have together."""
+        return typed.batch_rank(inputs, {**self._inner.first_iterates, **self._inner.inputs})
 
 
 def _plain(value: Any, wrapper: typed.Wrapper) -> Any:
-    """The tensor in a typed one without sub-batch and chain-rule axes; None for anything else."""
-    return value.data if type(value) is wrapper and not value.sub_batch_ndim and not value.k_ndim else None
+    """The tensor in a typed one without sub-batch and chain-rule axes; what is no typed one passes."""
+    if type(value) is wrapper:
+        return None if value.sub_batch_ndim or value.k_ndim else value.data
+    return value
 
 
 def _overrides_and_names(

@@ -36,6 +36,16 @@ def wrapper_class(variable: Variable, name: str) -> Wrapper:
     return found
 
 
+def wrapper_of_unknown(variable: Variable, name: str) -> Wrapper:
+    """As `wrapper_class`, for an unknown, whose type most artifacts do not tell; any wrapper then.
+
+    Args:
+        variable: the unknown.
+        name: as callers know it, for messages.
+    """
+    return wrapper_class(variable, name) if variable.type else TensorWrapper
+
+
 def class_of_base_shape(shape: Shape) -> Wrapper | None:
     """A typed wrapper with a base shape, for parameters, whose types the artifact does not tell.
 

@@ -19,8 +19,10 @@ from torch.autograd import forward_ad
 from ..artifact.schema import Shape
 from ..errors import DerivativeNotCompiledError
 from . import derivatives
+from .admission import FIRST_ITERATE
 from .call import Caller, Tensors
 from .derivatives import By
+from .memory import require_unrecorded
 
 
 def is_followed(caller: Caller, inputs: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> bool:
@@ -35,8 +37,11 @@ def is_followed(caller: Caller, inputs: Mapping[str, Any], overrides: Mapping[st
         return True
     if not torch.is_grad_enabled():
         return False
-    # A caller's mistakes, such as a list for a dict, are left to the checks of the plain call.
-    values = [*(inputs.values() if isinstance(inputs, Mapping) else ()), *(overrides or {}).values()]
+    # A caller's mistakes, such as a list for a dict, are left to the checks of the plain call. Results do not depend on
+    # first iterates.
+    iterates = caller.boundary.iterates
+    named = inputs.items() if isinstance(inputs, Mapping) else ()
+    values = [*(value for name, value in named if name not in iterates), *(overrides or {}).values()]
     if caller.promoted.specs:
         values.extend(caller.promoted.values.values())
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
@@ -49,15 +54,18 @@ def linearise(
     pairs: Sequence[tuple[str, By]] = (),
 ) -> tuple[Tensors, list[Tensor], Shape]:
     """As `derivatives.linearise`, with outputs and matrices that torch can differentiate and map."""
+    require_unrecorded(caller.boundary.where)
     caller.boundary.require_names(inputs)
     parameters = caller.promoted.in_force(overrides)
     arguments: dict[By, Any] = {("input", name): inputs[name] for name in caller.boundary.by_name}
     arguments.update({("parameter", name): value for name, value in parameters.items()})
     outs = tuple(caller.boundary.output_by_name)
     wanted = list(pairs)
-    for by, value in arguments.items():
-        if _is_differentiated(value):
-            wanted.extend((o, by) for o in outs if derivatives.compiled(caller, o, by) and (o, by) not in wanted)
+    differentiated = [by for by, value in arguments.items() if _is_differentiated(value)]
+    for by in differentiated:
+        wanted.extend((o, by) for o in outs if derivatives.compiled(caller, o, by) and (o, by) not in wanted)
+    iterates = caller.boundary.iterates
+    arguments.update({(FIRST_ITERATE, name): inputs[name] for name in iterates if name in inputs})
     plan = _Plan(caller, tuple(arguments), outs, tuple(wanted))
     found = _Compiled.apply(plan, *arguments.values())
     outputs = dict(zip(outs, found, strict=False))
@@ -83,7 +91,7 @@ class _Plan:
 
     Args:
         caller: of the model.
-        bys: the inputs and parameters, in the order of the tensor arguments.
+        bys: the inputs, parameters and first iterates, in the order of the tensor arguments.
         outs: the outputs.
         pairs: the derivatives, in the order in which their matrices come behind the outputs.
     """
@@ -96,7 +104,7 @@ class _Plan:
     def run(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate for plain tensors."""
         named = dict(zip(self.bys, values, strict=True))
-        inputs = {name: value for (kind, name), value in named.items() if kind == "input"}
+        inputs = {name: value for (kind, name), value in named.items() if kind != "parameter"}
         parameters = {name: value for (kind, name), value in named.items() if kind == "parameter"}
         outputs, matrices, _ = derivatives.linearise(self.caller, inputs, parameters, self.pairs)
         found = (*(outputs[name] for name in self.outs), *matrices)
@@ -105,18 +113,37 @@ class _Plan:
 
     def rank(self, by: By, value: Tensor) -> int:
         """Number of batch axes of an argument."""
-        return max(value.ndim - len(derivatives.natural_shape(self.caller, by)), 0)
+        return self._rank(by, value.ndim)
+
+    def _rank(self, by: By, axes: int) -> int:
+        return max(axes - len(derivatives.natural_shape(self.caller, by)), 0)
 
     def batch_of(self, values: Sequence[Any]) -> Shape:
         """The common batch shape of the arguments."""
         tensors = [(by, v) for by, v in zip(self.bys, values, strict=True) if isinstance(v, Tensor)]
         return tuple(torch.broadcast_shapes(*(tuple(v.shape[: self.rank(by, v)]) for by, v in tensors)))
 
+    def along(
+        self, matrices: Mapping[tuple[str, By], Tensor], out: str, tangents: Sequence[tuple[By, Tensor]]
+    ) -> Tensor:
+        """Derivative of an output along tangents of some arguments, `(*batch, entries)`."""
+        terms = []
+        for by, tangent in tangents:
+            matrix = _matrix(self, matrices, out, by)
+            natural = derivatives.natural_shape(self.caller, by)
+            full = tangent.expand((*tangent.shape[: self.rank(by, tangent)], *natural))
+            column = full.reshape((*full.shape[: full.ndim - len(natural)], matrix.shape[-1], 1))
+            terms.append(torch.matmul(matrix, column).squeeze(-1))
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
     def with_axis_in_front(self, values: Sequence[Any], axes: Sequence[int | None]) -> list[Any]:
         """Bring the axis that `torch.vmap` maps over to the front of the batch axes of all arguments."""
         mapped = [v if axis is None else v.movedim(axis, 0) for v, axis in zip(values, axes, strict=True)]
         ranks = [
-            self.rank(by, v) if axis is None else self.rank(by, v[0])
+            self._rank(by, v.ndim - (axis is not None))
             for by, v, axis in zip(self.bys, mapped, axes, strict=True)
             if isinstance(v, Tensor)
         ]
@@ -125,7 +152,7 @@ class _Plan:
         for by, value, axis in zip(self.bys, mapped, axes, strict=True):
             if axis is not None:
                 natural = derivatives.natural_shape(self.caller, by)
-                rank = self.rank(by, value[0])
+                rank = self._rank(by, value.ndim - 1)
                 own = value.shape[1 + rank :]
                 # A plain value stands for all sites of a sub-batch.
                 sites = (1,) * (len(natural) - len(own))
@@ -170,7 +197,7 @@ class _Compiled(torch.autograd.Function):
         gradients: list[Tensor | None] = [None]
         for by, shape, needed in zip(plan.bys, ctx.input_shapes, ctx.needs_input_grad[1:], strict=True):
             total: Tensor | None = None
-            for out, cotangent in given.items() if needed else ():
+            for out, cotangent in given.items() if needed and by[0] != FIRST_ITERATE else ():
                 matrix = _matrix(plan, matrices, out, by)
                 batch, entries = matrix.shape[:-2], matrix.shape[-2]
                 term = torch.matmul(cotangent.reshape((*batch, 1, entries)), matrix).squeeze(-2)
@@ -186,20 +213,18 @@ class _Compiled(torch.autograd.Function):
         """Contract the matrices with tangents of the arguments."""
         plan: _Plan = ctx.plan
         matrices = dict(zip(plan.pairs, ctx.saved_tensors, strict=True))
-        along: list[Tensor] = []
-        for out, shape in zip(plan.outs, ctx.output_shapes, strict=True):
-            total: Tensor | None = None
-            for by, tangent in zip(plan.bys, tangents, strict=True):
-                if tangent is None:
-                    continue
-                matrix = _matrix(plan, matrices, out, by)
-                natural = derivatives.natural_shape(plan.caller, by)
-                full = tangent.expand((*tangent.shape[: plan.rank(by, tangent)], *natural))
-                column = full.reshape((*full.shape[: full.ndim - len(natural)], matrix.shape[-1], 1))
-                term = torch.matmul(matrix, column).squeeze(-1)
-                total = term if total is None else total + term
-            assert total is not None  # torch calls this only where an argument has a tangent
-            along.append(total.reshape(shape))
+        moved = [(by, t) for by, t in zip(plan.bys, tangents, strict=True) if t is not None and by[0] != FIRST_ITERATE]
+        if not moved:
+            # Results do not depend on the first iterate.
+            like = next(t for t in tangents if t is not None)
+            zeros = [like.new_zeros(shape) for shape in ctx.output_shapes]
+            return (*zeros, *(torch.zeros_like(matrix) for matrix in ctx.saved_tensors))
+        # torch switches forward mode off in here. An outer derivative, by which the matrices are NaN, would be zero.
+        with forward_ad._set_fwd_grad_enabled(True):
+            along = [
+                plan.along(matrices, out, moved).reshape(shape)
+                for out, shape in zip(plan.outs, ctx.output_shapes, strict=True)
+            ]
         # Second derivatives are not there. They can't be refused here, where nobody may want them.
         unknown = (matrix.new_full((), torch.nan).expand(matrix.shape) for matrix in ctx.saved_tensors)
         return (*along, *unknown)

@@ -17,16 +17,16 @@ from ..program.tangents import Columns
 from ..settings import NewtonSettings
 from .admission import Boundary
 from .failure import convergence_error
+from .memory import require_unrecorded
 
 if TYPE_CHECKING:
+    from .plan import ForwardPlan
     from .promoted import PromotedParameters
 
 Tensors = dict[str, Tensor]
 
 # Nothing is recorded during a call; torch need not even look. Operators in Python take half the time then.
-_BelowAutograd: Callable[[], AbstractContextManager[None]] = getattr(
-    torch._C, "_AutoDispatchBelowAutograd", nullcontext
-)
+BelowAutograd: Callable[[], AbstractContextManager[None]] = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Admitted:
     """Checked arguments of a call.
 
     Args:
-        state: inputs by authored name, `(rows, *sub_batch, *base)`.
+        state: inputs, and first iterates where there are any, by authored name, `(rows, *sub_batch, *base)`.
         parameters: by authored name, `base_shape` or `(rows, *base_shape)`.
         in_force: parameters by boundary name as they were given, `(*batch, *base)`.
         batch: the caller's batch shape.
@@ -59,13 +59,22 @@ class Caller:
         boundary: what tensors the model takes.
         program: the segments.
         promoted: the parameters.
+        plan: of a model that is one forward segment.
     """
 
-    def __init__(self, metadata: Metadata, boundary: Boundary, program: Program, promoted: PromotedParameters) -> None:
+    def __init__(
+        self,
+        metadata: Metadata,
+        boundary: Boundary,
+        program: Program,
+        promoted: PromotedParameters,
+        plan: ForwardPlan | None,
+    ) -> None:
         self.metadata = metadata
         self.boundary = boundary
         self.program = program
         self.promoted = promoted
+        self.plan = plan
         self.settings: NewtonSettings | None = None
         self._wanted = [v.name for v in metadata.outputs]
 
@@ -74,10 +83,11 @@ class Caller:
         if not self.promoted.specs and not overrides:
             state, batch = self.boundary.admit(inputs)
             return Admitted(state, {}, {}, batch)
+        require_unrecorded(self.boundary.where)
         in_force = self.promoted.snapshot(overrides)
         specs = self.promoted.specs
         batches = {name: tuple(t.shape[: t.ndim - len(specs[name].base_shape)]) for name, t in in_force.items()}
-        state, batch = self.boundary.admit(inputs, [b for b in batches.values() if b])
+        state, batch = self.boundary.admit(inputs, {name: b for name, b in batches.items() if b})
         rows, parameters = prod(batch), {}
         for name, value in in_force.items():
             spec = specs[name]
@@ -90,35 +100,24 @@ class Caller:
         self, call: Admitted, tangents: Mapping[str, Columns] | None = None, by: Iterable[str] = ()
     ) -> Evaluation:
         """Evaluate the outputs, and derivatives by the seeds of `tangents` and by parameters `by` (authored names)."""
-        with _BelowAutograd():
+        with BelowAutograd():
             return self.program.evaluate(
                 call.state, call.parameters, call.rows, self._wanted, self.settings, tangents, by
             )
 
-    def require_convergence(self, found: Evaluation, batch: Shape) -> None:
+    def require_convergence(self, found: Evaluation, call: Admitted) -> None:
         """Raise `ConvergenceError` if a row has not converged."""
         report = found.report
         if report is not None and not report.all_converged:
-            raise convergence_error(report, batch, self.program, self.settings, self.metadata.aliases)
+            specs = self.metadata.parameters
+            common = {p.name for p in specs if call.parameters[p.name].ndim == len(p.base_shape)}
+            parameters = {n: x.unsqueeze(0) if n in common else x for n, x in call.parameters.items()}
+            given = {**call.state, **parameters}
+            raise convergence_error(report, call.batch, self.program, self.settings, self.metadata.aliases, given)
 
     def outputs(self, values: Mapping[str, Tensor], batch: Shape) -> Tensors:
         """Outputs by boundary name in the caller's batch shape and dtype."""
-        return {port.name: self.unflatten(values[port.variable.name], batch) for port in self.boundary.outputs}
-
-    def unflatten(self, value: Tensor, batch: Shape) -> Tensor:
-        """Bring a result `(rows or 1, ...)` to the caller's batch shape and dtype."""
-        value = self.to_caller(value)
-        rows = prod(batch)
-        if value.shape[0] != rows:
-            value = value.expand((rows, *value.shape[1:]))
-        if len(batch) != 1:
-            value = value.reshape(batch + tuple(value.shape[1:]))
-        return value if value.is_contiguous() else value.contiguous()
-
-    def to_caller(self, value: Tensor) -> Tensor:
-        """Bring a result to the caller's dtype."""
-        dtype = self.boundary.dtype
-        return value.to(dtype) if value.dtype != dtype and value.is_floating_point() else value
+        return {port.name: self.boundary.unflatten(values[port.variable.name], batch) for port in self.boundary.outputs}
 
     def output_name(self, authored: str) -> str:
         """Boundary name of an output."""

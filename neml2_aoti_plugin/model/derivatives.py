@@ -12,12 +12,14 @@ from ..artifact.schema import Shape, Variable
 from ..errors import DerivativeNotCompiledError, InputError, UnknownNameError
 from ..program.program import Evaluation
 from ..program.tangents import Columns, Seed
-from .call import Caller, Tensors
+from .admission import FIRST_ITERATE
+from .call import BelowAutograd, Caller, Tensors
 
 Blocks = dict[str, dict[str, Tensor]]
 Pairs = tuple[tuple[str, str], ...]
 
-# What is differentiated by, as callers know it: ("input", name) or ("parameter", name).
+# What is differentiated by, as callers know it: ("input", name) or ("parameter", name). Autograd's plans hold first
+# iterates in the same form, (FIRST_ITERATE, name).
 By = tuple[str, str]
 
 DIRECTION: Seed = ("direction", "")
@@ -109,7 +111,7 @@ def linearise(
             parameters.append(authored)
         inside[kind, name] = (kind, authored)
     found = caller.evaluate(call, seeds, parameters) if bys else caller.evaluate(call)
-    caller.require_convergence(found, call.batch)
+    caller.require_convergence(found, call)
     matrices = []
     for out, by in pairs:
         authored = caller.boundary.output_by_name[out].variable.name
@@ -117,15 +119,17 @@ def linearise(
         entries = prod(value.shape[1:]), prod(natural_shape(caller, by))
         shape = (call.rows, *entries)
         matrix = value.new_zeros(shape) if column is None else column.expand(shape)
-        matrices.append(caller.unflatten(matrix, call.batch))
+        matrices.append(caller.boundary.unflatten(matrix, call.batch))
     return caller.outputs(found.values, call.batch), matrices, call.batch
 
 
 def natural_shape(caller: Caller, by: By) -> Shape:
-    """Shape of an input or a parameter without its batch axes."""
+    """Shape of an input, a parameter or a first iterate without its batch axes."""
     kind, name = by
     if kind == "input":
         return caller.boundary.by_name[name].variable.natural_shape
+    if kind == FIRST_ITERATE:
+        return caller.boundary.iterates[name].variable.natural_shape
     return caller.promoted.specs[name].base_shape
 
 
@@ -149,12 +153,12 @@ def jvp(
         flat = caller.boundary.flatten(checked, own, call.batch, call.rows, variable)
         seeds[variable.name] = {DIRECTION: flat.reshape((call.rows, variable.size, 1))}
     found = caller.evaluate(call, seeds)
-    caller.require_convergence(found, call.batch)
+    caller.require_convergence(found, call)
     along = {}
     for out in outs:
         value, column = found.values[out], found.tangents[out].get(DIRECTION)
         flat = torch.zeros_like(value) if column is None else column.expand(call.rows, -1, -1).reshape(value.shape)
-        along[caller.output_name(out)] = caller.unflatten(flat, call.batch)
+        along[caller.output_name(out)] = caller.boundary.unflatten(flat, call.batch)
     return caller.outputs(found.values, call.batch), along
 
 
@@ -183,18 +187,12 @@ def jacobian(
     """See `Model.jacobian`."""
     pairs = input_pairs(caller)
     call = caller.admit(inputs, overrides)
-    direct = caller.program.single_forward_blocks(call.state, call.parameters, call.rows, pairs)
-    if direct is not None:
-        values, found, constant = direct
-        blocks: Blocks = {}
-        for (out, wrt), block in found.items():
-            once = (out, wrt) in constant and block.shape[0] == 1
-            shaped = caller.to_caller(block[0]).contiguous() if once else caller.unflatten(block, call.batch)
-            blocks.setdefault(caller.output_name(out), {})[caller.input_name(wrt)] = shaped
-        return caller.outputs(values, call.batch), blocks
+    if caller.plan is not None:
+        with BelowAutograd():
+            return caller.plan.jacobian_of(call)
     seeds: dict[str, Columns] = {wrt: {("input", wrt): None} for wrt in dict.fromkeys(i for _, i in pairs)}
     evaluation = caller.evaluate(call, seeds)
-    caller.require_convergence(evaluation, call.batch)
+    caller.require_convergence(evaluation, call)
     variables = {v.name: v for v in caller.metadata.inputs}
     names = caller.metadata.aliases.inputs
     return caller.outputs(evaluation.values, call.batch), blocks_of(
@@ -212,7 +210,7 @@ def param_jacobian(
     pairs = parameter_pairs(caller, params)
     call = caller.admit(inputs, overrides)
     evaluation = caller.evaluate(call, {}, dict.fromkeys(p for _, p in pairs))
-    caller.require_convergence(evaluation, call.batch)
+    caller.require_convergence(evaluation, call)
     variables = {p.name: Variable(p.name, p.base_shape) for p in caller.metadata.parameters}
     blocks = blocks_of(caller, evaluation, call.batch, pairs, "parameter", variables, caller.promoted.public)
     return caller.outputs(evaluation.values, call.batch), blocks, call.in_force
@@ -244,7 +242,7 @@ def blocks_of(
         rows = value.shape[0]
         shape = (rows, *value.shape[1:], *wrt[by].natural_shape)
         block = value.new_zeros(shape) if column is None else column.expand(rows, -1, -1).reshape(shape)
-        blocks.setdefault(caller.output_name(out), {})[names.get(by, by)] = caller.unflatten(block, batch)
+        blocks.setdefault(caller.output_name(out), {})[names.get(by, by)] = caller.boundary.unflatten(block, batch)
     return blocks
 
 
@@ -282,9 +280,9 @@ def param_vjp(
 
 
 def _cotangent(caller: Caller, name: str, cotangent: Tensor, output: Tensor) -> Tensor:
-    caller.boundary.check_type(cotangent, name, "cotangent")
+    checked = caller.boundary.check(cotangent, name, "cotangent")
     try:
-        return cotangent.detach().expand(output.shape)
+        return checked.detach().expand(output.shape)
     except RuntimeError:
         raise InputError(
             f"cotangent {name!r} has shape {tuple(cotangent.shape)}, which does not broadcast to the output's "

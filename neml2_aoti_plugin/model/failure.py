@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from math import prod
 
 import torch
+from torch import Tensor
 
 from .. import errors
 from ..artifact.schema import Aliases, Shape
@@ -31,7 +33,12 @@ def capturing() -> bool:
 
 
 def convergence_error(
-    report: Report, batch: Shape, program: Program, settings: NewtonSettings | None, aliases: Aliases
+    report: Report,
+    batch: Shape,
+    program: Program,
+    settings: NewtonSettings | None,
+    aliases: Aliases,
+    given: Mapping[str, Tensor],
 ) -> RuntimeError:
     """The error for an evaluation in which rows did not converge.
 
@@ -41,9 +48,10 @@ def convergence_error(
         program: that was evaluated.
         settings: Newton settings in place of the artifact's.
         aliases: names at the boundary.
+        given: inputs and parameters of the call by authored name, `(rows or 1, ...)`.
 
     Returns:
-        A `ConvergenceError`; with `converged_mask` and `unknowns` if failures are captured.
+        A `ConvergenceError` with `converged_mask` and `rows`; with `unknowns` too if failures are captured.
     """
     statistics, segments = report.statistics()
     failed = (~statistics.converged).nonzero().squeeze(-1)
@@ -70,14 +78,47 @@ def convergence_error(
         lines.append(f"  row {place}: {words} at iteration {count}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
     if len(failed) > SHOWN:
         lines.append(f"  ... and {len(failed) - SHOWN} more")
-    remedy = "reduce the outer step" if level else "reduce the time step"
-    lines.append(f"Try a better predictor, a line search, or {remedy}; Model.solve returns the rows that converge.")
+    told, explained = not_finite(given, failed, {**aliases.parameters, **aliases.inputs})
+    lines += told
+    if not explained:
+        remedy = "reduce the outer step" if level else "reduce the time step"
+        lines.append(f"Try a better predictor, a line search, or {remedy}; Model.solve returns the rows that converge.")
     error = errors.ConvergenceError("\n".join(lines))
+    error.converged_mask = statistics.converged.reshape(batch)  # type: ignore[attr-defined]
+    error.rows = failed  # type: ignore[attr-defined]
     if capturing():
         names = {**aliases.inputs, **aliases.outputs}
+        # Of the first try, as the iterates are, before steps were cut.
         error.converged_mask = report.tried().reshape(batch)  # type: ignore[attr-defined]
         error.unknowns = {  # type: ignore[attr-defined]
             names.get(name, name): value.reshape(batch + tuple(value.shape[1:]))
             for name, value in report.unknowns().items()
         }
     return error
+
+
+def not_finite(given: Mapping[str, Tensor], failed: Tensor, names: Mapping[str, str]) -> tuple[list[str], bool]:
+    """Name what was given with NaN or infinite entries to rows that failed; looked for only when a solve has failed.
+
+    Args:
+        given: inputs and parameters by authored name, `(rows or 1, ...)`.
+        failed: indices of the failed rows.
+        names: boundary names, where they differ.
+
+    Returns:
+        A line for each, and whether they explain the failure of all these rows.
+    """
+    lines, explained = [], torch.zeros_like(failed, dtype=torch.bool)
+    for name, value in given.items():
+        if not value.is_floating_point() or bool(value.isfinite().all()):
+            continue
+        lost = ~value.isfinite().reshape(value.shape[0], -1).all(-1)
+        lost = lost[failed] if value.shape[0] > 1 else lost.expand(len(failed))
+        if bool(lost.any()):
+            lines.append(
+                f"{names.get(name, name)!r} is not finite (NaN or infinite) in {int(lost.sum())} of these rows."
+            )
+            explained = explained | lost
+    if lines:
+        lines[-1] += " Give finite values; no solver setting mends this. Model.solve returns the rows that converge."
+    return lines, bool(explained.all())

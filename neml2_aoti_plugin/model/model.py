@@ -22,14 +22,14 @@ from .admission import Boundary
 from .call import Caller, Tensors, masked
 from .derivatives import Blocks, By
 from .module import CompiledModule
-from .plan import direct_call
+from .plan import forward_plan
 from .promoted import PromotedParameters
 
 MODE = "NEML2_AOTI_PLUGIN_MODE"
 MODES = ("rowwise", "lockstep")
 
 # What `Model._load` makes, and no pickle holds.
-_LOADED = ("artifact", "inputs", "outputs", "_metadata", "_boundary", "_caller", "_direct", "_origin")
+_LOADED = ("artifact", "inputs", "outputs", "first_iterates", "_metadata", "_boundary", "_caller", "_plan", "_origin")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Model(CompiledModule):
     """A compiled model: raw tensors in, raw tensors out.
 
     Inputs are dicts from name to tensor `(*batch, *sub_batch, *base)`, with batch shapes of any rank that broadcast.
+    Beside the inputs they may hold unknowns of implicit segments, the keys of `first_iterates`: where Newton's method
+    starts. Within the tolerance no result depends on that; no derivative does.
     A torch module: autograd follows `forward`, by inputs and promoted parameters that require grad; the promoted
     parameters are frozen until `requires_grad_()`. What the other calls return is detached. Copies and pickles hold
     where the artifact is and not the artifact; they load it anew and refuse another one.
@@ -99,15 +101,16 @@ class Model(CompiledModule):
         if made is not None:
             recipe.require_same(made, origin)
         program = Program(metadata, packages, place.device, self.mode == "lockstep")
-        boundary = Boundary(metadata, place.device, place.dtype, program.dtype, str(place.metadata.parent))
+        boundary = Boundary(metadata, place, program.dtype)
         promoted = PromotedParameters(metadata, boundary, self)
         self.artifact = place.metadata.parent
         self._metadata, self._boundary = metadata, boundary
-        self._caller = Caller(metadata, boundary, program, promoted)
-        self._direct = direct_call(program, boundary)
+        self._plan = forward_plan(program, boundary)
+        self._caller = Caller(metadata, boundary, program, promoted, self._plan)
         self._origin = origin
         self.inputs = {port.name: replace(port.variable, name=port.name) for port in boundary.inputs}
         self.outputs = {port.name: replace(port.variable, name=port.name) for port in boundary.outputs}
+        self.first_iterates = {name: replace(p.variable, name=name) for name, p in boundary.iterates.items()}
 
     @property
     def _promoted(self) -> PromotedParameters:
@@ -219,7 +222,7 @@ class Model(CompiledModule):
         """Evaluate the outputs.
 
         Args:
-            inputs: by name, each `(*batch, *sub_batch, *base)`.
+            inputs: by name, each `(*batch, *sub_batch, *base)`; perhaps with first iterates, see the class.
             param_overrides: values of promoted parameters for this call only, `(*batch, *base)`.
 
         Returns:
@@ -229,8 +232,8 @@ class Model(CompiledModule):
             ConvergenceError: rows of an implicit segment did not converge.
             InputError: an input or an override does not fit.
         """
-        if self._direct is not None and not param_overrides:
-            found = self._direct(inputs)
+        if self._plan is not None and not param_overrides:
+            found = self._plan.forward(inputs)
             if found is not None:
                 return found
         return self.forward_with_batch(inputs, param_overrides)[0]
@@ -245,7 +248,7 @@ class Model(CompiledModule):
         with torch.no_grad():
             call = self._caller.admit(inputs, param_overrides)
             found = self._caller.evaluate(call)
-            self._caller.require_convergence(found, call.batch)
+            self._caller.require_convergence(found, call)
             return self._caller.outputs(found.values, call.batch), call.batch
 
     def linearise(
@@ -345,8 +348,8 @@ class Model(CompiledModule):
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
-        if self._direct is not None and not param_overrides:
-            found = self._direct.jacobian(inputs)
+        if self._plan is not None and self._metadata.derivatives and not param_overrides:
+            found = self._plan.jacobian(inputs)
             if found is not None:
                 return found
         with torch.no_grad():

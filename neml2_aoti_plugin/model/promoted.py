@@ -10,6 +10,16 @@ from torch import Tensor, nn
 from ..artifact.schema import Metadata, Parameter, Shape
 from ..errors import ArtifactError, InputError, UnknownNameError
 from .admission import Boundary
+from .memory import with_memory
+
+# What models keep in attributes of their own.
+RESERVED = frozenset(
+    {
+        *("artifact", "first_iterates", "inputs", "mode", "outputs", "input_spec", "input_sub_batch", "output_spec"),
+        *("_boundary", "_caller", "_files", "_given", "_metadata", "_plan", "_solver"),
+        *("_declared", "_hit_name", "_inner", "_iterate_spec", "_output_wrappers", "_wrappers"),
+    }
+)
 
 
 class Group(nn.Module):
@@ -32,6 +42,8 @@ class PromotedParameters:
             rename.get(p.name, p.name): p for p in sorted(metadata.parameters, key=lambda p: rename.get(p.name, p.name))
         }
         self.public = {p.name: name for name, p in self.specs.items()}
+        for name in self.specs:
+            _require_free(name, owner, boundary.where)
         self._homes = {name: _home(owner, name) for name in self.specs}
         for name, spec in self.specs.items():
             node, leaf = self._homes[name]
@@ -79,9 +91,10 @@ class PromotedParameters:
         spec, own = self.specs[name], self.values[name].dtype
         if isinstance(value, (bool, int, float)):
             return torch.full(spec.base_shape, value, dtype=own, device=self._boundary.device)
-        if not (isinstance(value, Tensor) and value.dtype == own and not own.is_floating_point):
-            self._boundary.check_type(value, name, "parameter")
-        assert isinstance(value, Tensor)
+        if isinstance(value, Tensor) and value.dtype == own and not own.is_floating_point:
+            value = with_memory(value, name, "parameter")
+        else:
+            value = self._boundary.check(value, name, "parameter")
         if batch_of(value, spec) is None:
             wanted = ", ".join(("*batch", *map(str, spec.base_shape)))
             raise InputError(
@@ -106,6 +119,17 @@ def batch_of(value: Tensor, spec: Parameter) -> Shape | None:
     """The batch shape of a parameter's value; None where its trailing axes are not the base shape."""
     rank = value.ndim - len(spec.base_shape)
     return tuple(value.shape[:rank]) if rank >= 0 and tuple(value.shape[rank:]) == spec.base_shape else None
+
+
+def _require_free(name: str, owner: nn.Module, where: str) -> None:
+    """Refuse a name under which the module would find something else than the parameter."""
+    first = name.partition(".")[0]
+    taken = first in owner.__dict__ or first in RESERVED
+    if taken:
+        raise ArtifactError(
+            f"{where}: the parameter {name!r} would take the place of the attribute {first!r} of the model. Give it "
+            "another name: compile the model again with neml2-compile --rename-parameter."
+        )
 
 
 def _home(owner: nn.Module, name: str) -> tuple[nn.Module, str]:

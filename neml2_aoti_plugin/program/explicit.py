@@ -33,7 +33,8 @@ class ExplicitSegment:
         """Parameters that the graphs take once for all rows."""
         return () if self._per_row else self.spec.parameters
 
-    def _call(self, graph: Graph, state: dict[str, Tensor], values: Values, rows: int) -> list[Tensor]:
+    def call(self, graph: Graph, state: dict[str, Tensor], values: Values, rows: int) -> list[Tensor]:
+        """What one of its graphs gives, each output `(rows or 1, ...)`."""
         inputs = [state[name] for name in self.spec.inputs]
         if self._per_row:
             return graph(inputs + values.expanded(self.spec.parameters, rows), order=self.spec.order)
@@ -41,7 +42,7 @@ class ExplicitSegment:
 
     def run(self, state: dict[str, Tensor], values: Values, rows: int) -> None:
         """Evaluate the outputs into `state`."""
-        outputs = self._call(self.value, state, values, rows)
+        outputs = self.call(self.value, state, values, rows)
         check_arity(self.value, outputs, len(self.spec.outputs))
         state.update(zip(self.spec.outputs, outputs, strict=True))
 
@@ -71,14 +72,14 @@ class ExplicitSegment:
     def blocks(self, state: dict[str, Tensor], values: Values, rows: int) -> list[tuple[Pair, Tensor]]:
         """Evaluate the outputs into `state`; give the derivative blocks `(rows or 1, *sites, out, wrt)`."""
         assert self.jacobian is not None and self.spec.jacobian is not None
-        outputs = self._call(self.jacobian, state, values, rows)
+        outputs = self.call(self.jacobian, state, values, rows)
         state.update(zip(self.spec.outputs, outputs[: self.spec.jacobian.skip], strict=False))
         return self._cut(self.jacobian, self.spec.jacobian, outputs)
 
     def parameter_blocks(self, state: dict[str, Tensor], values: Values, rows: int) -> list[tuple[Pair, Tensor]]:
         """The derivative blocks by parameters, `(rows or 1, *sites, out, parameter)`."""
         assert self.parameter_jacobian is not None and self.spec.parameter_jacobian is not None
-        outputs = self._call(self.parameter_jacobian, state, values, rows)
+        outputs = self.call(self.parameter_jacobian, state, values, rows)
         return self._cut(self.parameter_jacobian, self.spec.parameter_jacobian, outputs)
 
     def _cut(self, graph: Graph, of: PairGraph, outputs: list[Tensor]) -> list[tuple[Pair, Tensor]]:

@@ -20,7 +20,7 @@ from .explicit import ExplicitSegment
 from .implicit import ImplicitSegment
 from .parameters import Values
 from .report import Report, SegmentOutcome
-from .tangents import Columns, Seed, Tangents, dense, per_site, select
+from .tangents import Columns, Seed, Tangents, dense, select
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Program:
         """
         values = Values(parameters, self._base_ranks)
         names, seeds = list(wanted), frozenset(by)
-        parts = list(self._parts(values, rows))
+        parts = list(self.parts(values, rows))
         if len(parts) == 1 and parts[0][0] is None:
             return self._run(dict(state), values, rows, names, settings, tangents, seeds)
         whole: Evaluation | None = None
@@ -157,43 +157,7 @@ class Program:
         assert whole is not None
         return whole
 
-    def single_forward_blocks(
-        self, state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], rows: int, pairs: Iterable[tuple[str, str]]
-    ) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor], frozenset[tuple[str, str]]] | None:
-        """Values and derivative blocks of a model that is one forward segment, as its graph gives them.
-
-        Args:
-            state: as for `evaluate`.
-            parameters: as for `evaluate`.
-            rows: the batch.
-            pairs: authored (output, input) pairs.
-
-        Returns:
-            The outputs, each block `(rows or 1, *sites, *out_base, *in_base)`, and the pairs whose block is known not
-            to depend on the row; None where the model is another.
-        """
-        segment = self.segments[0]
-        values = Values(parameters, self._base_ranks)
-        alone = len(self.segments) == 1 and isinstance(segment, ExplicitSegment) and segment.spec.jacobian is not None
-        if not alone or not isinstance(segment, ExplicitSegment) or values.per_row(self._common):
-            return None
-        found = dict(state)
-        blocks = {(pair.out, pair.wrt): (pair, block) for pair, block in segment.blocks(found, values, rows)}
-        shaped: dict[tuple[str, str], Tensor] = {}
-        variables = {v.name: v for v in (*self.metadata.inputs, *self.metadata.outputs)}
-        for out, wrt in pairs:
-            if (out, wrt) in blocks:
-                pair, block = blocks[out, wrt]
-                value = found[out]
-                sites = tuple(value.shape[1 : value.ndim - len(pair.out_base_shape)])
-                shaped[out, wrt] = per_site(block, pair, sites, segment.spec.value)
-            else:
-                base = variables[out].base_shape + variables[wrt].base_shape
-                shaped[out, wrt] = found[out].new_zeros((1, *base))
-        constant = frozenset(key for key, (pair, _) in blocks.items() if pair.constant)
-        return {v.name: found[v.name] for v in self.metadata.outputs}, shaped, constant
-
-    def _parts(self, values: Values, rows: int) -> Iterator[tuple[Tensor | slice | None, dict[str, Tensor]]]:
+    def parts(self, values: Values, rows: int) -> Iterator[tuple[Tensor | slice | None, dict[str, Tensor]]]:
         """Cut the rows into those that share the parameters which graphs take only once, and into blocks."""
         varying = values.per_row(self._common)
         if not varying or rows == 0:

@@ -144,11 +144,11 @@ def _gmres_cycle(
         taken += ~done
         w = operator(basis[:, j])
         span = basis[:, : j + 1]
-        h = torch.matmul(span, w.unsqueeze(-1))
-        w = w - torch.matmul(span.mT, h).squeeze(-1)
-        again = torch.matmul(span, w.unsqueeze(-1))
-        w = w - torch.matmul(span.mT, again).squeeze(-1)
-        column = list((h + again).squeeze(-1).unbind(-1))
+        h = _products(span, w, together)
+        w = w - _combined(span, h, together)
+        again = _products(span, w, together)
+        w = w - _combined(span, again, together)
+        column = list((h + again).unbind(-1))
         below = _norm(w)
 
         for i, (c, s) in enumerate(rotations):
@@ -178,8 +178,8 @@ def _gmres_cycle(
     if not together:
         # Directions found after a row was done are none of its own.
         right = torch.where(torch.arange(size, device=r.device) < taken.unsqueeze(-1), right, 0.0)
-    y = torch.linalg.solve_triangular(triangle, right.unsqueeze(-1), upper=True)
-    return torch.matmul(basis[:, :size].mT, y).squeeze(-1), done, used, taken
+    y = torch.linalg.solve_triangular(triangle, right.unsqueeze(-1), upper=True).squeeze(-1)
+    return _combined(basis[:, :size], y, together), done, used, taken
 
 
 def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
@@ -193,6 +193,7 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
     apply = minv if minv is not None else _identity
     eps = torch.finfo(b.dtype).eps
     least = eps if settings.absolute_floor else eps * eps
+    together = settings.together
     exponent = torch.frexp(b.abs().amax(-1)).exponent.unsqueeze(-1)
     if settings.absolute_floor:
         exponent = torch.zeros_like(exponent)
@@ -206,18 +207,18 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
     left = len(b) - int(done.sum())
     used, by_row = 0, torch.zeros_like(done, dtype=torch.int64)
     while used < settings.max_its and left:
-        rho_old, rho = rho, _dot(shadow, r)
+        rho_old, rho = rho, _dot(shadow, r, together)
         beta = (rho / _away_from_zero(rho_old, least)) * (alpha / _away_from_zero(omega, least))
         p_new = r + beta * (p - omega * v)
         # A row that is done keeps its direction, so that nothing it computes from it runs away.
         p = p_new if left == len(b) else torch.where(done.unsqueeze(-1), p, p_new)
         towards = apply(p)
         v = matvec(towards)
-        alpha = rho / _away_from_zero(_dot(shadow, v), least)
+        alpha = rho / _away_from_zero(_dot(shadow, v, together), least)
         s = r - alpha * v
         sideways = apply(s)
         t = matvec(sideways)
-        omega = _dot(t, s) / _dot(t, t).clamp(min=least)
+        omega = _dot(t, s, together) / _dot(t, t, together).clamp(min=least)
         x_new = x + alpha * towards + omega * sideways
         r_new = s - omega * t
         if left == len(b):
@@ -243,9 +244,34 @@ def _norm(v: Tensor, exponent: Tensor | None = None) -> Tensor:
     return norm if exponent is None else torch.ldexp(norm, exponent.squeeze(-1))
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    # A product of matrices, not a sum of products: BiCGStab magnifies a difference in the last bit.
-    return torch.matmul(a.unsqueeze(-2), b.unsqueeze(-1)).squeeze(-1)
+def _dot(a: Tensor, b: Tensor, together: bool) -> Tensor:
+    """Product of each row with its partner, `(rows, 1)`.
+
+    BiCGStab magnifies a difference in the last bit: rows that are together take the sum as neml2's C++ runtime does,
+    others in the order of the entries, whatever the number of rows.
+    """
+    if together:
+        return torch.matmul(a.unsqueeze(-2), b.unsqueeze(-1)).squeeze(-1)
+    return _in_order(a * b)
+
+
+def _products(span: Tensor, w: Tensor, together: bool) -> Tensor:
+    """Products of each row `w` `(rows, N)` with its vectors `(rows, k, N)`, `(rows, k)`."""
+    if together:
+        return torch.matmul(span, w.unsqueeze(-1)).squeeze(-1)
+    return _in_order(span * w.unsqueeze(-2)).squeeze(-1)
+
+
+def _combined(span: Tensor, h: Tensor, together: bool) -> Tensor:
+    """Each row's vectors `(rows, k, N)`, weighed by `(rows, k)` and added, `(rows, N)`."""
+    if together:
+        return torch.matmul(span.mT, h.unsqueeze(-1)).squeeze(-1)
+    return _in_order(span.mT * h.unsqueeze(-2)).squeeze(-1)
+
+
+def _in_order(terms: Tensor) -> Tensor:
+    """Sum over the last axis from first to last: a product of matrices rounds a row by the number of rows."""
+    return terms.cumsum(-1)[..., -1:] if terms.shape[-1] else terms.sum(-1, keepdim=True)
 
 
 def _away_from_zero(d: Tensor, least: float) -> Tensor:

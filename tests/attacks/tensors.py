@@ -1,0 +1,211 @@
+"""Tensors that look like plain ones and are not: by name, what makes one of a plain tensor, and what an error must say.
+
+A program that calls a model with one of them: `python -m attacks.tensors NAME ARTIFACT...`; it prints how each call
+ended. A graph that reads a tensor without memory ends the process.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.masked import masked_tensor
+
+
+class Wrapper(torch.Tensor):
+    """A tensor around another one, with no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, of: Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, of.shape, dtype=of.dtype, device=of.device)
+
+    def __init__(self, of: Tensor) -> None:
+        self.of = of
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda x: x.of, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+class Plain(torch.Tensor):
+    """A class of a user's, which changes nothing."""
+
+
+class Loud(torch.Tensor):
+    """A class of a user's that sees torch's functions."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def fake(x: Tensor) -> Tensor:
+    with FakeTensorMode() as mode:
+        return mode.from_tensor(x)
+
+
+def without_storage(x: Tensor, left: int = 0) -> Tensor:
+    found = x.clone()
+    found.untyped_storage().resize_(left)
+    return found
+
+
+def sliced_without_storage(x: Tensor) -> Tensor:
+    whole = torch.cat([x.flatten(), x.flatten()])
+    found = whole[x.numel() :].view(x.shape)
+    whole.untyped_storage().resize_(x.numel() * x.element_size())
+    return found
+
+
+def uninitialized(x: Tensor) -> Tensor:
+    return torch.nn.parameter.UninitializedParameter(requires_grad=False, dtype=x.dtype)
+
+
+def negative(x: Tensor) -> Tensor:
+    return torch.complex(x, -x).conj().imag
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "fake": (fake, "FakeTensor"),
+    "wrapper": (Wrapper, "Wrapper"),
+    "masked": (lambda x: masked_tensor(x, torch.ones_like(x, dtype=torch.bool)), "MaskedTensor"),
+    "functional": (torch._to_functional_tensor, "functional tensor"),
+    "zero": (lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype), "zero tensor"),
+    "freed": (without_storage, "storage of 0 bytes"),
+    "shrunk": (lambda x: without_storage(x, 8), "storage of 8 bytes"),
+    "shrunk below a slice": (sliced_without_storage, "storage of"),
+    "sparse": (lambda x: x.to_sparse(), "torch.sparse_coo"),
+    "sparse rows": (lambda x: x.reshape(1, -1).to_sparse_csr(), "torch.sparse_csr"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "nested tensor"),
+    "jagged": (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "NestedTensor"),
+    "meta": (lambda x: x.to("meta"), "meta"),
+    "uninitialized": (uninitialized, "UninitializedParameter"),
+    "quantized": (lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8), "qint8"),
+}
+
+# These have memory, and count as what they are.
+ADMITTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "negative": negative,
+    "negative view": lambda x: torch._neg_view(-x),
+    "negative and transposed": lambda x: torch._neg_view((-x).movedim(0, -1).contiguous().movedim(-1, 0)),
+    "conjugate": lambda x: torch.complex(x, x).conj().real,
+    "class": lambda x: x.as_subclass(Plain),
+    "class with functions": lambda x: x.as_subclass(Loud),
+    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
+    "buffer": torch.nn.Buffer,
+    "inference": lambda x: inference(x),
+}
+
+
+def inference(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
+def calls(model: Any, inputs: dict[str, Tensor], make: Callable[[Tensor], Tensor]) -> dict[str, Callable[[], Any]]:
+    """Each place in which such a tensor can be given."""
+    name = next(n for n, v in model.inputs.items() if v.base_shape)
+    x = inputs[name]
+    found: dict[str, Callable[[], Any]] = {
+        "forward": lambda: model.forward({**inputs, name: make(x)}),
+        "forward of a grid": lambda: model.forward({**inputs, name: make(x.expand(2, *x.shape).clone())}),
+        "solve": lambda: model.solve({**inputs, name: make(x)}).outputs,
+    }
+    leaves = {n: v.clone().requires_grad_() for n, v in inputs.items()}
+    found["forward with grad"] = lambda: {n: v.detach() for n, v in model.forward({**leaves, name: make(x)}).items()}
+    if model.derivative_pairs:
+        found["jacobian"] = lambda: model.jacobian({**inputs, name: make(x)})[0]
+        found["jvp"] = lambda: model.jvp(inputs, {name: make(x)})[1]
+    for parameter, value in model.named_parameters().items():
+        try:
+            override = make(value.detach().expand(len(x)).clone())
+        except RuntimeError:
+            # torch makes no such tensor of scalars.
+            continue
+        found[f"override of {parameter}"] = lambda p=parameter, o=override: model.forward(inputs, {p: o})
+    for unknown, variable in model.first_iterates.items():
+        if variable.base_shape:
+            first = torch.zeros(len(x), *variable.base_shape, dtype=torch.float64)
+            found[f"first iterate of {unknown}"] = lambda u=unknown, f=first: model.forward({**inputs, u: make(f)})
+    return found
+
+
+def typical(model: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, variable in model.inputs.items():
+        value = torch.rand(3, *variable.natural_shape, generator=generator, dtype=torch.float64)
+        found[name] = 1e-4 * value if variable.base_shape else torch.full((3,), float(name == "t"), dtype=torch.float64)
+    return found
+
+
+def refuse(name: str, model: Any) -> list[str]:
+    """Give such a tensor in each place; tell where it was not refused in the right words."""
+    make, words = REFUSED[name]
+    wrong = []
+    from neml2_aoti_plugin import InputTypeError
+
+    for call, run in calls(model, typical(model), make).items():
+        try:
+            run()
+            wrong.append(f"{call}: no error")
+        except InputTypeError as error:
+            if words not in str(error):
+                wrong.append(f"{call}: {error}")
+        except Exception as error:
+            wrong.append(f"{call}: {type(error).__name__}: {error}")
+    return wrong
+
+
+def admit(name: str, model: Any) -> list[str]:
+    """Give such a tensor in each place; tell where it gave other numbers than a plain one."""
+    wrong = []
+    plain = calls(model, typical(model), torch.clone)
+    for call, run in calls(model, typical(model), ADMITTED[name]).items():
+        expected, found = plain[call](), run()
+        for out, value in expected.items():
+            if type(found[out]) is not Tensor or not torch.equal(found[out].isnan(), value.isnan()):
+                wrong.append(f"{call}: {out} is a {type(found[out]).__name__}")
+            elif not torch.equal(found[out].nan_to_num(), value.nan_to_num()):
+                wrong.append(f"{call}: {out} differs")
+    return wrong
+
+
+def modes() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """Modes that take the place of torch's operations."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Passing(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    return {
+        "FakeTensorMode": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+        "FunctionalTensorMode": FunctionalTensorMode,
+        "Passing": Passing,
+        "": nullcontext,
+    }
+
+
+def main(kind: str, *artifacts: str) -> None:
+    """Run a program of this module on artifacts."""
+    from neml2_aoti_plugin import Model
+
+    warnings.simplefilter("ignore")
+    run = refuse if kind in REFUSED else admit
+    for artifact in artifacts:
+        for line in run(kind, Model(artifact)):
+            print(f"{artifact}: {line}")
+    print("done")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
