@@ -47,6 +47,12 @@ def check_names(found: s.Metadata, file: str) -> None:
     missing = {v.name for v in found.outputs} - known
     if missing:
         raise ArtifactError(f"{file}: no segment computes the outputs {sorted(missing)}.")
+    inputs, outputs = {v.name for v in found.inputs}, {v.name for v in found.outputs}
+    unknown = {i for _, i in found.derivatives} - inputs | {
+        o for o, _ in (*found.derivatives, *found.parameter_derivatives) if o not in outputs
+    }
+    if unknown:
+        raise ArtifactError(f"{file}: derivatives name {sorted(unknown)}, which are no inputs or outputs of the model.")
     unpromoted = {p for _, p in found.parameter_derivatives} - parameters
     if unpromoted:
         raise ArtifactError(f"{file}: parameter_derivatives name {sorted(unpromoted)}, which are not promoted.")

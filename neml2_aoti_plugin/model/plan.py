@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..artifact.schema import Pair, Shape
-from ..graphs.graph import Graph
 from ..program.explicit import ExplicitSegment
 from ..program.parameters import Values
 from ..program.program import Program
@@ -21,6 +20,9 @@ from ..program.systems import check_arity
 from ..program.tangents import forward_block, per_site
 from .admission import FORMS, Boundary
 from .call import Admitted, Tensors
+
+if TYPE_CHECKING:
+    from ..graphs.graph import Graph
 
 Blocks = dict[str, dict[str, Tensor]]
 
