@@ -27,6 +27,8 @@ IMPLICIT = [
 ALIKE = 1e-12
 # A compiled preconditioner multiplies matrices, whose rounding depends on the number of rows of the call.
 PRECONDITIONED = {"krylov_precond": 1e-11}
+# Models that kernels do not take: several groups, or iterative solves.
+OTHERS = ("krylov", "krylov_precond", "bicgstab", "cross_group")
 TOLERANCES = (1e-6, 1e-8, 1e-10)
 SIZES = (1, 2, 7, 63, 64, 65)
 COUNT = 65
@@ -175,3 +177,24 @@ def test_what_is_left_comes_from_the_vector_tails_of_the_graphs(tolerance: float
         found = solve(index)
         assert torch.equal(found.unknowns[0], together.unknowns[0][index])
         assert torch.equal(found.statistics.norm, together.statistics.norm[index])
+
+
+@pytest.mark.parametrize("tolerance", TOLERANCES)
+@pytest.mark.parametrize("name", [name for name in IMPLICIT if name not in SUBSTEPPED])
+def test_implementations_agree(name: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, rows = references.case(name), uneven(name)
+    found = {}
+    for implementation in ("numba", "torch"):
+        monkeypatch.setenv(VARIABLE, implementation)
+        model = loaded(case, tolerance)
+        assert all(s.implementation.startswith(implementation) for s in model._caller.program.implicit) or (
+            implementation == "numba" and name in OTHERS
+        )
+        found[implementation] = model.solve(rows)
+    kernels, tensors = found.values()
+    assert torch.equal(kernels.converged, tensors.converged)
+    assert torch.equal(kernels.iterations, tensors.iterations)
+    for out, value in kernels.outputs.items():
+        good = kernels.converged
+        scale = float(value[good].abs().max())
+        assert float((value[good] - tensors.outputs[out][good]).abs().max()) <= 1e-13 * scale, out

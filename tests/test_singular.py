@@ -11,7 +11,7 @@ from neml2.solvers import ConvergenceError
 
 import references
 from attacks.children import run
-from neml2_aoti_plugin import Model
+from neml2_aoti_plugin import ArtifactError, Model
 from neml2_aoti_plugin.solve.choice import VARIABLE
 
 DIVERGING = """
@@ -102,3 +102,22 @@ def test_all_blocks_of_a_model_that_converges_are_finite() -> None:
     case = references.case("viscoplasticity")
     _, blocks = Model(case.artifact).jacobian(case.rows())
     assert all(bool(block.isfinite().all()) for row in blocks.values() for block in row.values())
+
+
+def test_a_predictor_of_another_model_is_refused_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = references.case("viscoplasticity")
+    model = case.load()
+    segment = model._caller.program.implicit[0]
+    predictor = segment.predictor
+    assert predictor is not None
+
+    class OneMore:
+        file = predictor.file
+
+        def __call__(self, *arguments: Any) -> Any:
+            outputs = predictor(*arguments)
+            return [*outputs, outputs[0]]
+
+    monkeypatch.setattr(segment, "predictor", OneMore())
+    with pytest.raises(ArtifactError, match=r"predictor\.pt2: predictor returned 3 outputs, expected 2\. The package"):
+        model.forward(case.rows())
