@@ -139,19 +139,31 @@ class GraphProducts(Bound):
     """Matrix-vector products and a preconditioner; see `solve.preconditioned.Products`.
 
     Iterative solves enlarge what graphs round otherwise in the last rows of a call, those that do not fill a vector of
-    the processor. So that a row does not depend on its company, calls are filled up to whole vectors.
+    the processor. So that a row does not depend on its company, calls are filled up to whole vectors, except where all
+    is done as by neml2's C++ runtime.
     """
+
+    def _run(
+        self, graph: Graph, batched: Sequence[Tensor], parameters: Sequence[Tensor] = (), behind: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        rows = batched[0].shape[0]
+        more = -rows % VECTOR
+        if not rows or not more or self.graphs.as_native:
+            return graph(batched, parameters, behind)
+        filled = [[torch.cat([x, x[:1].expand(more, *x.shape[1:])]) for x in group] for group in (batched, behind)]
+        outputs = graph(filled[0], parameters, filled[1])
+        return [x[:rows] if x.shape[0] == rows + more else x for x in outputs]
 
     def residual(self, u: Groups) -> Groups:
         """See `solve.preconditioned.Products`."""
-        b = _in_whole_vectors(self.graphs.residual, [*u, *self.g], self.parameters)
+        b = self._run(self.graphs.residual, [*u, *self.g], self.parameters)
         check_arity(self.graphs.residual, b, self.graphs.residual_groups)
         return b
 
     def product(self, u: Groups, v: Groups) -> Sequence[Tensor]:
         """See `solve.preconditioned.Products`."""
         assert self.graphs.matvec is not None
-        return _in_whole_vectors(self.graphs.matvec, [*u, *self.g], self.parameters, v)
+        return self._run(self.graphs.matvec, [*u, *self.g], self.parameters, v)
 
     def set_up(self, u: Groups) -> Sequence[Tensor] | None:
         """See `solve.preconditioned.Products`."""
@@ -161,29 +173,16 @@ class GraphProducts(Bound):
         count = len(u) + len(self.g) + len(self.parameters)
         # neml2 traces the preconditioner without promoted parameters, although it may read them.
         takes_them = graph.signature is not None and len(graph.signature.arguments) == count
-        return _in_whole_vectors(graph, [*u, *self.g], self.parameters if takes_them else ())
+        return self._run(graph, [*u, *self.g], self.parameters if takes_them else ())
 
     def precondition(self, state: Sequence[Tensor], r: Tensor) -> Tensor:
         """See `solve.preconditioned.Products`."""
         assert self.graphs.precond_apply is not None
-        return _in_whole_vectors(self.graphs.precond_apply, [*state, r])[0]
+        return self._run(self.graphs.precond_apply, [*state, r])[0]
 
     def take(self, rows: Tensor) -> Products:
         """See `solve.preconditioned.Products`."""
         return GraphProducts(self.graphs, self._some(rows), self.parameters)
-
-
-def _in_whole_vectors(
-    graph: Graph, batched: Sequence[Tensor], parameters: Sequence[Tensor] = (), behind: Sequence[Tensor] = ()
-) -> list[Tensor]:
-    """Run a graph with its rows filled up by copies of the first one."""
-    rows = batched[0].shape[0]
-    more = -rows % VECTOR
-    if not more or not rows:
-        return graph(batched, parameters, behind)
-    filled = [[torch.cat([x, x[:1].expand(more, *x.shape[1:])]) for x in group] for group in (batched, behind)]
-    outputs = graph(filled[0], parameters, filled[1])
-    return [x[:rows] if x.shape[0] == rows + more else x for x in outputs]
 
 
 class SystemGraphs:
@@ -207,6 +206,7 @@ class SystemGraphs:
     krylov: KrylovSettings | None = None
 
     def __init__(self, segment: ImplicitSegment, graph_of: GraphOf, device: torch.device, as_native: bool) -> None:
+        self.as_native = as_native
         self.residual = graph_of(segment.residual)
         self.residual_groups, self.unknown_groups = len(segment.residuals), len(segment.unknowns)
         self.layouts = layout_of(segment.unknowns), layout_of(segment.residuals)
