@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neml2_aoti_plugin import log
 from neml2_aoti_plugin.errors import AOTIError
-from neml2_aoti_plugin.host.eager import CallableProducts
+from neml2_aoti_plugin.host.callables import CallableProducts
 from neml2_aoti_plugin.settings import KrylovSettings
 from neml2_aoti_plugin.solve.groups import Group
 from neml2_aoti_plugin.solve.krylov import bicgstab, gmres, solve_linear
