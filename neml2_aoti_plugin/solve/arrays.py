@@ -38,6 +38,13 @@ class Workspace:
         self.vectors, self.givens = vectors.numpy(), givens.numpy()
         self.numbers, self.indices = np.empty((rows, 4)), np.empty((rows, 3), np.int64)
         self.lu, self.pivots = np.empty((rows, n, n)), np.empty((rows, n), np.int64)
+        self._views = self.u, self.g, self.trial
+
+    def live(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Unknowns, givens and trials of the live rows; the same tensors as long as their number is the same."""
+        if len(self._views[0]) != count:
+            self._views = self.u[:count], self.g[:count], self.trial[:count]
+        return self._views
 
 
 class Workspaces:
@@ -112,8 +119,9 @@ class ArrayRows:
     def start(self) -> None:
         """See `newton.Rows`."""
         space = self._space
-        space.u[: self._rows].copy_(self._first)
-        space.g[: self._rows].copy_(self._givens)
+        u, g, _ = space.live(self._rows)
+        u.copy_(self._first)
+        g.copy_(self._givens)
         if self._rows:
             self._linearise()
             self.live = kernels.begin(
@@ -129,8 +137,8 @@ class ArrayRows:
             )
 
     def _linearise(self) -> None:
-        space, live = self._space, self.live
-        b, a = self._jacobian(space.u[:live], space.g[:live])
+        u, g, _ = self._space.live(self.live)
+        b, a = self._jacobian(u, g)
         self._b, self._a = b.numpy(), a.numpy()
 
     def step(self) -> None:
@@ -158,7 +166,8 @@ class ArrayRows:
         if not live:
             self.refused = 0
             return
-        b = self._residual(space.trial[:live], space.g[:live])
+        _, g, trial = space.live(live)
+        b = self._residual(trial, g)
         self.live, self.refused = kernels.judge(
             b.numpy(),
             live,
