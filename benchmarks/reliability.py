@@ -1,13 +1,15 @@
 """What looking over, sealing and taking turns cost: the figures of docs/reliability.md.
 
-`python benchmarks/reliability.py load|calls|memory|threads [STUB]`, in the repository root.
+`python benchmarks/reliability.py load|calls|memory|threads|kernels [STUB]`, in the repository root.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -162,15 +164,67 @@ def _together(
     return sum(done), time.perf_counter() - start, time.process_time() - start_work
 
 
+FIRST_CALL = """
+import resource, sys, time
+import neml2, torch
+from neml2_aoti_plugin import Model
+
+def size():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def took(work):
+    start, start_work = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - start, time.process_time() - start_work
+
+torch.set_num_threads(1)
+before = size()
+if sys.argv[2] == "import":
+    print(*took(lambda: __import__("numba")), size() - before)
+else:
+    model = Model(sys.argv[1])
+    inputs = {n: torch.zeros(10, *v.natural_shape, dtype=torch.float64) for n, v in model.inputs.items()}
+    inputs |= {n: inputs[n] + step for n, step in (("strain", 2e-3), ("t", 1.0)) if n in inputs}
+    print(*took(lambda: model.forward(inputs)), size() - before)
+"""
+
+
+def kernels(artifact: Path) -> None:
+    """What the first call of a process costs with numba's kernels: the least of some fresh processes."""
+    print(f"{'':<58} {'by the clock':>12} {'processor':>11} {'memory':>10}")
+    with tempfile.TemporaryDirectory() as folder:
+        filled = f"{folder}/filled"
+        _first("import numba", 5, artifact, "import")
+        _first("first forward, machine code compiled and kept", 3, artifact, NUMBA_CACHE_DIR=filled, forget=filled)
+        _first("first forward, machine code found", 5, artifact, NUMBA_CACHE_DIR=filled)
+        _first("first forward, NEML2_AOTI_PLUGIN_KERNELS=torch", 5, artifact, NEML2_AOTI_PLUGIN_KERNELS="torch")
+        command = [sys.executable, "-m", "neml2_aoti_plugin.solve.warm"]
+        subprocess.run(command, env={**os.environ, "NUMBA_CACHE_DIR": filled}, check=True, capture_output=True)
+        kept = [file.stat().st_size for file in Path(filled).rglob("*.nbc")]
+        show(f"machine code of all kernels, {len(kept)} files", sum(kept) / 1e6, "MB")
+
+
+def _first(what: str, times: int, artifact: Path, how: str = "call", forget: str = "", **variables: str) -> None:
+    found = []
+    for _ in range(times):
+        if forget:
+            shutil.rmtree(forget, ignore_errors=True)
+        command = [sys.executable, "-c", FIRST_CALL, str(artifact), how]
+        done = subprocess.run(command, env={**os.environ, **variables}, check=True, capture_output=True, text=True)
+        found.append([float(x) for x in done.stdout.split()])
+    clock, work, memory = (min(column) for column in zip(*found, strict=True))
+    print(f"{what:<58} {clock:10.2f} s {work:9.2f} s {memory:7.0f} MB")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["load", "calls", "memory", "threads"])
+    parser.add_argument("what", choices=["load", "calls", "memory", "threads", "kernels"])
     parser.add_argument("stub", nargs="?", default="viscoplasticity")
     options = parser.parse_args()
     artifact = compiled(options.stub) / CATALOGUE[options.stub].model
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
-    {"load": load, "calls": calls, "memory": memory, "threads": threads}[options.what](artifact)
+    {"load": load, "calls": calls, "memory": memory, "threads": threads, "kernels": kernels}[options.what](artifact)
 
 
 if __name__ == "__main__":
