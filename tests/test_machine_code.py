@@ -19,7 +19,7 @@ from attacks.children import REPOSITORY, environment, run
 # Kernels that compile in a second or two, with numbers that are easy to tell; then which were found and which compiled.
 SMALL = """
 import numpy as np
-from neml2_aoti_plugin.solve import kernels, machine_code
+from neml2_aoti_plugin.solve import elimination, kernels, machine_code
 
 def right():
     a, x, pivots = np.array([[0.0, 2.0], [3.0, 4.0]]), np.array([2.0, 10.0]), np.empty(2, np.int64)
@@ -29,7 +29,7 @@ def right():
     assert kernels.norm_of(np.array([3.0, 4.0])) == 5.0
 
 def counts():
-    found = [k.stats for k in vars(kernels).values() if hasattr(k, "stats")]
+    found = [k.stats for k in {**vars(elimination), **vars(kernels)}.values() if hasattr(k, "stats")]
     return [sum(len(counter) for counter in counters) for counters in (
         [s.cache_hits for s in found], [s.cache_misses for s in found])]
 """
@@ -129,9 +129,10 @@ class TestCommand:
         assert {file: file.read_bytes() for file in files_in(warm)} == before
 
     def test_it_compiles_every_kernel(self, filled: Path) -> None:
-        from neml2_aoti_plugin.solve import kernels
+        from neml2_aoti_plugin.solve import elimination, kernels
 
-        names = {k.py_func.__name__ for k in vars(kernels).values() if hasattr(k, "py_func")}
+        both = {**vars(elimination), **vars(kernels)}
+        names = {k.py_func.__name__ for k in both.values() if hasattr(k, "py_func")}
         assert {file.name.partition(".")[0] for file in files_in(filled)} == names
 
     def test_where_nothing_can_be_kept_it_fails(self, warm: Path, tmp_path: Path) -> None:
@@ -384,7 +385,7 @@ class TestDamage:
         file = package / "solve" / "criteria.py"
         before, text = file.stat(), file.read_text()
         changed = text.replace("MOST_SQUARES = 1e-280, 1e300", "MOST_SQUARES = 1e-280, 1e000")
-        kernel = package / "solve" / "kernels.py"
+        kernel = package / "solve" / "elimination.py"
         lines = kernel.read_text()
         scaled = lines.replace("return peak * sqrt(total)", "return peak + sqrt(total)")
         assert changed != text and scaled != lines
@@ -500,7 +501,9 @@ for delay in np.geomspace(1e-3, 1.0, 12):
 
 
 REPORT = (
-    MODEL.replace("from neml2_aoti_plugin.solve import kernels, machine_code\n", "").replace("import numpy as np", "")
+    MODEL.replace("from neml2_aoti_plugin.solve import elimination, kernels, machine_code\n", "").replace(
+        "import numpy as np", ""
+    )
     + """
 import neml2_aoti_plugin
 from neml2_aoti_plugin import status

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..settings import NewtonSettings
-from . import kernels
+from . import elimination, kernels
 from .criteria import Criteria, criteria_of
 from .newton import Solved
 from .outcome import Outcome, RowStatistics
@@ -296,5 +296,7 @@ def columns(a: Tensor, b: Tensor, chosen: Sequence[int]) -> Tensor:
     """
     rows, n = a.shape[:2]
     found = np.empty((rows, len(chosen), n))
-    kernels.columns(a.numpy(), b.numpy(), np.asarray(chosen, np.int64), np.empty((n, n)), np.empty(n, np.int64), found)
+    elimination.columns(
+        a.numpy(), b.numpy(), np.asarray(chosen, np.int64), np.empty((n, n)), np.empty(n, np.int64), found
+    )
     return torch.from_numpy(found).transpose(1, 2)
