@@ -100,7 +100,8 @@ def raw(value: TensorWrapper, name: str, variable: Variable, wanted: Wrapper, ki
         raise InputTypeError(f"{kind} {name!r} is a {type(value).__name__}, expected a {wanted.__name__}.")
     if value.k_ndim:
         raise InputError(f"{kind} {name!r} carries {value.k_ndim} chain-rule axes, expected a plain {wanted.__name__}.")
-    data, base, sub = value.data, len(variable.base_shape), variable.sub_batch_shape
+    data: Tensor = value.data
+    base, sub = len(variable.base_shape), variable.sub_batch_shape
     if value.sub_batch_ndim and not sub:
         raise InputError(
             f"{kind} {name!r} has sub-batch shape {tuple(value.sub_batch_shape)}, but {where} was compiled for none "

@@ -204,7 +204,7 @@ class Sensitivity:
             found: Tensor = self._arrays.columns(a.contiguous(), b.contiguous(), chosen)
             return found
         factors, pivots, info = torch.linalg.lu_factor_ex(a)
-        x = -torch.linalg.lu_solve(factors, pivots, b[..., chosen])
+        x: Tensor = -torch.linalg.lu_solve(factors, pivots, b[..., chosen])
         return x.masked_fill((info != 0)[:, None, None], torch.nan)
 
     def parameter_blocks(self, solved: Solved, values: Values) -> Blocks:
