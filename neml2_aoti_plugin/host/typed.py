@@ -105,8 +105,8 @@ def raw(value: TensorWrapper, name: str, variable: Variable, wanted: Wrapper, ki
     if value.sub_batch_ndim and not sub:
         raise InputError(
             f"{kind} {name!r} has sub-batch shape {tuple(value.sub_batch_shape)}, but {where} was compiled for none "
-            "and would take the sites for something else. Declare it in [Settings] example_batch_shape "
-            f"('{name} = (2; {', '.join(map(str, value.sub_batch_shape))})') and compile again."
+            f"and would take the sites for something else. Declare it in [Settings] example_batch_shape ('{name} = (2; "
+            f"{', '.join(map(str, value.sub_batch_shape))})') and compile again."
         )
     if not sub:
         return data

@@ -262,8 +262,7 @@ def _krylov(a: Groups, b: Tensor, settings: KrylovSettings) -> Tensor:
     if len(a) != 1:
         raise AOTIError(
             f"an iterative sensitivity solve takes one dense group of unknowns, this model has {len(a)} blocks; "
-            "compile it "
-            "with a direct linear solver"
+            "compile it with a direct linear solver"
         )
     rows, n, columns = b.shape
     matrix = a[0].expand(rows, n, n)
