@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -104,8 +105,8 @@ def calls(artifact: Path) -> None:
         given = [torch.ones([1 if n is None else n for n in a.extents], dtype=a.dtype) for a in signature.arguments]
         as_it_is = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
         here, _ = load_runner(file, file.read_bytes(), place.device)
-        show(f"{file.stem}, one row, neml2's power in Python", loop(lambda run=as_it_is.run, a=given: run(a)), "us")
-        show(f"{file.stem}, one row, torch's in its place", loop(lambda run=here.run, a=given: run(a)), "us")
+        show(f"{file.stem}, one row, neml2's power in Python", loop(partial(as_it_is.run, given)), "us")
+        show(f"{file.stem}, one row, torch's in its place", loop(partial(here.run, given)), "us")
 
 
 def memory(artifact: Path) -> None:

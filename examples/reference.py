@@ -25,7 +25,8 @@ IDENTITY = np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
 
 def deviator(tensor: Array) -> Array:
     """Take the mean of the first three entries off them."""
-    return tensor - tensor[:3].mean() * IDENTITY
+    rest: Array = tensor - tensor[:3].mean() * IDENTITY
+    return rest
 
 
 def rates(stress: Array, plastic: float, strain_rate: Array) -> tuple[Array, float]:

@@ -219,8 +219,8 @@ def warn(message: str) -> None:
 
 def current() -> Finder | None:
     """Give the finder that is in place, if one is."""
-    found: Any = next((entry for entry in sys.meta_path if getattr(entry, "neml2_aoti_plugin", False) is True), None)
-    return found
+    finders: list[Any] = sys.meta_path
+    return next((entry for entry in finders if getattr(entry, "neml2_aoti_plugin", False) is True), None)
 
 
 def arm(route: str) -> None:

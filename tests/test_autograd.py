@@ -203,9 +203,10 @@ class TestMissing:
         rows = references.few(case)
 
         def gradient(strain: Tensor) -> Tensor:
-            return torch.func.grad(lambda e: case.model.forward({**rows, "strain": e})["stress"].sum())(strain)
+            found: Tensor = torch.func.grad(lambda e: case.model.forward({**rows, "strain": e})["stress"].sum())(strain)
+            return found
 
-        _, second = torch.func.jvp(gradient, (rows["strain"],), (torch.ones_like(rows["strain"]),))
+        second = torch.func.jvp(gradient, (rows["strain"],), (torch.ones_like(rows["strain"]),))[1]
         assert bool(second.isnan().all())
 
     @pytest.mark.parametrize("name", ["elasticity", "calibration"])
@@ -217,7 +218,7 @@ class TestMissing:
             return case.model.forward({**row, "strain": strain})["stress"]
 
         strain, ones = row["strain"], torch.ones_like(row["strain"])
-        once, twice = torch.func.jvp(lambda e: torch.func.jvp(stress, (e,), (ones,))[1], (strain,), (ones,))
+        once, twice = torch.func.jvp(lambda e: torch.func.jvp(stress, (e,), (ones,))[1], (strain,), (ones,))[:2]
         assert difference(once, case.model.jvp(row, {"strain": ones})[1]["stress"]) < 1e-12
         assert bool(twice.isnan().all())
         assert bool(torch.func.jacfwd(torch.func.jacfwd(stress))(strain).isnan().all())
@@ -232,9 +233,10 @@ class TestMissing:
         def scaled(factor: Tensor) -> Tensor:
             ones = torch.ones_like(row["strain"])
             stress = lambda e: case.model.forward({**row, "strain": e})["stress"]  # noqa: E731
-            return factor * torch.func.jvp(stress, (row["strain"],), (ones,))[1]
+            slope: Tensor = torch.func.jvp(stress, (row["strain"],), (ones,))[1]
+            return factor * slope
 
-        value, slope = torch.func.jvp(scaled, (torch.tensor(2.0),), (torch.tensor(1.0),))
+        value, slope = torch.func.jvp(scaled, (torch.tensor(2.0),), (torch.tensor(1.0),))[:2]
         assert difference(2.0 * slope, value) < 1e-14
 
     def test_wrong_input_is_told_as_without_grad(self) -> None:
@@ -297,7 +299,7 @@ class TestFunctional:
             assert torch.equal(found[name], x), name
 
     @pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd])
-    def test_jacobians_per_row(self, transform: Callable) -> None:
+    def test_jacobians_per_row(self, transform: Callable[..., Any]) -> None:
         case = references.case("calibration")
         rows = case.rows()
 
@@ -323,7 +325,7 @@ class TestFunctional:
 class TestTime:
     """Backpropagation through the time steps of a TransientDriver."""
 
-    def drive(self, file: object, newton: dict | None) -> tuple[object, object]:
+    def drive(self, file: object, newton: dict[str, Any] | None) -> tuple[object, object]:
         driver = neml2.load_input(file).get_driver("driver")
         if newton:
             driver.model._inner.set_solver_config(**newton)

@@ -105,7 +105,8 @@ class TestArtifact:
         with pytest.raises(ArtifactError, match=re.escape(str(file))):
             model = load(artifact)
             # A raw model may find out on its first call.
-            getattr(model, "_inner", model).forward({"strain": torch.zeros(6, dtype=torch.float64)})
+            raw: Any = getattr(model, "_inner", model)
+            raw.forward({"strain": torch.zeros(6, dtype=torch.float64)})
 
     @pytest.mark.parametrize("device", ["gpu", "vulkan", "cuda:x"])
     def test_unknown_device(self, artifact: Path, device: str) -> None:
@@ -398,7 +399,7 @@ class TestRawInputs:
             ({"strain": 1.0}, InputTypeError, ["tangent 'strain'", "float"]),
         ],
     )
-    def test_tangents(self, tangents: dict, error: type[Exception], words: list[str]) -> None:
+    def test_tangents(self, tangents: dict[str, Any], error: type[Exception], words: list[str]) -> None:
         with pytest.raises(error) as raised:
             references.case("calibration").model.jvp(good("calibration"), tangents)
         assert all(word in str(raised.value) for word in words), str(raised.value)
@@ -414,7 +415,7 @@ class TestRawInputs:
             (lambda w: {**w, "stress": w["stress"].to("meta")}, InputTypeError, ["meta", "cpu"]),
         ],
     )
-    def test_cotangents(self, change: Callable, error: type[Exception], words: list[str]) -> None:
+    def test_cotangents(self, change: Callable[[Tensors], Tensors], error: type[Exception], words: list[str]) -> None:
         model, rows = references.case("calibration").model, good("calibration")
         cotangents = {n: torch.ones_like(x) for n, x in model.forward(rows).items()}
         with pytest.raises(error) as raised:
@@ -491,7 +492,7 @@ class TestTypedInputs:
 
     @pytest.mark.parametrize("operation", ["jvp", "jacobian"])
     def test_derivative_calls_check_typed_inputs_too(self, model: Any, operation: str) -> None:
-        more = ({},) if operation == "jvp" else ()
+        more: tuple[dict[str, Any], ...] = ({},) if operation == "jvp" else ()
         with pytest.raises(InputError, match="compiled for none"):
             getattr(model, operation)(
                 {"strain": SR2(torch.zeros(4, 3, 6, dtype=torch.float64), sub_batch_ndim=1)}, *more

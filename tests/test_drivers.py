@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import neml2
 import numpy as np
@@ -104,13 +105,16 @@ class TestElasticity:
         assert difference(stress, hooke) < (1e-14 if case.dtype == torch.float64 else 1e-6)
 
 
+Histories: TypeAlias = tuple[np.ndarray, np.ndarray]
+Stepped: TypeAlias = dict[int, Histories]
+
 END = 6.0
 STEPS = (30, 60, 120)
 STRAIN_RATES = 1e-3 * np.array([[1.0, -0.49, -0.49, 0.0, 0.0, 0.0], [0.6, -0.4, -0.15, 0.3, 0.0, 0.5]])
 
 
 @pytest.fixture(scope="module")
-def integrated() -> tuple[np.ndarray, np.ndarray]:
+def integrated() -> Histories:
     """Stress `(times, points, 6)` and equivalent plastic strain `(times, points)` at the coarsest steps' times."""
     times = np.linspace(0.0, END, STEPS[0] + 1)
     solved = [VISCOPLASTICITY.integrate(from_mandel(rate), times) for rate in STRAIN_RATES]
@@ -118,7 +122,7 @@ def integrated() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def stepped() -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def stepped() -> Stepped:
     """The same from the compiled model, by the number of steps."""
     model = neml2.load_model(references.case("viscoplasticity").file, "viscoplasticity")
     found = {}
@@ -137,14 +141,14 @@ class TestViscoplasticity:
     """Backward Euler steps against a stiff integration, with tight tolerances, of equations written anew."""
 
     @pytest.mark.parametrize("which", [0, 1], ids=["stress", "equivalent plastic strain"])
-    def test_error_falls_in_proportion_to_the_step(self, stepped: dict, integrated: tuple, which: int) -> None:
+    def test_error_falls_in_proportion_to_the_step(self, stepped: Stepped, integrated: Histories, which: int) -> None:
         expected = integrated[which][1:]
         errors = [np.abs(stepped[count][which] - expected).max() / np.abs(expected).max() for count in STEPS]
         assert errors[0] < 0.02
         assert 1.8 < errors[0] / errors[1] < 2.2
         assert 1.8 < errors[1] / errors[2] < 2.2
 
-    def test_steady_flow_does_not_depend_on_the_step(self, stepped: dict, integrated: tuple) -> None:
+    def test_steady_flow_does_not_depend_on_the_step(self, stepped: Stepped, integrated: Histories) -> None:
         for count in STEPS:
             assert np.abs(stepped[count][0][-1] - integrated[0][-1]).max() < 1e-6 * np.abs(integrated[0]).max()
 

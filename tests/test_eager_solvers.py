@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def radial_return(strain: np.ndarray, old: np.ndarray, measure: float, dt: float
 
     def gap(increment: float) -> float:
         driving = mises - 3 * SHEAR * increment - SOFTENING * (measure + increment)
-        return increment - dt * (max(driving, 0.0) / REFERENCE) ** EXPONENT
+        return float(increment - dt * (max(driving, 0.0) / REFERENCE) ** EXPONENT)
 
     increment = scipy.optimize.brentq(gap, 0.0, mises / (3 * SHEAR), xtol=1e-18, rtol=1e-14)
     return old + 1.5 * increment * trial / mises, measure + increment
@@ -84,7 +85,10 @@ def expected(values: dict[str, Tensor]) -> dict[str, Tensor]:
     dt = values["t"] - values["t~1"]
     points = [
         radial_return(
-            *(values[n][row].numpy() for n in ("strain", "creep_strain~1", "creep_measure~1")), dt[row].item()
+            values["strain"][row].numpy(),
+            values["creep_strain~1"][row].numpy(),
+            values["creep_measure~1"][row].item(),
+            dt[row].item(),
         )
         for row in range(len(dt))
     ]
@@ -285,7 +289,7 @@ def test_signatures_are_those_of_the_binding() -> None:
         "unknown_layout residual_layout u0 atol rtol miters ls_type ls_max_iters ls_cutback ls_c substep_del_tol=1e-06"
     )
     linear = "method='gmres' restart=40 max_its=1000 abs_tol=0.0 rel_tol=0.0001"
-    for function, wanted in {
+    signatures: dict[Callable[..., Any], str] = {
         eager.newton_solve_eager: f"residual_fn step_fn {newton} collect_log=False",
         eager.newton_solve_eager_masked: f"residual_fn step_fn {newton}",
         eager.krylov_solve_eager: (
@@ -293,7 +297,8 @@ def test_signatures_are_those_of_the_binding() -> None:
             f"{linear} cache_strategy='none' cache_max_its=10"
         ),
         eager.krylov_solve_linear: f"matvec_fn b {linear}",
-    }.items():
+    }
+    for function, wanted in signatures.items():
         parameters = inspect.signature(function).parameters.values()
         found = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
         assert found == wanted.split()

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import neml2
 import pytest
@@ -36,7 +37,7 @@ def artifact(tmp_path: Path) -> Path:
     return Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "folder" / "elasticity"))
 
 
-def refusal(artifact: Path, kind: type[Exception] = ArtifactError, **options: str) -> str:
+def refusal(artifact: Path, kind: type[Exception] = ArtifactError, **options: Any) -> str:
     with pytest.raises(kind) as raised:
         Model(artifact, **options)
     return str(raised.value)
@@ -409,7 +410,8 @@ class TestLeafBeforeMetadata:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_to_a_device_that_is_not_there() -> None:
     model = Model(references.case("elasticity").artifact)
-    for move in (lambda: model.to("cuda"), lambda: model.cuda(), lambda: model.to("cuda:7")):
+    moves: list[Callable[[], Any]] = [lambda: model.to("cuda"), lambda: model.cuda(), lambda: model.to("cuda:7")]
+    for move in moves:
         with pytest.raises(InputError, match=r"cannot move .*It stays on cpu.*is_available\(\) is False"):
             move()
         assert model.device == torch.device("cpu") and model.forward(INPUTS)["stress"].shape == (6,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def system(
 
 def residuals(a: Tensor, x: Tensor, b: Tensor) -> Tensor:
     """Relative residual of each row."""
-    return (b - Matrix(a)(x)).norm(dim=-1) / b.norm(dim=-1)
+    found: Tensor = (b - Matrix(a)(x)).norm(dim=-1) / b.norm(dim=-1)
+    return found
 
 
 @both_methods
@@ -307,7 +309,9 @@ def test_step_with_a_batch_of_any_rank() -> None:
 @pytest.mark.parametrize(
     ("strategy", "cache_max_its", "setups"), [("none", 0, 4), ("chord", 0, 1), ("max_its", 0, 4), ("max_its", 99, 1)]
 )
-def test_how_long_a_preconditioner_is_kept(strategy: str, cache_max_its: int, setups: int) -> None:
+def test_how_long_a_preconditioner_is_kept(
+    strategy: Literal["none", "chord", "max_its"], cache_max_its: int, setups: int
+) -> None:
     problem = Nonlinear(2, (4,))
     chosen = replace(METHODS[0], cache_strategy=strategy, cache_max_its=cache_max_its)
     newton = problem.system(chosen)

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
+from functools import partial
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pytest
@@ -24,6 +26,9 @@ from neml2_aoti_plugin.solve.groups import Group
 
 DENSE = [("dense", ())]
 TIGHT = NewtonSettings(atol=1e-10, rtol=1e-12, miters=40)
+
+
+LineSearch: TypeAlias = Literal["BACKTRACKING", "STRONG_WOLFE"]
 
 
 @dataclass
@@ -46,9 +51,8 @@ class Problem:
         return [b / self.slope(u[0])], [b]
 
     def solve(self, u0: Tensor, settings: NewtonSettings, trace: list[str] | None = None) -> tuple[Tensor, int]:
-        u, converged, iterations, lines = newton_solve_eager(
-            self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings), collect_log=trace is not None
-        )
+        solve = partial(newton_solve_eager, collect_log=trace is not None)
+        u, converged, iterations, lines = solve(self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings))
         assert converged
         if trace is not None:
             trace.extend(lines)
@@ -112,7 +116,7 @@ def test_a_guess_common_to_all_rows() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from(["BACKTRACKING", "STRONG_WOLFE"]), st.sampled_from([1, 6]))
-def test_systems_of_two_groups_agree_with_scipy(seed: int, ls_type: str, ls_max_iters: int) -> None:
+def test_systems_of_two_groups_agree_with_scipy(seed: int, ls_type: LineSearch, ls_max_iters: int) -> None:
     """`M u + u^3 = c` with positive definite M has one root; the unknowns are a dense group and a block group."""
     generator = torch.Generator().manual_seed(seed)
     batch, dense, sites, per_site = 3, 2, 4, 2
@@ -256,7 +260,7 @@ def test_masked_stops_when_no_row_can_go_on() -> None:
 
 
 @pytest.mark.parametrize("ls_type", ["BACKTRACKING", "STRONG_WOLFE"])
-def test_line_search_saves_a_solve_that_diverges(ls_type: str) -> None:
+def test_line_search_saves_a_solve_that_diverges(ls_type: LineSearch) -> None:
     """Newton on arctan diverges from beyond 1.39."""
     arctan = Problem(torch.atan, lambda u: 1 / (1 + u * u), torch.zeros(2, 1, dtype=torch.float64))
     start = torch.tensor([[0.5], [3.0]], dtype=torch.float64)
@@ -283,7 +287,7 @@ def trials(settings: NewtonSettings, c: float, u: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("ls_type", ["BACKTRACKING", "STRONG_WOLFE"])
 @pytest.mark.parametrize("ls_max_iters", [2, 3, 5, 12])
-def test_line_search_of_each_row(ls_type: str, ls_max_iters: int) -> None:
+def test_line_search_of_each_row(ls_type: LineSearch, ls_max_iters: int) -> None:
     settings = NewtonSettings(ls_type=ls_type, ls_max_iters=ls_max_iters, ls_cutback=3.0, ls_c=0.2)
     problem = cubic(C)
     # One update, whatever it leads to.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -120,11 +121,11 @@ class TestParameters:
 
     def test_entry_of_the_dict_is_not_the_models(self, promoted: Model) -> None:
         before = promoted.forward(strains(4))["stress"]
-        promoted.named_parameters()["promoted.E"] = torch.tensor(1.0, dtype=torch.float64)
+        promoted.named_parameters()["promoted.E"] = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
         assert torch.equal(promoted.forward(strains(4))["stress"], before)
 
     @pytest.mark.parametrize("value", [142000.0, 142000, torch.tensor(142000.0, dtype=torch.float64)])
-    def test_set_parameter_takes_numbers_and_tensors(self, promoted: Model, value: object) -> None:
+    def test_set_parameter_takes_numbers_and_tensors(self, promoted: Model, value: Tensor | float) -> None:
         before = promoted.forward(strains(4))["stress"]
         promoted.set_parameter("promoted.E", value)
         assert difference(promoted.forward(strains(4))["stress"], 2 * before) < SAME
@@ -145,7 +146,9 @@ class TestParameters:
             ("promoted.E", "stiff", InputTypeError, ["promoted.E", "str"]),
         ],
     )
-    def test_set_parameter_checks(self, promoted: Model, name: str, value: object, error: type, words: list) -> None:
+    def test_set_parameter_checks(
+        self, promoted: Model, name: str, value: Any, error: type[Exception], words: list[str]
+    ) -> None:
         before = promoted.forward(strains(4))["stress"]
         with pytest.raises(error) as raised:
             promoted.set_parameter(name, value)
@@ -194,7 +197,7 @@ def flat(result: object, name: str = "") -> Tensors:
     """All tensors of a result, by their place in it."""
     if isinstance(result, Tensor):
         return {name: result}
-    entries = result.items() if isinstance(result, dict) else enumerate(result)  # type: ignore[arg-type, var-annotated]
+    entries = result.items() if isinstance(result, dict) else enumerate(result)  # type: ignore[arg-type]
     found: Tensors = {}
     for key, value in entries:
         found.update(flat(value, f"{name}/{key}"))
@@ -423,7 +426,7 @@ class TestSettings:
     @pytest.mark.parametrize("how", ["argument", "environment"])
     def test_unknown_mode_is_refused(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         case = references.case("elasticity")
-        options = {"mode": "jump"} if how == "argument" else {}
+        options: dict[str, Any] = {"mode": "jump"} if how == "argument" else {}
         if how == "environment":
             monkeypatch.setenv("NEML2_AOTI_PLUGIN_MODE", "jump")
         with pytest.raises(InputError, match=r"'jump', expected one of rowwise, lockstep") as raised:

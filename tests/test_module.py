@@ -44,7 +44,6 @@ def stress(model: Any, rows: Tensors | None = None) -> torch.Tensor:
 
 class TestParameters:
     def test_are_real_ones_under_their_qualified_names(self, model: Any) -> None:
-        assert isinstance(model, torch.nn.Module)
         for found in (model.named_parameters(), dict(model.named_parameters(recurse=True))):
             assert list(found) == [E, NU]
             assert all(isinstance(x, torch.nn.Parameter) for x in found.values())
@@ -53,6 +52,7 @@ class TestParameters:
         assert model.promoted.E is model.get_parameter(E)
         assert [name for name, _ in model.named_parameters(prefix="x")] == [f"x.{E}", f"x.{NU}"]
         assert not list(model.buffers())
+        assert isinstance(model, torch.nn.Module)
 
     def test_change_in_place_takes_effect(self, model: Any) -> None:
         before = stress(model)
@@ -112,7 +112,7 @@ class TestParameters:
             optimizer.zero_grad()
             (stress(model, rows) - wanted).square().mean().backward()
             optimizer.step()
-        assert abs(float(model.get_parameter(E)) / (1.25 * 71000.0) - 1.0) < 1e-2
+        assert abs(model.get_parameter(E).item() / (1.25 * 71000.0) - 1.0) < 1e-2
 
     def test_repr_and_modes(self, model: Any) -> None:
         assert "promoted" in repr(model)

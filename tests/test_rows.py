@@ -158,7 +158,8 @@ class TestCapture:
         states[case.model.input_names[0]][0, 1] = torch.nan
         with pytest.raises(ConvergenceError) as raised:
             (model or case.model).forward(states)
-        return raised.value
+        error: Exception = raised.value
+        return error
 
     @pytest.mark.parametrize("value", ["", "0", "false", " No ", "OFF", None])
     def test_is_off_unless_asked_for(self, value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from neml2.solvers import ConvergenceError
 import references
 from attacks.children import run
 from neml2_aoti_plugin import ArtifactError, Model
+from neml2_aoti_plugin.graphs.graph import Graph
 from neml2_aoti_plugin.solve.choice import VARIABLE
 
 DIVERGING = """
@@ -39,7 +40,7 @@ for call in (model.forward, model.jacobian):
 @pytest.mark.parametrize("name", ["viscoplasticity", "cross_group"])
 def test_diverging_rows_print_nothing(name: str, mode: str, implementation: str) -> None:
     # What it prints on either stream comes back.
-    out = run(DIVERGING, references.case(name).artifact, mode, **{VARIABLE: implementation})
+    out = run(DIVERGING, references.case(name).artifact, mode, NEML2_AOTI_PLUGIN_KERNELS=implementation)
     solved, *errors = out.splitlines()
     assert "True" in solved and "False" in solved
     assert errors == ["ConvergenceError", "ConvergenceError"]
@@ -82,6 +83,7 @@ def test_a_singular_matrix_at_the_solution_gives_no_number(
     sensitivity = model._caller.program.implicit[0].sensitivity
     assert sensitivity is not None
     jacobian = sensitivity._jacobian
+    assert jacobian is not None
 
     def singular(*arguments: Any) -> Any:
         a, b = jacobian(*arguments)
@@ -108,8 +110,8 @@ def test_a_predictor_of_another_model_is_refused_as_such(monkeypatch: pytest.Mon
     case = references.case("viscoplasticity")
     model = case.load()
     segment = model._caller.program.implicit[0]
-    predictor = segment.predictor
-    assert predictor is not None
+    assert segment.predictor is not None
+    predictor: Graph = segment.predictor
 
     class OneMore:
         file = predictor.file

@@ -247,8 +247,9 @@ def test_a_schema_that_is_not_known_is_refused(number: object, told: str) -> Non
 def test_damage_is_an_error_of_the_plugin(release: str) -> None:
     """Take out or spoil every key in turn: the file is read all the same, or refused with its name."""
     whole = document(release)
+    values: tuple[Any, ...] = (None, [], {}, "x", -1)
     for path in places_in(whole):
-        for spoil in (None, [], {}, "x", -1):
+        for spoil in values:
             written = deepcopy(whole)
             spoiled(written, path, spoil)
             try:
@@ -331,7 +332,7 @@ def test_an_order_that_does_not_show_is_refused(signature: Signature | None, tol
 
 
 def test_kinds_come_from_the_call_spec() -> None:
-    leaf = {"type": None, "context": None, "children_spec": []}
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
     typed = {"type": SR2, "context": '[["data"], []]', "children_spec": [leaf]}
     call = {
         "type": "builtins.tuple",

@@ -273,8 +273,8 @@ def _of_cpu(build: Build, place: Place) -> str:
         return ""
     built_for = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
     return (
-        f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop "
-        "with an illegal instruction. Compile the model here: neml2-compile INPUT --model NAME."
+        f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop with an "
+        "illegal instruction. Compile the model here: neml2-compile INPUT --model NAME."
     )
 
 

@@ -68,7 +68,8 @@ def _columns(seed: TensorWrapper, name: str, variable: Variable, rank: int) -> T
             f"the tangent of {name!r} has chain-rule axes that are tied to sub-batch axes (k_state={seed.k_state}); a "
             "compiled model takes full ones."
         )
-    data, k, natural = seed.data, seed.k_ndim, variable.natural_shape
+    data: Tensor = seed.data
+    k, natural = seed.k_ndim, variable.natural_shape
     base = len(variable.base_shape)
     own: Shape = tuple(data.shape[k : data.ndim - base - seed.sub_batch_ndim])
     sites = tuple(data.shape[data.ndim - base - seed.sub_batch_ndim : data.ndim - base])

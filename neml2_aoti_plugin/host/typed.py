@@ -100,12 +100,13 @@ def raw(value: TensorWrapper, name: str, variable: Variable, wanted: Wrapper, ki
         raise InputTypeError(f"{kind} {name!r} is a {type(value).__name__}, expected a {wanted.__name__}.")
     if value.k_ndim:
         raise InputError(f"{kind} {name!r} carries {value.k_ndim} chain-rule axes, expected a plain {wanted.__name__}.")
-    data, base, sub = value.data, len(variable.base_shape), variable.sub_batch_shape
+    data: Tensor = value.data
+    base, sub = len(variable.base_shape), variable.sub_batch_shape
     if value.sub_batch_ndim and not sub:
         raise InputError(
             f"{kind} {name!r} has sub-batch shape {tuple(value.sub_batch_shape)}, but {where} was compiled for none "
-            "and would take the sites for something else. Declare it in [Settings] example_batch_shape "
-            f"('{name} = (2; {', '.join(map(str, value.sub_batch_shape))})') and compile again."
+            f"and would take the sites for something else. Declare it in [Settings] example_batch_shape ('{name} = (2; "
+            f"{', '.join(map(str, value.sub_batch_shape))})') and compile again."
         )
     if not sub:
         return data

@@ -192,8 +192,8 @@ class Boundary:
         if not isinstance(value, Tensor):
             raise InputTypeError(
                 f"{kind} {name!r} is a {type(value).__name__}, expected a torch.Tensor of {self.dtype} on "
-                f"{self.device}: "
-                f"torch.as_tensor(value, dtype={self.dtype}), or its .data if it is a neml2 typed tensor."
+                f"{self.device}: torch.as_tensor(value, dtype={self.dtype}), or its .data if it is a neml2 typed "
+                "tensor."
             )
         if value.dtype != self.dtype:
             raise InputTypeError(

@@ -67,7 +67,7 @@ def linearise(
     iterates = caller.boundary.iterates
     arguments.update({(FIRST_ITERATE, name): inputs[name] for name in iterates if name in inputs})
     plan = _Plan(caller, tuple(arguments), outs, tuple(wanted))
-    found = _Compiled.apply(plan, *arguments.values())
+    found = _Compiled.apply(plan, *arguments.values())  # type: ignore[no-untyped-call]
     outputs = dict(zip(outs, found, strict=False))
     return outputs, list(found[len(outs) : len(outs) + len(pairs)]), plan.batch_of(tuple(arguments.values()))
 
@@ -232,7 +232,8 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], plan: _Plan, *values: Any) -> tuple[Any, tuple[int, ...]]:
         """Fold the mapped axis into the batch."""
-        found = _Compiled.apply(plan, *plan.with_axis_in_front(values, in_dims[1:]))
+        moved = plan.with_axis_in_front(values, in_dims[1:])
+        found = _Compiled.apply(plan, *moved)  # type: ignore[no-untyped-call]
         return found, (0,) * len(found)
 
 

@@ -42,9 +42,8 @@ def parameter_pairs(caller: Caller, params: Sequence[str] | None = None) -> Pair
     if not pairs:
         promoted = ", ".join(caller.promoted.specs) or "none"
         raise DerivativeNotCompiledError(
-            f"{caller.boundary.where} was compiled without derivatives by parameters (promoted: {promoted}). "
-            "Compile it with "
-            "them: neml2-compile INPUT --model NAME -p PARAMETER -d OUT:PARAMETER."
+            f"{caller.boundary.where} was compiled without derivatives by parameters (promoted: {promoted}). Compile "
+            "it with them: neml2-compile INPUT --model NAME -p PARAMETER -d OUT:PARAMETER."
         )
     if params is None:
         return pairs
@@ -261,8 +260,7 @@ def param_vjp(
     if absent or unknown:
         raise UnknownNameError(
             f"cotangents of {caller.boundary.where}: missing {absent}, unknown {unknown}; outputs with compiled "
-            "parameter "
-            f"derivatives are: {', '.join(needed)}."
+            f"parameter derivatives are: {', '.join(needed)}."
         )
     outputs, blocks, in_force = param_jacobian(caller, inputs, overrides, params)
     gradients: Tensors = {}

@@ -135,7 +135,8 @@ class Model(CompiledModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the leaf anew, if the artifact is the same."""
         made: recipe.Recipe = state["_recipe"]
-        super().__setstate__({name: value for name, value in state.items() if name != "_recipe"})
+        kept = {name: value for name, value in state.items() if name != "_recipe"}
+        super().__setstate__(kept)  # type: ignore[no-untyped-call]
         self._load(made.device, made.dtype, made)
         self._caller.settings = made.settings
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,27 @@ class CompiledModule(nn.Module):
         """The promoted parameters."""
         raise NotImplementedError
 
-    def named_parameters(  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def named_parameters(
+        self, prefix: None = None, recurse: None = None, remove_duplicate: None = None
+    ) -> dict[str, nn.Parameter]: ...
+
+    @overload
+    def named_parameters(
+        self, prefix: str, recurse: bool | None = None, remove_duplicate: bool | None = None
+    ) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    @overload
+    def named_parameters(
+        self, prefix: str | None = None, *, recurse: bool, remove_duplicate: bool | None = None
+    ) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    @overload
+    def named_parameters(
+        self, prefix: str | None = None, recurse: bool | None = None, *, remove_duplicate: bool
+    ) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_parameters(
         self, prefix: str | None = None, recurse: bool | None = None, remove_duplicate: bool | None = None
     ) -> dict[str, nn.Parameter] | Iterator[tuple[str, nn.Parameter]]:
         """The promoted parameters.
@@ -87,7 +107,7 @@ class CompiledModule(nn.Module):
             ) from error
         if probe.dtype != dtype or probe.device != torch.empty(0, device=device).device:
             self._move(probe.device, probe.dtype)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: BaseException) -> str:

@@ -68,8 +68,8 @@ class ImplicitSegment:
         self.unknowns, self._givens = Packing(spec.unknowns), Packing(spec.givens)
         self.predictor = graph_of(spec.predictor.file) if spec.predictor else None
         # Unknowns that need a first iterate before a predictor speaks.
-        told = set(spec.predictor.outputs) - set(spec.predictor.inputs) if spec.predictor else set()
-        self._untold = [v for v in spec.unknown_variables if v.name not in told]
+        predicted = set(spec.predictor.outputs) - set(spec.predictor.inputs) if spec.predictor else set()
+        self._unpredicted = [v for v in spec.unknown_variables if v.name not in predicted]
         self.sensitivity: Sensitivity | None = sensitivity_of(spec, self.graphs, graph_of)
         self._solve, self.implementation = _solver(spec, self.graphs, dtype, lockstep)
         log.emit("model", "info", f"Newton loop of {graph_of(spec.residual).file.name}: {self.implementation}")
@@ -89,7 +89,7 @@ class ImplicitSegment:
         """
         kept = {v.name: state[v.name] for v in self.spec.unknown_variables if v.name in given}
         like = next(iter(state.values()))
-        for unknown in self._untold:
+        for unknown in self._unpredicted:
             if unknown.name not in state:
                 state[unknown.name] = like.new_zeros((rows, *unknown.natural_shape))
         if self.predictor is not None and self.spec.predictor is not None:

@@ -204,7 +204,7 @@ class Sensitivity:
             found: Tensor = self._arrays.columns(a.contiguous(), b.contiguous(), chosen)
             return found
         factors, pivots, info = torch.linalg.lu_factor_ex(a)
-        x = -torch.linalg.lu_solve(factors, pivots, b[..., chosen])
+        x: Tensor = -torch.linalg.lu_solve(factors, pivots, b[..., chosen])
         return x.masked_fill((info != 0)[:, None, None], torch.nan)
 
     def parameter_blocks(self, solved: Solved, values: Values) -> Blocks:
@@ -262,8 +262,7 @@ def _krylov(a: Groups, b: Tensor, settings: KrylovSettings) -> Tensor:
     if len(a) != 1:
         raise AOTIError(
             f"an iterative sensitivity solve takes one dense group of unknowns, this model has {len(a)} blocks; "
-            "compile it "
-            "with a direct linear solver"
+            "compile it with a direct linear solver"
         )
     rows, n, columns = b.shape
     matrix = a[0].expand(rows, n, n)

@@ -154,8 +154,8 @@ def _solve_part(increment: Increment, a: float, b: float, rows: Tensor, level: i
     solved = segment.solve(local, values, len(rows), increment.settings, small_steps=True)
     if level == 0:
         increment.first = newton.Solved(solved.unknowns, solved.statistics)
-    told, total = solved.statistics, increment.statistics
-    ok = told.converged
+    found, total = solved.statistics, increment.statistics
+    ok = found.converged
     good = ok.nonzero().squeeze(-1)
     log.emit(
         "substep",
@@ -163,9 +163,9 @@ def _solve_part(increment: Increment, a: float, b: float, rows: Tensor, level: i
         f"{'  ' * (level + 1)}span [{a:g}, {b:g}] L{level}: active={len(rows)} -> converged={len(good)} "
         f"failed={len(rows) - len(good)}",
     )
-    total.iterations[rows] += told.iterations
-    total.norms[rows] = told.norms
-    total.outcome[rows] = told.outcome
+    total.iterations[rows] += found.iterations
+    total.norms[rows] = found.norms
+    total.outcome[rows] = found.outcome
     if wanted and len(good):
         _differentiate(increment, solved, values, local, rows, good, a, b)
     if len(good):

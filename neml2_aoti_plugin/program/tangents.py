@@ -102,8 +102,7 @@ def contract(block: Tensor, pair: Pair, out_sites: tuple[int, ...], column: Tens
     if out_sites and out_sites != wrt_sites:
         raise DerivativeNotCompiledError(
             f"{file}: d({pair.out})/d({pair.wrt}) leads from sites {wrt_sites} to sites {out_sites} (block over "
-            f"{sites}): "
-            "this kind of sub-batched derivative is not supported."
+            f"{sites}): this kind of sub-batched derivative is not supported."
         )
     spread = _on_sites(block, wrt_sites, pair, file)
     count = prod(wrt_sites)

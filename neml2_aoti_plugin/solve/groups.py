@@ -131,7 +131,7 @@ def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layou
     Returns:
         `(*batch,)`, with the batch shapes broadcast.
     """
-    total = None
+    total: Tensor | None = None
     for a, b, a_group, b_group in zip(left, right, left_layout, right_layout, strict=True):
         if a_group.trailing == b_group.trailing == 1:
             dots = torch.linalg.vecdot(a, b)

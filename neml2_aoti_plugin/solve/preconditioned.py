@@ -96,8 +96,8 @@ class KrylovSystem:
     def __init__(self, products: Products, settings: KrylovSettings, layouts: tuple[Layout, Layout]) -> None:
         if any(group.structure != "dense" for layout in layouts for group in layout):
             raise AOTIError(
-                "an iterative linear solver takes dense groups only; a model whose unknowns are solved per site "
-                "(a sub-batched model) needs a direct linear solver"
+                "an iterative linear solver takes dense groups only; a model whose unknowns are solved per site (a "
+                "sub-batched model) needs a direct linear solver"
             )
         self.products, self.settings = products, settings
         self._layouts = layouts

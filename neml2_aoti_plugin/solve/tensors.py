@@ -166,10 +166,10 @@ class TensorRows(TensorSteps):
         if not bool(leaving.any()):
             return
         rows, staying = leaving.nonzero().squeeze(-1), (~leaving).nonzero().squeeze(-1)
-        place, told = self._place[rows], self._statistics
-        told.outcome[place] = int(outcome)
-        told.iterations[place] = self._update - (outcome is Outcome.SINGULAR)
-        told.norm[place] = self._norm[rows]
+        place, statistics = self._place[rows], self._statistics
+        statistics.outcome[place] = int(outcome)
+        statistics.iterations[place] = self._update - (outcome is Outcome.SINGULAR)
+        statistics.norm[place] = self._norm[rows]
         for whole, x in zip(self._solution, self._u, strict=True):
             whole[place] = x[rows]
         self._u, self._b = ([x.index_select(0, staying) for x in groups] for groups in (self._u, self._b))
@@ -187,8 +187,8 @@ class TensorRows(TensorSteps):
             b, linear = self._whole.take(waiting).linearise(u)
             for whole, x in zip(self._solution, _moved(u, linear.solve(b), self._of_u), strict=True):
                 whole[waiting] = x
-        told = self._statistics
-        return Solved(self._solution, replace(told, all_converged=bool(told.converged.all())))
+        statistics = self._statistics
+        return Solved(self._solution, replace(statistics, all_converged=bool(statistics.converged.all())))
 
 
 def _moved(u: Groups, steps: Groups, layout: Layout) -> Groups:

@@ -49,7 +49,9 @@ def changed(change: Callable[[Entries, str], Entries | None]) -> Callable[[bytes
     return attack
 
 
-def extra(name: str, data: bytes = b"x", attributes: int = 0, compress: int = zipfile.ZIP_STORED) -> Callable:
+def extra(
+    name: str, data: bytes = b"x", attributes: int = 0, compress: int = zipfile.ZIP_STORED
+) -> Callable[[bytes], bytes]:
     """An attack that adds an entry; `{graph}` in its name stands for the graph's folder."""
 
     def change(entries: Entries, graph: str) -> None:

@@ -94,7 +94,7 @@ def mutations(draw: st.DrawFn, original: dict[str, Any]) -> tuple[dict[str, Any]
             del parent[key]
         elif kind == "repeat":
             if isinstance(parent, list):
-                parent.append(copy.deepcopy(parent[key]))
+                parent.append(copy.deepcopy(parent[int(key)]))
             else:
                 parent[f"{key}_"] = parent[key]
         elif kind == "swap":

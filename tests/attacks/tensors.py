@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ class Wrapper(torch.Tensor):
         self.of = of
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a plain function there
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda x: x.of, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -43,7 +46,7 @@ class Loud(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return super().__torch_function__(function, types, args, kwargs or {})
+        return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def fake(x: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def sliced_without_storage(x: Tensor) -> Tensor:
 
 
 def uninitialized(x: Tensor) -> Tensor:
-    return torch.nn.parameter.UninitializedParameter(requires_grad=False, dtype=x.dtype)
+    return torch.nn.parameter.UninitializedParameter(requires_grad=False, dtype=x.dtype)  # type: ignore[call-arg]  # torch names no keywords
 
 
 def negative(x: Tensor) -> Tensor:
@@ -129,11 +132,15 @@ def calls(model: Any, inputs: dict[str, Tensor], make: Callable[[Tensor], Tensor
         except RuntimeError:
             # torch makes no such tensor of scalars.
             continue
-        found[f"override of {parameter}"] = lambda p=parameter, o=override: model.forward(inputs, {p: o})
+        found[f"override of {parameter}"] = partial(model.forward, inputs, {parameter: override})
+
+    def started(unknown: str, first: Tensor) -> Any:
+        return model.forward({**inputs, unknown: make(first)})
+
     for unknown, variable in model.first_iterates.items():
         if variable.base_shape:
             first = torch.zeros(len(x), *variable.base_shape, dtype=torch.float64)
-            found[f"first iterate of {unknown}"] = lambda u=unknown, f=first: model.forward({**inputs, u: make(f)})
+            found[f"first iterate of {unknown}"] = partial(started, unknown, first)
     return found
 
 

@@ -42,7 +42,7 @@ def numbers(file: Path) -> dict[str, Any]:
     """
     import torch
 
-    import references  # type: ignore[import-not-found]  # of tests/
+    import references  # of tests/
     from stubs.build import folder_of
     from stubs.catalogue import CATALOGUE
 
