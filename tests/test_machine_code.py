@@ -177,6 +177,7 @@ class TestFolders:
         assert [float(x) for x in out[: len(right)]] == pytest.approx(right, rel=1e-12)
         assert out[len(right) + 1 :] == ["0", "0"]
 
+    @pytest.mark.long
     def test_the_package_itself_then_the_home_then_nothing(self, tmp_path: Path) -> None:
         package, home = tmp_path / "site" / "neml2_aoti_plugin", tmp_path / "home"
         shutil.copytree(REPOSITORY / "neml2_aoti_plugin", package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -359,6 +360,7 @@ class TestDamage:
         assert small(warm, NUMBA_CPU_NAME="generic") == [3, 0, 0]
         assert small(warm) == [3, 0, 0]
 
+    @pytest.mark.long
     def test_code_of_other_sources_is_not_used(self, tmp_path: Path) -> None:
         package, folder = tmp_path / "site" / "neml2_aoti_plugin", tmp_path / "cache"
         shutil.copytree(REPOSITORY / "neml2_aoti_plugin", package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -467,6 +469,7 @@ assert os.waitpid(child, 0)[1] == 0
             limit=200,
         )
 
+    @pytest.mark.long
     def test_after_a_handler_that_raises_at_any_moment_the_next_call_is_right(self, warm: Path) -> None:
         of(warm, "norm_of").unlink()
         out = run(
