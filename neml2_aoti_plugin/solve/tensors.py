@@ -157,9 +157,18 @@ class TensorRows(TensorSteps):
         self._waiting.append(self._place[gains & ~now])
         rows = now.nonzero().squeeze(-1)
         if len(rows):
-            steps = self._linear.take(rows).solve([x.index_select(0, rows) for x in self._b])
+            steps = self._last_steps(self._linear.take(rows), [x.index_select(0, rows) for x in self._b])
             moved = _moved([x.index_select(0, rows) for x in self._u], steps, self._of_u)
             self._u = [x.index_copy(0, rows, m) for x, m in zip(self._u, moved, strict=True)]
+
+    def _last_steps(self, linear: Linearisation, b: Groups) -> Groups:
+        """The steps for right-hand sides that may be below the absolute tolerance of an iterative linear solve."""
+        if not linear.reusable:
+            return linear.solve(b)
+        norm = row_norms(b, self._of_r)
+        scale = torch.where(norm > 0.0, norm, 1.0)
+        unit = linear.solve([x / per_row(scale, group) for x, group in zip(b, self._of_r, strict=True)])
+        return [x * per_row(scale, group) for x, group in zip(unit, self._of_u, strict=True)]
 
     def _leave(self, outcome: Outcome, leaving: Tensor) -> None:
         """Let rows leave with their outcome."""
@@ -185,7 +194,7 @@ class TensorRows(TensorSteps):
         if len(waiting):
             u = [x.index_select(0, waiting) for x in self._solution]
             b, linear = self._whole.take(waiting).linearise(u)
-            for whole, x in zip(self._solution, _moved(u, linear.solve(b), self._of_u), strict=True):
+            for whole, x in zip(self._solution, _moved(u, self._last_steps(linear, b), self._of_u), strict=True):
                 whole[waiting] = x
         statistics = self._statistics
         return Solved(self._solution, replace(statistics, all_converged=bool(statistics.converged.all())))
