@@ -80,5 +80,6 @@ benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(BENCHMARK_ARGS)
 
 # The wheel under several releases of torch, each in an environment of its own. TORCHES="2.14.1 2.15.0" takes these alone.
+# MATRIX_ARGS="--pythons python3.12 python3.13" runs the tests under these Pythons instead.
 torch-matrix: $(INSTALLED)
 	$(BIN)/python -m tools.torch_matrix --jobs $(JOBS) $(MATRIX_ARGS) $(TORCHES)

@@ -6,6 +6,9 @@ dependencies; the stubs that the default tests use are compiled; the tests run, 
 the package's sources beside them; and every compiled stub is evaluated on states of its own driver's trajectory. Then
 each torch loads what the others have compiled and evaluates it on the same inputs.
 
+`--pythons python3.12 python3.13 --` runs the tests under other Pythons instead, with one torch; releases of torch are
+then left alone. The stubs are those that the Python which runs this program has compiled.
+
 What was found is kept in the work folder, with the log of each step, so that a run can be broken off and taken up
 again, and docs/compatibility.md is written anew after each release. A failure under one torch does not stop the others.
 The exit status is 0 if nothing failed and nothing is missing, else 1.
@@ -21,7 +24,17 @@ from pathlib import Path
 
 from .environments import ROOT, Workshop, lay_out, say
 from .page import page
-from .results import TORCHES, Crossings, Measured, read_crossings, read_results, write_result
+from .pythons import measure_python
+from .results import (
+    PYTHON_TORCH,
+    TORCHES,
+    Crossings,
+    Measured,
+    read_crossings,
+    read_pythons,
+    read_results,
+    write_result,
+)
 from .runs import cross_load, measure, measure_tests
 
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -42,6 +55,9 @@ def main() -> int:
                 if found := measure_missing(shop, torch, retest=options.retest):
                     write_result(shop.folder, found)
                     publish(shop, options.page)
+        for python in options.pythons:
+            write_result(shop.folder, measure_python(shop, python))
+            publish(shop, options.page)
         for torch in options.torches:
             cross_load(shop, torch, read_results(shop.folder))
             publish(shop, options.page)
@@ -49,6 +65,8 @@ def main() -> int:
                 shutil.rmtree(shop.environment(torch), ignore_errors=True)
     results, crossings = publish(shop, options.page)
     say(f"written: {options.page}")
+    if options.pythons:
+        return 0 if all(one.good for one in read_pythons(shop.folder)) else 1
     return 0 if is_good(results, crossings) else 1
 
 
@@ -58,6 +76,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=WORK, help=f"folder for environments and results; else {WORK}")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write; else docs/compatibility.md")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="Python to make environments of")
+    told = f"run the tests under these Pythons, with torch {PYTHON_TORCH}, and under no other torch"
+    parser.add_argument("--pythons", nargs="+", default=[], metavar="PROGRAM", help=told)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default 2)")
     parser.add_argument("--space", type=float, default=20, help="GiB to be free before an install (default 20)")
     parser.add_argument("--fresh", action="store_true", help="discard what was found before on the chosen torches")
@@ -68,7 +88,9 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := set(options.torches) - set(TORCHES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}. There are: {', '.join(TORCHES)}")
-    options.torches = options.torches or list(TORCHES)
+    if options.pythons and options.torches:
+        parser.error("--pythons takes no releases of torch beside it")
+    options.torches = options.torches or ([] if options.pythons else list(TORCHES))
     return options
 
 
@@ -103,7 +125,7 @@ def publish(shop: Workshop, file: Path) -> tuple[dict[str, Measured], Crossings]
     """Write the page from what was found so far; give what it was written from."""
     results = read_results(shop.folder)
     crossings = read_crossings(shop.folder, results)
-    file.write_text(page(results, crossings, shop.jobs), encoding="utf-8")
+    file.write_text(page(results, crossings, read_pythons(shop.folder), shop.jobs), encoding="utf-8")
     return results, crossings
 
 

@@ -7,6 +7,7 @@ it; it prints what it found as the last line, in JSON.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -104,6 +105,24 @@ def cross(file: Path) -> dict[str, Any]:
     return {"wanted": len(saved), "values": value_gaps, "derivatives": derivative_gaps, "refused": refused}
 
 
+def adopt(file: Path) -> dict[str, Any]:
+    """Copy compiled stubs to where this environment looks for them.
+
+    Args:
+        file: Names of stubs, each with the folder that another environment has compiled it into.
+
+    Returns:
+        The number of stubs.
+    """
+    from stubs.build import folder_of
+
+    told: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    for name, folder in told.items():
+        shutil.rmtree(folder_of(name), ignore_errors=True)
+        shutil.copytree(folder, folder_of(name))
+    return {"adopted": len(told)}
+
+
 def size(value: Tensor) -> float:
     """Give the largest absolute value, 1 where all is zero."""
     return (float(value.detach().abs().max()) if value.numel() else 0.0) or 1.0
@@ -144,7 +163,7 @@ def child(task: str, file: str) -> None:
     place = Path(neml2_aoti_plugin.__file__).resolve()
     if not place.is_relative_to(Path(sys.prefix).resolve()):
         raise SystemExit(f"neml2_aoti_plugin comes from {place}, not from the wheel")
-    tasks: dict[str, Callable[[Path], dict[str, Any]]] = {"numbers": numbers, "crossing": cross}
+    tasks: dict[str, Callable[[Path], dict[str, Any]]] = {"adopt": adopt, "numbers": numbers, "crossing": cross}
     found = tasks[task](Path(file))
     print("\n" + json.dumps(found))
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .results import folder_of
+from .results import folder_of, release_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "neml2_aoti_plugin"
@@ -25,7 +25,7 @@ STUB_CACHE = "NEML2_AOTI_PLUGIN_STUB_CACHE"
 # What would change an outcome from the outside.
 OUTSIDE = ("NEML2_", "PYTHON", "TORCH_")
 # Seconds that each step may take.
-LIMITS = {"torch": 1800, "packages": 900, "stubs": 3600, "tests": 3600, "numbers": 1200, "crossing": 900}
+LIMITS = {"torch": 1800, "packages": 900, "stubs": 3600, "adopt": 300, "tests": 3600, "numbers": 1200, "crossing": 900}
 GIB = 2**30
 
 
@@ -67,6 +67,10 @@ class Workshop:
         """Give the folder of one environment, whether it is there or not."""
         return self.folder / "environments" / torch
 
+    def stubs_of(self, torch: str) -> dict[str, str]:
+        """Give the variable that names the stubs of another Python; a torch of its own uses the common cache."""
+        return {} if torch == release_of(torch) else {STUB_CACHE: str(self.of(torch) / "stubs")}
+
     def program(self, torch: str) -> Path:
         """Give the Python of one environment."""
         return self.environment(torch) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -91,7 +95,11 @@ class Workshop:
         file.parent.mkdir(parents=True, exist_ok=True)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(OUTSIDE) or k == STUB_CACHE}
         path = os.pathsep.join(map(str, (self.tree, self.tree / "tests")))
-        variables = inherited | ({"PYTHONPATH": path} if step in ("numbers", "crossing") else {})
+        variables = (
+            inherited
+            | self.stubs_of(torch)
+            | ({"PYTHONPATH": path} if step in ("adopt", "numbers", "crossing") else {})
+        )
         command = [str(self.program(torch)), *arguments]
         with file.open("w", encoding="utf-8") as out:
             out.write(f"$ {shlex.join(command)}\n")
@@ -168,10 +176,10 @@ def install(shop: Workshop, torch: str) -> None:
         subprocess.run([str(shop.python), "-m", "venv", str(folder)], check=True)
         # By itself: resolved together with the rest, pip may look at every release of it. Its wheels are large and
         # used once, so they are not kept in pip's cache.
-        shop.run(torch, "torch", [*pip, "--no-cache-dir", f"torch=={torch}"])
+        shop.run(torch, "torch", [*pip, "--no-cache-dir", f"torch=={release_of(torch)}"])
         complete.touch()
     pinned = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line]
-    own = {"torch": torch, "neml2": NEML2}
+    own = {"torch": release_of(torch), "neml2": NEML2}
     kept = [line for line in pinned if line.partition("==")[0].strip() not in own]
     constraints = shop.of(torch) / "constraints.txt"
     constraints.write_text("\n".join([*kept, *(f"{n}=={v}" for n, v in own.items())]) + "\n", encoding="utf-8")

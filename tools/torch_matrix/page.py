@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .environments import NEML2
-from .results import TOLERANCE, TORCHES, Crossing, Crossings, Measured
+from .results import PYTHON_TORCH, TOLERANCE, TORCHES, Crossing, Crossings, Measured
 
 HEAD = ("torch", "measured", "Python", "stubs compiled", "loaded, evaluated", "passed", "failed", "skipped", "test run")
 
@@ -99,6 +99,12 @@ itself, that is done in another process. Loaded at commit {commits}.
 """
 
 
+UNDER_PYTHONS = """
+Each Python has an environment of its own with torch {torch}. The stubs are those that another Python had compiled under
+that release of torch. `python -m tools.torch_matrix --pythons PROGRAM ...` measures these alone.
+"""
+
+
 def left_out(results: dict[str, Measured]) -> Iterator[str]:
     """Give a section on the stubs that a torch is too old for, if there are any."""
     lines = [f"- torch {t}: `{name}`: {why}" for t, one in results.items() for name, why in one.left_out.items()]
@@ -108,7 +114,23 @@ def left_out(results: dict[str, Measured]) -> Iterator[str]:
         yield wrapped("Tests of these stubs are skipped there.")
 
 
-def page(results: dict[str, Measured], crossings: Crossings, jobs: int) -> str:
+def pythons_section(pythons: Sequence[Measured]) -> Iterator[str]:
+    """Give a section on other Pythons, if any were tested."""
+    if pythons:
+        yield "## Pythons"
+        yield wrapped(UNDER_PYTHONS.format(torch=PYTHON_TORCH))
+        head = ("Python", "measured", "torch", "numba", "stubs", "passed", "failed", "skipped", "test run")
+        yield table(head, [python_row(found) for found in pythons], left=4)
+
+
+def python_row(found: Measured) -> tuple[str, ...]:
+    """Give one row of the table of Pythons."""
+    versions = [found.versions.get(name, "") for name in ("torch", "numba")]
+    python = found.versions.get("Python") or found.torch.partition("-python")[2]
+    return python, f"{found.day}, {found.commit}", *versions, str(found.cached), *row(found.torch, found)[-4:]
+
+
+def page(results: dict[str, Measured], crossings: Crossings, pythons: Sequence[Measured], jobs: int) -> str:
     """Write docs/compatibility.md."""
     every = {f"{name} {version}" for found in results.values() for name, version in found.versions.items()}
     others = sorted(one for one in every if not one.startswith(("torch ", "Python ")))
@@ -121,7 +143,10 @@ def page(results: dict[str, Measured], crossings: Crossings, jobs: int) -> str:
     derivatives = {name for one in crossed for name in one.derivatives}
     commits = sorted({one.commit for one in crossed})
     missing = [torch for torch in TORCHES if torch not in results]
-    bad = [*troubles(results, crossings), *([f"tests not run: torch {', '.join(missing)}"] if missing else [])]
+    bad = [
+        *troubles(results | {one.torch: one for one in pythons}, crossings),
+        *([f"tests not run: torch {', '.join(missing)}"] if missing else []),
+    ]
     blocks = (
         "# torch releases",
         "What the plugin was seen to do under each torch. This page is written by",
@@ -139,6 +164,7 @@ def page(results: dict[str, Measured], crossings: Crossings, jobs: int) -> str:
         ),
         table(["compiled under", *(f"loaded under {torch}" for torch in loading)], grid),
         *left_out(results),
+        *pythons_section(pythons),
         "## What failed",
         "\n".join(f"- {line}." for line in bad) or "Nothing.",
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 TOLERANCE = 1e-12
+# The torch that other Pythons are tested with.
+PYTHON_TORCH = "2.13.0"
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Measured:
         versions: Of Python and of some distributions in the environment.
         size: Of the environment, in GiB.
         compiled: Stubs that were compiled.
-        cached: Stubs that an earlier run had compiled under this torch.
+        cached: Stubs that an earlier run had compiled under this torch; under another Python, those it was given.
         left_out: Stubs that cannot be compiled with a torch as old as this, with the reason.
         uncompiled: Stubs that failed to compile, with the last line of what was said.
         compile_seconds: For those that were compiled.
@@ -112,6 +114,16 @@ def folder_of(work: Path, torch: str) -> Path:
     return work / f"torch-{torch}"
 
 
+def name_of(python: str) -> str:
+    """Name what is found under a Python, by its major and minor number, as a torch is named elsewhere."""
+    return f"{PYTHON_TORCH}-python{python}"
+
+
+def release_of(name: str) -> str:
+    """Give the release of torch in what `name_of` gave, or a release as it is."""
+    return name.partition("-")[0]
+
+
 def numbers_of(work: Path, torch: str) -> Path:
     """Say where the numbers are that a torch gave for what it has compiled."""
     return folder_of(work, torch) / "numbers.pt"
@@ -121,6 +133,13 @@ def read_results(work: Path) -> dict[str, Measured]:
     """Read what was found so far, by torch."""
     told = {torch: read_json(_result(work, torch)) for torch in TORCHES}
     return {torch: Measured(**one) for torch, one in told.items() if one}
+
+
+def read_pythons(work: Path) -> list[Measured]:
+    """Read what was found so far under other Pythons, oldest first."""
+    files = work.glob(f"torch-{name_of('*')}/result.json")
+    found = [Measured(**read_json(file)) for file in files]
+    return sorted(found, key=lambda one: [int(n) for n in one.torch.partition("-python")[2].split(".")])
 
 
 def write_result(work: Path, found: Measured) -> None:
