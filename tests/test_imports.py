@@ -120,3 +120,9 @@ def table() -> str:
     lines = ["| folder | may import, besides itself and the ground |", "|---|---|"]
     lines += [f"| `{name}/` | {', '.join(f'`{n}/`' for n in sorted(MAY_IMPORT[name])) or '-'} |" for name in MAY_IMPORT]
     return "\n".join(lines)
+
+
+def test_the_document_names_every_module_of_the_folders() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    inside = [f.stem for f in MODULES if f.parent != PACKAGE and f.stem != "__init__"]
+    assert not [name for name in inside if f"`{name}`" not in text]
