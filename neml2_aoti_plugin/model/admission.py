@@ -67,7 +67,7 @@ class Boundary:
             if port.name not in self.by_name and port.variable.name not in authored
         }
         self.device, self.dtype, self.compute_dtype = place.device, place.dtype, compute_dtype
-        self.where = str(place.metadata.parent)
+        self.where, self.model = str(place.metadata.parent), place.model
         self._leaf = place.leaf
         self.names = tuple(port.name for port in self.inputs)
         self._authored = tuple(port.variable.name for port in self.inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..artifact.schema import Shape
 from ..errors import InputError
 from ..program.program import Program
 from ..settings import newton_settings
-from . import autograd, derivatives, recipe
+from . import autograd, derivatives, parameter_file, recipe
 from .admission import Boundary
 from .call import Caller, Tensors, masked
 from .derivatives import Blocks, By
@@ -65,11 +66,12 @@ class Model(CompiledModule):
             converged, with the iterates of neml2's C++ runtime); the environment variable `NEML2_AOTI_PLUGIN_MODE` if
             not given, else `rowwise`.
         solver: Newton settings in place of the artifact's own, by the field names of `NewtonSettings`.
+        parameters: a file that `save_parameters` wrote, with values of the promoted parameters.
 
     Raises:
         ArtifactNotFoundError: there is no artifact, or none for that device and dtype.
         ArtifactError: the artifact is damaged, of an unknown schema, or made for another machine.
-        InputError: an argument has no such value.
+        InputError: an argument has no such value, or the file of parameters is that of another artifact.
     """
 
     def __init__(
@@ -80,12 +82,15 @@ class Model(CompiledModule):
         *,
         mode: str | None = None,
         solver: Mapping[str, Any] | None = None,
+        parameters: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         self.mode = _mode(mode)
         self._given = absolute(artifact)
         self._solver = dict(solver) if solver else None
         self._load(device, dtype)
+        if parameters is not None:
+            self.load_parameters(parameters)
 
     def _load(
         self,
@@ -187,6 +192,34 @@ class Model(CompiledModule):
     def __repr__(self) -> str:
         leaf = f"{self.device}/{str(self.dtype).removeprefix('torch.')}"
         return f"Model({str(self.artifact)!r}, {leaf}: {', '.join(self.input_names)} -> {', '.join(self.output_names)})"
+
+    def save_parameters(self, path: str | os.PathLike[str]) -> None:
+        """Write the promoted parameters to a safetensors file, which `Model(..., parameters=path)` takes.
+
+        Args:
+            path: of the file; one that was there is replaced.
+
+        Raises:
+            InputError: the model has no promoted parameters, or the file cannot be written.
+        """
+        values = parameter_file.detached(self._promoted.values)
+        parameter_file.write_parameters(Path(path), self._boundary.model, self._metadata.digest, values)
+
+    def load_parameters(self, path: str | os.PathLike[str], *, same_artifact: bool = True) -> None:
+        """Set the promoted parameters to the values in a file that `save_parameters` wrote.
+
+        Args:
+            path: of the file.
+            same_artifact: whether the file must have been written for this artifact: a model with the same metadata,
+                for whatever device, dtype and machine. If not, names and shapes must agree.
+
+        Raises:
+            InputError: it is no such file, was written for another artifact, or has other names or shapes.
+        """
+        found = parameter_file.read_parameters(path)
+        if same_artifact:
+            parameter_file.require_same(found, self._metadata.digest, str(path), str(self.artifact))
+        parameter_file.set_values(found, self._promoted, str(path))
 
     # -- solver settings --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,99 @@
+"""The group of commands, what all have in common, and which exit status an error means."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from .. import __version__, errors
+from . import FINE, INTERRUPTED, SHORT, WRONG_USE, output
+
+COMMANDS = ("doctor", "inspect", "verify", "bench", "run", "plot", "params", "seal", "warm", "migrate")
+
+HELP = """Look at, check and run compiled NEML2 models.
+
+ARTIFACT is the folder that neml2-compile wrote, and STUB the input file beside it, MODEL_aoti.i. Each command tells
+more with --help, and prints a JSON document with --json.
+
+Exit status: 0 if all is well, 1 if the artifact or the model falls short, 2 for wrong use.
+
+\b
+Examples:
+  neml2-aoti doctor aoti/elasticity
+  neml2-aoti inspect aoti/elasticity
+  neml2-aoti verify aoti/elasticity_aoti.i --against elasticity.i
+"""
+
+
+class Commands(click.Group):
+    """The commands, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name; None if there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"{__package__}.{cmd_name}").command
+        return command
+
+
+@click.group(cls=Commands, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="neml2-aoti")
+def app() -> None:
+    """Nothing happens before the command itself."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; an error that a user can mend becomes a line, and an exit status.
+
+    Args:
+        arguments: of the process, without the program's name.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        status = app.main(list(arguments), prog_name="neml2-aoti", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return _failed(arguments, "UsageError", error.format_message(), WRONG_USE)
+    except (click.Abort, KeyboardInterrupt):
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        message = output.missing(error.name)
+        if message is None:
+            raise
+        return _told(arguments, "MissingPackage", message, WRONG_USE)
+    except errors.AOTIError as error:
+        return _told(arguments, type(error).__name__, str(error), _status_of(error))
+    except RuntimeError as error:
+        # neml2's own class where neml2 came first, ours else.
+        if type(error).__name__ != "ConvergenceError":
+            raise
+        return _told(arguments, "ConvergenceError", str(error), SHORT)
+    return status if isinstance(status, int) else FINE
+
+
+def _status_of(error: errors.AOTIError) -> int:
+    """Whether an error speaks of the artifact, or of how the command was used."""
+    return SHORT if isinstance(error, (errors.ArtifactError, errors.DerivativeNotCompiledError)) else WRONG_USE
+
+
+def _told(arguments: Sequence[str], kind: str, message: str, status: int) -> int:
+    print(f"neml2-aoti: {message}", file=sys.stderr)
+    return _failed(arguments, kind, message, status)
+
+
+def _failed(arguments: Sequence[str], kind: str, message: str, status: int) -> int:
+    """With --json an error is a document too."""
+    if "--json" in arguments:
+        command = next((word for word in arguments if word in COMMANDS), "")
+        output.write_json(command, status, error={"kind": kind, "message": message})
+    return status

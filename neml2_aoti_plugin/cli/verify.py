@@ -1,0 +1,112 @@
+"""`neml2-aoti verify`: does a compiled model do what its source does?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from . import FINE, SHORT
+from .options import assignments
+from .output import device_options, json_option, show
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..workbench.verify import Verification
+
+EPILOG = """\b
+Examples:
+  neml2-aoti verify aoti/elasticity_aoti.i --against elasticity.i
+  neml2-aoti verify aoti/elasticity --record aoti/elasticity.golden.safetensors
+  neml2-aoti verify aoti/elasticity
+"""
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(epilog=EPILOG)
+@click.argument("target", metavar="ARTIFACT|STUB")
+@click.argument("model", required=False)
+@click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")
+@click.option("--source-model", metavar="NAME", help="The model in INPUT.i, if it has another name there.")
+@click.option("--golden", type=FILE, help="Compare with what --record has written.")
+@click.option("--record", type=FILE, help="Write points, values and derivatives to a golden file.")
+@click.option("--points", type=FILE, help="Evaluate at these points: .npz, .pt or .safetensors, a tensor per input.")
+@click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
+@click.option("--rows", type=click.IntRange(1), default=16, show_default=True, help="Points of each kind.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random points.")
+@click.option("--scale", multiple=True, metavar="NAME=VALUE", help="Standard deviation of an input's random entries.")
+@click.option("--rtol", type=float, default=1e-6, show_default=True, help="Tolerance against source and golden file.")
+@click.option(
+    "--difference-rtol", type=float, default=1e-5, show_default=True, help="Tolerance against finite differences."
+)
+@click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png or .svg).")
+@device_options
+@json_option
+def command(
+    target: str,
+    model: str | None,
+    against: Path | None,
+    source_model: str | None,
+    golden: Path | None,
+    record: Path | None,
+    points: Path | None,
+    driver: str | None,
+    rows: int,
+    seed: int,
+    scale: tuple[str, ...],
+    rtol: float,
+    difference_rtol: float,
+    picture: Path | None,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> int:
+    """Compare a compiled model's values and derivatives with its source.
+
+    The points are those at which the stub's driver calls the model and random ones around them, or random ones alone
+    if there is no driver. Where there is no source, derivatives are compared with finite differences. A golden file
+    ARTIFACT.golden.safetensors beside the artifact is used without being named.
+
+    Errors are relative to the largest entry of each quantity. Exit status 1 if one is above the tolerance.
+    """
+    from ..workbench.figures import draw_errors
+    from ..workbench.target import find_target
+    from ..workbench.verify import Wanted, verify
+
+    scales = assignments(scale, "--scale")
+    wanted = Wanted(against, source_model, golden, points, driver, rows, seed, scales, rtol, difference_rtol)
+    report, failed = verify(find_target(target, model), wanted, device, dtype, record=record)
+    if picture is not None:
+        draw_errors(report, picture)
+    return show("verify", report, as_json, render, SHORT if failed else FINE)
+
+
+def render(report: Verification, console: Console) -> None:
+    """Print the table of errors."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    apart = f"; {report.not_converged} did not converge and are left out" if report.not_converged else ""
+    console.print(escape(f"{report.model} ({report.leaf}) at {report.rows} points ({report.points}){apart}"))
+    table = Table()
+    for title in ("quantity", "reference"):
+        table.add_column(title)
+    for title in ("points", "left out", "worst error", "at point", "tolerance", ""):
+        table.add_column(title, justify="right")
+    for found in report.comparisons:
+        table.add_row(
+            escape(found.quantity),
+            found.reference,
+            str(found.rows),
+            str(found.left_out) if found.left_out else "",
+            f"{found.worst:.1e}" if found.rows else "-",
+            str(found.worst_row) if found.rows else "-",
+            f"{found.tolerance:.0e}",
+            "[green]passed[/]" if found.passed else "[bold red]FAILED[/]",
+        )
+    console.print(table)
+    for text in report.not_compared:
+        console.print(f"[yellow]not compared[/] {escape(text)}")

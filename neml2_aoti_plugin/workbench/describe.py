@@ -1,0 +1,324 @@
+"""What is in an artifact, from its metadata and the sizes of its files; no graph is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artifact import schema as s
+from ..artifact.archive import open_archive
+from ..artifact.compatibility import files_of
+from ..artifact.package import build_in, read_package
+from ..artifact.parse import read_metadata
+from ..artifact.place import DTYPES, Place
+from ..artifact.seal import seal_file
+from ..artifact.upgrade import RELEASES
+from ..errors import ArtifactError
+from .target import Target, places
+
+
+@dataclass(frozen=True)
+class VariableReport:
+    """An input or an output.
+
+    Args:
+        name: at the boundary of the model.
+        type: neml2's name of its type; empty where the artifact does not tell.
+        base_shape: axes that its type owns.
+        sub_batch_shape: sizes of its site axes.
+        kind: `force`, `old force`, `old state`, `first iterate` or `input`; of an output `state` or `output`.
+        of: of an `old force` or `old state`, the variable whose earlier value it is; else null.
+        steps_back: of such a variable, by how many steps; else 0.
+    """
+
+    name: str
+    type: str
+    base_shape: tuple[int, ...]
+    sub_batch_shape: tuple[int, ...]
+    kind: str
+    of: str | None
+    steps_back: int
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """A promoted parameter.
+
+    Args:
+        name: at the boundary of the model.
+        base_shape: axes of its type.
+        shape: of the stored value, `(*batch, *base_shape)`.
+        values: the stored value, row-major.
+    """
+
+    name: str
+    base_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """A graph's package.
+
+    Args:
+        name: of the file.
+        bytes: its size; null where it is missing.
+    """
+
+    name: str
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    """A segment.
+
+    Args:
+        kind: `forward` or `implicit`.
+        inputs: names of what it takes; of an implicit one the givens.
+        outputs: names of what it gives; of an implicit one the unknowns.
+        parameters: names of the promoted parameters that it takes.
+        unknowns: number of unknown entries of a row; 0 for a forward segment.
+        groups: structure of each group of unknowns, `dense` or `block`.
+        linear_solver: `direct`, `gmres`, `bicgstab`, or `fused` where one graph does the whole step; null if forward.
+        preconditioned: whether an iterative linear solver has a preconditioner.
+        newton: the settings of the Newton solve, as for `Model.set_solver_config`; null if forward.
+        predicted: names of the unknowns that a predictor gives a first iterate.
+        max_substepping_level: how often an increment may be halved.
+        files: its packages.
+    """
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    unknowns: int
+    groups: tuple[str, ...]
+    linear_solver: str | None
+    preconditioned: bool
+    newton: dict[str, Any] | None
+    predicted: tuple[str, ...]
+    max_substepping_level: int
+    files: tuple[FileReport, ...]
+
+
+@dataclass(frozen=True)
+class LeafReport:
+    """What was compiled for one device and dtype.
+
+    Args:
+        device: `cpu`, `cuda`, ...
+        dtype: `float64` or `float32`.
+        folder: of the packages.
+        bytes: of all its packages.
+        built_for: platform, processor and instruction sets, as the packages record them; empty where they do not.
+    """
+
+    device: str
+    dtype: str
+    folder: str
+    bytes: int
+    built_for: str
+
+
+@dataclass(frozen=True)
+class ArtifactReport:
+    """What is in an artifact.
+
+    Args:
+        artifact: its folder or metadata file.
+        model: name of the model.
+        schema: version of its metadata.
+        release: the neml2 releases that write this schema.
+        sealed: whether it has a seal; it is as it was sealed then.
+        leaves: what it was compiled for.
+        leaf: the leaf whose segments and files are told, as `device/dtype`.
+        inputs: of the model.
+        outputs: of the model.
+        parameters: promoted parameters with their stored values.
+        derivatives: the compiled (output, input) pairs.
+        parameter_derivatives: the compiled (output, parameter) pairs.
+        segments: in the order in which they are evaluated.
+    """
+
+    artifact: str
+    model: str
+    schema: int
+    release: str
+    sealed: bool
+    leaves: tuple[LeafReport, ...]
+    leaf: str
+    inputs: tuple[VariableReport, ...]
+    outputs: tuple[VariableReport, ...]
+    parameters: tuple[ParameterReport, ...]
+    derivatives: tuple[tuple[str, str], ...]
+    parameter_derivatives: tuple[tuple[str, str], ...]
+    segments: tuple[SegmentReport, ...]
+
+
+def describe(target: Target, device: str | None = None, dtype: str | None = None) -> ArtifactReport:
+    """Tell what is in an artifact.
+
+    Args:
+        target: the artifact.
+        device: of the leaf to tell of; if neither is given, the one that `Model` takes, else the first.
+        dtype: likewise.
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: there is no such leaf.
+        ArtifactError: the artifact may not be loaded, or its metadata is damaged.
+    """
+    there = places(target)
+    if not there:
+        raise ArtifactError(f"{target.artifact} has metadata and no leaf (a folder DEVICE/DTYPE). Copy it whole.")
+    usual = [p for p in there if p.device.type == "cpu" and name_of(p) == "float64"]
+    place = target.place(device, dtype) if device or dtype else (usual or there)[0]
+    metadata = read_metadata(place.metadata, place.folder, solver=target.solver)
+    return ArtifactReport(
+        artifact=str(target.artifact),
+        model=target.model,
+        schema=metadata.schema,
+        release=release_of(metadata.schema),
+        sealed=place.folder.sealed is not None and seal_file(place.folder.root).exists(),
+        leaves=tuple(_leaf(p, metadata) for p in there),
+        leaf=f"{place.device.type}/{name_of(place)}",
+        inputs=tuple(_input(v, metadata) for v in metadata.inputs),
+        outputs=tuple(_output(v, metadata) for v in metadata.outputs),
+        parameters=tuple(
+            ParameterReport(metadata.aliases.parameters.get(p.name, p.name), p.base_shape, p.shape, p.values)
+            for p in metadata.parameters
+        ),
+        derivatives=boundary_pairs(metadata),
+        parameter_derivatives=boundary_parameter_pairs(metadata),
+        segments=tuple(_segment(part, metadata, place) for part in metadata.segments),
+    )
+
+
+def boundary_pairs(metadata: s.Metadata) -> tuple[tuple[str, str], ...]:
+    """The compiled (output, input) pairs by boundary names."""
+    names = metadata.aliases
+    return tuple((names.outputs.get(o, o), names.inputs.get(i, i)) for o, i in metadata.derivatives)
+
+
+def boundary_parameter_pairs(metadata: s.Metadata) -> tuple[tuple[str, str], ...]:
+    """The compiled (output, parameter) pairs by boundary names."""
+    names = metadata.aliases
+    return tuple((names.outputs.get(o, o), names.parameters.get(p, p)) for o, p in metadata.parameter_derivatives)
+
+
+def name_of(place: Place) -> str:
+    """The dtype of a leaf, as its folder is called."""
+    return next(name for name, dtype in DTYPES.items() if dtype == place.dtype)
+
+
+def release_of(schema: int) -> str:
+    """The neml2 releases that write a schema."""
+    return RELEASES.get(schema, "none; an unreleased neml2")
+
+
+def lag(name: str) -> tuple[str, int]:
+    """Split `x~2` into `x` and 2; a name without a lag has 0."""
+    base, mark, steps = name.rpartition("~")
+    return (base, int(steps)) if mark and steps.isdigit() else (name, 0)
+
+
+def _input(variable: s.Variable, metadata: s.Metadata) -> VariableReport:
+    names, outputs = metadata.aliases, {v.name for v in metadata.outputs}
+    unknowns = {
+        v.name for part in metadata.segments if isinstance(part, s.ImplicitSegment) for v in part.unknown_variables
+    }
+    base, steps = lag(variable.name)
+    inputs = {v.name for v in metadata.inputs}
+    if steps and base in outputs:
+        kind, of = "old state", names.outputs.get(base, base)
+    elif steps and base in inputs:
+        kind, of = "old force", names.inputs.get(base, base)
+    elif variable.name in unknowns:
+        kind, of = "first iterate", None
+    else:
+        kind, of = "force" if any(lag(n) == (variable.name, 1) for n in inputs) else "input", None
+    return _variable(variable, names.inputs, kind, of, steps if of else 0)
+
+
+def _output(variable: s.Variable, metadata: s.Metadata) -> VariableReport:
+    is_state = any(lag(v.name)[0] == variable.name and lag(v.name)[1] for v in metadata.inputs)
+    return _variable(variable, metadata.aliases.outputs, "state" if is_state else "output", None, 0)
+
+
+def _variable(variable: s.Variable, names: dict[str, str], kind: str, of: str | None, steps: int) -> VariableReport:
+    name = names.get(variable.name, variable.name)
+    return VariableReport(name, variable.type, variable.base_shape, variable.sub_batch_shape, kind, of, steps)
+
+
+def _segment(part: s.Segment, metadata: s.Metadata, place: Place) -> SegmentReport:
+    names = metadata.aliases
+    renamed = {**names.inputs, **names.outputs}
+    parameters = tuple(names.parameters.get(name, name) for name in part.parameters)
+    files = tuple(FileReport(name, _size(place.leaf / name)) for name in sorted(files_of(_alone(part, metadata))))
+
+    def shown(found: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(renamed.get(name, name) for name in found)
+
+    if isinstance(part, s.ForwardSegment):
+        return SegmentReport(
+            "forward", shown(part.inputs), shown(part.outputs), parameters, 0, (), None, False, None, (), 0, files
+        )
+    unknowns = part.unknown_variables
+    return SegmentReport(
+        kind="implicit",
+        inputs=shown(tuple(given.variable.name for given in part.roles)),
+        outputs=shown(tuple(v.name for v in unknowns)),
+        parameters=parameters,
+        unknowns=sum(v.size for v in unknowns),
+        groups=tuple(group.structure for group in part.unknowns),
+        linear_solver=_linear_solver(part),
+        preconditioned=isinstance(part.step, s.KrylovStep) and part.step.precond_setup is not None,
+        newton=asdict(part.newton),
+        predicted=shown(part.predictor.outputs) if part.predictor else (),
+        max_substepping_level=part.max_substepping_level,
+        files=files,
+    )
+
+
+def _linear_solver(part: s.ImplicitSegment) -> str:
+    if isinstance(part.step, s.KrylovStep):
+        return part.step.settings.method
+    return "direct" if isinstance(part.step, s.DirectStep) else "fused"
+
+
+def _alone(part: s.Segment, metadata: s.Metadata) -> s.Metadata:
+    """The metadata of one segment, of which `files_of` lists the packages."""
+    return s.Metadata(metadata.inputs, metadata.outputs, (), (part,), (), ())
+
+
+def _leaf(place: Place, metadata: s.Metadata) -> LeafReport:
+    sizes = [_size(place.leaf / name) for name in sorted(files_of(metadata))]
+    total = sum(size for size in sizes if size is not None)
+    return LeafReport(place.device.type, name_of(place), str(place.leaf), total, _built_for(place, metadata))
+
+
+def _built_for(place: Place, metadata: s.Metadata) -> str:
+    """What the first package that can be read records."""
+    for name in sorted(files_of(metadata)):
+        file = place.leaf / name
+        try:
+            with open_archive(file, read_package(file, place.folder).data) as archive:
+                build = build_in(archive)
+        except ArtifactError:
+            continue
+        words = (build.platform, build.machine, build.cpu_isa if place.device.type == "cpu" else "")
+        capability = f"compute capability {build.compute_capability}" if build.compute_capability else ""
+        return " ".join(word for word in (*words, capability) if word)
+    return ""
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None

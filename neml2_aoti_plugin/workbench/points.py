@@ -1,0 +1,269 @@
+"""Where a model is evaluated: at the calls of a driver, at points in a file, at random ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AOTIError, InputError, UnknownNameError
+from ..model import Model
+from .describe import lag
+from .target import Target, blocks, parse_input, require_block
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..host.hit import AOTIModel
+
+Tensors = dict[str, Tensor]
+
+# Around what a driver passes, as a fraction of the largest entry that it passes.
+SPREAD = 0.01
+# Of random numbers where there is no driver to tell what is usual.
+SCALE = 1e-3
+TIME = "t"
+
+
+@dataclass(frozen=True)
+class Points:
+    """Inputs of a model.
+
+    Args:
+        inputs: by name, `(rows, *sub_batch, *base)`.
+        source: where they come from, in words.
+    """
+
+    inputs: Tensors
+    source: str
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return next((value.shape[0] for value in self.inputs.values()), 0)
+
+    def at(self, rows: Tensor) -> Points:
+        """Some of them; `rows` are indices or a mask."""
+        return Points({name: value[rows] for name, value in self.inputs.items()}, self.source)
+
+
+def driver_names(target: Target) -> list[str]:
+    """The drivers in a target's stub that drive the target's model."""
+    if target.stub is None:
+        return []
+    found = blocks(parse_input(target.stub), "Drivers")
+    return [name for name, block in found.items() if block.param_optional_str("model", "") == target.model]
+
+
+def driver_points(target: Target, model: Model, driver: str, most: int) -> Points:
+    """The inputs that a driver passes to a model.
+
+    Args:
+        target: a stub.
+        model: its model, which says what shape inputs have.
+        driver: name of the driver.
+        most: how many rows to take, spread over the driver's calls.
+
+    Raises:
+        InputError: there is no such driver, or it fails.
+    """
+    if target.stub is None:
+        raise InputError(f"{target.artifact} is an artifact, which has no drivers. Give the stub beside it.")
+    calls: list[Tensors] = []
+
+    def keep(module: Any, arguments: tuple[Any, ...]) -> None:
+        calls.append(flat(module._raw(dict(zip(module.input_spec, arguments, strict=True))), model))
+
+    with default_dtype(model.dtype):
+        built = load_driver(target.stub, driver)
+        require_compiled(built, driver, target.stub)
+        handle = built.model.register_forward_pre_hook(keep)
+        try:
+            built.run()
+        finally:
+            handle.remove()
+    if not calls:
+        raise InputError(f"[Drivers/{driver}] in {target.stub} does not call the model.")
+    together = {name: torch.cat([call[name] for call in calls]) for name in model.inputs}
+    found = Points(together, f"driver {driver}")
+    if found.rows <= most:
+        return found
+    return found.at(torch.linspace(0, found.rows - 1, most).round().long())
+
+
+def load_driver(path: Path, driver: str, overrides: tuple[str, ...] = ()) -> Any:
+    """Build a driver of an input file.
+
+    Args:
+        path: the file.
+        driver: name of the driver.
+        overrides: HIT overrides, such as `Drivers/driver/save_as:=out.pt`.
+
+    Raises:
+        InputError: there is no such file or driver, or neml2 cannot build it.
+        ArtifactError: the compiled model that it drives cannot run here.
+    """
+    block = require_block(parse_input(path, overrides), "Drivers", driver, path)
+    import neml2
+
+    try:
+        built: Any = neml2.load_input(path, additional_args=list(overrides)).get_driver(driver)
+    except AOTIError:
+        raise
+    except Exception as error:
+        raise InputError(f"[Drivers/{driver}] in {path}: {first_line(error)}") from error
+    if not hasattr(built, "model"):
+        kind = block.param_optional_str("type", "")
+        raise InputError(f"[Drivers/{driver}] in {path} is of type {kind}, which drives no model.")
+    return built
+
+
+def require_compiled(driver: Any, name: str, path: Path) -> AOTIModel:
+    """The model of a driver, which must be a compiled one that this plugin runs.
+
+    Raises:
+        InputError: it is another.
+    """
+    from ..host.hit import AOTIModel
+
+    found = driver.model
+    if isinstance(found, AOTIModel):
+        return found
+    kind = f"{type(found).__module__}.{type(found).__qualname__}"
+    raise InputError(
+        f"[Drivers/{name}] in {path} drives a {kind}, expected a compiled model of this plugin. If NEML2_AOTI_PLUGIN=0 "
+        "is set, unset it; `neml2-aoti doctor` tells whether the plugin is active."
+    )
+
+
+def flat(inputs: Mapping[str, Tensor], model: Model) -> Tensors:
+    """Inputs with one batch axis that they have in common.
+
+    Args:
+        inputs: by name, `(*batch, *sub_batch, *base)`.
+        model: whose inputs they are.
+    """
+    natural = {name: variable.natural_shape for name, variable in model.inputs.items()}
+    batches = [tuple(inputs[n].shape[: inputs[n].ndim - len(shape)]) for n, shape in natural.items()]
+    common = torch.broadcast_shapes(*batches)
+    return {
+        name: inputs[name].detach().expand(*common, *shape).reshape(-1, *shape).clone()
+        for name, shape in natural.items()
+    }
+
+
+def read_points(path: Path, model: Model) -> Points:
+    """Read points from a file: a tensor per input, by name, in a .npz, .pt or .safetensors file.
+
+    Raises:
+        InputError: the file cannot be read, or does not hold the model's inputs.
+    """
+    found = _tensors_in(path)
+    absent = [name for name in model.inputs if name not in found]
+    if absent:
+        raise InputError(
+            f"{path}: has no {', '.join(absent)}; the model's inputs are {', '.join(model.inputs)}, and the file has "
+            f"{', '.join(found) or 'nothing'}."
+        )
+    given = {name: found[name].to(model.dtype) for name in model.inputs}
+    for name, variable in model.inputs.items():
+        shape = variable.natural_shape
+        if tuple(given[name].shape[given[name].ndim - len(shape) :]) != shape or given[name].ndim < len(shape):
+            wanted = ", ".join(("rows", *map(str, shape)))
+            raise InputError(f"{path}: {name!r} has shape {tuple(given[name].shape)}, expected ({wanted}).")
+    try:
+        return Points(flat(given, model), path.name)
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
+        raise InputError(f"{path}: the inputs have different numbers of rows: {shapes}.") from None
+
+
+def random_points(
+    model: Model, rows: int, seed: int, scales: Mapping[str, float], around: Points | None = None
+) -> Points:
+    """Random points: around those of a driver, or normally distributed.
+
+    Args:
+        model: whose inputs they are.
+        rows: how many.
+        seed: of the random numbers.
+        scales: standard deviation of an input's entries by name; 1% of the largest entry around a driver's points, else
+            1e-3, if not given.
+        around: the driver's points.
+
+    Raises:
+        UnknownNameError: `scales` names no input.
+    """
+    unknown = [name for name in scales if name not in model.inputs]
+    if unknown:
+        raise UnknownNameError(f"no input {', '.join(unknown)}; the inputs are {', '.join(model.inputs)}.")
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn((rows, *shape), generator=generator, dtype=torch.float64)
+
+    found: Tensors = {}
+    pick = torch.randint(around.rows, (rows,), generator=generator) if around is not None else None
+    for name, variable in model.inputs.items():
+        noise = normal(variable.natural_shape)
+        if around is None or pick is None:
+            found[name] = scales.get(name, SCALE) * noise
+        else:
+            middle = around.inputs[name].to(torch.float64)
+            # Times stay what they are: a step that lasts no time, or less, means nothing.
+            usual = 0.0 if lag(name)[0] == TIME else SPREAD * float(middle.abs().max())
+            found[name] = middle[pick] + scales.get(name, usual) * noise
+    if around is None and {TIME, f"{TIME}~1"} <= found.keys():
+        before = torch.rand(rows, generator=generator, dtype=torch.float64)
+        found[f"{TIME}~1"], found[TIME] = before, before + 0.1 + before.flip(0)
+    return Points({name: value.to(model.dtype) for name, value in found.items()}, f"{rows} random")
+
+
+def joined(parts: list[Points]) -> Points:
+    """Several sets of points as one."""
+    inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+    return Points(inputs, ", ".join(part.source for part in parts))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set torch's default dtype for a while, as neml2-run does: tensors in input files follow it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of neml2's says, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _tensors_in(path: Path) -> Tensors:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file. Give a .npz, .pt or .safetensors file with a tensor per input.")
+    try:
+        if path.suffix == ".npz":
+            import numpy as np
+
+            with np.load(path, allow_pickle=False) as file:
+                arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        found = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read as tensors ({first_line(error)}).") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise InputError(f"{path}: holds no dict of tensors.")
+    return found

@@ -1,0 +1,204 @@
+"""What a command is pointed at: an artifact, or a stub that names one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artifact import perdevice
+from ..artifact.files import is_there
+from ..artifact.locate import absolute, find_root, leaves, locate, root_of
+from ..artifact.parse import read_metadata
+from ..artifact.place import Place
+from ..artifact.schema import Metadata
+from ..artifact.stub import read_stub
+from ..errors import ArtifactNotFoundError, InputError, UnknownNameError
+from ..model import Model
+
+if TYPE_CHECKING:
+    import nmhit
+
+AOTI_MODEL = "AOTIModel"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An artifact, and the stub through which it was named.
+
+    Args:
+        artifact: path of the artifact, absolute.
+        model: name of the model.
+        stub: the input file; None where the artifact itself was named.
+        solver: Newton settings that the stub gives in place of the artifact's.
+    """
+
+    artifact: Path
+    model: str
+    stub: Path | None = None
+    solver: dict[str, Any] | None = None
+
+    def place(self, device: str | None = None, dtype: str | None = None) -> Place:
+        """The leaf for a device and a dtype; see `locate`.
+
+        Raises:
+            InputError: there is no such leaf.
+            ArtifactError: the artifact may not be loaded, is not as it was sealed, or is damaged.
+        """
+        try:
+            return locate(self.artifact, device, dtype)
+        except ArtifactNotFoundError as error:
+            raise InputError(str(error)) from None
+
+    def metadata(self, device: str | None = None, dtype: str | None = None) -> Metadata:
+        """The metadata of a leaf; the arguments and errors are those of `place`."""
+        place = self.place(device, dtype)
+        return read_metadata(place.metadata, place.folder, solver=self.solver)
+
+    def load(self, device: str | None = None, dtype: str | None = None, **options: Any) -> Model:
+        """Load the model.
+
+        Args:
+            device: see `Model`.
+            dtype: see `Model`.
+            options: further arguments of `Model`.
+
+        Raises:
+            InputError: there is no such leaf.
+            ArtifactError: the artifact cannot run here.
+        """
+        self.place(device, dtype)
+        return Model(self.artifact, device, dtype, solver=self.solver, **options)
+
+
+def find_target(given: str | os.PathLike[str], model: str | None = None) -> Target:
+    """Find the artifact that a path leads to.
+
+    Args:
+        given: an artifact's folder, its metadata file, or a stub.
+        model: name of the model, for a stub with several; it is checked for others.
+
+    Returns:
+        The target.
+
+    Raises:
+        InputError: there is neither an artifact nor a stub, or the stub has no such model.
+    """
+    path = absolute(given)
+    if is_there(path) and path.suffix != ".json":
+        return _in_stub(path, model)
+    try:
+        root = root_of(path)
+    except ArtifactNotFoundError as error:
+        raise InputError(str(error)) from None
+    found = model_of(path, root)
+    if model is not None and model != found:
+        raise UnknownNameError(
+            f"{path} holds the model {found!r}, not {model!r}. Leave the name out, or give that one."
+        )
+    return Target(path, found)
+
+
+def model_of(path: Path, root: Path) -> str:
+    """The name of the model that an artifact holds.
+
+    Args:
+        path: to the artifact.
+        root: its folder.
+    """
+    if find_root(path) is not None:
+        return root.name or root.resolve().name
+    files = perdevice.files_at(path) or perdevice.files_below(path)
+    return files[0].name.removesuffix(perdevice.SUFFIX)
+
+
+def places(target: Target) -> list[Place]:
+    """The leaves of a target's artifact, each with its files, device and dtype.
+
+    Raises:
+        ArtifactError: the artifact may not be loaded, is not as it was sealed, or is damaged.
+    """
+    found = find_root(target.artifact)
+    if found is not None:
+        return [locate(found[0], device, dtype) for device, dtype in leaves(found[0])]
+    files = perdevice.files_at(target.artifact) or perdevice.files_below(target.artifact)
+    return [locate(file) for file in files]
+
+
+def parse_input(path: Path, overrides: tuple[str, ...] = ()) -> nmhit.Root:
+    """Parse an input file, without building anything from it.
+
+    Args:
+        path: of the file.
+        overrides: HIT overrides, such as `Models/elastic/E:=210000`.
+
+    Raises:
+        InputError: there is no such file, or it is no input file.
+    """
+    import nmhit
+
+    if not is_there(path):
+        raise InputError(f"{path}: no such file. Give an input file, such as the stub that neml2-compile wrote.")
+    try:
+        return nmhit.parse_file(str(path), [], list(overrides))
+    except (nmhit.Error, UnicodeDecodeError, OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{path}: cannot be read as an input file ({lines[0][:200]}).") from None
+
+
+def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:
+    """The blocks of a section of an input file, by name; a file may have the section several times."""
+    import nmhit
+
+    kind = nmhit.NodeType.Section
+    tops = [top for top in root.children(kind) if top.path() == section]
+    return {block.path(): block for top in tops for block in top.children(kind)}
+
+
+def require_block(root: nmhit.Node, section: str, name: str, path: Path) -> nmhit.Node:
+    """A block of an input file.
+
+    Args:
+        root: the file, parsed.
+        section: such as `Drivers`.
+        name: of the block.
+        path: of the file.
+
+    Raises:
+        UnknownNameError: there is no such block.
+    """
+    found = blocks(root, section)
+    if name not in found:
+        raise UnknownNameError(
+            f"{path} has no block [{section}/{name}]; in [{section}] there are: {', '.join(found) or 'none'}."
+        )
+    return found[name]
+
+
+def _in_stub(path: Path, model: str | None) -> Target:
+    root = parse_input(path)
+    compiled = {
+        name: block
+        for name, block in blocks(root, "Models").items()
+        if block.param_optional_str("type", "") == AOTI_MODEL
+    }
+    if model is None:
+        if not compiled:
+            raise InputError(
+                f"{path} has no compiled model (no block in [Models] of type {AOTI_MODEL}). Give the stub that "
+                "neml2-compile wrote, MODEL_aoti.i, or the artifact's folder."
+            )
+        if len(compiled) > 1:
+            raise InputError(f"{path} has several compiled models: {', '.join(compiled)}. Give the name of one.")
+        (model,) = compiled
+    elif model not in compiled:
+        there = ", ".join(compiled) or "none"
+        raise UnknownNameError(f"{path} has no compiled model {model!r}; there are: {there}.")
+    try:
+        stub = read_stub(compiled[model], path.parent, lambda name: blocks(root, "Solvers").get(name))
+        artifact = stub.artifact.resolve()
+        root_of(artifact)
+    except (ArtifactNotFoundError, InputError) as error:
+        raise InputError(f"[Models/{model}] in {path}: {error}") from None
+    return Target(artifact, model, path, stub.solver)
