@@ -25,7 +25,7 @@ Examples:
 FILE = click.Path(path_type=Path)
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Rows per second by batch size and threads.")
 @click.argument("target", metavar="ARTIFACT|STUB")
 @click.argument("model", required=False)
 @click.option("--rows", default="1,10,100,1000,10000", show_default=True, help="Batch sizes.")

@@ -24,7 +24,7 @@ Examples:
 COLOURS = {"fine": "green", "advice": "yellow", "problem": "bold red"}
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="What is installed, what is wrong, and what mends it.")
 @click.argument("target", metavar="[ARTIFACT|STUB]", required=False)
 @click.argument("model", required=False)
 @click.option(

@@ -25,7 +25,7 @@ Examples:
 VALUES = 6
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="What is in a compiled model, as a tree.")
 @click.argument("target", metavar="ARTIFACT|STUB")
 @click.argument("model", required=False)
 @device_options

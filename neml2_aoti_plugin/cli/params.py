@@ -26,7 +26,7 @@ Examples:
 FILE = click.Path(path_type=Path)
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Promoted parameters: show, set, write to a file.")
 @click.argument("target", metavar="ARTIFACT|STUB")
 @click.argument("model", required=False)
 @click.option("--from", "file", type=FILE, help="Begin with the values in this file instead of the artifact's.")

@@ -24,7 +24,7 @@ Examples:
 FILE = click.Path(path_type=Path)
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Draw results of runs.")
 @click.argument("results", type=FILE, metavar="RESULT...", nargs=-1, required=True)
 @click.option("--out", type=FILE, required=True, help="The picture: .png, .svg or .pdf.")
 @click.option("--x", metavar="NAME", help="Horizontal axis.")

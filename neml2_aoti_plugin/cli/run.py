@@ -25,7 +25,7 @@ Examples:
 FILE = click.Path(path_type=Path)
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Run a driver, with a progress bar.")
 @click.argument("stub", type=FILE, metavar="STUB")
 @click.argument("driver")
 @click.argument("overrides", nargs=-1, metavar="[PATH:=VALUE]...")

@@ -30,7 +30,7 @@ class SealReport:
     seals: tuple[str, ...]
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Write down what an artifact's files are.")
 @click.argument("paths", metavar="ARTIFACT|STUB...", nargs=-1, required=True)
 @json_option
 def command(paths: tuple[str, ...], as_json: bool) -> int:

@@ -26,7 +26,7 @@ Examples:
 FILE = click.Path(path_type=Path)
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Compare a compiled model with its source.")
 @click.argument("target", metavar="ARTIFACT|STUB")
 @click.argument("model", required=False)
 @click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")

@@ -37,7 +37,7 @@ class WarmReport:
     folders: tuple[str, ...]
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Compile the kernels of the Newton loop ahead.")
 @json_option
 def command(as_json: bool) -> int:
     """Compile the kernels of the Newton loop and keep their machine code, so that no first solve waits for it.
