@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
-from .errors import InputError, InputTypeError
+from .errors import InputError, InputTypeError, UnknownNameError
 
 LineSearch = Literal["BACKTRACKING", "STRONG_WOLFE"]
 KrylovMethod = Literal["gmres", "bicgstab"]
@@ -159,6 +159,30 @@ def newton_settings(**values: Any) -> NewtonSettings:
         except (ValueError, OverflowError) as error:
             raise InputError(f"{name} is {_shown(value)}, expected {wanted}.") from error
     return NewtonSettings(**checked)
+
+
+def changed_settings(present: NewtonSettings | None, changes: Mapping[str, Any], where: str) -> NewtonSettings:
+    """Newton settings with some of them changed.
+
+    Args:
+        present: those in force; None for a model without implicit segments.
+        changes: by the field names of `NewtonSettings`.
+        where: the model, for messages.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        UnknownNameError: there is no such setting.
+        InputError: a value is out of range, or there are no settings to change.
+    """
+    known = list(_RULES)
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise UnknownNameError(f"there is no solver setting {', '.join(unknown)}; there are {', '.join(known)}.")
+    if present is None:
+        raise InputError(f"{where} has no implicit segment, so there is no solver to set.")
+    return newton_settings(**{**vars(present), **changes})
 
 
 def _shown(value: Any) -> str:

@@ -19,6 +19,7 @@ from ..model.call import Tensors
 from ..model.derivatives import Blocks
 from ..model.module import CompiledModule
 from ..model.promoted import PromotedParameters
+from ..settings import NewtonSettings
 from . import chain, typed
 
 if TYPE_CHECKING:
@@ -282,6 +283,15 @@ class AOTIModel(CompiledModule):
     def set_parameter(self, name: str, value: Value | float) -> None:
         """Set the value of a promoted parameter; see `Model.set_parameter`."""
         super().set_parameter(name, value.data if isinstance(value, TensorWrapper) else value)
+
+    @property
+    def solver(self) -> NewtonSettings | None:
+        """Newton settings in force; see `Model.solver`."""
+        return self._inner.solver
+
+    def set_solver(self, **settings: Any) -> None:
+        """Change some Newton settings; see `Model.set_solver`."""
+        self._inner.set_solver(**settings)
 
     def _raw(self, inputs: Mapping[str, Value], kind: str = "input") -> Tensors:
         """Unwrap typed inputs and first iterates to `(*batch, *sub_batch, *base)`; raw ones pass."""

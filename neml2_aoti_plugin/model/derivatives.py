@@ -14,6 +14,7 @@ from ..program.program import Evaluation
 from ..program.tangents import Columns, Seed
 from .admission import FIRST_ITERATE
 from .call import BelowAutograd, Caller, Tensors
+from .recompile import compile_command
 
 Blocks = dict[str, dict[str, Tensor]]
 Pairs = tuple[tuple[str, str], ...]
@@ -29,9 +30,11 @@ def input_pairs(caller: Caller) -> Pairs:
     """The compiled (output, input) pairs by authored name; raises where there are none."""
     pairs = caller.metadata.derivatives
     if not pairs:
+        metadata = caller.metadata
+        every = [(out.name, wrt.name) for out in metadata.outputs for wrt in metadata.inputs]
         raise DerivativeNotCompiledError(
             f"{caller.boundary.where} was compiled without derivatives by inputs. Compile it with them: "
-            "neml2-compile INPUT --model NAME -d OUT:IN (or -d : for all)."
+            f"{compile_command(metadata, caller.boundary, every)}"
         )
     return pairs
 
@@ -40,10 +43,13 @@ def parameter_pairs(caller: Caller, params: Sequence[str] | None = None) -> Pair
     """The compiled (output, parameter) pairs by authored name, for some parameters; raises where there are none."""
     pairs = caller.metadata.parameter_derivatives
     if not pairs:
+        metadata = caller.metadata
         promoted = ", ".join(caller.promoted.specs) or "none"
+        names = [parameter.name for parameter in metadata.parameters] or ["PARAMETER"]
+        every = [(out.name, name) for out in metadata.outputs for name in names]
         raise DerivativeNotCompiledError(
             f"{caller.boundary.where} was compiled without derivatives by parameters (promoted: {promoted}). Compile "
-            "it with them: neml2-compile INPUT --model NAME -p PARAMETER -d OUT:PARAMETER."
+            f"it with them: {compile_command(metadata, caller.boundary, every)}"
         )
     if params is None:
         return pairs
@@ -63,10 +69,11 @@ def not_compiled(caller: Caller, out: str, by: By) -> DerivativeNotCompiledError
     names = caller.input_name if kind == "input" else caller.promoted.public.__getitem__
     pairs = caller.metadata.derivatives if kind == "input" else caller.metadata.parameter_derivatives
     compiled = ", ".join(f"{caller.output_name(o)}:{names(i)}" for o, i in pairs)
-    flags = f"-d {out}:{name}" if kind == "input" else f"-p {name} -d {out}:{name}"
+    known = caller.boundary.by_name[name].variable if kind == "input" else caller.promoted.specs[name]
+    missing = [(caller.boundary.output_by_name[out].variable.name, known.name)]
     return DerivativeNotCompiledError(
         f"d({out})/d({name}) was not compiled into {caller.boundary.where}; there are: {compiled or 'none'}. "
-        f"Compile it: neml2-compile INPUT --model NAME {flags}."
+        f"Compile it: {compile_command(caller.metadata, caller.boundary, missing)}"
     )
 
 

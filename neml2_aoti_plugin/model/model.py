@@ -14,10 +14,10 @@ from torch import Tensor
 from ..artifact.compatibility import check
 from ..artifact.locate import absolute, locate
 from ..artifact.parse import read_metadata
-from ..artifact.schema import Shape
+from ..artifact.schema import ImplicitSegment, Shape
 from ..errors import InputError
 from ..program.program import Program
-from ..settings import newton_settings
+from ..settings import NewtonSettings, changed_settings, newton_settings
 from . import autograd, derivatives, parameter_file, recipe
 from .admission import Boundary
 from .call import Caller, Tensors, masked
@@ -40,7 +40,9 @@ class Solution:
     Args:
         outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that did not converge.
         converged: `(*batch,)`, bool.
-        iterations: number of Newton updates of each row, `(*batch,)`; 0 for a model without implicit segments.
+        iterations: number of Newton updates that each row took until its residual passed the test, `(*batch,)`. The
+            last step beyond that and the trials of a line search are not counted; those of several implicit segments
+            and of subincrements are added. At most `miters - 1` in a solve. 0 for a model without implicit segments.
     """
 
     outputs: Tensors
@@ -57,6 +59,14 @@ class Model(CompiledModule):
     A torch module: autograd follows `forward`, by inputs and promoted parameters that require grad; the promoted
     parameters are frozen until `requires_grad_()`. What the other calls return is detached. Copies and pickles hold
     where the artifact is and not the artifact; they load it anew and refuse another one.
+    What a torch module has beside that works as ever, and is not listed here.
+
+    Attributes:
+        inputs: type and shapes of each input, by name.
+        outputs: type and shapes of each output, by name.
+        first_iterates: type and shapes of the unknowns that may be given as first iterates, by name.
+        mode: `rowwise` or `lockstep`, see the argument.
+        artifact: folder of the metadata file.
 
     Args:
         artifact: the artifact's folder, its metadata file, or a folder inside it.
@@ -223,6 +233,25 @@ class Model(CompiledModule):
 
     # -- solver settings --------------------------------------------------------------------------------------------
 
+    @property
+    def solver(self) -> NewtonSettings | None:
+        """Newton settings in force, of the first implicit segment if they differ; None without implicit segments."""
+        parts = (part for part in self._metadata.segments if isinstance(part, ImplicitSegment))
+        first = next(parts, None)
+        return None if first is None else self._caller.settings or first.newton
+
+    def set_solver(self, **settings: Any) -> None:
+        """Change some Newton settings of all implicit segments, as in `set_solver(atol=1e-8)`.
+
+        Args:
+            settings: by the field names of `NewtonSettings`; the others stay as they are.
+
+        Raises:
+            UnknownNameError: there is no such setting.
+            InputError: a value is out of range, or the model has no implicit segment.
+        """
+        self._caller.settings = changed_settings(self.solver, settings, str(self.artifact))
+
     def set_solver_config(
         self,
         atol: float,
@@ -234,7 +263,9 @@ class Model(CompiledModule):
         ls_c: float,
         substep_del_tol: float = 1e-6,
     ) -> None:
-        """Replace the Newton settings of all implicit segments; see `NewtonSettings` for the arguments.
+        """Replace the Newton settings of all implicit segments, in the form of neml2's C++ runtime.
+
+        See `NewtonSettings` for the arguments; `set_solver` takes them one by one.
 
         Raises:
             InputError: a value is out of range.

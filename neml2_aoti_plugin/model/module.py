@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .promoted import PromotedParameters
+from .shown import USEFUL, Concise
 
 
-class CompiledModule(nn.Module):
+class CompiledModule(nn.Module, metaclass=Concise):
     """A torch module whose parameters are the promoted parameters of a compiled model.
 
     They are frozen until `requires_grad_()` is called, so that a call costs nothing for derivatives that nobody wants.
     """
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *USEFUL})  # type: ignore[no-untyped-call]
 
     @property
     def _promoted(self) -> PromotedParameters:
