@@ -33,14 +33,25 @@ class Environment:
         """Its site-packages."""
         return Path(self.run("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 
+    @property
+    def command(self) -> Path:
+        """Its console script of the plugin."""
+        return self.python.with_name("neml2-aoti.exe" if os.name == "nt" else "neml2-aoti")
+
     def start(
-        self, arguments: Sequence[str], *, flags: Sequence[str] = (), variables: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[str],
+        *,
+        flags: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+        program: Path | None = None,
+        cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run its Python with flags and arguments, away from the repository, and give what came of it."""
+        """Run its Python, or another program, with flags and arguments, away from the repository; give what came of it."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE)}
         return subprocess.run(
-            [str(self.python), *flags, *arguments],
-            cwd=self.folder,
+            [str(program or self.python), *flags, *arguments],
+            cwd=cwd or self.folder,
             env={**inherited, **(variables or {})},
             capture_output=True,
             text=True,
@@ -87,6 +98,7 @@ def create(folder: Path, wheel: Path, *, without: Sequence[str] = ()) -> Environ
             if entry.name.startswith(left_out) or entry.suffix == ".pth" or entry.name == "__pycache__":
                 continue
             (site / entry.name).symlink_to(entry)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
-    subprocess.run([*command, str(wheel)], check=True)
+    # As a user's pip would, with the console script.
+    pip = [sys.executable, "-m", "pip", "--python", str(environment.python), "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
     return environment

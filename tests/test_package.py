@@ -37,7 +37,14 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     head = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
     needs = [Requirement(text) for text in head.get_all("Requires-Dist", [])]
     at_run_time = {need.name: str(need.specifier) for need in needs if "extra" not in str(need.marker)}
-    assert at_run_time == {"neml2": "<4,>=3.1", "numba": ">=0.61", "torch": ">=2.10"}
+    assert at_run_time == {
+        "click": "<9,>=8.1",
+        "neml2": "<4,>=3.1",
+        "numba": ">=0.61",
+        "rich": "<17,>=13.7",
+        "safetensors": "<1,>=0.4.3",
+        "torch": ">=2.10",
+    }
     assert head["Requires-Python"] == ">=3.10"
     assert head["License-Expression"] == "MIT"
     entry_points = archive.read(f"{folder}/entry_points.txt").decode()

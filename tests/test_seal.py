@@ -240,7 +240,7 @@ class TestCommand:
         assert capsys.readouterr().out.strip() == str(artifact.with_name("elasticity.sha256"))
 
     def test_tells_what_is_wrong(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["seal", str(tmp_path / "gone")]) == 1
+        assert cli.main(["seal", str(tmp_path / "gone")]) == 2
         assert "neml2-aoti: " in capsys.readouterr().err
 
     def test_help_does_not_import_torch(self) -> None:

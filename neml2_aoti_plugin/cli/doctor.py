@@ -59,9 +59,9 @@ def render(report: Diagnosis, console: Console) -> None:
     versions = ", ".join(f"{name} {version or '-'}" for name, version in report.versions.items())
     rows = {
         "versions": versions,
-        "plugin": f"{'active' if report.plugin['active'] else 'not active'}, armed by {report.plugin['armed']}, over "
-        f"{report.plugin['owner'] or 'nothing'}",
-        "neml2's binding": f"{'on disk' if report.plugin['native_on_disk'] else 'not on disk'}; {report.binding}",
+        "plugin": f"{'active' if report.plugin.active else 'not active'}, armed by {report.plugin.armed}, over "
+        f"{report.plugin.owner or 'nothing'}",
+        "neml2's binding": f"{'on disk' if report.plugin.native_on_disk else 'not on disk'}; {report.binding}",
         "Newton loop": f"{report.kernels.implementation or '-'} ({report.kernels.reason})",
         "machine code": f"{report.kernels.files} files in {' or '.join(report.kernels.folders) or '-'}",
         "compiler": report.compiler.version or "-",

@@ -106,7 +106,7 @@ def _add_segment(tree: Tree, number: int, segment: SegmentReport) -> None:
             f"{segment.unknowns} unknowns in {len(segment.groups)} group(s) ({', '.join(segment.groups)}); linear "
             f"solver: {segment.linear_solver}{preconditioner}"
         )
-        branch.add("Newton: " + ", ".join(f"{name}={value}" for name, value in segment.newton.items()))
+        branch.add("Newton: " + ", ".join(f"{name}={value}" for name, value in vars(segment.newton).items()))
         branch.add(escape(f"first iterate from a predictor: {', '.join(segment.predicted) or 'no'}"))
         if segment.max_substepping_level:
             branch.add(f"substepping: an increment is halved {segment.max_substepping_level} times at most")

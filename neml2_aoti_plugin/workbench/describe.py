@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..artifact import schema as s
 from ..artifact.archive import open_archive
@@ -15,6 +14,8 @@ from ..artifact.place import DTYPES, Place
 from ..artifact.seal import seal_file
 from ..artifact.upgrade import RELEASES
 from ..errors import ArtifactError
+from ..settings import NewtonSettings
+from .names import lag
 from .target import Target, places
 
 
@@ -84,7 +85,7 @@ class SegmentReport:
         groups: structure of each group of unknowns, `dense` or `block`.
         linear_solver: `direct`, `gmres`, `bicgstab`, or `fused` where one graph does the whole step; null if forward.
         preconditioned: whether an iterative linear solver has a preconditioner.
-        newton: the settings of the Newton solve, as for `Model.set_solver_config`; null if forward.
+        newton: the settings of the Newton solve; null if forward.
         predicted: names of the unknowns that a predictor gives a first iterate.
         max_substepping_level: how often an increment may be halved.
         files: its packages.
@@ -98,7 +99,7 @@ class SegmentReport:
     groups: tuple[str, ...]
     linear_solver: str | None
     preconditioned: bool
-    newton: dict[str, Any] | None
+    newton: NewtonSettings | None
     predicted: tuple[str, ...]
     max_substepping_level: int
     files: tuple[FileReport, ...]
@@ -221,12 +222,6 @@ def release_of(schema: int) -> str:
     return RELEASES.get(schema, "none; an unreleased neml2")
 
 
-def lag(name: str) -> tuple[str, int]:
-    """Split `x~2` into `x` and 2; a name without a lag has 0."""
-    base, mark, steps = name.rpartition("~")
-    return (base, int(steps)) if mark and steps.isdigit() else (name, 0)
-
-
 def _input(variable: s.Variable, metadata: s.Metadata) -> VariableReport:
     names, outputs = metadata.aliases, {v.name for v in metadata.outputs}
     unknowns = {
@@ -278,7 +273,7 @@ def _segment(part: s.Segment, metadata: s.Metadata, place: Place) -> SegmentRepo
         groups=tuple(group.structure for group in part.unknowns),
         linear_solver=_linear_solver(part),
         preconditioned=isinstance(part.step, s.KrylovStep) and part.step.precond_setup is not None,
-        newton=asdict(part.newton),
+        newton=part.newton,
         predicted=shown(part.predictor.outputs) if part.predictor else (),
         max_substepping_level=part.max_substepping_level,
         files=files,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from .._status import status
+from .._status import Status, status
 from ..artifact.compatibility import check
 from ..artifact.parse import read_metadata
 from ..errors import AOTIError
@@ -94,7 +94,7 @@ class Diagnosis:
 
     Args:
         versions: of packages by name, with Python's; null for those that are not installed.
-        plugin: whether the plugin is active, how, and over what; the fields of `neml2_aoti_plugin.status()`.
+        plugin: whether the plugin is active, how, and over what; as `neml2_aoti_plugin.status()` tells it.
         binding: what neml2's own binding does with this torch: as measured by us, or as tried just now.
         kernels: what the Newton loop runs on.
         compiler: for `neml2-compile`.
@@ -108,7 +108,7 @@ class Diagnosis:
     """
 
     versions: dict[str, str | None]
-    plugin: dict[str, Any]
+    plugin: Status
     binding: str
     kernels: KernelsReport
     compiler: machine.CompilerReport
@@ -157,7 +157,7 @@ def diagnose(
     binding = native.try_binding(target if runs else None) if try_binding else now.native_binding
     return Diagnosis(
         versions={name: _version(name) for name in PACKAGES} | {"neml2-aoti-plugin": now.plugin, "Python": now.python},
-        plugin=asdict(now),
+        plugin=now,
         binding=binding,
         kernels=kernels,
         compiler=compiler,

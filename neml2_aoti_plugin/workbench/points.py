@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import AOTIError, InputError, UnknownNameError
 from ..model import Model
-from .describe import lag
+from .names import lag
 from .target import Target, blocks, parse_input, require_block
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..writing import draft
-from .describe import lag
+from .names import lag
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

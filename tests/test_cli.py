@@ -1,0 +1,148 @@
+"""The command, through the console script of an environment with the plugin's wheel in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import environments
+from environments import Environment
+from json_check import mismatches
+from neml2_aoti_plugin.cli.app import COMMANDS
+from stubs.build import compiled
+from tools.json_forms import REPORTS
+
+STUBS = ("elasticity", "promoted")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with compiled models, where commands are run."""
+    folder = tmp_path_factory.mktemp("place")
+    for name in STUBS:
+        shutil.copytree(compiled(name), folder / "aoti", dirs_exist_ok=True)
+    return folder
+
+
+def start(
+    environment: Environment, place: Path, arguments: Sequence[str], **variables: str
+) -> subprocess.CompletedProcess[str]:
+    return environment.start(arguments, program=environment.command, cwd=place, variables=variables)
+
+
+# What each command is given; those behind come to what those before have written.
+CALLS: dict[str, list[str]] = {
+    "doctor": ["aoti/elasticity"],
+    "inspect": ["aoti/promoted_aoti.i"],
+    "verify": ["aoti/promoted_aoti.i", "--rows", "4"],
+    "bench": ["aoti/elasticity", "--rows", "1,8", "--seconds", "0"],
+    "run": ["aoti/elasticity_aoti.i", "driver", "--out", "result.npz"],
+    "plot": ["result.npz", "--out", "curve.svg"],
+    "params": ["aoti/promoted", "--set", "promoted.E=9", "--out", "new.safetensors"],
+    "seal": ["aoti/elasticity"],
+    "warm": [],
+    "migrate": ["aoti/elasticity", "--out", "new"],
+}
+
+
+def test_each_command_gives_its_document(environment: Environment, place: Path) -> None:
+    assert set(CALLS) == set(REPORTS) == set(COMMANDS)
+    for command, arguments in CALLS.items():
+        # To compile the kernels in this new environment takes long; that is the test below.
+        done = start(environment, place, [command, *arguments, "--json"], NEML2_AOTI_PLUGIN_KERNELS="torch")
+        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+        assert done.stderr == "", f"{command}: {done.stderr}"
+        document: dict[str, Any] = json.loads(done.stdout)
+        assert document.keys() == {"form", "command", "status", "result", "error"}
+        assert (document["form"], document["command"], document["status"]) == (1, command, 0)
+        assert document["error"] is None
+        assert not mismatches(document["result"], REPORTS[command])
+    assert (place / "new/elasticity/metadata.json").is_file() and (place / "curve.svg").is_file()
+
+
+def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place: Path) -> None:
+    heavy = "{'torch', 'neml2', 'numpy', 'numba', 'rich', 'matplotlib', 'safetensors'}"
+    code = f"import sys; from neml2_aoti_plugin import cli; s = cli.main(sys.argv[1:]); assert not {heavy} & set(sys.modules)"
+    for arguments in (["--help"], *([command, "--help"] for command in COMMANDS)):
+        done = environment.start(["-c", f"{code}; sys.exit(s)", *arguments])
+        assert done.returncode == 0 and "Examples:" in done.stdout, done.stderr
+    took = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        start(environment, place, ["--help"])
+        took.append(time.perf_counter() - begin)
+    assert min(took) < 0.3
+
+
+def test_wrong_use_is_one_line(environment: Environment, place: Path) -> None:
+    done = start(environment, place, ["inspect", "aoti/elasticity_aoti.i", "creep"])
+    assert done.returncode == 2 and done.stdout == ""
+    assert "no compiled model 'creep'; there are: elasticity" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.long
+def test_warm_fills_the_folder_that_a_container_keeps(environment: Environment, place: Path) -> None:
+    variables = {"NUMBA_CACHE_DIR": str(place / "kernels")}
+    done = start(environment, place, ["warm", "--json"], **variables)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)["result"]
+    assert report["files"] == len(list((place / "kernels").rglob("*.nbc"))) > 0
+    doctor = json.loads(start(environment, place, ["doctor", "--json"], **variables).stdout)
+    assert doctor["result"]["kernels"]["files"] == report["files"]
+    # Where no folder can be written to, that is told.
+    sealed = {"NUMBA_CACHE_DIR": "/proc/none"}
+    assert start(environment, place, ["warm"], **sealed).returncode == 1
+
+
+def test_colours_go_to_a_terminal_only(environment: Environment, place: Path) -> None:
+    arguments = ["inspect", "aoti/promoted"]
+    assert "\x1b[" not in start(environment, place, arguments).stdout
+    assert "\x1b[" in _in_terminal(environment, place, arguments)
+    # What is left is bold and dim.
+    plain = _in_terminal(environment, place, ["seal", "aoti/promoted"], NO_COLOR="1")
+    assert "\x1b[3" not in plain and "\x1b[9" not in plain
+
+
+def _in_terminal(environment: Environment, place: Path, arguments: Sequence[str], **variables: str) -> str:
+    """What a command prints to a terminal."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(environments.OUTSIDE)}
+    mine, its = pty.openpty()
+    program = [str(environment.command), *arguments]
+    with subprocess.Popen(
+        program, cwd=place, env={**inherited, "TERM": "xterm-256color", **variables}, stdout=its, stderr=its
+    ) as process:
+        os.close(its)
+        parts = []
+        while True:
+            try:
+                part = os.read(mine, 65536)
+            except OSError:
+                break
+            if not part:
+                break
+            parts.append(part)
+        os.close(mine)
+    assert process.returncode == 0
+    return b"".join(parts).decode()
+
+
+def test_completion(environment: Environment, place: Path) -> None:
+    asked = {"_NEML2_AOTI_COMPLETE": "bash_complete", "COMP_WORDS": "neml2-aoti in", "COMP_CWORD": "1"}
+    assert start(environment, place, [], **asked).stdout.strip() == "plain,inspect"
+
+
+def test_a_missing_package_is_one_line(shared_folder: Path, wheel: Path, place: Path) -> None:
+    environment = environments.create(shared_folder / "bare", wheel, without=("click", "rich", "matplotlib"))
+    done = start(environment, place, ["inspect", "aoti/elasticity"])
+    assert done.returncode == 2 and done.stderr.strip().endswith("pip install click")
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,216 @@
+"""Old artifacts rewritten for neml2's own runtime: against what neml2 3.1.0 writes itself, and in that runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from legacy import build
+from neml2_aoti_plugin import ArtifactError, InputError, Model, cli
+from neml2_aoti_plugin.artifact.rewrite import rewrite
+from neml2_aoti_plugin.workbench.migrate import MigrateReport, migrate
+from neml2_aoti_plugin.workbench.target import find_target
+from stubs.build import compiled
+from tools.compare_native import NATIVE_VENV
+
+DATA = Path(__file__).resolve().parent / "data"
+# An environment with torch 2.12.1, where neml2's binding works; `make compare-native` makes it.
+NATIVE = Path(os.environ.get("NEML2_AOTI_PLUGIN_NATIVE_PYTHON", NATIVE_VENV / "bin" / "python"))
+
+
+def last_segment(release: str) -> dict[str, Any]:
+    """The scenario `multi` cut down to its last segment: a stress from two strains, all symmetric tensors."""
+    whole: dict[str, Any] = json.loads((DATA / f"{release}-multi.json").read_text())
+    segment = whole["segments"][-1]
+    names = [variable["name"] for variable in segment["inputs"]]
+    assert (segment["kind"], names) == ("forward", ["net_strain", "creep_strain"])
+    (stress,) = [variable for variable in whole["outputs"] if variable["name"] == "stress"]
+    found = {**whole, "inputs": [{**stress, "name": name} for name in names], "outputs": [stress]}
+    found |= {"segments": [segment], "parameters": []}
+    if "derivatives" in whole:
+        found["derivatives"] = [["stress", name] for name in names]
+    return {key: value for key, value in found.items() if key != "solver_config"}
+
+
+# -- documents -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", ["3.0.3", "3.0.6", "3.0.7"])
+def test_a_forward_document_becomes_what_the_newest_neml2_writes(release: str) -> None:
+    old, new = last_segment(release), last_segment("3.1.0")
+    before = deepcopy(old)
+    found = rewrite(old, "meta.json")
+    assert (found.reasons, found.dropped, old) == ((), (), before)
+    for segment in new["segments"] if release == "3.0.3" else ():
+        for pair in segment["jacobian_pairs"]:
+            # Schema 3 does not tell which blocks are constant.
+            pair["batch_independent"] = False
+    assert found.document == new
+
+
+def test_the_newest_stays_what_it_is() -> None:
+    document = last_segment("3.1.0")
+    assert rewrite(document, "meta.json").document is document
+
+
+def test_one_matrix_of_derivatives_is_a_block_only_between_two_vectors() -> None:
+    two = last_segment("3.0.0")
+    refused = rewrite(two, "meta.json")
+    assert not refused.document and "--drop-derivatives" in refused.reasons[0]
+    without = rewrite(two, "meta.json", drop_derivatives=True)
+    assert without.dropped == ("stress:net_strain", "stress:creep_strain")
+    assert without.document["derivatives"] == [] and "jvp_package" not in without.document["segments"][0]
+    one = deepcopy(two)
+    for inputs in (one["inputs"], one["segments"][0]["inputs"]):
+        del inputs[1]
+    found = rewrite(one, "meta.json")
+    assert not found.reasons and not found.dropped
+    (pair,) = found.document["segments"][0]["jacobian_pairs"]
+    assert pair == {**pair, "out_var": "stress", "in_var": "net_strain", "out_base_shape": [6], "in_base_shape": [6]}
+    assert pair.keys() == last_segment("3.1.0")["segments"][0]["jacobian_pairs"][0].keys()
+
+
+@pytest.mark.parametrize("release", ["3.0.0", "3.0.3", "3.0.6"])
+def test_a_fused_newton_step_is_refused(release: str) -> None:
+    document = json.loads((DATA / f"{release}-multi.json").read_text())
+    (reason,) = rewrite(document, "meta.json").reasons
+    assert "Newton step is one graph" in reason
+
+
+def test_parameters_without_a_batch_are_refused() -> None:
+    document = json.loads((DATA / "3.0.3-promoted_provider.json").read_text())
+    assert any("without a batch axis" in reason for reason in rewrite(document, "meta.json").reasons)
+
+
+def test_incremental_variables_are_refused() -> None:
+    document = json.loads((DATA / "3.0.7-multi.json").read_text())
+    assert rewrite(document, "meta.json").document["schema_version"] == 14
+    given = next(s for s in document["segments"] if s["kind"] == "implicit")["givens"][0]
+    given["role"] = "incremental"
+    (reason,) = rewrite(document, "meta.json").reasons
+    assert given["name"] in reason
+
+
+# -- artifacts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_artifact_is_written_whole(tmp_path: Path) -> None:
+    stub = compiled("elasticity") / "elasticity_aoti.i"
+    report = migrate(find_target(stub), tmp_path / "new")
+    assert report == MigrateReport(
+        artifact=str((compiled("elasticity") / "elasticity").resolve()),
+        model="elasticity",
+        schema=14,
+        release="3.1.0",
+        new_schema=14,
+        written=str(tmp_path / "new/elasticity"),
+        stub=str(tmp_path / "new/elasticity_aoti.i"),
+        leaves=("cpu/float64",),
+        dropped=(),
+    )
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["elasticity", "elasticity_aoti.i"]
+    moved = find_target(tmp_path / "new/elasticity_aoti.i")
+    assert moved.artifact == tmp_path / "new/elasticity"
+    assert moved.load().derivative_pairs == [("stress", "strain")]
+
+
+def test_what_is_there_already_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = compiled("elasticity") / "elasticity"
+    (tmp_path / "elasticity_aoti.i").write_text("mine")
+    assert cli.main(["migrate", str(artifact), "--out", str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["elasticity_aoti.i"]
+    with pytest.raises(InputError, match="cannot be written"):
+        migrate(find_target(artifact), tmp_path / "elasticity_aoti.i" / "new")
+
+
+# -- real artifacts of old releases --------------------------------------------------------------------------------
+
+OLD = [("3.0.0", "forward"), ("3.0.6", "forward"), ("3.0.6", "promoted"), ("3.0.7", "implicit")]
+
+
+@pytest.fixture
+def migrated(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    release, scenario = request.param
+    report = migrate(find_target(build.stub(release, scenario)), tmp_path / "new")
+    return scenario, Path(report.written)
+
+
+@pytest.mark.legacy
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("migrated", OLD, ids="-".join, indirect=True)
+def test_metadata_is_that_of_the_newest_release(migrated: tuple[str, Path], request: pytest.FixtureRequest) -> None:
+    scenario, folder = migrated
+    found = json.loads((folder / "metadata.json").read_text())
+    wanted = json.loads(build.metadata("3.1.0", scenario).read_text())
+    if "3.0.0" in request.node.name:
+        wanted["segments"][0]["jacobian_pairs"][0]["batch_independent"] = False
+    if scenario == "implicit":
+        # What 3.0.7 does not write has a default.
+        assert wanted["solver_config"].pop("substep_del_tol") == 1e-6
+    assert found == wanted
+
+
+@pytest.mark.legacy
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("release", "reason"), [("3.0.0", "Newton step"), ("3.0.6", "Newton step")])
+def test_an_old_implicit_artifact_is_refused(release: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"cannot be rewritten: its {reason}.*neml2-compile INPUT.i --model creep"):
+        migrate(find_target(build.stub(release, "implicit")), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+RUN_NATIVE = """
+import json, sys, torch
+from neml2.aoti._aoti import Model
+assert Model.__module__ == "neml2.aoti._aoti"
+model = Model(sys.argv[1])
+inputs = {n: torch.tensor(v, dtype=torch.float64) for n, v in json.loads(sys.argv[2]).items()}
+outputs, blocks = model.jacobian(inputs)
+shown = {n: v.tolist() for n, v in outputs.items()}
+print("\\n" + json.dumps([shown, {f"{o}:{i}": b.tolist() for o, row in blocks.items() for i, b in row.items()}]))
+"""
+
+
+@pytest.mark.legacy
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not NATIVE.exists(), reason=f"needs {NATIVE}, which `make compare-native` makes")
+@pytest.mark.parametrize("migrated", OLD, ids="-".join, indirect=True)
+def test_the_runtime_of_neml2_itself_runs_it(migrated: tuple[str, Path]) -> None:
+    _, folder = migrated
+    ours = Model(folder, mode="lockstep")
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        name: 0.2 * torch.randn((3, *v.natural_shape), generator=generator, dtype=torch.float64)
+        for name, v in ours.inputs.items()
+    }
+    if "t" in inputs:
+        inputs["t"] = inputs["t~1"] + 0.5
+    given = json.dumps({name: value.tolist() for name, value in inputs.items()})
+    environment = {**os.environ, "NEML2_AOTI_PLUGIN": "0"}
+    done = subprocess.run(
+        [str(NATIVE), "-c", RUN_NATIVE, str(folder), given],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    outputs, blocks = json.loads(done.stdout.splitlines()[-1])
+    mine, own_blocks = ours.jacobian(inputs)
+    for name, value in outputs.items():
+        torch.testing.assert_close(mine[name], torch.tensor(value, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    for pair, block in blocks.items():
+        out, by = pair.split(":")
+        entries = ours.outputs[out].size * ours.inputs[by].size
+        # A block that does not depend on the row comes once.
+        mine_flat = own_blocks[out][by].reshape(-1, entries).expand(3, entries)
+        native_flat = torch.tensor(block, dtype=torch.float64).reshape(-1, entries).expand(3, entries)
+        torch.testing.assert_close(mine_flat, native_flat, rtol=1e-12, atol=1e-12)
