@@ -47,7 +47,7 @@ class Environment:
         program: Path | None = None,
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run its Python, or another program, with flags and arguments, away from the repository; give what came of it."""
+        """Run its Python, or another program, away from the repository, and give what came of it."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE)}
         return subprocess.run(
             [str(program or self.python), *flags, *arguments],

@@ -71,9 +71,10 @@ def test_each_command_gives_its_document(environment: Environment, place: Path) 
 
 def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place: Path) -> None:
     heavy = "{'torch', 'neml2', 'numpy', 'numba', 'rich', 'matplotlib', 'safetensors'}"
-    code = f"import sys; from neml2_aoti_plugin import cli; s = cli.main(sys.argv[1:]); assert not {heavy} & set(sys.modules)"
+    code = "import sys; from neml2_aoti_plugin import cli; status = cli.main(sys.argv[1:]); "
+    code += f"assert not {heavy} & set(sys.modules); sys.exit(status)"
     for arguments in (["--help"], *([command, "--help"] for command in COMMANDS)):
-        done = environment.start(["-c", f"{code}; sys.exit(s)", *arguments])
+        done = environment.start(["-c", code, *arguments])
         assert done.returncode == 0 and "Examples:" in done.stdout, done.stderr
     took = []
     for _ in range(5):

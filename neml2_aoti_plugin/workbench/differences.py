@@ -1,4 +1,4 @@
-"""Derivatives of a compiled model by central differences, each from two steps that must agree."""
+"""Derivatives of a compiled model by central differences, each from two steps; kinks are found and left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Tensors = dict[str, Tensor]
 
 # Of the steps, the larger is this part of the input's largest entry, and the other one half of it.
 STEP = 1e-4
-# Two estimates that differ by more than this part of the largest entry are not of one derivative.
+# Two estimates, or slopes from both sides, that differ by more than this part of the largest entry are not of one
+# derivative.
 AGREE = 1e-3
 # Of an input that is zero everywhere.
 SCALE = 1e-3
@@ -27,7 +28,7 @@ class Difference:
 
     Args:
         block: `(rows, *out_base, *by_base)`.
-        smooth: the rows in which both steps gave the same derivative, bool, `(rows,)`.
+        smooth: the rows in which both steps gave the same derivative, from both sides, bool, `(rows,)`.
     """
 
     block: Tensor
@@ -50,7 +51,7 @@ def by_input(model: Model, inputs: Mapping[str, Tensor], name: str, outs: Sequen
         found = model.solve({**repeated, name: moved})
         return found.outputs, found.converged
 
-    return _differences(value, tuple(model.inputs[name].base_shape), outs, model, evaluate)
+    return central(value, tuple(model.inputs[name].base_shape), outs, evaluate)
 
 
 def by_parameter(model: Model, inputs: Mapping[str, Tensor], name: str, outs: Sequence[str]) -> dict[str, Difference]:
@@ -64,23 +65,21 @@ def by_parameter(model: Model, inputs: Mapping[str, Tensor], name: str, outs: Se
         found = model.solve(repeated, {name: moved})
         return found.outputs, found.converged
 
-    return _differences(value.expand(rows, *base), base, outs, model, evaluate)
+    return central(value.expand(rows, *base), base, outs, evaluate)
 
 
-def _differences(
+def central(
     value: Tensor,
     base: tuple[int, ...],
     outs: Sequence[str],
-    model: Model,
     evaluate: Callable[[Tensor, int], tuple[Tensors, Tensor]],
 ) -> dict[str, Difference]:
-    """All entries, two steps, both signs: one call.
+    """Derivatives by all entries, from two steps to both sides.
 
     Args:
         value: what to differentiate by, `(rows, *base)`.
         base: its base shape.
         outs: names of the outputs.
-        model: their shapes.
         evaluate: outputs, and whether each row converged, for `value` moved and repeated so many times.
     """
     rows, width = value.shape[0], prod(base)
@@ -90,16 +89,20 @@ def _differences(
     moves = steps.reshape(4, 1, 1, *(1,) * len(base)) * directions.unsqueeze(1)
     moved = (value + moves).reshape(4 * width * rows, *base)
     values, converged = evaluate(moved, 4 * width)
-    whole = converged.reshape(4 * width, rows).all(0)
+    middle, stays = evaluate(value, 1)
+    whole = converged.reshape(4 * width, rows).all(0) & stays
     found = {}
     for out in outs:
-        shape = tuple(model.outputs[out].base_shape)
+        shape = tuple(values[out].shape[1:])
         far, back, near, nearer = values[out].reshape(4, width, rows, prod(shape)).to(torch.float64)
         coarse, fine = (far - back) / (2 * steps[0]), (near - nearer) / (2 * steps[2])
         # The error of a central difference goes with the square of its step.
         best = (4 * fine - coarse) / 3
         scale = torch.nan_to_num(best[:, whole]).abs().max() if bool(whole.any()) else torch.ones(())
-        apart = (fine - coarse).abs().amax((0, 2))
+        # The slopes from both sides differ by an amount that goes with the step, unless there is a kink.
+        between = middle[out].reshape(rows, prod(shape)).to(torch.float64)
+        jump = 2 * (near + nearer - 2 * between) / steps[2] - (far + back - 2 * between) / steps[0]
+        apart = torch.maximum((fine - coarse).abs(), jump.abs()).amax((0, 2))
         smooth = whole & (apart <= AGREE * scale)
         block = best.permute(1, 2, 0).reshape(rows, *shape, *base)
         found[out] = Difference(block, smooth)

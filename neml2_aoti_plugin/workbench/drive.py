@@ -127,6 +127,11 @@ def _run(
     flat = built.result()
     types = {name: kind.__name__ for name, kind in {**built.model.input_spec, **built.model.output_spec}.items()}
     result = from_steps(flat, {name: kind for name, kind in types.items() if "~" not in name})
+    # A driver records the time only where the model takes it.
+    time_name = getattr(built, "time_name", "")
+    if time_name and time_name not in result.series:
+        times = built.prescribed_time.data.detach().cpu().to(torch.float64).numpy().reshape(built.nsteps, -1)
+        result = Result({time_name: times, **result.series}, {time_name: "Scalar", **result.types})
     variables = tuple(SeriesReport(n, result.types[n], v.shape) for n, v in result.series.items())
     report = RunReport(str(path), driver, built.nsteps, result.rows, seconds, variables, None)
     return report, result, flat

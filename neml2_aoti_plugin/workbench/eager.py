@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +60,40 @@ class Source:
             )
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> Tensors:
-        """Values for inputs `(rows, *sub_batch, *base)` by boundary name."""
+        """Values for inputs `(rows, *sub_batch, *base)` by boundary name; some may have no axis of rows."""
         with self._named():
             found = self._model(*self._typed(inputs).values())
         values = dict(zip(self._model.output_spec, found if isinstance(found, tuple) else (found,), strict=True))
-        rows = next(iter(inputs.values())).shape[0]
-        return {
-            name: _rows(values[self._inside.get(name, name)].data.detach(), rows, variable.natural_shape)
-            for name, variable in self._compiled.outputs.items()
-        }
+        return {name: values[self._inside.get(name, name)].data.detach() for name in self._compiled.outputs}
 
-    def jacobian(self, inputs: Mapping[str, Tensor]) -> Blocks:
-        """Derivatives by inputs, `(rows, *out_base, *in_base)`, by pair of boundary names."""
+    def jacobian(self, inputs: Mapping[str, Tensor], pairs: Iterable[tuple[str, str]]) -> Blocks:
+        """Derivatives by inputs, `(rows, *out_base, *in_base)`, for pairs of boundary names.
+
+        Those by inputs with a sub-batch are left out, for which neml2 and compiled models have blocks of other forms.
+        """
+        typed = self._typed(inputs)
+        wanted = [pair for pair in pairs if not self._compiled.inputs[pair[1]].sub_batch_shape]
+        if any(value.sub_batch_ndim for value in typed.values()):
+            return self._by_columns(typed, wanted)
         with self._named():
-            _, blocks = self._model.jacobian(self._typed(inputs))
-        names = self._aliases
-        return {
-            (names.outputs.get(out, out), names.inputs.get(by, by)): block.data.detach()
-            for out, row in blocks.items()
-            for by, block in row.items()
-        }
+            _, blocks = self._model.jacobian(typed)
+        inside = self._inside
+        return {(o, i): blocks[inside.get(o, o)][inside.get(i, i)].data.detach() for o, i in wanted}
+
+    def _by_columns(self, typed: dict[str, Any], pairs: list[tuple[str, str]]) -> Blocks:
+        """Along one direction at a time: neml2's `jacobian` does not take inputs with a sub-batch."""
+        found: Blocks = {}
+        for by in dict.fromkeys(by for _, by in pairs):
+            name, base = self._inside.get(by, by), tuple(self._compiled.inputs[by].base_shape)
+            value, columns = typed[name].data, []
+            for direction in torch.eye(prod(base), dtype=torch.float64).reshape(-1, *base):
+                with self._named():
+                    _, along = self._model.jvp(typed, {name: direction.expand(value.shape).contiguous()})
+                columns.append(along)
+            for out in (out for out, of in pairs if of == by):
+                stacked = torch.stack([along[self._inside.get(out, out)].data.detach() for along in columns], -1)
+                found[out, by] = stacked.reshape(*stacked.shape[:-1], *base)
+        return found
 
     def parameter_jacobian(self, inputs: Mapping[str, Tensor], parameters: list[str]) -> Blocks:
         """Derivatives by parameters of these boundary names, `(rows, *out_base, *parameter_base)`, by pair.
@@ -138,8 +153,3 @@ def _implicit_updates(model: Any) -> Iterator[Any]:
     from neml2.models.common.ImplicitUpdate import ImplicitUpdate
 
     return (module for module in model.modules() if isinstance(module, ImplicitUpdate))
-
-
-def _rows(value: Tensor, rows: int, natural: tuple[int, ...]) -> Tensor:
-    """Give an output its batch axis where it does not depend on the batch."""
-    return value.expand(rows, *natural)

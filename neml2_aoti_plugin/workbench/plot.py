@@ -16,7 +16,7 @@ from .results import COMPONENTS, Result, columns, read_result
 if TYPE_CHECKING:
     from .results import Array
 
-TIME = "t"
+TIME, STEP = "t", "step"
 # More lines than this get no legend.
 LEGEND = 12
 
@@ -88,7 +88,7 @@ def plot(
         paths: of the results.
         out: the picture (.png, .svg or .pdf).
         x: for the horizontal axis, such as `t`, `strain.xx` or `strain.equivalent`; the first symmetric tensor among
-            the inputs, as `equivalent`, if not given, else the time.
+            the inputs, as `equivalent`, if not given, else the time or the step.
         ys: for the vertical axis; the first symmetric tensor that is another one, as `vonmises`, if none is given.
         rows: the points to draw; all if none is given.
 
@@ -120,7 +120,9 @@ def default_x(result: Result) -> str:
         name for name, kind in result.types.items() if kind == "SR2" and not np.isnan(result.series[name][0]).any()
     ]
     names = [name for name in tensors if "strain" in name] or tensors
-    return f"{names[0]}.equivalent" if names else TIME
+    if names:
+        return f"{names[0]}.equivalent"
+    return TIME if TIME in result.series else STEP
 
 
 def default_y(result: Result, x: str) -> str:
@@ -138,18 +140,18 @@ def quantity(result: Result, wanted: str) -> Array:
 
     Args:
         result: of a run.
-        wanted: a scalar's name, `name.component` or `name.invariant`.
+        wanted: a scalar's name, `name.component` or `name.invariant`; `step` is the number of the step.
 
     Raises:
         UnknownNameError: the result has no such thing.
     """
-    there = columns(result)
+    there = {STEP: np.arange(result.steps, dtype=np.float64)[:, None], **columns(result)}
     if wanted in there:
         return there[wanted]
     name, _, what = wanted.rpartition(".")
     if result.types.get(name) == "SR2" and what in INVARIANTS:
         return INVARIANTS[what](result.series[name])
-    known = [n for n in result.series if result.types[n] != "SR2"]
+    known = [*(n for n in result.series if result.types[n] != "SR2"), STEP]
     tensors = [n for n in result.series if result.types[n] == "SR2"]
     parts = "|".join((*COMPONENTS["SR2"], *INVARIANTS))
     told = "; ".join(

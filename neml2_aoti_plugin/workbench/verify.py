@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
@@ -257,21 +258,15 @@ def _with_source(source: Source, found: Evaluated, rtol: float) -> list[Comparis
     inputs = {name: value.cpu() for name, value in found.points.inputs.items()}
     values = source.outputs(inputs)
     comparisons = [_compare(n, "source", found.outputs[n], values[n], rtol) for n in found.outputs]
-    if not found.blocks or any(_sites(block, found) for block in found.blocks.values()):
-        # neml2's jacobian() does not take sub-batched inputs.
-        return comparisons
-    parameters = [by for _, by in found.blocks if by not in inputs]
-    blocks = source.jacobian(inputs) | source.parameter_jacobian(inputs, list(dict.fromkeys(parameters)))
+    by_inputs = [pair for pair in found.blocks if pair[1] in inputs]
+    by_parameters = [pair for pair in found.blocks if pair[1] not in inputs]
+    blocks = source.jacobian(inputs, by_inputs) if by_inputs else {}
+    if by_parameters:
+        blocks |= source.parameter_jacobian(inputs, list(dict.fromkeys(by for _, by in by_parameters)))
     for pair, block in found.blocks.items():
         if pair in blocks:
-            wanted = blocks[pair].expand(block.shape)
-            comparisons.append(_compare(derivative(*pair), "source", block, wanted, rtol))
+            comparisons.append(_compare(derivative(*pair), "source", block, blocks[pair], rtol))
     return comparisons
-
-
-def _sites(block: Tensor, found: Evaluated) -> bool:
-    """Whether a block has more axes than rows and base shapes give it; only models with sub-batches have such."""
-    return any(value.ndim > 3 for value in found.points.inputs.values()) and block.ndim > 3
 
 
 def _with_golden(golden: Golden, found: Evaluated, points: Points, model: Model, rtol: float) -> list[Comparison]:
@@ -321,7 +316,12 @@ def _compare(
     index = torch.arange(total) if rows is None else rows.cpu().nonzero().squeeze(-1)
     if not len(index):
         return Comparison(quantity, reference, 0, total, 0.0, -1, rtol, False)
-    a, b = a[index].reshape(len(index), -1), b.expand(a.shape)[index].reshape(len(index), -1)
+    try:
+        b = b.expand(a.shape)
+    except RuntimeError:
+        # Of another shape, it is another quantity.
+        return Comparison(quantity, reference, len(index), total - len(index), inf, int(index[0]), rtol, False)
+    a, b = a[index].reshape(len(index), -1), b[index].reshape(len(index), -1)
     scale = float(b.abs().max()) if b.numel() else 0.0
     apart = (a - b).abs().amax(-1) if b.numel() else torch.zeros(len(index))
     worst, at = apart.max(0)

@@ -1,0 +1,117 @@
+"""The command that an error names for a missing derivative: it is whole, and it works."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import references
+from legacy import build
+from neml2_aoti_plugin import DerivativeNotCompiledError, Model
+from stubs.build import QUICK, compiled
+from stubs.catalogue import CATALOGUE
+
+
+def command_in(call: Callable[[], object]) -> list[str]:
+    """The words of the command that the error of a call names."""
+    with pytest.raises(DerivativeNotCompiledError) as raised:
+        call()
+    return shlex.split(str(raised.value)[str(raised.value).index("neml2-compile ") :])
+
+
+def flags(words: list[str], option: str) -> list[str]:
+    return [value for name, value in pairwise(words) if name == option]
+
+
+def zeros(model: Model) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(1, *v.natural_shape, dtype=model.dtype) for name, v in model.inputs.items()}
+
+
+def test_what_was_compiled_comes_again() -> None:
+    model = Model(compiled("viscoplasticity") / "viscoplasticity")
+    inputs = {**zeros(model), "t": torch.ones(1, dtype=torch.float64)}
+    words = command_in(lambda: model.jvp(inputs, {"t": inputs["t"]}))
+    assert words[:4] == ["neml2-compile", "INPUT.i", "--model", "viscoplasticity"]
+    assert flags(words, "-d") == ["stress:strain", "stress:t"]
+    assert flags(words, "--output-dir") == [str(compiled("viscoplasticity"))]
+    words = command_in(lambda: model.param_jacobian(inputs))
+    assert (flags(words, "-p"), flags(words, "-d")) == (
+        ["PARAMETER"],
+        ["stress:strain", "stress:PARAMETER", "equivalent_plastic_strain:PARAMETER"],
+    )
+
+
+def edited(name: str, folder: Path, **changes: Any) -> Model:
+    def edit(document: dict[str, Any]) -> None:
+        document.update(changes)
+
+    return Model(references.edited(references.case(name), folder, edit))
+
+
+def test_none_at_all(tmp_path: Path) -> None:
+    model = edited("promoted", tmp_path, derivatives=[], parameter_derivatives=[])
+    words = command_in(lambda: model.jacobian(zeros(model)))
+    assert (flags(words, "-p"), flags(words, "-d")) == (["promoted.E", "promoted.nu"], [":"])
+    words = command_in(lambda: model.param_vjp(zeros(model), {}))
+    assert flags(words, "-d") == ["stress:promoted.E", "stress:promoted.nu"]
+
+
+def test_one_parameter_of_two(tmp_path: Path) -> None:
+    model = edited("promoted", tmp_path, parameter_derivatives=[["stress", "promoted.nu"]])
+    words = command_in(lambda: model.param_jacobian(zeros(model), params=["promoted.E"]))
+    assert flags(words, "-d") == [":", "stress:promoted.E", "stress:promoted.nu"]
+
+
+def test_renames_come_again(tmp_path: Path) -> None:
+    """Flags name what is inside, as neml2-compile takes it; the error what is at the boundary."""
+    aliases = {"inputs": {"strain": "eps"}, "outputs": {"stress": "sigma"}, "parameters": {"promoted.E": "youngs"}}
+    model = edited("promoted", tmp_path, boundary_aliases=aliases, derivatives=[])
+    inputs = zeros(model)
+    assert list(inputs) == ["eps"]
+    inputs["eps"].requires_grad_()
+    with pytest.raises(DerivativeNotCompiledError, match=r"d\(sigma\)/d\(eps\) was not compiled"):
+        model.forward(inputs)["sigma"].sum().backward()
+    words = command_in(lambda: model.jacobian(zeros(model)))
+    assert flags(words, "-d") == [":", "stress:promoted.E", "stress:promoted.nu"]
+    renames = {option: flags(words, f"--rename-{option}") for option in ("input", "output", "parameter")}
+    assert renames == {"input": ["strain:eps"], "output": ["stress:sigma"], "parameter": ["promoted.E:youngs"]}
+
+
+@pytest.mark.long
+def test_the_command_works(tmp_path: Path) -> None:
+    """Run as it stands, with the input file in place of INPUT.i, it mends what the error was about."""
+    model = edited("promoted", tmp_path / "aoti", derivatives=[])
+    words = command_in(lambda: model.jacobian(zeros(model)))
+    assert Path(flags(words, "--output-dir")[0]) == tmp_path / "aoti"
+    words = [str(CATALOGUE["promoted"].path) if word == "INPUT.i" else word for word in words]
+    script = Path(sys.executable).with_name(words[0])
+    subprocess.run([str(script), *words[1:], "-q"], check=True, cwd=tmp_path, env=_quick())
+    again = Model(tmp_path / "aoti/promoted")
+    assert again.jacobian(zeros(again))[1]["stress"]["strain"].shape == (6, 6)
+    assert again.parameter_derivative_pairs == [("stress", "promoted.E"), ("stress", "promoted.nu")]
+
+
+def _quick() -> dict[str, str]:
+    return {**os.environ, **QUICK, "NEML2_AOTI_PLUGIN": "0"}
+
+
+@pytest.mark.legacy
+@pytest.mark.timeout(3600)
+def test_old_names_become_new_ones() -> None:
+    """Before 3.0.4 the parameters of a lone model had no block in their names."""
+    model = Model(build.metadata("3.0.0", "promoted"))
+    words = command_in(lambda: model.param_jacobian(zeros(model)))
+    document = json.loads(build.metadata("3.1.0", "promoted").read_text())
+    assert flags(words, "-p") == [parameter["name"] for parameter in document["parameters"]]
+    assert not [word for word in words if re.search(r"\s", word)]

@@ -1,0 +1,226 @@
+"""`run` and `plot`: results in every format against neml2's own driver, invariants against closed forms, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import neml2
+import numpy as np
+import pytest
+import torch
+
+import references
+from neml2_aoti_plugin import ConvergenceError, InputError, UnknownNameError, cli
+from neml2_aoti_plugin.workbench.drive import run
+from neml2_aoti_plugin.workbench.plot import INVARIANTS, default_x, default_y, plot, quantity
+from neml2_aoti_plugin.workbench.results import Result, columns, from_steps, guessed_types, read_result
+
+
+@pytest.fixture(scope="module")
+def wanted() -> dict[str, torch.Tensor]:
+    """What neml2's driver gives by itself."""
+    with references.default_dtype(torch.float64):
+        driver = neml2.load_input(references.case("viscoplasticity").file).get_driver("driver")
+    driver.run()
+    found: dict[str, torch.Tensor] = driver.result()
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, written by the command's function in all formats."""
+    folder = tmp_path_factory.mktemp("results")
+    steps: list[tuple[int, int]] = []
+    for ending in ("pt", "npz", "csv"):
+        run(
+            references.case("viscoplasticity").file,
+            "driver",
+            values={},
+            out=folder / f"result.{ending}",
+            on_step=lambda done, last: steps.append((done, last)),
+        )
+    assert steps == [(k, 60) for k in range(1, 61)] * 3
+    return folder
+
+
+def test_a_pt_file_is_neml2s(results: Path, wanted: dict[str, torch.Tensor]) -> None:
+    found = torch.load(results / "result.pt", weights_only=True)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("ending", ["pt", "npz", "csv"])
+def test_all_formats_hold_the_same(ending: str, results: Path, wanted: dict[str, torch.Tensor]) -> None:
+    found = read_result(results / f"result.{ending}")
+    assert found.types == {"t": "Scalar", "strain": "SR2", "stress": "SR2", "equivalent_plastic_strain": "Scalar"}
+    assert (found.steps, found.rows) == (61, 3)
+    assert found.series["stress"].shape == (61, 3, 6)
+    for name, values in found.series.items():
+        side = "output" if f"output.1.{name}" in wanted else "input"
+        for step in (1, 30, 60):
+            value = wanted[f"{side}.{step}.{name}"].numpy()
+            # A table has the time once for each point.
+            np.testing.assert_allclose(
+                values[step], np.broadcast_to(value, values[step].shape), rtol=1e-14, atol=1e-300
+            )
+    # The driver starts from nothing.
+    assert (found.series["stress"][0] == 0).all()
+
+
+def test_components_of_a_csv_are_those_of_the_tensor(results: Path) -> None:
+    head, *lines = (results / "result.csv").read_text().splitlines()
+    last = dict(zip(head.split(","), map(float, lines[-2].split(",")), strict=True))
+    stress = read_result(results / "result.npz").series["stress"][60, 1]
+    assert (last["step"], last["row"]) == (60, 1)
+    assert last["stress.xy"] == pytest.approx(stress[5] / math.sqrt(2), rel=1e-15)
+    assert last["stress.xx"] == pytest.approx(stress[0], rel=1e-15, abs=1e-300)
+
+
+def test_parameters_and_overrides(tmp_path: Path) -> None:
+    stub = references.case("promoted").file
+    model = references.case("promoted").load()
+    E = float(model.named_parameters()["promoted.E"])
+    model.set_parameter("promoted.E", 3 * E)
+    model.save_parameters(tmp_path / "three.safetensors")
+    saved = tmp_path / "saved.pt"
+    run(stub, "driver", values={}, out=tmp_path / "one.npz", overrides=(f"Drivers/driver/save_as:={saved}",))
+    run(stub, "driver", values={"promoted.E": 2 * E}, out=tmp_path / "two.npz")
+    run(stub, "driver", values={}, parameters=tmp_path / "three.safetensors", out=tmp_path / "three.npz")
+    one, two, three = (read_result(tmp_path / f"{n}.npz").series["stress"] for n in ("one", "two", "three"))
+    np.testing.assert_allclose(two[1:], 2 * one[1:], rtol=1e-13)
+    np.testing.assert_allclose(three[1:], 3 * one[1:], rtol=1e-13)
+    np.testing.assert_array_equal(read_result(saved).series["stress"], one)
+
+
+def test_a_step_that_fails_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub = references.case("viscoplasticity").file
+    out = tmp_path / "result.npz"
+    override = "Tensors/strains/expr:='SR2(torch.full((61, 1, 6), torch.nan, dtype=torch.float64))'"
+    with pytest.raises(ConvergenceError, match=r"step 1 of 60 of \[Drivers/driver\]"):
+        run(stub, "driver", values={}, out=out, overrides=(override,))
+    assert not list(tmp_path.iterdir())
+    out.write_text("before")
+    assert cli.main(["run", str(stub), "driver", override, "--out", str(out), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["error"]["kind"] == "ConvergenceError" and document["status"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["result.npz"] and out.read_text() == "before"
+
+
+def test_wrong_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub = references.case("promoted").file
+    for arguments, said in (
+        ([stub, "nobody"], "no block [Drivers/nobody]; in [Drivers] there are: driver"),
+        ([tmp_path / "gone.i", "driver"], "no such file"),
+        ([stub, "driver", "--set", "E=1"], "'E' is not a promoted parameter"),
+        ([stub, "driver", "--set", "promoted.E=stiff"], "is not NAME=VALUE with a number"),
+        ([stub, "driver", "--set", "promoted.E=1", "--set", "promoted.E=2"], "is given twice"),
+        ([stub, "driver", "save_as=x"], "is not PATH:=VALUE"),
+        ([stub, "driver", "--out", tmp_path / "a.txt"], "expected one of .pt, .npz, .csv"),
+        ([stub, "driver", "--out", tmp_path / "none" / "a.npz"], "cannot be written"),
+        ([stub, "driver", "Tensors/times/expr:='Scalar(1/0)'"], "[Drivers/driver]"),
+        ([references.case("promoted").stub.path, "driver", "--set", "promoted.E=1"], "only a compiled model"),
+    ):
+        assert cli.main(["run", *map(str, arguments)]) == 2, arguments
+        told = capsys.readouterr().err
+        assert said in told and "Traceback" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_eager_driver_runs_as_well(tmp_path: Path) -> None:
+    case = references.case("promoted")
+    for path in (case.file, case.stub.path):
+        run(path, "driver", values={}, out=tmp_path / f"{path.stem}.npz")
+    ours, eager = (read_result(tmp_path / f"{path.stem}.npz") for path in (case.file, case.stub.path))
+    assert ours.types == eager.types
+    np.testing.assert_allclose(ours.series["stress"], eager.series["stress"], rtol=1e-13)
+
+
+# -- series --------------------------------------------------------------------------------------------------------
+
+
+def test_types_are_told_by_shapes() -> None:
+    def shapes(**given: tuple[int, ...]) -> dict[str, str]:
+        return guessed_types({name: [np.zeros(shape)] for name, shape in given.items()})
+
+    assert shapes(t=(), strain=(6,), R=(3, 3), v=(3,)) == {"t": "Scalar", "strain": "SR2", "R": "R2", "v": "Vec"}
+    # Six points of a scalar beside six points of a tensor.
+    assert shapes(t=(1,), strain=(6, 6), p=(6,)) == {"t": "Scalar", "strain": "SR2", "p": "Scalar"}
+
+
+def test_values_that_a_step_lacks_are_nan() -> None:
+    one = torch.ones(2, dtype=torch.float64)
+    found = from_steps({"input.0.t": one[0], "input.1.t": one[0], "output.1.rate": one}, {})
+    assert np.isnan(found.series["rate"][0]).all() and (found.series["rate"][1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "value"),
+    [
+        # Uniaxial: Mises' stress is the stress. Pure shear: the square root of 3 times it.
+        ("vonmises", np.diag([7.0, 0, 0]), 7.0),
+        ("vonmises", np.array([[0, 2.0, 0], [2.0, 0, 0], [0, 0, 0]]), 2 * math.sqrt(3)),
+        ("vonmises", np.diag([5.0, 5, 5]), 0.0),
+        # Incompressible tension: the equivalent strain is the strain.
+        ("equivalent", np.diag([0.02, -0.01, -0.01]), 0.02),
+        ("norm", np.array([[0, 2.0, 0], [2.0, 0, 0], [0, 0, 1.0]]), 3.0),
+        ("trace", np.diag([1.0, 2, 3]), 6.0),
+        ("mean", np.diag([1.0, 2, 3]), 2.0),
+    ],
+)
+def test_invariants(name: str, tensor: Any, value: float) -> None:
+    mandel = neml2.types.SR2.fill(*(float(x) for x in (*np.diag(tensor), tensor[1, 2], tensor[0, 2], tensor[0, 1])))
+    assert INVARIANTS[name](mandel.data.to(torch.float64).numpy()) == pytest.approx(value, rel=1e-6, abs=1e-6)
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_pictures(ending: str, results: Path, tmp_path: Path) -> None:
+    picture = tmp_path / f"curve.{ending}"
+    report = plot([results / "result.npz", results / "result.csv"], picture, rows=[0, 2])
+    assert picture.read_bytes()[:5] == {"png": b"\x89PNG\r", "svg": b"<?xml"}[ending]
+    assert [(Path(line.result).name, line.x, line.y, line.row, line.steps) for line in report.lines] == [
+        (name, "strain.equivalent", "stress.vonmises", row, 61)
+        for name in ("result.npz", "result.csv")
+        for row in (0, 2)
+    ]
+    assert [line.y_last for line in report.lines[:2]] == pytest.approx([line.y_last for line in report.lines[2:]])
+
+
+def test_what_is_drawn_if_nothing_is_asked_for(results: Path) -> None:
+    found = read_result(results / "result.npz")
+    assert (default_x(found), default_y(found, "strain.equivalent")) == ("strain.equivalent", "stress.vonmises")
+    scalars = Result({"t": np.zeros((2, 1)), "x": np.zeros((2, 1))}, {"t": "Scalar", "x": "Scalar"})
+    assert (default_x(scalars), default_y(scalars, "t")) == ("t", "x")
+    assert set(columns(scalars)) == {"t", "x"}
+
+
+def test_wrong_plots(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, out = results / "result.npz", tmp_path / "a.png"
+    torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
+    np.savez(tmp_path / "other.npz", a=np.ones(2))
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "text.pt").write_text("no result")
+    for arguments, said in (
+        ([tmp_path / "gone.npz", "--out", out], "no such file"),
+        ([tmp_path / "other.pt", "--out", out], "is not a result"),
+        ([tmp_path / "other.npz", "--out", out], "is not a result"),
+        ([tmp_path / "other.csv", "--out", out], "is not a result"),
+        ([tmp_path / "text.pt", "--out", out], "is not a result"),
+        ([good, "--out", tmp_path / "a.bmp"], "expected one of .png, .svg, .pdf"),
+        ([good, "--out", tmp_path / "none" / "a.png"], "cannot be written"),
+        ([good, "--out", out, "--y", "stress.zx"], "'stress.zx' is not in this result: there are t, equivalent"),
+        ([good, "--out", out, "--row", "3"], "there is no point 3; the points are 0 to 2"),
+    ):
+        assert cli.main(["plot", *map(str, arguments)]) == 2, arguments
+        told = capsys.readouterr().err
+        assert said in told and "Traceback" not in told
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".png"]
+    with pytest.raises(UnknownNameError):
+        quantity(read_result(good), "t.vonmises")
+    with pytest.raises(InputError):
+        read_result(tmp_path / "other.csv")

@@ -1,0 +1,226 @@
+"""`verify`: it passes what is right, finds what is wrong, and says where it compared nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import references
+from neml2_aoti_plugin import InputError, cli
+from neml2_aoti_plugin.model import Model
+from neml2_aoti_plugin.workbench import differences
+from neml2_aoti_plugin.workbench.golden import read_golden
+from neml2_aoti_plugin.workbench.points import random_points, read_points
+from neml2_aoti_plugin.workbench.target import Target, find_target
+from neml2_aoti_plugin.workbench.verify import Wanted, verify
+from stubs.build import compiled
+from stubs.catalogue import CATALOGUE
+
+
+def stub_of(name: str) -> Target:
+    return find_target(references.case(name).file)
+
+
+def source_of(name: str) -> Path:
+    return CATALOGUE[name].path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
+    status = cli.main(["verify", *map(str, arguments), "--json"])
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert document["status"] == status
+    return status, document
+
+
+# -- against the source --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["elasticity", "viscoplasticity", "promoted", "calibration", "cross_group"])
+def test_what_is_right_passes(name: str) -> None:
+    report, failed = verify(stub_of(name), Wanted(against=source_of(name), rows=4))
+    model = references.case(name).model
+    pairs = [*model.derivative_pairs, *model.parameter_derivative_pairs]
+    compared = [c.quantity for c in report.comparisons]
+    assert report.passed and not failed and report.rows == 8 and report.not_converged == 0
+    assert compared[: len(model.outputs)] == list(model.outputs)
+    told = [*compared, *(text.partition(": ")[0] for text in report.not_compared)]
+    assert sorted(told) == sorted([*model.outputs, *(f"d({out})/d({by})" for out, by in pairs)])
+    assert all(c.worst < 1e-7 and c.reference == "source" for c in report.comparisons)
+
+
+def test_another_source_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = source_of("elasticity").read_text()
+    before = next(line for line in text.splitlines() if "coefficients =" in line)
+    youngs = before.partition("'")[2].split()[0]
+    other = tmp_path / "other.i"
+    other.write_text(text.replace(before, before.replace(youngs, str(1.001 * float(youngs)))))
+    status, document = run(capsys, references.case("elasticity").file, "--against", other)
+    assert status == 1 and document["error"] is None
+    errors = {c["quantity"]: c["worst"] for c in document["result"]["comparisons"]}
+    # All of it is stiffer by one part in a thousand.
+    assert errors == pytest.approx({"stress": 1e-3 / 1.001, "d(stress)/d(strain)": 1e-3 / 1.001}, rel=1e-6)
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    target = stub_of("elasticity")
+    for source, name, said in (
+        (tmp_path / "gone.i", None, "no such file"),
+        (source_of("elasticity"), "nothing", r"no block \[Models/nothing\]; in \[Models\] there are: elasticity"),
+        (references.case("elasticity").file, None, "is compiled itself"),
+        (source_of("viscoplasticity"), "hooke", "is not what was compiled"),
+    ):
+        with pytest.raises(InputError, match=said):
+            verify(target, Wanted(against=source, source_model=name))
+    binary = tmp_path / "binary.i"
+    binary.write_bytes(b"\x00\xff[Models]\n")
+    with pytest.raises(InputError, match=r"binary\.i"):
+        verify(target, Wanted(against=binary))
+
+
+# -- against finite differences ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["elasticity", "viscoplasticity", "calibration"])
+def test_differences_are_the_compiled_derivatives(name: str) -> None:
+    report, failed = verify(stub_of(name), Wanted(rows=4))
+    assert not failed and report.not_compared == (
+        "values: no source (--against INPUT.i) and no golden file (--golden FILE)",
+    )
+    assert {c.reference for c in report.comparisons} == {"differences"}
+    assert all(c.rows > 0 and c.worst < 1e-6 for c in report.comparisons)
+
+
+def test_differences_against_a_closed_form() -> None:
+    """The stiffness of isotropic elasticity: 2 mu I + lambda 1 x 1, in Mandel notation."""
+    model = Model(compiled("promoted") / "promoted")
+    E, nu = (float(model.named_parameters()[f"promoted.{name}"]) for name in ("E", "nu"))
+    mu, lam = E / (2 * (1 + nu)), E * nu / ((1 + nu) * (1 - 2 * nu))
+    ones = torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64)
+    stiffness = 2 * mu * torch.eye(6, dtype=torch.float64) + lam * torch.outer(ones, ones)
+    strain = 1e-3 * torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = differences.by_input(model, {"strain": strain}, "strain", ["stress"])["stress"]
+    assert found.smooth.all()
+    assert (found.block - stiffness).abs().max() < 1e-9 * E
+    by_modulus = differences.by_parameter(model, {"strain": strain}, "promoted.E", ["stress"])["stress"]
+    assert torch.allclose(by_modulus.block, strain @ stiffness / E, rtol=1e-9, atol=1e-12)
+
+
+def test_kinks_are_left_out() -> None:
+    """Of y = |x| + x^2: smooth away from zero; the kink is found where it is, and where a step reaches it."""
+    x = torch.tensor([[1.0], [-0.5], [0.0], [3e-5]], dtype=torch.float64)
+
+    def evaluate(moved: torch.Tensor, times: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return {"y": moved.abs() + moved**2}, torch.ones(len(moved), dtype=torch.bool)
+
+    found = differences.central(x, (1,), ["y"], evaluate)["y"]
+    assert found.smooth.tolist() == [True, True, False, False]
+    assert torch.allclose(found.block[:2, 0, 0], torch.tensor([3.0, -2.0], dtype=torch.float64), rtol=1e-9)
+
+
+# -- golden files --------------------------------------------------------------------------------------------------
+
+
+def copy(name: str, folder: Path) -> Path:
+    shutil.copytree(compiled(name), folder, dirs_exist_ok=True)
+    return folder / f"{CATALOGUE[name].model}_aoti.i"
+
+
+def test_a_golden_file_is_found_beside_the_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub = copy("viscoplasticity", tmp_path)
+    golden = tmp_path / "viscoplasticity.golden.safetensors"
+    assert run(capsys, stub, "--record", golden, "--rows", 3)[0] == 0
+    status, document = run(capsys, tmp_path / "viscoplasticity")
+    assert status == 0 and document["result"]["points"] == golden.name
+    assert [(c["quantity"], c["reference"], c["worst"]) for c in document["result"]["comparisons"]] == [
+        ("stress", "golden", 0.0),
+        ("equivalent_plastic_strain", "golden", 0.0),
+        ("d(stress)/d(strain)", "golden", 0.0),
+    ]
+
+
+def test_another_model_at_golden_points_fails(tmp_path: Path) -> None:
+    stub = copy("promoted", tmp_path)
+    golden = tmp_path / "soft.safetensors"
+    verify(find_target(stub), Wanted(rows=3), record=golden)
+    document = json.loads((tmp_path / "promoted/metadata.json").read_text())
+    document["parameters"][0]["values"][0] *= 1.01
+    (tmp_path / "promoted/metadata.json").write_text(json.dumps(document))
+    report, failed = verify(find_target(stub), Wanted(golden=golden))
+    assert not report.passed and "stress" in [c.quantity for c in failed]
+    assert next(c for c in failed if c.quantity == "stress").worst == pytest.approx(0.01, rel=0.5)
+
+
+def test_bad_golden_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other, params = tmp_path / "other.safetensors", tmp_path / "params.safetensors"
+    verify(stub_of("elasticity"), Wanted(rows=2), record=other)
+    Model(compiled("promoted") / "promoted").save_parameters(params)
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(other.read_bytes()[:-8])
+    target = references.case("viscoplasticity").file
+    for file, said in (
+        (other, "is of another model ('elasticity'), not of 'viscoplasticity'"),
+        (params, "is not a golden file"),
+        (damaged, "is not a golden file"),
+        (tmp_path / "gone.safetensors", "cannot be read"),
+        (tmp_path, "cannot be read"),
+    ):
+        assert cli.main(["verify", str(target), "--golden", str(file)]) == 2
+        assert said in (told := capsys.readouterr().err) and "Traceback" not in told
+    model = Model(compiled("elasticity") / "elasticity")
+    assert read_golden(other, model, "elasticity").points.rows == 4
+
+
+# -- points --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
+def test_points_of_a_file(suffix: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = Model(compiled("elasticity") / "elasticity")
+    strain = torch.arange(12.0, dtype=torch.float64).reshape(2, 6)
+    file = tmp_path / f"points{suffix}"
+    if suffix == ".npz":
+        np.savez(file, strain=strain.numpy())
+    elif suffix == ".pt":
+        torch.save({"strain": strain}, file)
+    else:
+        save_file({"strain": strain}, file)
+    assert torch.equal(read_points(file, model).inputs["strain"], strain)
+
+
+def test_bad_points(tmp_path: Path) -> None:
+    model = Model(compiled("elasticity") / "elasticity")
+    wrong = tmp_path / "wrong.npz"
+    np.savez(wrong, strain=np.zeros((2, 5)))
+    with pytest.raises(InputError, match=r"'strain' has shape \(2, 5\), expected \(rows, 6\)"):
+        read_points(wrong, model)
+    np.savez(wrong, stress=np.zeros((2, 6)))
+    with pytest.raises(InputError, match="has no strain; the model's inputs are strain, and the file has stress"):
+        read_points(wrong, model)
+    (tmp_path / "text.pt").write_text("no tensors")
+    with pytest.raises(InputError, match="cannot be read as tensors"):
+        read_points(tmp_path / "text.pt", model)
+    with pytest.raises(InputError, match="no input stress"):
+        random_points(model, 2, 0, {"stress": 1.0})
+
+
+def test_a_model_that_converges_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    status, document = run(capsys, references.case("viscoplasticity").artifact, "--scale", "strain=1e200", "--rows", 2)
+    assert status == 2 and "converges at none of the 2 points" in document["error"]["message"]
+
+
+def test_nothing_to_compare_with(tmp_path: Path) -> None:
+    stub = copy("elasticity", tmp_path)
+    metadata = tmp_path / "elasticity/metadata.json"
+    document = json.loads(metadata.read_text())
+    document["derivatives"] = []
+    metadata.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="there is nothing to compare"):
+        verify(find_target(stub), Wanted())
