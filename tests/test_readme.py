@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The pages, and the stubs that their snippets find under aoti/.
 PAGES = {
     "README.md": ("elasticity", "promoted", "viscoplasticity"),
+    "docs/tool.md": ("promoted",),
     "docs/usage.md": ("elasticity", "promoted", "viscoplasticity", "cross_group"),
 }
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .results import Array
 
 TIME, STEP = "t", "step"
+STYLES = ("-", "--", "-.", ":")
 # More lines than this get no legend.
 LEGEND = 12
 
@@ -104,9 +105,11 @@ def plot(
         for y in wanted_ys:
             lines += _lines(path, result, wanted_x, y, rows, several=len(found) > 1, quantities=len(wanted_ys) > 1)
     with figure(out) as axes:
+        per_file = len(lines) // len(found)
         for number, (label, along, up, _) in enumerate(lines):
-            style = ("-", "--", "-.", ":")[number // 10 % 4]
-            axes.plot(along, up, style, color=f"C{number % 10}", linewidth=1.4, label=label)
+            # The same line of each file has the same colour.
+            style = STYLES[number // per_file % len(STYLES)]
+            axes.plot(along, up, style, color=f"C{number % per_file % 10}", linewidth=1.4, label=label)
         axes.set_xlabel(wanted_x)
         axes.set_ylabel(wanted_ys[0] if len(wanted_ys) == 1 else "")
         if 1 < len(lines) <= LEGEND:
