@@ -252,7 +252,9 @@ class ArrayRows:
         rows = torch.from_numpy(waiting)
         b, a = self._jacobian(self._unknowns.index_select(0, rows), self._givens.index_select(0, rows))
         space = self._space
-        kernels.last_steps(a.numpy(), b.numpy(), waiting, space.lu, space.pivots, self._record, self._solution)
+        kernels.last_steps(
+            a.numpy(), b.numpy(), waiting, space.vectors, space.lu, space.pivots, self._record, self._solution
+        )
 
     def worst(self) -> tuple[float, float]:
         """See `newton.Rows`."""
@@ -295,8 +297,11 @@ def columns(a: Tensor, b: Tensor, chosen: Sequence[int]) -> Tensor:
         `(rows, n, len(chosen))`; NaN in rows whose matrix is singular.
     """
     rows, n = a.shape[:2]
-    found = np.empty((rows, len(chosen), n))
-    elimination.columns(
-        a.numpy(), b.numpy(), np.asarray(chosen, np.int64), np.empty((n, n)), np.empty(n, np.int64), found
+    found, lu, pivots, x = (
+        np.empty((rows, len(chosen), n)),
+        np.empty((1, n, n)),
+        np.empty((1, n), np.int64),
+        np.empty((1, n)),
     )
+    elimination.columns(a.numpy(), b.numpy(), np.asarray(chosen, np.int64), lu, pivots, x, found)
     return torch.from_numpy(found).transpose(1, 2)

@@ -9,14 +9,14 @@ All vectors of the live rows lie in `vectors[kind, row]` and `givens[kind, row]`
 
 from __future__ import annotations
 
-from math import isfinite, nan
+from math import isfinite
 from typing import Any, Final
 
 import numpy as np
 
 from . import criteria as by
-from .elimination import all_finite, factor, norm_of, substitute
-from .machine_code import kernel
+from .elimination import copy, factor, norm_of, substitute
+from .machine_code import inlined, inner, kernel
 from .outcome import Outcome
 
 # Kinds of `vectors`: unknowns, direction, trial, `-r` at the trial, trials of refused rows.
@@ -37,8 +37,8 @@ SINGULAR: Final = int(Outcome.SINGULAR)
 # In `record` of a row that has converged and waits for a last step with a linearisation of its own.
 WAITING: Final = -1
 
-_converged, _small_step, _accepted = kernel(by.converged), kernel(by.small_step), kernel(by.accepted)
-_gains, _carries = kernel(by.gains), kernel(by.carries)
+_converged, _small_step, _accepted = inlined(by.converged), inlined(by.small_step), inlined(by.accepted)
+_gains, _carries = inlined(by.gains), inlined(by.carries)
 
 
 def packed(criteria: by.Criteria) -> Any:
@@ -46,7 +46,7 @@ def packed(criteria: by.Criteria) -> Any:
     return np.array([float(value) for value in criteria])
 
 
-@kernel
+@inlined
 def _unpacked(p: Any) -> Any:
     """The criteria in an array."""
     return by.Criteria(p[0], p[1], p[2], p[3], p[4], p[5] != 0.0, p[6] != 0.0, p[7] != 0.0, p[8])
@@ -61,18 +61,18 @@ def begin(
     u, g = vectors[U], givens[GIVENS]
     live = 0
     for row in range(len(solution)):
-        norm = norm_of(b[row])
+        norm = norm_of(b, row)
         norms[row, LAST] = norms[row, FIRST] = norm
         record[row, UPDATES] = 0
         # Nothing is relative to the first norm yet.
         small = norm < criteria.atol or norm == 0.0
         if small or not isfinite(norm):
             record[row, OUTCOME] = CONVERGED if small else DIVERGED
-            solution[row] = u[row]
+            copy(u, row, solution, row)
             continue
         if live != row:
-            u[live] = u[row]
-            g[live] = g[row]
+            copy(u, row, u, live)
+            copy(g, row, g, live)
         numbers[live, NORM] = norm
         indices[live, PLACE] = row
         indices[live, SOURCE] = row
@@ -104,29 +104,73 @@ def advance(
     kept = 0
     for k in range(live):
         source, row, norm = indices[k, SOURCE], indices[k, PLACE], numbers[k, NORM]
-        matrix, direction = lu[kept], step[kept]
-        matrix[:] = a[source]
-        direction[:] = b[source]
-        if factor(matrix, pivots[kept]):
-            substitute(matrix, pivots[kept], direction)
-        else:
-            direction[:] = nan
-        if not all_finite(direction):
+        copy(b, source, step, kept)
+        sound = factor(a, source, lu, pivots, kept)
+        if sound:
+            sound = substitute(lu, pivots, kept, step, kept)
+        if not sound:
             record[row, OUTCOME] = SINGULAR
             record[row, UPDATES] = update - 1
             norms[row, LAST] = norm
-            solution[row] = u[k]
+            copy(u, k, solution, row)
             continue
         if kept != k:
-            u[kept] = u[k]
-            g[kept] = g[k]
+            copy(u, k, u, kept)
+            copy(g, k, g, kept)
             numbers[kept, NORM] = norm
             indices[kept, PLACE] = row
         slope = 0.0
-        for i in range(len(direction)):
-            slope += (b[source, i] / norm) * (direction[i] / norm)
-            trial[kept, i] = u[kept, i] + direction[i]
+        for i in range(u.shape[1]):
+            slope += (b[source, i] / norm) * (step[kept, i] / norm)
+            trial[kept, i] = u[kept, i] + step[kept, i]
         numbers[kept, SLOPE] = slope
+        kept += 1
+    return kept
+
+
+@inner
+def _settled(
+    live: Any,
+    update: Any,
+    vectors: Any,
+    givens: Any,
+    numbers: Any,
+    indices: Any,
+    lu: Any,
+    pivots: Any,
+    norms: Any,
+    record: Any,
+    solution: Any,
+    criteria: Any,
+) -> Any:
+    """See `settle`."""
+    u, step, trial, b, g = vectors[U], vectors[STEP], vectors[TRIAL], vectors[B], givens[GIVENS]
+    kept = 0
+    for k in range(live):
+        row, norm = indices[k, PLACE], numbers[k, TRIAL_NORM]
+        first = norms[row, FIRST]
+        done = _converged(norm, first, criteria)
+        if done and criteria.small_steps:
+            moved = numbers[k, ALPHA] * norm_of(step, k)
+            done = _small_step(moved, norm_of(trial, k), norm, criteria)
+        if done or not isfinite(norm):
+            record[row, OUTCOME] = CONVERGED if done else DIVERGED
+            record[row, UPDATES] = update
+            norms[row, LAST] = norm
+            copy(trial, k, solution, row)
+            if done and _gains(norm, first, criteria):
+                if not _carries(norm, numbers[k, NORM], first, criteria):
+                    record[row, OUTCOME] = WAITING
+                elif substitute(lu, pivots, k, b, k):
+                    for i in range(u.shape[1]):
+                        solution[row, i] += b[k, i]
+            continue
+        copy(trial, k, u, kept)
+        if kept != k:
+            copy(g, k, g, kept)
+        numbers[kept, NORM] = norm
+        indices[kept, PLACE] = row
+        indices[kept, SOURCE] = kept
         kept += 1
     return kept
 
@@ -147,38 +191,9 @@ def settle(
     limits: Any,
 ) -> Any:
     """Accept the trials: rows that are done leave, the others move up; give the number of these."""
-    criteria = _unpacked(limits)
-    u, step, trial, b, g = vectors[U], vectors[STEP], vectors[TRIAL], vectors[B], givens[GIVENS]
-    kept = 0
-    for k in range(live):
-        row, norm = indices[k, PLACE], numbers[k, TRIAL_NORM]
-        first = norms[row, FIRST]
-        done = _converged(norm, first, criteria)
-        if done and criteria.small_steps:
-            moved = numbers[k, ALPHA] * norm_of(step[k])
-            done = _small_step(moved, norm_of(trial[k]), norm, criteria)
-        if done or not isfinite(norm):
-            record[row, OUTCOME] = CONVERGED if done else DIVERGED
-            record[row, UPDATES] = update
-            norms[row, LAST] = norm
-            solution[row] = trial[k]
-            if done and _gains(norm, first, criteria):
-                if _carries(norm, numbers[k, NORM], first, criteria):
-                    last = b[k]
-                    substitute(lu[k], pivots[k], last)
-                    if all_finite(last):
-                        solution[row] += last
-                else:
-                    record[row, OUTCOME] = WAITING
-            continue
-        u[kept] = trial[k]
-        if kept != k:
-            g[kept] = g[k]
-        numbers[kept, NORM] = norm
-        indices[kept, PLACE] = row
-        indices[kept, SOURCE] = kept
-        kept += 1
-    return kept
+    return _settled(
+        live, update, vectors, givens, numbers, indices, lu, pivots, norms, record, solution, _unpacked(limits)
+    )
 
 
 @kernel
@@ -206,14 +221,14 @@ def judge(
     b = vectors[B]
     refused = 0
     for k in range(live):
-        b[k] = trial_b[k]
-        numbers[k, TRIAL_NORM] = norm_of(b[k])
+        copy(trial_b, k, b, k)
+        numbers[k, TRIAL_NORM] = norm_of(b, k)
         numbers[k, ALPHA] = 1.0
         if criteria.searching and not _stands(k, numbers, indices, norms, criteria):
             _shorten(k, refused, vectors, givens, numbers, indices, criteria)
             refused += 1
     if refused == 0 and not hold:
-        live = settle(live, update, vectors, givens, numbers, indices, lu, pivots, norms, record, solution, limits)
+        live = _settled(live, update, vectors, givens, numbers, indices, lu, pivots, norms, record, solution, criteria)
     return live, refused
 
 
@@ -234,26 +249,27 @@ def judge_again(
     Gives the number of those that are refused again, whose shorter trials are set.
     """
     criteria = _unpacked(limits)
+    trial, b, short = vectors[TRIAL], vectors[B], vectors[SHORT]
     left = 0
     for i in range(refused):
         k = indices[i, REFUSED]
-        vectors[B, k] = short_b[i]
-        vectors[TRIAL, k] = vectors[SHORT, i]
-        numbers[k, TRIAL_NORM] = norm_of(short_b[i])
+        copy(short_b, i, b, k)
+        copy(short, i, trial, k)
+        numbers[k, TRIAL_NORM] = norm_of(b, k)
         if more and not _stands(k, numbers, indices, norms, criteria):
             _shorten(k, left, vectors, givens, numbers, indices, criteria)
             left += 1
     return left
 
 
-@kernel
+@inner
 def _stands(k: Any, numbers: Any, indices: Any, norms: Any, criteria: Any) -> Any:
     """Whether the trial of a live row may stand."""
     first = norms[indices[k, PLACE], FIRST]
     return _accepted(numbers[k, TRIAL_NORM], numbers[k, NORM], first, numbers[k, SLOPE], numbers[k, ALPHA], criteria)
 
 
-@kernel
+@inner
 def _shorten(k: Any, i: Any, vectors: Any, givens: Any, numbers: Any, indices: Any, criteria: Any) -> None:
     """Set the next trial of a live row, as the refused row `i`."""
     alpha = numbers[k, ALPHA] / criteria.cutback
@@ -261,18 +277,18 @@ def _shorten(k: Any, i: Any, vectors: Any, givens: Any, numbers: Any, indices: A
     indices[i, REFUSED] = k
     for j in range(vectors.shape[2]):
         vectors[SHORT, i, j] = vectors[U, k, j] + alpha * vectors[STEP, k, j]
-    givens[SHORT_GIVENS, i] = givens[GIVENS, k]
+    for j in range(givens.shape[2]):
+        givens[SHORT_GIVENS, i, j] = givens[GIVENS, k, j]
 
 
 @kernel
-def last_steps(a: Any, b: Any, waiting: Any, lu: Any, pivots: Any, record: Any, solution: Any) -> None:
+def last_steps(a: Any, b: Any, waiting: Any, vectors: Any, lu: Any, pivots: Any, record: Any, solution: Any) -> None:
     """Take the last step of the waiting rows by a linearisation at their solution."""
+    steps = vectors[STEP]
     for i in range(len(waiting)):
         row = waiting[i]
         record[row, OUTCOME] = CONVERGED
-        matrix, step = lu[0], b[i].copy()
-        matrix[:] = a[i]
-        if factor(matrix, pivots[0]):
-            substitute(matrix, pivots[0], step)
-            if all_finite(step):
-                solution[row] += step
+        copy(b, i, steps, 0)
+        if factor(a, i, lu, pivots, 0) and substitute(lu, pivots, 0, steps, 0):
+            for j in range(steps.shape[1]):
+                solution[row, j] += steps[0, j]
