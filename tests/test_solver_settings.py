@@ -99,6 +99,10 @@ def test_iterations_count_updates_and_miters_one_more() -> None:
 # -- help ----------------------------------------------------------------------------------------------------------
 
 
+# Two screens of 90 lines.
+LINES = 180
+
+
 def shown_by_help(thing: type) -> list[str]:
     return pydoc.plain(pydoc.render_doc(thing)).splitlines()
 
@@ -114,15 +118,13 @@ def test_help_fits() -> None:
         assert name not in text
 
 
-LINES = 250
-
-
 def test_completion_shows_what_is_of_use() -> None:
     model = viscoplasticity()
     names = dir(model)
     assert set(names) >= shown.USEFUL
     assert {"forward", "solve", "solver", "inputs", "outputs", "mode", "named_parameters"} <= set(names)
     assert not {"register_backward_hook", "share_memory", "ipu", "xpu"} & set(names)
+    assert model.input_names == list(model.inputs)
     # What is not shown works as ever.
     seen: list[int] = []
     handle = model.register_forward_hook(lambda *_: seen.append(1))

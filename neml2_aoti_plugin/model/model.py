@@ -53,13 +53,16 @@ class Solution:
 class Model(CompiledModule):
     """A compiled model: raw tensors in, raw tensors out.
 
-    Inputs are dicts from name to tensor `(*batch, *sub_batch, *base)`, with batch shapes of any rank that broadcast.
-    Beside the inputs they may hold unknowns of implicit segments, the keys of `first_iterates`: where Newton's method
-    starts. Within the tolerance no result depends on that; no derivative does.
-    A torch module: autograd follows `forward`, by inputs and promoted parameters that require grad; the promoted
-    parameters are frozen until `requires_grad_()`. What the other calls return is detached. Copies and pickles hold
-    where the artifact is and not the artifact; they load it anew and refuse another one.
-    What a torch module has beside that works as ever, and is not listed here.
+    All calls take `inputs`, a dict from name to tensor `(*batch, *sub_batch, *base)` with batch shapes of any rank that
+    broadcast; beside the inputs it may hold first iterates, where Newton's method starts (no result depends on that
+    beyond the tolerance, no derivative at all). They take `param_overrides` too, values of promoted parameters for that
+    call. All but `solve` raise `ConvergenceError` if a row does not converge. A torch module: autograd follows
+    `forward`, by inputs and promoted parameters that require grad; the promoted parameters are frozen until
+    `requires_grad_()`. What the other calls return is detached. Copies and pickles hold where the artifact is and not
+    the artifact; they load it anew and refuse another one.
+
+    Not listed here, and working: the rest of a torch module, and what neml2's C++ runtime has (`input_names`,
+    `input_base_shapes`, `output_names`, `output_base_shapes`, `parameter_base_shapes`, `set_solver_config`).
 
     Attributes:
         inputs: type and shapes of each input, by name.
@@ -204,27 +207,15 @@ class Model(CompiledModule):
         return f"Model({str(self.artifact)!r}, {leaf}: {', '.join(self.input_names)} -> {', '.join(self.output_names)})"
 
     def save_parameters(self, path: str | os.PathLike[str]) -> None:
-        """Write the promoted parameters to a safetensors file, which `Model(..., parameters=path)` takes.
-
-        Args:
-            path: of the file; one that was there is replaced.
-
-        Raises:
-            InputError: the model has no promoted parameters, or the file cannot be written.
-        """
+        """Write the promoted parameters to a safetensors file, which `Model(..., parameters=path)` takes."""
         values = parameter_file.detached(self._promoted.values)
         parameter_file.write_parameters(Path(path), self._boundary.model, self._metadata.digest, values)
 
     def load_parameters(self, path: str | os.PathLike[str], *, same_artifact: bool = True) -> None:
         """Set the promoted parameters to the values in a file that `save_parameters` wrote.
 
-        Args:
-            path: of the file.
-            same_artifact: whether the file must have been written for this artifact: a model with the same metadata,
-                for whatever device, dtype and machine. If not, names and shapes must agree.
-
-        Raises:
-            InputError: it is no such file, was written for another artifact, or has other names or shapes.
+        It must have been written for this artifact: one with the same metadata, for whatever device, dtype and machine;
+        or, unless `same_artifact`, for one whose parameters have the same names and shapes. Else it is an `InputError`.
         """
         found = parameter_file.read_parameters(path)
         if same_artifact:
@@ -241,14 +232,10 @@ class Model(CompiledModule):
         return None if first is None else self._caller.settings or first.newton
 
     def set_solver(self, **settings: Any) -> None:
-        """Change some Newton settings of all implicit segments, as in `set_solver(atol=1e-8)`.
+        """Change some Newton settings of all implicit segments, as in `set_solver(atol=1e-8)`; the others stay.
 
-        Args:
-            settings: by the field names of `NewtonSettings`; the others stay as they are.
-
-        Raises:
-            UnknownNameError: there is no such setting.
-            InputError: a value is out of range, or the model has no implicit segment.
+        They are atol, rtol, miters (one more than the updates allowed), ls_type, ls_max_iters (one more than the trials
+        allowed; 1 is no line search), ls_cutback, ls_c and substep_del_tol; see `NewtonSettings`.
         """
         self._caller.settings = changed_settings(self.solver, settings, str(self.artifact))
 
@@ -263,13 +250,7 @@ class Model(CompiledModule):
         ls_c: float,
         substep_del_tol: float = 1e-6,
     ) -> None:
-        """Replace the Newton settings of all implicit segments, in the form of neml2's C++ runtime.
-
-        See `NewtonSettings` for the arguments; `set_solver` takes them one by one.
-
-        Raises:
-            InputError: a value is out of range.
-        """
+        """Replace all Newton settings, as in neml2's C++ runtime; `set_solver` takes them one by one."""
         self._caller.settings = newton_settings(
             atol=atol,
             rtol=rtol,
@@ -291,7 +272,7 @@ class Model(CompiledModule):
             param_overrides: values of promoted parameters for this call only, `(*batch, *base)`.
 
         Returns:
-            Outputs by name in the order of `output_names`, `(*batch, *sub_batch, *base)`.
+            Outputs by name in the order of `outputs`, `(*batch, *sub_batch, *base)`.
 
         Raises:
             ConvergenceError: rows of an implicit segment did not converge.
@@ -378,18 +359,13 @@ class Model(CompiledModule):
     ) -> tuple[Tensors, Tensors]:
         """Evaluate the outputs and their derivatives along a direction of the inputs.
 
-        Args:
-            inputs: as for `forward`.
-            tangents: direction by input name, `(*batch, *sub_batch, *base)`; zero for inputs that are absent.
-            param_overrides: as for `forward`.
+        `tangents` is the direction by input name, `(*batch, *sub_batch, *base)`; zero for inputs that are absent.
 
         Returns:
             Outputs, and the derivative along the direction of each output that is in a compiled pair.
 
         Raises:
             DerivativeNotCompiledError: no derivative was compiled, or one that the direction needs was not.
-            ConvergenceError: as for `forward`.
-            InputError: as for `forward`.
         """
         with torch.no_grad():
             return derivatives.jvp(self._caller, inputs, tangents, param_overrides)
@@ -427,20 +403,13 @@ class Model(CompiledModule):
         *,
         params: Sequence[str] | None = None,
     ) -> tuple[Tensors, Blocks]:
-        """Evaluate the outputs and the compiled derivative blocks by promoted parameters.
-
-        Args:
-            inputs: as for `forward`.
-            param_overrides: as for `forward`.
-            params: names of the parameters to differentiate by; all that were compiled if not given.
+        """Evaluate the outputs and the compiled derivative blocks by promoted parameters, or by those in `params`.
 
         Returns:
             Outputs, and `P[out][parameter]` for each compiled pair, `(*batch, *out_base, *parameter_base)`.
 
         Raises:
             DerivativeNotCompiledError: no derivative by a parameter was compiled, or none by one of `params`.
-            ConvergenceError: as for `forward`.
-            InputError: as for `forward`.
         """
         with torch.no_grad():
             outputs, blocks, _ = derivatives.param_jacobian(self._caller, inputs, param_overrides, params)
@@ -454,23 +423,13 @@ class Model(CompiledModule):
         *,
         params: Sequence[str] | None = None,
     ) -> Tensors:
-        """Contract cotangents of the outputs with the derivatives by promoted parameters.
+        """Contract cotangents of the outputs with the derivatives by promoted parameters, or by those in `params`.
 
-        Args:
-            inputs: as for `forward`.
-            cotangents: by output name, each broadcasting to `(*batch, *out_base)`.
-            param_overrides: as for `forward`.
-            params: as for `param_jacobian`.
+        `cotangents` are by output name, each broadcasting to `(*batch, *out_base)`.
 
         Returns:
             Gradient by parameter name, of the shape of the value in force: summed over the batch where the value is
             common to it.
-
-        Raises:
-            DerivativeNotCompiledError: as for `param_jacobian`.
-            UnknownNameError: a cotangent is absent or not that of an output.
-            ConvergenceError: as for `forward`.
-            InputError: as for `forward`.
         """
         with torch.no_grad():
             return derivatives.param_vjp(self._caller, inputs, cotangents, param_overrides, params)

@@ -50,16 +50,10 @@ class CompiledModule(nn.Module, metaclass=Concise):
     def named_parameters(
         self, prefix: str | None = None, recurse: bool | None = None, remove_duplicate: bool | None = None
     ) -> dict[str, nn.Parameter] | Iterator[tuple[str, nn.Parameter]]:
-        """The promoted parameters.
+        """The promoted parameters; changing one in place takes effect on the next call.
 
-        Args:
-            prefix: put before each name, as in `torch.nn.Module`.
-            recurse: as in `torch.nn.Module`.
-            remove_duplicate: as in `torch.nn.Module`.
-
-        Returns:
-            Without arguments a dict from name to parameter, as neml2's compiled models give it; with any, an iterator
-            of names and parameters, as `torch.nn.Module` does. Changing one in place takes effect on the next call.
+        Without arguments a dict from name to parameter, as neml2's compiled models give it; with any, an iterator of
+        names and parameters, as in `torch.nn.Module`.
         """
         if prefix is None and recurse is None and remove_duplicate is None:
             return dict(self._promoted.values)
@@ -73,15 +67,9 @@ class CompiledModule(nn.Module, metaclass=Concise):
         return {name: list(spec.base_shape) for name, spec in self._promoted.specs.items()}
 
     def set_parameter(self, name: str, value: Tensor | float) -> None:
-        """Set the value of a promoted parameter: in place where the shape is the same, else by a new parameter.
+        """Set a promoted parameter to a tensor `(*batch, *base)`, or to a number for all its entries.
 
-        Args:
-            name: of the parameter.
-            value: `(*batch, *base)`, or a number for all its entries.
-
-        Raises:
-            UnknownNameError: the model has no such parameter.
-            InputError: the value has the wrong shape, dtype or device.
+        In place where the shape is the same, else by a new parameter.
         """
         self._promoted.set(name, value)
 

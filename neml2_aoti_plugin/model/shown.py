@@ -13,12 +13,17 @@ USEFUL = frozenset(
         *("training", "zero_grad"),
     }
 )
-# For neml2 and copies of models, not for callers.
-INTERNAL = frozenset({"forward_with_batch", "linearise"})
+# What neml2 calls, and what is there as in neml2's C++ runtime beside a better way (`inputs`, `outputs`, `set_solver`).
+INTERNAL = frozenset(
+    {
+        *("forward_with_batch", "linearise", "set_solver_config", "parameter_base_shapes"),
+        *("input_names", "output_names", "input_base_shapes", "output_base_shapes"),
+    }
+)
 
 
 class Concise(ABCMeta):
-    """Of a class whose `dir`, and so `help`, leaves out what it has from `torch.nn.Module`.
+    """Of a class whose `dir`, and so `help`, leaves out what it has from `torch.nn.Module` and for neml2.
 
     It derives from `ABCMeta`, so that a class may derive from a compiled model and from an abstract class.
     """
