@@ -17,6 +17,8 @@ import pytest
 import environments
 from environments import Environment
 from json_check import mismatches
+from legacy import build
+from legacy.catalogue import INPUTS, SCENARIOS
 from neml2_aoti_plugin.cli.app import COMMANDS
 from stubs.build import compiled
 from tools.json_forms import REPORTS
@@ -67,6 +69,41 @@ def test_each_command_gives_its_document(environment: Environment, place: Path) 
         assert document["error"] is None
         assert not mismatches(document["result"], REPORTS[command])
     assert (place / "new/elasticity/metadata.json").is_file() and (place / "curve.svg").is_file()
+
+
+@pytest.mark.legacy
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("release", "schema"), [("3.0.0", 2), ("3.0.6", 7), ("3.1.0", 14)])
+@pytest.mark.parametrize("scenario", ["forward", "implicit"])
+def test_artifacts_of_old_releases(
+    release: str, schema: int, scenario: str, environment: Environment, tmp_path: Path
+) -> None:
+    old = build.stub(release, scenario)
+    source = str(INPUTS / SCENARIOS[scenario].input)
+    calls = {
+        "doctor": [str(old)],
+        "inspect": [str(old)],
+        "verify": [str(old), "--against", source, "--rows", "3"],
+        "bench": [str(old), "--rows", "4", "--seconds", "0"],
+        "params": [str(old)],
+        "migrate": [str(old), "--out", "new"],
+    }
+    if schema > 2:
+        # The driver in the stub of 3.0.0 has a word that neml2 3.1.0 does not know.
+        driver = "pull" if scenario == "forward" else "history"
+        calls |= {"run": [str(old), driver, "--out", "r.csv"], "plot": ["r.csv", "--x", "t", "--out", "r.png"]}
+    for command, arguments in calls.items():
+        variables = {"NEML2_AOTI_PLUGIN_KERNELS": "torch", "OMP_NUM_THREADS": "1"}
+        done = start(environment, tmp_path, [command, *arguments, "--json"], **variables)
+        document = json.loads(done.stdout)
+        refused = command == "migrate" and scenario == "implicit" and schema < 12
+        assert done.returncode == document["status"] == (1 if refused else 0), f"{command}: {done.stderr}"
+        if refused:
+            assert "Newton step is one graph" in document["error"]["message"]
+        else:
+            assert not mismatches(document["result"], REPORTS[command])
+        if command == "inspect":
+            assert document["result"]["schema"] == schema
 
 
 def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place: Path) -> None:
