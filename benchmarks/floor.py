@@ -85,7 +85,7 @@ class Recorder:
         """
         with self._noting():
             # The first call may load graphs, and make calls of its own for that.
-            self._model.forward(inputs)
+            self._model.forward({name: value[:1] for name, value in inputs.items()})
             self._calls.clear()
             self._model.forward(inputs)
         return Floor(list(self._calls))

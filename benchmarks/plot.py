@@ -33,6 +33,7 @@ def draw(store: Store, file: Path) -> None:
     )
     panels = list(grid.flat)
     handles: dict[str, Any] = {}
+    target: Any = None
     for panel, name in zip(panels, SUBJECTS, strict=False):
         for (batch, quantity), (label, colour, marker, line) in STYLES.items():
             points = _points(store, name, batch, quantity)
@@ -45,7 +46,7 @@ def draw(store: Store, file: Path) -> None:
             marks = _limits(name, batch, quantity)
             if marks:
                 style = {"color": colour, "marker": "_", "markersize": 14, "linestyle": "", "markeredgewidth": 2}
-                handles["target, in the colour of its line"] = panel.plot(*zip(*marks, strict=True), **style)[0]
+                target = panel.plot(*zip(*marks, strict=True), **style)[0]
         panel.axhline(1.0, color="#777777", linewidth=0.8)
         panel.set(xscale="log", yscale="log", title=name, xlim=(0.7, 1.5e6), ylim=RANGE)
         panel.set_yticks(MARKS, [f"{mark:g}" for mark in MARKS])
@@ -57,6 +58,7 @@ def draw(store: Store, file: Path) -> None:
     for panel in panels[len(SUBJECTS) :]:
         panel.axis("off")
     if handles:
+        handles["target, in the colour of its line"] = target
         panels[len(SUBJECTS)].legend(handles.values(), handles, loc="center left", frameon=False)
     threads = store.header.get("threads")
     figure.suptitle(

@@ -18,8 +18,8 @@ from .results import Found, Orders, Store
 
 # What would change a time or a number from the outside.
 OUTSIDE = ("NEML2_", "PYTHON", "TORCH_", "OMP_", "MKL_")
-# A process that says nothing for so long hangs, in seconds; it is killed.
-SILENCE = 900.0
+# A process that says nothing for so long hangs, in seconds; it is killed. The largest case takes a quarter of an hour.
+SILENCE = 2400.0
 # Why peers are left out.
 ESSENTIAL_ONLY = "left out of a quick run"
 AFTER_DEATH = "left out after the process had been killed with it"
