@@ -48,6 +48,8 @@ def main() -> int:
     options = parser.parse_args()
     reference: check.Reference | None = None
     if options.check:
+        if options.write_reference:
+            parser.error("--check compares with the stored ratios, --write-reference replaces them: give one of them")
         if not check.FILE.exists():
             parser.error(f"there is no {check.FILE}; `python -m benchmarks --quick --write-reference` makes one")
         reference = check.read()
@@ -97,7 +99,7 @@ def finish(store: Store, work: Path, options: argparse.Namespace) -> int:
 def compare(shop: Shop, store: Store, reference: check.Reference) -> int:
     """Tell what has become slower since the reference; what looks so is measured again in new processes."""
     for line in check.unlike(reference, store.header):
-        print(f"note that ratios may differ for this: {line}")
+        print(f"unlike the reference, which may move ratios: {line}")
     found = check.ratios_in(store)
     suspects = {one.key for one in check.worse(reference.ratios, found)}
     if suspects:
@@ -120,6 +122,9 @@ def compare(shop: Shop, store: Store, reference: check.Reference) -> int:
         print(f"failed: {trouble.key}: {trouble.trouble}")
     for key in missing:
         print(f"not measured: {key}")
+    noisy = check.blind(reference.ratios, found)
+    if noisy:
+        print(f"too noisy to tell, here or in the reference: {', '.join(noisy)}")
     print(f"{len(slower)} of {len(found)} cases have become slower")
     return 1 if slower or failed or missing else 0
 

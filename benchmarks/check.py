@@ -19,6 +19,8 @@ from .run import all_cases
 FILE = Path(__file__).resolve().parent / "reference.json"
 # Smaller changes, relative to the reference, are not told: two runs of the same sources differ as much.
 LEAST = 0.05
+# Where the quartile distances together are more than this part of the reference, hardly any change can be seen.
+BLIND = 0.3
 # What is kept of a run's header.
 KEPT = (
     "commit",
@@ -83,6 +85,12 @@ def worse(before: Mapping[str, Ratios], now: Mapping[str, Ratios]) -> list[Worse
     ]
 
 
+def blind(before: Mapping[str, Ratios], now: Mapping[str, Ratios]) -> list[str]:
+    """The cases that are too noisy to tell whether they have become slower; arguments as for `worse`."""
+    both = [key for key in before if key in now]
+    return [key for key in both if before[key].spread + now[key].spread > BLIND * before[key].median]
+
+
 def ratios_in(store: Store) -> dict[str, Ratios]:
     """The ratios to the C++ runtime of the cases of a quick run, as far as they were measured."""
     found = {}
@@ -114,6 +122,10 @@ def read(file: Path = FILE) -> Reference:
 
 def unlike(reference: Reference, header: Mapping[str, Any]) -> list[str]:
     """How the conditions differ from those of the reference: each may move the ratios."""
-    names = ("machine", "versions", "threads", "optimised", "stubs")
     before = reference.header
-    return [f"{name}: {header[name]}, the reference {before[name]}" for name in names if header[name] != before[name]]
+    names = ("machine", "versions", "threads", "optimised")
+    found = [
+        f"{name} {header[name]}, of the reference {before[name]}" for name in names if header[name] != before[name]
+    ]
+    others = [model for model, stub in header["stubs"].items() if stub != before["stubs"].get(model, stub)]
+    return [*found, *([f"other stubs of {', '.join(others)}"] if others else [])]

@@ -121,6 +121,9 @@ def test_only_what_has_grown_beyond_the_spread_of_both_is_worse() -> None:
         "new": ratios(2.0),
     }
     assert [one.key for one in check.worse(before, now)] == ["slower"]
+    assert check.blind({"a": ratios(0.4, 0.1), "b": ratios(0.4)}, {"a": ratios(0.4, 0.03), "b": ratios(0.6, 0.1)}) == [
+        "a"
+    ]
     # Without any spread, two runs of the same sources still differ a little.
     assert not check.worse({"a": ratios(0.40)}, {"a": ratios(0.41)})
     assert "slower: 0.500" in str(check.worse(before, now)[0])
@@ -136,6 +139,14 @@ def test_reference_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert found.ratios == {ONE.key: Ratios(0.5, 0.25, 0.375, 0.625)}
     assert (found.header["commit"], found.header["machine"]) == ("abc", {"cores": "2"})
     assert not check.worse(found.ratios, check.ratios_in(store))
+
+
+def test_check_tells_what_is_unlike_the_reference() -> None:
+    like = {"machine": "a", "versions": {"torch": "2"}, "threads": 1, "optimised": True, "stubs": {"crystal": "c-1"}}
+    reference = check.Reference({**like, "stubs": {"crystal": "c-1", "chaboche": "c-2"}}, {})
+    assert check.unlike(reference, like) == []
+    told = check.unlike(reference, {**like, "threads": 2, "stubs": {"crystal": "c-3"}})
+    assert told == ["threads 2, of the reference 1", "other stubs of crystal"]
 
 
 def test_stored_reference_covers_the_quick_run() -> None:
