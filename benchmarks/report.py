@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .agreement import DERIVATIVE_TOLERANCE, EAGER_TOLERANCE, TOLERANCE
 from .cases import COMPILED, COPY, EAGER, FLOOR, HETEROGENEOUS, HOMOGENEOUS, NATIVE, PLUGIN, ROWS, SUBJECTS, Case
+from .markdown import duration, mib, table
 from .results import Found, Store
-from .targets import MET, MISSED, MISSING, MOONSHOT, UNDECIDED, Judged, judge, moonshot, targets
+from .targets import MET, MISSED, MISSING, MOONSHOT, NOT_PART, UNDECIDED, Judged, judge, moonshot, targets
 
 # Written by hand: what limits what, and what was tried. Its text goes into the page as it is.
 NOTES = Path(__file__).resolve().parent / "notes.md"
-MIB = 2**20
 
 
 def page(store: Store, picture: str) -> str:
@@ -31,29 +31,24 @@ def page(store: Store, picture: str) -> str:
         "## How it was measured",
         _head(store),
         _notes(),
-        "## Each target",
-        _targets(judged),
-        "## Times for outputs",
-        *(_times(store, name, batch) for name in SUBJECTS for batch in (HETEROGENEOUS, HOMOGENEOUS)),
-        _graphs(store),
-        "## Times for outputs and derivatives",
-        *(_derivatives(store, name) for name, subject in SUBJECTS.items() if subject.most_jacobian),
-        "## One row: typed call and driver",
-        _once(store),
-        "## Peak memory",
-        _memory(store),
-        "## Numbers",
-        _numbers(store),
-        "## Left out",
-        _left_out(store),
+        *_section("Each target", _targets(judged)),
+        *_section(
+            "Times for outputs",
+            *(_times(store, name, batch) for name in SUBJECTS for batch in (HETEROGENEOUS, HOMOGENEOUS)),
+            _graphs(store),
+        ),
+        *_section("Times for outputs and derivatives", *(_derivatives(store, name) for name in SUBJECTS)),
+        *_section("One row: typed call and driver", _once(store)),
+        *_section("Peak memory", _memory(store)),
+        *_section("Numbers", _numbers(store)),
+        *_section("Left out", _left_out(store)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, its first column to the left and the others to the right."""
-    lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+def _section(title: str, *parts: str) -> list[str]:
+    """Parts under a title; nothing where all are empty."""
+    return [f"## {title}", *parts] if any(parts) else []
 
 
 def _head(store: Store) -> str:
@@ -128,10 +123,13 @@ def _mark(one: Judged | None) -> str:
 
 
 def _targets(judged: list[Judged]) -> str:
-    rows = [(one.target.title, one.target.model, f"{one.rows:,}", f"{one.limit:.2f}", *_verdict(one)) for one in judged]
+    told_of = [one for one in judged if one.reason != NOT_PART]
+    rows = [
+        (one.target.title, one.target.model, f"{one.rows:,}", f"{one.limit:.2f}", *_verdict(one)) for one in told_of
+    ]
     told = f"The column *{FLOOR}* is their own ratio to the same peer: no runtime that makes these calls is below it."
     head = ("ratio", "model", "rows", "target", "median", "minimum", "quartiles", FLOOR, "")
-    return f"{told}\n\n{table(head, rows)}"
+    return f"{told}\n\n{table(head, rows)}" if rows else ""
 
 
 def _verdict(one: Judged) -> tuple[str, str, str, str, str]:
@@ -162,8 +160,7 @@ def _times(store: Store, name: str, batch: str) -> str:
     found = _found(store, name, batch, "forward")
     if not found:
         return ""
-    compiled = any(COMPILED in one.seconds or COMPILED in one.skipped for _, one in found)
-    peers = (NATIVE, FLOOR, COPY, EAGER, *((COMPILED,) if compiled else ()))
+    peers = _timed(found, NATIVE, FLOOR, COPY, EAGER, COMPILED)
     head = ("rows", "updates", PLUGIN, f"/ {NATIVE}", f"/ {FLOOR}", *peers)
     rows = []
     for n, one in found:
@@ -189,6 +186,11 @@ def _graphs(store: Store) -> str:
     return f"### Graph calls\n\n{told}\n\n{table(head, rows)}" if rows else ""
 
 
+def _timed(found: Sequence[tuple[int, Found]], *peers: str) -> tuple[str, ...]:
+    """The peers that were timed in any case."""
+    return tuple(peer for peer in peers if any(peer in one.seconds for _, one in found))
+
+
 def _updates(one: Found) -> str:
     """The mean and the largest number of Newton updates."""
     if len(one.updates) < 2:
@@ -201,8 +203,12 @@ def _derivatives(store: Store, name: str) -> str:
     found = _found(store, name, HETEROGENEOUS, "jacobian")
     if not found:
         return ""
-    rows = [(f"{n:,}", duration(o.time(PLUGIN)), ratio(o, NATIVE), cell(o, NATIVE), cell(o, EAGER)) for n, o in found]
-    return f"### {name}, heterogeneous\n\n{table(('rows', 'plugin', f'/ {NATIVE}', NATIVE, EAGER), rows)}"
+    peers = _timed(found, NATIVE, EAGER)
+    rows = [
+        (f"{n:,}", duration(one.time(PLUGIN)), ratio(one, NATIVE), *(cell(one, peer) for peer in peers))
+        for n, one in found
+    ]
+    return f"### {name}, heterogeneous\n\n{table(('rows', PLUGIN, f'/ {NATIVE}', *peers), rows)}"
 
 
 def _once(store: Store) -> str:
@@ -241,7 +247,7 @@ def _numbers(store: Store) -> str:
     worst = max((one.deviations[NATIVE] for one in checked if one not in derived), default=0.0)
     worst_derived = max((one.deviations[NATIVE] for one in derived), default=0.0)
     judged, stable = sum(one.judged for one in checked), all(one.stable for one in checked)
-    eager = max((one.deviations.get(EAGER, 0.0) for one in checked), default=0.0)
+    eager = [one.deviations[EAGER] for one in checked if EAGER in one.deviations]
     failed = [one for one in checked if one.trouble]
     lines = [
         f"Before anything was timed, in {len(checked)} cases, each row was compared. The plugin and the C++ runtime",
@@ -249,8 +255,8 @@ def _numbers(store: Store) -> str:
         f"most {worst_derived:.1e} in derivatives (limit {DERIVATIVE_TOLERANCE:.0e}); {judged:,} rows that differed by "
         f"more than {TOLERANCE:.0e} were solved",
         "again by the C++ runtime with a tighter tolerance, since it leaves its slowest rows where its tolerance is",
-        f"met. Eager neml2 differs by at most {eager:.1e} (limit {EAGER_TOLERANCE:.0e}). Two calls of the plugin gave",
-        f"the same bits in {'all cases' if stable else 'NOT ALL cases'}.",
+        f"met. Two calls of the plugin gave the same bits in {'all cases' if stable else 'NOT ALL cases'}.",
+        *([f"Eager neml2 differs by at most {max(eager):.1e} (limit {EAGER_TOLERANCE:.0e})."] if eager else []),
         *(f"- {one.key}: {one.trouble}" for one in failed),
     ]
     unstable = [one.key for one in checked if one.stable is False]
@@ -259,11 +265,14 @@ def _numbers(store: Store) -> str:
 
 
 def _left_out(store: Store) -> str:
-    lines = []
+    lines = [f"- `{key}`: {one.trouble}." for key, one in store.cases.items() if one.trouble]
+    where: dict[tuple[str, str], list[str]] = {}
     for key, one in store.cases.items():
-        if one.trouble:
-            lines.append(f"- `{key}`: {one.trouble}.")
-        lines += [f"- `{key}`, {peer}: {reason}." for peer, reason in one.skipped.items() if not one.trouble]
+        for peer, reason in one.skipped.items():
+            if not one.trouble:
+                where.setdefault((peer, reason), []).append(f"`{key}`")
+    for (peer, reason), keys in where.items():
+        lines.append(f"- {peer}: {reason} ({', '.join(keys) if len(keys) < 4 else f'{len(keys)} cases'}).")
     return "\n".join(lines) or "Nothing."
 
 
@@ -276,18 +285,3 @@ def ratio(one: Found, peer: str) -> str:
     """The plugin's time over that of a peer."""
     found = one.ratios(PLUGIN, peer)
     return "-" if found is None else f"{found.median:.2f}"
-
-
-def mib(value: int | None) -> str:
-    """A number of bytes in MiB."""
-    return "-" if value is None else f"{value / MIB:.1f}"
-
-
-def duration(seconds: float | None) -> str:
-    """A time in a unit that suits it."""
-    if seconds is None:
-        return "-"
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"

@@ -8,6 +8,8 @@ from .cases import FLOOR, HETEROGENEOUS, HOMOGENEOUS, NATIVE, PLUGIN, ROWS, SUBJ
 from .results import Found, Ratios, Store
 
 MET, MISSED, UNDECIDED, MISSING = "met", "not met", "undecided", "not measured"
+# Why a case was not measured where only some were to be.
+NOT_PART = "not part of this run"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def judge(store: Store, target: Target) -> list[Judged]:
 def _judge_at(store: Store, target: Target, rows: int, limit: float) -> Judged:
     found = store.get(Case(target.model, target.batch, target.quantity, rows))
     if found is None:
-        return Judged(target, rows, limit, None, reason="not part of this run")
+        return Judged(target, rows, limit, None, reason=NOT_PART)
     mine, other = target.peers
     if target.quantity == "memory":
         growth, theirs = found.growth.get(mine), found.growth.get(other)

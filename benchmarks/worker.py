@@ -132,7 +132,7 @@ class Worker:
         expected = took * max(1.0, case.rows / max(rows, FEW))
         limit = max(LEAST_LIMIT, PART * seconds) if peer in ESSENTIAL else seconds / LEAST_PEER_CALLS
         if case.rows > rows and expected > limit:
-            return f"a call would take about {expected:.0f} s, by its time for {rows:,} rows"
+            return f"a call would take about {expected:.2g} s, by its time for {rows:,} rows"
         return ""
 
     def _call(self, case: Case, peer: str, inputs: dict[str, Tensor]) -> Callable[[], Any]:
