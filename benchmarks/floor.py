@@ -111,7 +111,7 @@ class Floor:
 
     def __init__(self, calls: Sequence[tuple[Noted, Shapes]]) -> None:
         self.counts: dict[str, list[int]] = {}
-        # As the plugin calls them; to enter it costs a third of a small graph.
+        # As the plugin calls them.
         self._below_autograd = any(graph.below_autograd for graph, _ in calls)
         arguments: dict[tuple[int, Shapes], list[Tensor]] = {}
         self._calls: list[tuple[Callable[[list[Tensor]], Any], list[Tensor]]] = []
