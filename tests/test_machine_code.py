@@ -39,9 +39,10 @@ def last_steps():
     return found[0].tolist()
 
 def judge_again():
-    numbers, zero = np.ones((1, 4)), np.zeros((1, 3), np.int64)
-    vectors, givens = np.zeros((5, 1, 2)), np.zeros((2, 1, 1))
-    kernels.judge_again(np.array([[3.0, 4.0]]), 1, False, vectors, givens, numbers, zero, np.ones((1, 2)), np.ones(9))
+    numbers, zero, one = np.ones((1, 4)), np.zeros((1, 3), np.int64), np.ones((1, 2))
+    vectors, givens, record = np.zeros((5, 1, 2)), np.zeros((2, 1, 1)), np.zeros((1, 2), np.int64)
+    arrays = vectors, givens, numbers, zero, *space(), one, record, np.zeros((1, 2)), np.zeros(10)
+    kernels.judge_again(np.array([[3.0, 4.0]]), 1, False, 1, *arrays)
     return numbers[0, kernels.TRIAL_NORM]
 
 def right():

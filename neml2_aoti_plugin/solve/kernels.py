@@ -5,6 +5,7 @@ reassociation, so that the bits of a row depend on nothing but the row. What a g
 written: it may be a constant that the graph owns.
 
 All vectors of the live rows lie in `vectors[kind, row]` and `givens[kind, row]`, which the graphs are given views of.
+The kernels take the same arrays in the same order, one by one: in a tuple they take three times as long to hand over.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from .elimination import copy, factor, norm_of, substitute
 from .machine_code import inlined, inner, kernel
 from .outcome import Outcome
 
-# Kinds of `vectors`: unknowns, direction, trial, `-r` at the trial, trials of refused rows.
-U, STEP, TRIAL, B, SHORT = range(5)
-# Kinds of `givens`: of the live rows, of refused rows.
-GIVENS, SHORT_GIVENS = range(2)
+# Kinds of `vectors`: unknowns, direction, trial, `-r` at the trial; further trials of some rows.
+U, STEP, TRIAL, B, FURTHER = range(5)
+# Kinds of `givens`: of the live rows, of those with further trials.
+GIVENS, FURTHER_GIVENS = range(2)
 # Columns of `numbers`, of the live rows: residual norm, that of the trial, slope over squared norm, step length.
 NORM, TRIAL_NORM, SLOPE, ALPHA = range(4)
-# Columns of `indices`: place of a live row in the batch, its row in the linearisation, live row of a refused one.
-PLACE, SOURCE, REFUSED = range(3)
+# Columns of `indices`: place of a live row in the batch, its row in the linearisation; live row of a further trial.
+PLACE, SOURCE, TRIED = range(3)
 # Columns of `norms` and of `record`, of all rows: last and first residual norm; outcome and updates.
 LAST, FIRST = range(2)
 OUTCOME, UPDATES = range(2)
@@ -38,7 +39,7 @@ SINGULAR: Final = int(Outcome.SINGULAR)
 WAITING: Final = -1
 
 _converged, _small_step, _accepted = inlined(by.converged), inlined(by.small_step), inlined(by.accepted)
-_gains, _carries = inlined(by.gains), inlined(by.carries)
+_gains, _carries, _followed = inlined(by.gains), inlined(by.carries), inlined(by.followed)
 
 
 def packed(criteria: by.Criteria) -> Any:
@@ -49,12 +50,22 @@ def packed(criteria: by.Criteria) -> Any:
 @inlined
 def _unpacked(p: Any) -> Any:
     """The criteria in an array."""
-    return by.Criteria(p[0], p[1], p[2], p[3], p[4], p[5] != 0.0, p[6] != 0.0, p[7] != 0.0, p[8])
+    return by.Criteria(p[0], p[1], p[2], p[3], p[4], p[5] != 0.0, p[6] != 0.0, p[7] != 0.0, p[8], p[9] != 0.0)
 
 
 @kernel
 def begin(
-    b: Any, vectors: Any, givens: Any, numbers: Any, indices: Any, norms: Any, record: Any, solution: Any, limits: Any
+    b: Any,
+    vectors: Any,
+    givens: Any,
+    numbers: Any,
+    indices: Any,
+    lu: Any,
+    pivots: Any,
+    norms: Any,
+    record: Any,
+    solution: Any,
+    limits: Any,
 ) -> Any:
     """Judge the first iterates of all rows; give the number of those that go on."""
     criteria = _unpacked(limits)
@@ -95,6 +106,7 @@ def advance(
     norms: Any,
     record: Any,
     solution: Any,
+    limits: Any,
 ) -> Any:
     """Factor, solve for the direction and set the full trial; rows without a direction leave.
 
@@ -177,6 +189,8 @@ def _settled(
 
 @kernel
 def settle(
+    further_b: Any,
+    followed: Any,
     live: Any,
     update: Any,
     vectors: Any,
@@ -190,10 +204,22 @@ def settle(
     solution: Any,
     limits: Any,
 ) -> Any:
-    """Accept the trials: rows that are done leave, the others move up; give the number of these."""
-    return _settled(
-        live, update, vectors, givens, numbers, indices, lu, pivots, norms, record, solution, _unpacked(limits)
-    )
+    """Accept the trials, and the chord steps that let the residual fall; rows that are done leave, the others move up.
+
+    Gives the number of those that stay.
+    """
+    u, step, trial, b, further = vectors[U], vectors[STEP], vectors[TRIAL], vectors[B], vectors[FURTHER]
+    for i in range(followed):
+        k, norm = indices[i, TRIED], norm_of(further_b, i)
+        if norm < numbers[k, TRIAL_NORM]:
+            numbers[k, NORM] = numbers[k, TRIAL_NORM]
+            numbers[k, TRIAL_NORM] = norm
+            for j in range(u.shape[1]):
+                step[k, j] = further[i, j] - trial[k, j]
+            copy(further, i, trial, k)
+            copy(further_b, i, b, k)
+    criteria = _unpacked(limits)
+    return _settled(live, update, vectors, givens, numbers, indices, lu, pivots, norms, record, solution, criteria)
 
 
 @kernel
@@ -213,9 +239,10 @@ def judge(
     solution: Any,
     limits: Any,
 ) -> Any:
-    """Judge the full trials; where none is refused, settle at once.
+    """Judge the full trials; where no row has a further trial, settle at once.
 
-    Gives the number of live rows and that of refused ones, whose shorter trials are set.
+    Gives the number of live rows; that of refused ones, whose shorter trials are set; and, where there are none, that
+    of rows whose chord steps are.
     """
     criteria = _unpacked(limits)
     b = vectors[B]
@@ -227,9 +254,10 @@ def judge(
         if criteria.searching and not _stands(k, numbers, indices, norms, criteria):
             _shorten(k, refused, vectors, givens, numbers, indices, criteria)
             refused += 1
-    if refused == 0 and not hold:
+    followed = 0 if refused else _chords(live, vectors, givens, numbers, indices, lu, pivots, norms, criteria)
+    if refused == 0 and followed == 0 and not hold:
         live = _settled(live, update, vectors, givens, numbers, indices, lu, pivots, norms, record, solution, criteria)
-    return live, refused
+    return live, refused, followed
 
 
 @kernel
@@ -237,29 +265,36 @@ def judge_again(
     short_b: Any,
     refused: Any,
     more: Any,
+    live: Any,
     vectors: Any,
     givens: Any,
     numbers: Any,
     indices: Any,
+    lu: Any,
+    pivots: Any,
     norms: Any,
+    record: Any,
+    solution: Any,
     limits: Any,
 ) -> Any:
     """Judge the trials of the refused rows; `more` tells whether they may be cut back again.
 
-    Gives the number of those that are refused again, whose shorter trials are set.
+    Gives the number of those that are refused again, whose shorter trials are set; and, where there are none, that of
+    rows whose chord steps are.
     """
     criteria = _unpacked(limits)
-    trial, b, short = vectors[TRIAL], vectors[B], vectors[SHORT]
+    trial, b, short = vectors[TRIAL], vectors[B], vectors[FURTHER]
     left = 0
     for i in range(refused):
-        k = indices[i, REFUSED]
+        k = indices[i, TRIED]
         copy(short_b, i, b, k)
         copy(short, i, trial, k)
         numbers[k, TRIAL_NORM] = norm_of(b, k)
         if more and not _stands(k, numbers, indices, norms, criteria):
             _shorten(k, left, vectors, givens, numbers, indices, criteria)
             left += 1
-    return left
+    followed = 0 if left else _chords(live, vectors, givens, numbers, indices, lu, pivots, norms, criteria)
+    return left, followed
 
 
 @inner
@@ -270,15 +305,46 @@ def _stands(k: Any, numbers: Any, indices: Any, norms: Any, criteria: Any) -> An
 
 
 @inner
+def _chords(
+    live: Any,
+    vectors: Any,
+    givens: Any,
+    numbers: Any,
+    indices: Any,
+    lu: Any,
+    pivots: Any,
+    norms: Any,
+    criteria: Any,
+) -> Any:
+    """Set the chord steps of the live rows that take one; give the number of these."""
+    trial, b, further = vectors[TRIAL], vectors[B], vectors[FURTHER]
+    followed = 0
+    if not criteria.chord_steps:
+        return followed
+    for k in range(live):
+        first = norms[indices[k, PLACE], FIRST]
+        if not _followed(numbers[k, TRIAL_NORM], numbers[k, NORM], first, numbers[k, ALPHA], criteria):
+            continue
+        copy(b, k, further, followed)
+        if substitute(lu, pivots, k, further, followed):
+            for j in range(trial.shape[1]):
+                further[followed, j] += trial[k, j]
+            copy(givens[GIVENS], k, givens[FURTHER_GIVENS], followed)
+            indices[followed, TRIED] = k
+            followed += 1
+    return followed
+
+
+@inner
 def _shorten(k: Any, i: Any, vectors: Any, givens: Any, numbers: Any, indices: Any, criteria: Any) -> None:
     """Set the next trial of a live row, as the refused row `i`."""
     alpha = numbers[k, ALPHA] / criteria.cutback
     numbers[k, ALPHA] = alpha
-    indices[i, REFUSED] = k
+    indices[i, TRIED] = k
     for j in range(vectors.shape[2]):
-        vectors[SHORT, i, j] = vectors[U, k, j] + alpha * vectors[STEP, k, j]
+        vectors[FURTHER, i, j] = vectors[U, k, j] + alpha * vectors[STEP, k, j]
     for j in range(givens.shape[2]):
-        givens[SHORT_GIVENS, i, j] = givens[GIVENS, k, j]
+        givens[FURTHER_GIVENS, i, j] = givens[GIVENS, k, j]
 
 
 @kernel

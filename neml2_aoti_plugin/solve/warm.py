@@ -28,6 +28,7 @@ def compile_all() -> None:
     rows.start()
     rows.step()
     rows.cut_back()
+    rows.chord()
     rows.settle()
     matrix, record, solution = np.ones((1, 1, 1)), np.zeros((1, 2), np.int64), np.zeros((1, 1))
     waiting = np.zeros(1, np.int64)
