@@ -39,7 +39,8 @@ class Solution:
     Args:
         outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that did not converge.
         converged: `(*batch,)`, bool.
-        iterations: number of Newton updates of each row, `(*batch,)`; 0 for a model without implicit segments.
+        iterations: number of Newton updates of each row, each with a linearisation, `(*batch,)`; 0 for a model without
+            implicit segments.
     """
 
     outputs: Tensors
@@ -215,6 +216,7 @@ class Model(CompiledModule):
             ls_cutback=ls_cutback,
             ls_c=ls_c,
             substep_del_tol=substep_del_tol,
+            chord_steps=(self._solver or {}).get("chord_steps", True),
         )
 
     # -- evaluation -------------------------------------------------------------------------------------------------
