@@ -56,6 +56,10 @@ def test_one_setting_leaves_the_others() -> None:
     assert pickle.loads(pickle.dumps(model)).solver == after
     model.set_solver_config(1e-9, 1e-9, 30, "STRONG_WOLFE", 4, 3.0, 1e-4)
     assert model.solver == NewtonSettings(1e-9, 1e-9, 30, "STRONG_WOLFE", 4, 3.0, 1e-4, 1e-6)
+    # That runtime has no chord steps, and so does not change whether there are.
+    model.set_solver(chord_steps=False)
+    model.set_solver_config(1e-8, 1e-9, 30, "STRONG_WOLFE", 4, 3.0, 1e-4)
+    assert model.solver is not None and not model.solver.chord_steps and model.solver.atol == 1e-8
 
 
 def test_settings_take_effect() -> None:

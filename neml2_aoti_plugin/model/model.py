@@ -40,9 +40,10 @@ class Solution:
     Args:
         outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that did not converge.
         converged: `(*batch,)`, bool.
-        iterations: number of Newton updates that each row took until its residual passed the test, `(*batch,)`. The
-            last step beyond that and the trials of a line search are not counted; those of several implicit segments
-            and of subincrements are added. At most `miters - 1` in a solve. 0 for a model without implicit segments.
+        iterations: number of Newton updates that each row took until its residual passed the test, `(*batch,)`, each
+            with a linearisation. Chord steps, the trials of a line search and the last step beyond the test are not
+            counted; those of several implicit segments and of subincrements are added. At most `miters - 1` in a solve;
+            0 for a model without implicit segments.
     """
 
     outputs: Tensors
@@ -235,7 +236,7 @@ class Model(CompiledModule):
         """Change some Newton settings of all implicit segments, as in `set_solver(atol=1e-8)`; the others stay.
 
         They are atol, rtol, miters (one more than the updates allowed), ls_type, ls_max_iters (one more than the trials
-        allowed; 1 is no line search), ls_cutback, ls_c and substep_del_tol; see `NewtonSettings`.
+        allowed; 1 is no line search), ls_cutback, ls_c, substep_del_tol and chord_steps; see `NewtonSettings`.
         """
         self._caller.settings = changed_settings(self.solver, settings, str(self.artifact))
 
@@ -250,7 +251,8 @@ class Model(CompiledModule):
         ls_c: float,
         substep_del_tol: float = 1e-6,
     ) -> None:
-        """Replace all Newton settings, as in neml2's C++ runtime; `set_solver` takes them one by one."""
+        """Replace all Newton settings that neml2's C++ runtime has; `set_solver` takes them one by one."""
+        present = self.solver
         self._caller.settings = newton_settings(
             atol=atol,
             rtol=rtol,
@@ -260,6 +262,7 @@ class Model(CompiledModule):
             ls_cutback=ls_cutback,
             ls_c=ls_c,
             substep_del_tol=substep_del_tol,
+            chord_steps=present is None or present.chord_steps,
         )
 
     # -- evaluation -------------------------------------------------------------------------------------------------
