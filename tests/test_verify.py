@@ -41,7 +41,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, di
 # -- against the source --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["elasticity", "viscoplasticity", "promoted", "calibration", "cross_group"])
+@pytest.mark.parametrize(
+    "name", ["elasticity", "viscoplasticity", "promoted", "calibration", "cross_group", "composed", "crystal"]
+)
 def test_what_is_right_passes(name: str) -> None:
     report, failed = verify(stub_of(name), Wanted(against=source_of(name), rows=4))
     model = references.case(name).model
@@ -86,7 +88,7 @@ def test_bad_sources(tmp_path: Path) -> None:
 # -- against finite differences ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["elasticity", "viscoplasticity", "calibration"])
+@pytest.mark.parametrize("name", ["elasticity", "viscoplasticity", "calibration", "composed", "substepping"])
 def test_differences_are_the_compiled_derivatives(name: str) -> None:
     report, failed = verify(stub_of(name), Wanted(rows=4))
     assert not failed and report.not_compared == (

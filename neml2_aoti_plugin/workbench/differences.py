@@ -18,6 +18,8 @@ STEP = 1e-4
 # Two estimates, or slopes from both sides, that differ by more than this part of the largest entry are not of one
 # derivative.
 AGREE = 1e-3
+# What is below this part of the output over the input is zero but for rounding.
+ZERO = 1e-5
 # Of an input that is zero everywhere.
 SCALE = 1e-3
 
@@ -98,7 +100,9 @@ def central(
         coarse, fine = (far - back) / (2 * steps[0]), (near - nearer) / (2 * steps[2])
         # The error of a central difference goes with the square of its step.
         best = (4 * fine - coarse) / 3
-        scale = torch.nan_to_num(best[:, whole]).abs().max() if bool(whole.any()) else torch.ones(())
+        found_largest = float(best[:, whole].abs().max()) if bool(whole.any()) and best.numel() else 0.0
+        size = float(middle[out][whole].abs().max()) if bool(whole.any()) and best.numel() else 0.0
+        scale = max(found_largest, ZERO * size / (largest or SCALE))
         # The slopes from both sides differ by an amount that goes with the step, unless there is a kink.
         between = middle[out].reshape(rows, prod(shape)).to(torch.float64)
         jump = 2 * (near + nearer - 2 * between) / steps[2] - (far + back - 2 * between) / steps[0]

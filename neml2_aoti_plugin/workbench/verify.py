@@ -33,7 +33,8 @@ class Comparison:
         reference: `source`, `differences` or `golden`.
         rows: how many points were compared.
         left_out: how many were not: differences with two steps disagree there.
-        worst: the largest difference of an entry, over the largest entry of the reference.
+        worst: the largest difference of an entry, over the largest entry of the reference; see `scale_of` for
+            derivatives that are zero.
         worst_row: the point where that is; -1 where nothing was compared.
         tolerance: what `worst` may be at most.
         passed: whether it is, and something was compared.
@@ -113,11 +114,18 @@ class Evaluated:
         points: those points.
         outputs: by name.
         blocks: derivatives by inputs and parameters, `(rows, ...)`, by pair.
+        parameters: promoted parameters by name.
     """
 
     points: Points
     outputs: Tensors
     blocks: Blocks
+    parameters: Tensors
+
+    def scale(self, pair: tuple[str, str], block: Tensor) -> float:
+        """What an error of a derivative is measured by; `block` is the reference."""
+        out, by = pair
+        return scale_of(block, self.outputs[out], {**self.parameters, **self.points.inputs}[by])
 
 
 def verify(
@@ -226,7 +234,7 @@ def evaluate(model: Model, points: Points) -> tuple[Evaluated, int]:
         blocks |= _pairs(model.jacobian(kept.inputs)[1], model, rows)
     if model.parameter_derivative_pairs:
         blocks |= _pairs(model.param_jacobian(kept.inputs)[1], model, rows)
-    return Evaluated(kept, outputs, blocks), points.rows - rows
+    return Evaluated(kept, outputs, blocks, dict(model.named_parameters())), points.rows - rows
 
 
 def derivative(out: str, by: str) -> str:
@@ -265,7 +273,8 @@ def _with_source(source: Source, found: Evaluated, rtol: float) -> list[Comparis
         blocks |= source.parameter_jacobian(inputs, list(dict.fromkeys(by for _, by in by_parameters)))
     for pair, block in found.blocks.items():
         if pair in blocks:
-            comparisons.append(_compare(derivative(*pair), "source", block, blocks[pair], rtol))
+            scale = found.scale(pair, blocks[pair])
+            comparisons.append(_compare(derivative(*pair), "source", block, blocks[pair], rtol, scale=scale))
     return comparisons
 
 
@@ -279,7 +288,8 @@ def _with_golden(golden: Golden, found: Evaluated, points: Points, model: Model,
     comparisons = [_compare(n, "golden", found.outputs[n], golden.outputs[n], rtol) for n in found.outputs]
     for pair, block in found.blocks.items():
         if pair in golden.blocks:
-            comparisons.append(_compare(derivative(*pair), "golden", block, golden.blocks[pair], rtol))
+            scale = found.scale(pair, golden.blocks[pair])
+            comparisons.append(_compare(derivative(*pair), "golden", block, golden.blocks[pair], rtol, scale=scale))
     return comparisons
 
 
@@ -301,16 +311,46 @@ def _with_differences(
     for name, outs in by.items():
         take = differences.by_input if name in model.inputs else differences.by_parameter
         for out, taken in take(model, found.points.inputs, name, outs).items():
-            comparisons.append(
-                _compare(derivative(out, name), "differences", blocks[out, name], taken.block, rtol, taken.smooth)
-            )
+            scale = found.scale((out, name), taken.block[taken.smooth])
+            quantity, block = derivative(out, name), blocks[out, name]
+            comparisons.append(_compare(quantity, "differences", block, taken.block, rtol, taken.smooth, scale))
     return comparisons, cannot
 
 
+def scale_of(block: Tensor, out: Tensor, by: Tensor) -> float:
+    """What an error of a derivative is measured by: its largest entry, or a small part of output over input.
+
+    So a derivative that is zero but for rounding has no error to speak of.
+
+    Args:
+        block: the derivative.
+        out: the output.
+        by: the input or parameter.
+    """
+    found, size, moved = (float(x.detach().abs().max()) if x.numel() else 0.0 for x in (block, out, by))
+    return max(found, differences.ZERO * size / moved) if moved else found
+
+
 def _compare(
-    quantity: str, reference: str, found: Tensor, wanted: Tensor, rtol: float, rows: Tensor | None = None
+    quantity: str,
+    reference: str,
+    found: Tensor,
+    wanted: Tensor,
+    rtol: float,
+    rows: Tensor | None = None,
+    scale: float | None = None,
 ) -> Comparison:
-    """Compare one quantity, `(rows, ...)`; `rows` is a mask of those to compare."""
+    """Compare one quantity, `(rows, ...)`.
+
+    Args:
+        quantity: its name.
+        reference: what `wanted` is from.
+        found: of the compiled model.
+        wanted: the reference.
+        rtol: tolerance.
+        rows: a mask of those to compare.
+        scale: what errors are measured by; the largest entry of the reference if not given.
+    """
     a, b = found.detach().cpu().to(torch.float64), wanted.detach().cpu().to(torch.float64)
     total = a.shape[0]
     index = torch.arange(total) if rows is None else rows.cpu().nonzero().squeeze(-1)
@@ -322,7 +362,8 @@ def _compare(
         # Of another shape, it is another quantity.
         return Comparison(quantity, reference, len(index), total - len(index), inf, int(index[0]), rtol, False)
     a, b = a[index].reshape(len(index), -1), b[index].reshape(len(index), -1)
-    scale = float(b.abs().max()) if b.numel() else 0.0
+    if scale is None:
+        scale = float(b.abs().max()) if b.numel() else 0.0
     apart = (a - b).abs().amax(-1) if b.numel() else torch.zeros(len(index))
     worst, at = apart.max(0)
     ratio = float(worst) / scale if scale else float(worst)
