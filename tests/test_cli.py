@@ -8,7 +8,7 @@ import pty
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from environments import Environment
 from json_check import mismatches
 from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
+from neml2_aoti_plugin import cli
 from neml2_aoti_plugin.cli.app import COMMANDS
 from stubs.build import compiled
 from tools.json_forms import REPORTS
@@ -56,19 +57,45 @@ CALLS: dict[str, list[str]] = {
 }
 
 
-def test_each_command_gives_its_document(environment: Environment, place: Path) -> None:
+def check(command: str, status: int, printed: str, told: str) -> None:
+    """That a command has printed its document, and nothing else."""
+    assert status == 0, f"{command}:\n{printed}\n{told}"
+    assert told == "", f"{command}: {told}"
+    document: dict[str, Any] = json.loads(printed)
+    assert document.keys() == {"form", "command", "status", "result", "error"}
+    assert (document["form"], document["command"], document["status"]) == (1, command, 0)
+    assert document["error"] is None
+    assert not mismatches(document["result"], REPORTS[command])
+
+
+def test_each_command_gives_its_document(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert set(CALLS) == set(REPORTS) == set(COMMANDS)
+    monkeypatch.chdir(place)
     for command, arguments in CALLS.items():
-        # To compile the kernels in this new environment takes long; that is the test below.
-        done = start(environment, place, [command, *arguments, "--json"], NEML2_AOTI_PLUGIN_KERNELS="torch")
-        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
-        assert done.stderr == "", f"{command}: {done.stderr}"
-        document: dict[str, Any] = json.loads(done.stdout)
-        assert document.keys() == {"form", "command", "status", "result", "error"}
-        assert (document["form"], document["command"], document["status"]) == (1, command, 0)
-        assert document["error"] is None
-        assert not mismatches(document["result"], REPORTS[command])
+        status = cli.main([command, *arguments, "--json"])
+        check(command, status, *capsys.readouterr())
     assert (place / "new/elasticity/metadata.json").is_file() and (place / "curve.svg").is_file()
+
+
+def through_the_script(environment: Environment, place: Path, commands: Iterable[str]) -> None:
+    for command in commands:
+        # To compile the kernels in this new environment takes long; that is the test below.
+        arguments = [command, *CALLS[command], "--json"]
+        done = start(environment, place, arguments, NEML2_AOTI_PLUGIN_KERNELS="torch")
+        check(command, done.returncode, done.stdout, done.stderr)
+
+
+def test_the_console_script(environment: Environment, place: Path) -> None:
+    through_the_script(environment, place, ("doctor", "run", "plot"))
+
+
+@pytest.mark.long
+def test_the_console_script_with_all_commands(environment: Environment, tmp_path: Path) -> None:
+    for name in STUBS:
+        shutil.copytree(compiled(name), tmp_path / "aoti", dirs_exist_ok=True)
+    through_the_script(environment, tmp_path, CALLS)
 
 
 @pytest.mark.legacy
@@ -121,11 +148,44 @@ def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place
     assert min(took) < 0.3
 
 
-def test_wrong_use_is_one_line(environment: Environment, place: Path) -> None:
-    done = start(environment, place, ["inspect", "aoti/elasticity_aoti.i", "creep"])
-    assert done.returncode == 2 and done.stdout == ""
-    assert "no compiled model 'creep'; there are: elasticity" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "gone"], "there is no such folder"),
+        (["inspect", "aoti"], "artifacts below it: elasticity, promoted"),
+        (["inspect", "aoti/elasticity", "creep"], "holds the model 'elasticity', not 'creep'"),
+        (["inspect", "aoti/elasticity_aoti.i", "creep"], "no compiled model 'creep'; there are: elasticity"),
+        (["inspect", "aoti/elasticity", "--device", "cuda"], "compiled leaves: cpu/float64"),
+        (["inspect"], "Missing argument 'ARTIFACT|STUB'"),
+        (["inspekt"], "No such command 'inspekt'"),
+        (["seal", "aoti/elasticity", "gone"], "there is no such folder"),
+        (["bench", "aoti/elasticity", "--rows", "1,x"], "is not a list of whole numbers"),
+        (["doctor", "gone.i"], "gone.i"),
+    ],
+)
+def test_wrong_use_is_told(
+    arguments: list[str],
+    said: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    assert cli.main(arguments) == 2
+    printed, told = capsys.readouterr()
+    assert said in told and printed == ""
+    # An error of ours is one line; where the command line itself is wrong, click tells how it is used.
+    assert len(told.strip().splitlines()) == 1 or told.startswith("Usage:")
+    assert cli.main([*arguments, "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert document["result"] is None and said in document["error"]["message"]
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_missing_artifact_through_the_script(environment: Environment, place: Path) -> None:
+    done = start(environment, place, ["inspect", "gone"])
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.long
@@ -143,21 +203,24 @@ def test_warm_fills_the_folder_that_a_container_keeps(environment: Environment, 
 
 
 def test_colours_go_to_a_terminal_only(environment: Environment, place: Path) -> None:
-    arguments = ["inspect", "aoti/promoted"]
-    assert "\x1b[" not in start(environment, place, arguments).stdout
-    assert "\x1b[" in _in_terminal(environment, place, arguments)
-    # What is left is bold and dim.
-    plain = _in_terminal(environment, place, ["seal", "aoti/promoted"], NO_COLOR="1")
-    assert "\x1b[3" not in plain and "\x1b[9" not in plain
+    code = "from neml2_aoti_plugin.cli.output import console; console().print('[red]careful[/]')"
+    printed = environment.run(code)
+    assert printed == "careful\n"
+    assert "\x1b[31mcareful" in _in_terminal(environment, code)
+    assert "\x1b[31m" not in _in_terminal(environment, code, NO_COLOR="1")
 
 
-def _in_terminal(environment: Environment, place: Path, arguments: Sequence[str], **variables: str) -> str:
-    """What a command prints to a terminal."""
+def _in_terminal(environment: Environment, code: str, **variables: str) -> str:
+    """What a piece of code prints to a terminal."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(environments.OUTSIDE)}
     mine, its = pty.openpty()
-    program = [str(environment.command), *arguments]
+    program = [str(environment.python), "-c", code]
     with subprocess.Popen(
-        program, cwd=place, env={**inherited, "TERM": "xterm-256color", **variables}, stdout=its, stderr=its
+        program,
+        cwd=environment.folder,
+        env={**inherited, "TERM": "xterm-256color", **variables},
+        stdout=its,
+        stderr=its,
     ) as process:
         os.close(its)
         parts = []
