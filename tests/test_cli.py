@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -247,3 +248,22 @@ def test_a_missing_package_is_one_line(shared_folder: Path, wheel: Path, place: 
     done = start(environment, place, ["inspect", "aoti/elasticity"])
     assert done.returncode == 2 and done.stderr.strip().endswith("pip install click")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name == "nt", reason="signals are others there")
+def test_an_interrupted_run_leaves_nothing_behind(environment: Environment, place: Path, tmp_path: Path) -> None:
+    # Far more steps than it gets to take.
+    steps = "Tensors/times/expr:='Scalar(torch.linspace(0.0, 1.0, 1000001, dtype=torch.float64))'"
+    strains = "Tensors/strains/expr:='SR2(torch.zeros(1000001, 1, 6, dtype=torch.float64))'"
+    out = tmp_path / "result.npz"
+    program = [str(environment.command), "run", str(place / "aoti/elasticity_aoti.i"), "driver", steps, strains]
+    with subprocess.Popen([*program, "--out", str(out)], stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        while not list(tmp_path.iterdir()) and process.poll() is None:
+            time.sleep(0.05)
+        # The draft is there; the driver runs now, or is about to.
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told.strip()) == (130, "Interrupted.")
+    assert not list(tmp_path.iterdir())
