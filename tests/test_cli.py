@@ -251,6 +251,17 @@ def test_a_missing_package_is_one_line(shared_folder: Path, wheel: Path, place: 
 
 
 @pytest.mark.long
+def test_the_doctor_without_neml2(shared_folder: Path, wheel: Path, place: Path) -> None:
+    environment = environments.create(shared_folder / "without-neml2", wheel, without=("neml2", "nmhit"))
+    done = start(environment, place, ["doctor", "aoti/elasticity", "--json"])
+    assert done.returncode == 1, done.stderr
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["result"]["findings"]}
+    assert (findings["neml2"]["level"], findings["neml2"]["cure"]) == ("problem", "pip install neml2")
+    done = start(environment, place, ["inspect", "aoti/elasticity_aoti.i"])
+    assert done.returncode == 2 and done.stderr.strip().endswith("pip install neml2")
+
+
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="signals are others there")
 def test_an_interrupted_run_leaves_nothing_behind(environment: Environment, place: Path, tmp_path: Path) -> None:
     # Far more steps than it gets to take.

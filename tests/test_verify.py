@@ -146,6 +146,18 @@ def test_a_golden_file_is_found_beside_the_artifact(tmp_path: Path, capsys: pyte
     ]
 
 
+def test_a_failure_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub, record = copy("elasticity", tmp_path), tmp_path / "elasticity.golden.safetensors"
+    arguments = (stub, "--record", record, "--rows", 2)
+    assert run(capsys, *arguments, "--difference-rtol", 0)[0] == 1 and not record.exists()
+    status, document = run(capsys, *arguments)
+    assert status == 0 and document["result"]["recorded"] == str(record) and record.exists()
+    # Recorded anew, it is not compared with itself; and what is asked for goes before it.
+    assert "golden" not in {c["reference"] for c in run(capsys, *arguments)[1]["result"]["comparisons"]}
+    asked = run(capsys, stub, "--driver", "driver")[1]["result"]
+    assert {c["reference"] for c in asked["comparisons"]} == {"differences"}
+
+
 def test_another_model_at_golden_points_fails(tmp_path: Path) -> None:
     stub = copy("promoted", tmp_path)
     golden = tmp_path / "soft.safetensors"

@@ -95,11 +95,12 @@ def command(
 
 def render(report: BenchReport, console: Console) -> None:
     """Print the table."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     console.print(escape(f"{report.model} ({report.leaf}), {report.call} at {report.points} points"))
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for title in ("threads", "rows", "time of a call", "rows per second"):
         table.add_column(title, justify="right")
     for found in report.measurements:

@@ -53,9 +53,9 @@ def command(
 def render(report: Diagnosis, console: Console) -> None:
     """Print the facts, then the findings."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    facts = Table.grid(padding=(0, 2))
+    facts = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     versions = ", ".join(f"{name} {version or '-'}" for name, version in report.versions.items())
     rows = {
         "versions": versions,
@@ -78,7 +78,7 @@ def render(report: Diagnosis, console: Console) -> None:
         facts.add_row(f"[bold]{name}[/]", escape(value))
     console.print(facts)
     console.print()
-    findings = Table.grid(padding=(0, 2))
+    findings = Table.grid(Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for finding in report.findings:
         colour = COLOURS[finding.level]
         cure = f"\n[bold]-> {escape(finding.cure)}[/]" if finding.cure else ""

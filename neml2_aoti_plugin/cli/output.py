@@ -29,7 +29,10 @@ PACKAGES = {
     "rich": "pip install rich",
     "safetensors": "pip install safetensors",
     "matplotlib": "pip install 'neml2-aoti-plugin[plot]'",
+    "neml2": "pip install neml2",
+    "nmhit": "pip install neml2",
     "numpy": "pip install numpy",
+    "torch": "pip install torch",
 }
 
 Report = TypeVar("Report", bound="DataclassInstance")

@@ -61,6 +61,7 @@ def command(
 
 def render(report: ParametersReport, console: Console) -> None:
     """Print the parameters."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
@@ -68,7 +69,7 @@ def render(report: ParametersReport, console: Console) -> None:
         cure = f"Promote some: neml2-compile INPUT.i --model {report.model} -p NAME"
         console.print(escape(f"{report.model} has no promoted parameters. {cure}"))
         return
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for title in ("parameter", "shape", "value", ""):
         table.add_column(title)
     for found in report.parameters:

@@ -32,7 +32,9 @@ FILE = click.Path(path_type=Path)
 @click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")
 @click.option("--source-model", metavar="NAME", help="The model in INPUT.i, if it has another name there.")
 @click.option("--golden", type=FILE, help="Compare with what --record has written.")
-@click.option("--record", type=FILE, help="Write points, values and derivatives to a golden file.")
+@click.option(
+    "--record", type=FILE, help="Write points, values and derivatives to a golden file, if all comparisons pass."
+)
 @click.option("--points", type=FILE, help="Evaluate at these points: .npz, .pt or .safetensors, a tensor per input.")
 @click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
 @click.option("--rows", type=click.IntRange(1), default=16, show_default=True, help="Points of each kind.")
@@ -86,27 +88,32 @@ def command(
 
 def render(report: Verification, console: Console) -> None:
     """Print the table of errors."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     apart = f"; {report.not_converged} did not converge and are left out" if report.not_converged else ""
     console.print(escape(f"{report.model} ({report.leaf}) at {report.rows} points ({report.points}){apart}"))
-    table = Table()
-    for title in ("quantity", "reference"):
-        table.add_column(title)
-    for title in ("points", "left out", "worst error", "at point", "tolerance", ""):
-        table.add_column(title, justify="right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    # Only the names of quantities may be broken, in a narrow terminal.
+    table.add_column("quantity", overflow="fold")
+    table.add_column("reference", no_wrap=True)
+    for title in ("points", "worst", "at", "limit", ""):
+        table.add_column(title, justify="right", no_wrap=True)
     for found in report.comparisons:
         table.add_row(
             escape(found.quantity),
             found.reference,
-            str(found.rows),
-            str(found.left_out) if found.left_out else "",
+            f"{found.rows} (-{found.left_out})" if found.left_out else str(found.rows),
             f"{found.worst:.1e}" if found.rows else "-",
             str(found.worst_row) if found.rows else "-",
             f"{found.tolerance:.0e}",
             "[green]passed[/]" if found.passed else "[bold red]FAILED[/]",
         )
     console.print(table)
+    if any(found.left_out for found in report.comparisons):
+        console.print("(-N): so many points were left out, because the two steps of the differences disagree there")
     for text in report.not_compared:
         console.print(f"[yellow]not compared[/] {escape(text)}")
+    if report.recorded is not None:
+        console.print(escape(f"written: {report.recorded}"), soft_wrap=True)

@@ -11,7 +11,6 @@ from ..artifact.compatibility import files_of
 from ..artifact.package import build_in, read_package
 from ..artifact.parse import read_metadata
 from ..artifact.place import DTYPES, Place
-from ..artifact.seal import seal_file
 from ..artifact.upgrade import RELEASES
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
@@ -185,7 +184,7 @@ def describe(target: Target, device: str | None = None, dtype: str | None = None
         model=target.model,
         schema=metadata.schema,
         release=release_of(metadata.schema),
-        sealed=place.folder.sealed is not None and seal_file(place.folder.root).exists(),
+        sealed=place.folder.sealed is not None,
         leaves=tuple(_leaf(p, metadata) for p in there),
         leaf=f"{place.device.type}/{name_of(place)}",
         inputs=tuple(_input(v, metadata) for v in metadata.inputs),

@@ -272,7 +272,7 @@ def _of_artifact(
         place = target.place(device, dtype)
         found = read_metadata(place.metadata, place.folder, solver=target.solver)
     except AOTIError as error:
-        return None, (Finding("artifact", "problem", str(error), _cure_within(str(error))),)
+        return None, (_problem(str(error)),)
     sealed = place.folder.sealed is not None
     leaf = f"{place.device.type}/{name_of(place)}"
     findings = []
@@ -281,7 +281,7 @@ def _of_artifact(
     except AOTIError as error:
         lines = str(error).splitlines()
         listed = [line.removeprefix("- ") for line in lines[1:]] if len(lines) > 1 else lines
-        findings = [Finding("artifact", "problem", line, _cure_within(line)) for line in listed]
+        findings = [_problem(line) for line in listed]
     runs = not findings
     if runs:
         findings.append(Finding("artifact", "fine", f"{target.model} ({leaf}, schema {found.schema}) can run here"))
@@ -295,9 +295,12 @@ def _of_artifact(
     return report, tuple(findings)
 
 
-def _cure_within(message: str) -> str:
-    """The last sentence of an error, which says what mends it."""
-    return message.replace("\n", " ").rstrip(". ").rpartition(". ")[2]
+def _problem(message: str) -> Finding:
+    """What is wrong with an artifact; the last sentence of our errors says what mends it."""
+    says, _, cure = message.strip().rstrip(".").rpartition(". ")
+    return Finding(
+        "artifact", "problem", says or cure, cure if says else "Copy the artifact again, or compile it again"
+    )
 
 
 def _version(name: str) -> str | None:

@@ -63,6 +63,7 @@ class Verification:
         not_converged: at how many of them the compiled model did not converge; they are left out.
         comparisons: one for each quantity and reference.
         not_compared: quantities without a reference, and why.
+        recorded: the golden file that was written; null if none was, as when a comparison failed.
         passed: whether all comparisons passed.
     """
 
@@ -74,6 +75,7 @@ class Verification:
     not_converged: int
     comparisons: tuple[Comparison, ...]
     not_compared: tuple[str, ...]
+    recorded: str | None
     passed: bool
 
 
@@ -84,7 +86,7 @@ class Wanted:
     Args:
         against: input file with the eager model.
         source_model: name of that model; the compiled one's if None.
-        golden: a golden file.
+        golden: a golden file; the one beside the artifact, if there is one and no points or source are asked for.
         points: a file of points.
         driver: a driver of the stub whose calls are taken; its only one if None.
         rows: how many points of a driver, and how many random ones.
@@ -143,7 +145,7 @@ def verify(
         wanted: points and references.
         device: of the leaf.
         dtype: of the leaf.
-        record: a golden file to write, with what the model gives at the points.
+        record: a golden file to write, with what the model gives at the points, unless a comparison fails.
 
     Returns:
         What was found, and the comparisons that failed.
@@ -153,7 +155,7 @@ def verify(
         ArtifactError: the artifact cannot run here.
     """
     model = target.load(device, dtype)
-    golden_file = wanted.golden or _golden_beside(target, wanted)
+    golden_file = wanted.golden or (_golden_beside(target, wanted) if record is None else None)
     golden = None if golden_file is None else read_golden(golden_file, model, target.model)
     points = golden.points if golden is not None else choose_points(target, model, wanted)
     found, not_converged = evaluate(model, points)
@@ -179,10 +181,10 @@ def verify(
     more, cannot = _with_differences(model, found, left, wanted.difference_rtol)
     comparisons += more
     not_compared += cannot
-    if record is not None:
+    failed = [c for c in comparisons if not c.passed]
+    if record is not None and not failed:
         write_golden(record, target.model, Golden(found.points, found.outputs, found.blocks, metadata.digest))
     place = target.place(device, dtype)
-    failed = [c for c in comparisons if not c.passed]
     report = Verification(
         artifact=str(target.artifact),
         model=target.model,
@@ -192,6 +194,7 @@ def verify(
         not_converged=not_converged,
         comparisons=tuple(comparisons),
         not_compared=tuple(not_compared),
+        recorded=None if record is None or failed else str(record),
         passed=not failed,
     )
     return report, failed
@@ -244,7 +247,7 @@ def derivative(out: str, by: str) -> str:
 
 def _golden_beside(target: Target, wanted: Wanted) -> Path | None:
     """The golden file that lies beside the artifact, unless something else is asked for."""
-    if wanted.against is not None or wanted.points is not None:
+    if wanted.against is not None or wanted.points is not None or wanted.driver is not None or wanted.scales:
         return None
     found = beside(target.artifact)
     return found if found.is_file() else None
