@@ -16,7 +16,7 @@ from typing import Any
 from neml2_aoti_plugin.cli.seal import SealReport
 from neml2_aoti_plugin.cli.warm import WarmReport
 from neml2_aoti_plugin.workbench.bench import BenchReport
-from neml2_aoti_plugin.workbench.describe import ArtifactReport
+from neml2_aoti_plugin.workbench.contents import ArtifactReport
 from neml2_aoti_plugin.workbench.diagnose import Diagnosis
 from neml2_aoti_plugin.workbench.drive import RunReport
 from neml2_aoti_plugin.workbench.migrate import MigrateReport

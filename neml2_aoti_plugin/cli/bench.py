@@ -67,8 +67,8 @@ def command(
     import torch
 
     from ..workbench.bench import bench, draw
+    from ..workbench.evaluation import Where
     from ..workbench.target import find_target
-    from ..workbench.verify import Wanted
 
     found = find_target(target, model)
     with progress() as bar:
@@ -82,7 +82,7 @@ def command(
             sizes,
             numbers or (torch.get_num_threads(),),
             call,
-            wanted=Wanted(points=points, driver=driver, rows=64),
+            where=Where(points, driver, rows=64),
             seconds=seconds,
             device=device,
             dtype=dtype,

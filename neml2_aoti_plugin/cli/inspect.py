@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.tree import Tree
 
-    from ..workbench.describe import ArtifactReport, FileReport, ParameterReport, SegmentReport, VariableReport
+    from ..workbench.contents import ArtifactReport, FileReport, ParameterReport, SegmentReport, VariableReport
 
 EPILOG = """\b
 Examples:

@@ -74,16 +74,18 @@ def command(
 
     Errors are relative to the largest entry of each quantity. Exit status 1 if one is above the tolerance.
     """
+    from ..workbench.evaluation import Where
     from ..workbench.figures import draw_errors
     from ..workbench.target import find_target
     from ..workbench.verify import Wanted, verify
 
     scales = assignments(scale, "--scale")
-    wanted = Wanted(against, source_model, golden, points, driver, rows, seed, scales, rtol, difference_rtol)
-    report, failed = verify(find_target(target, model), wanted, device, dtype, record=record)
+    where = Where(points, driver, rows, seed, scales)
+    wanted = Wanted(against, source_model, golden, where, rtol, difference_rtol)
+    report = verify(find_target(target, model), wanted, device, dtype, record=record)
     if picture is not None:
         draw_errors(report, picture)
-    return show("verify", report, as_json, render, SHORT if failed else FINE)
+    return show("verify", report, as_json, render, FINE if report.passed else SHORT)
 
 
 def render(report: Verification, console: Console) -> None:

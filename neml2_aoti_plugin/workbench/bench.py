@@ -13,10 +13,10 @@ import torch
 from ..errors import InputError
 from ..model import Model
 from .describe import name_of
+from .evaluation import Where, choose_points, evaluate
 from .figures import figure
 from .points import Points, Tensors
 from .target import Target
-from .verify import Wanted, choose_points, evaluate
 
 CALLS = ("forward", "jacobian", "solve")
 # Of each batch size, calls for so many seconds, and so many calls at least.
@@ -69,7 +69,7 @@ def bench(
     threads: Sequence[int],
     call: str = "forward",
     *,
-    wanted: Wanted | None = None,
+    where: Where | None = None,
     seconds: float = SECONDS,
     device: str | None = None,
     dtype: str | None = None,
@@ -82,7 +82,7 @@ def bench(
         sizes: numbers of rows.
         threads: numbers of threads.
         call: `forward`, `jacobian` or `solve`.
-        wanted: which points.
+        where: which points.
         seconds: to spend on each measurement.
         device: of the leaf.
         dtype: of the leaf.
@@ -94,8 +94,7 @@ def bench(
         DerivativeNotCompiledError: `jacobian` of a model without derivatives.
     """
     model = target.load(device, dtype)
-    wanted = wanted or Wanted(rows=64)
-    points = choose_points(target, model, wanted)
+    points = choose_points(target, model, where or Where(rows=64))
     found, _ = evaluate(model, points)
     before = torch.get_num_threads()
     measurements = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Literal
 
 import torch
 
@@ -13,12 +12,10 @@ from .._status import Status, status
 from ..artifact.compatibility import check
 from ..artifact.parse import read_metadata
 from ..errors import AOTIError
-from ..solve import choice
-from . import machine, native
+from . import environment, machine, native
 from .describe import name_of, release_of
+from .environment import Finding, KernelsReport
 from .target import Target
-
-Level = Literal["fine", "advice", "problem"]
 
 # What an environment may hold that changes how models load or run.
 VARIABLES = (
@@ -27,42 +24,6 @@ VARIABLES = (
     *("NEML2_CAPTURE_SOLVE_FAILURE", "NUMBA_CACHE_DIR", "TMPDIR", machine.THREADS),
 )
 PACKAGES = ("neml2", "torch", "numba", "numpy", "safetensors", "matplotlib")
-# The largest packages seen have a few megabytes; below this there is no room for several processes.
-LEAST_ROOM = 1 << 28
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Args:
-        subject: what.
-        level: `fine`, `advice` (works, but could be better), or `problem`.
-        says: what was found.
-        cure: the command or change that mends it; empty where all is well.
-    """
-
-    subject: str
-    level: Level
-    says: str
-    cure: str = ""
-
-
-@dataclass(frozen=True)
-class KernelsReport:
-    """What the Newton loop runs on.
-
-    Args:
-        implementation: `numba` or `torch`; empty where the environment variable holds another word.
-        reason: why.
-        folders: where machine code of kernels is looked for.
-        files: how many files of machine code there are.
-    """
-
-    implementation: str
-    reason: str
-    folders: tuple[str, ...]
-    files: int
 
 
 @dataclass(frozen=True)
@@ -140,17 +101,17 @@ def diagnose(
     Returns:
         What was found.
     """
-    trouble = _import_neml2()
+    trouble = environment.import_neml2()
     now = status()
-    kernels = _kernels()
+    kernels = environment.newton_loop()
     looked_at = (
-        _of_neml2(now.neml2, trouble),
-        _of_plugin(now.active, now.reason),
-        _of_torch(now.torch or ""),
-        _of_kernels(kernels),
-        _of_compiler(compiler := machine.compiler()),
-        _of_threads(threads := machine.threads(), machine.cores()),
-        _of_scratch(scratch := machine.scratch()),
+        environment.of_neml2(now.neml2, trouble),
+        environment.of_plugin(now.active, now.reason),
+        environment.of_torch(now.torch or ""),
+        environment.of_kernels(kernels),
+        environment.of_compiler(compiler := machine.compiler()),
+        environment.of_threads(threads := machine.threads(), machine.cores()),
+        environment.of_scratch(scratch := machine.scratch()),
     )
     artifact, found = (None, ()) if target is None else _of_artifact(target, device, dtype)
     runs = artifact is not None and artifact.runs
@@ -169,99 +130,6 @@ def diagnose(
         artifact=artifact,
         findings=(*looked_at, *found),
     )
-
-
-def _import_neml2() -> str:
-    """Import neml2, after which the plugin's status is what it is in a program; say what went wrong."""
-    try:
-        import neml2  # noqa: F401
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
-    return ""
-
-
-def _of_neml2(version: str | None, trouble: str) -> Finding:
-    if version is None:
-        return Finding("neml2", "problem", "is not installed", "pip install neml2")
-    if trouble:
-        cure = "Mend what the message names; if it is NEML2_LOGS, correct it or unset it. Else: pip install -U neml2"
-        return Finding("neml2", "problem", f"cannot be imported ({trouble})", cure)
-    return Finding("neml2", "fine", f"neml2 {version} can be imported")
-
-
-def _of_plugin(active: bool, reason: str) -> Finding:
-    if active:
-        return Finding("plugin", "fine", f"active: {reason}")
-    cure = "Import neml2_aoti_plugin before neml2, or reinstall it: pip install --force-reinstall neml2-aoti-plugin"
-    if "switched off" in reason:
-        cure = "unset NEML2_AOTI_PLUGIN"
-    return Finding("plugin", "problem", f"not active: {reason}", cure)
-
-
-def _of_torch(version: str) -> Finding:
-    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
-        says = f"torch {version}; it loads no entry points (TORCH_DEVICE_BACKEND_AUTOLOAD=0), so programs that import "
-        cure = "Add `import neml2_aoti_plugin` to your program, or unset TORCH_DEVICE_BACKEND_AUTOLOAD."
-        return Finding("torch", "advice", f"{says}neml2 alone do not get the plugin", cure)
-    if not metadata.entry_points(group="torch.backends", name="neml2_aoti_plugin"):
-        says = f"torch {version}; this plugin has no entry point here, so programs must import neml2_aoti_plugin first"
-        return Finding("torch", "advice", says, "pip install --force-reinstall neml2-aoti-plugin")
-    return Finding("torch", "fine", f"torch {version}; it puts the plugin in place in every program that imports it")
-
-
-def _kernels() -> KernelsReport:
-    try:
-        implementation, reason = choice.chosen()
-    except AOTIError as error:
-        return KernelsReport("", str(error), (), 0)
-    if implementation != choice.NUMBA:
-        return KernelsReport(implementation, reason, (), 0)
-    from ..solve import machine_code, warm
-
-    return KernelsReport(implementation, reason, tuple(map(str, machine_code.folders())), len(warm.files()))
-
-
-def _of_kernels(kernels: KernelsReport) -> Finding:
-    if not kernels.implementation:
-        return Finding("Newton loop", "problem", kernels.reason, f"unset {choice.VARIABLE}")
-    if kernels.implementation == choice.TORCH:
-        cure = "pip install numba" if "not installed" in kernels.reason else f"unset {choice.VARIABLE}"
-        says = f"on torch's operations ({kernels.reason}); kernels are faster for models of one dense group on a CPU"
-        return Finding("Newton loop", "advice", says, cure)
-    if not kernels.files:
-        says = "on numba's kernels, none of which is compiled yet: the first solve waits for that"
-        return Finding("Newton loop", "advice", says, "neml2-aoti warm")
-    return Finding("Newton loop", "fine", f"on numba's kernels; {kernels.files} files of machine code are there")
-
-
-def _of_compiler(compiler: machine.CompilerReport) -> Finding:
-    if compiler.path is None:
-        says = f"{compiler.command} is not on the PATH; compiled models run without it, neml2-compile does not"
-        return Finding("compiler", "advice", says, "Install one (for example the package g++), or name it in CXX.")
-    return Finding("compiler", "fine", compiler.version or compiler.path)
-
-
-def _of_threads(threads: machine.ThreadsReport, cores: int) -> Finding:
-    says = f"torch uses {threads.torch} of the {cores} core(s) that this process may use"
-    if threads.torch > cores:
-        cure = f"export {machine.THREADS}={cores}"
-        return Finding("threads", "problem", f"{says}: they wait for each other", cure)
-    if threads.variable is None and threads.torch > 1:
-        cure = f"export {machine.THREADS}=1; `neml2-aoti bench STUB --threads 1,{threads.torch}` tells what yours gains"
-        return Finding("threads", "advice", f"{says}; where several processes run side by side, one each is best", cure)
-    return Finding("threads", "fine", says)
-
-
-def _of_scratch(scratch: machine.ScratchReport) -> Finding:
-    cure = "Name a folder in TMPDIR that has room and is not mounted noexec."
-    if not scratch.folder:
-        return Finding("temporary folder", "problem", "there is none that can be written to", cure)
-    if not scratch.executable:
-        return Finding("temporary folder", "problem", f"{scratch.folder} is mounted noexec", cure)
-    if scratch.free < LEAST_ROOM:
-        return Finding("temporary folder", "problem", f"{scratch.folder} has {scratch.free >> 20} MiB left", cure)
-    return Finding("temporary folder", "fine", f"{scratch.folder}, {scratch.free >> 30} GiB left")
 
 
 def _of_artifact(

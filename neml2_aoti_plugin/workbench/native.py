@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from ..errors import AOTIError
+from .evaluation import Where, choose_points, evaluate
 from .target import Target
-from .verify import Wanted, choose_points, evaluate
 
 # Prints the word of what was reached last, what went wrong, and the largest difference to our outputs.
 _CODE = """
@@ -59,7 +59,7 @@ def try_binding(target: Target | None) -> str:
         return _tried([])
     model = target.load()
     try:
-        found, _ = evaluate(model, choose_points(target, model, Wanted(rows=ROWS)))
+        found, _ = evaluate(model, choose_points(target, model, Where(rows=ROWS)))
     except AOTIError as error:
         return f"{_tried([])}; the artifact was not called ({error})"
     with tempfile.TemporaryDirectory(prefix="neml2-aoti-doctor-") as folder:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..model import Model
-from .describe import ParameterReport
+from .contents import ParameterReport
 from .target import Target
 
 
