@@ -129,6 +129,16 @@ def test_wrong_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_override_leads_to_another_artifact(tmp_path: Path) -> None:
+    case = references.case("promoted")
+    stub = tmp_path / "moved.i"
+    stub.write_text(case.file.read_text())
+    with pytest.raises(InputError, match=r"\[Models/promoted\] in .*moved.i: no metadata.json"):
+        run(stub, "driver", values={})
+    where = f"Models/promoted/artifact_path:='{case.artifact}'"
+    assert run(stub, "driver", values={}, overrides=(where,)).steps == 6
+
+
 def test_an_eager_driver_runs_as_well(tmp_path: Path) -> None:
     case = references.case("promoted")
     for path in (case.file, case.stub.path):
@@ -136,6 +146,20 @@ def test_an_eager_driver_runs_as_well(tmp_path: Path) -> None:
     ours, eager = (read_result(tmp_path / f"{path.stem}.npz") for path in (case.file, case.stub.path))
     assert ours.types == eager.types
     np.testing.assert_allclose(ours.series["stress"], eager.series["stress"], rtol=1e-13)
+
+
+@pytest.mark.wide
+def test_a_float32_leaf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = references.case("elasticity_float32")
+    report = run(case.file, "driver", values={}, device="cpu", dtype="float32", out=tmp_path / "single.npz")
+    run(references.case("elasticity").file, "driver", values={}, out=tmp_path / "double.npz")
+    single, double = (read_result(tmp_path / f"{name}.npz").series["stress"] for name in ("single", "double"))
+    np.testing.assert_allclose(single, double, rtol=1e-6, atol=1e-3)
+    assert report.steps == 11
+    assert cli.main(["run", str(case.file), "driver"]) == 2
+    assert "compiled leaves: cpu/float32" in capsys.readouterr().err
+    assert cli.main(["verify", str(case.file), "--against", str(case.stub.path), "--rtol", "1e-6"]) == 0
+    assert "FAILED" not in capsys.readouterr().out
 
 
 # -- series --------------------------------------------------------------------------------------------------------

@@ -32,8 +32,13 @@ FILE = click.Path(path_type=Path)
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a promoted parameter another value.")
 @click.option("--parameters", type=FILE, help="Take the promoted parameters from this file (see params).")
 @click.option("--out", type=FILE, help="Write the result to this file: .pt (neml2's form), .npz or .csv.")
+@click.option("--device", metavar="DEVICE", help="Of tensors and of the leaf, such as cpu or cuda:1.")
 @click.option(
-    "--dtype", type=click.Choice(["float64", "float32"]), default="float64", show_default=True, help="Of tensors."
+    "--dtype",
+    type=click.Choice(["float64", "float32"]),
+    default="float64",
+    show_default=True,
+    help="Of tensors and of the leaf.",
 )
 @json_option
 def command(
@@ -43,6 +48,7 @@ def command(
     given: tuple[str, ...],
     parameters: Path | None,
     out: Path | None,
+    device: str | None,
     dtype: str,
     as_json: bool,
 ) -> int:
@@ -70,6 +76,7 @@ def command(
             parameters=parameters,
             overrides=overrides,
             out=out,
+            device=device,
             dtype=dtype,
             on_step=on_step,
         )

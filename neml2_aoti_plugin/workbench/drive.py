@@ -12,7 +12,7 @@ import torch
 
 from ..errors import UnknownNameError
 from ..writing import draft
-from .points import default_dtype, load_driver
+from .points import defaults, load_driver
 from .results import Result, from_steps, require_format, write_result
 
 
@@ -62,6 +62,7 @@ def run(
     parameters: Path | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
+    device: str | None = None,
     dtype: str = "float64",
     on_step: Callable[[int, int], None] | None = None,
 ) -> RunReport:
@@ -74,7 +75,8 @@ def run(
         parameters: a file of them.
         overrides: HIT overrides, such as `Drivers/driver/prescribed_time:=slow`.
         out: file for the result (.pt, .npz or .csv).
-        dtype: of tensors in the input file.
+        device: of tensors in the input file, and of the compiled model's leaf; torch's default device if None.
+        dtype: of tensors in the input file, and of the leaf.
         on_step: called behind each step with its number and the number of the last one.
 
     Raises:
@@ -83,11 +85,11 @@ def run(
         ConvergenceError: a step failed; nothing is written.
     """
     if out is None:
-        return _run(path, driver, values, parameters, overrides, dtype, on_step)[0]
+        return _run(path, driver, values, parameters, overrides, device, dtype, on_step)[0]
     require_format(out)
     # Before the run, for it may take long.
     with draft(out) as scratch:
-        report, result, flat = _run(path, driver, values, parameters, overrides, dtype, on_step)
+        report, result, flat = _run(path, driver, values, parameters, overrides, device, dtype, on_step)
         write_result(scratch, result, flat)
     return RunReport(**{**vars(report), "written": str(out)})
 
@@ -98,11 +100,12 @@ def _run(
     values: Mapping[str, float],
     parameters: Path | None,
     overrides: tuple[str, ...],
+    device: str | None,
     dtype: str,
     on_step: Callable[[int, int], None] | None,
 ) -> tuple[RunReport, Result, dict[str, Any]]:
-    with default_dtype(getattr(torch, dtype)):
-        built = load_driver(path, driver, overrides)
+    with defaults(device, dtype):
+        built = load_driver(path, driver, overrides, device=device, dtype=dtype)
         _set(built.model, values, parameters)
         last = built.nsteps - 1
         done = 0

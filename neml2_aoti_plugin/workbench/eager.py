@@ -14,7 +14,7 @@ from torch import Tensor
 from ..artifact.schema import Aliases
 from ..errors import AOTIError, InputError
 from ..model import Model
-from .points import default_dtype, first_line
+from .points import defaults, first_line
 from .target import AOTI_MODEL, parse_input, require_block
 
 Tensors = dict[str, Tensor]
@@ -41,7 +41,7 @@ class Source:
         import neml2
 
         try:
-            with default_dtype(torch.float64):
+            with defaults(None, "float64"):
                 self._model: Any = neml2.load_input(path).get_model(name)
         except AOTIError:
             raise

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import AOTIError, InputError, UnknownNameError
 from ..model import Model
 from .names import lag
-from .target import Target, blocks, parse_input, require_block
+from .target import AOTI_MODEL, Target, blocks, find_target, parse_input, require_block
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,8 +79,9 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
     def keep(module: Any, arguments: tuple[Any, ...]) -> None:
         calls.append(flat(module._raw(dict(zip(module.input_spec, arguments, strict=True))), model))
 
-    with default_dtype(model.dtype):
-        built = load_driver(target.stub, driver)
+    device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+    with defaults(device, dtype):
+        built = load_driver(target.stub, driver, device=device, dtype=dtype)
         require_compiled(built, driver, target.stub)
         handle = built.model.register_forward_pre_hook(keep)
         try:
@@ -96,23 +97,32 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
     return found.at(torch.linspace(0, found.rows - 1, most).round().long())
 
 
-def load_driver(path: Path, driver: str, overrides: tuple[str, ...] = ()) -> Any:
+def load_driver(
+    path: Path, driver: str, overrides: tuple[str, ...] = (), *, device: str | None = None, dtype: str | None = None
+) -> Any:
     """Build a driver of an input file.
 
     Args:
         path: the file.
         driver: name of the driver.
         overrides: HIT overrides, such as `Drivers/driver/save_as:=out.pt`.
+        device: of the leaf of its compiled model.
+        dtype: of that leaf.
 
     Raises:
         InputError: there is no such file or driver, or neml2 cannot build it.
         ArtifactError: the compiled model that it drives cannot run here.
     """
     block = require_block(parse_input(path, overrides), "Drivers", driver, path)
+    driven = blocks(parse_input(path, overrides), "Models").get(block.param_optional_str("model", ""))
+    if driven is not None and driven.param_optional_str("type", "") == AOTI_MODEL:
+        # A leaf that is not there is told as what it is, wrong use.
+        find_target(path, driven.path(), overrides).place(device, dtype)
     import neml2
 
     try:
-        built: Any = neml2.load_input(path, additional_args=list(overrides)).get_driver(driver)
+        file = neml2.load_input(path, additional_args=list(overrides), device=device, dtype=dtype)
+        built: Any = file.get_driver(driver)
     except AOTIError:
         raise
     except Exception as error:
@@ -231,12 +241,13 @@ def joined(parts: list[Points]) -> Points:
 
 
 @contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Set torch's default dtype for a while, as neml2-run does: tensors in input files follow it."""
+def defaults(device: str | None, dtype: str) -> Iterator[None]:
+    """Set torch's default device and dtype for a while, as neml2-run does: tensors in input files follow them."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
-        yield
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            yield
     finally:
         torch.set_default_dtype(before)
 

@@ -72,12 +72,13 @@ class Target:
         return Model(self.artifact, device, dtype, solver=self.solver, **options)
 
 
-def find_target(given: str | os.PathLike[str], model: str | None = None) -> Target:
+def find_target(given: str | os.PathLike[str], model: str | None = None, overrides: tuple[str, ...] = ()) -> Target:
     """Find the artifact that a path leads to.
 
     Args:
         given: an artifact's folder, its metadata file, or a stub.
         model: name of the model, for a stub with several; it is checked for others.
+        overrides: HIT overrides of a stub.
 
     Returns:
         The target.
@@ -87,7 +88,7 @@ def find_target(given: str | os.PathLike[str], model: str | None = None) -> Targ
     """
     path = absolute(given)
     if is_there(path) and path.suffix != ".json":
-        return _in_stub(path, model)
+        return _in_stub(path, model, overrides)
     try:
         root = root_of(path)
     except ArtifactNotFoundError as error:
@@ -176,8 +177,8 @@ def require_block(root: nmhit.Node, section: str, name: str, path: Path) -> nmhi
     return found[name]
 
 
-def _in_stub(path: Path, model: str | None) -> Target:
-    root = parse_input(path)
+def _in_stub(path: Path, model: str | None, overrides: tuple[str, ...]) -> Target:
+    root = parse_input(path, overrides)
     compiled = {
         name: block
         for name, block in blocks(root, "Models").items()
