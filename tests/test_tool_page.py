@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from legacy import build
 from neml2_aoti_plugin import cli
 from neml2_aoti_plugin.cli.app import COMMANDS, HELP
 from stubs.build import compiled
@@ -85,3 +86,15 @@ def test_tables_are_the_forms() -> None:
 def test_each_command_has_a_section() -> None:
     for name in COMMANDS:
         assert re.search(rf"^## (.* and )?{name}\b", PAGE, re.MULTILINE), name
+
+
+@pytest.mark.legacy
+@pytest.mark.timeout(3600)
+def test_the_example_of_migrate_runs(place: Path) -> None:
+    shutil.copytree(build.artifact("3.0.6", "forward"), place / "old")
+    (line,) = re.findall(r"```\n(neml2-aoti migrate .*)\n```", PAGE)
+    run(line)
+    assert cli.main(["verify", "new/elasticity_aoti.i"]) == 0
+    for line in examples(import_module("neml2_aoti_plugin.cli.migrate").EPILOG):
+        shutil.rmtree(place / "new", ignore_errors=True)
+        run(line)
