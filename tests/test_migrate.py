@@ -133,7 +133,7 @@ def test_what_is_there_already_stays(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 # -- real artifacts of old releases --------------------------------------------------------------------------------
 
-OLD = [("3.0.0", "forward"), ("3.0.6", "forward"), ("3.0.6", "promoted"), ("3.0.7", "implicit")]
+OLD = [("3.0.0", "forward"), ("3.0.3", "forward"), ("3.0.6", "forward"), ("3.0.6", "promoted"), ("3.0.7", "implicit")]
 
 
 @pytest.fixture
@@ -150,7 +150,8 @@ def test_metadata_is_that_of_the_newest_release(migrated: tuple[str, Path], requ
     scenario, folder = migrated
     found = json.loads((folder / "metadata.json").read_text())
     wanted = json.loads(build.metadata("3.1.0", scenario).read_text())
-    if "3.0.0" in request.node.name:
+    if "3.0.0" in request.node.name or "3.0.3" in request.node.name:
+        # These do not tell which blocks are constant.
         wanted["segments"][0]["jacobian_pairs"][0]["batch_independent"] = False
     if scenario == "implicit":
         # What 3.0.7 does not write has a default.
