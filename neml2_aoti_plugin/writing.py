@@ -13,6 +13,18 @@ from .errors import AOTIError, InputError
 MODE = 0o644
 
 
+def require_writable(target: Path) -> None:
+    """Refuse a file that cannot be written, ahead of long work; nothing is left.
+
+    Args:
+        target: the file.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    _begun(target).unlink()
+
+
 @contextmanager
 def draft(target: Path) -> Iterator[Path]:
     """Give a path beside a file to write to; it takes the file's place when the block ends without an error.
@@ -25,15 +37,7 @@ def draft(target: Path) -> Iterator[Path]:
     Raises:
         InputError: the file cannot be written.
     """
-    if target.is_dir():
-        raise InputError(f"{target}: is a folder, expected the name of a file to write.")
-    try:
-        # With the same ending, by which matplotlib and numpy tell the format.
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    except OSError as error:
-        raise _unwritable(target, error) from None
-    os.close(handle)
-    scratch = Path(name)
+    scratch = _begun(target)
     try:
         yield scratch
         scratch.chmod(MODE)
@@ -45,6 +49,19 @@ def draft(target: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             scratch.unlink()
+
+
+def _begun(target: Path) -> Path:
+    """An empty file beside the one that is to be written."""
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder, expected the name of a file to write.")
+    try:
+        # With the same ending, by which matplotlib and numpy tell the format.
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    except OSError as error:
+        raise _unwritable(target, error) from None
+    os.close(handle)
+    return Path(name)
 
 
 def _unwritable(target: Path, error: OSError) -> InputError:

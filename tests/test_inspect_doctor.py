@@ -214,6 +214,15 @@ def test_an_artifact_that_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert diagnosis.artifact is None and not diagnosis.healthy
 
 
+def test_a_seal_that_is_broken(tmp_path: Path) -> None:
+    artifact = copy("elasticity", tmp_path)
+    seal(artifact)
+    (artifact / "cpu/float64/more").write_text("added")
+    (finding,) = found(diagnose(find_target(artifact)), "artifact")
+    assert finding.level == "problem" and "more: was added" in finding.says
+    assert finding.cure.startswith("Copy the artifact again")
+
+
 def test_the_binding_is_tried() -> None:
     """On whatever torch this is: what is tried must be what was measured."""
     diagnosis = diagnose(find_target(references.case("viscoplasticity").file), try_binding=True)

@@ -227,6 +227,21 @@ def test_bad_points(tmp_path: Path) -> None:
         random_points(model, 2, 0, {"stress": 1.0})
 
 
+def test_what_cannot_be_written_is_told_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub = copy("elasticity", tmp_path)
+    for arguments, said in (
+        (["--plot", tmp_path / "a.bmp"], "expected one of .png, .svg, .pdf"),
+        (["--plot", tmp_path / "none" / "a.png"], "cannot be written"),
+        (["--record", tmp_path], "is a folder"),
+        (["--points", stub], "expected one of .npz, .pt, .safetensors"),
+        (["--driver", "drivr"], "in [Drivers] there are: driver"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        assert cli.main(["verify", str(stub), *map(str, arguments)]) == 2
+        assert said in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_model_that_converges_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
     status, document = run(capsys, references.case("viscoplasticity").artifact, "--scale", "strain=1e200", "--rows", 2)
     assert status == 2 and "converges at none of the 2 points" in document["error"]["message"]

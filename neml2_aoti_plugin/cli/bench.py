@@ -68,8 +68,11 @@ def command(
 
     from ..workbench.bench import bench, draw
     from ..workbench.evaluation import Where
+    from ..workbench.figures import require_drawable
     from ..workbench.target import find_target
 
+    if picture is not None:
+        require_drawable(picture)
     found = find_target(target, model)
     with progress() as bar:
         task = bar.add_task(found.model, total=None)

@@ -75,11 +75,13 @@ def command(
     Errors are relative to the largest entry of each quantity. Exit status 1 if one is above the tolerance.
     """
     from ..workbench.evaluation import Where
-    from ..workbench.figures import draw_errors
+    from ..workbench.figures import draw_errors, require_drawable
     from ..workbench.target import find_target
     from ..workbench.verify import Wanted, verify
 
     scales = assignments(scale, "--scale")
+    if picture is not None:
+        require_drawable(picture)
     where = Where(points, driver, rows, seed, scales)
     wanted = Wanted(against, source_model, golden, where, rtol, difference_rtol)
     report = verify(find_target(target, model), wanted, device, dtype, record=record)

@@ -164,8 +164,9 @@ def _of_artifact(
 
 
 def _problem(message: str) -> Finding:
-    """What is wrong with an artifact; the last sentence of our errors says what mends it."""
-    says, _, cure = message.strip().rstrip(".").rpartition(". ")
+    """What is wrong with an artifact; the end of our errors says what mends it."""
+    # Of several lines the last one does.
+    says, _, cure = message.strip().rstrip(".").rpartition("\n" if "\n" in message else ". ")
     return Finding(
         "artifact", "problem", says or cure, cure if says else "Copy the artifact again, or compile it again"
     )

@@ -8,13 +8,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..writing import draft
+from ..writing import draft, require_writable
 
 if TYPE_CHECKING:
     from .verify import Verification
 
 FORMATS = (".png", ".svg", ".pdf")
 DPI = 150
+
+
+def require_drawable(path: Path) -> None:
+    """Refuse a picture that cannot be drawn, ahead of long work.
+
+    Args:
+        path: of the picture.
+
+    Raises:
+        InputError: its ending is another, or it cannot be written.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
+    # What is missing is told now as well.
+    import matplotlib  # noqa: F401
+
+    require_writable(path)
 
 
 @contextmanager
@@ -29,8 +46,7 @@ def figure(path: Path, width: float = 6.4, height: float = 4.6) -> Iterator[Any]
     Raises:
         InputError: the file cannot be written, or has another ending.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
+    require_drawable(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -27,6 +27,7 @@ Tensors = dict[str, Tensor]
 SPREAD = 0.01
 # Of random numbers where there is no driver to tell what is usual.
 SCALE = 1e-3
+FORMATS = (".npz", ".pt", ".safetensors")
 TIME = "t"
 
 
@@ -259,8 +260,10 @@ def first_line(error: BaseException) -> str:
 
 
 def _tensors_in(path: Path) -> Tensors:
+    if path.suffix not in FORMATS:
+        raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
     if not path.is_file():
-        raise InputError(f"{path}: no such file. Give a .npz, .pt or .safetensors file with a tensor per input.")
+        raise InputError(f"{path}: no such file. Give a file with a tensor per input ({', '.join(FORMATS)}).")
     try:
         if path.suffix == ".npz":
             import numpy as np
@@ -274,7 +277,8 @@ def _tensors_in(path: Path) -> Tensors:
             return dict(load_file(path))
         found = torch.load(path, weights_only=True)
     except Exception as error:
-        raise InputError(f"{path}: cannot be read as tensors ({first_line(error)}).") from None
+        # What torch says of another file is how to run what is in it.
+        raise InputError(f"{path}: cannot be read as tensors ({type(error).__name__}).") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise InputError(f"{path}: holds no dict of tensors.")
     return found

@@ -172,9 +172,8 @@ def read_result(path: Path) -> Result:
     except InputError as error:
         raise InputError(f"{path}: is not {WHAT}: {error}") from None
     except Exception as error:
-        # What torch, numpy and zipfile raise for files of another kind is of many types.
-        lines = str(error).strip().splitlines() or [""]
-        raise InputError(f"{path}: is not {WHAT} ({type(error).__name__}: {lines[0][:200]}).") from None
+        # What torch, numpy and zipfile raise for files of another kind is of many types; torch says how to run them.
+        raise InputError(f"{path}: is not {WHAT} ({type(error).__name__} as it was read).") from None
 
 
 def _series(values: Mapping[int, Array], steps: int, base: tuple[int, ...], start: float) -> Array:

@@ -139,6 +139,10 @@ def parse_input(path: Path, overrides: tuple[str, ...] = ()) -> nmhit.Root:
     """
     import nmhit
 
+    if path.is_dir():
+        raise InputError(
+            f"{path}: is a folder. Give an input file, such as the stub beside the artifact, MODEL_aoti.i."
+        )
     if not is_there(path):
         raise InputError(f"{path}: no such file. Give an input file, such as the stub that neml2-compile wrote.")
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..artifact.locate import root_of
 from ..errors import InputError
 from ..model import Model
+from ..writing import require_writable
 from . import differences
 from .comparison import Comparison, compare, derivative
 from .describe import name_of
@@ -96,6 +97,8 @@ def verify(
         InputError: there is nothing to compare with, or an argument does not fit the model.
         ArtifactError: the artifact cannot run here.
     """
+    if record is not None:
+        require_writable(record)
     model = target.load(device, dtype)
     golden_file = wanted.golden or (_golden_beside(target, wanted) if record is None else None)
     golden = None if golden_file is None else read_golden(golden_file, model, target.model)
