@@ -25,11 +25,11 @@ def system():
     return np.array([[[0.0, 2.0], [3.0, 4.0]]]), np.array([[2.0, 10.0]])
 
 def space():
-    return np.empty((1, 2, 2)), np.empty((1, 2), np.int64)
+    return elimination.room_for(1, 2)
 
 def columns():
     (a, b), found = system(), np.empty((1, 1, 2))
-    elimination.columns(a, -b[:, :, None], np.zeros(1, np.int64), *space(), np.empty((1, 2)), found)
+    elimination.columns(a, -b[:, :, None], np.zeros(1, np.int64), *space(), found)
     return found[0, 0].tolist()
 
 def last_steps():
@@ -39,7 +39,7 @@ def last_steps():
     return found[0].tolist()
 
 def judge_again():
-    numbers, zero, one = np.ones((1, 4)), np.zeros((1, 3), np.int64), np.ones((1, 2))
+    numbers, zero, one = np.ones((1, 4)), np.zeros((1, 4), np.int64), np.ones((1, 2))
     vectors, givens, record = np.zeros((5, 1, 2)), np.zeros((2, 1, 1)), np.zeros((1, 2), np.int64)
     arrays = vectors, givens, numbers, zero, *space(), one, record, np.zeros((1, 2)), np.zeros(10)
     kernels.judge_again(np.array([[3.0, 4.0]]), 1, False, 1, *arrays)

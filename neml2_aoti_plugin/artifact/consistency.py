@@ -120,7 +120,7 @@ def check_shapes(found: s.Metadata, file: str) -> None:
     for pair in _pairs(found):
         claims += [("derivative of", pair.out, pair.out_base_shape), ("derivative by", pair.wrt, pair.wrt_base_shape)]
     for what, name, base in claims:
-        if base not in (bases.get(name, base), bases.get(name)):
+        if base not in (bases.get(name, base), shapes.get(name)):
             raise ArtifactError(
                 f"{file}: the {what} {name!r} has the base shape {base}, elsewhere it is {bases[name]}. {_AGAIN}"
             )

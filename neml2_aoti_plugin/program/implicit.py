@@ -227,13 +227,10 @@ def _by_kernels(
             check_arity(jacobian_graph, outputs, 2)
         return _whole(outputs[1], u.shape[0]), _whole(outputs[0], u.shape[0])
 
-    tell = newton.listener()
     space = spaces.borrow(first[0].shape[0])
     try:
-        rows = arrays.ArrayRows(
-            residual, linearise, first[0], givens[0], settings, space, small_steps=small_steps, hold=tell is not None
-        )
-        return newton.solve(rows, settings, tell)
+        rows = arrays.ArrayRows(residual, linearise, first[0], givens[0], settings, space, small_steps=small_steps)
+        return newton.solve(rows, settings, newton.listener())
     finally:
         spaces.give_back(space)
 

@@ -36,8 +36,8 @@ class Workspace:
         self._kept = vectors[kernels.U], givens[kernels.GIVENS], vectors[kernels.TRIAL]
         self._more = vectors[kernels.FURTHER], givens[kernels.FURTHER_GIVENS]
         self.vectors, self.givens = vectors.numpy(), givens.numpy()
-        self.numbers, self.indices = np.empty((rows, 4)), np.empty((rows, 3), np.int64)
-        self.lu, self.pivots = np.empty((rows, n, n)), np.empty((rows, n), np.int64)
+        self.numbers, self.indices = np.empty((rows, 4)), np.empty((rows, 4), np.int64)
+        self.lu, self.pivots = elimination.room_for(max(rows, 1), n)
         self._live, self._further = (rows, self._kept), (rows, self._more)
 
     def live(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +93,6 @@ class ArrayRows:
         settings: of the solve.
         small_steps: whether the relative test also asks for a small last step.
         workspace: for as many rows.
-        hold: whether to settle only when asked to, so that the log can look at trials.
     """
 
     def __init__(
@@ -106,12 +105,11 @@ class ArrayRows:
         workspace: Workspace,
         *,
         small_steps: bool = False,
-        hold: bool = False,
     ) -> None:
         self._residual, self._jacobian = residual, jacobian
         self._first, self._givens = u, g
         self._criteria, self._limits = _criteria(settings, small_steps)
-        self._cuts, self._hold = settings.cuts, hold
+        self._cuts = settings.cuts
         rows, n = u.shape
         self._rows = rows
         self._norms = np.empty((rows, 2))
@@ -120,7 +118,6 @@ class ArrayRows:
         self._solution = self._unknowns.numpy()
         self._space = workspace
         self.live, self.refused, self._followed, self._update, self._cut = rows, 0, 0, 0, 0
-        self._settled = True
         self._b: np.ndarray
         self._a: np.ndarray
         self._further_b = workspace.vectors[kernels.FURTHER]
@@ -163,19 +160,16 @@ class ArrayRows:
             return
         _, g, trial = space.live(live)
         b = self._residual(trial, g).numpy()
-        self.live, self.refused, self._followed = kernels.judge(
-            b, live, self._update, self._hold, *self._arrays, self._limits
+        self.refused, self._followed = kernels.judge(
+            b, live, False, self._criteria.searching, live, *self._arrays, self._limits
         )
-        self._settled = not (self.refused or self._followed or self._hold)
 
     def cut_back(self) -> None:
         """See `newton.Rows`."""
         self._cut += 1
-        b = self._residual(*self._space.further(self.refused)).numpy()
-        more = self._cut < self._cuts
-        self.refused, self._followed = kernels.judge_again(
-            b, self.refused, more, self.live, *self._arrays, self._limits
-        )
+        refused, more = self.refused, self._cut < self._cuts
+        b = self._residual(*self._space.further(refused)).numpy()
+        self.refused, self._followed = kernels.judge(b, refused, True, more, self.live, *self._arrays, self._limits)
 
     def chord(self) -> None:
         """See `newton.Rows`; `settle` judges it."""
@@ -184,12 +178,11 @@ class ArrayRows:
 
     def settle(self) -> None:
         """See `newton.Rows`."""
-        if self._settled or not self.live:
-            return
-        self.live = kernels.settle(
-            self._further_b, self._followed, self.live, self._update, *self._arrays, self._limits
-        )
-        self._followed, self._settled = 0, True
+        if self.live:
+            self.live = kernels.settle(
+                self._further_b, self._followed, self.live, self._update, *self._arrays, self._limits
+            )
+            self._followed = 0
 
     def finish(self) -> Solved:
         """See `newton.Rows`."""
@@ -218,10 +211,10 @@ class ArrayRows:
     def _last_steps(self, waiting: np.ndarray) -> None:
         rows = torch.from_numpy(waiting)
         b, a = self._jacobian(self._unknowns.index_select(0, rows), self._givens.index_select(0, rows))
-        space = self._space
-        kernels.last_steps(
-            a.numpy(), b.numpy(), waiting, space.vectors, space.lu, space.pivots, self._record, self._solution
-        )
+        steps = columns(a, -b.unsqueeze(-1), [0]).squeeze(-1).numpy()
+        finite = np.isfinite(steps).all(1)
+        self._solution[waiting[finite]] += steps[finite]
+        self._record[waiting, kernels.OUTCOME] = Outcome.CONVERGED
 
     def worst(self) -> tuple[float, float]:
         """See `newton.Rows`."""
@@ -264,11 +257,7 @@ def columns(a: Tensor, b: Tensor, chosen: Sequence[int]) -> Tensor:
         `(rows, n, len(chosen))`; NaN in rows whose matrix is singular.
     """
     rows, n = a.shape[:2]
-    found, lu, pivots, x = (
-        np.empty((rows, len(chosen), n)),
-        np.empty((1, n, n)),
-        np.empty((1, n), np.int64),
-        np.empty((1, n)),
-    )
-    elimination.columns(a.numpy(), b.numpy(), np.asarray(chosen, np.int64), lu, pivots, x, found)
+    found = np.empty((rows, len(chosen), n))
+    lu, pivots = elimination.room_for(1, n)
+    elimination.columns(a.numpy(), b.numpy(), np.asarray(chosen, np.int64), lu, pivots, found)
     return torch.from_numpy(found).transpose(1, 2)

@@ -1,7 +1,9 @@
-"""Small dense linear algebra of one row as numba kernels: norms, elimination, substitution.
+"""Small dense linear algebra as numba kernels: norms of rows; elimination and substitution, eight rows at a time.
 
-Sums are taken in the order of the entries, without reassociation, so that the bits of a row depend on the row alone.
-A row is told by its index: a view of it would cost more than the arithmetic, to run and to compile.
+The factors of a batch lie in one flat array, `lu`: those of eight rows are a group, whose number `i, j` has a vector of
+eight lanes at `group + (i n + j) LANES`. At its end there is room for what is worked on: `n` vectors of a right-hand
+side, then pivots (see `lanes.larger`) and which lanes have them all. Sums are taken in the order of the entries,
+without reassociation, so that the bits of a row depend on the row alone.
 """
 
 from __future__ import annotations
@@ -9,8 +11,26 @@ from __future__ import annotations
 from math import inf, isfinite, nan, sqrt
 from typing import Any
 
+import numpy as np
+
 from .criteria import LEAST_SQUARES, MOST_SQUARES
-from .machine_code import inner, kernel
+from .lanes import LANES, divide, larger, multiply, subtract_multiple, subtract_products
+from .machine_code import inlined, inner, kernel
+
+# Vectors at the end of `lu` beside those of the right-hand side: peaks, their places, and whether there was one.
+PEAK, BEST, SOUND, EXTRA = range(4)
+
+
+def room_for(rows: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays for the factors and the pivots of so many rows."""
+    groups = -(-rows // LANES)
+    return np.empty((groups * n * n + n + EXTRA) * LANES), np.empty(groups * n * LANES, np.int64)
+
+
+@inlined
+def side_in(lu: Any, n: Any) -> Any:
+    """The offset of the right-hand side."""
+    return len(lu) - (n + EXTRA) * LANES
 
 
 @inner
@@ -42,71 +62,161 @@ def norm_of(x: Any, row: Any) -> Any:
     return peak * sqrt(total)
 
 
-@inner
-def factor(a: Any, row: Any, lu: Any, pivots: Any, place: Any) -> Any:
-    """Factor a matrix by elimination with partial pivoting; tell whether it has a pivot in each column.
-
-    Golub, van Loan, Matrix Computations, 4th ed., algorithm 3.4.1.
-    """
+@inlined
+def load(a: Any, row: Any, lu: Any, slot: Any) -> None:
+    """Put the matrix of a row into a slot, which is a lane of a group."""
     n = a.shape[1]
+    at = (slot // LANES) * n * n * LANES + slot % LANES
     for i in range(n):
         for j in range(n):
-            lu[place, i, j] = a[row, i, j]
-    for k in range(n):
-        best, peak = k, abs(lu[place, k, k])
-        for i in range(k + 1, n):
-            size = abs(lu[place, i, k])
-            if size > peak:
-                best, peak = i, size
-        pivots[place, k] = best
-        if not 0.0 < peak < inf:
-            return False
-        if best != k:
+            lu[at] = a[row, i, j]
+            at += LANES
+
+
+@inlined
+def fill_up(lu: Any, slot: Any, n: Any) -> None:
+    """Put the identity into a slot and all behind it in its group, so that they cost no special numbers."""
+    while slot % LANES:
+        at = (slot // LANES) * n * n * LANES + slot % LANES
+        for i in range(n):
             for j in range(n):
-                lu[place, k, j], lu[place, best, j] = lu[place, best, j], lu[place, k, j]
-        inverse = 1.0 / lu[place, k, k]
-        for i in range(k + 1, n):
-            multiple = lu[place, i, k] * inverse
-            lu[place, i, k] = multiple
-            if multiple != 0.0:
-                for j in range(k + 1, n):
-                    lu[place, i, j] -= multiple * lu[place, k, j]
-    return True
+                lu[at] = 1.0 if i == j else 0.0
+                at += LANES
+        slot += 1
 
 
 @inner
-def substitute(lu: Any, pivots: Any, place: Any, x: Any, row: Any) -> Any:
-    """Solve with the factors of `factor`, in place; tell whether all entries of the solution are finite."""
-    n = x.shape[1]
+def factor(lu: Any, pivots: Any, group: Any, n: Any) -> None:
+    """Factor the matrices of a group in place by elimination with partial pivoting.
+
+    Golub, van Loan, Matrix Computations, 4th ed., algorithm 3.4.1. Lanes without a pivot in some column are noted.
+    """
+    first, chosen = group * n * n * LANES, group * n * LANES
+    peak = side_in(lu, n) + n * LANES
+    best, sound = peak + BEST * LANES, peak + SOUND * LANES
+    for lane in range(LANES):
+        lu[sound + lane] = 1.0
     for k in range(n):
-        best = pivots[place, k]
-        x[row, k], x[row, best] = x[row, best], x[row, k]
+        diagonal = first + (k * n + k) * LANES
+        for lane in range(LANES):
+            lu[peak + lane], lu[best + lane] = -1.0, k
+        for i in range(k, n):
+            larger(lu, first + (i * n + k) * LANES, i, peak)
+        for lane in range(LANES):
+            place = int(lu[best + lane])
+            pivots[chosen + k * LANES + lane] = place
+            if not 0.0 < lu[peak + lane] < inf:
+                lu[sound + lane] = 0.0
+            if place != k:
+                for j in range(n):
+                    one, two = first + (k * n + j) * LANES + lane, first + (place * n + j) * LANES + lane
+                    lu[one], lu[two] = lu[two], lu[one]
+        # The peaks have served, and make room for the inverse of the pivots.
+        for lane in range(LANES):
+            lu[peak + lane] = 1.0
+        divide(lu, peak, diagonal)
+        for i in range(k + 1, n):
+            multiple = first + (i * n + k) * LANES
+            multiply(lu, multiple, peak)
+            subtract_multiple(lu, multiple + LANES, diagonal + LANES, n - k - 1, multiple)
+
+
+@inner
+def substitute(lu: Any, pivots: Any, group: Any, n: Any) -> None:
+    """Solve with the factors of a group for the right-hand sides at `side_in`, in place."""
+    first, chosen, x = group * n * n * LANES, group * n * LANES, side_in(lu, n)
+    for k in range(n):
+        for lane in range(LANES):
+            place = pivots[chosen + k * LANES + lane]
+            if place != k:
+                one, two = x + k * LANES + lane, x + place * LANES + lane
+                lu[one], lu[two] = lu[two], lu[one]
+    for i in range(n):
+        subtract_products(lu, x + i * LANES, first + i * n * LANES, x, i)
+    for i in range(n - 1, -1, -1):
+        row = first + (i * n + i) * LANES
+        subtract_products(lu, x + i * LANES, row + LANES, x + (i + 1) * LANES, n - 1 - i)
+        divide(lu, x + i * LANES, row)
+
+
+@inlined
+def put_side(b: Any, row: Any, lu: Any, slot: Any) -> None:
+    """Put a right-hand side into the lane of a slot."""
+    n = b.shape[1]
+    at = side_in(lu, n) + slot % LANES
+    for i in range(n):
+        lu[at + i * LANES] = b[row, i]
+
+
+@inlined
+def clear_sides(lu: Any, n: Any) -> None:
+    """Set all right-hand sides to zero."""
+    at = side_in(lu, n)
+    for i in range(n * LANES):
+        lu[at + i] = 0.0
+
+
+@inlined
+def take_side(lu: Any, slot: Any, x: Any, row: Any) -> Any:
+    """Take the solution of a slot's lane; tell whether it is finite."""
+    n = x.shape[1]
+    at = side_in(lu, n) + slot % LANES
+    sound = True
+    for i in range(n):
+        x[row, i] = lu[at + i * LANES]
+        sound = sound and isfinite(x[row, i])
+    return sound
+
+
+@inlined
+def had_pivots(lu: Any, slot: Any, n: Any) -> Any:
+    """Whether the matrix in a slot of the group that was factored last had a pivot in each column."""
+    return lu[side_in(lu, n) + (n + SOUND) * LANES + slot % LANES] != 0.0
+
+
+@inlined
+def substitute_one(lu: Any, pivots: Any, slot: Any, x: Any, row: Any) -> Any:
+    """Solve with the factors of one slot, in place; tell whether the solution is finite."""
+    n = x.shape[1]
+    lane = slot % LANES
+    first, chosen = (slot // LANES) * n * n * LANES + lane, (slot // LANES) * n * LANES + lane
+    for k in range(n):
+        place = pivots[chosen + k * LANES]
+        x[row, k], x[row, place] = x[row, place], x[row, k]
     for i in range(n):
         total = x[row, i]
         for j in range(i):
-            total -= lu[place, i, j] * x[row, j]
+            total -= lu[first + (i * n + j) * LANES] * x[row, j]
         x[row, i] = total
     sound = True
     for i in range(n - 1, -1, -1):
         total = x[row, i]
         for j in range(i + 1, n):
-            total -= lu[place, i, j] * x[row, j]
-        total /= lu[place, i, i]
+            total -= lu[first + (i * n + j) * LANES] * x[row, j]
+        total /= lu[first + (i * n + i) * LANES]
         sound = sound and isfinite(total)
         x[row, i] = total
     return sound
 
 
 @kernel
-def columns(a: Any, b: Any, chosen: Any, lu: Any, pivots: Any, x: Any, found: Any) -> None:
+def columns(a: Any, b: Any, chosen: Any, lu: Any, pivots: Any, found: Any) -> None:
     """Solve `A X = -B` for chosen columns of `B`, row by row; NaN where a matrix is singular."""
-    n = a.shape[1]
-    for row in range(len(found)):
-        sound = factor(a, row, lu, pivots, 0)
+    n, rows = a.shape[1], len(a)
+    side = side_in(lu, n)
+    for start in range(0, rows, LANES):
+        count = min(LANES, rows - start)
+        for lane in range(count):
+            load(a, start + lane, lu, lane)
+        fill_up(lu, count, n)
+        factor(lu, pivots, 0, n)
         for c in range(len(chosen)):
-            for i in range(n):
-                x[0, i] = -b[row, i, chosen[c]] if sound else nan
-            if sound:
-                substitute(lu, pivots, 0, x, 0)
-            for i in range(n):
-                found[row, c, i] = x[0, i]
+            for lane in range(LANES):
+                row = start + min(lane, count - 1)
+                for i in range(n):
+                    lu[side + i * LANES + lane] = -b[row, i, chosen[c]]
+            substitute(lu, pivots, 0, n)
+            for lane in range(count):
+                sound = had_pivots(lu, lane, n)
+                for i in range(n):
+                    found[start + lane, c, i] = lu[side + i * LANES + lane] if sound else nan

@@ -16,8 +16,21 @@ from typing import Any, Final
 import numpy as np
 
 from . import criteria as by
-from .elimination import copy, factor, norm_of, substitute
-from .machine_code import inlined, inner, kernel
+from .elimination import (
+    clear_sides,
+    copy,
+    factor,
+    fill_up,
+    had_pivots,
+    load,
+    norm_of,
+    put_side,
+    substitute,
+    substitute_one,
+    take_side,
+)
+from .lanes import LANES
+from .machine_code import inlined, kernel
 from .outcome import Outcome
 
 # Kinds of `vectors`: unknowns, direction, trial, `-r` at the trial; further trials of some rows.
@@ -26,8 +39,9 @@ U, STEP, TRIAL, B, FURTHER = range(5)
 GIVENS, FURTHER_GIVENS = range(2)
 # Columns of `numbers`, of the live rows: residual norm, that of the trial, slope over squared norm, step length.
 NORM, TRIAL_NORM, SLOPE, ALPHA = range(4)
-# Columns of `indices`: place of a live row in the batch, its row in the linearisation; live row of a further trial.
-PLACE, SOURCE, TRIED = range(3)
+# Columns of `indices`: place of a live row in the batch, its row in the linearisation, the slot of its factors; the
+# live row of a further trial.
+PLACE, SOURCE, SLOT, TRIED = range(4)
 # Columns of `norms` and of `record`, of all rows: last and first residual norm; outcome and updates.
 LAST, FIRST = range(2)
 OUTCOME, UPDATES = range(2)
@@ -113,37 +127,47 @@ def advance(
     Gives the number of rows that stay.
     """
     u, step, trial, g = vectors[U], vectors[STEP], vectors[TRIAL], givens[GIVENS]
+    n = u.shape[1]
     kept = 0
-    for k in range(live):
-        source, row, norm = indices[k, SOURCE], indices[k, PLACE], numbers[k, NORM]
-        copy(b, source, step, kept)
-        sound = factor(a, source, lu, pivots, kept)
-        if sound:
-            sound = substitute(lu, pivots, kept, step, kept)
-        if not sound:
-            record[row, OUTCOME] = SINGULAR
-            record[row, UPDATES] = update - 1
-            norms[row, LAST] = norm
-            copy(u, k, solution, row)
-            continue
-        if kept != k:
-            copy(u, k, u, kept)
-            copy(g, k, g, kept)
-            numbers[kept, NORM] = norm
-            indices[kept, PLACE] = row
-        slope = 0.0
-        for i in range(u.shape[1]):
-            slope += (b[source, i] / norm) * (step[kept, i] / norm)
-            trial[kept, i] = u[kept, i] + step[kept, i]
-        numbers[kept, SLOPE] = slope
-        kept += 1
+    for start in range(0, live, LANES):
+        end = min(start + LANES, live)
+        for k in range(start, end):
+            load(a, indices[k, SOURCE], lu, k)
+            put_side(b, indices[k, SOURCE], lu, k)
+        fill_up(lu, end, n)
+        factor(lu, pivots, start // LANES, n)
+        substitute(lu, pivots, start // LANES, n)
+        for k in range(start, end):
+            source, row, norm = indices[k, SOURCE], indices[k, PLACE], numbers[k, NORM]
+            finite = take_side(lu, k, step, kept)
+            if not (finite and had_pivots(lu, k, n)):
+                record[row, OUTCOME] = SINGULAR
+                record[row, UPDATES] = update - 1
+                norms[row, LAST] = norm
+                copy(u, k, solution, row)
+                continue
+            if kept != k:
+                copy(u, k, u, kept)
+                copy(g, k, g, kept)
+                numbers[kept, NORM] = norm
+                indices[kept, PLACE] = row
+            indices[kept, SLOT] = k
+            slope = 0.0
+            for i in range(n):
+                slope += (b[source, i] / norm) * (step[kept, i] / norm)
+                trial[kept, i] = u[kept, i] + step[kept, i]
+            numbers[kept, SLOPE] = slope
+            kept += 1
     return kept
 
 
-@inner
-def _settled(
+@kernel
+def judge(
+    trial_b: Any,
+    tried: Any,
+    again: Any,
+    more: Any,
     live: Any,
-    update: Any,
     vectors: Any,
     givens: Any,
     numbers: Any,
@@ -153,38 +177,93 @@ def _settled(
     norms: Any,
     record: Any,
     solution: Any,
+    limits: Any,
+) -> Any:
+    """Judge the full trials of all live rows or, `again`, the shorter ones of those that were refused.
+
+    `more` tells whether a trial may be cut back. Gives the number of refused rows, whose shorter trials are set; and,
+    where there are none, that of the rows whose chord steps are.
+    """
+    criteria = _unpacked(limits)
+    trial, b, further = vectors[TRIAL], vectors[B], vectors[FURTHER]
+    refused = 0
+    for i in range(tried):
+        k = i
+        if again:
+            k = indices[i, TRIED]
+            copy(further, i, trial, k)
+        else:
+            numbers[k, ALPHA] = 1.0
+        copy(trial_b, i, b, k)
+        numbers[k, TRIAL_NORM] = norm_of(b, k)
+        if more and not _stands(k, numbers, indices, norms, criteria):
+            _shorten(k, refused, vectors, givens, numbers, indices, criteria)
+            refused += 1
+    if refused:
+        return refused, 0
+    return 0, _chords(live, vectors, givens, numbers, indices, lu, pivots, norms, criteria)
+
+
+@inlined
+def _stands(k: Any, numbers: Any, indices: Any, norms: Any, criteria: Any) -> Any:
+    """Whether the trial of a live row may stand."""
+    first = norms[indices[k, PLACE], FIRST]
+    return _accepted(numbers[k, TRIAL_NORM], numbers[k, NORM], first, numbers[k, SLOPE], numbers[k, ALPHA], criteria)
+
+
+@inlined
+def _chords(
+    live: Any,
+    vectors: Any,
+    givens: Any,
+    numbers: Any,
+    indices: Any,
+    lu: Any,
+    pivots: Any,
+    norms: Any,
     criteria: Any,
 ) -> Any:
-    """See `settle`."""
-    u, step, trial, b, g = vectors[U], vectors[STEP], vectors[TRIAL], vectors[B], givens[GIVENS]
-    kept = 0
-    for k in range(live):
-        row, norm = indices[k, PLACE], numbers[k, TRIAL_NORM]
-        first = norms[row, FIRST]
-        done = _converged(norm, first, criteria)
-        if done and criteria.small_steps:
-            moved = numbers[k, ALPHA] * norm_of(step, k)
-            done = _small_step(moved, norm_of(trial, k), norm, criteria)
-        if done or not isfinite(norm):
-            record[row, OUTCOME] = CONVERGED if done else DIVERGED
-            record[row, UPDATES] = update
-            norms[row, LAST] = norm
-            copy(trial, k, solution, row)
-            if done and _gains(norm, first, criteria):
-                if not _carries(norm, numbers[k, NORM], first, criteria):
-                    record[row, OUTCOME] = WAITING
-                elif substitute(lu, pivots, k, b, k):
-                    for i in range(u.shape[1]):
-                        solution[row, i] += b[k, i]
+    """Set the chord steps of the live rows that take one; give the number of these."""
+    trial, b, further = vectors[TRIAL], vectors[B], vectors[FURTHER]
+    n = trial.shape[1]
+    followed = 0
+    end = 0
+    while criteria.chord_steps and end < live:
+        start, first = end, followed
+        group = indices[start, SLOT] // LANES
+        clear_sides(lu, n)
+        while end < live and indices[end, SLOT] // LANES == group:
+            norm0 = norms[indices[end, PLACE], FIRST]
+            if _followed(numbers[end, TRIAL_NORM], numbers[end, NORM], norm0, numbers[end, ALPHA], criteria):
+                put_side(b, end, lu, indices[end, SLOT])
+                indices[followed, TRIED] = end
+                followed += 1
+            end += 1
+        if followed == first:
             continue
-        copy(trial, k, u, kept)
-        if kept != k:
-            copy(g, k, g, kept)
-        numbers[kept, NORM] = norm
-        indices[kept, PLACE] = row
-        indices[kept, SOURCE] = kept
-        kept += 1
-    return kept
+        substitute(lu, pivots, group, n)
+        tried, followed = followed, first
+        for i in range(first, tried):
+            k = indices[i, TRIED]
+            if take_side(lu, indices[k, SLOT], further, followed):
+                for j in range(n):
+                    further[followed, j] += trial[k, j]
+                copy(givens[GIVENS], k, givens[FURTHER_GIVENS], followed)
+                indices[followed, TRIED] = k
+                followed += 1
+    return followed
+
+
+@inlined
+def _shorten(k: Any, i: Any, vectors: Any, givens: Any, numbers: Any, indices: Any, criteria: Any) -> None:
+    """Set the next trial of a live row, as the refused row `i`."""
+    alpha = numbers[k, ALPHA] / criteria.cutback
+    numbers[k, ALPHA] = alpha
+    indices[i, TRIED] = k
+    for j in range(vectors.shape[2]):
+        vectors[FURTHER, i, j] = vectors[U, k, j] + alpha * vectors[STEP, k, j]
+    for j in range(givens.shape[2]):
+        givens[FURTHER_GIVENS, i, j] = givens[GIVENS, k, j]
 
 
 @kernel
@@ -208,7 +287,9 @@ def settle(
 
     Gives the number of those that stay.
     """
-    u, step, trial, b, further = vectors[U], vectors[STEP], vectors[TRIAL], vectors[B], vectors[FURTHER]
+    criteria = _unpacked(limits)
+    u, step, trial, b, g = vectors[U], vectors[STEP], vectors[TRIAL], vectors[B], givens[GIVENS]
+    further = vectors[FURTHER]
     for i in range(followed):
         k, norm = indices[i, TRIED], norm_of(further_b, i)
         if norm < numbers[k, TRIAL_NORM]:
@@ -218,143 +299,31 @@ def settle(
                 step[k, j] = further[i, j] - trial[k, j]
             copy(further, i, trial, k)
             copy(further_b, i, b, k)
-    criteria = _unpacked(limits)
-    return _settled(live, update, vectors, givens, numbers, indices, lu, pivots, norms, record, solution, criteria)
-
-
-@kernel
-def judge(
-    trial_b: Any,
-    live: Any,
-    update: Any,
-    hold: Any,
-    vectors: Any,
-    givens: Any,
-    numbers: Any,
-    indices: Any,
-    lu: Any,
-    pivots: Any,
-    norms: Any,
-    record: Any,
-    solution: Any,
-    limits: Any,
-) -> Any:
-    """Judge the full trials; where no row has a further trial, settle at once.
-
-    Gives the number of live rows; that of refused ones, whose shorter trials are set; and, where there are none, that
-    of rows whose chord steps are.
-    """
-    criteria = _unpacked(limits)
-    b = vectors[B]
-    refused = 0
+    kept = 0
     for k in range(live):
-        copy(trial_b, k, b, k)
-        numbers[k, TRIAL_NORM] = norm_of(b, k)
-        numbers[k, ALPHA] = 1.0
-        if criteria.searching and not _stands(k, numbers, indices, norms, criteria):
-            _shorten(k, refused, vectors, givens, numbers, indices, criteria)
-            refused += 1
-    followed = 0 if refused else _chords(live, vectors, givens, numbers, indices, lu, pivots, norms, criteria)
-    if refused == 0 and followed == 0 and not hold:
-        live = _settled(live, update, vectors, givens, numbers, indices, lu, pivots, norms, record, solution, criteria)
-    return live, refused, followed
-
-
-@kernel
-def judge_again(
-    short_b: Any,
-    refused: Any,
-    more: Any,
-    live: Any,
-    vectors: Any,
-    givens: Any,
-    numbers: Any,
-    indices: Any,
-    lu: Any,
-    pivots: Any,
-    norms: Any,
-    record: Any,
-    solution: Any,
-    limits: Any,
-) -> Any:
-    """Judge the trials of the refused rows; `more` tells whether they may be cut back again.
-
-    Gives the number of those that are refused again, whose shorter trials are set; and, where there are none, that of
-    rows whose chord steps are.
-    """
-    criteria = _unpacked(limits)
-    trial, b, short = vectors[TRIAL], vectors[B], vectors[FURTHER]
-    left = 0
-    for i in range(refused):
-        k = indices[i, TRIED]
-        copy(short_b, i, b, k)
-        copy(short, i, trial, k)
-        numbers[k, TRIAL_NORM] = norm_of(b, k)
-        if more and not _stands(k, numbers, indices, norms, criteria):
-            _shorten(k, left, vectors, givens, numbers, indices, criteria)
-            left += 1
-    followed = 0 if left else _chords(live, vectors, givens, numbers, indices, lu, pivots, norms, criteria)
-    return left, followed
-
-
-@inner
-def _stands(k: Any, numbers: Any, indices: Any, norms: Any, criteria: Any) -> Any:
-    """Whether the trial of a live row may stand."""
-    first = norms[indices[k, PLACE], FIRST]
-    return _accepted(numbers[k, TRIAL_NORM], numbers[k, NORM], first, numbers[k, SLOPE], numbers[k, ALPHA], criteria)
-
-
-@inner
-def _chords(
-    live: Any,
-    vectors: Any,
-    givens: Any,
-    numbers: Any,
-    indices: Any,
-    lu: Any,
-    pivots: Any,
-    norms: Any,
-    criteria: Any,
-) -> Any:
-    """Set the chord steps of the live rows that take one; give the number of these."""
-    trial, b, further = vectors[TRIAL], vectors[B], vectors[FURTHER]
-    followed = 0
-    if not criteria.chord_steps:
-        return followed
-    for k in range(live):
-        first = norms[indices[k, PLACE], FIRST]
-        if not _followed(numbers[k, TRIAL_NORM], numbers[k, NORM], first, numbers[k, ALPHA], criteria):
+        row, norm = indices[k, PLACE], numbers[k, TRIAL_NORM]
+        first = norms[row, FIRST]
+        done = _converged(norm, first, criteria)
+        if done and criteria.small_steps:
+            moved = numbers[k, ALPHA] * norm_of(step, k)
+            done = _small_step(moved, norm_of(trial, k), norm, criteria)
+        if done or not isfinite(norm):
+            record[row, OUTCOME] = CONVERGED if done else DIVERGED
+            record[row, UPDATES] = update
+            norms[row, LAST] = norm
+            copy(trial, k, solution, row)
+            if done and _gains(norm, first, criteria):
+                if not _carries(norm, numbers[k, NORM], first, criteria):
+                    record[row, OUTCOME] = WAITING
+                elif substitute_one(lu, pivots, indices[k, SLOT], b, k):
+                    for i in range(u.shape[1]):
+                        solution[row, i] += b[k, i]
             continue
-        copy(b, k, further, followed)
-        if substitute(lu, pivots, k, further, followed):
-            for j in range(trial.shape[1]):
-                further[followed, j] += trial[k, j]
-            copy(givens[GIVENS], k, givens[FURTHER_GIVENS], followed)
-            indices[followed, TRIED] = k
-            followed += 1
-    return followed
-
-
-@inner
-def _shorten(k: Any, i: Any, vectors: Any, givens: Any, numbers: Any, indices: Any, criteria: Any) -> None:
-    """Set the next trial of a live row, as the refused row `i`."""
-    alpha = numbers[k, ALPHA] / criteria.cutback
-    numbers[k, ALPHA] = alpha
-    indices[i, TRIED] = k
-    for j in range(vectors.shape[2]):
-        vectors[FURTHER, i, j] = vectors[U, k, j] + alpha * vectors[STEP, k, j]
-    for j in range(givens.shape[2]):
-        givens[FURTHER_GIVENS, i, j] = givens[GIVENS, k, j]
-
-
-@kernel
-def last_steps(a: Any, b: Any, waiting: Any, vectors: Any, lu: Any, pivots: Any, record: Any, solution: Any) -> None:
-    """Take the last step of the waiting rows by a linearisation at their solution."""
-    steps = vectors[STEP]
-    for i in range(len(waiting)):
-        row = waiting[i]
-        record[row, OUTCOME] = CONVERGED
-        copy(b, i, steps, 0)
-        if factor(a, i, lu, pivots, 0) and substitute(lu, pivots, 0, steps, 0):
-            for j in range(steps.shape[1]):
-                solution[row, j] += steps[0, j]
+        copy(trial, k, u, kept)
+        if kept != k:
+            copy(g, k, g, kept)
+        numbers[kept, NORM] = norm
+        indices[kept, PLACE] = row
+        indices[kept, SOURCE] = kept
+        kept += 1
+    return kept

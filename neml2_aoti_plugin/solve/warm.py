@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..settings import NewtonSettings
-from . import arrays, kernels, machine_code
+from . import arrays, machine_code
 
 
 def compile_all() -> None:
@@ -24,16 +23,13 @@ def compile_all() -> None:
 
     zero = torch.zeros(1, 1, dtype=torch.float64)
     space = arrays.Workspace(1, 1, 1)
-    rows = arrays.ArrayRows(residual, jacobian, zero, zero, NewtonSettings(), space, hold=True)
+    rows = arrays.ArrayRows(residual, jacobian, zero, zero, NewtonSettings(), space)
     rows.start()
     rows.step()
-    rows.cut_back()
     rows.chord()
     rows.settle()
-    matrix, record, solution = np.ones((1, 1, 1)), np.zeros((1, 2), np.int64), np.zeros((1, 1))
-    waiting = np.zeros(1, np.int64)
-    kernels.last_steps(matrix, solution, waiting, space.vectors, space.lu, space.pivots, record, solution)
-    arrays.columns(torch.from_numpy(matrix), torch.from_numpy(matrix), [0])
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    arrays.columns(one, one, [0])
 
 
 def files() -> list[Path]:

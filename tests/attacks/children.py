@@ -16,6 +16,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def _live(source: str, arguments: list[str], variables: dict[str, str], output: 
     tempfile.tempdir = None
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["-c", *arguments]
+    # Python's own since 3.12, at each fork of a process with threads; the tests look at what we print.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
     sys.stdout.flush()
 
