@@ -187,7 +187,7 @@ class TestMissing:
             metadata["parameter_derivatives"] = []
 
         model = Model(references.edited(case, tmp_path, without)).requires_grad_()
-        with pytest.raises(DerivativeNotCompiledError, match=r"-p promoted\.E -d stress:promoted\.E"):
+        with pytest.raises(DerivativeNotCompiledError, match=r"-p promoted\.E .*-d stress:promoted\.E"):
             model.forward(case.rows())["stress"].sum().backward()
 
     def test_second_derivative_is_refused_and_never_zero(self) -> None:
