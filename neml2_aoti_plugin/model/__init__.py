@@ -1,5 +1,6 @@
 """`Model`: what callers give and get."""
 
-from .model import Model, Solution
+from .model import Model
+from .solution import Solution
 
 __all__ = ["Model", "Solution"]
