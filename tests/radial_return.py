@@ -59,7 +59,8 @@ def stress_and_tangent(increment: Array, dt: Array, stress: Array, p: Array) -> 
     def over(dp: Array) -> Array:
         """Stress beyond what the rate of flow takes; it falls with dp."""
         rate = (dp / dt) ** (1.0 / EXPONENT)
-        return mises - 3.0 * SHEAR * dp - YIELD - HARDENING * (p + dp) - ETA / FACTOR * rate
+        left: Array = mises - 3.0 * SHEAR * dp - YIELD - HARDENING * (p + dp) - ETA / FACTOR * rate
+        return left
 
     flows = mises > YIELD + HARDENING * p
     low, high = np.zeros_like(mises), np.where(flows, (mises - YIELD) / (3.0 * SHEAR), 0.0)
