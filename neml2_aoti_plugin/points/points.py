@@ -166,7 +166,7 @@ class Points:
         self._require_ready(given)
         face, pairs = self._interface, self.pairs if tangent else ()
         driven = {name: face.admitted(name, name, given[name], plane=face.plane) for name in self.driven}
-        targets = face.targets(out or {}, self.model.output_names, pairs)
+        targets = face.targets({} if out is None else out, self.model.output_names, pairs)
         found, driven = self._evaluator.step(driven, self._old, self._trial, pairs)
         before = self._trial.hardest if self._trial is not None else 0
         hardest = max(before, int(found.iterations.max())) if self.n else 0

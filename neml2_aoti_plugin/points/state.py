@@ -63,7 +63,8 @@ def load(path: str | os.PathLike[str]) -> PointsState:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as found:
+        # NumPy leaves a file open that it opened itself and that is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             if str(found["format"]) != FORMAT:
                 raise ValueError(f"its format is {str(found['format'])!r}")
             values = {
