@@ -18,7 +18,7 @@ those of torch.
 
 from __future__ import annotations
 
-from math import sqrt
+from math import prod, sqrt
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -34,9 +34,9 @@ Array = TypeVar("Array", NDArray[Any], Tensor)
 FORMS: tuple[Form, ...] = get_args(Form)
 ORDER = ("xx", "yy", "zz", "yz", "xz", "xy")
 
-# The row and the column of each entry of a vector, and the entry for each row and column.
-_ROWS, _COLUMNS = [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]
-_ENTRIES = [[0, 5, 4], [5, 1, 3], [4, 3, 2]]
+# Of the nine components, row by row: those above and below the diagonal for each entry of a vector, and the other way.
+_ABOVE, _BELOW = [0, 4, 8, 5, 2, 1], [0, 4, 8, 7, 6, 3]
+_ENTRIES = [0, 5, 4, 5, 1, 3, 4, 3, 2]
 
 # What an entry for a shear is, over the component.
 _SHEARS: dict[Form, float] = {"mandel": sqrt(2.0), "voigt strain": 2.0, "voigt stress": 1.0, "tensor": 1.0}
@@ -64,14 +64,7 @@ def convert(values: Array, source: Form, target: Form) -> Array:
     """
     _require(values, _shape(source), f"a symmetric tensor in the form {source!r}")
     _shape(target)
-    if source == target:
-        return values
-    if source == "tensor":
-        require_symmetric(values)
-        # The mean of both components, so that autograd gives both their part.
-        values = 0.5 * (values[..., _ROWS, _COLUMNS] + values[..., _COLUMNS, _ROWS])
-    found = _scaled(values, _SHEARS[target] / _SHEARS[source])
-    return found[..., _ENTRIES] if target == "tensor" else found
+    return values if source == target else _converted(values, source, target, _SHEARS, 0)
 
 
 def convert_gradient(values: Array, source: Form, target: Form) -> Array:
@@ -94,11 +87,8 @@ def convert_gradient(values: Array, source: Form, target: Form) -> Array:
     _shape(target)
     if source == target:
         return values
-    if source == "tensor":
-        require_symmetric(values)
-        values = 0.5 * (values[..., _ROWS, _COLUMNS] + values[..., _COLUMNS, _ROWS])
-    found = _scaled(values, _SHEARS_BY[source] / _SHEARS_BY[target])
-    return found[..., _ENTRIES] if target == "tensor" else found
+    # A derivative goes the other way.
+    return _converted(values, source, target, {form: 1.0 / factor for form, factor in _SHEARS_BY.items()}, 0)
 
 
 def convert_tangent(values: Array, source: Form | tuple[Form, Form], target: Form | tuple[Form, Form]) -> Array:
@@ -124,10 +114,7 @@ def convert_tangent(values: Array, source: Form | tuple[Form, Form], target: For
     if (out, by) == (new_out, new_by):
         return values
     values = convert_gradient(values, by, new_by)
-    axes = len(_shape(new_by))
-    # The axes of `out` come last while they are converted.
-    moved = convert(_rolled(values, len(_shape(out)), axes), out, new_out)
-    return _rolled(moved, axes, len(_shape(new_out)))
+    return values if out == new_out else _converted(values, out, new_out, _SHEARS, len(_shape(new_by)))
 
 
 def require_symmetric(values: NDArray[Any] | Tensor) -> None:
@@ -182,21 +169,38 @@ def _require(values: object, base: tuple[int, ...], what: str) -> None:
         )
 
 
+def _converted(values: Array, source: Form, target: Form, shears: dict[Form, float], behind: int) -> Array:
+    """Convert the axes of a symmetric tensor that have `behind` axes behind them."""
+    if source == "tensor" and behind == 0:
+        require_symmetric(values)
+    own = len(_shape(source))
+    shape: tuple[int, ...] = tuple(values.shape)
+    lead: tuple[int, ...] = shape[: len(shape) - behind - own]
+    after: tuple[int, ...] = shape[len(shape) - behind :]
+    # Three axes; more are slow.
+    found = values.reshape((prod(lead), 9 if source == "tensor" else 6, prod(after)))
+    if source == "tensor":
+        # The mean of both components, so that autograd gives both their part.
+        found = 0.5 * (_taken(found, _ABOVE) + _taken(found, _BELOW))
+    found = _scaled(found, shears[target] / shears[source])
+    if target == "tensor":
+        found = _taken(found, _ENTRIES)
+    return found.reshape((*lead, *_shape(target), *after))
+
+
+def _taken(values: Array, entries: list[int]) -> Array:
+    """Entries of the middle axis."""
+    if isinstance(values, Tensor):
+        return values.index_select(1, torch.tensor(entries, device=values.device))
+    found: Array = np.take(values, entries, 1)
+    return found
+
+
 def _scaled(values: Array, factor: float) -> Array:
-    """Multiply the entries of shears."""
-    factors = [1.0] * 3 + [factor] * 3
+    """Multiply the entries of shears along the middle axis."""
+    factors = [[1.0]] * 3 + [[factor]] * 3
     if isinstance(values, Tensor):
         dtype = values.dtype if values.is_floating_point() else torch.float64
         return values * torch.tensor(factors, dtype=dtype, device=values.device)
     found: Array = values * np.asarray(factors, dtype=values.dtype if values.dtype.kind == "f" else np.float64)
-    return found
-
-
-def _rolled(values: Array, first: int, second: int) -> Array:
-    """Exchange the last two groups of axes, which have `first` and `second` axes."""
-    lead: int = values.ndim - first - second
-    order = [*range(lead), *range(lead + first, lead + first + second), *range(lead, lead + first)]
-    if isinstance(values, Tensor):
-        return values.permute(order)
-    found: Array = values.transpose(order)
     return found

@@ -23,8 +23,8 @@ from .evaluation import Tensors, write
 from .forms import OUT_OF_PLANE, SYMMETRIC
 from .roles import Base, Pair, earlier
 
-# A point is done when |s_o| is below so much of |C_oo| |e| or |s|; or below GOOD of it, where it no longer falls to half,
-# because the model's own solve is not more accurate. LEAST is an accuracy of strains where these are zero.
+# A point is done when |s_o| is below so much of |C_oo| |e| or |s|; or below GOOD of it where it no longer falls to
+# half, because the model's own solve is not more accurate. LEAST is an accuracy of strains where these are zero.
 RELATIVE, GOOD, LEAST = 1e-13, 1e-8, 1e-15
 # Newton steps of a point, and how often one is halved at which the model does not converge.
 LIMIT, CUTS = 30, 6
