@@ -23,6 +23,8 @@ SHEAR, BULK = YOUNG / (2.0 * (1.0 + POISSON)), YOUNG / (3.0 * (1.0 - 2.0 * POISS
 ONE = np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
 DEVIATORIC = np.eye(6) - np.outer(ONE, ONE) / 3.0
 IN_PLANE = [0, 1, 5]
+# What Mandel's strain is of an engineering shear, and a shear stress of Mandel's.
+VOIGT = np.array([1.0, 1.0, np.sqrt(0.5)])
 
 
 @dataclass
@@ -83,7 +85,7 @@ def stress_and_tangent(increment: Array, dt: Array, stress: Array, p: Array) -> 
 
 
 class RadialReturn:
-    """Points with this law; in three dimensions or in plane strain, in Mandel's notation."""
+    """Points with this law; in three dimensions in Mandel's notation, or in plane strain with engineering shears."""
 
     def __init__(self, n: int, dimension: Any = 3) -> None:
         self.n, self._plane = n, dimension == "plane strain"
@@ -96,13 +98,13 @@ class RadialReturn:
 
     def update(self, *, strain: Array, t: float | Array) -> Result:
         whole = np.zeros((self.n, 6))
-        whole[:, IN_PLANE if self._plane else slice(None)] = strain
+        whole[:, IN_PLANE if self._plane else slice(None)] = strain * VOIGT if self._plane else strain
         times = np.broadcast_to(np.asarray(t, dtype=float), (self.n,)).copy()
         old = self._old
         stress, p, tangent = stress_and_tangent(whole - old["strain"], times - old["t"], old["stress"], old["p"])
         self._new = {"strain": whole, "t": times, "stress": stress, "p": p}
         if self._plane:
-            stress, tangent = stress[:, IN_PLANE], tangent[:, IN_PLANE][:, :, IN_PLANE]
+            stress, tangent = stress[:, IN_PLANE] * VOIGT, tangent[:, IN_PLANE][:, :, IN_PLANE] * np.outer(VOIGT, VOIGT)
         outputs = {"stress": stress, "equivalent_plastic_strain": p}
         return Result(outputs, {"stress": {"strain": tangent}}, np.ones(self.n, dtype=bool))
 
