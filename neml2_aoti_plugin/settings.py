@@ -28,6 +28,8 @@ class NewtonSettings:
         ls_c: slack of the acceptance criterion.
         substep_del_tol: in a substepped solve the relative test also asks that the last step is below this
             times the norm of the unknowns.
+        chord_steps: whether a row may take a second step by the factors of a linearisation (row-wise mode only; neml2
+            has no such setting). An update is then a linearisation with both its steps.
     """
 
     atol: float = 1e-10
@@ -38,6 +40,7 @@ class NewtonSettings:
     ls_cutback: float = 2.0
     ls_c: float = 1e-3
     substep_del_tol: float = 1e-6
+    chord_steps: bool = True
 
     @property
     def updates(self) -> int:
@@ -122,6 +125,12 @@ def _line_search(value: Any) -> str:
     return str(value)
 
 
+def _yes_or_no(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
 _COUNT = (_whole, f"a whole number, zero or more, and {MOST} at most")
 _TOLERANCE = (_at_least_zero, "a finite number, zero or more")
 _RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -133,6 +142,7 @@ _RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "ls_cutback": (_more_than_one, "a finite number, more than 1"),
     "ls_c": _TOLERANCE,
     "substep_del_tol": _TOLERANCE,
+    "chord_steps": (_yes_or_no, "True or False"),
 }
 
 

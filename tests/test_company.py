@@ -12,6 +12,7 @@ from torch import Tensor
 import references
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin.graphs.graph import Graph
+from neml2_aoti_plugin.program.systems import VECTOR
 from neml2_aoti_plugin.settings import newton_settings
 from neml2_aoti_plugin.solve import arrays, newton
 from neml2_aoti_plugin.solve.choice import VARIABLE
@@ -158,7 +159,7 @@ def test_what_is_left_comes_from_the_vector_tails_of_the_graphs(tolerance: float
     settings = newton_settings(**{**case.newton, "atol": tolerance, "rtol": tolerance})
 
     def filled(graph: Graph, u: Tensor, g: Tensor) -> list[Tensor]:
-        more = -len(u) % 8
+        more = -len(u) % VECTOR
         outputs = graph([torch.cat([x, x[:1].expand(more, -1)]) for x in (u, g)])
         return [x[: len(u)] for x in outputs]
 

@@ -106,7 +106,7 @@ class TestTaken:
         model, rows = case.load(mode=mode), case.rows()
         rows["strain"] = 1.5 * rows["strain"]
         cold = model.solve(rows)
-        assert int(cold.iterations.min()) >= 5
+        assert int(cold.iterations.min()) >= 4
         warm = model.solve({**rows, **cold.outputs})
         assert bool(warm.converged.all()) and int(warm.iterations.max()) == 0
         assert all(torch.equal(x, cold.outputs[n]) for n, x in warm.outputs.items())

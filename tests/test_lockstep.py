@@ -25,6 +25,8 @@ from neml2_aoti_plugin.solve import groups as layout
 from neml2_aoti_plugin.solve.groups import Group
 
 DENSE = [("dense", ())]
+# The settings that neml2's entry points take; the others are of the row-wise mode.
+NATIVE_SETTINGS = 8
 TIGHT = NewtonSettings(atol=1e-10, rtol=1e-12, miters=40)
 
 
@@ -52,7 +54,7 @@ class Problem:
 
     def solve(self, u0: Tensor, settings: NewtonSettings, trace: list[str] | None = None) -> tuple[Tensor, int]:
         solve = partial(newton_solve_eager, collect_log=trace is not None)
-        u, converged, iterations, lines = solve(self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings))
+        u, converged, iterations, lines = solve(self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings)[:NATIVE_SETTINGS])
         assert converged
         if trace is not None:
             trace.extend(lines)
@@ -60,7 +62,7 @@ class Problem:
 
     def solve_masked(self, u0: Tensor, settings: NewtonSettings) -> tuple[Tensor, Tensor, int]:
         u, mask, iterations = newton_solve_eager_masked(
-            self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings)
+            self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings)[:NATIVE_SETTINGS]
         )
         return u[0], mask, iterations
 

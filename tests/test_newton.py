@@ -21,7 +21,8 @@ from neml2_aoti_plugin.solve.outcome import Outcome
 from neml2_aoti_plugin.solve.system import Groups, Linearisation, System
 from neml2_aoti_plugin.solve.tensors import TensorRows
 
-SETTINGS = NewtonSettings(atol=1e-6, rtol=1e-12, miters=60, ls_max_iters=1)
+# Plain Newton's method; chord steps have tests of their own.
+SETTINGS = NewtonSettings(atol=1e-6, rtol=1e-12, miters=60, ls_max_iters=1, chord_steps=False)
 # Far from the root, Newton's method halves the iterate: each row of these needs some updates more than the one before.
 SQUARES = torch.tensor([4.0, 9.0, 100.0, 1e4, 1e6, 1e8], dtype=torch.float64)
 
@@ -250,6 +251,7 @@ def test_line_search_of_each_row(solve: Implementation, ls_type: Any, ls_max_ite
     settings = NewtonSettings(
         atol=1e-12, rtol=0.0, miters=2, ls_type=ls_type, ls_max_iters=ls_max_iters, ls_cutback=3.0, ls_c=0.2
     )
+    settings = replace(settings, chord_steps=False)
     found = solve(arctan, u, torch.zeros_like(u), settings)
     expected = [_one_update(settings, float(x)) for x in u[:, 0]]
     torch.testing.assert_close(
@@ -275,7 +277,7 @@ def _one_update(settings: NewtonSettings, u: float) -> tuple[float, float]:
 
 def test_small_steps_are_asked_for_where_they_are(solve: Implementation) -> None:
     """Newton on u^2 from far off halves u, so the residual falls by 4 a step while the step stays as large as u."""
-    settings = NewtonSettings(atol=1e-8, rtol=1e-3, miters=60, substep_del_tol=1e-6)
+    settings = replace(SETTINGS, atol=1e-8, rtol=1e-3, substep_del_tol=1e-6)
     start, zero = torch.full((1, 1), 1e3, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     assert int(solve(square_roots(), start, zero, settings).statistics.iterations) == 5
     found = solve(square_roots(), start, zero, settings, small_steps=True)
@@ -284,10 +286,79 @@ def test_small_steps_are_asked_for_where_they_are(solve: Implementation) -> None
     assert int(solve(square_roots(), start, zero, loose, small_steps=True).statistics.iterations) == 5
 
 
+@dataclass
+class Traub:
+    """Newton's method with chord steps on one equation, in plain Python.
+
+    Args:
+        f: the function whose root is sought.
+        slope: its derivative.
+    """
+
+    f: Callable[[float], float]
+    slope: Callable[[float], float]
+    kept: int = 0
+    taken_back: int = 0
+
+    def updates(self, u: float, atol: float) -> tuple[int, float]:
+        """Updates until the function is below a tolerance, and the last iterate."""
+        for k in range(100):
+            if abs(self.f(u)) < atol:
+                return k, u
+            slope, before = self.slope(u), abs(self.f(u))
+            u -= self.f(u) / slope
+            if atol <= abs(self.f(u)) <= 0.5 * before:
+                further = u - self.f(u) / slope
+                falls = abs(self.f(further)) < abs(self.f(u))
+                self.kept, self.taken_back = self.kept + falls, self.taken_back + (not falls)
+                u = further if falls else u
+        raise AssertionError("no root")
+
+
+@pytest.mark.parametrize("copies", [1, 40])
+def test_chord_steps(solve: Implementation, copies: int) -> None:
+    expected = {}
+    for square in SQUARES.tolist():
+        method = Traub(lambda u, square=square: u * u - square, lambda u: 2.0 * u)  # type: ignore[misc]
+        expected[square] = method.updates(1.0, SETTINGS.atol)[0]
+        assert method.kept > 0 and expected[square] < updates(square)
+    squares = SQUARES.repeat_interleave(copies)[torch.randperm(copies * len(SQUARES))]
+    settings = replace(SETTINGS, rtol=0.0, chord_steps=True)
+    found = roots_of(solve, squares, settings)
+    assert found.statistics.all_converged
+    assert_solved(found.unknowns[0].squeeze(-1), squares, settings)
+    assert found.statistics.iterations.tolist() == [expected[x] for x in squares.tolist()]
+
+
+def test_chord_steps_that_let_the_residual_grow_are_taken_back(solve: Implementation) -> None:
+    """The slope is 1 at the first iterate 0 and 4.8 at the next one, 1, where the function is 0.4."""
+    method = Traub(lambda u: ((3.0 * u - 2.6) * u + 1.0) * u - 1.0, lambda u: (9.0 * u - 5.2) * u + 1.0)
+    expected, root = method.updates(0.0, 1e-6)
+    assert method.taken_back > 0
+    cubic = Equations(lambda u, g: -method.f(u), lambda u, g: method.slope(u).unsqueeze(-1))  # type: ignore[arg-type, attr-defined]
+    zero = torch.zeros(3, 1, dtype=torch.float64)
+    found = solve(cubic, zero, zero, replace(SETTINGS, rtol=0.0, chord_steps=True))
+    assert found.statistics.all_converged and found.statistics.iterations.tolist() == [expected] * 3
+    torch.testing.assert_close(found.unknowns[0], torch.full_like(zero, root), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("ls_max_iters", [3, 12])
+def test_no_chord_step_follows_a_step_that_was_cut_back(solve: Implementation, ls_max_iters: int) -> None:
+    """From beyond 1.39 the first step on arctan is cut back; from 0.8 it is not, and a chord step follows."""
+    arctan = Equations(lambda u, g: -torch.atan(u), lambda u, g: (1.0 / (1.0 + u * u)).unsqueeze(-1))
+    u = torch.tensor([[3.0], [20.0], [0.8]], dtype=torch.float64)
+    settings = NewtonSettings(atol=1e-12, rtol=0.0, miters=2, ls_max_iters=ls_max_iters, ls_cutback=8.0)
+    plain, chord = (
+        solve(arctan, u, torch.zeros_like(u), replace(settings, chord_steps=on)).unknowns[0] for on in (False, True)
+    )
+    assert torch.equal(plain[:2], chord[:2])
+    assert abs(float(chord[2])) < abs(float(plain[2]))
+
+
 def test_coupled_rows_agree_with_scipy(solve: Implementation) -> None:
     equations = coupled()
     g = 10.0 * torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    found = solve(equations, torch.zeros_like(g), g, replace(SETTINGS, ls_max_iters=10))
+    found = solve(equations, torch.zeros_like(g), g, replace(SETTINGS, ls_max_iters=10, chord_steps=True))
     assert found.statistics.all_converged
     for row in range(0, 40, 7):
 

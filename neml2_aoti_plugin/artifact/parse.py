@@ -273,7 +273,9 @@ def newton(node: Node) -> NewtonSettings:
         "miters": at_most(10**5),
         "ls_max_iters": at_most(10**4),
     }
-    given = {f.name: reader.get(f.name, number)(node.at(f.name)) for f in fields(NewtonSettings) if f.name in node}
+    # `chord_steps` is a setting of this runtime, which no release of neml2 writes.
+    names = [f.name for f in fields(NewtonSettings) if f.name in node and f.name != "chord_steps"]
+    given = {name: reader.get(name, number)(node.at(name)) for name in names}
     try:
         return newton_settings(**given)
     except InputError as error:

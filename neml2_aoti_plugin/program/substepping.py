@@ -89,6 +89,8 @@ def solve(
         How each row fared, and what the solve over the whole increment came to.
     """
     spec = segment.spec
+    # Which increments are cut is part of the result; it follows from plain Newton steps, as in neml2.
+    settings = replace(settings, chord_steps=False)
     like = next(iter(state.values()))
     unknowns = {v.name: like.new_zeros((rows, *v.natural_shape)) for v in spec.unknown_variables}
     names = [g.variable.name for g in spec.roles]

@@ -33,18 +33,26 @@ class Workspace:
     def __init__(self, rows: int, n: int, q: int) -> None:
         self.rows = rows
         vectors, givens = torch.empty(5, rows, n, dtype=torch.float64), torch.empty(2, rows, q, dtype=torch.float64)
-        self.u, self.trial, self.short = vectors[kernels.U], vectors[kernels.TRIAL], vectors[kernels.SHORT]
-        self.g, self.short_g = givens[kernels.GIVENS], givens[kernels.SHORT_GIVENS]
+        self._kept = vectors[kernels.U], givens[kernels.GIVENS], vectors[kernels.TRIAL]
+        self._more = vectors[kernels.FURTHER], givens[kernels.FURTHER_GIVENS]
         self.vectors, self.givens = vectors.numpy(), givens.numpy()
         self.numbers, self.indices = np.empty((rows, 4)), np.empty((rows, 3), np.int64)
         self.lu, self.pivots = np.empty((rows, n, n)), np.empty((rows, n), np.int64)
-        self._views = self.u, self.g, self.trial
+        self._live, self._further = self._kept, self._more
 
     def live(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Unknowns, givens and trials of the live rows; the same tensors as long as their number is the same."""
-        if len(self._views[0]) != count:
-            self._views = self.u[:count], self.g[:count], self.trial[:count]
-        return self._views
+        if len(self._live[0]) != count:
+            u, g, trial = self._kept
+            self._live = u[:count], g[:count], trial[:count]
+        return self._live
+
+    def further(self, count: int) -> tuple[Tensor, Tensor]:
+        """Further trials, and the givens of their rows."""
+        if len(self._further[0]) != count:
+            u, g = self._more
+            self._further = u[:count], g[:count]
+        return self._further
 
 
 class Workspaces:
@@ -111,10 +119,22 @@ class ArrayRows:
         self._unknowns = torch.empty(rows, n, dtype=torch.float64)
         self._solution = self._unknowns.numpy()
         self._space = workspace
-        self.live, self.refused, self._update, self._cut = rows, 0, 0, 0
+        self.live, self.refused, self._followed, self._update, self._cut = rows, 0, 0, 0, 0
         self._settled = True
         self._b: np.ndarray
         self._a: np.ndarray
+        self._further_b = workspace.vectors[kernels.FURTHER]
+        self._arrays = (
+            workspace.vectors,
+            workspace.givens,
+            workspace.numbers,
+            workspace.indices,
+            workspace.lu,
+            workspace.pivots,
+            self._norms,
+            self._record,
+            self._solution,
+        )
 
     def start(self) -> None:
         """See `newton.Rows`."""
@@ -124,17 +144,7 @@ class ArrayRows:
         g.copy_(self._givens)
         if self._rows:
             self._linearise()
-            self.live = kernels.begin(
-                self._b,
-                space.vectors,
-                space.givens,
-                space.numbers,
-                space.indices,
-                self._norms,
-                self._record,
-                self._solution,
-                self._limits,
-            )
+            self.live = kernels.begin(self._b, *self._arrays, self._limits)
 
     def _linearise(self) -> None:
         u, g, _ = self._space.live(self.live)
@@ -148,81 +158,39 @@ class ArrayRows:
             self._linearise()
         self._update += 1
         self._cut = 0
-        self.live = live = kernels.advance(
-            self._a,
-            self._b,
-            self.live,
-            self._update,
-            space.vectors,
-            space.givens,
-            space.numbers,
-            space.indices,
-            space.lu,
-            space.pivots,
-            self._norms,
-            self._record,
-            self._solution,
-        )
+        self.live = live = kernels.advance(self._a, self._b, self.live, self._update, *self._arrays, self._limits)
         if not live:
             self.refused = 0
             return
         _, g, trial = space.live(live)
-        b = self._residual(trial, g)
-        self.live, self.refused = kernels.judge(
-            b.numpy(),
-            live,
-            self._update,
-            self._hold,
-            space.vectors,
-            space.givens,
-            space.numbers,
-            space.indices,
-            space.lu,
-            space.pivots,
-            self._norms,
-            self._record,
-            self._solution,
-            self._limits,
+        b = self._residual(trial, g).numpy()
+        self.live, self.refused, self._followed = kernels.judge(
+            b, live, self._update, self._hold, *self._arrays, self._limits
         )
-        self._settled = not (self.refused or self._hold)
+        self._settled = not (self.refused or self._followed or self._hold)
 
     def cut_back(self) -> None:
         """See `newton.Rows`."""
-        space, refused = self._space, self.refused
         self._cut += 1
-        b = self._residual(space.short[:refused], space.short_g[:refused])
-        self.refused = kernels.judge_again(
-            b.numpy(),
-            refused,
-            self._cut < self._cuts,
-            space.vectors,
-            space.givens,
-            space.numbers,
-            space.indices,
-            self._norms,
-            self._limits,
+        b = self._residual(*self._space.further(self.refused)).numpy()
+        more = self._cut < self._cuts
+        self.refused, self._followed = kernels.judge_again(
+            b, self.refused, more, self.live, *self._arrays, self._limits
         )
+
+    def chord(self) -> None:
+        """See `newton.Rows`; `settle` judges it."""
+        if self._followed:
+            self._further_b = self._residual(*self._space.further(self._followed)).numpy()
 
     def settle(self) -> None:
         """See `newton.Rows`."""
         if self._settled or not self.live:
             return
-        space = self._space
         self.live = kernels.settle(
-            self.live,
-            self._update,
-            space.vectors,
-            space.givens,
-            space.numbers,
-            space.indices,
-            space.lu,
-            space.pivots,
-            self._norms,
-            self._record,
-            self._solution,
-            self._limits,
+            self._further_b, self._followed, self.live, self._update, *self._arrays, self._limits
         )
-        self._settled = True
+        self._followed, self._settled = 0, True
 
     def finish(self) -> Solved:
         """See `newton.Rows`."""
@@ -252,7 +220,9 @@ class ArrayRows:
         rows = torch.from_numpy(waiting)
         b, a = self._jacobian(self._unknowns.index_select(0, rows), self._givens.index_select(0, rows))
         space = self._space
-        kernels.last_steps(a.numpy(), b.numpy(), waiting, space.lu, space.pivots, self._record, self._solution)
+        kernels.last_steps(
+            a.numpy(), b.numpy(), waiting, space.vectors, space.lu, space.pivots, self._record, self._solution
+        )
 
     def worst(self) -> tuple[float, float]:
         """See `newton.Rows`."""
@@ -295,8 +265,11 @@ def columns(a: Tensor, b: Tensor, chosen: Sequence[int]) -> Tensor:
         `(rows, n, len(chosen))`; NaN in rows whose matrix is singular.
     """
     rows, n = a.shape[:2]
-    found = np.empty((rows, len(chosen), n))
-    elimination.columns(
-        a.numpy(), b.numpy(), np.asarray(chosen, np.int64), np.empty((n, n)), np.empty(n, np.int64), found
+    found, lu, pivots, x = (
+        np.empty((rows, len(chosen), n)),
+        np.empty((1, n, n)),
+        np.empty((1, n), np.int64),
+        np.empty((1, n)),
     )
+    elimination.columns(a.numpy(), b.numpy(), np.asarray(chosen, np.int64), lu, pivots, x, found)
     return torch.from_numpy(found).transpose(1, 2)

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from ..settings import NewtonSettings
 
+# A full step that lets the residual norm fall to this part of it, or less, is followed by a chord step.
+STEEP = 0.5
+
 # A row whose residual norm is below this part of its limit has nothing to gain from another step.
 FINE = 1e-4
 
@@ -30,6 +33,7 @@ class Criteria(NamedTuple):
         searching: whether trials are tested at all.
         small_steps: whether the relative test also asks for a small last step.
         step_tol: how small, relative to the unknowns.
+        chord_steps: whether a row may take a second step by the same factors.
     """
 
     atol: float
@@ -41,6 +45,7 @@ class Criteria(NamedTuple):
     searching: bool
     small_steps: bool
     step_tol: float
+    chord_steps: bool
 
 
 def criteria_of(settings: NewtonSettings, *, small_steps: bool = False, as_native: bool = False) -> Criteria:
@@ -49,8 +54,8 @@ def criteria_of(settings: NewtonSettings, *, small_steps: bool = False, as_nativ
     Args:
         settings: of the solve.
         small_steps: whether the relative test also asks for a small last step (`substep_del_tol`).
-        as_native: whether the line search is that of neml2's C++ runtime, which tests a trial that has converged by
-            the relative tolerance alone.
+        as_native: whether the iterates are those of neml2's C++ runtime, whose line search tests a trial that has
+            converged by the relative tolerance alone, and which takes no chord steps.
     """
     return Criteria(
         float(settings.atol),
@@ -62,6 +67,7 @@ def criteria_of(settings: NewtonSettings, *, small_steps: bool = False, as_nativ
         settings.cuts > 0,
         small_steps,
         float(settings.substep_del_tol),
+        settings.chord_steps and not as_native,
     )
 
 
@@ -100,6 +106,23 @@ def accepted(trial: Any, norm: Any, norm0: Any, slope: Any, alpha: Any, criteria
     ratio = trial / norm
     most = 1.0 - criteria.c * alpha if criteria.strong_wolfe else 1.0 - 2.0 * criteria.c * alpha * slope
     return (ratio * ratio <= most) | (trial <= criteria.atol) | (trial < criteria.trial_rtol * norm0)
+
+
+def followed(trial: Any, norm: Any, norm0: Any, alpha: Any, criteria: Criteria) -> Any:
+    """Whether a chord step follows an accepted step: a full one that was steep, and has not led to the limit yet.
+
+    A chord step is one by the factors that are at hand. With it the method is of third order for two residuals and one
+    Jacobian per update: J. F. Traub, Iterative Methods for the Solution of Equations, 1964.
+
+    Args:
+        trial: residual norm after the step.
+        norm: residual norm before it.
+        norm0: residual norm at the first iterate.
+        alpha: its step length.
+        criteria: of the solve.
+    """
+    steep = (alpha == 1.0) & (trial <= STEEP * norm) & (trial > 0.0)
+    return criteria.chord_steps & steep & (trial >= criteria.atol) & (trial >= criteria.rtol * norm0)
 
 
 def gains(norm: Any, norm0: Any, criteria: Criteria) -> Any:

@@ -43,7 +43,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     Args:
         function: arithmetic and loops over arrays, of a module in this package.
     """
-    compiled: Any = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    compiled: Any = _compiled(function)
     if numba.config.DISABLE_JIT:
         return compiled
     # With a numba of another make it compiles in each process.
@@ -53,6 +53,20 @@ def kernel(function: Callable[..., Any]) -> Any:
     compile_now = compiled.compile
     compiled.compile = lambda sig: undisturbed(lambda: compile_now(sig))
     return compiled
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """A function that only kernels call, whose machine code is kept with theirs."""
+    return _compiled(function, no_cpython_wrapper=True)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A short function that only kernels call, compiled as if its lines stood there."""
+    return _compiled(function, no_cpython_wrapper=True, inline="always")
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    return numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)(function)
 
 
 @cache

@@ -48,6 +48,10 @@ class Rows(Protocol):
         """Shorten the steps of the refused rows, and judge their trials."""
         ...
 
+    def chord(self) -> None:
+        """Take a second step by the factors at hand with the rows that gain by it."""
+        ...
+
     def settle(self) -> None:
         """Accept the trials; rows that are done leave."""
         ...
@@ -90,6 +94,7 @@ def solve(rows: Rows, settings: NewtonSettings, tell: Tell | None = None) -> Sol
             if not rows.refused or k > settings.cuts:
                 break
             rows.cut_back()
+        rows.chord()
         rows.settle()
     return rows.finish()
 

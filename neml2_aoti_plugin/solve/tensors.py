@@ -78,6 +78,9 @@ class TensorSteps:
         self._alpha = torch.where(self._stands, self._alpha, self._alpha / self._criteria.cutback)
         self._evaluate_trial()
 
+    def chord(self) -> None:
+        """See `newton.Rows`; neml2's runtime takes no chord steps."""
+
     def _evaluate_trial(self) -> None:
         moves = zip(self._u, self._du, self._of_u, strict=True)
         self._trial = [x + per_row(self._alpha, group) * d for x, d, group in moves]
@@ -125,6 +128,27 @@ class TensorRows(TensorSteps):
         self._leave(Outcome.DIVERGED, ~self._norm.isfinite())
         self._leave(Outcome.CONVERGED, done[self._place])
 
+    def chord(self) -> None:
+        """See `newton.Rows`; a linearisation that serves one right-hand side only takes none."""
+        if not (self.live and self._linear.reusable):
+            return
+        followed = by.followed(self._trial_norm, self._norm, self._norm0, self._alpha, self._criteria)
+        rows = (followed & finite_rows(self._du, self._of_u)).nonzero().squeeze(-1)
+        if not len(rows):
+            return
+        trial, b = ([x.index_select(0, rows) for x in groups] for groups in (self._trial, self._trial_b))
+        further = _moved(trial, self._linear.take(rows).solve(b), self._of_u)
+        further_b = self._system.take(rows).residual(further)
+        norm = row_norms(further_b, self._of_r)
+        better = norm < self._trial_norm[rows]
+        rows = rows[better]
+        # The step before has been accepted: it is where the rows come from now.
+        self._u = _put(self._u, rows, [x[better] for x in trial])
+        self._norm = self._norm.index_copy(0, rows, self._trial_norm[rows])
+        self._trial = _put(self._trial, rows, [x[better] for x in further])
+        self._trial_b = _put(self._trial_b, rows, [x[better] for x in further_b])
+        self._trial_norm = self._trial_norm.index_copy(0, rows, norm[better])
+
     def settle(self) -> None:
         """See `newton.Rows`."""
         if not self.live:
@@ -159,7 +183,7 @@ class TensorRows(TensorSteps):
         if len(rows):
             steps = self._last_steps(self._linear.take(rows), [x.index_select(0, rows) for x in self._b])
             moved = _moved([x.index_select(0, rows) for x in self._u], steps, self._of_u)
-            self._u = [x.index_copy(0, rows, m) for x, m in zip(self._u, moved, strict=True)]
+            self._u = _put(self._u, rows, moved)
 
     def _last_steps(self, linear: Linearisation, b: Groups) -> Groups:
         """The steps for right-hand sides that may be below the absolute tolerance of an iterative linear solve."""
@@ -204,6 +228,11 @@ def _moved(u: Groups, steps: Groups, layout: Layout) -> Groups:
     """Take a step with the rows where it is finite."""
     finite = finite_rows(steps, layout)
     return [torch.where(per_row(finite, g), x + d, x) for x, d, g in zip(u, steps, layout, strict=True)]
+
+
+def _put(groups: Groups, rows: Tensor, values: Groups) -> Groups:
+    """Some rows exchanged for others."""
+    return [x.index_copy(0, rows, value) for x, value in zip(groups, values, strict=True)]
 
 
 def _largest(norms: Tensor) -> float:

@@ -28,9 +28,11 @@ def compile_all() -> None:
     rows.start()
     rows.step()
     rows.cut_back()
+    rows.chord()
     rows.settle()
     matrix, record, solution = np.ones((1, 1, 1)), np.zeros((1, 2), np.int64), np.zeros((1, 1))
-    kernels.last_steps(matrix, solution, np.zeros(1, np.int64), space.lu, space.pivots, record, solution)
+    waiting = np.zeros(1, np.int64)
+    kernels.last_steps(matrix, solution, waiting, space.vectors, space.lu, space.pivots, record, solution)
     arrays.columns(torch.from_numpy(matrix), torch.from_numpy(matrix), [0])
 
 
