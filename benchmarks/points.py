@@ -58,7 +58,7 @@ def line(name: str, rows: int, notation: Any, seconds: float) -> str:
     points.restore(PointsState({key: inputs[key] for key in points.kept}, model.digest, rows))
     # The driven inputs as the caller writes them.
     forms = points._interface.forms
-    given = {key: forms.outward(key, inputs[key], plane=False).clone().numpy() for key in points.driven}
+    given = {key: forms.outward(key, inputs[key]).clone().numpy() for key in points.driven}
 
     def update() -> object:
         points.revert()

@@ -54,7 +54,9 @@ class Problem:
 
     def solve(self, u0: Tensor, settings: NewtonSettings, trace: list[str] | None = None) -> tuple[Tensor, int]:
         solve = partial(newton_solve_eager, collect_log=trace is not None)
-        u, converged, iterations, lines = solve(self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings)[:NATIVE_SETTINGS])
+        u, converged, iterations, lines = solve(
+            self.residual, self.step, DENSE, DENSE, [u0], *astuple(settings)[:NATIVE_SETTINGS]
+        )
         assert converged
         if trace is not None:
             trace.extend(lines)

@@ -49,6 +49,7 @@ class TestRoles:
         assert points.kept == ("strain~1", "t~1", "equivalent_plastic_strain~1", "stress~1")
         assert points.pairs == (("stress", "strain"),)
         assert "3, notation='mandel', dimension=3" in repr(points)
+        assert Points(visco(), np.int64(3)).n == 3
 
     def test_model_without_state_needs_no_initial(self) -> None:
         points = Points(references.case("elasticity").artifact, 2)

@@ -273,6 +273,39 @@ class TestPlaneStressOfPoints:
         assert np.array_equal(one.outputs["stress"], two.outputs["stress"])
 
 
+class TestWhole:
+    """Tensors with all components in a plane dimension."""
+
+    @pytest.mark.parametrize("notation", NOTATIONS)
+    def test_outputs_and_inputs(self, notation: Any) -> None:
+        reduced = points_of("viscoplasticity", 3, notation=notation, dimension="plane strain")
+        whole = points_of("viscoplasticity", 3, notation=notation, dimension="plane strain", whole=["stress"])
+        free = points_of("viscoplasticity", 3, notation=notation, dimension="plane strain", whole=["stress", "strain"])
+        space = points_of("viscoplasticity", 3, notation=notation)
+        strain = gradients(3, 4e-3, "plane")
+        one = reduced.update(strain=written(strain, notation, "strain", "plane"), t=1.0)
+        two = whole.update(strain=written(strain, notation, "strain", "plane"), t=1.0)
+        three = free.update(strain=written(strain, notation, "strain"), t=1.0)
+        expected = space.update(strain=written(strain, notation, "strain"), t=1.0)
+        assert np.array_equal(two.outputs["stress"], expected.outputs["stress"])
+        assert np.array_equal(three.outputs["stress"], expected.outputs["stress"])
+        assert np.array_equal(three.tangent["stress"]["strain"], expected.tangent["stress"]["strain"])
+        c, d = one.tangent["stress"]["strain"], two.tangent["stress"]["strain"]
+        if notation == "tensor":
+            assert d.shape == (3, 3, 3, 2, 2) and np.array_equal(d[:, :2, :2], c)
+        else:
+            assert d.shape == (3, 6, 3) and np.array_equal(d[:, [0, 1, 5]], c)
+
+    def test_refused(self) -> None:
+        model = references.case("viscoplasticity").model
+        with pytest.raises(
+            InputError, match=r"whole= names 'stress', whose components out of the plane.*trial\('stress'"
+        ):
+            Points(model, 1, dimension="plane stress", whole=["stress"])
+        with pytest.raises(UnknownNameError, match="whole= names 't', which is no symmetric tensor"):
+            Points(model, 1, dimension="plane strain", whole=["t"])
+
+
 class TestTold:
     def test_voigt_of_variables_whose_names_do_not_tell(self, tmp_path: Path) -> None:
         def rename(metadata: dict[str, Any]) -> None:

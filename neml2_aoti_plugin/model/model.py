@@ -290,7 +290,7 @@ class Model(CompiledModule):
             param_overrides: as for `forward`.
             jacobian: whether to evaluate derivative blocks too. A row with one that is not finite counts as failed.
             pairs: as for `jacobian`, which they imply.
-            expand: as for `jacobian`.
+            expand: as for `jacobian`, but that blocks have the batch axes unless told otherwise.
 
         Returns:
             Outputs, blocks, which rows converged, and how each fared.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import InputTypeError
 from ..model import Model, Solution
 from .roles import Pair, Roles, earlier
 
@@ -71,23 +73,21 @@ class Evaluator:
             return evaluate(self.model, inputs, first, pairs), driven
 
         def at(rows: Tensor | None, strain: Tensor, iterates: Tensors | None) -> Solution:
-            own = {**(inputs if rows is None else {name: value[rows] for name, value in inputs.items()})}
+            own = {name: value if rows is None else value[rows] for name, value in inputs.items()}
             own[constraint.strain] = strain
-            if iterates is None:
-                starts = first if rows is None else {name: value[rows] for name, value in first.items()}
-            else:
-                before = old if rows is None else {name: value[rows] for name, value in old.items()}
-                starts = {name: self._usable(name, value, before) for name, value in iterates.items()}
+            starts = first if iterates is None else {n: self._usable(n, x, old, rows) for n, x in iterates.items()}
             return evaluate(self.model, own, starts, constraint.needed(pairs), rows)
 
         strain = constraint.start(driven[constraint.strain], old, trial.values if trial else None)
         found, strain = constraint.solve(at, strain, self.iterates)
         return replace(found, blocks=constraint.condensed(found, pairs)), {**driven, constraint.strain: strain}
 
-    def _usable(self, name: str, value: Tensor, old: Tensors) -> Tensor:
-        """A first iterate that is finite: at points that have failed, the value before the step."""
+    def _usable(self, name: str, value: Tensor, old: Tensors, rows: Tensor | None = None) -> Tensor:
+        """A first iterate that is finite: at points that have failed, the value before the step, or zero."""
         before = old.get(earlier(name, 1))
-        return torch.where(value.isfinite(), value, torch.zeros_like(value) if before is None else before)
+        if before is None:
+            return value.nan_to_num(0.0, 0.0, 0.0)
+        return torch.where(value.isfinite(), value, before if rows is None else before[rows])
 
 
 def advanced(roles: Roles, old: Tensors, now: Tensors, mask: Tensor | None) -> Tensors:
@@ -108,6 +108,25 @@ def advanced(roles: Roles, old: Tensors, now: Tensors, mask: Tensor | None) -> T
                 value = torch.where(mask.reshape(mask.shape + (1,) * (kept.ndim - 1)), value, kept)
             new[earlier(name, lag)], value = value, kept
     return new
+
+
+def loaded(model: object) -> Model:
+    """A model, or one that is loaded from its path.
+
+    Args:
+        model: a `Model`, or the path of a compiled model's folder.
+
+    Raises:
+        InputTypeError: it is neither.
+    """
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return Model(model)
+    raise InputTypeError(
+        f"model is a {type(model).__name__}, expected a Model or the path of a compiled model's folder. Of a model "
+        "that neml2.load_model gave, take the folder: Points('aoti/NAME', n)."
+    )
 
 
 def evaluate(

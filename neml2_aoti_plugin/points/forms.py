@@ -35,43 +35,51 @@ class Forms:
     Args:
         bases: base shapes in the model, by variable.
         forms: form of each symmetric tensor.
+        reduced: symmetric tensors of which callers give and get the components in the plane only.
     """
 
     bases: dict[str, Base]
     forms: dict[str, forms.Form]
+    reduced: frozenset[str]
 
-    def shape(self, name: str, *, plane: bool) -> Base:
-        """Base shape of a variable as the caller writes it; with `plane`, of its components in the plane."""
+    def shape(self, name: str, *, whole: bool = False) -> Base:
+        """Base shape of a variable as the caller writes it.
+
+        Args:
+            name: of the variable.
+            whole: whether in three dimensions in any case.
+        """
         if name not in self.forms:
             return self.bases[name]
+        plane = name in self.reduced and not whole
         if self.forms[name] == "tensor":
             return (2, 2) if plane else (3, 3)
         return (len(IN_PLANE),) if plane else SYMMETRIC
 
-    def inward(self, name: str, value: Tensor, *, plane: bool) -> Tensor:
+    def inward(self, name: str, value: Tensor, *, whole: bool = False) -> Tensor:
         """Bring a caller's value, `(..., *shape)`, to the model's form."""
         form = self.forms.get(name)
         if form is None:
             return value
-        if plane:
-            base = self.shape(name, plane=False)
-            whole = value.new_zeros((*value.shape[: value.ndim - len(base)], *base))
+        if name in self.reduced and not whole:
+            base = self.shape(name, whole=True)
+            embedded = value.new_zeros((*value.shape[: value.ndim - len(base)], *base))
             if form == "tensor":
-                whole[..., :2, :2] = value
+                embedded[..., :2, :2] = value
             else:
-                whole[..., IN_PLANE] = value
-            value = whole
+                embedded[..., IN_PLANE] = value
+            value = embedded
         return forms.convert(value, form, "mandel")
 
-    def outward(self, name: str, value: Tensor, *, plane: bool) -> Tensor:
+    def outward(self, name: str, value: Tensor, *, whole: bool = False) -> Tensor:
         """Bring a value `(..., *base)` to the caller's form; the same object where there is nothing to do."""
         form = self.forms.get(name)
         if form is None:
             return value
         found = forms.convert(value, "mandel", form)
-        return self._in_plane(found, name, 0) if plane else found
+        return found if whole else self._in_plane(found, name, 0)
 
-    def tangent(self, out: str, by: str, block: Tensor, *, plane: bool) -> Tensor:
+    def tangent(self, out: str, by: str, block: Tensor) -> Tensor:
         """Bring a derivative, `(..., *out base, *by base)`, to the caller's forms."""
         form_out, form_by = self.forms.get(out), self.forms.get(by)
         if form_out is not None and form_by is not None:
@@ -79,18 +87,16 @@ class Forms:
         elif form_by is not None:
             block = forms.convert_gradient(block, "mandel", form_by)
         elif form_out is not None:
-            behind, axes = len(self.bases[by]), len(self.shape(out, plane=False))
+            behind, axes = len(self.bases[by]), len(self.shape(out))
             moved = forms.convert(block.movedim(-1 - behind, -1), "mandel", form_out)
             last = range(moved.ndim - axes, moved.ndim)
             block = moved.movedim(tuple(last), tuple(k - behind for k in last))
-        if plane and form_by is not None:
-            block = self._in_plane(block, by, 0)
-        if plane and form_out is not None:
-            block = self._in_plane(block, out, len(self.shape(by, plane=True)))
-        return block
+        return self._in_plane(self._in_plane(block, by, 0), out, len(self.shape(by)))
 
     def _in_plane(self, value: Tensor, name: str, behind: int) -> Tensor:
-        """The components in the plane of a symmetric tensor whose axes have `behind` axes behind them."""
+        """The components that the caller gets of a variable whose axes have `behind` axes behind them."""
+        if name not in self.reduced:
+            return value
         last = value.ndim - 1 - behind
         if self.forms[name] == "tensor":
             return value.narrow(last, 0, 2).narrow(last - 1, 0, 2)
@@ -98,7 +104,14 @@ class Forms:
 
 
 def forms_of(
-    bases: dict[str, Base], notation: Notation, strains: Iterable[str], stresses: Iterable[str], where: str
+    bases: dict[str, Base],
+    notation: Notation,
+    strains: Iterable[str],
+    stresses: Iterable[str],
+    *,
+    plane: bool,
+    whole: Iterable[str],
+    where: str,
 ) -> Forms:
     """Find the form of each symmetric tensor.
 
@@ -107,33 +120,36 @@ def forms_of(
         notation: the caller's.
         strains: symmetric tensors that Voigt's notation writes as strains.
         stresses: those that it writes as stresses.
+        plane: whether callers give and get components in the plane only.
+        whole: symmetric tensors with all components even so.
         where: the artifact, for messages.
 
     Raises:
-        InputError: there is no such notation; a variable has no form in it, or it can't be told which.
-        UnknownNameError: a name in `strains` or `stresses` is not that of a symmetric tensor.
+        InputError: there is no such notation, or it can't be told which form a variable has in it.
+        UnknownNameError: a name is not that of a symmetric tensor.
     """
     if notation not in NOTATIONS:
         raise InputError(f"notation is {notation!r}, expected one of {', '.join(NOTATIONS)}.")
     symmetric = [name for name, base in bases.items() if base == SYMMETRIC]
-    told: dict[str, forms.Form] = {}
-    for names, form, argument in ((strains, "voigt strain", "strains"), (stresses, "voigt stress", "stresses")):
+    strains, stresses, whole = tuple(strains), tuple(stresses), tuple(whole)
+    for names, argument in ((strains, "strains"), (stresses, "stresses"), (whole, "whole")):
         for name in names:
             if name not in symmetric:
                 raise UnknownNameError(
                     f"{argument}= names {name!r}, which is no symmetric tensor of {where}; there are: "
                     f"{', '.join(symmetric)}."
                 )
-            told[name] = form  # type: ignore[assignment]
+    reduced = frozenset(symmetric).difference(whole) if plane else frozenset()
     if notation != "voigt":
-        return Forms(bases, dict.fromkeys(symmetric, notation))
+        return Forms(bases, dict.fromkeys(symmetric, notation), reduced)
     found: dict[str, forms.Form] = {}
     for name in symmetric:
-        strain, stress = "strain" in name, "stress" in name
-        if name not in told and strain == stress:
+        strain = name in strains or ("strain" in name and name not in stresses)
+        stress = name in stresses or ("stress" in name and name not in strains)
+        if strain == stress:
             raise InputError(
                 f"{where}: it can't be told whether Voigt's notation writes {name!r} as a strain, with shears doubled, "
                 f"or as a stress. Tell it: Points(..., strains=[{name!r}]) or stresses=[{name!r}]."
             )
-        found[name] = told.get(name) or ("voigt strain" if strain else "voigt stress")
-    return Forms(bases, found)
+        found[name] = "voigt strain" if strain else "voigt stress"
+    return Forms(bases, found, reduced)

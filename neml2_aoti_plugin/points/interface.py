@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError, UnknownNameError
 from ..model import Solution
+from ..notation import ORDER
 from .arrays import Array, Arrays, to_caller
-from .forms import Forms
+from .forms import IN_PLANE, Forms
 from .roles import Base, Pair
 
 
@@ -40,7 +41,8 @@ class PointsResult:
     @property
     def failed(self) -> list[int]:
         """The points that failed."""
-        return [int(k) for k in np.flatnonzero(~np.asarray(self.converged))]
+        converged = self.converged.cpu() if isinstance(self.converged, Tensor) else self.converged
+        return [int(k) for k in np.flatnonzero(~np.asarray(converged))]
 
 
 @dataclass(frozen=True)
@@ -52,23 +54,21 @@ class Interface:
         arrays: what arrays must be.
         forms: notation of the variables.
         natural: shape of each variable at one point in the model, with the axes of its sub-batch.
-        plane: whether driven inputs and results have the components in the plane only.
     """
 
     n: int
     arrays: Arrays
     forms: Forms
     natural: Mapping[str, Base]
-    plane: bool
 
-    def admitted(self, name: str, variable: str, value: Array, *, plane: bool) -> Tensor:
+    def admitted(self, name: str, variable: str, value: Array, *, whole: bool = False) -> Tensor:
         """A caller's value of a variable as the model takes it, `(n, *natural)`.
 
         Args:
             name: that the caller uses.
             variable: the variable.
             value: `(n, *sub_batch, *base)`, or without `n` for all points.
-            plane: whether it has the components in the plane only.
+            whole: whether it has three dimensions in any case.
 
         Raises:
             InputError: the shape does not fit, or a 3 x 3 tensor is not symmetric.
@@ -76,30 +76,30 @@ class Interface:
         """
         tensor = self.arrays.tensor(value, name)
         natural, base = self.natural[variable], self.forms.bases[variable]
-        one = natural[: len(natural) - len(base)] + self.forms.shape(variable, plane=plane)
+        one = natural[: len(natural) - len(base)] + self.forms.shape(variable, whole=whole)
         shape = tuple(tensor.shape)
         if shape not in (one, (self.n, *one)):
-            raise InputError(self._shape_message(name, variable, shape, one, plane))
+            raise InputError(self._shape_message(name, variable, shape, one))
         try:
-            found = self.forms.inward(variable, tensor, plane=plane)
+            found = self.forms.inward(variable, tensor, whole=whole)
         except InputError as error:
             raise InputError(f"{name!r}: {error}") from None
         return found.expand(self.n, *natural) if shape == one else found
 
-    def _shape_message(self, name: str, variable: str, shape: Base, one: Base, plane: bool) -> str:
+    def _shape_message(self, name: str, variable: str, shape: Base, one: Base) -> str:
         form = self.forms.forms.get(variable)
         wanted = f"{name!r} has shape {shape}, expected {(self.n, *one)}, or {one} for all points alike"
         if form is None:
             return f"{wanted}."
         if shape[1:] == one:
             return f"{wanted}: there are {self.n} points."
-        parts = "xx, yy, xy" if plane else "xx, yy, zz, yz, xz, xy"
+        parts = ", ".join(ORDER[k] for k in (IN_PLANE if one[-1] == len(IN_PLANE) else range(6)))
         kind = "symmetric tensors in components" if form == "tensor" else f"{parts} in the form {form!r}"
         return f"{wanted}: {kind}. Points(..., notation=...) says how tensors are written, dimension=... how many axes."
 
     def shown(self, name: str, value: Tensor, *, torch_kind: bool = False) -> Array:
         """A copy of a variable's value in the caller's notation, in three dimensions."""
-        found = self.forms.outward(name, value, plane=False)
+        found = self.forms.outward(name, value, whole=True)
         return to_caller(found.clone() if found is value else found.contiguous(), torch_kind=torch_kind)
 
     def targets(self, out: Mapping[Any, Array], outputs: Sequence[str], pairs: Sequence[Pair]) -> dict[Any, Tensor]:
@@ -117,9 +117,9 @@ class Interface:
             if isinstance(key, str) and key in outputs:
                 natural, base = self.natural.get(key, ()), self.forms.bases[key]
                 sites = natural[: len(natural) - len(base)]
-                shape = (self.n, *sites, *self.forms.shape(key, plane=self.plane))
+                shape = (self.n, *sites, *self.forms.shape(key))
             elif key in pairs:
-                shape = (self.n, *(k for name in key for k in self.forms.shape(name, plane=self.plane)))
+                shape = (self.n, *(k for name in key for k in self.forms.shape(name)))
             else:
                 raise UnknownNameError(
                     f"out holds {key!r}, which is no result of this update; there are: "
@@ -130,11 +130,9 @@ class Interface:
 
     def results(self, found: Solution, pairs: Sequence[Pair], targets: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         """Outputs and tangents in the caller's form, by output or pair, written to the caller's arrays where given."""
-        results: dict[Any, Tensor] = {
-            name: self.forms.outward(name, value, plane=self.plane) for name, value in found.outputs.items()
-        }
+        results: dict[Any, Tensor] = {name: self.forms.outward(name, value) for name, value in found.outputs.items()}
         for out, by in pairs:
-            results[out, by] = self.forms.tangent(out, by, found.blocks[out][by], plane=self.plane)
+            results[out, by] = self.forms.tangent(out, by, found.blocks[out][by])
         for key, value in results.items():
             results[key] = targets[key].copy_(value) if key in targets else value.contiguous()
         return results
@@ -176,17 +174,16 @@ def mask_of(keep: Array, n: int) -> Tensor:
     Raises:
         InputError: it is neither.
     """
-    given = torch.as_tensor(keep.detach().cpu() if isinstance(keep, Tensor) else np.array(keep))
-    if given.dtype == torch.bool and tuple(given.shape) == (n,):
-        return given
-    mask = torch.zeros(n, dtype=torch.bool)
-    if given.numel() == 0 and given.dtype != torch.bool:
-        return mask
-    if given.dtype == torch.bool or given.is_floating_point() or given.ndim != 1:
+    given = np.asarray(keep.detach().cpu() if isinstance(keep, Tensor) else keep)
+    if given.dtype == np.bool_ and given.shape == (n,):
+        return torch.from_numpy(given.copy())
+    mask = np.zeros(n, dtype=np.bool_)
+    if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
         raise InputError(
-            f"keep has shape {tuple(given.shape)} and dtype {given.dtype}, expected a mask of bool ({n},) or indices."
+            f"keep has shape {given.shape} and dtype {given.dtype}, expected a mask of bool ({n},), or indices."
         )
-    if bool((given < 0).any()) or bool((given >= n).any()):
-        raise InputError(f"keep has indices from {int(given.min())} to {int(given.max())}, expected 0 to {n - 1}.")
-    mask[given.long()] = True
-    return mask
+    if given.size:
+        if given.min() < 0 or given.max() >= n:
+            raise InputError(f"keep has indices from {given.min()} to {given.max()}, expected 0 to {n - 1}.")
+        mask[given] = True
+    return torch.from_numpy(mask)

@@ -29,7 +29,8 @@ RELATIVE, GOOD, LEAST = 1e-13, 1e-8, 1e-15
 # Newton steps of a point, and how often one is halved at which the model does not converge.
 LIMIT, CUTS = 30, 6
 
-# Evaluates some of the points (all if None) for their whole strains, from iterates of the same points where given.
+# Evaluates some of the points for their whole strains, from iterates of the same points; in the first call all of them,
+# from what they have.
 Evaluate = Callable[[Tensor | None, Tensor, Tensors | None], Solution]
 
 
@@ -76,6 +77,15 @@ class PlaneStress:
                     f"{missing[0][0]}:{missing[0][1]}."
                 )
         return tuple(found)
+
+    def require_reduced(self, whole: Sequence[str]) -> None:
+        """Refuse that the stress or the strain is given whole: what is out of the plane is found."""
+        for name in self.pair:
+            if name in whole:
+                raise InputError(
+                    f"whole= names {name!r}, whose components out of the plane are what plane stress finds or sets to "
+                    f"zero; Points.trial({name!r}) has them."
+                )
 
     def start(self, strain: Tensor, old: Tensors, last: Tensors | None) -> Tensor:
         """Strains to start from: those given, out of the plane those of the last update, or of the state.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from ..errors import AOTIError, InputError, InputTypeError, UnknownNameError
 from ..model import Model
 from . import state as states
 from .arrays import Array, Arrays
-from .evaluation import Evaluator, Tensors, Trial, advanced
+from .evaluation import Evaluator, Tensors, Trial, advanced, loaded
 from .forms import DIMENSIONS, Dimension, Notation, forms_of
 from .interface import Interface, PointsResult, mask_of, result_of
 from .plane_stress import plane_stress_of
@@ -43,6 +44,7 @@ class Points:
         driven: inputs that are given with each update although their names say otherwise.
         strains: symmetric tensors that Voigt's notation writes as strains; by default those with `strain` in the name.
         stresses: those that it writes as stresses; by default those with `stress` in the name.
+        whole: symmetric tensors with all six components even in a plane dimension, such as an eigenstrain.
         stress_strain: the output and the driven input that plane stress is about, where there are several.
 
     Raises:
@@ -62,13 +64,12 @@ class Points:
         driven: Sequence[str] = (),
         strains: Sequence[str] = (),
         stresses: Sequence[str] = (),
+        whole: Sequence[str] = (),
         stress_strain: Pair | None = None,
     ) -> None:
         if dimension not in DIMENSIONS:
             raise InputError(f"dimension is {dimension!r}, expected one of {', '.join(map(repr, DIMENSIONS))}.")
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise InputTypeError(f"n is {n!r}, expected a number of points.")
-        self.model, self.n = _loaded(model), n
+        self.model, self.n = loaded(model), _count(n)
         self.notation, self.dimension = notation, dimension
         where, outputs = str(self.model.artifact), self.model.outputs
         roles = roles_of(self.model, history or {}, driven)
@@ -80,10 +81,11 @@ class Points:
         self.pairs = pairs_of(self.model, roles.driven, pairs)
         if constraint is not None:
             self.pairs = constraint.condensable(self.model, self.pairs, chosen=pairs is not None)
-        forms = forms_of(bases, notation, strains, stresses, where)
+            constraint.require_reduced(whole)
+        forms = forms_of(bases, notation, strains, stresses, plane=dimension != 3, whole=whole, where=where)
         arrays = Arrays(self.model.dtype, self.model.device)
         self._roles, self._kept = roles, roles.kept
-        self._interface = Interface(n, arrays, forms, roles.natural, plane=dimension != 3)
+        self._interface = Interface(self.n, arrays, forms, roles.natural)
         # A start for some of the unknowns only would be no iterate of any solve.
         unknowns = tuple(self.model.first_iterates)
         iterates = unknowns if all(name in outputs for name in unknowns) else ()
@@ -121,12 +123,12 @@ class Points:
             InputTypeError: a value is no array, or has the wrong dtype or device.
         """
         found: Tensors = {}
-        for name, value in {**(values or {}), **named}.items():
+        for name, value in _named(values, named).items():
             if name not in self._kept and name not in self._roles.depth:
                 there = ", ".join((*self._roles.depth, *self._kept)) or "nothing"
                 raise UnknownNameError(f"{name!r} is not kept by these points; what is kept is: {there}.")
             variable = self._kept.get(name, name)
-            found[name] = self._interface.admitted(name, variable, value, plane=False).clone()
+            found[name] = self._interface.admitted(name, variable, value, whole=True).clone()
             if not bool(found[name].isfinite().all()):
                 raise InputError(f"the initial value {name!r} is not finite (NaN or infinite).")
         self._old = {
@@ -162,10 +164,15 @@ class Points:
             InputError: an array has another shape, is not symmetric, or can't be written to.
             InputTypeError: an array has another dtype or device, or is none.
         """
-        given = {**(values or {}), **named}
-        self._require_ready(given)
+        given = _named(values, named)
+        if not self._begun:
+            raise AOTIError(
+                f"these points have no state yet, and the model needs {', '.join(self._roles.lagged)}. Call initial() "
+                "first; without arguments all of it is zero."
+            )
+        self._roles.require_driven(given)
         face, pairs = self._interface, self.pairs if tangent else ()
-        driven = {name: face.admitted(name, name, given[name], plane=face.plane) for name in self.driven}
+        driven = {name: face.admitted(name, name, given[name]) for name in self.driven}
         targets = face.targets({} if out is None else out, self.model.output_names, pairs)
         found, driven = self._evaluator.step(driven, self._old, self._trial, pairs)
         before = self._trial.hardest if self._trial is not None else 0
@@ -295,33 +302,20 @@ class Points:
         shape = (self.n, *self._roles.natural[self._kept[name]])
         return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
 
-    def _require_ready(self, given: Mapping[str, Array]) -> None:
-        if not self._begun:
-            raise AOTIError(
-                f"these points have no state yet, and the model needs {', '.join(self._roles.lagged)}. Call initial() "
-                "first; without arguments all of it is zero."
-            )
-        absent = [name for name in self.driven if name not in given]
-        unknown = [name for name in given if name not in self.driven]
-        if absent or unknown:
-            own = [name for name in unknown if name in self._roles.lagged or name in self._roles.starts]
-            hint = f" {', '.join(map(repr, own))}: kept by the points themselves." if own else ""
-            raise UnknownNameError(
-                f"update: missing {absent}, unknown {unknown}; it takes {', '.join(self.driven)}.{hint}"
-            )
-
     def _require_trial(self, call: str) -> Trial:
         if self._trial is None:
             raise AOTIError(f"{call}: there is no update since the last commit or revert; call update first.")
         return self._trial
 
 
-def _loaded(model: Model | str | os.PathLike[str]) -> Model:
-    if isinstance(model, Model):
-        return model
-    if not isinstance(model, (str, os.PathLike)):
-        raise InputTypeError(
-            f"model is a {type(model).__name__}, expected a Model or the path of a compiled model's folder. Of a model "
-            "that neml2.load_model gave, take the folder: Points('aoti/NAME', n)."
-        )
-    return Model(model)
+def _named(values: Mapping[str, Array] | None, named: Mapping[str, Array]) -> dict[str, Array]:
+    """Values by name, from both ways to give them."""
+    if values is not None and not isinstance(values, Mapping):
+        raise InputTypeError(f"values are a {type(values).__name__}, expected names: update(strain=..., t=...).")
+    return {**(values or {}), **named}
+
+
+def _count(n: object) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
+        raise InputTypeError(f"n is {n!r}, expected a number of points.")
+    return int(n)

@@ -44,6 +44,18 @@ class Roles:
         """The variables by the names under which their earlier values are kept, such as `stress~1`."""
         return {earlier(name, lag): name for name, depth in self.depth.items() for lag in range(1, depth + 1)}
 
+    def require_driven(self, given: Iterable[str]) -> None:
+        """Refuse names that are not those of the driven inputs, and that some are absent."""
+        given = tuple(given)
+        absent = [name for name in self.driven if name not in given]
+        unknown = [name for name in given if name not in self.driven]
+        if absent or unknown:
+            own = [name for name in unknown if name in self.lagged or name in self.starts]
+            hint = f" {', '.join(map(repr, own))}: kept by the points themselves." if own else ""
+            raise UnknownNameError(
+                f"update: missing {absent}, unknown {unknown}; it takes {', '.join(self.driven)}.{hint}"
+            )
+
 
 def earlier(name: str, lag: int) -> str:
     """The name of a variable's value some steps back."""
