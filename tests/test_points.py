@@ -116,6 +116,20 @@ class TestSteps:
             points.commit()
 
     @pytest.mark.wide
+    def test_without_a_predictor_agree_with_neml2s_driver(self) -> None:
+        case = references.case("krylov")
+        points = Points(case.model, 2)
+        assert points.driven == ("strain", "t")
+        points.initial()
+        for step in range(1, case.driver.nsteps):
+            given = case.driver.result_in[step]
+            found = points.update(strain=given["strain"].data.numpy(), t=float(given["t"].data))
+            assert bool(found.converged.all())
+            points.commit()
+        expected = case.driver.result_out[-1]["creep_strain"].data
+        assert references.difference(torch.from_numpy(points.committed("creep_strain")), expected) < 1e-7
+
+    @pytest.mark.wide
     def test_histories_of_two_steps_agree_with_neml2s_driver(self) -> None:
         case = references.case("chaboche")
         points = Points(case.model, 2)

@@ -218,6 +218,16 @@ class TestPlaneStressOfPoints:
         assert np.allclose(found.outputs["stress"][:, 0, 0], expected, rtol=1e-10)
         assert np.allclose(found.outputs["stress"][:, 1, 1], poisson * expected, rtol=1e-10)
 
+    @pytest.mark.wide
+    def test_tangent_by_a_temperature(self) -> None:
+        points = points_of("composed", 2, notation="voigt", dimension="plane stress")
+        strain = np.array([[4e-3, 0, 1e-3], [0, 1e-3, 0]])
+        found = points.update(strain=strain, temperature=350.0, t=1.0)
+        up, down = (points.update(strain=strain, temperature=350.0 + d, t=1.0).outputs for d in (1e-2, -1e-2))
+        for name, row in found.tangent.items():
+            expected = (up[name] - down[name]) / 2e-2
+            assert np.allclose(row["temperature"], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
     def test_points_that_fail_do_so_alone(self) -> None:
         points, alone = (points_of("viscoplasticity", n, dimension="plane stress") for n in (4, 3))
         strain = written(gradients(4, 4e-3, "plane"), "mandel", "strain", "plane")
