@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from neml2.types import SR2, r2_from_sr2
 from numpy.typing import NDArray
 
+import references
 from neml2_aoti_plugin import InputError, InputTypeError
 from neml2_aoti_plugin.notation import (
     FORMS,
@@ -131,6 +132,16 @@ def test_stiffness_of_isotropic_elasticity_has_the_entries_of_textbooks() -> Non
     expected[3:, 3:] = shear * np.eye(3)
     assert np.allclose(voigt, expected)
     assert np.allclose(np.diag(convert_tangent(components, "tensor", "mandel"))[3:], 2 * shear)
+
+
+def test_engineering_shears_in_the_place_of_mandels_give_twice_the_stress() -> None:
+    """What the documents warn of."""
+    model = references.case("elasticity").model
+    strain = torch.tensor([0, 0, 0, 0, 0, 2e-3], dtype=torch.float64)
+    shear = 205000.0 / (2 * (1 + 0.29))
+    right = convert(model.forward({"strain": convert(strain, "voigt strain", "mandel")})["stress"], "mandel", "tensor")
+    assert np.isclose(float(right[0, 1]), shear * 2e-3)
+    assert np.isclose(float(model.forward({"strain": strain})["stress"][5]), 2 * shear * 2e-3)
 
 
 def test_mandel_is_the_form_of_neml2s_type() -> None:

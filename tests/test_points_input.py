@@ -118,6 +118,15 @@ class TestArrays:
         assert np.array_equal(points.committed("strain"), 2 * strains())
         del expected
 
+    def test_results_may_be_written_over_what_was_given(self) -> None:
+        points, other = begun(), begun()
+        mine = 2 * strains()
+        points.update(strain=mine, t=2.0, out={"stress": mine})
+        expected = other.update(strain=2 * strains(), t=2.0)
+        assert np.array_equal(mine, expected.outputs["stress"])
+        points.commit()
+        assert np.array_equal(points.committed("strain"), 2 * strains())
+
     def test_what_is_shown_is_a_copy(self) -> None:
         points = begun()
         before = points.state()

@@ -178,12 +178,13 @@ class Points:
         before = self._trial.hardest if self._trial is not None else 0
         hardest = max(before, int(found.iterations.max())) if self.n else 0
         fine = bool(found.converged.all())
+        # What the caller has in its hands is copied; results may be written over what it gave.
+        kept = {name: value.clone() for name, value in driven.items() if name in self._roles.depth}
         results = face.results(found, pairs, targets)
-        kept: Tensors = {}
         for name in dict.fromkeys((*self._roles.depth, *self._evaluator.iterates)):
-            # Copied, where the caller has it in its hands.
-            value = driven[name] if name in driven else found.outputs[name]
-            kept[name] = value.clone() if name in driven or value is results[name] else value
+            if name not in driven:
+                value = found.outputs[name]
+                kept[name] = value.clone() if value is results[name] else value
         self._trial = Trial(kept, found.converged.clone(), hardest)
         torch_kind = any(isinstance(value, Tensor) for value in given.values())
         return result_of(results, found, pairs, step_factor(hardest, failed=not fine), torch_kind=torch_kind)
