@@ -54,7 +54,8 @@ def make_pools(artifact: Path, stub: Path, driver: str) -> dict[str, Tensors]:
     history = states(stub, driver)
     size = len(next(iter(history.values())))
     middle = size // 2
-    model = Model(artifact)
+    # With Newton's steps alone, so that the typical row is the same whatever else the plugin does.
+    model = Model(artifact, solver={"chord_steps": False})
     pools = {
         HOMOGENEOUS: {name: value[middle : middle + 1].clone() for name, value in history.items()},
         HETEROGENEOUS: spread(history, POOL_ROWS),

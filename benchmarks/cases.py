@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PLUGIN, NATIVE, EAGER, COMPILED = "plugin", "C++", "eager", "neml2.compile"
-# Bare graph calls: the updates of each row, and the Jacobian graph once more for the test that ends its solve.
-FLOOR, LAST_TEST = "floor", "last test"
+# The graphs that one call of the plugin calls, on as many rows, with nothing between them.
+FLOOR = "bare graphs"
 COPY = "copy"
+# The plugin with `torch.set_num_threads(2)`, beside itself with one thread.
+TWO_THREADS = "plugin, 2 threads"
 
 # Peers without which a case says nothing; the others are left out where they would take too long.
-ESSENTIAL = (PLUGIN, NATIVE, FLOOR, LAST_TEST, COPY)
+ESSENTIAL = (PLUGIN, NATIVE, FLOOR, COPY, TWO_THREADS)
 
 HETEROGENEOUS, HOMOGENEOUS = "heterogeneous", "homogeneous"
 ROWS = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
-QUICK_ROWS = (1, 100, 1_000)
-# neml2.compile compiles anew for each number of rows, which takes minutes for an implicit model.
-COMPILED_ROWS = (1, 10_000)
+QUICK_ROWS = (1, 10, 100, 1_000)
+THREADS_ROWS = (10_000, 100_000)
+# neml2.compile compiles anew for each number of rows, which takes minutes for an implicit model: two models only.
+COMPILED_ROWS = {"elasticity": (1, 10_000), "viscoplasticity": (10_000,)}
+# About what a case costs besides its calls, in seconds, and how often its calls are made at least.
+BASE_SECONDS, LEAST_CALLS = 8.0, 9
+# How much longer a call for derivatives takes.
+DERIVATIVES = 1.5
 
 
 @dataclass(frozen=True)
@@ -27,27 +34,50 @@ class Subject:
         name: of the entry.
         title: what it is, in a few words.
         implicit: whether it has an implicit segment.
+        row_seconds: what a row takes in the plugin and in the C++ runtime together, in a large heterogeneous batch; it
+            decides how the time is shared out.
         most: largest number of rows for outputs.
+        most_homogeneous: largest number of rows that are all the same.
         most_jacobian: largest number of rows for derivatives; 0 where none were compiled.
         once: further quantities, at one row.
+        threads: whether it is also timed on two threads.
     """
 
     name: str
     title: str
+    row_seconds: float
     implicit: bool = True
     most: int = 1_000_000
+    most_homogeneous: int = 10_000
     most_jacobian: int = 0
     once: tuple[str, ...] = ()
+    threads: bool = False
 
 
 SUBJECTS = {
     subject.name: subject
     for subject in (
-        Subject("elasticity", "forward only", implicit=False, most_jacobian=1_000_000, once=("typed",)),
-        Subject("viscoplasticity", "implicit, 7 unknowns", most_jacobian=1_000_000, once=("typed", "driver")),
-        Subject("chaboche", "implicit, 19 unknowns"),
-        Subject("composed", "forward, implicit (7 unknowns), forward", most_jacobian=100_000),
-        Subject("crystal", "single crystal, 7 unknowns, 12 slip systems as a sub-batch", most=10_000),
+        Subject(
+            "elasticity",
+            "forward only",
+            1e-7,
+            implicit=False,
+            most_homogeneous=1_000_000,
+            most_jacobian=1_000_000,
+            once=("typed",),
+        ),
+        Subject(
+            "viscoplasticity",
+            "implicit, 7 unknowns",
+            3.2e-5,
+            most_homogeneous=1_000_000,
+            most_jacobian=1_000_000,
+            once=("typed", "driver"),
+            threads=True,
+        ),
+        Subject("chaboche", "implicit, 19 unknowns", 2.4e-4, most=100_000, most_homogeneous=100_000),
+        Subject("composed", "forward, implicit (7 unknowns), forward", 5.5e-5, most_jacobian=1_000_000),
+        Subject("crystal", "single crystal, 7 unknowns, 12 slip systems as a sub-batch", 1.6e-4, most=10_000),
     )
 }
 
@@ -59,8 +89,8 @@ class Case:
     Args:
         model: entry of the stub catalogue.
         batch: whether all rows are the same, or differ in state and rate.
-        quantity: `forward`, `jacobian`, `typed` (the call through `AOTIModel`), `driver` (100 steps of a
-            TransientDriver) or `memory`.
+        quantity: `forward`, `jacobian` (outputs and derivatives), `typed` (the call through `AOTIModel`), `driver` (100
+            steps of a TransientDriver), `threads` (outputs, two threads beside one) or `memory`.
         rows: number of rows.
     """
 
@@ -77,36 +107,38 @@ class Case:
     @property
     def peers(self) -> tuple[str, ...]:
         """The peers that it is measured on, the plugin first."""
-        implicit = SUBJECTS[self.model].implicit
         if self.quantity == "forward":
-            tested = (LAST_TEST,) if implicit else ()
-            compiled = (COMPILED,) if not implicit or self._worth_compiling else ()
-            return (PLUGIN, NATIVE, FLOOR, *tested, COPY, EAGER, *compiled)
-        if self.quantity == "driver":
-            return (PLUGIN, NATIVE, EAGER)
-        return (PLUGIN, NATIVE) if self.quantity == "typed" else (PLUGIN, NATIVE, EAGER)
-
-    @property
-    def _worth_compiling(self) -> bool:
-        return self.batch == HETEROGENEOUS and self.rows in COMPILED_ROWS
+            compiled = self.batch == HETEROGENEOUS and self.rows in COMPILED_ROWS.get(self.model, ())
+            return (PLUGIN, NATIVE, FLOOR, COPY, EAGER, *((COMPILED,) if compiled else ()))
+        if self.quantity == "threads":
+            return (PLUGIN, TWO_THREADS)
+        return (PLUGIN, NATIVE) if self.quantity in ("typed", "memory") else (PLUGIN, NATIVE, EAGER)
 
     @property
     def weight(self) -> float:
-        """Its share of the time."""
-        return {10_000: 2.0, 100_000: 5.0, 1_000_000: 15.0}.get(self.rows, 1.0)
+        """Its share of the time: about the seconds that it needs at least."""
+        per_row = SUBJECTS[self.model].row_seconds
+        if self.quantity == "jacobian":
+            per_row *= DERIVATIVES
+        elif self.batch == HOMOGENEOUS or self.quantity == "threads":
+            # Without the C++ runtime, which goes on until the slowest row has converged; or with few updates in it.
+            per_row *= 0.3
+        calls = 2 if self.quantity == "memory" else LEAST_CALLS
+        return BASE_SECONDS + calls * per_row * self.rows
 
 
 def cases_of(name: str, batch: str, rows: tuple[int, ...]) -> list[Case]:
     """The timed cases of a model and a kind of batch, in the order of their rows."""
     subject = SUBJECTS[name]
-    found = [Case(name, batch, "forward", n) for n in rows if n <= subject.most]
+    most = subject.most if batch == HETEROGENEOUS else subject.most_homogeneous
+    found = [Case(name, batch, "forward", n) for n in rows if n <= most]
     if batch == HETEROGENEOUS:
         found += [Case(name, batch, "jacobian", n) for n in rows if n <= subject.most_jacobian]
         found += [Case(name, batch, quantity, 1) for quantity in subject.once]
+        found += [Case(name, batch, "threads", n) for n in THREADS_ROWS if n in rows and subject.threads]
     return found
 
 
-def memory_cases_of(name: str, rows: tuple[int, ...]) -> list[Case]:
-    """The cases of a model whose memory is measured: those that need any to speak of."""
-    within = [n for n in rows if n <= SUBJECTS[name].most]
-    return [Case(name, HETEROGENEOUS, "memory", n) for n in within if n >= 10_000 or n == within[-1]]
+def memory_case_of(name: str) -> Case:
+    """The case of a model whose memory is measured: the most rows, for fewer need hardly any."""
+    return Case(name, HETEROGENEOUS, "memory", SUBJECTS[name].most)

@@ -1,120 +1,137 @@
-"""The floor: what the compiled graphs alone take, called by torch's bare package loader.
+"""The floor: the graphs that one call of the plugin calls, one after the other, with nothing between them.
 
-For a forward segment that is one graph call. For an implicit segment it is, for the first, second, ... update, the
-Jacobian graph and the solve graph on the rows that still need that update. There is no test, no line search, no
-choice of rows and no packing. Rows are cut into blocks of whichever size is fastest.
+Which graphs these are, and on how many rows, is not computed but seen: a model is loaded whose graphs note their calls.
+The same graphs, as torch loaded them for the plugin, are then called again with arguments of as many rows. What is
+missing is all else: the checks, the packing, the linear solves, and the choice of rows and steps.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-BLOCKS = (512, 2048, 8192, 32768)
-# So many rows tell which block is the fastest.
-SAMPLE = 1 << 16
+from neml2_aoti_plugin.graphs import loaded
+from neml2_aoti_plugin.graphs.unpack import load_runner
+from neml2_aoti_plugin.model import Model
+from neml2_aoti_plugin.model.call import BelowAutograd
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Noted:
+    """A graph that notes its calls; takes the place of torch's runner.
+
+    Args:
+        name: of its file, without the ending.
+        runner: torch's.
+        calls: takes a note of each call.
+        below_autograd: whether autograd's dispatch was left out in the latest call.
+        largest: its arguments in the latest call of those on the most rows.
+    """
+
+    name: str
+    runner: Any
+    calls: list[tuple[Noted, Shapes]]
+    below_autograd: bool = False
+    largest: list[Tensor] = field(default_factory=list)
+
+    def run(self, arguments: Sequence[Tensor]) -> Any:
+        """Run the graph, as torch's runner does."""
+        shapes = tuple(tuple(x.shape) for x in arguments)
+        self.calls.append((self, shapes))
+        self.below_autograd = torch._C._dispatch_tls_is_dispatch_key_excluded("AutogradFunctionality")
+        if not self.largest or rows_of(shapes) >= len(self.largest[0]):
+            # What the plugin passes are views of buffers that it writes to again.
+            self.largest = [x.clone() for x in arguments]
+        return self.runner.run(arguments)
+
+    def arguments(self, shapes: Shapes) -> list[Tensor]:
+        """Arguments of such shapes: the first rows of the largest ones."""
+        pairs = zip(self.largest, shapes, strict=True)
+        return [x if tuple(x.shape) == shape else x[: shape[0]] for x, shape in pairs]
+
+
+def rows_of(shapes: Shapes) -> int:
+    """Rows of a call, by its first argument."""
+    return shapes[0][0]
+
+
+class Recorder:
+    """A model whose graphs note their calls.
+
+    Args:
+        artifact: its folder with the graphs.
+    """
+
+    def __init__(self, artifact: Path) -> None:
+        self._calls: list[tuple[Noted, Shapes]] = []
+        self._loaded: dict[Any, Any] = {}
+        with self._noting():
+            self._model = Model(artifact, mode="rowwise")
+
+    def floor(self, inputs: Mapping[str, Tensor]) -> Floor:
+        """See which graphs one call for outputs calls.
+
+        Args:
+            inputs: of the model, `(rows, ...)`.
+        """
+        with self._noting():
+            # The first call may load graphs, and make calls of its own for that.
+            self._model.forward({name: value[:1] for name, value in inputs.items()})
+            self._calls.clear()
+            self._model.forward(inputs)
+        return Floor(list(self._calls))
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Have graphs that are loaded meanwhile note their calls, and be shared with no other model."""
+
+        def noted(file: Path, data: bytes, device: torch.device) -> tuple[Any, bool]:
+            runner, python = load_runner(file, data, device)
+            return Noted(file.stem, runner, self._calls), python
+
+        with patch.multiple(loaded, _loaded=self._loaded, load_runner=noted):
+            yield
 
 
 class Floor:
-    """The graphs of an artifact, to be called as a model with given numbers of updates would call them.
+    """Graph calls that are made again.
 
     Args:
-        artifact: its folder.
-        inputs: of the model, `(rows, ...)`.
-        outputs: of the model; the unknowns are taken from here.
-        updates: Newton updates of each row, `(rows,)`.
+        calls: the graphs with the shapes of their arguments, in order.
     """
 
-    def __init__(
-        self, artifact: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], updates: Tensor
-    ) -> None:
-        self._leaf = artifact / "cpu" / "float64"
-        segments = json.loads((artifact / "metadata.json").read_text(encoding="utf-8"))["segments"]
-        self.rows = len(updates)
-        self._forward: list[tuple[Any, list[Tensor]]] = []
-        self._implicit: tuple[Any, Any, list[Tensor], int] | None = None
-        self._updates = updates
-        state = dict(inputs)
-        for segment in segments:
-            if segment["kind"] == "forward":
-                run = self._runner(segment["package"])
-                arguments = [state[v["name"]].contiguous() for v in segment["inputs"]]
-                self._forward.append((run, arguments))
-                names = [v["name"] for v in segment["outputs"]]
-                state.update(zip(names, run(arguments), strict=True))
-            else:
-                state.update({v["name"]: outputs[v["name"]] for v in segment["unknowns"]})
-                unknowns, givens = segment["unknown_group_infos"], segment["given_group_infos"]
-                packed = [_packed(group, state) for group in (*unknowns, *givens)]
-                jacobian, solve = self._runner(segment["jacobian_package"]), self._runner(segment["solve_package"])
-                self._implicit = (jacobian, solve, packed, len(unknowns))
-        self.block = self._fastest_block()
+    def __init__(self, calls: Sequence[tuple[Noted, Shapes]]) -> None:
+        self.counts: dict[str, list[int]] = {}
+        # As the plugin calls them.
+        self._below_autograd = any(graph.below_autograd for graph, _ in calls)
+        arguments: dict[tuple[int, Shapes], list[Tensor]] = {}
+        self._calls: list[tuple[Callable[[list[Tensor]], Any], list[Tensor]]] = []
+        for graph, shapes in calls:
+            count = self.counts.setdefault(graph.name, [0, 0])
+            count[0] += 1
+            count[1] += rows_of(shapes)
+            key = id(graph), shapes
+            if key not in arguments:
+                arguments[key] = graph.arguments(shapes)
+            self._calls.append((graph.runner.run, arguments[key]))
 
-    def _runner(self, file: str) -> Any:
-        return torch._C._aoti.AOTIModelPackageLoader(str(self._leaf / file), "model", False, 1, -1).run
+    def __call__(self) -> None:
+        """Call all graphs."""
+        if self._below_autograd:
+            with BelowAutograd():
+                self._call_all()
+        else:
+            self._call_all()
 
-    def forward(self) -> None:
-        """Call all graphs: the floor."""
-        for run, arguments in self._forward:
+    def _call_all(self) -> None:
+        for run, arguments in self._calls:
             run(arguments)
-        self._newton(self.block, self.rows)
-
-    def last_test(self) -> None:
-        """Call the Jacobian graph once for each row, as the test that ends its solve does."""
-        if self._implicit is None:
-            return
-        jacobian, _, packed, _ = self._implicit
-        for start in range(0, self.rows, self.block):
-            jacobian([x[start : start + self.block] for x in packed])
-
-    def _newton(self, block: int, rows: int) -> None:
-        if self._implicit is None:
-            return
-        jacobian, solve, packed, _ = self._implicit
-        for start, active in self._plan(block):
-            if start >= rows:
-                break
-            for count in active:
-                solve(jacobian([x[start : start + count] for x in packed]))
-
-    def _plan(self, block: int) -> list[tuple[int, list[int]]]:
-        """For each block its start, and the number of rows with at least 1, 2, ... updates."""
-        if block not in self._plans:
-            plan = []
-            for start in range(0, self.rows, block):
-                updates = self._updates[start : start + block]
-                most = int(updates.max()) if len(updates) else 0
-                plan.append((start, [int((updates >= k).sum()) for k in range(1, most + 1)]))
-            self._plans[block] = plan
-        return self._plans[block]
-
-    def _fastest_block(self) -> int:
-        """Try the sizes on the first rows, each twice."""
-        self._plans: dict[int, list[tuple[int, list[int]]]] = {}
-        if self._implicit is None:
-            return self.rows
-        sizes = [size for size in BLOCKS if size < self.rows]
-        if self.rows <= SAMPLE:
-            sizes.append(self.rows)
-        rows = min(self.rows, SAMPLE)
-        seconds = {}
-        for size in sizes:
-            self._newton(size, min(rows, size))
-            start = time.perf_counter()
-            self._newton(size, rows)
-            seconds[size] = time.perf_counter() - start
-        return min(seconds, key=lambda size: seconds[size])
-
-
-def _packed(group: Mapping[str, Any], state: Mapping[str, Tensor]) -> Tensor:
-    """A group's tensor, all variables side by side."""
-    if group["structure"] != "dense" or group["sub_batch_shape"]:
-        raise ValueError("a group of unknowns has a sub-batch, for which there is no floor here")
-    parts: Sequence[Tensor] = [state[name].reshape(len(state[name]), -1) for name in group["var_names"]]
-    return torch.cat(list(parts), -1).contiguous()

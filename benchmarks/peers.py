@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stubs.catalogue import Stub
 
-from .cases import COMPILED, EAGER, NATIVE, PLUGIN
+from .cases import COMPILED, EAGER, NATIVE, PLUGIN, TWO_THREADS
 
 Tensors = dict[str, Tensor]
 
@@ -110,6 +110,16 @@ class Loaded:
             return lambda: self.native.jacobian(inputs)
         arguments = {name: cls(inputs[name]) for name, cls in self.typed_classes.items()}
         return lambda: self.eager.jacobian(arguments)
+
+    def threads(self, peer: str, inputs: Tensors) -> Callable[[], Any]:
+        """A call of the plugin for the outputs, on one or two threads."""
+        count = 2 if peer == TWO_THREADS else 1
+
+        def call() -> Any:
+            torch.set_num_threads(count)
+            return self.plugin.forward(inputs)
+
+        return call
 
     def typed(self, peer: str, inputs: Tensors) -> Callable[[], Any]:
         """The call of `AOTIModel` with typed tensors, as drivers make it."""

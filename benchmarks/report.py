@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .agreement import DERIVATIVE_TOLERANCE, EAGER_TOLERANCE, TOLERANCE
-from .cases import (
-    COMPILED,
-    COPY,
-    EAGER,
-    FLOOR,
-    HETEROGENEOUS,
-    HOMOGENEOUS,
-    LAST_TEST,
-    NATIVE,
-    PLUGIN,
-    ROWS,
-    SUBJECTS,
-    Case,
-)
+from .cases import COMPILED, COPY, EAGER, FLOOR, HETEROGENEOUS, HOMOGENEOUS, NATIVE, PLUGIN, ROWS, SUBJECTS, Case
+from .markdown import duration, mib, table
 from .results import Found, Store
-from .targets import FLAT, Judged, growth_of_time, judge, targets
+from .targets import MET, MISSED, MISSING, MOONSHOT, NOT_PART, UNDECIDED, Judged, judge, moonshot, targets
 
 # Written by hand: what limits what, and what was tried. Its text goes into the page as it is.
 NOTES = Path(__file__).resolve().parent / "notes.md"
-MIB = 2**20
 
 
 def page(store: Store, picture: str) -> str:
@@ -37,32 +24,31 @@ def page(store: Store, picture: str) -> str:
     """
     judged = [one for target in targets() for one in judge(store, target)]
     parts = [
+        "# Performance",
+        _summary(store, judged),
+        _overview(judged),
+        f"![Ratio to the C++ runtime against rows, a panel for each model]({picture})",
+        "## How it was measured",
         _head(store),
-        _summary(judged),
-        "## Targets",
-        _targets(store, judged),
-        f"![Time per row against rows, a panel for each model]({picture})",
         _notes(),
-        "## Time for outputs",
-        *(_times(store, name, batch) for name in SUBJECTS for batch in (HETEROGENEOUS, HOMOGENEOUS)),
-        "## Time for derivatives",
-        *(_derivatives(store, name) for name, subject in SUBJECTS.items() if subject.most_jacobian),
-        "## One row: typed call and driver",
-        _once(store),
-        "## Peak memory",
-        _memory(store),
-        "## Numbers",
-        _numbers(store),
-        "## Left out",
-        _left_out(store),
+        *_section("Each target", _targets(judged)),
+        *_section(
+            "Times for outputs",
+            *(_times(store, name, batch) for name in SUBJECTS for batch in (HETEROGENEOUS, HOMOGENEOUS)),
+            _graphs(store),
+        ),
+        *_section("Times for outputs and derivatives", *(_derivatives(store, name) for name in SUBJECTS)),
+        *_section("One row: typed call and driver", _once(store)),
+        *_section("Peak memory", _memory(store)),
+        *_section("Numbers", _numbers(store)),
+        *_section("Left out", _left_out(store)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, its first column to the left and the others to the right."""
-    lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+def _section(title: str, *parts: str) -> list[str]:
+    """Parts under a title; nothing where all are empty."""
+    return [f"## {title}", *parts] if any(parts) else []
 
 
 def _head(store: Store) -> str:
@@ -74,6 +60,7 @@ def _head(store: Store) -> str:
     parallel = sum(one["parallel"] for one in graphs.values())
     wrappers = "optimised" if header.get("optimised") else "NOT OPTIMISED: the times below mean nothing"
     facts = [
+        ("command", f"`{header.get('command', 'python -m benchmarks')}`, which `make benchmark` calls"),
         ("machine", f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('memory')}"),
         ("caches", f"{machine.get('caches')}"),
         ("system", f"{machine.get('system')}"),
@@ -84,69 +71,80 @@ def _head(store: Store) -> str:
         ("measured", f"begun {begun}, " + (f"ended {ended}" if ended else "not ended: the tables are not complete")),
         ("load", f"{header.get('load')}: the highest load average of one minute that was seen after a case"),
     ]
-    return "\n".join(
-        [
-            "# Performance",
-            "",
-            "Made by",
-            "",
-            f"    {header.get('command', 'python -m benchmarks')}",
-            "",
-            "which `make benchmark` calls. The page is written anew from the stored results with `--report-only`.",
-            "",
-            table(("", ""), facts).replace("--:|", "---|"),
-            "",
-            "In each case all peers are in one process, on the same artifact and the same rows, and are called in",
-            "turn. A ratio is the median over the rounds of the plugin's time over the other's in the same round.",
-            "",
-            "- *Heterogeneous* rows are random states of the stub's own history, with strain rates spread over 6",
-            "  decades. *Homogeneous* rows are all one state of it.",
-            f"- *{NATIVE}* is neml2's own runtime, *eager* is neml2 without compiling. *neml2.compile* is eager neml2",
-            "  after that call; of an implicit model it compiles the residual.",
-            f"- *{FLOOR}* is the time of the compiled graphs alone, called by torch's bare loader: for a solve, the",
-            "  Jacobian graph and the solve graph, for each update, on the rows that need it, in blocks of the size",
-            f"  that is fastest. *{LAST_TEST}* is the Jacobian graph once for each row, which a solve needs besides",
-            "  to know that it has ended.",
-            f"- *{COPY}* copies inputs and outputs once.",
-        ]
+    return f"""{table(("", ""), facts).replace("--:|", "---|")}
+
+In each case all peers are in one process, on the same artifact and the same rows, and their results are compared
+first. Then they are called in turn, round by round. Each is called twice in a row and the second call is timed, so that
+no peer pays for another's cache misses; short calls are made many times instead of once. A ratio is taken in each
+round; the tables have its median over the rounds, and *Each target* also has its minimum and its quartiles.
+
+- *Heterogeneous* rows are random states of the stub's own history, with strain rates spread over 6 decades.
+  *Homogeneous* rows are all one state of it.
+- *{NATIVE}* is neml2's own runtime, *{EAGER}* is neml2 without compiling. *{COMPILED}* is eager neml2 after that call;
+  of an implicit model it compiles the residual.
+- *{FLOOR}* are the graphs that one call of the plugin calls, on as many rows each, called one after the other by
+  torch's runner with nothing between them. The plugin's linear solves are not graphs, and not in it.
+- *{COPY}* copies inputs and outputs once."""
+
+
+def _summary(store: Store, judged: list[Judged]) -> str:
+    count = {verdict: sum(one.verdict == verdict for one in judged) for verdict in (MET, MISSED, UNDECIDED, MISSING)}
+    reached, measured = moonshot(store)
+    return (
+        f"Of {len(judged)} targets {count[MET]} are met, {count[MISSED]} are not, {count[UNDECIDED]} are undecided, "
+        f"and {count[MISSING]} were not measured. A target is undecided where the quartiles of the measured ratio are "
+        "further apart than its median is from the target. In the long run, outputs of heterogeneous rows of implicit "
+        f"models should take at most {MOONSHOT} of the C++ runtime's time at any number of rows: they do in {reached} "
+        f"of {measured} cases."
     )
 
 
-def _summary(judged: list[Judged]) -> str:
-    met = sum(one.met for one in judged)
-    missing = sum(one.ratio is None for one in judged)
-    over = [one for one in judged if one.ratio is not None and not one.met]
-    lines = [f"Of {len(judged)} targets {met} are met, {len(over)} are not, and {missing} were not measured."]
-    lines += [
-        f"- {one.target.model}, {one.target.title}, {one.rows:,} row{'s' if one.rows > 1 else ''}: "
-        f"{one.ratio:.2f}, which is {one.ratio - one.limit:.2f} over {one.limit:.2f}."
-        for one in over
-        if one.ratio is not None
-    ]
-    return "\n".join([lines[0], "", *lines[1:]]) if over else lines[0]
-
-
-def _targets(store: Store, judged: list[Judged]) -> str:
-    rows = [(one.target.title, one.target.model, f"{one.rows:,}", f"{one.limit:.2f}", *_verdict(one)) for one in judged]
-    for name in SUBJECTS:
-        grown = growth_of_time(store, name)
-        if grown is not None:
-            verdict = "met" if grown[1] <= FLAT else f"{grown[1] - FLAT:.2f} over"
-            title = "outputs, time per row to that at 1,000"
-            rows.append((title, name, f"{grown[0]:,}", f"{FLAT:.2f}", f"{grown[1]:.2f}", "", "", verdict))
+def _overview(judged: list[Judged]) -> str:
+    """One line for each target, one column for each number of rows."""
+    lines: dict[tuple[str, str], dict[int, Judged]] = {}
+    for one in judged:
+        lines.setdefault((one.target.title, one.target.model), {})[one.rows] = one
+    rows = [(*what, *(_mark(found.get(n)) for n in ROWS)) for what, found in lines.items()]
     told = (
-        "The column *floor* is the floor's own ratio to the same peer: no runtime that makes these graph calls comes "
-        "below it."
+        "Each cell is the measured ratio and its target: **bold** where the target is met, with `?` where it is "
+        "undecided, `-` where nothing was measured."
     )
-    return f"{table(('ratio', 'model', 'rows', 'target', 'measured', 'quartiles', 'floor', ''), rows)}\n\n{told}"
+    head = ("ratio", "model", *(f"{n:,} row{'s' if n > 1 else ''}" for n in ROWS))
+    return f"{table(head, rows)}\n\n{told}"
 
 
-def _verdict(one: Judged) -> tuple[str, str, str, str]:
+def _mark(one: Judged | None) -> str:
+    if one is None:
+        return ""
     if one.ratio is None:
-        return "-", "", "", one.reason if one.reason.startswith("not measured") else f"not measured: {one.reason}"
-    quartiles = f"{one.quartiles[0]:.2f} to {one.quartiles[1]:.2f}" if one.quartiles else ""
-    verdict = "met" if one.met else f"**{one.ratio - one.limit:.2f} over**"
-    return f"{one.ratio:.2f}", quartiles, "" if one.floor is None else f"{one.floor:.2f}", verdict
+        return f"- / {one.limit:.2f}"
+    found = f"{one.ratio:.2f}{'?' if one.verdict == UNDECIDED else ''}"
+    return f"{f'**{found}**' if one.verdict == MET else found} / {one.limit:.2f}"
+
+
+def _targets(judged: list[Judged]) -> str:
+    told_of = [one for one in judged if one.reason != NOT_PART]
+    rows = [
+        (one.target.title, one.target.model, f"{one.rows:,}", f"{one.limit:.2f}", *_verdict(one)) for one in told_of
+    ]
+    told = f"The column *{FLOOR}* is their own ratio to the same peer: no runtime that makes these calls is below it."
+    head = ("ratio", "model", "rows", "target", "median", "minimum", "quartiles", FLOOR, "")
+    return f"{told}\n\n{table(head, rows)}" if rows else ""
+
+
+def _verdict(one: Judged) -> tuple[str, str, str, str, str]:
+    if one.ratio is None:
+        return "-", "", "", "", f"{MISSING}: {one.reason}"
+    least, quartiles = "", ""
+    if one.ratios is not None:
+        least, quartiles = f"{one.ratios.least:.2f}", f"{one.ratios.low:.2f} to {one.ratios.high:.2f}"
+    gap = one.ratio - one.limit
+    told = {
+        MET: MET,
+        MISSED: f"**{gap:.2f} over**",
+        UNDECIDED: f"{UNDECIDED}, {abs(gap):.2f} {'over' if gap > 0 else 'under'}",
+    }
+    return f"{one.ratio:.2f}", least, quartiles, "" if one.floor is None else f"{one.floor:.2f}", told[one.verdict]
 
 
 def _notes() -> str:
@@ -162,22 +160,35 @@ def _times(store: Store, name: str, batch: str) -> str:
     found = _found(store, name, batch, "forward")
     if not found:
         return ""
-    bounds = (FLOOR, LAST_TEST) if SUBJECTS[name].implicit else (FLOOR,)
-    peers = (NATIVE, *bounds, COPY, EAGER, COMPILED)
-    head = ("rows", "updates", "plugin", *(f"/ {peer}" for peer in peers[: 1 + len(bounds)]), *peers)
-    if len(bounds) == 2:
-        head = tuple("/ (floor + last test)" if cell == f"/ {LAST_TEST}" else cell for cell in head)
+    peers = _timed(found, NATIVE, FLOOR, COPY, EAGER, COMPILED)
+    head = ("rows", "updates", PLUGIN, f"/ {NATIVE}", f"/ {FLOOR}", *peers)
     rows = []
     for n, one in found:
-        ratios = [ratio(one.ratio(PLUGIN, NATIVE)), ratio(one.ratio(PLUGIN, FLOOR))]
-        ratios += [ratio(_to_both(one))] if len(bounds) == 2 else []
+        ratios = (ratio(one, NATIVE), ratio(one, FLOOR))
         rows.append((f"{n:,}", _updates(one), duration(one.time(PLUGIN)), *ratios, *(cell(one, p) for p in peers)))
     return f"### {name} ({SUBJECTS[name].title}), {batch}\n\n{table(head, rows)}"
 
 
-def _to_both(one: Found) -> float | None:
-    mine, floor, test = (one.time(peer) for peer in (PLUGIN, FLOOR, LAST_TEST))
-    return None if mine is None or floor is None or test is None else mine / (floor + test)
+def _graphs(store: Store) -> str:
+    """How often each graph is called, at the most rows that were measured."""
+    rows = []
+    for name in SUBJECTS:
+        for batch in (HETEROGENEOUS, HOMOGENEOUS):
+            counted = [(n, one) for n, one in _found(store, name, batch, "forward") if one.graphs]
+            for n, one in counted[-1:]:
+                calls = [f"{graph} {of / n:.1f} ({many:,})" for graph, (many, of) in one.graphs.items()]
+                rows.append((name, batch, f"{n:,}", ", ".join(calls)))
+    told = (
+        "Graphs that one call calls: how often for each row, on average, and in brackets the number of calls, each of "
+        "which takes many rows."
+    )
+    head = ("model", "batch", "rows", "graphs")
+    return f"### Graph calls\n\n{told}\n\n{table(head, rows)}" if rows else ""
+
+
+def _timed(found: Sequence[tuple[int, Found]], *peers: str) -> tuple[str, ...]:
+    """The peers that were timed in any case."""
+    return tuple(peer for peer in peers if any(peer in one.seconds for _, one in found))
 
 
 def _updates(one: Found) -> str:
@@ -192,11 +203,12 @@ def _derivatives(store: Store, name: str) -> str:
     found = _found(store, name, HETEROGENEOUS, "jacobian")
     if not found:
         return ""
+    peers = _timed(found, NATIVE, EAGER)
     rows = [
-        (f"{n:,}", duration(o.time(PLUGIN)), ratio(o.ratio(PLUGIN, NATIVE)), cell(o, NATIVE), cell(o, EAGER))
-        for n, o in found
+        (f"{n:,}", duration(one.time(PLUGIN)), ratio(one, NATIVE), *(cell(one, peer) for peer in peers))
+        for n, one in found
     ]
-    return f"### {name}, heterogeneous\n\n{table(('rows', 'plugin', f'/ {NATIVE}', NATIVE, EAGER), rows)}"
+    return f"### {name}, heterogeneous\n\n{table(('rows', PLUGIN, f'/ {NATIVE}', *peers), rows)}"
 
 
 def _once(store: Store) -> str:
@@ -206,7 +218,7 @@ def _once(store: Store) -> str:
             one = store.get(Case(name, HETEROGENEOUS, quantity, 1))
             if one is not None:
                 what = {"typed": "call through `AOTIModel`", "driver": "TransientDriver, 100 steps"}[quantity]
-                times = (duration(one.time(PLUGIN)), ratio(one.ratio(PLUGIN, NATIVE)), cell(one, NATIVE))
+                times = (duration(one.time(PLUGIN)), ratio(one, NATIVE), cell(one, NATIVE))
                 rows.append((what, name, *times, cell(one, EAGER)))
     return table(("", "model", "plugin", f"/ {NATIVE}", f"{NATIVE} shim", EAGER), rows) if rows else ""
 
@@ -216,10 +228,10 @@ def _memory(store: Store) -> str:
     for name in SUBJECTS:
         for n, one in _found(store, name, HETEROGENEOUS, "memory"):
             mine, theirs = one.growth.get(PLUGIN), one.growth.get(NATIVE)
-            both = ratio(mine / theirs) if mine is not None and theirs else "-"
-            grown = [mib(one.growth.get(peer)) for peer in (PLUGIN, NATIVE, EAGER)]
+            both = f"{mine / theirs:.2f}" if mine is not None and theirs else "-"
+            grown = [mib(one.growth.get(peer)) for peer in (PLUGIN, NATIVE)]
             rows.append((name, f"{n:,}", mib(one.size.get("inputs")), mib(one.size.get("outputs")), *grown, both))
-    head = ("model", "rows", "inputs", "outputs", PLUGIN, NATIVE, EAGER, f"plugin / {NATIVE}")
+    head = ("model", "rows", "inputs", "outputs", PLUGIN, NATIVE, f"plugin / {NATIVE}")
     told = (
         "Each number is from a process of its own: by how many MiB its peak grew in one call for outputs, on "
         "heterogeneous rows, after a call on few rows had loaded the graphs. Inputs are there before; outputs count."
@@ -235,7 +247,7 @@ def _numbers(store: Store) -> str:
     worst = max((one.deviations[NATIVE] for one in checked if one not in derived), default=0.0)
     worst_derived = max((one.deviations[NATIVE] for one in derived), default=0.0)
     judged, stable = sum(one.judged for one in checked), all(one.stable for one in checked)
-    eager = max((one.deviations.get(EAGER, 0.0) for one in checked), default=0.0)
+    eager = [one.deviations[EAGER] for one in checked if EAGER in one.deviations]
     failed = [one for one in checked if one.trouble]
     lines = [
         f"Before anything was timed, in {len(checked)} cases, each row was compared. The plugin and the C++ runtime",
@@ -243,8 +255,8 @@ def _numbers(store: Store) -> str:
         f"most {worst_derived:.1e} in derivatives (limit {DERIVATIVE_TOLERANCE:.0e}); {judged:,} rows that differed by "
         f"more than {TOLERANCE:.0e} were solved",
         "again by the C++ runtime with a tighter tolerance, since it leaves its slowest rows where its tolerance is",
-        f"met. Eager neml2 differs by at most {eager:.1e} (limit {EAGER_TOLERANCE:.0e}). Two calls of the plugin gave",
-        f"the same bits in {'all cases' if stable else 'NOT ALL cases'}.",
+        f"met. Two calls of the plugin gave the same bits in {'all cases' if stable else 'NOT ALL cases'}.",
+        *([f"Eager neml2 differs by at most {max(eager):.1e} (limit {EAGER_TOLERANCE:.0e})."] if eager else []),
         *(f"- {one.key}: {one.trouble}" for one in failed),
     ]
     unstable = [one.key for one in checked if one.stable is False]
@@ -253,11 +265,14 @@ def _numbers(store: Store) -> str:
 
 
 def _left_out(store: Store) -> str:
-    lines = []
+    lines = [f"- `{key}`: {one.trouble}." for key, one in store.cases.items() if one.trouble]
+    where: dict[tuple[str, str], list[str]] = {}
     for key, one in store.cases.items():
-        if one.trouble:
-            lines.append(f"- `{key}`: {one.trouble}.")
-        lines += [f"- `{key}`, {peer}: {reason}." for peer, reason in one.skipped.items() if not one.trouble]
+        for peer, reason in one.skipped.items():
+            if not one.trouble:
+                where.setdefault((peer, reason), []).append(f"`{key}`")
+    for (peer, reason), keys in where.items():
+        lines.append(f"- {peer}: {reason} ({', '.join(keys) if len(keys) < 4 else f'{len(keys)} cases'}).")
     return "\n".join(lines) or "Nothing."
 
 
@@ -266,21 +281,7 @@ def cell(one: Found, peer: str) -> str:
     return duration(one.time(peer)) if peer in one.seconds else "left out" if peer in one.skipped else "-"
 
 
-def ratio(value: float | None) -> str:
-    """A ratio."""
-    return "-" if value is None else f"{value:.2f}"
-
-
-def mib(value: int | None) -> str:
-    """A number of bytes in MiB."""
-    return "-" if value is None else f"{value / MIB:.1f}"
-
-
-def duration(seconds: float | None) -> str:
-    """A time in a unit that suits it."""
-    if seconds is None:
-        return "-"
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
+def ratio(one: Found, peer: str) -> str:
+    """The plugin's time over that of a peer."""
+    found = one.ratios(PLUGIN, peer)
+    return "-" if found is None else f"{found.median:.2f}"

@@ -5,11 +5,33 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .cases import Case
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """The ratio of two times, over the rounds.
+
+    Args:
+        median: of all rounds.
+        least: in any round.
+        low: first quartile.
+        high: third quartile.
+    """
+
+    median: float
+    least: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """The distance of the quartiles."""
+        return self.high - self.low
 
 
 @dataclass
@@ -24,7 +46,7 @@ class Found:
         judged: rows that the C++ runtime had left at its tolerance, and that it solved again with a tighter one.
         stable: whether two calls of the plugin gave the same bits; None if that was not asked.
         updates: number of rows with 0, 1, 2, ... Newton updates.
-        floor_block: rows in a block of the floor.
+        graphs: number of calls of each graph in one call of the plugin, and of rows in all of them.
         growth: bytes by which the peak memory of a fresh process grew in one call, by peer.
         size: bytes of inputs and of outputs.
         trouble: why there is nothing.
@@ -37,24 +59,18 @@ class Found:
     judged: int = 0
     stable: bool | None = None
     updates: list[int] = field(default_factory=list)
-    floor_block: int = 0
+    graphs: dict[str, list[int]] = field(default_factory=dict)
     growth: dict[str, int] = field(default_factory=dict)
     size: dict[str, int] = field(default_factory=dict)
     trouble: str = ""
 
-    def ratio(self, peer: str, to: str) -> float | None:
-        """Median over the rounds of the time of one peer over that of another; None if one was not timed."""
+    def ratios(self, peer: str, to: str) -> Ratios | None:
+        """The time of one peer over that of another in the same round; None if one was not timed."""
         if peer not in self.seconds or to not in self.seconds:
             return None
-        return median([a / b for a, b in zip(self.seconds[peer], self.seconds[to], strict=True)])
-
-    def spread(self, peer: str, to: str) -> tuple[float, float] | None:
-        """The quartiles of that ratio."""
-        if peer not in self.seconds or to not in self.seconds:
-            return None
-        ratios = [a / b for a, b in zip(self.seconds[peer], self.seconds[to], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return low, high
+        found = [a / b for a, b in zip(self.seconds[peer], self.seconds[to], strict=True)]
+        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+        return Ratios(middle, min(found), low, high)
 
     def time(self, peer: str) -> float | None:
         """Median time of one call, in seconds."""
@@ -75,7 +91,7 @@ class Orders:
         deadline: when all should be done, in seconds since the epoch.
         known: quantity, peer, rows and seconds of a call that was timed before.
         memory: bytes that a peer needs for each row, as far as that has been measured.
-        only_essential: leave eager neml2 and `neml2.compile` out.
+        only_essential: why eager neml2 and `neml2.compile` are left out, or nothing.
         only_plugin: leave the C++ runtime out as well.
     """
 
@@ -88,7 +104,7 @@ class Orders:
     deadline: float
     known: list[list[Any]] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
-    only_essential: bool = False
+    only_essential: str = ""
     only_plugin: bool = False
 
 
@@ -106,7 +122,10 @@ class Store:
         if file.exists():
             content = json.loads(file.read_text(encoding="utf-8"))
             self.header = content["header"]
-            self.cases = {key: Found(**found) for key, found in content["cases"].items()}
+            # A file of an earlier version may tell more.
+            names = {f.name for f in fields(Found)}
+            for key, found in content["cases"].items():
+                self.cases[key] = Found(**{name: value for name, value in found.items() if name in names})
 
     def begin(self, header: dict[str, Any]) -> None:
         """Start over, with what was found before put aside under another name."""

@@ -8,19 +8,21 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import machine
-from .cases import COPY, EAGER, HETEROGENEOUS, HOMOGENEOUS, LAST_TEST, NATIVE, PLUGIN, Case, cases_of, memory_cases_of
+from .cases import COPY, HETEROGENEOUS, HOMOGENEOUS, NATIVE, PLUGIN, Case, cases_of, memory_case_of
 from .results import Found, Orders, Store
 
 # What would change a time or a number from the outside.
 OUTSIDE = ("NEML2_", "PYTHON", "TORCH_", "OMP_", "MKL_")
-# A process that says nothing for so long hangs, in seconds; it is killed.
-SILENCE = 900.0
-# Eager neml2 takes this much memory and more on larger batches; it is there for comparison only.
-MOST_EAGER_MEMORY = 100_000
+# A process that says nothing for so long hangs, in seconds; it is killed. The largest case takes a quarter of an hour.
+SILENCE = 2400.0
+# Why peers are left out.
+ESSENTIAL_ONLY = "left out of a quick run"
+AFTER_DEATH = "left out after the process had been killed with it"
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,23 @@ class Shop:
 
     Args:
         python: of the environment with the C++ runtime.
-        work: folder for results, rows and logs.
+        work: folder for results and logs.
+        pools: folder for the rows of the models, which all runs share.
         sources: folder with the copy of what is imported.
         folders: the compiled stubs, by model.
         threads: for each process.
         rows: numbers of rows to measure.
+        essential: whether eager neml2, `neml2.compile` and the memory are left out.
     """
 
     python: Path
     work: Path
+    pools: Path
     sources: Path
     folders: dict[str, Path]
     threads: int
     rows: tuple[int, ...]
+    essential: bool
 
     def command(self, module: str, *arguments: str) -> list[str]:
         """The command that runs a module of this package."""
@@ -60,14 +66,21 @@ class Shop:
     def pool(self, model: str) -> Path:
         """The file with the rows of a model; another version of `batches` makes other rows."""
         version = hashlib.sha256((self.sources / "benchmarks" / "batches.py").read_bytes()).hexdigest()[:8]
-        return self.work / "pools" / f"{self.folders[model].name}-{version}.pt"
+        return self.pools / f"{self.folders[model].name}-{version}.pt"
 
 
-def all_cases(models: list[str], rows: tuple[int, ...]) -> list[Case]:
-    """All cases of some models, in the order in which they are measured."""
+def all_cases(models: Iterable[str], rows: tuple[int, ...], *, memory: bool = True) -> list[Case]:
+    """All cases of some models, in the order in which they are measured.
+
+    Args:
+        models: entries of the stub catalogue.
+        rows: numbers of rows.
+        memory: whether to measure that too, where the most rows of a model are among them.
+    """
     found = []
     for name in models:
-        found += memory_cases_of(name, rows)
+        if memory and memory_case_of(name).rows in rows:
+            found.append(memory_case_of(name))
         for batch in (HETEROGENEOUS, HOMOGENEOUS):
             found += cases_of(name, batch, rows)
     return found
@@ -153,19 +166,17 @@ def orders_of(shop: Shop, store: Store, cases: list[Case], deadline: float, deat
         shop.threads,
         max(deadline, time.time() + 2.0 * len(cases)),
         list(known.values()),
-        bytes_per_row(store, model, shop.rows),
-        only_essential=deaths > 0,
+        bytes_per_row(store, model),
+        only_essential=ESSENTIAL_ONLY if shop.essential else AFTER_DEATH if deaths else "",
         only_plugin=deaths > 1,
     )
 
 
-def bytes_per_row(store: Store, model: str, rows: tuple[int, ...]) -> dict[str, float]:
-    """Memory that a peer needs for each row, by its largest measurement."""
-    found: dict[str, float] = {}
-    for case in memory_cases_of(model, rows):
-        measured = store.get(case)
-        found.update({peer: size / case.rows for peer, size in measured.growth.items()} if measured else {})
-    return found
+def bytes_per_row(store: Store, model: str) -> dict[str, float]:
+    """Memory that a peer needs for each row, as it was measured."""
+    case = memory_case_of(model)
+    measured = store.get(case)
+    return {peer: size / case.rows for peer, size in measured.growth.items()} if measured else {}
 
 
 def _work(shop: Shop, store: Store, orders: Orders) -> str | None:
@@ -233,17 +244,6 @@ def memory(shop: Shop, store: Store, case: Case) -> Found:
     """Measure the memory of all peers on one number of rows, each in a process of its own."""
     found = Found(case.key)
     for peer in case.peers:
-        needed = bytes_per_row(store, case.model, shop.rows).get(peer, 0.0) * case.rows
-        free = machine.available_bytes()
-        if needed > 0.85 * free:
-            found.skipped[peer] = (
-                f"needs about {needed / 2**30:.0f} GiB of memory, by its need for fewer rows; "
-                f"{free / 2**30:.0f} GiB are free"
-            )
-            continue
-        if peer == EAGER and case.rows > MOST_EAGER_MEMORY:
-            found.skipped[peer] = f"not measured above {MOST_EAGER_MEMORY:,} rows"
-            continue
         folder, pool = str(shop.folders[case.model]), str(shop.pool(case.model))
         command = shop.command("memory", peer, case.model, folder, pool, str(case.rows), str(shop.threads))
         try:
@@ -281,6 +281,8 @@ def line_of(found: Found) -> str:
         return f"{found.key}: " + ", ".join(f"{peer} {size / 2**20:.1f} MiB" for peer, size in found.growth.items())
     parts = [f"{1e6 * (found.time(PLUGIN) or 0.0):.4g} us"]
     for peer in found.seconds:
-        if peer not in (PLUGIN, LAST_TEST, COPY):
-            parts.append(f"{found.ratio(PLUGIN, peer):.2f} of {peer}")
+        if peer not in (PLUGIN, COPY):
+            ratios = found.ratios(PLUGIN, peer)
+            assert ratios is not None
+            parts.append(f"{ratios.median:.2f} ({ratios.low:.2f} to {ratios.high:.2f}) of {peer}")
     return f"{found.key}: {', '.join(parts)} ({len(found.seconds.get(PLUGIN, []))} rounds)"

@@ -24,13 +24,15 @@ from stubs.catalogue import CATALOGUE
 from . import machine, timing
 from .agreement import DERIVATIVE_TOLERANCE, EAGER_TOLERANCE, TOLERANCE, compare, deviations
 from .batches import make_pools, taken
-from .cases import COMPILED, COPY, ESSENTIAL, FLOOR, LAST_TEST, NATIVE, PLUGIN, Case
-from .floor import Floor
+from .cases import COMPILED, COPY, ESSENTIAL, FLOOR, NATIVE, PLUGIN, SUBJECTS, TWO_THREADS, Case
+from .floor import Recorder
 from .peers import Loaded
 from .results import Found, Orders, median
 
 # A call of an essential peer may take this part of the time for the case, or so many seconds.
-PART, LEAST_LIMIT = 0.5, 20.0
+PART, LEAST_LIMIT = 0.25, 3.0
+# Calls of a peer that is not essential are made in the first check and twice in a round; its rounds may take half.
+LEAST_PEER_CALLS = 2 * (1 + 2 * timing.LEAST_ROUNDS)
 # The part of a case's time that the rounds may take, however long the checks took.
 LEAST_PART = 0.3
 # Up to so many rows, a call takes about as long as on one.
@@ -54,9 +56,15 @@ class Worker:
         self.known: dict[tuple[str, str], tuple[int, float]] = {(q, p): (n, s) for q, p, n, s in orders.known}
         self.compile_seconds: float | None = None
 
+    @functools.cached_property
+    def recorder(self) -> Recorder:
+        """What tells which graphs the plugin calls."""
+        return Recorder(self.loaded.artifact)
+
     def run(self, case: Case, seconds: float) -> Found:
         """Check and time one case."""
         begun = time.monotonic()
+        torch.set_num_threads(self.orders.threads)
         inputs = taken(self.pool, case.rows)
         found = Found(case.key)
         calls: dict[str, Callable[[], object]] = {}
@@ -64,7 +72,7 @@ class Worker:
         took: dict[str, float] = {}
         compiling = 0.0
         for peer in case.peers:
-            if peer in (FLOOR, LAST_TEST, COPY):
+            if peer in (FLOOR, COPY):
                 continue
             reason = self.reason_to_skip(case, peer, seconds)
             if reason:
@@ -103,12 +111,13 @@ class Worker:
     def reason_to_skip(self, case: Case, peer: str, seconds: float) -> str:
         """Why a peer is left out of a case, or nothing."""
         if peer not in ESSENTIAL and self.orders.only_essential:
-            return "left out after the process had been killed with it"
+            return self.orders.only_essential
+        if peer == TWO_THREADS and (os.cpu_count() or 1) < 2:
+            return "this machine has one core"
         if peer == NATIVE and self.orders.only_plugin:
             return "left out after the process had been killed with it"
         if peer == COMPILED:
-            implicit = FLOOR in case.peers and LAST_TEST in case.peers
-            expected = self.compile_seconds or COMPILE_SECONDS[implicit]
+            expected = self.compile_seconds or COMPILE_SECONDS[SUBJECTS[case.model].implicit]
             left = self.orders.deadline - time.time()
             if expected > 0.4 * left:
                 return f"compiling for this number of rows takes about {expected:.0f} s"
@@ -121,9 +130,9 @@ class Worker:
         if not rows:
             return ""
         expected = took * max(1.0, case.rows / max(rows, FEW))
-        limit = max(LEAST_LIMIT, PART * seconds) if peer in ESSENTIAL else seconds / (2 * (timing.LEAST_ROUNDS + 2))
+        limit = max(LEAST_LIMIT, PART * seconds) if peer in ESSENTIAL else seconds / LEAST_PEER_CALLS
         if case.rows > rows and expected > limit:
-            return f"a call would take about {expected:.0f} s, by its time for {rows:,} rows"
+            return f"a call would take about {expected:.2g} s, by its time for {rows:,} rows"
         return ""
 
     def _call(self, case: Case, peer: str, inputs: dict[str, Tensor]) -> Callable[[], Any]:
@@ -155,7 +164,7 @@ class Worker:
                     found.trouble = f"the plugin differs from the C++ runtime by {found.deviations[peer]:.1e}"
                 continue
             found.deviations[peer] = float(deviations(mine, theirs, inputs).max())
-            if found.deviations[peer] > EAGER_TOLERANCE:
+            if found.deviations[peer] > (TOLERANCE if peer == TWO_THREADS else EAGER_TOLERANCE):
                 found.skipped[peer] = f"differs from the plugin by {found.deviations[peer]:.1e}"
                 del calls[peer]
 
@@ -173,14 +182,12 @@ class Worker:
         both = [*inputs.values(), *(value.contiguous() for value in outputs.values())]
         calls[COPY] = lambda: [value.clone() for value in both]
         try:
-            floor = Floor(self.loaded.artifact, inputs, outputs, iterations)
+            floor = self.recorder.floor(inputs)
+            floor()
         except Exception as error:
             found.skipped[FLOOR] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
             return
-        floor.forward()
-        floor.last_test()
-        found.floor_block = floor.block
-        calls[FLOOR], calls[LAST_TEST] = floor.forward, floor.last_test
+        found.graphs, calls[FLOOR] = floor.counts, floor
 
 
 def main() -> int:

@@ -103,6 +103,28 @@ _ENTRIES = (
         wide=True,
     ),
     Stub(
+        name="rate_independent",
+        file="rate_independent.i",
+        model="rate_independent",
+        purpose="Plasticity without rate: a complementarity function with a kink in the residual, among 8 unknowns.",
+        wide=True,
+    ),
+    Stub(
+        name="porous",
+        file="porous.i",
+        model="porous",
+        purpose="A porous metal whose voids grow: flow directions from second derivatives, and a residual with cosh.",
+        wide=True,
+    ),
+    Stub(
+        name="mixed_control",
+        file="mixed_control.i",
+        model="mixed_control",
+        flags=("-d", "stress:prescribed_value"),
+        purpose="Some strains and some stresses prescribed: unknowns of different units, chosen row by row.",
+        wide=True,
+    ),
+    Stub(
         name="promoted_implicit",
         file="promoted_implicit.i",
         model="promoted_implicit",

@@ -295,8 +295,8 @@ class Traub:
         slope: its derivative.
     """
 
-    f: Callable[[float], float]
-    slope: Callable[[float], float]
+    f: Callable[[Any], Any]
+    slope: Callable[[Any], Any]
     kept: int = 0
     taken_back: int = 0
 
@@ -335,7 +335,7 @@ def test_chord_steps_that_let_the_residual_grow_are_taken_back(solve: Implementa
     method = Traub(lambda u: ((3.0 * u - 2.6) * u + 1.0) * u - 1.0, lambda u: (9.0 * u - 5.2) * u + 1.0)
     expected, root = method.updates(0.0, 1e-6)
     assert method.taken_back > 0
-    cubic = Equations(lambda u, g: -method.f(u), lambda u, g: method.slope(u).unsqueeze(-1))  # type: ignore[arg-type, attr-defined]
+    cubic = Equations(lambda u, g: -method.f(u), lambda u, g: method.slope(u).unsqueeze(-1))
     zero = torch.zeros(3, 1, dtype=torch.float64)
     found = solve(cubic, zero, zero, replace(SETTINGS, rtol=0.0, chord_steps=True))
     assert found.statistics.all_converged and found.statistics.iterations.tolist() == [expected] * 3

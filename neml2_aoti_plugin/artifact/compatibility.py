@@ -49,20 +49,20 @@ def check(metadata: Metadata, place: Place) -> dict[str, Package]:
         if text:
             found[text] = []
     missing = False
-    told: dict[str, list[str]] = {}
+    findings: dict[str, list[str]] = {}
     for name in names:
         file = place.leaf / name
         try:
-            packages[name], told[name] = inspect(file, place, [w for w in handed if w.file == name])
+            packages[name], findings[name] = inspect(file, place, [w for w in handed if w.file == name])
         except ArtifactError as error:
-            told[name] = [str(error).removeprefix(f"{file}: ")]
+            findings[name] = [str(error).removeprefix(f"{file}: ")]
             missing = missing or isinstance(error, ArtifactNotFoundError)
     signatures = {name: package.signature for name, package in packages.items()}
     for more in (roles_fault(handed), order_faults(metadata, place.leaf, signatures)):
         for name, text in more.items():
-            told[name].append(text)
+            findings[name].append(text)
     for name in names:
-        for text in told[name]:
+        for text in findings[name]:
             found.setdefault(text, []).append(name)
     if found:
         raise (ArtifactNotFoundError if missing else ArtifactError)(_report(found, place))

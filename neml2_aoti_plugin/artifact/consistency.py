@@ -116,11 +116,11 @@ def check_shapes(found: s.Metadata, file: str) -> None:
     bases = {v.name: v.base_shape for v in (*found.outputs, *_variables(found))}
     bases |= {p.name: p.base_shape for p in found.parameters}
     # Outputs are listed without their site axes, and the derivatives of old files with them among the base axes.
-    told = [("output", v.name, v.base_shape) for v in found.outputs]
+    claims = [("output", v.name, v.base_shape) for v in found.outputs]
     for pair in _pairs(found):
-        told += [("derivative of", pair.out, pair.out_base_shape), ("derivative by", pair.wrt, pair.wrt_base_shape)]
-    for what, name, base in told:
-        if base not in (bases.get(name, base), shapes.get(name)):
+        claims += [("derivative of", pair.out, pair.out_base_shape), ("derivative by", pair.wrt, pair.wrt_base_shape)]
+    for what, name, base in claims:
+        if base not in (bases.get(name, base), bases.get(name)):
             raise ArtifactError(
                 f"{file}: the {what} {name!r} has the base shape {base}, elsewhere it is {bases[name]}. {_AGAIN}"
             )

@@ -80,8 +80,8 @@ def verify(root: Path) -> dict[str, str] | None:
             raise ArtifactError(f"{target}: a link to a seal that is not there. {_reseal(root)}") from None
         return None
     except ArtifactError as error:
-        told = str(error).removeprefix(f"{target}: ").removesuffix(files.AGAIN).rstrip(". ")
-        raise ArtifactError(f"{target}: cannot read the seal ({told}). {_reseal(root)}") from error
+        reason = str(error).removeprefix(f"{target}: ").removesuffix(files.AGAIN).rstrip(". ")
+        raise ArtifactError(f"{target}: cannot read the seal ({reason}). {_reseal(root)}") from error
     wanted = _parse(text, root, target)
     present = set(_files(root))
     found = [f"{name}: is gone" for name in sorted(set(wanted) - present)]

@@ -47,7 +47,7 @@ class Graph:
     def __call__(
         self,
         batched: Sequence[Tensor],
-        tail: Sequence[Tensor] = (),
+        common: Sequence[Tensor] = (),
         behind: Sequence[Tensor] = (),
         order: tuple[int, ...] | None = None,
     ) -> list[Tensor]:
@@ -55,8 +55,8 @@ class Graph:
 
         Args:
             batched: the leading arguments, each `(rows, ...)`.
-            tail: the arguments behind them, without a batch axis.
-            behind: arguments behind the tail, each `(rows, ...)`.
+            common: the arguments behind them, without a batch axis.
+            behind: arguments behind these, each `(rows, ...)`.
             order: which of all these the graph takes first, second, ...; as given if None.
 
         Returns:
@@ -66,7 +66,7 @@ class Graph:
             ArtifactError: the graph does not take such arguments, or its package cannot be loaded.
             AOTIError: the graph failed.
         """
-        arguments = [a if a.is_contiguous() else a.contiguous() for a in (*batched, *tail, *behind)]
+        arguments = [a if a.is_contiguous() else a.contiguous() for a in (*batched, *common, *behind)]
         if order is not None:
             arguments = [arguments[i] for i in order]
         if self._on_cuda:
@@ -130,7 +130,7 @@ class PinnedGraph(Graph):
     def __call__(
         self,
         batched: Sequence[Tensor],
-        tail: Sequence[Tensor] = (),
+        common: Sequence[Tensor] = (),
         behind: Sequence[Tensor] = (),
         order: tuple[int, ...] | None = None,
     ) -> list[Tensor]:
@@ -151,7 +151,7 @@ class PinnedGraph(Graph):
                 [_pad(a[start : start + per_call], per_call).reshape(extents + a.shape[1:]) for a in group]
                 for group in (batched, behind)
             )
-            outputs = super().__call__(lead, tail, rear, order)
+            outputs = super().__call__(lead, common, rear, order)
             calls.append([_flat(o, extents) for o in outputs])
         return [_join([outputs[i] for outputs in calls], rows, per_call) for i in range(len(calls[0]))]
 

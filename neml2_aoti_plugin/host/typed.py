@@ -111,16 +111,16 @@ def raw(value: TensorWrapper, name: str, variable: Variable, wanted: Wrapper, ki
     if not sub:
         return data
     lead = data.shape[: data.ndim - base - value.sub_batch_ndim]
-    tail = data.shape[data.ndim - base :]
+    of_base = data.shape[data.ndim - base :]
     if value.sub_batch_ndim == 0:
         # A plain value stands for all sites, as in eager neml2.
-        return data.reshape((*lead, *(1,) * len(sub), *tail)).expand((*lead, *sub, *tail))
+        return data.reshape((*lead, *(1,) * len(sub), *of_base)).expand((*lead, *sub, *of_base))
     if tuple(value.sub_batch_shape) != sub:
         raise InputError(
             f"{kind} {name!r} has sub-batch shape {tuple(value.sub_batch_shape)}, expected {sub}, for which {where} "
             "was compiled."
         )
-    return data.expand((*lead, *sub, *tail))
+    return data.expand((*lead, *sub, *of_base))
 
 
 def batch_rank(inputs: Mapping[str, Tensor], variables: Mapping[str, Variable]) -> int:

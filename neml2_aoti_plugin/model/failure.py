@@ -78,8 +78,8 @@ def convergence_error(
         lines.append(f"  row {place}: {words} at iteration {count}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
     if len(failed) > SHOWN:
         lines.append(f"  ... and {len(failed) - SHOWN} more")
-    told, explained = not_finite(given, failed, {**aliases.parameters, **aliases.inputs})
-    lines += told
+    shown, explained = not_finite(given, failed, {**aliases.parameters, **aliases.inputs})
+    lines += shown
     if not explained:
         remedy = "reduce the outer step" if level else "reduce the time step"
         lines.append(f"Try a better predictor, a line search, or {remedy}; Model.solve returns the rows that converge.")

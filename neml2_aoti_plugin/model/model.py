@@ -206,6 +206,7 @@ class Model(CompiledModule):
             ls_cutback=ls_cutback,
             ls_c=ls_c,
             substep_del_tol=substep_del_tol,
+            chord_steps=(self._solver or {}).get("chord_steps", True),
         )
 
     # -- evaluation -------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ class Solution:
     Args:
         outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that did not converge.
         converged: `(*batch,)`, bool.
-        iterations: number of Newton updates of each row, `(*batch,)`; 0 for a model without implicit segments.
+        iterations: number of Newton updates of each row, each with a linearisation, `(*batch,)`; 0 for a model without
+            implicit segments.
         outcome: an `Outcome` per row, int64, `(*batch,)`.
         blocks: derivative blocks as `Model.jacobian` gives them; NaN in rows that did not converge.
     """

@@ -54,11 +54,11 @@ class Packing:
         for variables, _ in self._groups:
             parts = [
                 state[name]
-                if tail == natural
-                else state[name].reshape((rows, *tail))
+                if inside == natural
+                else state[name].reshape((rows, *inside))
                 if natural
                 else state[name].unsqueeze(-1)
-                for name, tail, natural in variables
+                for name, inside, natural in variables
             ]
             packed.append(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
         return packed
@@ -75,6 +75,6 @@ class Packing:
         state = {}
         for (variables, widths), tensor in zip(self._groups, tensors, strict=True):
             parts = torch.split_with_sizes(tensor, widths, -1) if len(widths) > 1 else (tensor,)
-            for (name, tail, natural), part in zip(variables, parts, strict=True):
-                state[name] = part if tail == natural else part.reshape((tensor.shape[0], *natural))
+            for (name, inside, natural), part in zip(variables, parts, strict=True):
+                state[name] = part if inside == natural else part.reshape((tensor.shape[0], *natural))
         return state

@@ -38,21 +38,21 @@ class Workspace:
         self.vectors, self.givens = vectors.numpy(), givens.numpy()
         self.numbers, self.indices = np.empty((rows, 4)), np.empty((rows, 3), np.int64)
         self.lu, self.pivots = np.empty((rows, n, n)), np.empty((rows, n), np.int64)
-        self._live, self._further = self._kept, self._more
+        self._live, self._further = (rows, self._kept), (rows, self._more)
 
     def live(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Unknowns, givens and trials of the live rows; the same tensors as long as their number is the same."""
-        if len(self._live[0]) != count:
+        if self._live[0] != count:
             u, g, trial = self._kept
-            self._live = u[:count], g[:count], trial[:count]
-        return self._live
+            self._live = count, (u[:count], g[:count], trial[:count])
+        return self._live[1]
 
     def further(self, count: int) -> tuple[Tensor, Tensor]:
         """Further trials, and the givens of their rows."""
-        if len(self._further[0]) != count:
+        if self._further[0] != count:
             u, g = self._more
-            self._further = u[:count], g[:count]
-        return self._further
+            self._further = count, (u[:count], g[:count])
+        return self._further[1]
 
 
 class Workspaces:

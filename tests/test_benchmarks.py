@@ -1,0 +1,185 @@
+"""The benchmark's own arithmetic: targets, what is undecided, what has become slower, and which graphs a call calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import references
+from benchmarks import check, report, timing
+from benchmarks.cases import FLOOR, HETEROGENEOUS, NATIVE, PLUGIN, QUICK_ROWS, ROWS, SUBJECTS, TWO_THREADS, Case
+from benchmarks.floor import Recorder
+from benchmarks.results import Found, Ratios, Store
+from benchmarks.run import all_cases
+from benchmarks.targets import MET, MISSED, MISSING, UNDECIDED, judge, moonshot, targets
+from neml2_aoti_plugin import Model
+
+ONE = Case("viscoplasticity", HETEROGENEOUS, "forward", 1000)
+
+
+def ratios(median: float, spread: float = 0.0) -> Ratios:
+    return Ratios(median, median - spread, median - spread / 2, median + spread / 2)
+
+
+def store_of(file: Path, *rounds: float, peers: tuple[str, str] = (PLUGIN, NATIVE), case: Case = ONE) -> Store:
+    """A store with one case, whose first peer took so many seconds in each round, and the other one second."""
+    store = Store(file)
+    store.put(Found(case.key, {peers[0]: list(rounds), peers[1]: [1.0] * len(rounds)}))
+    return store
+
+
+def verdict_of(store: Store, case: Case, peers: tuple[str, str]) -> str:
+    found = [
+        one.verdict
+        for target in targets()
+        if (target.model, target.batch, target.quantity, target.peers) == (case.model, case.batch, case.quantity, peers)
+        for one in judge(store, target)
+        if one.rows == case.rows
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "verdict"),
+    [
+        ((0.40, 0.41, 0.42), MET),
+        ((0.60, 0.61, 0.62), MISSED),
+        # The limit is 0.45: quartiles that are further apart than the median is from it decide nothing.
+        ((0.40, 0.44, 0.48), UNDECIDED),
+        ((0.40, 0.46, 0.48), UNDECIDED),
+    ],
+)
+def test_a_target_is_met_or_missed_or_left_open_by_the_noise(
+    tmp_path: Path, rounds: tuple[float, ...], verdict: str
+) -> None:
+    assert verdict_of(store_of(tmp_path / "results.json", *rounds), ONE, (PLUGIN, NATIVE)) == verdict
+
+
+def test_what_was_not_measured_says_why(tmp_path: Path) -> None:
+    store = Store(tmp_path / "results.json")
+    store.put(Found(ONE.key, {PLUGIN: [1.0, 1.0]}, skipped={NATIVE: "too slow"}))
+    target = next(t for t in targets() if t.model == ONE.model and t.quantity == "forward" and t.peers[1] == NATIVE)
+    found = {one.rows: one for one in judge(store, target)}
+    assert (found[1000].verdict, found[1000].reason) == (MISSING, "too slow")
+    assert (found[10].verdict, found[10].reason) == (MISSING, "not part of this run")
+
+
+def test_two_threads_are_held_against_one(tmp_path: Path) -> None:
+    case, peers = Case("viscoplasticity", HETEROGENEOUS, "threads", 100_000), (TWO_THREADS, PLUGIN)
+    file = tmp_path / "results.json"
+    assert verdict_of(store_of(file, 6.0, 6.1, 6.2, peers=peers, case=case), case, peers) == MISSED
+    assert verdict_of(store_of(file, 0.8, 0.8, 0.8, peers=peers, case=case), case, peers) == MET
+
+
+def test_each_target_has_a_case_that_measures_it() -> None:
+    cases = {case.key: case for case in all_cases(SUBJECTS, ROWS)}
+    for target in targets():
+        assert target.limits
+        for rows in target.limits:
+            case = cases[Case(target.model, target.batch, target.quantity, rows).key]
+            assert set(target.peers) <= set(case.peers)
+
+
+def test_the_page_begins_with_the_targets_and_the_plot(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "results.json", 0.30, 0.31, 0.32)
+    lines = report.page(store, "performance.png").splitlines()
+    line = next(line for line in lines if line.startswith("| outputs, to the C++ runtime | viscoplasticity |"))
+    assert "| **0.31** / 0.45 |" in line
+    assert lines.index(line) < next(i for i, text in enumerate(lines) if "performance.png" in text) < 40
+    assert moonshot(store) == (1, 1)
+
+
+def test_quartiles_and_minimum_are_those_of_ratios_in_the_same_round(tmp_path: Path) -> None:
+    found = Found("", {PLUGIN: [1.0, 4.0, 3.0, 8.0, 5.0], NATIVE: [1.0, 2.0, 1.0, 2.0, 1.0]})
+    assert found.ratios(PLUGIN, NATIVE) == Ratios(median=3.0, least=1.0, low=2.0, high=4.0)
+    assert found.ratios(PLUGIN, FLOOR) is None
+
+
+def test_each_call_is_made_before_the_one_that_is_timed() -> None:
+    made: list[str] = []
+
+    def call(name: str) -> Callable[[], None]:
+        return lambda: made.append(name)
+
+    found = timing.measure({"a": call("a"), "b": call("b")}, 0.0, {"a": 60.0, "b": 60.0})
+    assert made == ["a", "a", "b", "b"] * timing.LEAST_ROUNDS
+    assert len(found["a"]) == len(found["b"]) == timing.LEAST_ROUNDS
+
+
+def test_only_what_has_grown_beyond_the_spread_of_both_is_worse() -> None:
+    before = {name: ratios(0.40, 0.02) for name in ("same", "noisy", "slower", "faster", "gone")}
+    now = {
+        "same": ratios(0.41, 0.002),
+        "noisy": ratios(0.50, 0.09),
+        "slower": ratios(0.50, 0.05),
+        "faster": ratios(0.20, 0.01),
+        "new": ratios(2.0),
+    }
+    assert [one.key for one in check.worse(before, now)] == ["slower"]
+    assert check.blind({"a": ratios(0.4, 0.1), "b": ratios(0.4)}, {"a": ratios(0.4, 0.03), "b": ratios(0.6, 0.1)}) == [
+        "a"
+    ]
+    # Without any spread, two runs of the same sources still differ a little.
+    assert not check.worse({"a": ratios(0.40)}, {"a": ratios(0.41)})
+    assert "slower: 0.500" in str(check.worse(before, now)[0])
+
+
+def test_reference_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "results.json", 0.25, 0.5, 0.75)
+    store.put(Found(Case("viscoplasticity", HETEROGENEOUS, "forward", 1_000_000).key, {PLUGIN: [1.0], NATIVE: [1.0]}))
+    store.header = {"commit": "abc", "machine": {"cores": "2"}, "rows": [1]}
+    file = tmp_path / "reference.json"
+    assert check.write(store, file) == 1
+    found = check.read(file)
+    assert found.ratios == {ONE.key: Ratios(0.5, 0.25, 0.375, 0.625)}
+    assert (found.header["commit"], found.header["machine"]) == ("abc", {"cores": "2"})
+    assert not check.worse(found.ratios, check.ratios_in(store))
+
+
+def test_check_tells_what_is_unlike_the_reference() -> None:
+    like = {"machine": "a", "versions": {"torch": "2"}, "threads": 1, "optimised": True, "stubs": {"crystal": "c-1"}}
+    reference = check.Reference({**like, "stubs": {"crystal": "c-1", "chaboche": "c-2"}}, {})
+    assert check.unlike(reference, like) == []
+    told = check.unlike(reference, {**like, "threads": 2, "stubs": {"crystal": "c-3"}})
+    assert told == ["threads 2, of the reference 1", "other stubs of crystal"]
+
+
+def test_stored_reference_covers_the_quick_run() -> None:
+    if not check.FILE.exists():
+        pytest.skip("no reference is stored")
+    known = {case.key for case in all_cases(SUBJECTS, QUICK_ROWS, memory=False)}
+    assert set(json.loads(check.FILE.read_text(encoding="utf-8"))["ratios"]) <= known
+
+
+def test_floor_calls_the_graphs_that_a_solve_calls() -> None:
+    case = references.case("viscoplasticity")
+    model = Model(case.artifact)
+    inputs = case.rows()
+    # Rows that take from one to five updates.
+    longer = 1.0 + torch.linspace(0.0, 2.0, len(inputs["t"]), dtype=torch.float64).unsqueeze(-1)
+    inputs = {**inputs, "strain": inputs["strain~1"] + (inputs["strain"] - inputs["strain~1"]) * longer}
+    report_of = model.solve(inputs)
+    rows = len(report_of.iterations)
+    floor = Recorder(case.artifact).floor(inputs)
+    residual, jacobian = (floor.counts[f"{case.stub.model}_{kind}"] for kind in ("residual", "jacobian"))
+    # A row needs a Jacobian for each update, and a residual at the end of each.
+    updates = int(report_of.iterations.sum())
+    assert len(set(report_of.iterations.tolist())) > 2
+    assert updates <= jacobian[1] <= updates + rows
+    assert residual[1] >= updates
+    # The solve itself is the plugin's own, so that no graph of it is called.
+    assert not any("solve" in name for name in floor.counts)
+    called = []
+    for run, arguments in floor._calls:
+        outputs = run(arguments)
+        called.append(len(arguments[0]))
+        assert all(torch.isfinite(x).all() for x in outputs)
+    assert sum(called) == sum(of for _, of in floor.counts.values())
+    floor()
+    # The model that is timed has graphs of its own, which note nothing.
+    assert model.forward(inputs).keys() == Model(case.artifact).forward(inputs).keys()
