@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +39,17 @@ class PointsState:
         """
         path = Path(path)
         arrays = {f"value/{name}": value.cpu().numpy() for name, value in self.values.items()}
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            try:
+        # Beside the file, so that it can take its place as a whole.
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with beside.open("wb") as file:
                 np.savez(file, format=FORMAT, digest=self.digest, n=self.n, **arrays)  # type: ignore[arg-type]
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def load(path: str | os.PathLike[str]) -> PointsState:
