@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from ..artifact.place import DTYPES, Place
 from ..artifact.schema import ImplicitSegment, Metadata, Shape, Variable
 from ..errors import InputError, InputTypeError, UnknownNameError
+from ..program.copies import contiguous
 from .broadcasting import warn_of_columns
 from .memory import Form, are_plain, require_unrecorded, with_memory
 
@@ -239,7 +240,7 @@ class Boundary:
             value = value.reshape(batch + tuple(value.shape[1:]))
         elif value.shape[0] != batch[0]:
             value = value.expand((batch[0], *value.shape[1:]))
-        return value if value.is_contiguous() else value.contiguous()
+        return contiguous(value)
 
     def to_caller(self, value: Tensor) -> Tensor:
         """Bring a result to the caller's dtype."""

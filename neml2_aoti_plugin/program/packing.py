@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..artifact.schema import GroupInfo, Variable
 from ..solve.groups import Group, Layout
+from .copies import joined
 
 State = dict[str, Tensor]
 
@@ -60,7 +61,7 @@ class Packing:
                 else state[name].unsqueeze(-1)
                 for name, inside, natural in variables
             ]
-            packed.append(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
+            packed.append(joined(parts))
         return packed
 
     def unpack(self, tensors: Sequence[Tensor]) -> State:

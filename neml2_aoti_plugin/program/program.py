@@ -16,6 +16,7 @@ from ..settings import NewtonSettings
 from ..solve.newton import Solved
 from . import substepping
 from .blocks import block_rows, cut
+from .copies import put
 from .explicit import ExplicitSegment
 from .implicit import ImplicitSegment
 from .parameters import Values
@@ -241,13 +242,13 @@ def _blank(part: Evaluation, rows: int) -> Evaluation:
 def _write(whole: Evaluation, part: Evaluation, index: Tensor | slice, rows: int) -> None:
     """Put the results of some rows in their places."""
     for name, value in part.values.items():
-        whole.values[name][index] = value
+        put(whole.values[name], index, value)
     for name, columns in part.tangents.items():
         into = whole.tangents[name]
         for seed, column in columns.items():
             if seed not in into:
                 into[seed] = column.new_zeros((rows, *column.shape[1:]))
-            into[seed][index] = column
+            put(into[seed], index, column)
     if whole.report is not None and part.report is not None:
         whole.report.parts += [(index, outcomes) for _, outcomes in part.report.parts]
         whole.report.spoiled += [(index, lost) for _, lost in part.report.spoiled]

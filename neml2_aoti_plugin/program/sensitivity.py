@@ -22,6 +22,7 @@ from ..settings import KrylovSettings
 from ..solve import choice
 from ..solve.krylov import solve_linear
 from ..solve.system import Groups
+from .copies import contiguous, joined
 from .packing import width_in
 from .systems import GraphOf, SystemGraphs, check_arity, on_sound_rows
 from .tangents import Columns, Tangents
@@ -180,7 +181,7 @@ class Sensitivity:
             return _cut([-_krylov(a, torch.cat(b, -1), by_given.settings)], by_given.pairs)
         rows = u[0].shape[0]
         if self._dense:
-            return self._dense_blocks(a[0].expand(rows, -1, -1), torch.cat(b, -1).expand(rows, -1, -1), by_given.pairs)
+            return self._dense_blocks(a[0].expand(rows, -1, -1), joined(b).expand(rows, -1, -1), by_given.pairs)
         assert self._solve_ift is not None
         a, b = ([x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in part] for part in (a, b))
         like = [u[0].new_empty((rows, p.rows, p.columns)) for p in by_given.pairs]
@@ -201,7 +202,7 @@ class Sensitivity:
     def _columns(self, a: Tensor, b: Tensor, chosen: list[int]) -> Tensor:
         """`-A^-1 B` for chosen columns of `B`, `(rows, n, len(chosen))`; NaN in rows whose matrix is singular."""
         if self._arrays is not None and a.dtype == torch.float64:
-            found: Tensor = self._arrays.columns(a.contiguous(), b.contiguous(), chosen)
+            found: Tensor = self._arrays.columns(contiguous(a), contiguous(b), chosen)
             return found
         factors, pivots, info = torch.linalg.lu_factor_ex(a)
         x: Tensor = -torch.linalg.lu_solve(factors, pivots, b[..., chosen])

@@ -139,9 +139,8 @@ class ArrayRows:
     def start(self) -> None:
         """See `newton.Rows`."""
         space = self._space
-        u, g, _ = space.live(self._rows)
-        u.copy_(self._first)
-        g.copy_(self._givens)
+        space.vectors[kernels.U, : self._rows] = self._first.numpy()
+        space.givens[kernels.GIVENS, : self._rows] = self._givens.numpy()
         if self._rows:
             self._linearise()
             self.live = kernels.begin(self._b, *self._arrays, self._limits)
