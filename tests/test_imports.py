@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 NAME = PACKAGE.name
 
 # The ground, which all may import.
-GROUND = {"errors", "settings", "log", "writing"}
+GROUND = {"errors", "settings", "log", "notation", "writing"}
 # Each folder, and the folders that it may import besides itself and the ground.
 MAY_IMPORT: dict[str, set[str]] = {
     "artifact": set(),
@@ -25,12 +25,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "program": {"artifact", "graphs", "solve"},
     "model": {"artifact", "program", "solve"},
     "host": {"artifact", "model", "program", "solve"},
+    "points": {"model"},
     "workbench": {"artifact", "host", "model", "solve", "_status"},
     "cli": {"sealing", "solve", "workbench"},
 }
 # Modules beside the folders: activation, and the command.
 BESIDE: dict[str, set[str]] = {
-    "__init__": {"_autoload", "_status", "host", "model", "sealing"},
+    "__init__": {"_autoload", "_status", "host", "model", "points", "sealing"},
     "__main__": {"cli"},
     "_autoload": {"_late"},
     "_late": {"_autoload"},

@@ -19,6 +19,7 @@ PAGES = {
     "README.md": ("elasticity", "promoted", "viscoplasticity"),
     "docs/tool.md": ("promoted",),
     "docs/usage.md": ("elasticity", "promoted", "viscoplasticity", "cross_group"),
+    "docs/solvers.md": ("viscoplasticity",),
 }
 
 
