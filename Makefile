@@ -8,11 +8,12 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo calibrate test test-wide long legacy lint format wheel clean compare-native benchmark benchmark-check torch-matrix
+.PHONY: help demo calibrate plate test test-wide long legacy lint format wheel clean compare-native benchmark benchmark-check torch-matrix
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
 	@echo "make calibrate  fit two parameters of the compiled viscoplastic model to noisy data, and draw it"
+	@echo "make plate   pull a plate with a hole by finite elements around compiled integration points, and draw it"
 	@echo "make test    run the tests; from a cold cache it compiles the stubs they need first"
 	@echo "make test-wide  run the tests that need the other stubs, which take minutes more to compile"
 	@echo "make long    run the long tests: many threads, processes and damaged files"
@@ -39,6 +40,9 @@ demo: $(INSTALLED)
 
 calibrate: $(INSTALLED)
 	$(BIN)/python examples/calibrate.py
+
+plate: $(INSTALLED)
+	$(BIN)/python examples/plate.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m stubs.build --jobs $(JOBS)

@@ -20,6 +20,7 @@ __all__ = [
     "InputError",
     "InputTypeError",
     "Model",
+    "Points",
     "UnknownNameError",
     "__version__",
     "seal",
@@ -40,9 +41,10 @@ if TYPE_CHECKING:
     from neml2_aoti_plugin.errors import UnknownNameError as UnknownNameError
     from neml2_aoti_plugin.host.hit import AOTIModel as AOTIModel
     from neml2_aoti_plugin.model import Model as Model
+    from neml2_aoti_plugin.points import Points as Points
     from neml2_aoti_plugin.sealing import seal as seal
 
-_HOME = {"AOTIModel": "host.hit", "Model": "model", "seal": "sealing", "status": "_status"}
+_HOME = {"AOTIModel": "host.hit", "Model": "model", "Points": "points", "seal": "sealing", "status": "_status"}
 
 
 def __getattr__(name: str) -> object:

@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 NAME = PACKAGE.name
 
 # The ground, which all may import.
-GROUND = {"errors", "settings", "log"}
+GROUND = {"errors", "settings", "log", "notation"}
 # Each folder, and the folders that it may import besides itself and the ground.
 MAY_IMPORT: dict[str, set[str]] = {
     "artifact": set(),
@@ -25,10 +25,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "program": {"artifact", "graphs", "solve"},
     "model": {"artifact", "program", "solve"},
     "host": {"artifact", "model", "program", "solve"},
+    "points": {"model"},
 }
 # Modules beside the folders: activation, and the command.
 BESIDE: dict[str, set[str]] = {
-    "__init__": {"_autoload", "_status", "cli", "host", "model", "sealing"},
+    "__init__": {"_autoload", "_status", "cli", "host", "model", "points", "sealing"},
     "_autoload": {"_late"},
     "_late": {"_autoload"},
     "_status": {"_autoload", "solve"},

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "README.md": ("elasticity", "promoted", "viscoplasticity"),
     "docs/usage.md": ("elasticity", "promoted", "viscoplasticity", "cross_group"),
+    "docs/solvers.md": ("viscoplasticity",),
 }
 
 

@@ -1,5 +1,7 @@
 """`Model`: what callers give and get."""
 
-from .model import Model, Solution
+from ..solve.outcome import Outcome
+from .model import Model
+from .solution import Solution
 
-__all__ = ["Model", "Solution"]
+__all__ = ["Model", "Outcome", "Solution"]

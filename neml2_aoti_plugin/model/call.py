@@ -126,8 +126,3 @@ class Caller:
     def input_name(self, authored: str) -> str:
         """Boundary name of an input."""
         return self.metadata.aliases.inputs.get(authored, authored)
-
-
-def masked(value: Tensor, converged: Tensor) -> Tensor:
-    """NaN in the rows that have not converged."""
-    return value.masked_fill(~converged.reshape(converged.shape + (1,) * (value.ndim - converged.ndim)), torch.nan)

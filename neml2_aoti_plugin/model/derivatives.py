@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..artifact.schema import Shape, Variable
-from ..errors import DerivativeNotCompiledError, InputError, UnknownNameError
+from ..errors import DerivativeNotCompiledError, InputError, InputTypeError, UnknownNameError
 from ..program.program import Evaluation
+from ..program.report import Report
 from ..program.tangents import Columns, Seed
 from .admission import FIRST_ITERATE
-from .call import BelowAutograd, Caller, Tensors
+from .call import Admitted, BelowAutograd, Caller, Tensors
 
 Blocks = dict[str, dict[str, Tensor]]
 Pairs = tuple[tuple[str, str], ...]
@@ -25,15 +26,44 @@ By = tuple[str, str]
 DIRECTION: Seed = ("direction", "")
 
 
-def input_pairs(caller: Caller) -> Pairs:
-    """The compiled (output, input) pairs by authored name; raises where there are none."""
+def input_pairs(caller: Caller, chosen: Sequence[tuple[str, str]] | None = None) -> Pairs:
+    """The compiled (output, input) pairs by authored name: all, or those that are chosen by boundary names.
+
+    Args:
+        caller: of the model.
+        chosen: as for `Model.jacobian`; all if not given.
+
+    Raises:
+        DerivativeNotCompiledError: none was compiled, or one that was chosen was not.
+        UnknownNameError: a name is not that of an output or input.
+        InputTypeError: `chosen` is no sequence of pairs of names.
+    """
     pairs = caller.metadata.derivatives
-    if not pairs:
+    if not pairs and chosen is None:
         raise DerivativeNotCompiledError(
             f"{caller.boundary.where} was compiled without derivatives by inputs. Compile it with them: "
             "neml2-compile INPUT --model NAME -d OUT:IN (or -d : for all)."
         )
-    return pairs
+    if chosen is None:
+        return pairs
+    found = []
+    for pair in chosen:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise InputTypeError(f"pairs hold {pair!r}, expected pairs of names such as ('stress', 'strain').")
+        out, by = pair
+        for name, known, kind in (
+            (out, caller.boundary.output_by_name, "output"),
+            (by, caller.boundary.by_name, "input"),
+        ):
+            if name not in known:
+                raise UnknownNameError(
+                    f"pairs hold {pair!r}, but {name!r} is no {kind} of {caller.boundary.where}; the {kind}s are: "
+                    f"{', '.join(known)}."
+                )
+        if not compiled(caller, out, ("input", by)):
+            raise not_compiled(caller, out, ("input", by))
+        found.append((caller.boundary.output_by_name[out].variable.name, caller.boundary.by_name[by].variable.name))
+    return tuple(dict.fromkeys(found))
 
 
 def parameter_pairs(caller: Caller, params: Sequence[str] | None = None) -> Pairs:
@@ -181,22 +211,51 @@ def _broadcasts(own: Shape, batch: Shape) -> bool:
 
 
 def jacobian(
-    caller: Caller, inputs: Mapping[str, Tensor], overrides: Mapping[str, Tensor] | None
+    caller: Caller,
+    inputs: Mapping[str, Tensor],
+    overrides: Mapping[str, Tensor] | None,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    *,
+    expand: bool = False,
 ) -> tuple[Tensors, Blocks]:
     """See `Model.jacobian`."""
-    pairs = input_pairs(caller)
+    chosen = input_pairs(caller, pairs)
     call = caller.admit(inputs, overrides)
+    outputs, blocks, _ = with_blocks(caller, call, chosen, expand=expand, required=True)
+    return outputs, blocks
+
+
+def with_blocks(
+    caller: Caller, call: Admitted, pairs: Pairs, *, expand: bool, required: bool = False
+) -> tuple[Tensors, Blocks, Report | None]:
+    """Outputs and derivative blocks by inputs in one evaluation, by boundary names.
+
+    Args:
+        caller: of the model.
+        call: the admitted arguments.
+        pairs: compiled ones, by authored names.
+        expand: whether constant blocks have the batch axes too.
+        required: whether rows that do not converge are an error.
+
+    Returns:
+        Outputs, blocks, and how the solves fared.
+    """
     if caller.plan is not None:
         with BelowAutograd():
-            return caller.plan.jacobian_of(call)
+            outputs, all_blocks = caller.plan.jacobian_of(call, expand=expand)
+        blocks: Blocks = {}
+        for authored_out, authored_by in pairs:
+            out, by = caller.output_name(authored_out), caller.input_name(authored_by)
+            blocks.setdefault(out, {})[by] = all_blocks[out][by]
+        return outputs, blocks, None
     seeds: dict[str, Columns] = {wrt: {("input", wrt): None} for wrt in dict.fromkeys(i for _, i in pairs)}
-    evaluation = caller.evaluate(call, seeds)
-    caller.require_convergence(evaluation, call)
+    found = caller.evaluate(call, seeds)
+    if required:
+        caller.require_convergence(found, call)
     variables = {v.name: v for v in caller.metadata.inputs}
     names = caller.metadata.aliases.inputs
-    return caller.outputs(evaluation.values, call.batch), blocks_of(
-        caller, evaluation, call.batch, pairs, "input", variables, names
-    )
+    blocks = blocks_of(caller, found, call.batch, pairs, "input", variables, names)
+    return caller.outputs(found.values, call.batch), blocks, found.report
 
 
 def param_jacobian(

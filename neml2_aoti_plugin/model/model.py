@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,35 +17,20 @@ from ..artifact.schema import Shape
 from ..errors import InputError
 from ..program.program import Program
 from ..settings import newton_settings
-from . import autograd, derivatives, recipe
+from . import autograd, derivatives, recipe, solution
 from .admission import Boundary
-from .call import Caller, Tensors, masked
+from .call import Caller, Tensors
 from .derivatives import Blocks, By
 from .module import CompiledModule
 from .plan import forward_plan
 from .promoted import PromotedParameters
+from .solution import Solution
 
 MODE = "NEML2_AOTI_PLUGIN_MODE"
 MODES = ("rowwise", "lockstep")
 
 # What `Model._load` makes, and no pickle holds.
 _LOADED = ("artifact", "inputs", "outputs", "first_iterates", "_metadata", "_boundary", "_caller", "_plan", "_origin")
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Outputs with how each row fared.
-
-    Args:
-        outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that did not converge.
-        converged: `(*batch,)`, bool.
-        iterations: number of Newton updates of each row, each with a linearisation, `(*batch,)`; 0 for a model without
-            implicit segments.
-    """
-
-    outputs: Tensors
-    converged: Tensor
-    iterations: Tensor
 
 
 class Model(CompiledModule):
@@ -174,6 +159,11 @@ class Model(CompiledModule):
         return self._boundary.dtype
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the artifact's files as they were loaded, of metadata and graphs together."""
+        return self._origin.digest
+
+    @property
     def derivative_pairs(self) -> list[tuple[str, str]]:
         """The (output, input) pairs whose derivatives were compiled."""
         caller = self._caller
@@ -285,28 +275,33 @@ class Model(CompiledModule):
         with torch.no_grad():
             return derivatives.linearise(self._caller, inputs, param_overrides, wanted)
 
-    def solve(self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None) -> Solution:
-        """Evaluate the outputs of the rows that converge, without raising for the others.
+    def solve(
+        self,
+        inputs: Mapping[str, Tensor],
+        param_overrides: Mapping[str, Tensor] | None = None,
+        *,
+        jacobian: bool = False,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        expand: bool = True,
+    ) -> Solution:
+        """Evaluate the outputs, and derivatives if asked for, of the rows that converge; the others never raise.
 
         Args:
             inputs: as for `forward`.
             param_overrides: as for `forward`.
+            jacobian: whether to evaluate derivative blocks too. A row with one that is not finite counts as failed.
+            pairs: as for `jacobian`, which they imply.
+            expand: as for `jacobian`, but that blocks have the batch axes unless told otherwise.
 
         Returns:
-            Outputs, which rows converged, and the Newton updates of each.
+            Outputs, blocks, which rows converged, and how each fared.
+
+        Raises:
+            DerivativeNotCompiledError: as for `jacobian`.
+            InputError: as for `forward`.
         """
         with torch.no_grad():
-            call = self._caller.admit(inputs, param_overrides)
-            found = self._caller.evaluate(call)
-            outputs, report = self._caller.outputs(found.values, call.batch), found.report
-            if report is None:
-                converged = torch.ones(call.batch, dtype=torch.bool, device=self.device)
-                return Solution(outputs, converged, torch.zeros(call.batch, dtype=torch.int64, device=self.device))
-            statistics, _ = report.statistics()
-            converged = statistics.converged.reshape(call.batch)
-            if not report.all_converged:
-                outputs = {name: masked(value, converged) for name, value in outputs.items()}
-            return Solution(outputs, converged, statistics.iterations.reshape(call.batch))
+            return solution.solve(self._caller, inputs, param_overrides, jacobian=jacobian, pairs=pairs, expand=expand)
 
     def jvp(
         self,
@@ -333,30 +328,38 @@ class Model(CompiledModule):
             return derivatives.jvp(self._caller, inputs, tangents, param_overrides)
 
     def jacobian(
-        self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        param_overrides: Mapping[str, Tensor] | None = None,
+        *,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        expand: bool = False,
     ) -> tuple[Tensors, Blocks]:
         """Evaluate the outputs and the compiled derivative blocks.
 
         Args:
             inputs: as for `forward`.
             param_overrides: as for `forward`.
+            pairs: (output, input) pairs to evaluate; all that were compiled if not given.
+            expand: whether a block that does not depend on the batch has the batch axes too.
 
         Returns:
-            Outputs, and `J[out][in]` for each compiled pair, `(*batch, *out_base, *in_base)`. A block of a model of one
-            forward segment that does not depend on the batch is `(*out_base, *in_base)`; one between sub-batched
-            variables is per site, `(*batch, *sub_batch, *out_base, *in_base)`.
+            Outputs, and `J[out][in]` for each pair, `(*batch, *out_base, *in_base)`. Unless `expand`, a block of a
+            model of one forward segment that does not depend on the batch is `(*out_base, *in_base)`. One between
+            sub-batched variables is per site, `(*batch, *sub_batch, *out_base, *in_base)`.
 
         Raises:
-            DerivativeNotCompiledError: no derivative was compiled.
+            DerivativeNotCompiledError: no derivative was compiled, or one of `pairs` was not.
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
-        if self._plan is not None and self._metadata.derivatives and not param_overrides:
+        special = bool(param_overrides) or pairs is not None or expand
+        if self._plan is not None and self._metadata.derivatives and not special:
             found = self._plan.jacobian(inputs)
             if found is not None:
                 return found
         with torch.no_grad():
-            return derivatives.jacobian(self._caller, inputs, param_overrides)
+            return derivatives.jacobian(self._caller, inputs, param_overrides, pairs, expand=expand)
 
     def param_jacobian(
         self,

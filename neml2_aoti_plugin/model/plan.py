@@ -163,16 +163,17 @@ class ForwardPlan:
             blocks.setdefault(out, {})[wrt] = block.contiguous() if copied else block
         return values, blocks
 
-    def jacobian_of(self, call: Admitted) -> tuple[Tensors, Blocks]:
+    def jacobian_of(self, call: Admitted, *, expand: bool = False) -> tuple[Tensors, Blocks]:
         """Evaluate the outputs and the derivative blocks for admitted inputs.
 
         Args:
             call: the admitted arguments.
+            expand: whether constant blocks have the batch axes too.
 
         Returns:
             As `Model.jacobian`.
         """
-        return self._results(self._run(self._both, call), call.batch)
+        return self._results(self._run(self._both, call), call.batch, expand=expand)
 
     def _listed(self, inputs: Mapping[str, Tensor]) -> list[Any]:
         """The inputs in the model's order; nothing where names are to be complained of."""
@@ -229,12 +230,13 @@ class ForwardPlan:
                 into[index] = value
         return whole
 
-    def _results(self, outputs: list[Tensor], batch: Shape) -> tuple[Tensors, Blocks]:
+    def _results(self, outputs: list[Tensor], batch: Shape, *, expand: bool = False) -> tuple[Tensors, Blocks]:
         """Values and blocks in the caller's terms.
 
         Args:
             outputs: of the graph of values and blocks, each `(rows or 1, ...)`.
             batch: the caller's batch shape.
+            expand: whether constant blocks have the batch axes too.
         """
         check_arity(self._both, outputs, self._arity + self._count)
         unflatten = self._boundary.unflatten
@@ -242,7 +244,7 @@ class ForwardPlan:
         blocks: Blocks = {}
         for known in self._blocks:
             block = self._cut(known, outputs)
-            once = known.constant and block.shape[0] == 1
+            once = known.constant and block.shape[0] == 1 and not expand
             shaped = self._boundary.to_caller(block[0]).contiguous() if once else unflatten(block, batch)
             blocks.setdefault(known.out, {})[known.wrt] = shaped
         return values, blocks

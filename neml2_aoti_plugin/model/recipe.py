@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,12 @@ class Origin:
     def by_name(self) -> dict[str, str]:
         """The digests by name of file."""
         return {path.name: digest for path, digest in self.digests.items()}
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 for all of them."""
+        lines = (f"{digest} {name}\n" for name, digest in sorted(self.by_name.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def origin(place: Place, metadata: Metadata, packages: Iterable[Package]) -> Origin:

@@ -1,0 +1,382 @@
+"""`Points` in every notation and dimension: results and tangents against algebra, closed forms and neml2's driver."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import neml2
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import radial_return
+import references
+from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, Model, Points, UnknownNameError
+from neml2_aoti_plugin.model import Outcome
+from neml2_aoti_plugin.notation import convert
+from stubs.catalogue import CATALOGUE
+
+Array = NDArray[np.float64]
+
+NOTATIONS = ("mandel", "voigt", "tensor")
+PLANES = ("plane strain", "plane stress")
+YOUNG, POISSON = 205_000.0, 0.29
+
+
+def gradients(n: int, size: float, dimension: Any = 3) -> Array:
+    """Symmetric 3 x 3 strains; in the plane only where the dimension is a plane one."""
+    found = size * np.random.default_rng(3).normal(size=(n, 3, 3))
+    if dimension != 3:
+        found[:, 2], found[:, :, 2] = 0.0, 0.0
+    half: Array = 0.5 * (found + found.swapaxes(1, 2))
+    return half
+
+
+def written(tensors: Array, notation: str, kind: str, dimension: Any = 3) -> Array:
+    """Tensors `(n, 3, 3)` as a caller writes them, by hand."""
+    if dimension != 3:
+        if notation == "tensor":
+            return tensors[:, :2, :2]
+        shear = {"mandel": np.sqrt(2.0), "voigt": 2.0 if kind == "strain" else 1.0}[notation]
+        return np.stack([tensors[:, 0, 0], tensors[:, 1, 1], shear * tensors[:, 0, 1]], 1)
+    form: Any = notation if notation != "voigt" else f"voigt {kind}"
+    return convert(tensors, "tensor", form)
+
+
+def points_of(name: str, n: int, **options: Any) -> Points:
+    points = Points(references.case(name).model, n, **options)
+    points.initial()
+    return points
+
+
+@pytest.mark.parametrize("dimension", [3, "plane strain"])
+@pytest.mark.parametrize("notation", NOTATIONS)
+def test_results_are_those_of_the_law_by_hand(notation: Any, dimension: Any) -> None:
+    points, hand = (
+        points_of("viscoplasticity", 5, notation=notation, dimension=dimension),
+        radial_return.RadialReturn(5),
+    )
+    for step in (1, 2):
+        strain = step * gradients(5, 3e-3, dimension)
+        found = points.update(strain=written(strain, notation, "strain", dimension), t=float(step))
+        expected = hand.update(strain=convert(strain, "tensor", "mandel"), t=float(step))
+        stress = convert(expected.outputs["stress"], "mandel", "tensor")
+        assert np.allclose(found.outputs["stress"], written(stress, notation, "stress", dimension), atol=1e-6)
+        assert np.allclose(points.trial("stress"), written(stress, notation, "stress"), atol=1e-6)
+        assert np.allclose(points.trial("strain"), written(strain, notation, "strain"), atol=1e-15)
+        points.commit()
+        hand.commit()
+        assert np.allclose(points.committed("stress"), written(stress, notation, "stress"), atol=1e-6)
+
+
+@pytest.mark.parametrize("dimension", [3, *PLANES])
+@pytest.mark.parametrize("notation", NOTATIONS)
+def test_every_tangent_is_that_of_the_results(notation: Any, dimension: Any) -> None:
+    """Central differences of the results, along symmetric directions as the caller writes them."""
+    points = points_of("calibration", 4, notation=notation, dimension=dimension)
+    strain = gradients(4, 4e-3, dimension)
+    points.update(strain=written(0.7 * strain, notation, "strain", dimension), t=1.0)
+    points.commit()
+    at = written(strain, notation, "strain", dimension)
+    found = points.update(strain=at, t=1.5)
+    assert [(o, b) for o, row in found.tangent.items() for b in row] == [
+        (o, b) for o in ("stress", "equivalent_plastic_strain") for b in ("strain", "t")
+    ]
+    move, step = written(gradients(4, 1.0, dimension)[::-1], notation, "strain", dimension), 1e-7
+    for by, moved, later in (("strain", step * move, 0.0), ("t", 0.0 * move, 1e-4)):
+        up, down = (points.update(strain=at + sign * moved, t=1.5 + sign * later).outputs for sign in (1.0, -1.0))
+        for out in up:
+            difference = (up[out] - down[out]) / 2.0
+            tangent = found.tangent[out][by]
+            if by == "t":
+                along = 1e-4 * tangent
+            else:
+                axes = 2 if notation == "tensor" else 1
+                rank = up[out].ndim - 1
+                along = step * np.stack([np.tensordot(c, m, axes) for c, m in zip(tangent, move, strict=True)])
+                assert tangent.ndim == 1 + rank + axes
+            assert np.allclose(along, difference, rtol=2e-6, atol=2e-6 * np.abs(difference).max())
+
+
+@pytest.mark.parametrize("notation", NOTATIONS)
+class TestPlaneStress:
+    def test_closed_form(self, notation: Any) -> None:
+        points = points_of("elasticity", 6, notation=notation, dimension="plane stress")
+        strain = gradients(6, 1e-3, "plane")
+        found = points.update(strain=written(strain, notation, "strain", "plane"))
+        factor = YOUNG / (1.0 - POISSON**2)
+        stress = np.zeros((6, 3, 3))
+        stress[:, 0, 0] = factor * (strain[:, 0, 0] + POISSON * strain[:, 1, 1])
+        stress[:, 1, 1] = factor * (strain[:, 1, 1] + POISSON * strain[:, 0, 0])
+        stress[:, 0, 1] = stress[:, 1, 0] = factor * (1.0 - POISSON) * strain[:, 0, 1]
+        assert np.allclose(found.outputs["stress"], written(stress, notation, "stress", "plane"), rtol=1e-10, atol=1e-9)
+        thickness = -POISSON / (1.0 - POISSON) * (strain[:, 0, 0] + strain[:, 1, 1])
+        whole = strain.copy()
+        whole[:, 2, 2] = thickness
+        assert np.allclose(points.trial("strain"), written(whole, notation, "strain"), rtol=1e-12, atol=1e-18)
+        if notation == "voigt":
+            expected = factor * np.array([[1, POISSON, 0], [POISSON, 1, 0], [0, 0, 0.5 * (1.0 - POISSON)]])
+            assert np.allclose(found.tangent["stress"]["strain"], expected, rtol=1e-11, atol=1e-6)
+        assert not found.iterations.any()
+
+    def test_stress_out_of_the_plane_vanishes(self, notation: Any) -> None:
+        points = points_of("viscoplasticity", 8, notation=notation, dimension="plane stress")
+        for step in range(1, 5):
+            found = points.update(
+                strain=written(step * gradients(8, 4e-3, "plane"), notation, "strain", "plane"), t=step
+            )
+            assert bool(found.converged.all())
+            stress = points.trial("stress")
+            whole = (
+                stress
+                if notation == "tensor"
+                else convert(stress, "mandel" if notation == "mandel" else "voigt stress", "tensor")
+            )
+            assert np.abs(whole[:, 2]).max() < 1e-8 * np.abs(whole).max()
+            points.commit()
+
+
+def mixed_control(folder: Path, steps: int) -> Path:
+    """The viscoplastic law with strain given in the plane and stress out of it, for neml2's own driver."""
+    text = CATALOGUE["viscoplasticity"].path.read_text(encoding="utf-8")
+    tensors = f"""
+  [fixed]
+    type = Python
+    expr = 'SR2(torch.linspace(0.0, 1.0, {steps + 1}, dtype=torch.float64).reshape(-1, 1, 1) * torch.tensor([[2.0e-2, 1.0e-2, 0.0, 0.0, 0.0, 5e-3], [2.0e-2, -5.0e-3, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64))'
+  []
+  [controls]
+    type = Python
+    expr = 'SR2(torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64).expand({steps + 1}, 2, 6).clone())'
+  []
+"""  # noqa: E501
+    models = "".join(
+        f"""
+  [{name}]
+    type = MixedControlSetup
+    control = 'control'
+    x_above = 'fixed{lag}'
+    x_below = 'mixed{lag}'
+    y = 'stress{lag}'
+    z = 'strain{lag}'
+  []
+"""
+        for name, lag in (("setup", ""), ("setup_before", "~1"))
+    )
+    for old, new in (
+        ("prescribed_SR2_names = 'strain'", "prescribed_SR2_names = 'fixed control'"),
+        ("prescribed_SR2_values = 'strains'", "prescribed_SR2_values = 'fixed controls'"),
+        ("[Tensors]\n", f"[Tensors]\n{tensors}"),
+        ("torch.linspace(0.0, 30.0, 61", f"torch.linspace(0.0, 30.0, {steps + 1}"),
+        ("[Models]\n", f"[Models]\n{models}"),
+        ("models = 'total_rate", "models = 'setup setup_before total_rate"),
+        (
+            "unknowns = 'stress equivalent_plastic_strain'",
+            "unknowns = 'mixed equivalent_plastic_strain'\n"
+            "    residuals = 'stress_residual equivalent_plastic_strain_residual'",
+        ),
+        ("unknowns_SR2 = 'stress'", "unknowns_SR2 = 'mixed'"),
+    ):
+        assert old in text
+        text = text.replace(old, new, 1)
+    file = folder / "mixed_control.i"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_plane_stress_is_that_of_mixed_control_by_neml2s_driver(tmp_path: Path) -> None:
+    steps = 6
+    driver = neml2.load_input(mixed_control(tmp_path, steps)).get_driver("driver")
+    driver.run()
+    points = points_of("viscoplasticity", 2, dimension="plane stress")
+    inside, outside = [0, 1, 5], [2, 3, 4]
+    for step in range(1, steps + 1):
+        given = driver.result_in[step]
+        found = points.update(strain=given["fixed"].data.numpy()[:, inside], t=float(given["t"].data))
+        mixed = driver.result_out[step]["mixed"].data.detach().numpy()
+        plastic = driver.result_out[step]["equivalent_plastic_strain"].data.detach().numpy()
+        assert np.allclose(found.outputs["stress"], mixed[:, inside], rtol=1e-7)
+        assert np.allclose(points.trial("strain")[:, outside], mixed[:, outside], rtol=1e-7, atol=1e-12)
+        assert np.allclose(found.outputs["equivalent_plastic_strain"], plastic, rtol=1e-7, atol=1e-12)
+        points.commit()
+
+
+class TestPlaneStressOfPoints:
+    def test_parameters_of_each_point(self) -> None:
+        model = references.case("promoted").load()
+        young = np.array([70e3, 80e3, 210e3])
+        poisson = float(model.named_parameters()["promoted.nu"])
+        model.set_parameter("promoted.E", torch.from_numpy(young))
+        points = Points(model, 3, notation="tensor", dimension="plane stress")
+        # The first point is at rest, and done at once; the others go on without it.
+        strain = np.zeros((3, 2, 2))
+        strain[1:, 0, 0] = 1e-3
+        found = points.update(strain=strain)
+        expected = young / (1.0 - poisson**2) * strain[:, 0, 0]
+        assert np.allclose(found.outputs["stress"][:, 0, 0], expected, rtol=1e-10)
+        assert np.allclose(found.outputs["stress"][:, 1, 1], poisson * expected, rtol=1e-10)
+
+    @pytest.mark.wide
+    def test_tangent_by_a_temperature(self) -> None:
+        points = points_of("composed", 2, notation="voigt", dimension="plane stress")
+        strain = np.array([[4e-3, 0, 1e-3], [0, 1e-3, 0]])
+        found = points.update(strain=strain, temperature=350.0, t=1.0)
+        up, down = (points.update(strain=strain, temperature=350.0 + d, t=1.0).outputs for d in (1e-2, -1e-2))
+        for name, row in found.tangent.items():
+            expected = (up[name] - down[name]) / 2e-2
+            assert np.allclose(row["temperature"], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+    def test_points_that_fail_do_so_alone(self) -> None:
+        points, alone = (points_of("viscoplasticity", n, dimension="plane stress") for n in (4, 3))
+        strain = written(gradients(4, 4e-3, "plane"), "mandel", "strain", "plane")
+        broken = strain.copy()
+        broken[1] = np.nan
+        found = points.update(strain=broken, t=1.0)
+        assert found.failed == [1] and np.isnan(found.outputs["stress"][1]).all()
+        assert np.isnan(found.tangent["stress"]["strain"][1]).all()
+        expected = alone.update(strain=strain[[0, 2, 3]], t=1.0)
+        assert np.allclose(found.outputs["stress"][[0, 2, 3]], expected.outputs["stress"], rtol=1e-9, atol=1e-7)
+        # The failed one starts from the state in the next update.
+        assert not points.update(strain=strain, t=1.0).failed
+
+    def test_search_that_does_not_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("neml2_aoti_plugin.points.plane_stress.LIMIT", 1)
+        points = points_of("viscoplasticity", 2, dimension="plane stress")
+        found = points.update(strain=np.array([[1e-2, 0, 0], [0, 0, 0]]), t=1.0)
+        assert found.failed == [0] and found.outcome[0] == Outcome.OUT_OF_ITERATIONS
+        assert np.isnan(found.outputs["stress"][0]).all() and found.step_factor == 0.5
+
+    def test_step_that_the_model_cannot_take_is_halved(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        points = points_of("viscoplasticity", 3, dimension="plane stress")
+        strain = written(gradients(3, 4e-3, "plane"), "mandel", "strain", "plane")
+        expected = points.update(strain=strain, t=1.0)
+        points.revert()
+        solve, calls = points.model.solve, 0
+
+        def failing(inputs: Any, *rest: Any, **options: Any) -> Any:
+            """The model, that fails at the second point in the second call."""
+            nonlocal calls
+            calls += 1
+            if calls in (2, 3):
+                inputs = {**inputs, "strain": inputs["strain"].clone()}
+                inputs["strain"][1 if calls == 2 else 0] = torch.nan
+            return solve(inputs, *rest, **options)
+
+        monkeypatch.setattr(points.model, "solve", failing)
+        found = points.update(strain=strain, t=1.0)
+        assert not found.failed and calls > 3
+        assert np.allclose(found.outputs["stress"], expected.outputs["stress"], rtol=1e-9, atol=1e-7)
+
+    def test_a_step_keeps_the_strain_out_of_the_plane(self, tmp_path: Path) -> None:
+        points = points_of("viscoplasticity", 2, dimension="plane stress")
+        points.update(strain=np.array([[1e-2, 0, 0], [0, 5e-3, 0]]), t=1.0)
+        before = points.trial("strain")
+        points.commit()
+        assert np.array_equal(points.committed("strain"), before) and np.abs(before[:, 2]).min() > 1e-3
+        points.save(tmp_path / "state.npz")
+        other = Points(points.model, 2, dimension="plane stress")
+        other.load(tmp_path / "state.npz")
+        strain = np.array([[1.2e-2, 0, 1e-3], [1e-3, 5e-3, 0]])
+        one, two = (p.update(strain=strain, t=2.0) for p in (points, other))
+        assert np.array_equal(one.outputs["stress"], two.outputs["stress"])
+
+
+class TestWhole:
+    """Tensors with all components in a plane dimension."""
+
+    @pytest.mark.parametrize("notation", NOTATIONS)
+    def test_outputs_and_inputs(self, notation: Any) -> None:
+        reduced = points_of("viscoplasticity", 3, notation=notation, dimension="plane strain")
+        whole = points_of("viscoplasticity", 3, notation=notation, dimension="plane strain", whole=["stress"])
+        free = points_of("viscoplasticity", 3, notation=notation, dimension="plane strain", whole=["stress", "strain"])
+        space = points_of("viscoplasticity", 3, notation=notation)
+        strain = gradients(3, 4e-3, "plane")
+        one = reduced.update(strain=written(strain, notation, "strain", "plane"), t=1.0)
+        two = whole.update(strain=written(strain, notation, "strain", "plane"), t=1.0)
+        three = free.update(strain=written(strain, notation, "strain"), t=1.0)
+        expected = space.update(strain=written(strain, notation, "strain"), t=1.0)
+        assert np.array_equal(two.outputs["stress"], expected.outputs["stress"])
+        assert np.array_equal(three.outputs["stress"], expected.outputs["stress"])
+        assert np.array_equal(three.tangent["stress"]["strain"], expected.tangent["stress"]["strain"])
+        c, d = one.tangent["stress"]["strain"], two.tangent["stress"]["strain"]
+        if notation == "tensor":
+            assert d.shape == (3, 3, 3, 2, 2) and np.array_equal(d[:, :2, :2], c)
+        else:
+            assert d.shape == (3, 6, 3) and np.array_equal(d[:, [0, 1, 5]], c)
+
+    def test_refused(self) -> None:
+        model = references.case("viscoplasticity").model
+        with pytest.raises(
+            InputError, match=r"whole= names 'stress', whose components out of the plane.*trial\('stress'"
+        ):
+            Points(model, 1, dimension="plane stress", whole=["stress"])
+        with pytest.raises(UnknownNameError, match="whole= names 't', which is no symmetric tensor"):
+            Points(model, 1, dimension="plane strain", whole=["t"])
+
+
+class TestTold:
+    def test_voigt_of_variables_whose_names_do_not_tell(self, tmp_path: Path) -> None:
+        def rename(metadata: dict[str, Any]) -> None:
+            metadata["boundary_aliases"] = {
+                "outputs": {"stress": "sigma"},
+                "inputs": {"strain": "eps"},
+                "parameters": {},
+            }
+
+        model = Model(references.edited(references.case("elasticity"), tmp_path, rename))
+        with pytest.raises(InputError, match=r"whether Voigt's notation writes '(sigma|eps)' as a strain.*strains=\['"):
+            Points(model, 1, notation="voigt")
+        points = Points(model, 1, notation="voigt", strains=["eps"], stresses=["sigma"])
+        shear = YOUNG / (2.0 * (1.0 + POISSON))
+        found = points.update(eps=np.array([0, 0, 0, 0, 0, 1e-3]))
+        assert np.allclose(found.outputs["sigma"], [[0, 0, 0, 0, 0, shear * 1e-3]])
+        # What it does with other names, it is told.
+        with pytest.raises(
+            UnknownNameError, match=r"strains= names 'epsilon', which is no symmetric tensor.*sigma, eps"
+        ):
+            Points(model, 1, notation="voigt", strains=["epsilon"])
+        plane = Points(model, 1, dimension="plane stress")
+        assert plane.update(eps=np.array([1e-3, 0.0, 0.0])).outputs["sigma"].shape == (1, 3)
+
+    def test_plane_stress_needs_the_tangent(self, tmp_path: Path) -> None:
+        def without(metadata: dict[str, Any]) -> None:
+            metadata["derivatives"] = []
+
+        bare = Model(references.edited(references.case("viscoplasticity"), tmp_path, without))
+        with pytest.raises(InputError, match=r"needs the derivative of the stress by the strain.*-d stress:strain"):
+            Points(bare, 1, dimension="plane stress")
+        points = Points(bare, 1)
+        points.initial()
+        assert points.update(strain=np.zeros(6), t=1.0).tangent == {}
+
+    def test_plane_stress_of_which_pair(self) -> None:
+        model = references.case("substepping").model
+        with pytest.raises(InputError, match=r"stress_strain= names \('stress', 'strain'\).*there are: \[\('plastic_"):
+            Points(model, 1, dimension="plane stress", stress_strain=("stress", "strain"))
+
+    def test_tangents_in_plane_stress_take_others(self, tmp_path: Path) -> None:
+        def fewer(metadata: dict[str, Any]) -> None:
+            metadata["derivatives"] = [["stress", "strain"], ["equivalent_plastic_strain", "t"]]
+
+        model = Model(references.edited(references.case("calibration"), tmp_path, fewer))
+        assert Points(model, 1, dimension="plane stress").pairs == (("stress", "strain"),)
+        with pytest.raises(DerivativeNotCompiledError, match=r"d\(equivalent_plastic_strain\)/d\(t\) takes d\(equiv"):
+            Points(model, 1, dimension="plane stress", pairs=[("equivalent_plastic_strain", "t")])
+
+
+@pytest.mark.parametrize(("notation", "dimension"), list(itertools.product(NOTATIONS, [3, *PLANES])))
+def test_out_takes_every_form(notation: Any, dimension: Any) -> None:
+    points = points_of("calibration", 4, notation=notation, dimension=dimension)
+    at = written(gradients(4, 4e-3, dimension), notation, "strain", dimension)
+    expected = points.update(strain=at, t=1.0)
+    points.revert()
+    out: dict[Any, Array] = {name: np.full(value.shape, -1.0) for name, value in expected.outputs.items()}
+    out |= {(o, b): np.full(x.shape, -1.0) for o, row in expected.tangent.items() for b, x in row.items()}
+    found = points.update(strain=at, t=1.0, out=out)
+    for name, value in expected.outputs.items():
+        assert np.shares_memory(found.outputs[name], out[name]) and np.array_equal(out[name], value)
+    for o, row in expected.tangent.items():
+        for b, value in row.items():
+            assert np.shares_memory(found.tangent[o][b], out[o, b]) and np.array_equal(out[o, b], value)

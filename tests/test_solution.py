@@ -1,0 +1,214 @@
+"""`Model.solve` with derivatives, and derivatives of chosen pairs, against `forward` and `jacobian`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import references
+from neml2_aoti_plugin import DerivativeNotCompiledError, InputTypeError, Model, UnknownNameError
+from neml2_aoti_plugin.solve.outcome import Outcome
+from references import Tensors, difference
+
+WITH_DERIVATIVES = [
+    "elasticity",
+    "promoted",
+    "viscoplasticity",
+    "calibration",
+    "substepping",
+    "cross_group",
+    "composed",
+    "krylov",
+    "krylov_precond",
+]
+IMPLICIT = [name for name in WITH_DERIVATIVES if name not in ("elasticity", "promoted")]
+
+
+@pytest.mark.parametrize("name", WITH_DERIVATIVES)
+def test_one_evaluation_gives_what_forward_and_jacobian_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = references.case(name)
+    model, rows = case.model, case.rows()
+    outputs, blocks = model.jacobian(rows)
+    evaluations: list[Any] = []
+    evaluate = model._caller.program.evaluate
+    monkeypatch.setattr(
+        model._caller.program,
+        "evaluate",
+        lambda *a, **k: evaluations.append(a) or evaluate(*a, **k),  # type: ignore[func-returns-value]
+    )
+    found = model.solve(rows, jacobian=True)
+    assert len(evaluations) <= 1
+    assert bool(found.converged.all()) and not found.outcome.any()
+    assert list(found.outputs) == model.output_names
+    for out, value in outputs.items():
+        assert torch.equal(found.outputs[out], value)
+    assert [(o, i) for o, row in found.blocks.items() for i in row] == [
+        (o, i) for o, row in blocks.items() for i in row
+    ]
+    for out, by in model.derivative_pairs:
+        assert torch.equal(found.blocks[out][by], blocks[out][by].expand_as(found.blocks[out][by]))
+
+
+@pytest.mark.parametrize("name", IMPLICIT)
+def test_failed_rows_are_nan_in_outputs_and_blocks_and_touch_no_other(name: str) -> None:
+    case = references.case(name)
+    model, rows = case.model, case.rows()
+    expected = model.solve(rows, jacobian=True)
+    driven = "stress" if name == "cross_group" else "strain"
+    rows[driven] = rows[driven].clone()
+    rows[driven][1] = torch.nan
+    found = model.solve(rows, jacobian=True)
+    good = torch.arange(len(found.converged)) != 1
+    assert torch.equal(found.converged, good)
+    assert int(found.outcome[1]) != Outcome.CONVERGED and not found.outcome[good].any()
+    assert torch.equal(found.iterations[good], expected.iterations[good])
+    for out, value in found.outputs.items():
+        assert bool(value[1].isnan().all())
+        assert difference(value[good], expected.outputs[out][good]) < 1e-11
+    for out, by in model.derivative_pairs:
+        assert bool(found.blocks[out][by][1].isnan().all())
+        assert difference(found.blocks[out][by][good], expected.blocks[out][by][good]) < 1e-9
+
+
+def test_all_rows_may_fail() -> None:
+    case = references.case("viscoplasticity")
+    rows = case.rows()
+    rows["strain"] = torch.full_like(rows["strain"], torch.nan)
+    found = case.model.solve(rows, jacobian=True)
+    assert not found.converged.any()
+    assert bool(found.outputs["stress"].isnan().all()) and bool(found.blocks["stress"]["strain"].isnan().all())
+
+
+def test_outcome_tells_why() -> None:
+    case = references.case("viscoplasticity")
+    model, rows = case.load(), case.rows()
+    model.set_solver_config(**{**case.newton, "miters": 2})
+    rows["strain"] = 1.5 * rows["strain"]
+    found = model.solve({name: x.reshape(3, 3, *x.shape[1:]) for name, x in rows.items()})
+    assert found.outcome.shape == found.converged.shape == (3, 3) and found.blocks == {}
+    assert bool((found.outcome == Outcome.OUT_OF_ITERATIONS).any())
+    assert torch.equal(found.outcome == Outcome.CONVERGED, found.converged)
+
+
+def test_row_with_a_derivative_that_is_not_finite_fails_where_derivatives_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = references.case("viscoplasticity")
+    model, rows = case.load(), case.rows()
+    (segment,) = model._caller.program.implicit
+    assert segment.sensitivity is not None
+    carry = segment.carry
+
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        found = carry(*arguments, **options)
+        for columns in found.values():
+            for column in columns.values():
+                assert column is not None
+                column[2] = torch.nan
+        return found
+
+    monkeypatch.setattr(segment, "carry", spoiled)
+    assert bool(model.solve(rows).converged.all())
+    found = model.solve(rows, jacobian=True)
+    assert (~found.converged).nonzero().tolist() == [[2]] and int(found.outcome[2]) == Outcome.SINGULAR
+    assert bool(found.outputs["stress"][2].isnan().all())
+
+
+class TestPairs:
+    @pytest.fixture
+    def model(self) -> Model:
+        return references.case("calibration").model
+
+    @pytest.fixture
+    def rows(self) -> Tensors:
+        return references.case("calibration").rows()
+
+    def test_chosen_alone(self, model: Model, rows: Tensors) -> None:
+        _, every = model.jacobian(rows)
+        chosen = [("equivalent_plastic_strain", "strain"), ("stress", "t"), ("stress", "t")]
+        for blocks in (model.jacobian(rows, pairs=chosen)[1], model.solve(rows, pairs=chosen).blocks):
+            assert {out: list(row) for out, row in blocks.items()} == {
+                "equivalent_plastic_strain": ["strain"],
+                "stress": ["t"],
+            }
+            for out, by in chosen:
+                assert difference(blocks[out][by], every[out][by], 1e-6) < 1e-9
+
+    def test_only_what_is_needed_is_carried(self, model: Model, rows: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Any] = []
+        evaluate = model._caller.program.evaluate
+        monkeypatch.setattr(
+            model._caller.program,
+            "evaluate",
+            lambda *a, **k: seen.append(a[5]) or evaluate(*a, **k),  # type: ignore[func-returns-value]
+        )
+        model.jacobian(rows, pairs=[("stress", "strain")])
+        assert list(seen[0]) == ["strain"]
+
+    def test_none(self, model: Model, rows: Tensors) -> None:
+        assert model.jacobian(rows, pairs=[])[1] == {} and model.solve(rows, pairs=()).blocks == {}
+
+    @pytest.mark.parametrize("name", ["elasticity", "promoted"])
+    def test_of_a_model_with_a_plan(self, name: str) -> None:
+        case = references.case(name)
+        rows = case.rows()
+        outputs, blocks = case.model.jacobian(rows, pairs=[("stress", "strain")])
+        assert list(blocks) == ["stress"] and list(blocks["stress"]) == ["strain"]
+        assert torch.equal(outputs["stress"], case.model.forward(rows)["stress"])
+
+    def test_refused(self, model: Model, rows: Tensors) -> None:
+        with pytest.raises(UnknownNameError, match=r"'sress' is no output of .*the outputs are: stress"):
+            model.jacobian(rows, pairs=[("sress", "strain")])
+        with pytest.raises(UnknownNameError, match=r"'stress' is no input of .*the inputs are: strain"):
+            model.solve(rows, pairs=[("stress", "stress")])
+        for wrong in (["stress:strain"], "stress", [("stress",)], [("stress", 1)]):
+            with pytest.raises(InputTypeError, match=r"pairs hold .*expected pairs of names such as \('stress'"):
+                model.jacobian(rows, pairs=wrong)  # type: ignore[arg-type]
+        visco = references.case("viscoplasticity")
+        with pytest.raises(DerivativeNotCompiledError, match=r"d\(stress\)/d\(t\) was not compiled.*-d stress:t"):
+            visco.model.solve(visco.rows(), pairs=[("stress", "t")])
+
+    @pytest.mark.wide
+    def test_model_without_derivatives(self) -> None:
+        case = references.case("chaboche")
+        with pytest.raises(DerivativeNotCompiledError, match="was compiled without derivatives"):
+            case.model.solve(case.rows(), jacobian=True)
+        assert case.model.solve(case.rows(), pairs=[]).blocks == {}
+
+
+class TestExpand:
+    @pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3)])
+    def test_constant_block(self, batch: tuple[int, ...]) -> None:
+        model = references.case("elasticity").model
+        strain = torch.full((*batch, 6), 1e-3, dtype=torch.float64)
+        _, once = model.jacobian({"strain": strain})
+        _, each = model.jacobian({"strain": strain}, expand=True)
+        solved = model.solve({"strain": strain}, jacobian=True)
+        assert once["stress"]["strain"].shape == (6, 6)
+        for block in (each["stress"]["strain"], solved.blocks["stress"]["strain"]):
+            assert block.shape == (*batch, 6, 6) and block.is_contiguous()
+            assert torch.equal(block, once["stress"]["strain"].expand(*batch, 6, 6))
+        assert solved.converged.shape == solved.outcome.shape == batch
+        assert model.solve({"strain": strain}, jacobian=True, expand=False).blocks["stress"]["strain"].shape == (6, 6)
+
+    def test_results_are_the_callers_own(self) -> None:
+        model = references.case("elasticity").model
+        strain = torch.full((3, 6), 1e-3, dtype=torch.float64)
+        first = model.solve({"strain": strain}, jacobian=True).blocks["stress"]["strain"]
+        kept = first.clone()
+        first.zero_()
+        assert torch.equal(model.solve({"strain": strain}, jacobian=True).blocks["stress"]["strain"], kept)
+
+    def test_of_a_model_that_iterates(self) -> None:
+        case = references.case("viscoplasticity")
+        rows = case.rows()
+        plain, expanded = case.model.jacobian(rows), case.model.jacobian(rows, expand=True)
+        assert torch.equal(plain[1]["stress"]["strain"], expanded[1]["stress"]["strain"])
+
+
+def test_digest_is_that_of_the_files() -> None:
+    one, other = references.case("viscoplasticity"), references.case("calibration")
+    assert one.load().digest == one.model.digest != other.model.digest
+    assert len(one.model.digest) == 64
