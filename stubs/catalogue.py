@@ -120,7 +120,6 @@ _ENTRIES = (
         name="mixed_control",
         file="mixed_control.i",
         model="mixed_control",
-        flags=("-d", "stress:prescribed_value"),
         purpose="Some strains and some stresses prescribed: unknowns of different units, chosen row by row.",
         wide=True,
     ),

@@ -80,6 +80,11 @@ class Case:
         pairs = [flags[i + 1].rsplit(":", 1) for i, flag in enumerate(flags) if flag.startswith("--rename")]
         return {boundary: authored for authored, boundary in pairs}
 
+    @property
+    def driven(self) -> str:
+        """Name of the first input that results follow smoothly; a control is only compared with a threshold."""
+        return next(name for name in self.model.input_names if name != "control")
+
     def authored(self, name: str) -> str:
         """Name inside the model of a name at its boundary."""
         return self.renames.get(name, name)

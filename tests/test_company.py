@@ -56,7 +56,7 @@ def uneven(name: str, count: int = COUNT) -> Tensors:
     if {"t", "t~1"} <= set(rows):
         factor = 10.0 ** (4.0 * torch.rand(count, generator=generator, dtype=torch.float64) - 2.0)
         rows["t~1"] = rows["t"] - (rows["t"] - rows["t~1"]) * factor
-    first = rows[case.model.input_names[0]]
+    first = rows[case.driven]
     first *= 1.0 + 1e-3 * torch.randn(first.shape, generator=generator, dtype=torch.float64)
     return rows
 
@@ -92,7 +92,8 @@ def test_rows_fare_as_alone(name: str, tolerance: float, implementation: str) ->
     case, rows = references.case(name), uneven(name, count)
     model, alike = loaded(case, tolerance), PRECONDITIONED.get(name, ALIKE)
     together = model.solve(rows)
-    assert len(together.iterations.unique()) > 1
+    # Without rates, rows at other rates are the same ones.
+    assert len(together.iterations.unique()) > 1 or name == "rate_independent"
     slow = int(together.iterations.argmax())
     for k in range(0, count, 3):
         assert_alike(model.solve(part(rows, torch.tensor([k]))), torch.tensor([k]), together, alike)

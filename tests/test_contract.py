@@ -109,9 +109,9 @@ class TestForward:
         names = list(row)
         small = torch.tensor([0.0, 1e-3, 2e-3], dtype=case.dtype)
         inputs = dict(row)
-        # The first input has three rows, the last one two along another axis, and all others have none.
-        first, last = row[names[0]], row[names[-1]]
-        inputs[names[0]] = first * (1 + small).reshape(3, *(1,) * first.ndim)
+        # The driven input has three rows, the last one two along another axis, and all others have none.
+        first, last = row[case.driven], row[names[-1]]
+        inputs[case.driven] = first * (1 + small).reshape(3, *(1,) * first.ndim)
         if len(names) > 1:
             inputs[names[-1]] = last * (1 - small[:2]).reshape(2, 1, *(1,) * last.ndim)
         batch = (2, 3) if len(names) > 1 else (3,)

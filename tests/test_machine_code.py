@@ -32,21 +32,21 @@ def columns():
     elimination.columns(a, -b[:, :, None], np.zeros(1, np.int64), *space(), found)
     return found[0, 0].tolist()
 
-def last_steps():
-    found, record = np.zeros((1, 2)), np.zeros((1, 2), np.int64)
-    a, b = system()
-    kernels.last_steps(a, b, np.zeros(1, np.int64), np.empty((5, 1, 2)), *space(), record, found)
-    return found[0].tolist()
+def arrays():
+    numbers, norms, record = np.ones((1, 4)), np.ones((1, 2)), np.zeros((1, 2), np.int64)
+    vectors, givens, indices = np.zeros((5, 1, 2)), np.zeros((2, 1, 1)), np.zeros((1, 4), np.int64)
+    return vectors, givens, numbers, indices, *space(), norms, record, np.zeros((1, 2)), np.zeros(10)
 
-def judge_again():
-    numbers, zero, one = np.ones((1, 4)), np.zeros((1, 4), np.int64), np.ones((1, 2))
-    vectors, givens, record = np.zeros((5, 1, 2)), np.zeros((2, 1, 1)), np.zeros((1, 2), np.int64)
-    arrays = vectors, givens, numbers, zero, *space(), one, record, np.zeros((1, 2)), np.zeros(10)
-    kernels.judge_again(np.array([[3.0, 4.0]]), 1, False, 1, *arrays)
-    return numbers[0, kernels.TRIAL_NORM]
+def begin():
+    both = arrays()
+    return kernels.begin(np.array([[3.0, 4.0]]), *both), both[2][0, kernels.NORM]
+
+def settle():
+    both = arrays()
+    return kernels.settle(np.zeros((1, 2)), 0, 1, 1, *both), both[2][0, kernels.NORM]
 
 def right():
-    assert (columns(), last_steps(), judge_again()) == ([2.0, 1.0], [2.0, 1.0], 5.0)
+    assert (columns(), begin(), settle()) == ([2.0, 1.0], (1, 5.0), (1, 1.0))
 
 def counts():
     both = {**vars(elimination), **vars(kernels)}.values()
@@ -184,13 +184,13 @@ class TestFolders:
 
     def test_the_log_tells_of_it(self) -> None:
         out = run(LISTEN + SHOW, NUMBA_CACHE_DIR="/dev/null", NEML2_LOGS="model=info", limit=200)
-        assert "machine code of judge_again cannot be kept" in out
+        assert "machine code of begin cannot be kept" in out
 
     def test_a_filled_folder_serves_also_where_it_cannot_be_written(
         self, artifact: str, right: list[float], warm: Path
     ) -> None:
         before = mounted(f"mount --bind {warm} {warm} && mount -o remount,ro,bind {warm}")
-        of(warm, "judge_again").unlink()
+        of(warm, "begin").unlink()
         command = [*before, sys.executable, "-c", CALL + f"open({str(warm / 'x')!r}, 'w')", artifact]
         variables = environment(NUMBA_CACHE_DIR=str(warm))
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
@@ -236,7 +236,7 @@ class TestFolders:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "site"]
 
     def test_a_full_disk(self, warm: Path) -> None:
-        for kernel in ("judge_again", "columns"):
+        for kernel in ("begin", "columns"):
             of(warm, kernel).unlink()
         names = [file.name for file in files_in(warm)]
         limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
@@ -261,7 +261,7 @@ class TestAtOnce:
             found = list(pool.map(lambda _: small(tmp_path), range(8)))
         assert all(hits + misses == 3 and not_kept == 0 for hits, misses, not_kept in found)
         names = [file.name.partition(".")[0] for file in files_in(tmp_path)]
-        assert names == ["columns", "judge_again", "last_steps"] and not list(tmp_path.rglob("*.tmp"))
+        assert names == ["begin", "columns", "settle"] and not list(tmp_path.rglob("*.tmp"))
         assert small(tmp_path) == [3, 0, 0]
 
     @pytest.mark.long
@@ -328,7 +328,7 @@ def flipped_at_the_start(file: Path) -> None:
 
 
 def swapped(file: Path) -> None:
-    shutil.copy(of(file.parent, "settle"), file)
+    shutil.copy(of(file.parent, "columns"), file)
 
 
 def a_pickle(file: Path) -> None:
@@ -357,7 +357,7 @@ DAMAGE: list[Callable[[Path], None]] = [
 class TestDamage:
     @pytest.mark.parametrize("damage", DAMAGE)
     def test_a_damaged_file_is_compiled_anew_and_mended(self, damage: Callable[[Path], None], warm: Path) -> None:
-        file = of(warm, "judge_again")
+        file = of(warm, "begin")
         damage(file)
         found, compiled, not_kept = small(warm)
         assert (found, compiled, not_kept) == ((0, 3, 0) if damage is of_another_version else (2, 1, 0))
@@ -365,14 +365,14 @@ class TestDamage:
         assert not list(warm.rglob("*.tmp"))
 
     def test_a_model_with_one_of_each(self, artifact: str, right: list[float], warm: Path) -> None:
-        kernels = ("begin", "judge_again", "last_steps", "columns")
+        kernels = ("begin", "judge", "advance", "settle")
         for kernel, damage in zip(kernels, (truncated, swapped, garbage, flipped), strict=True):
             damage(of(warm, kernel))
-        assert called(artifact, right, warm)[1:] == [3, 0]
+        assert called(artifact, right, warm)[1:] == [4, 0]
         assert called(artifact, right, warm)[1:] == [0, 0]
 
     def test_a_folder_in_the_place_of_a_file(self, warm: Path) -> None:
-        file = of(warm, "judge_again")
+        file = of(warm, "begin")
         file.unlink()
         file.mkdir()
         assert small(warm) == [2, 1, 1]
@@ -386,7 +386,7 @@ class TestDamage:
     def test_code_of_other_sources_is_not_used(self, tmp_path: Path) -> None:
         package, folder = tmp_path / "site" / "neml2_aoti_plugin", tmp_path / "cache"
         shutil.copytree(REPOSITORY / "neml2_aoti_plugin", package, ignore=shutil.ignore_patterns("__pycache__"))
-        source = SMALL + "print(judge_again(), counts())"
+        source = SMALL + "print(begin()[1], counts())"
 
         def found(seed: str) -> str:
             variables = environment(PYTHONPATH=str(package.parent), NUMBA_CACHE_DIR=str(folder), PYTHONHASHSEED=seed)
@@ -452,7 +452,7 @@ class TestForksAndSignals:
         run(
             FORK
             + """
-for kernel, work in ((elimination.columns, columns), (kernels.judge_again, judge_again)):
+for kernel, work in ((elimination.columns, columns), (kernels.settle, settle)):
     thread = threading.Thread(target=work)
     thread.start()
     while not sum(kernel.stats.cache_misses.values()):
@@ -492,7 +492,7 @@ assert os.waitpid(child, 0)[1] == 0
 
     @pytest.mark.long
     def test_after_a_handler_that_raises_at_any_moment_the_next_call_is_right(self, warm: Path) -> None:
-        of(warm, "judge_again").unlink()
+        of(warm, "begin").unlink()
         out = run(
             FORK
             + """

@@ -32,7 +32,7 @@ def with_row(rows: Tensors, name: str, k: int, value: float | Tensor) -> Tensors
 def not_a_number(case: Case, k: int = 1) -> tuple[Tensors, Tensors]:
     """Rows of a case, and the same with one that is NaN in the first input."""
     rows = case.rows()
-    return rows, with_row(rows, case.model.input_names[0], k, torch.nan)
+    return rows, with_row(rows, case.driven, k, torch.nan)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -155,7 +155,7 @@ class TestError:
 class TestCapture:
     def failure(self, case: Case, model: Model | None = None) -> Exception:
         states = {n: x.clone() for n, x in case.states.items()}
-        states[case.model.input_names[0]][0, 1] = torch.nan
+        states[case.driven][0, 1] = torch.nan
         with pytest.raises(ConvergenceError) as raised:
             (model or case.model).forward(states)
         error: Exception = raised.value
