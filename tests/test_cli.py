@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
@@ -203,6 +202,7 @@ def test_warm_fills_the_folder_that_a_container_keeps(environment: Environment, 
     assert start(environment, place, ["warm"], **sealed).returncode == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="terminals are others there")
 def test_colours_go_to_a_terminal_only(environment: Environment, place: Path) -> None:
     code = "from neml2_aoti_plugin.cli.output import console; console().print('[red]careful[/]')"
     printed = environment.run(code)
@@ -213,6 +213,8 @@ def test_colours_go_to_a_terminal_only(environment: Environment, place: Path) ->
 
 def _in_terminal(environment: Environment, code: str, **variables: str) -> str:
     """What a piece of code prints to a terminal."""
+    import pty
+
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(environments.OUTSIDE)}
     mine, its = pty.openpty()
     program = [str(environment.python), "-c", code]

@@ -162,10 +162,10 @@ BROKEN: list[tuple[dict[str, str], dict[str, tuple[str, str, str]]]] = [
         },
     ),
     (
-        {"NEML2_LOGS": "bogus=info", "NEML2_AOTI_PLUGIN_KERNELS": "torch", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        {"NEML2_LOGS": "bogus=info", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONPATH": "with a numba that fails"},
         {
             "neml2": ("problem", "cannot be imported", "NEML2_LOGS"),
-            "Newton loop": ("advice", "torch's operations", "unset NEML2_AOTI_PLUGIN_KERNELS"),
+            "Newton loop": ("advice", "ImportError: broken on purpose", "pip install -U numba"),
             "torch": ("advice", "loads no entry points", "import neml2_aoti_plugin"),
         },
     ),
@@ -173,7 +173,13 @@ BROKEN: list[tuple[dict[str, str], dict[str, tuple[str, str, str]]]] = [
 
 
 @pytest.mark.parametrize(("variables", "spoilt"), BROKEN)
-def test_broken_environments(variables: dict[str, str], spoilt: dict[str, tuple[str, str, str]]) -> None:
+def test_broken_environments(
+    variables: dict[str, str], spoilt: dict[str, tuple[str, str, str]], tmp_path: Path
+) -> None:
+    if "PYTHONPATH" in variables:
+        (tmp_path / "numba").mkdir()
+        (tmp_path / "numba/__init__.py").write_text("raise ImportError('broken on purpose')")
+        variables = {**variables, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "neml2_aoti_plugin", "doctor", "--json"]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     document = json.loads(done.stdout)
@@ -183,8 +189,14 @@ def test_broken_environments(variables: dict[str, str], spoilt: dict[str, tuple[
     for subject, (level, says, cure) in spoilt.items():
         told = by_subject[subject]
         assert told["level"] == level and says in told["says"] and cure in told["cure"], told
-    known = {name: value for name, value in variables.items() if name != "CXX"}
+    known = {name: value for name, value in variables.items() if name not in ("CXX", "PYTHONPATH")}
     assert document["result"]["variables"].items() >= known.items()
+
+
+def test_a_loop_on_torch_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEML2_AOTI_PLUGIN_KERNELS", "torch")
+    (finding,) = found(diagnose(), "Newton loop")
+    assert (finding.level, finding.cure) == ("advice", "unset NEML2_AOTI_PLUGIN_KERNELS")
 
 
 def test_threads_that_wait_for_each_other() -> None:

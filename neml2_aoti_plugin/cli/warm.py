@@ -46,14 +46,14 @@ def command(as_json: bool) -> int:
     """
     from ..solve import choice
 
-    implementation, reason = choice.chosen()
-    if implementation != choice.NUMBA:
-        return show("warm", WarmReport(implementation, reason, 0, ()), as_json, render, FINE)
+    arrays, reason = choice.arrays()
+    if arrays is None:
+        return show("warm", WarmReport(choice.TORCH, reason, 0, ()), as_json, render, FINE)
     from ..solve import warm
 
     warm.compile_all()
     found = warm.files()
-    report = WarmReport(implementation, reason, len(found), tuple(sorted({str(file.parent) for file in found})))
+    report = WarmReport(choice.NUMBA, reason, len(found), tuple(sorted({str(file.parent) for file in found})))
     return show("warm", report, as_json, render, FINE if found else SHORT)
 
 

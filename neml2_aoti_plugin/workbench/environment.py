@@ -95,14 +95,15 @@ def of_torch(version: str) -> Finding:
 def newton_loop() -> KernelsReport:
     """What the Newton loop runs on here."""
     try:
-        implementation, reason = choice.chosen()
+        # It imports numba, which may be there and not work.
+        arrays, reason = choice.arrays()
     except AOTIError as error:
         return KernelsReport("", str(error), (), 0)
-    if implementation != choice.NUMBA:
-        return KernelsReport(implementation, reason, (), 0)
+    if arrays is None:
+        return KernelsReport(choice.TORCH, reason, (), 0)
     from ..solve import machine_code, warm
 
-    return KernelsReport(implementation, reason, tuple(map(str, machine_code.folders())), len(warm.files()))
+    return KernelsReport(choice.NUMBA, reason, tuple(map(str, machine_code.folders())), len(warm.files()))
 
 
 def of_kernels(kernels: KernelsReport) -> Finding:
@@ -110,7 +111,8 @@ def of_kernels(kernels: KernelsReport) -> Finding:
     if not kernels.implementation:
         return Finding("Newton loop", "problem", kernels.reason, f"unset {choice.VARIABLE}")
     if kernels.implementation == choice.TORCH:
-        cure = "pip install numba" if "not installed" in kernels.reason else f"unset {choice.VARIABLE}"
+        asked_for = kernels.reason == f"{choice.VARIABLE}={choice.TORCH}"
+        cure = f"unset {choice.VARIABLE}" if asked_for else "pip install -U numba"
         says = f"on torch's operations ({kernels.reason}); kernels are faster for models of one dense group on a CPU"
         return Finding("Newton loop", "advice", says, cure)
     if not kernels.files:
