@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import lzma
 import re
@@ -16,6 +17,9 @@ from pathlib import Path, PurePosixPath
 from ..errors import ArtifactError
 from .files import AGAIN
 from .telling import named, reason
+
+# `zipfile` needs it, and Python 3.13 cannot import it once the working directory is gone.
+codecs.lookup("cp437")
 
 # The entries that a graph is made of stand in this folder of the archive, below a folder named like the package.
 GRAPH = "data/aotinductor/model/"
