@@ -306,7 +306,9 @@ def blocks_of(
         value, column = found.values[out], found.tangents[out].get((kind, by))
         rows = value.shape[0]
         shape = (rows, *value.shape[1:], *wrt[by].natural_shape)
-        block = value.new_zeros(shape) if column is None else column.expand(rows, -1, -1).reshape(shape)
+        if column is not None and column.shape[0] != rows:
+            column = column.expand(rows, -1, -1)
+        block = value.new_zeros(shape) if column is None else column.reshape(shape)
         blocks.setdefault(caller.output_name(out), {})[names.get(by, by)] = caller.boundary.unflatten(block, batch)
     return blocks
 

@@ -27,7 +27,9 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 def contiguous(x: Tensor) -> Tensor:
     """A tensor, or its copy with rows one after the other in memory."""
-    return x.contiguous() if x.is_contiguous() or _stays(x) else torch.from_numpy(np.ascontiguousarray(x.numpy()))
+    if x.is_contiguous():
+        return x
+    return x.contiguous() if _stays(x) else torch.from_numpy(np.ascontiguousarray(x.numpy()))
 
 
 def put(target: Tensor, index: Tensor | slice, x: Tensor) -> None:

@@ -95,6 +95,8 @@ def contract(block: Tensor, pair: Pair, out_sites: tuple[int, ...], column: Tens
     Returns:
         `(rows or 1, entries of out, m)`.
     """
+    if block.ndim == 3 and not out_sites and not pair.wrt_sub_batch_shape:
+        return times(block, column)
     sites, wrt_sites = tuple(block.shape[1:-2]), pair.wrt_sub_batch_shape
     if not wrt_sites:
         spread = _on_sites(block, out_sites, pair, file)
