@@ -276,7 +276,7 @@ class TestAtOnce:
     @pytest.mark.long
     def test_a_model_without_any_folder(self, artifact: str, right: list[float]) -> None:
         hits, misses, not_kept = called(artifact, right, "/dev/null")
-        assert hits == 0 and misses == not_kept > 5
+        assert hits == 0 and misses == not_kept >= 4
 
     def test_threads(self, artifact: str, right: list[float], warm: Path) -> None:
         for kernel in ("begin", "columns"):
