@@ -277,6 +277,6 @@ def test_an_interrupted_run_leaves_nothing_behind(environment: Environment, plac
         # The draft is there; the driver runs now, or is about to.
         time.sleep(1.0)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=200)
     assert (process.returncode, told.strip()) == (130, "Interrupted.")
     assert not list(tmp_path.iterdir())
