@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .environments import ROOT, Workshop, lay_out, say
-from .page import page
+from .page import page, with_pythons
 from .pythons import measure_python
 from .results import (
     PYTHON_TORCH,
@@ -123,9 +123,14 @@ def measure_missing(shop: Workshop, torch: str, *, retest: bool) -> Measured | N
 
 def publish(shop: Workshop, file: Path) -> tuple[dict[str, Measured], Crossings]:
     """Write the page from what was found so far; give what it was written from."""
-    results = read_results(shop.folder)
+    results, pythons = read_results(shop.folder), read_pythons(shop.folder)
     crossings = read_crossings(shop.folder, results)
-    file.write_text(page(results, crossings, read_pythons(shop.folder), shop.jobs), encoding="utf-8")
+    if results or not file.exists():
+        text = page(results, crossings, pythons, shop.jobs)
+    else:
+        # Under Pythons alone nothing was found that could take the place of what the page says of torch.
+        text = with_pythons(file.read_text(encoding="utf-8"), pythons)
+    file.write_text(text, encoding="utf-8")
     return results, crossings
 
 

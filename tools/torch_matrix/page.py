@@ -123,6 +123,20 @@ def pythons_section(pythons: Sequence[Measured]) -> Iterator[str]:
         yield table(head, [python_row(found) for found in pythons], left=4)
 
 
+def with_pythons(page: str, pythons: Sequence[Measured]) -> str:
+    """Give a page with another section on Pythons, and all else as it is.
+
+    Args:
+        page: As it was written before.
+        pythons: What was found under each Python.
+    """
+    begin, end = "## Pythons\n", "## What failed\n"
+    before, _, rest = page.partition(end)
+    kept = before.partition(begin)[0].rstrip("\n")
+    failed = [f"- {line}" for line in troubles({one.torch: one for one in pythons}, {})]
+    return "\n\n".join([kept, *pythons_section(pythons), *(["\n".join(failed)] if failed else []), end + rest])
+
+
 def python_row(found: Measured) -> tuple[str, ...]:
     """Give one row of the table of Pythons."""
     versions = [found.versions.get(name, "") for name in ("torch", "numba")]
