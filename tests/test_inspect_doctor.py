@@ -162,7 +162,12 @@ BROKEN: list[tuple[dict[str, str], dict[str, tuple[str, str, str]]]] = [
         },
     ),
     (
-        {"NEML2_LOGS": "bogus=info", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONPATH": "with a numba that fails"},
+        {
+            "NEML2_LOGS": "bogus=info",
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+            "PYTHONPATH": "with a numba that fails",
+            "NEML2_AOTI_PLUGIN_KERNELS": "",
+        },
         {
             "neml2": ("problem", "cannot be imported", "NEML2_LOGS"),
             "Newton loop": ("advice", "ImportError: broken on purpose", "pip install -U numba"),

@@ -8,13 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 import references
-from attacks.children import REPOSITORY, environment, run
+from attacks import children
+from attacks.children import REPOSITORY
+
+# These tests are of kernels, also where NEML2_AOTI_PLUGIN_KERNELS=torch is set for the others.
+environment = partial(children.environment, NEML2_AOTI_PLUGIN_KERNELS="")
+run = partial(children.run, NEML2_AOTI_PLUGIN_KERNELS="")
 
 # Kernels that compile in a second or two, with numbers that are easy to tell; then which were found and which compiled.
 SMALL = """
