@@ -22,6 +22,7 @@ from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
 from neml2_aoti_plugin import cli
 from neml2_aoti_plugin.cli.app import COMMANDS
+from neml2_aoti_plugin.cli.interrupt import heeded
 from stubs.build import compiled
 from tools.json_forms import REPORTS
 
@@ -264,6 +265,32 @@ def test_the_doctor_without_neml2(shared_folder: Path, wheel: Path, place: Path)
     assert done.returncode == 2 and done.stderr.strip().endswith("pip install neml2")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are others there")
+def test_an_interrupt_that_was_dropped_is_heeded_later() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), heeded() as heed:
+        heed()
+        # As a bare `except` in a package that is being imported does.
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is not before
+        heed()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are others there")
+def test_who_handles_interrupts_keeps_handling_them() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        with heeded() as heed:
+            signal.raise_signal(signal.SIGINT)
+            heed()
+        assert came == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="signals are others there")
 def test_an_interrupted_run_leaves_nothing_behind(environment: Environment, place: Path, tmp_path: Path) -> None:
@@ -277,11 +304,7 @@ def test_an_interrupted_run_leaves_nothing_behind(environment: Environment, plac
             time.sleep(0.05)
         # The draft is there; the driver runs now, or is about to.
         time.sleep(1.0)
-        # While neml2 reads the input an interrupt has been lost on a busy machine; a person presses again.
-        for patience in (40, 40, 100):
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                _, told = process.communicate(timeout=patience)
-                break
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=200)
     assert process.returncode == 130 and told.strip().endswith("Interrupted.")
     assert not list(tmp_path.iterdir())

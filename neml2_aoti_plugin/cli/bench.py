@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .interrupt import heeded
 from .options import counts
 from .output import device_options, json_option, progress, show
 
@@ -74,10 +75,11 @@ def command(
     if picture is not None:
         require_drawable(picture)
     found = find_target(target, model)
-    with progress() as bar:
+    with progress() as bar, heeded() as heed:
         task = bar.add_task(found.model, total=None)
 
         def on_measured(done: int, total: int) -> None:
+            heed()
             bar.update(task, completed=done, total=total)
 
         report = bench(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .interrupt import heeded
 from .options import assignments
 from .output import json_option, progress, show
 
@@ -63,10 +64,11 @@ def command(
         if ":=" not in text:
             raise click.BadParameter(f"{text!r} is not PATH:=VALUE.", param_hint="PATH:=VALUE")
     values = assignments(given, "--set")
-    with progress() as bar:
+    with progress() as bar, heeded() as heed:
         task = bar.add_task(driver, total=None)
 
         def on_step(done: int, last: int) -> None:
+            heed()
             bar.update(task, completed=done, total=last)
 
         report = run(
