@@ -74,7 +74,7 @@ format: $(INSTALLED)
 
 # DOCS_FLAGS="-t online" adds links into the documentation of Python, NumPy, torch and neml2.
 docs: $(INSTALLED)
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs $(DOCS_FLAGS) . build/docs
+	$(BIN)/python -m sphinx --fresh-env -q -W --keep-going -c docs $(DOCS_FLAGS) . build/docs
 	@echo "The documentation is build/docs/docs/index.html."
 
 docs-links: $(INSTALLED)

@@ -45,7 +45,9 @@ def test_the_changelog_keeps_its_form() -> None:
     assert not problems(TEXT, neml2_aoti_plugin.__version__)
 
 
-GOOD = "# Changelog\n\n## [Unreleased]\n\n### Added\n\n- A thing.\n\n## [0.1.0] - 2026-01-02\n\n### Fixed\n\n- Another.\n"
+GOOD = (
+    "# Changelog\n\n## [Unreleased]\n\n### Added\n\n- A thing.\n\n## [0.1.0] - 2026-01-02\n\n### Fixed\n\n- Another.\n"
+)
 
 
 @pytest.mark.parametrize(
