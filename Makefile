@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo calibrate plate test test-wide long legacy lint format wheel clean compare-native benchmark benchmark-check torch-matrix
+.PHONY: help demo calibrate plate test test-wide long legacy lint format docs docs-links wheel clean compare-native benchmark benchmark-check torch-matrix
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
@@ -20,6 +20,8 @@ help:
 	@echo "make legacy  run the tests on artifacts of older neml2 releases, which it compiles first"
 	@echo "make lint    check style, format and types"
 	@echo "make format  mend style and format where a tool can"
+	@echo "make docs    build the documentation in build/docs; a warning or a broken link within it is an error"
+	@echo "make docs-links  try the links that lead out of the documentation, which takes the network"
 	@echo "make wheel   build the wheel in dist/"
 	@echo "make compare-native  compare lockstep mode with neml2's C++ binding; writes docs/lockstep.md"
 	@echo "make benchmark    measure against neml2's C++ runtime and others, for an hour; writes docs/performance.md"
@@ -27,12 +29,14 @@ help:
 	@echo "make torch-matrix    test under several torch releases and cross-load; hours, 40 GB; writes docs/compatibility.md"
 	@echo "make clean   remove the virtual environment and what was built"
 
-# torch comes first and by itself: resolved together with the rest, pip may look at every release of it.
+# torch comes first and by itself: resolved together with the rest, pip may look at every release of it. Dependency
+# groups are known to pip from 25.1 on.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
 	@touch $@
 
 demo: $(INSTALLED)
@@ -68,13 +72,21 @@ format: $(INSTALLED)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+# DOCS_FLAGS="-t online" adds links into the documentation of Python, NumPy, torch and neml2.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --fresh-env -q -W --keep-going -c docs $(DOCS_FLAGS) . build/docs
+	@echo "The documentation is build/docs/docs/index.html."
+
+docs-links: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -c docs -t online -b linkcheck . build/docs-links
+
 wheel: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	$(BIN)/python -m pytest --quiet tests/test_package.py -k wheel
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
 
 # Lockstep mode against neml2's C++ binding, in an environment of its own with the last torch that the binding runs on.
 compare-native: $(INSTALLED)

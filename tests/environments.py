@@ -68,7 +68,7 @@ class Environment:
 
 def build_wheel(folder: Path) -> Path:
     """Build the plugin's wheel from the working tree into a folder and give its path."""
-    # Without isolation nothing is fetched; that needs the build backend, which the dev extra brings.
+    # Without isolation nothing is fetched; that needs the build backend, which the group `test` brings.
     isolation = ["--no-build-isolation"] if find_spec("hatchling") else []
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *isolation, "--wheel-dir", str(folder)]
     subprocess.run([*command, str(ROOT)], check=True)

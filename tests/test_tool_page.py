@@ -1,4 +1,7 @@
-"""docs/tool.md: its examples and those of `--help` run, and its tables are the forms of the documents."""
+"""docs/tool.md and `--help`: examples of each command, which run, and tables that are the forms of the documents.
+
+`test_documents.py` runs the examples of the page.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +49,9 @@ def run(line: str) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_examples_run(place: Path) -> None:
+def test_each_command_has_an_example() -> None:
     lines = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-    assert {shlex.split(line)[1] for line in lines} == {*COMMANDS} - {"migrate"}
-    for line in lines:
-        run(line)
-    for picture in ("errors.png", "speed.png", "curve.png", "uniaxial.svg", "both.png", "saved.png"):
-        assert (place / picture).stat().st_size > 5000
+    assert {shlex.split(line)[1] for line in lines if line.startswith("neml2-aoti ")} == {*COMMANDS}
 
 
 def examples(text: str) -> list[str]:
@@ -92,7 +91,7 @@ def test_each_command_has_a_section() -> None:
 @pytest.mark.timeout(3600)
 def test_the_example_of_migrate_runs(place: Path) -> None:
     shutil.copytree(build.artifact("3.0.6", "forward"), place / "old")
-    (line,) = re.findall(r"```\n(neml2-aoti migrate .*)\n```", PAGE)
+    (line,) = re.findall(r"```sh\n(neml2-aoti migrate .*)\n```", PAGE)
     run(line)
     assert cli.main(["verify", "new/elasticity_aoti.i"]) == 0
     for line in examples(import_module("neml2_aoti_plugin.cli.migrate").EPILOG):

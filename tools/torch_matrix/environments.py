@@ -183,7 +183,10 @@ def install(shop: Workshop, torch: str) -> None:
     kept = [line for line in pinned if line.partition("==")[0].strip() not in own]
     constraints = shop.of(torch) / "constraints.txt"
     constraints.write_text("\n".join([*kept, *(f"{n}=={v}" for n, v in own.items())]) + "\n", encoding="utf-8")
-    shop.run(torch, "packages", [*pip, "--constraint", str(constraints), f"{shop.wheel}[dev]"])
+    # Dependency groups are known to pip from 25.1 on.
+    shop.run(torch, "packages", [*pip, "pip>=25.1"], log="pip")
+    test = ["--group", f"{ROOT / 'pyproject.toml'}:test"]
+    shop.run(torch, "packages", [*pip, "--constraint", str(constraints), str(shop.wheel), *test])
     shop.run(torch, "packages", [*pip, "--no-deps", "--force-reinstall", str(shop.wheel)], log="wheel")
 
 

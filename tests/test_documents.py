@@ -1,0 +1,172 @@
+"""What the documents show runs as it stands there: Python and shell blocks, one after the other; and links lead on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import page_shell
+from page_shell import ROOT
+from stubs.build import QUICK, compiled
+from stubs.catalogue import CATALOGUE
+
+# Kept as it is: its commands run without a label, on a model that it does not compile.
+BARE = {"docs/reliability.md"}
+# Compiles for an hour, with old releases.
+NOT_RUN = {"legacy/README.md"}
+# What these pages compile takes longer than the default suite may.
+WIDE = {"docs/howto/renames.md"}
+# Has a compile that no stub of the catalogue has.
+MARCH = "docs/howto/parameters.md"
+
+PAGES = [
+    *(path.name for path in sorted(ROOT.glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("*/README.md"))),
+]
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The blocks of a page: language and content."""
+    return list(page_shell.blocks(text_of(page)))
+
+
+# What has something to run.
+RUNNING = [page for page in PAGES if page in BARE or {"python", "sh"} & {language for language, _ in blocks(page)}]
+
+
+def like_a_clone(place: Path) -> None:
+    """Give a folder the input files; docs/tool.md has them beside it."""
+    (place / "stubs").mkdir()
+    for stub in CATALOGUE.values():
+        shutil.copy(stub.path, place / "stubs")
+        shutil.copy(stub.path, place)
+
+
+def run(page: str, place: Path) -> None:
+    """Run a page in a folder that is like a clone, in a fresh process, as a reader would."""
+    like_a_clone(place)
+    if page in BARE:
+        shutil.copytree(compiled("elasticity"), place / "aoti")
+    program = place / f"page_{Path(page).stem}.py"
+    program.write_text(page_shell.script(text_of(page), bare=page in BARE), encoding="utf-8")
+    # Without what this process has imported or set.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NEML2_")}
+    cache = {name: os.environ[name] for name in ("NEML2_AOTI_PLUGIN_STUB_CACHE",) if name in os.environ}
+    paths = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
+    # The kernels would be compiled anew in each environment that runs this.
+    more = {"PYTHONPATH": paths, "NEML2_AOTI_PLUGIN_KERNELS": "torch", "MPLBACKEND": "Agg"}
+    with subprocess.Popen(
+        [sys.executable, program.name],
+        cwd=place,
+        env={**kept, **cache, **more},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=240)
+        except BaseException:
+            process.send_signal(signal.SIGINT)  # so that it ends what it has started
+            raise
+    assert process.returncode == 0, f"{page}:\n{printed}"
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.wide] if p in WIDE else []) for p in RUNNING])
+def test_blocks_run(page: str, tmp_path: Path) -> None:
+    run(page, tmp_path)
+    pictures = set(re.findall(r"--(?:out|plot) (\S+\.(?:png|svg))", text_of(page)))
+    lost = [name for name in pictures if not (tmp_path / name).is_file() or (tmp_path / name).stat().st_size < 5000]
+    assert not lost, f"{page}: no picture {lost}"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1000)
+def test_the_least_options_of_a_march_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compile of the page, for real, and the gradient through the march of the page, against a difference."""
+    (block,) = (block for language, block in blocks(MARCH) if language == "sh long")
+    (command,) = page_shell.commands(block)
+    like_a_clone(tmp_path)
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
+    page_shell.run(command, tmp_path, 800)
+    (march,) = re.findall(r"^def march\(.*?(?=^model = )", text_of(MARCH), flags=re.MULTILINE | re.DOTALL)
+    program = f"import torch\nfrom neml2.aoti import Model\n\n{march}\n{GRADIENT}"
+    page_shell.run(f"{shlex.quote(sys.executable)} -c {shlex.quote(program)}", tmp_path)
+
+
+GRADIENT = """
+model = Model("march/viscoplasticity")
+value = model.get_parameter("residual.overstress.sy").requires_grad_()
+march(model)[0].backward()
+ends = []
+for moved in (179.99, 180.01):
+    with torch.no_grad():
+        model.set_parameter("residual.overstress.sy", moved)
+        ends.append(float(march(model)[0]))
+assert abs(float(value.grad) - (ends[1] - ends[0]) / 0.02) < 1e-5 * abs(float(value.grad))
+"""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in BARE | NOT_RUN])
+def test_commands_are_labelled_so_that_they_run(page: str) -> None:
+    known = ("python", "sh", "ini", "dockerfile", "json", *(["sh long"] if page == MARCH else []))
+    for language, block in blocks(page):
+        if language in ("", "text"):
+            assert not block.startswith(page_shell.PROGRAMS), f"{page}: label this `sh`, so that it is run:\n{block}"
+        else:
+            assert language in known or language.startswith("{"), f"{page}: nothing runs {language!r}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if "://" not in t]
+    lost = [t for t in targets if not ((ROOT / page).parent / t).exists()]
+    assert not lost, f"{page} links to {lost}"
+
+
+def test_each_example_is_listed() -> None:
+    text = text_of("examples/README.md")
+    programs = [path.name for path in (ROOT / "examples").glob("*.py") if path.name != "__init__.py"]
+    assert not [name for name in programs if f"| [{name}]({name}) |" not in text]
+
+
+def test_a_page_becomes_a_program_line_by_line() -> None:
+    page = "# Title\n\n```python\na = 1\n```\n\n```sh\nmake lint\n```\n\n```text\nno = program\n```\n"
+    program = page_shell.script(page).splitlines()
+    assert program[0].startswith("from page_shell")
+    assert program[3] == "a = 1" and program[7] == "make lint" and "no = program" not in program
+    compile("\n".join(program), "page", "exec")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("false", "exit status 1"),
+        ("make no-such-target", "exit status 2"),
+        ("neml2-aoti inspect nowhere", "exit status 2"),
+        ("neml2-compile nowhere.i --driver driver -d :", "there is no file"),
+        ("neml2-compile elasticity.i --driver driver -d stress:", "no entry of stubs/catalogue.py"),
+    ],
+)
+def test_a_command_that_fails_fails_the_page(
+    command: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(CATALOGUE["elasticity"].path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=says):
+        page_shell.shell(f"{command}  # and a comment")

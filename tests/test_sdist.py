@@ -1,0 +1,57 @@
+"""The sdist holds what a tree without git needs, and gives the same wheel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import neml2_aoti_plugin
+from environments import ROOT
+
+FOLDERS = ("benchmarks", "docs", "examples", "legacy", "neml2_aoti_plugin", "stubs", "tests", "tools")
+FILES = (".pre-commit-config.yaml", "Makefile", "constraints.txt", "LICENSE", "PKG-INFO", "pyproject.toml")
+SUFFIXES = (".i", ".md", ".png", ".py", "py.typed", ".json")
+
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "neml2_aoti_plugin").is_dir(), reason="the sources lie elsewhere"),
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git tells which files there must be"),
+]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (file,) = folder.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"neml2_aoti_plugin-{neml2_aoti_plugin.__version__}"
+
+
+def test_the_sdist_holds_the_tree_and_nothing_else(sdist: Path) -> None:
+    found = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    # Hatchling adds git's list of what to ignore, by which it builds.
+    beside = {name for name in found if not name.startswith(FOLDERS) and not name.endswith(".md")} - {".gitignore"}
+    assert beside == set(FILES)
+    assert not [name for name in found - beside - {".gitignore"} if not name.endswith(SUFFIXES)]
+    listed = subprocess.run(
+        ["git", "ls-files", *FOLDERS, "*.md"], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+    )
+    assert set(listed.stdout.splitlines()) <= found
+
+
+def test_the_sdist_gives_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=sdist, check=True, capture_output=True, timeout=120)
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as one, zipfile.ZipFile(wheel) as other:
+        assert {name: one.read(name) for name in one.namelist() if not name.endswith("RECORD")} == {
+            name: other.read(name) for name in other.namelist() if not name.endswith("RECORD")
+        }
