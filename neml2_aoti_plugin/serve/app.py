@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from ..errors import InputError
 from ..model import Model
+from .first_calls import call_first
 from .front import EXCHANGE, Front, Gate
 from .gathering import Gatherer
 from .journal import Journal
