@@ -118,7 +118,7 @@ async def _sweep(models: Models) -> None:
     while True:
         await asyncio.sleep(SWEEP)
         for gatherer in models.gatherers.values():
-            gatherer.expire()
+            gatherer.sweep()
 
 
 async def _told(request: Request, error: Exception) -> Response:

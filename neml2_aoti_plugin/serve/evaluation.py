@@ -40,9 +40,13 @@ def evaluate(served: Served, calls: Sequence[Call]) -> list[Answer]:
 
 
 def _forward(served: Served, calls: Sequence[Call]) -> list[Answer]:
-    if served.implicit:
+    if served.implicit and len(calls) > 1:
         return _solve(served, calls)
-    outputs = served.model.forward(_inputs(served, calls), _overrides(served, calls))
+    # The quickest way; it raises where a row fails, which one call alone may.
+    try:
+        outputs = served.model.forward(_inputs(served, calls), _overrides(served, calls))
+    except ConvergenceError as error:
+        return [not_converged(error.rows.tolist(), calls[0].rows)]  # type: ignore[attr-defined]
     return _split(calls, {name: _array(value) for name, value in outputs.items()})
 
 

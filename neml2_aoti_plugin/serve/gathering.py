@@ -84,29 +84,25 @@ class Gatherer:
         if queue is None:
             queue = self._queues[call.key] = deque()
         queue.append(Waiting(call, receive, future, perf_counter()))
-        self._count(call.rows)
+        self._rows += call.rows
         if not self._busy:
             self._schedule()
         return future
 
-    def expire(self) -> None:
-        """Refuse calls that have waited for too long; called from time to time."""
+    def sweep(self) -> None:
+        """Refuse calls that have waited for too long, and tell how many rows wait; called from time to time."""
         limit = perf_counter() - self._limits.answer_seconds
         for key, queue in list(self._queues.items()):
             while queue and queue[0].since < limit:
                 late = queue.popleft()
-                self._count(-late.call.rows)
+                self._rows -= late.call.rows
                 if not late.future.done():
                     late.future.set_exception(
                         Refused(504, f"not answered within {self._limits.answer_seconds:g} s.", retry_after=1)
                     )
             if not queue:
                 del self._queues[key]
-
-    @property
-    def rows(self) -> int:
-        """How many rows wait."""
-        return self._rows
+        self._metrics.queued(self.served.name, self._rows)
 
     def _schedule(self) -> None:
         wait = self._limits.wait_ms
@@ -146,7 +142,7 @@ class Gatherer:
             queue = self._queues.pop(key)
             while queue and (not taken or rows + queue[0].call.rows <= limit):
                 waiting = queue.popleft()
-                self._count(-waiting.call.rows)
+                self._rows -= waiting.call.rows
                 if waiting.future.done() or has_gone(waiting.receive):
                     waiting.future.cancel()
                     continue
@@ -169,7 +165,3 @@ class Gatherer:
                 waiting.future.set_result(answer)
         if self._queues:
             self._schedule()
-
-    def _count(self, rows: int) -> None:
-        self._rows += rows
-        self._metrics.queued(self.served.name, self._rows)
