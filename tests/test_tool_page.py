@@ -48,7 +48,7 @@ def run(line: str) -> None:
 
 def test_examples_run(place: Path) -> None:
     lines = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-    assert {shlex.split(line)[1] for line in lines} == {*COMMANDS} - {"migrate"}
+    assert {shlex.split(line)[1] for line in lines} == {*COMMANDS} - {"migrate", "serve"}
     for line in lines:
         run(line)
     for picture in ("errors.png", "speed.png", "curve.png", "uniaxial.svg", "both.png", "saved.png"):
@@ -72,7 +72,7 @@ def test_examples_of_help_run(place: Path) -> None:
                 run(line)
     for line in examples(HELP):
         run(line)
-    for name in ("bench", "migrate", "warm"):
+    for name in ("bench", "migrate", "serve", "warm"):
         for line in by_command[name]:
             assert line.startswith(("neml2-aoti ", "NUMBA_CACHE_DIR=/opt/kernels neml2-aoti "))
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from . import FINE
-from .output import device_options
+from .output import device_options, json_option, show
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..serve.listening import Address
     from ..serve.served import Source
     from ..workbench.target import Target
@@ -22,9 +25,69 @@ TOKEN = "NEML2_AOTI_SERVE_TOKEN"
 EPILOG = """\b
 Examples:
   neml2-aoti serve aoti/elasticity
-  neml2-aoti serve aoti/viscoplasticity_aoti.i --name steel=aoti/steel --port 9000
+  neml2-aoti serve aoti/viscoplasticity_aoti.i --name soft=aoti/promoted --check
   neml2-aoti serve aoti/elasticity --host 0.0.0.0 --token-file /run/secrets/token --workers 4
 """
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# Each limit with its kind, what it bounds, and what holds where it is not given.
+LIMITS: tuple[tuple[str, click.ParamType, str], ...] = (
+    ("--gather-rows", click.IntRange(1), "Rows that a compiled call gathers; 1 gathers none. [2048]"),
+    ("--wait-ms", click.FloatRange(0), "How long a request may wait for others to gather. [0]"),
+    ("--queue-rows", click.IntRange(1), "Rows that may wait for each model. [65536]"),
+    ("--request-rows", click.IntRange(1), "Rows of one request. [65536]"),
+    ("--body-bytes", click.IntRange(1), "Size of the body of a request. [16777216]"),
+    ("--header-bytes", click.IntRange(256), "Size of the headers of a request. [32768]"),
+    ("--receive-seconds", click.FloatRange(0.01), "In which headers, and then the body, must arrive. [10]"),
+    ("--answer-seconds", click.FloatRange(0.01), "In which a waiting request must be answered. [30]"),
+    ("--stop-seconds", click.FloatRange(1), "In which accepted requests are finished at the end. [20]"),
+    ("--connections", click.IntRange(1), "Open connections of each process. [1024]"),
+)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that was loaded and called.
+
+    Args:
+        name: under which it is served.
+        artifact: path of the artifact.
+        sealed: whether it has a seal.
+        digest: SHA-256 of its files.
+        operations: that can be asked for.
+    """
+
+    name: str
+    artifact: str
+    sealed: bool
+    digest: str
+    operations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ServeReport:
+    """What would be served.
+
+    Args:
+        address: where.
+        local: whether only programs of this machine can connect there.
+        token: whether requests must have a token.
+        models: each loaded, and each of its operations called once.
+    """
+
+    address: str
+    local: bool
+    token: bool
+    models: tuple[ServedModel, ...]
+
+
+def limit_options(function: _Function) -> _Function:
+    """The options of all limits."""
+    for name, kind, text in reversed(LIMITS):
+        function = click.option(name, type=kind, help=text)(function)
+    return function
 
 
 @click.command(epilog=EPILOG, short_help="Serve models over HTTP (Open Inference Protocol).")
@@ -35,23 +98,14 @@ Examples:
 @click.option("--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
 @click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Number of processes.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch in each.")
-@click.option(
-    "--token-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"Has the token. [{TOKEN}]"
-)
+@click.option("--token-file", type=FILE, help=f"Holds the token; else the environment variable {TOKEN} does.")
 @click.option("--no-token", is_flag=True, help="Listen beyond this machine without a token.")
 @click.option("--allow-unsealed", is_flag=True, help="Listen beyond this machine with artifacts without a seal.")
 @click.option("--quiet", is_flag=True, help="Log no requests but those that fail in the service.")
-@click.option("--gather-rows", type=click.IntRange(1), help="Rows that a compiled call gathers; 1 gathers none. [2048]")
-@click.option("--wait-ms", type=click.FloatRange(0), help="How long a request may wait for others to gather. [0]")
-@click.option("--queue-rows", type=click.IntRange(1), help="Rows that may wait for each model. [65536]")
-@click.option("--request-rows", type=click.IntRange(1), help="Rows of one request. [65536]")
-@click.option("--body-bytes", type=click.IntRange(1), help="Size of a request's body. [16 MiB]")
-@click.option("--header-bytes", type=click.IntRange(256), help="Size of a request's headers. [32 KiB]")
-@click.option("--receive-seconds", type=click.FloatRange(0.01), help="For headers and body to arrive. [10]")
-@click.option("--answer-seconds", type=click.FloatRange(0.01), help="For a request to be answered. [30]")
-@click.option("--stop-seconds", type=click.FloatRange(1), help="For accepted requests after a signal to stop. [20]")
-@click.option("--connections", type=click.IntRange(1), help="Number of open connections. [1024]")
+@click.option("--check", is_flag=True, help="Load and call the models, tell of them, and end.")
+@limit_options
 @device_options
+@json_option
 def command(
     paths: tuple[str, ...],
     named: tuple[str, ...],
@@ -64,16 +118,21 @@ def command(
     no_token: bool,
     allow_unsealed: bool,
     quiet: bool,
+    check: bool,
     device: str | None,
     dtype: str | None,
+    as_json: bool,
     **limits: Any,
 ) -> int:
     """Serve compiled models over HTTP, by the Open Inference Protocol (V2).
 
-    What waits is evaluated together: one compiled call takes all requests that came during the last one. It stops on
-    SIGTERM or Ctrl-C, when what it has accepted is answered. The log is one JSON object a line, on the standard output.
-    docs/service.md tells more.
+    What waits is evaluated together: one compiled call takes all requests that came during the last one. SIGTERM or
+    Ctrl-C stops the service once what it has accepted is answered. The log is one JSON object a line, on the standard
+    output; --json is for --check. docs/service.md tells more.
     """
+    if as_json and not check:
+        raise click.UsageError("--json goes with --check; the log of a service is JSON in any case.")
+
     from ..serve.limits import Limits
     from ..serve.listening import Address
     from ..serve.server import Service, run
@@ -85,6 +144,8 @@ def command(
     sources = _sources(paths, named, device, dtype)
     if not address.is_local:
         _require_safe(address, sources, token, no_token=no_token, allow_unsealed=allow_unsealed)
+    if check:
+        return show("serve", _checked(address, sources, token), as_json, render)
     service = Service(tuple(sources), bounds, token, threads, not quiet)
     with address.bind() as bound:
         try:
@@ -100,7 +161,7 @@ def command(
 
 def _sources(paths: Sequence[str], named: Sequence[str], device: str | None, dtype: str | None) -> list[Source]:
     """The models, each found before one is loaded."""
-    from ..serve.served import Source
+    from ..serve.served import Source, require_names
     from ..workbench.target import find_target
 
     def source(target: Target, name: str) -> Source:
@@ -114,6 +175,7 @@ def _sources(paths: Sequence[str], named: Sequence[str], device: str | None, dty
         found.append(source(find_target(path), name))
     if not found:
         raise click.UsageError("give an artifact or a stub, or NAME=PATH by --name.")
+    require_names([source.name for source in found])
     return found
 
 
@@ -132,16 +194,45 @@ def _require_safe(
     address: Address, sources: Sequence[Source], token: str | None, *, no_token: bool, allow_unsealed: bool
 ) -> None:
     """Refuse what should not be reached from other machines."""
+    from ..sealing import is_sealed
+
     if token is None and not no_token:
         raise click.UsageError(
             f"{address.host} is reached from other machines, and there is no token. Give one by --token-file or "
             f"{TOKEN}, or, where something else guards the service, --no-token."
         )
-    from ..sealing import is_sealed
-
     unsealed = [str(source.artifact) for source in sources if not is_sealed(source.artifact)]
     if unsealed and not allow_unsealed:
         raise click.UsageError(
             f"{address.host} is reached from other machines, and there is no seal of {', '.join(unsealed)}. Seal what "
             f"you trust: neml2-aoti seal {unsealed[0]}; or give --allow-unsealed."
         )
+
+
+def _checked(address: Address, sources: Sequence[Source], token: str | None) -> ServeReport:
+    """Load and call the models as a service does."""
+    from ..sealing import is_sealed
+    from ..serve.first_calls import call_first
+    from ..serve.operations import Operation
+    from ..serve.served import Served
+
+    models = []
+    for source in sources:
+        served = Served(source.name, source.load())
+        call_first(served)
+        operations = tuple(name for name, known in served.operations.items() if isinstance(known, Operation))
+        sealed = is_sealed(source.artifact)
+        models.append(ServedModel(source.name, str(source.artifact), sealed, served.model.digest, operations))
+    where = f"unix:{address.uds}" if address.uds is not None else f"{address.host}:{address.port}"
+    return ServeReport(where, address.is_local, token is not None, tuple(models))
+
+
+def render(report: ServeReport, console: Console) -> None:
+    """Print the models."""
+    from rich.markup import escape
+
+    guarded = "with a token" if report.token else "without a token"
+    console.print(escape(f"{report.address}, {'this machine only' if report.local else 'any machine'}, {guarded}"))
+    for model in report.models:
+        sealed = "sealed" if model.sealed else "no seal"
+        console.print(escape(f"{model.name}: {', '.join(model.operations)} ({model.artifact}, {sealed})"))

@@ -6,8 +6,9 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
+from time import perf_counter
 
 import orjson
 from starlette.applications import Starlette
@@ -25,7 +26,7 @@ from .journal import Journal
 from .limits import Limits
 from .metrics import Metrics
 from .routes import Models, routes
-from .served import Served, Source
+from .served import Served, Source, require_names
 
 Path_ = str | os.PathLike[str]
 # How often requests that have waited for too long are looked for, in seconds.
@@ -67,23 +68,22 @@ def app(
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        with ThreadPoolExecutor(1, "neml2-aoti-serve") as pool:
-            try:
-                held.gatherers = await _load(sources, bounds, metrics, pool, journal)
-            except Exception as error:
-                held.failure = error
-                journal.error("not loaded", error)
-                raise
-            held.loaded = True
-            journal.write("ready", models=list(held.gatherers), process=os.getpid())
-            sweep = asyncio.create_task(_sweep(held))
-            try:
-                yield
-            finally:
-                sweep.cancel()
-                with suppress(asyncio.CancelledError):
-                    await sweep
-                journal.write("stopped", process=os.getpid())
+        pool = ThreadPoolExecutor(1, "neml2-aoti-serve")
+        try:
+            held.gatherers = _load(sources, bounds, metrics, pool, journal)
+        except Exception as error:
+            held.failure = error
+            journal.error("not loaded", error)
+            raise
+        held.loaded = True
+        journal.write("ready", models=list(held.gatherers), process=os.getpid())
+        sweep = asyncio.create_task(_sweep(held))
+        try:
+            yield
+        finally:
+            sweep.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+            journal.write("stopped", process=os.getpid())
 
     application = Starlette(
         routes=routes(held, bounds, metrics, gate),
@@ -95,7 +95,7 @@ def app(
     return application
 
 
-async def _load(
+def _load(
     sources: Mapping[str, Callable[[], Model]],
     limits: Limits,
     metrics: Metrics,
@@ -103,14 +103,13 @@ async def _load(
     journal: Journal,
 ) -> dict[str, Gatherer]:
     """Load all models, and call each once."""
-    loop = asyncio.get_running_loop()
     found = {}
     for name, load in sources.items():
-        start = loop.time()
+        start = perf_counter()
         served = Served(name, load())
         call_first(served)
         found[name] = Gatherer(served, limits, metrics, pool)
-        journal.write("loaded", model=name, digest=served.model.digest, seconds=round(loop.time() - start, 3))
+        journal.write("loaded", model=name, digest=served.model.digest, seconds=round(perf_counter() - start, 3))
     return found
 
 
@@ -134,23 +133,19 @@ async def _told(request: Request, error: Exception) -> Response:
 
 def _sources(models: Mapping[str, Path_ | Model] | Iterable[Path_ | Source]) -> dict[str, Callable[[], Model]]:
     """How each model is loaded, by name."""
-    found: dict[str, Callable[[], Model]] = {}
-    listed = list(models.items()) if isinstance(models, Mapping) else [(None, given) for given in models]
-    for name, given in listed:
-        if isinstance(given, Model):
-            assert name is not None
-            found[_name(name, found)] = lambda given=given: given  # type: ignore[misc]
-            continue
-        source = given if isinstance(given, Source) else Source(name or Path(given).name, Path(given))
-        found[_name(source.name, found)] = source.load
+    found: list[tuple[str, Callable[[], Model]]] = []
+    if isinstance(models, Mapping):
+        for name, given in models.items():
+            found.append((name, _itself(given) if isinstance(given, Model) else Source(name, Path(given)).load))
+    else:
+        for one in models:
+            source = one if isinstance(one, Source) else Source(Path(one).name, Path(one))
+            found.append((source.name, source.load))
     if not found:
         raise InputError("there is no model to serve. Give one artifact or more.")
-    return found
+    require_names([name for name, _ in found])
+    return dict(found)
 
 
-def _name(name: str, taken: Mapping[str, object]) -> str:
-    if name in taken:
-        raise InputError(f"two models have the name {name!r}. Give one of them another name.")
-    if not name or "/" in name or not name.isprintable():
-        raise InputError(f"a model has the name {name!r}, which no address can have. Give it another one.")
-    return name
+def _itself(model: Model) -> Callable[[], Model]:
+    return lambda: model

@@ -13,13 +13,15 @@ import orjson
 from .limits import Limits
 from .operations import TANGENT, Operation
 from .refusals import Refused, shown
-from .served import Served
+from .served import VERSION, Served
 from .tensors import Array, Port, from_binary, from_json, require_shape
 
 _TOP = frozenset({"id", "parameters", "inputs", "outputs", "model_name", "model_version"})
 _PARAMETERS = frozenset({"operation", "parameter_overrides", "binary_data_output"})
 _INPUT = frozenset({"name", "shape", "datatype", "parameters", "data"})
+_INPUT_OPTIONS = frozenset({"binary_data_size"})
 _OUTPUT = frozenset({"name", "parameters"})
+_OUTPUT_OPTIONS = frozenset({"binary_data"})
 _NONE: dict[str, Any] = {}
 
 
@@ -88,9 +90,7 @@ def read_call(served: Served, body: bytes, header_length: bytes | None, limits: 
         pairs = tuple(pair for name, pair in operation.pairs.items() if name in asked) or tuple(
             operation.pairs.values()
         )
-    request_id = document.get("id")
-    if request_id is not None and type(request_id) is not str:
-        raise Refused(400, f"id is {shown(request_id)}, expected a string.")
+    _require_name(document, served)
     alone = object() if not served.per_row else None
     return Call(
         operation,
@@ -100,7 +100,7 @@ def read_call(served: Served, body: bytes, header_length: bytes | None, limits: 
         overrides,
         pairs,
         outputs,
-        request_id,
+        _id(document),
         (operation.name, names, pairs, bool(overrides), alone),
     )
 
@@ -164,8 +164,7 @@ def _inputs(document: dict[str, Any], operation: Operation, binary: memoryview, 
         if port is None or name in given:
             _refuse_name(name, given, operation)
         assert port is not None
-        shape: Any = entry.get("shape")
-        own = require_shape(shape, port)
+        own = require_shape(entry.get("shape"), port)
         if own != rows:
             if rows:
                 raise Refused(400, f"input {name!r} has {own} rows, but the inputs before it have {rows}.")
@@ -180,10 +179,10 @@ def _inputs(document: dict[str, Any], operation: Operation, binary: memoryview, 
             )
         if not _INPUT.issuperset(entry):
             _require_known(entry, _INPUT, f"input {name!r}")
-        options = entry.get("parameters") or _NONE
+        options = _object(entry, "parameters", f"input {name!r}") if "parameters" in entry else _NONE
         if options:
-            options = _object(entry, "parameters", f"input {name!r}")
-            _require_known(options, frozenset({"binary_data_size"}), f"parameters of input {name!r}")
+            _require_known(options, _INPUT_OPTIONS, f"parameters of input {name!r}")
+        shape = (own, *port.shape)
         if "binary_data_size" in options:
             if "data" in entry:
                 raise Refused(400, f"input {name!r} has both data and binary_data_size, expected one of them.")
@@ -204,7 +203,7 @@ def _inputs(document: dict[str, Any], operation: Operation, binary: memoryview, 
 
 
 def _refuse_name(name: object, given: dict[str, Array], operation: Operation) -> None:
-    if name in given if type(name) is str else False:
+    if type(name) is str and name in given:
         raise Refused(400, f"input {name!r} is there twice.")
     more = f"; it also takes {', '.join(operation.optional)}" if operation.optional else ""
     raise Refused(
@@ -217,13 +216,10 @@ def _refuse_name(name: object, given: dict[str, Array], operation: Operation) ->
 def _overrides(given: object, served: Served, rows: int) -> dict[str, Array]:
     """Values of promoted parameters; they may come as a string of JSON, where a client sends no objects there."""
     if type(given) is str:
-        given = read_json(given.encode())
+        given = read_json(given.encode("utf-8", "surrogatepass"))
     if type(given) is not dict:
         raise Refused(400, f"parameter_overrides is {shown(given)}, expected an object from name to value.")
-    shapes = served.model.parameter_base_shapes
-    datatype = served.operations["forward"].inputs  # type: ignore[union-attr]
-    kind = next(iter(datatype.values())).datatype if datatype else "FP64"
-    found = {}
+    shapes, found = served.model.parameter_base_shapes, {}
     for name, value in given.items():
         if name not in shapes:
             raise Refused(
@@ -231,8 +227,9 @@ def _overrides(given: object, served: Served, rows: int) -> dict[str, Array]:
                 f"parameter_overrides holds {shown(name)}, which is no promoted parameter of model {served.name!r}; "
                 f"there are: {', '.join(shapes) or 'none'}.",
             )
-        found[name] = _override(name, value, tuple(shapes[name]), kind, rows)
+        found[name] = _override(name, value, tuple(shapes[name]), served.datatype, rows)
     return found
+
 
 
 def _override(name: str, value: object, base: tuple[int, ...], kind: str, rows: int) -> Array:
@@ -246,8 +243,10 @@ def _override(name: str, value: object, base: tuple[int, ...], kind: str, rows: 
                 return from_json(value, shape, what)
         except Refused:
             continue
-    listed = f"a number, or a list of the shape {list(base)} or {[rows, *base]}" if base else f"a number, or {rows}"
-    raise Refused(400, f"parameter_overrides: {name} is {shown(value)}, expected {listed}.")
+    shapes = f"{list(base)} or {[rows, *base]}" if base else f"[{rows}]"
+    raise Refused(
+        400, f"parameter_overrides: {name} is {shown(value)}, expected a number, or lists of the shape {shapes}."
+    )
 
 
 def _outputs(document: dict[str, Any], operation: Operation, binary: bool) -> tuple[tuple[str, bool], ...]:
@@ -267,7 +266,7 @@ def _outputs(document: dict[str, Any], operation: Operation, binary: bool) -> tu
             )
         _require_known(entry, _OUTPUT, f"output {name!r}")
         options = _object(entry, "parameters", f"output {name!r}")
-        _require_known(options, frozenset({"binary_data"}), f"parameters of output {name!r}")
+        _require_known(options, _OUTPUT_OPTIONS, f"parameters of output {name!r}")
         found[name] = _flag(options, "binary_data", f"output {name!r}") if "binary_data" in options else binary
     return tuple(found.items())
 
@@ -290,7 +289,31 @@ def _flag(options: dict[str, Any], key: str, where: str) -> bool:
 
 def _require_known(document: dict[str, Any], known: frozenset[str], where: str) -> None:
     """Refuse what would be passed over: a mistyped name must not go unnoticed."""
-    unknown = document.keys() - known
+    unknown = [name for name in document if name not in known][:5]
     if unknown:
-        listed = ", ".join(shown(name) for name in sorted(unknown)[:5])
+        listed = ", ".join(map(shown, unknown))
         raise Refused(400, f"{where}: unknown {listed}; known are {', '.join(sorted(known))}.")
+
+
+def _id(document: dict[str, Any]) -> str | None:
+    found = document.get("id")
+    if found is None or (type(found) is str and _is_text(found)):
+        return found
+    raise Refused(400, f"id is {shown(found)}, expected a string.")
+
+
+def _is_text(found: str) -> bool:
+    """Whether a string can be sent back: half a surrogate pair, which JSON may hold, cannot."""
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _require_name(document: dict[str, Any], served: Served) -> None:
+    """Refuse a request for another model or version than its address names."""
+    for key, wanted in (("model_name", served.name), ("model_version", VERSION)):
+        found = document.get(key)
+        if found not in (None, wanted):
+            raise Refused(400, f"{key} is {shown(found)}, but the address is that of {wanted!r}.")

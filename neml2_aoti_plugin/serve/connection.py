@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import orjson
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .asgi import Receive, Scope, Send, refuse
@@ -20,56 +21,80 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # Bytes of headers that are not complete yet, and until when they must be.
-        self._bytes = 0
+        # Until when the headers of the next request must be complete, and how many bytes have come of them.
         self._due: asyncio.TimerHandle | None = None
+        self._bytes = 0
+        # Whether a body is on its way, and how much of it came after the answer.
+        self._in_body = False
+        self._spare = 0
         self._unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request, but not for ever."""
         super().connection_made(transport)
-        self._await_headers()
+        self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""
-        self._headers_came()
+        self._wait_no_longer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Read what has come."""
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle:
-            self._bytes += len(data)
+        if self._is_answered:
+            if self._in_body:
+                self._spare += len(data)
+            else:
+                self._bytes += len(data)
         super().data_received(data)
-        # Most requests come at once, and need no timer.
         if self.transport.is_closing():
             return
-        if idle and self._due is None and (self.cycle is None or self.cycle.response_complete):
-            self._await_headers()
         if self._bytes > self.limits.header_bytes:
-            self._bytes = 0
-            self._refuse(431, self._too_long())
+            self._refuse(431, self._too_long)
+        elif self._spare > self.limits.body_bytes:
+            self.transport.close()
+        elif self._due is None and self._is_answered:
+            # A part of headers, or of a body that nobody waits for. Most requests come whole, and need no timer.
+            self._wait()
 
     def on_headers_complete(self) -> None:
         """Start with a request, or refuse it."""
-        self._headers_came()
+        self._wait_no_longer()
+        # What came may be a body too; the headers are counted one by one only where that matters.
         long = self._bytes > self.limits.header_bytes
-        self._bytes = 0
+        self._bytes, self._spare, self._in_body = 0, 0, True
         app = self.app
         if long and sum(len(n) + len(v) + 4 for n, v in self.headers) + len(self.url) > self.limits.header_bytes:
-            self.app = _refusing(Refused(431, self._too_long()))
+            self.app = _refusing(Refused(431, self._too_long))
         elif len(self.connections) > self.limits.connections:
-            self.app = _refusing(
-                Refused(503, f"there are {self.limits.connections} connections, which is the limit.", retry_after=1)
-            )
+            text = f"there are {self.limits.connections} connections, which is the limit."
+            self.app = _refusing(Refused(503, text, retry_after=1))
         try:
             super().on_headers_complete()
         finally:
             self.app = app
 
+    def on_message_complete(self) -> None:
+        """Note the end of a request."""
+        self._in_body = False
+        super().on_message_complete()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""
         self._refuse(400, "this is no valid HTTP request.")
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, and for the client to read a large answer."""
+        super().on_response_complete()
+        if self.timeout_keep_alive_task is not None and self.transport.get_write_buffer_size() > HIGH_WATER_LIMIT:
+            self._watch_reading()
+
+    def _watch_reading(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.limits.receive_seconds, self.timeout_keep_alive_handler
+        )
 
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection on which nothing happens; with an answer on its way, once nobody reads it any more."""
@@ -79,33 +104,36 @@ class Connection(HttpToolsProtocol):
         elif left == self._unread:
             self.transport.abort()
         else:
-            self._unread = left
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._watch_reading()
 
-    def _await_headers(self) -> None:
+    @property
+    def _is_answered(self) -> bool:
+        """Whether all requests that have come were answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _wait(self) -> None:
         self._due = self.loop.call_later(self.limits.receive_seconds, self._late)
 
-    def _headers_came(self) -> None:
+    def _wait_no_longer(self) -> None:
         if self._due is not None:
             self._due.cancel()
             self._due = None
 
     def _late(self) -> None:
         self._due = None
-        if self.transport.is_closing():
+        if self.transport.is_closing() or not self._is_answered:
             return
         if self._bytes:
             self._refuse(408, f"the headers did not arrive within {self.limits.receive_seconds:g} s.")
-        else:
+        elif self._in_body or self.cycle is None:
             self.transport.close()
 
+    @property
     def _too_long(self) -> str:
         return f"the headers have more than {self.limits.header_bytes} bytes, which are the most here."
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer without a request, and close."""
+        """Answer what is no request yet, and close."""
         body = orjson.dumps({"error": message})
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
@@ -118,14 +146,9 @@ def bounded(limits: Limits) -> type[Connection]:
 
 
 def _refusing(refused: Refused) -> Any:
-    """An application that refuses one request, and closes the connection."""
+    """An application that refuses one request."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        async def closing(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
-            await send(message)
-
-        await refuse(refused, closing)
+        await refuse(refused, send)
 
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from dataclasses import dataclass
 from itertools import count
@@ -109,6 +110,11 @@ class Front:
             if refused.__cause__ is not None:
                 self._journal.error("failed", refused.__cause__, id=exchange.id)
             await refuse(refused, answer)
+        except asyncio.CancelledError:
+            # The service has stopped, and waits no longer.
+            if exchange.status:
+                raise
+            await refuse(Refused(503, "the service stops, and was not done in time.", retry_after=1), answer)
         except Exception as error:
             self._journal.error("failed", error, id=exchange.id)
             if not exchange.status:

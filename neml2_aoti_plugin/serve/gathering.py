@@ -14,7 +14,7 @@ from .calls import Call
 from .evaluation import Answer, evaluate
 from .limits import Limits
 from .metrics import Metrics
-from .refusals import Refused
+from .refusals import GONE, Refused
 from .served import Served
 from .tensors import Array
 
@@ -143,8 +143,10 @@ class Gatherer:
             while queue and (not taken or rows + queue[0].call.rows <= limit):
                 waiting = queue.popleft()
                 self._rows -= waiting.call.rows
-                if waiting.future.done() or has_gone(waiting.receive):
-                    waiting.future.cancel()
+                if waiting.future.done():
+                    continue
+                if has_gone(waiting.receive):
+                    waiting.future.set_exception(Refused(GONE, "the client has gone."))
                     continue
                 taken.append(waiting)
                 rows += waiting.call.rows

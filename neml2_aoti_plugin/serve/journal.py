@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any, BinaryIO
 
 import orjson
+
+# What a pipe takes at once.
+WHOLE = 4096
 
 
 class Journal:
@@ -50,14 +54,28 @@ class Journal:
     def flush(self) -> None:
         """Write what waits."""
         lines, self._lines = self._lines, []
-        if not lines or self._stream is None:
-            return
         try:
-            self._stream.write(b"\n".join(lines) + b"\n")
-            self._stream.flush()
+            for part in _parts(lines):
+                if self._stream is not None:
+                    self._stream.write(part)
+                    self._stream.flush()
         except (OSError, ValueError):
             # Nobody reads any more: the service goes on.
             self._stream = None
+
+
+def _parts(lines: list[bytes]) -> Iterator[bytes]:
+    """Lines in parts that a pipe takes whole, so that those of several processes do not get mixed."""
+    part: list[bytes] = []
+    size = 0
+    for line in lines:
+        if part and size + len(line) >= WHOLE:
+            yield b"\n".join(part) + b"\n"
+            part, size = [], 0
+        part.append(line)
+        size += len(line) + 1
+    if part:
+        yield b"\n".join(part) + b"\n"
 
 
 class Handler(logging.Handler):

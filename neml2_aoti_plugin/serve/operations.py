@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -36,12 +37,12 @@ class Operation:
     outputs: tuple[str, ...]
     pairs: dict[str, Pair] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "required", tuple(self.inputs))
+    @cached_property
+    def required(self) -> tuple[str, ...]:
+        """Names of the tensors that must be given."""
+        return tuple(self.inputs)
 
-    required: tuple[str, ...] = field(init=False)
-
-    @property
+    @cached_property
     def ports(self) -> dict[str, Port]:
         """All tensors that it takes."""
         return {**self.inputs, **self.optional}

@@ -77,12 +77,7 @@ class Infer:
             length = next((value for name, value in scope["headers"] if name == HEADER_LENGTH), None)
             call = read_call(gatherer.served, body, length, self._limits)
             exchange.operation, exchange.rows = call.operation.name, call.rows
-            try:
-                arrays = await gatherer.submit(call, receive)
-            except asyncio.CancelledError:
-                # The client has gone, or the service stops and waits no longer.
-                exchange.status = 499
-                raise
+            arrays = await gatherer.submit(call, receive)
             headers, answer = write_answer(gatherer.served.name, call, arrays)
         await respond(send, 200, headers, answer)
 

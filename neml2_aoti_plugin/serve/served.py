@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..model import Model
-from .operations import Missing, Operation, operations_of
+from .operations import DATATYPES, Missing, Operation, operations_of
 
 PLATFORM = "neml2_aoti"
 # The protocol asks for versions; an artifact is one.
@@ -71,13 +72,18 @@ class Served:
         )
 
     @property
+    def datatype(self) -> str:
+        """The protocol's name of the model's dtype."""
+        return DATATYPES[self.model.dtype]
+
+    @property
     def metadata(self) -> dict[str, object]:
         """The protocol's metadata of the model; `parameters` tells what requests may ask for."""
         forward = self.operations["forward"]
         assert isinstance(forward, Operation)
-        datatype = next(iter(forward.inputs.values())).datatype if forward.inputs else "FP64"
+
         outputs = [
-            {"name": name, "datatype": datatype, "shape": [-1, *known.natural_shape]}
+            {"name": name, "datatype": self.datatype, "shape": [-1, *known.natural_shape]}
             for name, known in self.model.outputs.items()
         ]
         return {
@@ -103,3 +109,16 @@ class Served:
                 "digest": self.model.digest,
             },
         }
+
+
+def require_names(names: Sequence[str]) -> None:
+    """Refuse names that no address can have, and names of two models.
+
+    Raises:
+        InputError: there is such a name.
+    """
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise InputError(f"two models have the name {name!r}. Give one of them another: --name NAME=PATH.")
+        if not name or "/" in name or not name.isprintable():
+            raise InputError(f"a model has the name {name!r}, which no address can have: --name NAME=PATH.")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import signal
 import socket
 import sys
+import threading
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import FrameType
@@ -18,6 +21,9 @@ from .front import Gate
 from .journal import Handler, Journal
 from .limits import Limits
 from .served import Source
+
+# After the time that accepted requests have, for the process itself to end; seconds.
+LEAVE = 3.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Service:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which takes no new requests once it was told to stop.
+    """uvicorn's server, which takes no new requests once it was told to stop, and ends in time.
 
     Args:
         config: of uvicorn.
@@ -54,10 +60,16 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
         super().__init__(config)
         self._gate = gate
+        # A compiled call cannot be broken off; where it takes longer than all may, the process leaves it.
+        seconds = (config.timeout_graceful_shutdown or 0) + LEAVE
+        self.last = threading.Timer(seconds, os._exit, (0,))
+        self.last.daemon = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, by a signal."""
-        self._gate.open = False
+        if self._gate.open:
+            self._gate.open = False
+            self.last.start()
         super().handle_exit(sig, frame)
 
 
@@ -88,27 +100,29 @@ def run(service: Service, bound: socket.socket) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=round(service.limits.idle_seconds),
-        timeout_graceful_shutdown=round(service.limits.stop_seconds),
+        timeout_keep_alive=math.ceil(service.limits.idle_seconds),
+        timeout_graceful_shutdown=math.ceil(service.limits.stop_seconds),
     )
+    server = Server(config, gate)
     # uvicorn restores these handlers and raises the signal again once it has stopped: the exit status is then ours.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     try:
-        Server(config, gate).run(sockets=[bound])
+        server.run(sockets=[bound])
     except SystemExit:
         failure = application.state.models.failure
         if failure is None:
             raise
         raise failure from None
     finally:
+        server.last.cancel()
         journal.flush()
 
 
 def _take_logs(journal: Journal) -> None:
     """Let uvicorn and asyncio speak through the log."""
     handler = Handler(journal)
-    for name in ("uvicorn", "uvicorn.error", "asyncio"):
+    for name in ("uvicorn", "asyncio"):
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler] if "." not in name else [], "." in name
+        logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.WARNING)
