@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -93,6 +93,7 @@ def limit_options(function: _Function) -> _Function:
 @click.command(epilog=EPILOG, short_help="Serve models over HTTP (Open Inference Protocol).")
 @click.argument("paths", metavar="[ARTIFACT|STUB]...", nargs=-1)
 @click.option("--name", "named", metavar="NAME=PATH", multiple=True, help="Serve this artifact or stub under NAME.")
+@click.option("--parameters", metavar="NAME=FILE", multiple=True, help="Take values of promoted parameters from a file.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 for any free one.")
 @click.option("--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
@@ -109,6 +110,7 @@ def limit_options(function: _Function) -> _Function:
 def command(
     paths: tuple[str, ...],
     named: tuple[str, ...],
+    parameters: tuple[str, ...],
     host: str,
     port: int,
     uds: Path | None,
@@ -141,7 +143,7 @@ def command(
     bounds = Limits(**{name: value for name, value in limits.items() if value is not None})
     token = _token(token_file)
     address = Address(host, port, uds)
-    sources = _sources(paths, named, device, dtype)
+    sources = _with_parameters(_sources(paths, named, device, dtype), parameters)
     if not address.is_local:
         _require_safe(address, sources, token, no_token=no_token, allow_unsealed=allow_unsealed)
     if check:
@@ -177,6 +179,21 @@ def _sources(paths: Sequence[str], named: Sequence[str], device: str | None, dty
         raise click.UsageError("give an artifact or a stub, or NAME=PATH by --name.")
     require_names([source.name for source in found])
     return found
+
+
+def _with_parameters(sources: list[Source], given: Sequence[str]) -> list[Source]:
+    """The models with files of parameters."""
+    known = {source.name: source for source in sources}
+    for text in given:
+        name, mark, path = text.partition("=")
+        if not (name and mark and path):
+            raise click.BadParameter(f"{text!r} is not NAME=FILE.", param_hint="--parameters")
+        if name not in known:
+            raise click.BadParameter(
+                f"there is no model {name!r}; there are {', '.join(known)}.", param_hint="--parameters"
+            )
+        known[name] = replace(known[name], parameters=Path(path).absolute())
+    return list(known.values())
 
 
 def _token(file: Path | None) -> str | None:
