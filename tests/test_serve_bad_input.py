@@ -303,7 +303,7 @@ def test_bodies_of_any_bytes(service: Service, body: bytes, length: str | None) 
     assert answer.status == 400 and answer.error
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=150)
 @given(
     start=st.sampled_from(
         [b"", b"GET ", b"POST /v2 HTTP/1.1\r\n", b"POST " + PATH.encode() + b" HTTP/1.1\r\nContent-Length: 5\r\n"]

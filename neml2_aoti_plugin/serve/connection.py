@@ -86,6 +86,10 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Wait for the next request, and for the client to read a large answer."""
         super().on_response_complete()
+        if self._in_body and not self.transport.is_closing():
+            # Answered before its body has come.
+            self._wait_no_longer()
+            self._wait()
         if self.timeout_keep_alive_task is not None and self.transport.get_write_buffer_size() > HIGH_WATER_LIMIT:
             self._watch_reading()
 

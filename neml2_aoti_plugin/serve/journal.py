@@ -91,8 +91,7 @@ class Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record as a line."""
-        fields: dict[str, Any] = {"level": record.levelname.lower(), "logger": record.name}
-        if record.exc_info and record.exc_info[1] is not None:
-            self._journal.error(record.getMessage(), record.exc_info[1], logger=record.name)
-        else:
-            self._journal.write(record.getMessage(), **fields)
+        level, error = record.levelname.lower(), record.exc_info[1] if record.exc_info else None
+        told = "".join(traceback.format_exception(type(error), error, error.__traceback__)) if error else None
+        more = {"traceback": told} if told else {}
+        self._journal.write("log", level=level, logger=record.name, message=record.getMessage(), **more)
