@@ -20,6 +20,7 @@ from .gathering import Gatherer
 from .limits import Limits
 from .metrics import CONTENT_TYPE, Metrics
 from .openapi import document
+from .page import page
 from .refusals import Refused
 from .served import VERSION
 
@@ -121,6 +122,10 @@ def routes(models: Models, limits: Limits, metrics: Metrics, gate: Gate) -> list
     async def openapi(request: Request) -> Response:
         return _json(request, "metadata", document([found.served for found in models.gatherers.values()]))
 
+    async def home(request: Request) -> Response:
+        _exchange(request).operation = "page"
+        return page()
+
     async def measured(request: Request) -> Response:
         _exchange(request).operation = "metrics"
         return Response(metrics.page(), headers={"content-type": CONTENT_TYPE.decode()})
@@ -138,6 +143,7 @@ def routes(models: Models, limits: Limits, metrics: Metrics, gate: Gate) -> list
         *(Route(path + "/ready", model_ready) for path in both),
         Route("/openapi.json", openapi),
         Route("/metrics", measured),
+        Route("/", home),
     ]
 
 
