@@ -143,7 +143,9 @@ class Service:
         return self.process.wait(patience)
 
 
-def encode(inputs: Mapping[str, Array], binary: bool, parameters: Mapping[str, Any] = {}) -> tuple[bytes, dict[str, str]]:
+def encode(
+    inputs: Mapping[str, Array], binary: bool, parameters: Mapping[str, Any] = {}
+) -> tuple[bytes, dict[str, str]]:
     """The body of a request, and its headers."""
     tensors: list[dict[str, Any]] = []
     data = b""
@@ -162,7 +164,7 @@ def encode(inputs: Mapping[str, Array], binary: bool, parameters: Mapping[str, A
 
 @contextlib.contextmanager
 def started(
-    folder: Path, arguments: Sequence[str | Path], *, ready: int = 1, variables: Mapping[str, str] = {}, **options: Any
+    folder: Path, arguments: Sequence[object], *, ready: int = 1, variables: Mapping[str, str] = {}, **options: Any
 ) -> Iterator[Service]:
     """Start a service on a free port; it is killed at the end if it still runs.
 

@@ -150,7 +150,10 @@ def test_the_request_chooses_outputs_and_their_form(service: Service, binary: bo
     assert (told["model_name"], told["model_version"], told["id"]) == ("elasticity", "1", "seven")
     assert [output["name"] for output in told["outputs"]] == ["stress:strain", "stress"]
     assert ["data" in output for output in told["outputs"]] == [False, True]
-    assert {name: array.shape for name, array in answer.arrays.items()} == {"stress:strain": (2, 6, 6), "stress": (2, 6)}
+    assert {name: array.shape for name, array in answer.arrays.items()} == {
+        "stress:strain": (2, 6, 6),
+        "stress": (2, 6),
+    }
 
 
 def test_json_may_be_nested_and_hold_what_is_not_finite(service: Service) -> None:
@@ -212,7 +215,9 @@ def test_clients_of_the_protocol(client: str, service: Service, models: dict[str
 # -- operations ------------------------------------------------------------------------------------------------------
 
 
-def reference(model: Model, operation: str, given: Mapping[str, Array], overrides: Mapping[str, Array]) -> dict[str, Any]:
+def reference(
+    model: Model, operation: str, given: Mapping[str, Array], overrides: Mapping[str, Array]
+) -> dict[str, Any]:
     """What a model gives in this process, by the names that the service has."""
     inputs = tensors({name: value for name, value in given.items() if ":" not in name})
     chosen = tensors(overrides) or None
@@ -277,7 +282,9 @@ def test_first_iterates_may_be_given(service: Service, models: dict[str, Model])
         "viscoplasticity", {**given, **{n: exact[n].numpy() for n in known}}, operation="solve"
     ).arrays
     assert np.allclose(found["stress"], exact["stress"].numpy(), rtol=1e-6)
-    assert (found["iterations"] <= service.infer("viscoplasticity", given, operation="solve").arrays["iterations"]).all()
+    assert (
+        found["iterations"] <= service.infer("viscoplasticity", given, operation="solve").arrays["iterations"]
+    ).all()
 
 
 def test_rows_that_do_not_converge_are_told(service: Service) -> None:
@@ -353,17 +360,17 @@ def test_gathered_answers_are_those_alone(operation: str, service: Service, mode
 
 def test_where_a_gathered_call_raises_each_is_evaluated_alone(service: Service, models: dict[str, Model]) -> None:
     name = "viscoplasticity"
-    (iterate, *_) = (n for n in models[name].first_iterates if n == "stress") or ("stress",)
-    requests = [{**step(2, seed), iterate: np.zeros((2, 6))} for seed in range(6)]
+    iterate = "stress"
+    assert iterate in models[name].first_iterates
+    given = [{**step(2, seed), iterate: np.zeros((2, 6))} for seed in range(6)]
     # Found only when the model is called, which raises for the call as a whole.
-    requests[3][iterate][1] = np.nan
-    answers = together(service, [lambda r=r: service.infer(name, r) for r in requests], name)  # type: ignore[misc]
-    for place, (answer, given) in enumerate(zip(answers, requests, strict=True)):
+    given[3][iterate][1] = np.nan
+    answers = together(service, [lambda one=one: service.infer(name, one) for one in given], name)  # type: ignore[misc]
+    for place, (answer, one) in enumerate(zip(answers, given, strict=True)):
         if place == 3:
             assert answer.status == 400 and "'stress' is not finite" in answer.error
         else:
-            found = reference(models[name], "forward", given, {})
-            same(answer.arrays, found)
+            same(answer.arrays, reference(models[name], "forward", one, {}))
 
 
 def test_a_client_that_has_gone_costs_nothing(service: Service) -> None:

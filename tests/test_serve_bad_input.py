@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,7 @@ def test_what_is_no_http(service: Service, start: bytes, rest: bytes) -> None:
         try:
             while part := connection.recv(65536):
                 answer += part
-        except (socket.timeout, ConnectionResetError):
+        except (TimeoutError, ConnectionResetError):
             pass
     assert answer == b"" or answer.startswith(b"HTTP/1.1 ") or answer.startswith(b"HTTP/1.0 ")
     if answer:
@@ -371,7 +372,7 @@ def test_bytes_of_a_right_request_in_any_parts(service: Service, right: tuple[di
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         several = text * 5
         cuts = [0, *sorted(rng.integers(0, len(several), 40).tolist()), len(several)]
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in pairwise(cuts):
             connection.sendall(several[begin:end])
             time.sleep(0.002)
         received = b""

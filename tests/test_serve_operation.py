@@ -1,4 +1,4 @@
-"""Running the service: starting and stopping, tokens, limits, the log, several processes, an application of one's own."""
+"""Running the service: starting and stopping, tokens, limits, several processes, an application of one's own."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from neml2_aoti_plugin import InputError, Model, cli, seal
 from neml2_aoti_plugin.serve import app
 from serving import Answer, Service, close, encode, started
-from stubs.build import compiled
 from test_serve import artifact, step, strain
 
 TOKEN = "of-the-test-9d1f"
@@ -120,7 +118,9 @@ def test_rows_that_are_too_many(strict: Service) -> None:
     assert answer.status == 413 and "20001 rows, more than the 20000" in answer.error
     # Told before anything is allocated for them.
     tensor = {"name": "strain", "shape": [10**15, 6], "datatype": "FP64", "data": []}
-    assert strict.request("POST", "/v2/models/elasticity/infer", json.dumps({"inputs": [tensor]}).encode()).status == 413
+    assert (
+        strict.request("POST", "/v2/models/elasticity/infer", json.dumps({"inputs": [tensor]}).encode()).status == 413
+    )
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["at once", "in parts"])
@@ -457,7 +457,14 @@ async def exchange(application: Any, method: str, path: str, body: bytes = b"", 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": list(more), "root_path": ""}
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "query_string": b"",
+        "headers": list(more),
+        "root_path": "",
+    }
     await application(scope, receive, send)
     return sent[0]["status"], sent[1]["body"]
 
@@ -496,6 +503,6 @@ def test_an_application_for_another_server() -> None:
         (["a"], {"wait_ms": float("nan")}, "wait_ms is nan"),
     ],
 )
-def test_an_application_that_cannot_be(models: list[str], limits: dict[str, float], said: str) -> None:
+def test_an_application_that_cannot_be(models: list[str], limits: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         app(models, **limits)

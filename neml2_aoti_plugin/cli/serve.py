@@ -33,7 +33,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Each limit with its kind, what it bounds, and what holds where it is not given.
-LIMITS: tuple[tuple[str, click.ParamType, str], ...] = (
+LIMITS: tuple[tuple[str, click.ParamType[Any], str], ...] = (
     ("--gather-rows", click.IntRange(1), "Rows that a compiled call gathers; 1 gathers none. [2048]"),
     ("--wait-ms", click.FloatRange(0), "How long a request may wait for others to gather. [0]"),
     ("--queue-rows", click.IntRange(1), "Rows that may wait for each model. [65536]"),
@@ -93,7 +93,9 @@ def limit_options(function: _Function) -> _Function:
 @click.command(epilog=EPILOG, short_help="Serve models over HTTP (Open Inference Protocol).")
 @click.argument("paths", metavar="[ARTIFACT|STUB]...", nargs=-1)
 @click.option("--name", "named", metavar="NAME=PATH", multiple=True, help="Serve this artifact or stub under NAME.")
-@click.option("--parameters", metavar="NAME=FILE", multiple=True, help="Take values of promoted parameters from a file.")
+@click.option(
+    "--parameters", metavar="NAME=FILE", multiple=True, help="Take values of promoted parameters from a file."
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 for any free one.")
 @click.option("--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")

@@ -231,7 +231,6 @@ def _overrides(given: object, served: Served, rows: int) -> dict[str, Array]:
     return found
 
 
-
 def _override(name: str, value: object, base: tuple[int, ...], kind: str, rows: int) -> Array:
     """One value: a number for all entries, or lists of the base shape, or of the base shape for each row."""
     what = Port(f"parameter_overrides: {name}", kind, base)

@@ -21,10 +21,10 @@ from ..errors import ArtifactError
 from .metrics import SHARED
 from .server import Service, run
 
-# A process that dies sooner than this after its start has not loaded its models; seconds.
+# One that dies sooner than this after its start is not started again at once; seconds.
 SOON = 60.0
-# How many of these in a row are too many, and the seconds before each next start.
-TRIES, PAUSE = 5, 1.0
+# The seconds before that; and how many in a row may fail to load their models.
+PAUSE, TRIES = 1.0, 5
 # Beyond what accepted requests have to finish: for a process to leave; seconds.
 LEAVE = 5.0
 
@@ -63,7 +63,7 @@ class Workers:
         # Not forked: torch's threads and loaded graphs do not survive a fork.
         self._context = multiprocessing.get_context("spawn")
         self._running: dict[BaseProcess, float] = {}
-        self._early = 0
+        self._failed = 0
         self._stop = False
 
     def run(self) -> None:
@@ -99,10 +99,11 @@ class Workers:
             lived = time.monotonic() - self._running.pop(process)
             self._journal.write("process died", level="error", process=process.pid, exitcode=process.exitcode)
             mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
-            self._early = self._early + 1 if lived < SOON and process.exitcode == FAILED else 0
-            if self._early >= TRIES or (self._early and not self._running):
+            failed = lived < SOON and process.exitcode == FAILED
+            self._failed = self._failed + 1 if failed else 0
+            if self._failed >= TRIES or (failed and not self._running):
                 raise ArtifactError("the processes cannot load their models; the log says why.")
-            if self._early:
+            if lived < SOON:
                 time.sleep(PAUSE)
 
     def _end(self) -> None:

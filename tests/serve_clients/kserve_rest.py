@@ -31,7 +31,9 @@ async def main(address: str, model: str) -> dict[str, Any]:
         wanted = RequestedOutput("stress", {"binary_data": mode})
         request = InferRequest(model, inputs, request_id="seven", request_outputs=[wanted])
         result = await client.infer(base, request, model_name=model)
-        whole = await client.infer(base, InferRequest(model, inputs, parameters={"operation": "solve"}), model_name=model)
+        whole = await client.infer(
+            base, InferRequest(model, inputs, parameters={"operation": "solve"}), model_name=model
+        )
         found["binary" if mode else "json"] = {
             "stress": result.get_output_by_name("stress").as_numpy().tolist(),
             "id": result.id,
