@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo calibrate plate test test-wide long legacy lint format docs docs-links wheel clean compare-native benchmark benchmark-check torch-matrix
+.PHONY: help demo calibrate plate test test-wide long legacy lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
@@ -26,6 +26,7 @@ help:
 	@echo "make compare-native  compare lockstep mode with neml2's C++ binding; writes docs/lockstep.md"
 	@echo "make benchmark    measure against neml2's C++ runtime and others, for an hour; writes docs/performance.md"
 	@echo "make benchmark-check    tell in minutes what has become slower since benchmarks/reference.json was written"
+	@echo "make benchmark-service    load the service with requests, for some minutes; writes its part of docs/service.md"
 	@echo "make torch-matrix    test under several torch releases and cross-load; hours, 40 GB; writes docs/compatibility.md"
 	@echo "make clean   remove the virtual environment and what was built"
 
@@ -36,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve]' --group dev
 	@touch $@
 
 demo: $(INSTALLED)
@@ -100,6 +101,10 @@ benchmark: $(INSTALLED)
 # benchmark", or with --quick, stores new ones.
 benchmark-check: $(INSTALLED)
 	$(BIN)/python -m benchmarks --check $(BENCHMARK_ARGS)
+
+# The service under load, by wrk, and a long run whose answers are compared; writes its part of docs/service.md.
+benchmark-service: $(INSTALLED)
+	$(BIN)/python -m benchmarks.service $(BENCHMARK_ARGS)
 
 # The wheel under several releases of torch, each in an environment of its own. TORCHES="2.14.1 2.15.0" takes these alone.
 # MATRIX_ARGS="--pythons python3.12 python3.13" runs the tests under these Pythons instead.

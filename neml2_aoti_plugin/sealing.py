@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from .artifact.locate import root_of
-from .artifact.seal import write_seal
+from .artifact.seal import seal_file, write_seal
 
 
 def seal(artifact: str | os.PathLike[str]) -> Path:
@@ -23,3 +23,15 @@ def seal(artifact: str | os.PathLike[str]) -> Path:
         ArtifactError: it holds what cannot be sealed, or the seal cannot be written.
     """
     return write_seal(root_of(Path(artifact)))
+
+
+def is_sealed(artifact: str | os.PathLike[str]) -> bool:
+    """Whether an artifact has a seal; a load compares it with that.
+
+    Args:
+        artifact: as for `seal`.
+
+    Raises:
+        ArtifactNotFoundError: there is no artifact at the path.
+    """
+    return os.path.lexists(seal_file(root_of(Path(artifact))))

@@ -56,6 +56,7 @@ CALLS: dict[str, list[str]] = {
     "seal": ["aoti/elasticity"],
     "warm": [],
     "migrate": ["aoti/elasticity", "--out", "new"],
+    "serve": ["aoti/elasticity", "--check"],
 }
 
 

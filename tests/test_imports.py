@@ -26,8 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"artifact", "program", "solve"},
     "host": {"artifact", "model", "program", "solve"},
     "points": {"model"},
+    "serve": {"model"},
     "workbench": {"artifact", "host", "model", "solve", "_status"},
-    "cli": {"sealing", "solve", "workbench"},
+    "cli": {"sealing", "serve", "solve", "workbench"},
 }
 # Modules beside the folders: activation, and the command.
 BESIDE: dict[str, set[str]] = {

@@ -64,10 +64,10 @@ def test_examples_of_help_run(place: Path) -> None:
     for name in ("stiff", "soft"):
         run(f"neml2-aoti run aoti/viscoplasticity_aoti.i driver --out {name}.npz")
     # In an order in which each finds what it needs; bench takes long at its defaults.
-    for name in ("doctor", "inspect", "verify", "run", "plot", "params", "seal"):
+    for name in ("doctor", "inspect", "verify", "run", "plot", "params", "seal", "serve"):
         for line in by_command[name]:
-            # What takes a process of its own runs once, with the page.
-            if "--try-binding" not in line:
+            # What takes a process of its own runs once, with the page; a service would not end.
+            if "--try-binding" not in line and (name != "serve" or "--check" in line):
                 run(line)
     for line in examples(HELP):
         run(line)

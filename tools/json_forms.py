@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from neml2_aoti_plugin.cli.seal import SealReport
+from neml2_aoti_plugin.cli.serve import ServeReport
 from neml2_aoti_plugin.cli.warm import WarmReport
 from neml2_aoti_plugin.workbench.bench import BenchReport
 from neml2_aoti_plugin.workbench.contents import ArtifactReport
@@ -38,6 +39,7 @@ REPORTS: dict[str, type] = {
     "seal": SealReport,
     "warm": WarmReport,
     "migrate": MigrateReport,
+    "serve": ServeReport,
 }
 
 _SIMPLE = {

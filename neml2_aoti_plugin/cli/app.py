@@ -11,7 +11,7 @@ import click
 from .. import __version__, errors
 from . import FINE, INTERRUPTED, SHORT, WRONG_USE, output
 
-COMMANDS = ("doctor", "inspect", "verify", "bench", "run", "plot", "params", "seal", "warm", "migrate")
+COMMANDS = ("doctor", "inspect", "verify", "bench", "run", "plot", "params", "seal", "warm", "migrate", "serve")
 
 HELP = """Look at, check and run compiled NEML2 models.
 

@@ -33,6 +33,11 @@ PACKAGES = {
     "nmhit": "pip install neml2",
     "numpy": "pip install numpy",
     "torch": "pip install torch",
+    "starlette": "pip install 'neml2-aoti-plugin[serve]'",
+    "uvicorn": "pip install 'neml2-aoti-plugin[serve]'",
+    "httptools": "pip install 'neml2-aoti-plugin[serve]'",
+    "orjson": "pip install 'neml2-aoti-plugin[serve]'",
+    "prometheus_client": "pip install 'neml2-aoti-plugin[serve]'",
 }
 
 Report = TypeVar("Report", bound="DataclassInstance")

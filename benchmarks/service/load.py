@@ -1,0 +1,97 @@
+"""Requests of one row each as fast as a number of clients can send them, by wrk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from .server import started
+from .states import States, encode
+
+SCRIPT = Path(__file__).with_name("load.lua")
+CLIENTS = (1, 8, 64, 256)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a number of clients saw.
+
+    Args:
+        clients: how many, each on a connection of its own.
+        binary: whether tensors are binary data, both ways; else JSON.
+        gathered: whether requests are gathered.
+        requests: that were answered.
+        failed: answered with an error, or not at all.
+        per_second: answers per second.
+        p50: latency in milliseconds that half of the requests have at most; p95 and p99 likewise.
+        p95: see p50.
+        p99: see p50.
+        cpu: processor time of the service for each request, in microseconds.
+    """
+
+    clients: int
+    binary: bool
+    gathered: bool
+    requests: int
+    failed: int
+    per_second: float
+    p50: float
+    p95: float
+    p99: float
+    cpu: float
+
+
+def measure(states: States, work: Path, seconds: float) -> list[Load]:
+    """Measure all numbers of clients, with JSON and binary data, with and without gathering.
+
+    Args:
+        states: what requests are made of.
+        work: folder for bodies and logs.
+        seconds: of each measurement.
+    """
+    if shutil.which("wrk") is None:
+        raise RuntimeError("wrk is not installed: apt-get install wrk")
+    heads = {binary: _write_bodies(states, work / f"bodies-{binary}", binary) for binary in (False, True)}
+    found = []
+    for gathered in (True, False):
+        options = () if gathered else ("--gather-rows", "1")
+        with started(states.artifact, work / f"gathered-{gathered}", *options) as server:
+            for binary, head in heads.items():
+                url = f"http://127.0.0.1:{server.port}/v2/models/{states.artifact.name}/infer"
+                extra = [str(work / f"bodies-{binary}"), str(len(states.inputs)), str(head)]
+                for clients in CLIENTS:
+                    _wrk(clients, 1.0, url, extra)
+                    before = server.cpu_seconds
+                    told = _wrk(clients, seconds, url, extra)
+                    cpu = (server.cpu_seconds - before) / max(1, told["requests"]) * 1e6
+                    rate = told["requests"] / told["seconds"]
+                    times = (told["p50"], told["p95"], told["p99"])
+                    load = Load(
+                        clients, binary, gathered, int(told["requests"]), int(told["failed"]), rate, *times, cpu
+                    )
+                    print(load, flush=True)
+                    found.append(load)
+    return found
+
+
+def _write_bodies(states: States, folder: Path, binary: bool) -> int:
+    """A file for each row; gives the length of the JSON head, which all have in common."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    heads = set()
+    for number, row in enumerate(states.inputs, 1):
+        body, head = encode(row, binary)
+        (folder / str(number)).write_bytes(body)
+        heads.add(head)
+    (head,) = heads
+    return head
+
+
+def _wrk(clients: int, seconds: float, url: str, extra: list[str]) -> dict[str, float]:
+    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "--timeout", "10s", "--latency", "-s", str(SCRIPT), url]
+    done = subprocess.run([*command, "--", *extra], capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found

@@ -1,0 +1,8 @@
+"""Compiled models behind a service: the Open Inference Protocol, with requests gathered as they come."""
+
+from __future__ import annotations
+
+from .app import app as app
+from .limits import Limits as Limits
+
+__all__ = ["Limits", "app"]

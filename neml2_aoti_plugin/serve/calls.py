@@ -1,0 +1,318 @@
+"""A request for an evaluation, read and checked as a whole before it queues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from .limits import Limits
+from .operations import TANGENT, Operation
+from .refusals import Refused, shown
+from .served import VERSION, Served
+from .tensors import Array, Port, from_binary, from_json, require_shape
+
+_TOP = frozenset({"id", "parameters", "inputs", "outputs", "model_name", "model_version"})
+_PARAMETERS = frozenset({"operation", "parameter_overrides", "binary_data_output"})
+_INPUT = frozenset({"name", "shape", "datatype", "parameters", "data"})
+_INPUT_OPTIONS = frozenset({"binary_data_size"})
+_OUTPUT = frozenset({"name", "parameters"})
+_OUTPUT_OPTIONS = frozenset({"binary_data"})
+_NONE: dict[str, Any] = {}
+
+
+@dataclass(eq=False)
+class Call:
+    """A checked request.
+
+    Args:
+        operation: that it asks for.
+        names: of its tensors, in the operation's order.
+        arrays: the tensors, each `(rows, ...)`.
+        rows: how many.
+        overrides: values of promoted parameters, `base` or `(rows, *base)`.
+        pairs: derivative blocks to evaluate; None where the operation has none.
+        outputs: names of the tensors of the answer, each with whether it is sent as binary data.
+        id: that the client gave.
+        key: calls with the same key may be evaluated together.
+    """
+
+    operation: Operation
+    names: tuple[str, ...]
+    arrays: list[Array]
+    rows: int
+    overrides: dict[str, Array]
+    pairs: tuple[tuple[str, str], ...] | None
+    outputs: tuple[tuple[str, bool], ...]
+    id: str | None
+    key: Hashable
+
+
+def read_call(served: Served, body: bytes, header_length: bytes | None, limits: Limits) -> Call:
+    """Read a request.
+
+    Args:
+        served: the model.
+        body: of the request.
+        header_length: the header `Inference-Header-Content-Length`, where the request has it.
+        limits: of the service.
+
+    Returns:
+        The request, checked.
+
+    Raises:
+        Refused: something about it is wrong.
+    """
+    cut = len(body) if header_length is None else _header_length(header_length, len(body))
+    document = read_json(body if cut == len(body) else body[:cut])
+    if type(document) is not dict:
+        raise Refused(400, f"the request is {shown(document)}, expected a JSON object with 'inputs'.")
+    _require_known(document, _TOP, "the request")
+    parameters = _object(document, "parameters", "the request")
+    _require_known(parameters, _PARAMETERS, "parameters")
+    operation = _operation(served, parameters.get("operation", "forward"))
+    given = _inputs(document, operation, memoryview(body)[cut:], limits)
+    rows = next(iter(given.values())).shape[0]
+    names = operation.required
+    if len(given) != len(names):
+        names = tuple(name for name in operation.ports if name in given)
+    overrides = {}
+    if "parameter_overrides" in parameters:
+        overrides = _overrides(parameters["parameter_overrides"], served, rows)
+    outputs = _outputs(document, operation, _flag(parameters, "binary_data_output", "parameters"))
+    pairs = None
+    if operation.pairs:
+        asked = {name for name, _ in outputs}
+        pairs = tuple(pair for name, pair in operation.pairs.items() if name in asked) or tuple(
+            operation.pairs.values()
+        )
+    _require_name(document, served)
+    alone = object() if not served.per_row else None
+    return Call(
+        operation,
+        names,
+        [given[name] for name in names],
+        rows,
+        overrides,
+        pairs,
+        outputs,
+        _id(document),
+        (operation.name, names, pairs, bool(overrides), alone),
+    )
+
+
+def read_json(text: bytes) -> Any:
+    """Parse JSON, with the bare NaN and Infinity that Python's own module writes.
+
+    Raises:
+        Refused: it is no JSON, or nested too deeply.
+    """
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        first = error
+    if b"NaN" in text or b"Infinity" in text:
+        try:
+            return json.loads(text)
+        except RecursionError:
+            raise Refused(400, "the request is nested too deeply.") from None
+        except (ValueError, UnicodeDecodeError) as error:
+            raise Refused(400, f"the request is no JSON: {error}.") from None
+    raise Refused(400, f"the request is no JSON: {first}.")
+
+
+def _header_length(text: bytes, total: int) -> int:
+    """The length of the JSON part of a request with binary data."""
+    if text.isdigit() and len(text) < 20 and int(text) <= total:
+        return int(text)
+    raise Refused(
+        400,
+        f"the header Inference-Header-Content-Length is {shown(text.decode('latin-1'))}, expected the length of the "
+        f"JSON part, {total} (the length of the body) at most.",
+    )
+
+
+def _operation(served: Served, name: object) -> Operation:
+    known = served.operations.get(name) if type(name) is str else None
+    if isinstance(known, Operation):
+        return known
+    there = ", ".join(n for n, x in served.operations.items() if isinstance(x, Operation))
+    reason = f": {known.reason}" if known is not None else ""
+    raise Refused(
+        400, f"parameters: operation is {shown(name)}, expected one of {there} for model {served.name!r}{reason}."
+    )
+
+
+def _inputs(document: dict[str, Any], operation: Operation, binary: memoryview, limits: Limits) -> dict[str, Array]:
+    """The tensors of a request by name, all with the same number of rows."""
+    entries = document.get("inputs")
+    if type(entries) is not list or not entries:
+        raise Refused(400, f"inputs is {shown(entries)}, expected a list of tensors: {', '.join(operation.required)}.")
+    given: dict[str, Array] = {}
+    rows = 0
+    for entry in entries:
+        if type(entry) is not dict:
+            raise Refused(400, f"inputs holds {shown(entry)}, expected an object with name, shape, datatype and data.")
+        name = entry.get("name")
+        port = None
+        if type(name) is str:
+            port = operation.inputs.get(name) or operation.optional.get(name)
+        if port is None or name in given:
+            _refuse_name(name, given, operation)
+        assert port is not None
+        own = require_shape(entry.get("shape"), port)
+        if own != rows:
+            if rows:
+                raise Refused(400, f"input {name!r} has {own} rows, but the inputs before it have {rows}.")
+            if own > limits.request_rows:
+                raise Refused(
+                    413, f"input {name!r} has {own} rows, more than the {limits.request_rows} that a request may have."
+                )
+            rows = own
+        if entry.get("datatype") != port.datatype:
+            raise Refused(
+                400, f"input {name!r} has the datatype {shown(entry.get('datatype'))}, expected {port.datatype!r}."
+            )
+        if not _INPUT.issuperset(entry):
+            _require_known(entry, _INPUT, f"input {name!r}")
+        options = _object(entry, "parameters", f"input {name!r}") if "parameters" in entry else _NONE
+        if options:
+            _require_known(options, _INPUT_OPTIONS, f"parameters of input {name!r}")
+        shape = (own, *port.shape)
+        if "binary_data_size" in options:
+            if "data" in entry:
+                raise Refused(400, f"input {name!r} has both data and binary_data_size, expected one of them.")
+            array = from_binary(binary, options["binary_data_size"], shape, port)
+            binary = binary[array.nbytes :]
+        else:
+            array = from_json(entry.get("data"), shape, port)
+        given[port.name] = array
+    if len(binary):
+        raise Refused(400, f"the body has {len(binary)} bytes more of binary data than its inputs tell.")
+    missing = [name for name in operation.required if name not in given]
+    if missing:
+        raise Refused(400, f"inputs lack {', '.join(map(repr, missing))}, which {operation.name} needs.")
+    if operation.name == "jvp" and not any(name.startswith(TANGENT) for name in given):
+        there = ", ".join(name for name in operation.optional if name.startswith(TANGENT)) or "none, by its derivatives"
+        raise Refused(400, f"inputs hold no tangent, which jvp needs one of: {there}.")
+    return given
+
+
+def _refuse_name(name: object, given: dict[str, Array], operation: Operation) -> None:
+    if type(name) is str and name in given:
+        raise Refused(400, f"input {name!r} is there twice.")
+    more = f"; it also takes {', '.join(operation.optional)}" if operation.optional else ""
+    raise Refused(
+        400,
+        f"inputs hold {shown(name)}, which {operation.name} does not take. It needs "
+        f"{', '.join(operation.required)}{more}.",
+    )
+
+
+def _overrides(given: object, served: Served, rows: int) -> dict[str, Array]:
+    """Values of promoted parameters; they may come as a string of JSON, where a client sends no objects there."""
+    if type(given) is str:
+        given = read_json(given.encode("utf-8", "surrogatepass"))
+    if type(given) is not dict:
+        raise Refused(400, f"parameter_overrides is {shown(given)}, expected an object from name to value.")
+    shapes, found = served.model.parameter_base_shapes, {}
+    for name, value in given.items():
+        if name not in shapes:
+            raise Refused(
+                400,
+                f"parameter_overrides holds {shown(name)}, which is no promoted parameter of model {served.name!r}; "
+                f"there are: {', '.join(shapes) or 'none'}.",
+            )
+        found[name] = _override(name, value, tuple(shapes[name]), served.datatype, rows)
+    return found
+
+
+def _override(name: str, value: object, base: tuple[int, ...], kind: str, rows: int) -> Array:
+    """One value: a number for all entries, or lists of the base shape, or of the base shape for each row."""
+    what = Port(f"parameter_overrides: {name}", kind, base)
+    if type(value) in (int, float):
+        return np.broadcast_to(from_json([value], (1,), what)[0], base)
+    for shape in ((rows, *base), base):
+        try:
+            if shape:
+                return from_json(value, shape, what)
+        except Refused:
+            continue
+    shapes = f"{list(base)} or {[rows, *base]}" if base else f"[{rows}]"
+    raise Refused(
+        400, f"parameter_overrides: {name} is {shown(value)}, expected a number, or lists of the shape {shapes}."
+    )
+
+
+def _outputs(document: dict[str, Any], operation: Operation, binary: bool) -> tuple[tuple[str, bool], ...]:
+    """Which tensors the answer has, and whether each is binary data."""
+    entries = document.get("outputs")
+    if entries is None or entries == []:
+        return tuple((name, binary) for name in operation.outputs)
+    if type(entries) is not list:
+        raise Refused(400, f"outputs is {shown(entries)}, expected a list of objects with a name.")
+    found: dict[str, bool] = {}
+    for entry in entries:
+        name = entry.get("name") if type(entry) is dict else None
+        if type(name) is not str or name not in operation.outputs or name in found:
+            raise Refused(
+                400,
+                f"outputs holds {shown(entry)}, expected each once, with a name out of {', '.join(operation.outputs)}.",
+            )
+        _require_known(entry, _OUTPUT, f"output {name!r}")
+        options = _object(entry, "parameters", f"output {name!r}")
+        _require_known(options, _OUTPUT_OPTIONS, f"parameters of output {name!r}")
+        found[name] = _flag(options, "binary_data", f"output {name!r}") if "binary_data" in options else binary
+    return tuple(found.items())
+
+
+def _object(document: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    found = document.get(key)
+    if found is None:
+        return _NONE
+    if type(found) is not dict:
+        raise Refused(400, f"{where}: {key} is {shown(found)}, expected an object.")
+    return found
+
+
+def _flag(options: dict[str, Any], key: str, where: str) -> bool:
+    found = options.get(key, False)
+    if type(found) is not bool:
+        raise Refused(400, f"{where}: {key} is {shown(found)}, expected true or false.")
+    return found
+
+
+def _require_known(document: dict[str, Any], known: frozenset[str], where: str) -> None:
+    """Refuse what would be passed over: a mistyped name must not go unnoticed."""
+    unknown = [name for name in document if name not in known][:5]
+    if unknown:
+        listed = ", ".join(map(shown, unknown))
+        raise Refused(400, f"{where}: unknown {listed}; known are {', '.join(sorted(known))}.")
+
+
+def _id(document: dict[str, Any]) -> str | None:
+    found = document.get("id")
+    if found is None or (type(found) is str and _is_text(found)):
+        return found
+    raise Refused(400, f"id is {shown(found)}, expected a string.")
+
+
+def _is_text(found: str) -> bool:
+    """Whether a string can be sent back: half a surrogate pair, which JSON may hold, cannot."""
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _require_name(document: dict[str, Any], served: Served) -> None:
+    """Refuse a request for another model or version than its address names."""
+    for key, wanted in (("model_name", served.name), ("model_version", VERSION)):
+        found = document.get(key)
+        if found not in (None, wanted):
+            raise Refused(400, f"{key} is {shown(found)}, but the address is that of {wanted!r}.")

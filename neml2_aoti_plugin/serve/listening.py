@@ -1,0 +1,110 @@
+"""Where the service listens: a TCP port or a Unix socket; and whether others than this machine reach it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+
+BACKLOG = 2048
+# Of a Unix socket: its user and group, such as that of a proxy.
+MODE = 0o660
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen.
+
+    Args:
+        host: name or address; passed over where `uds` is given.
+        port: number; 0 for any that is free.
+        uds: path of a Unix socket.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    uds: Path | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only programs of this machine can connect."""
+        if self.uds is not None:
+            return True
+        return all(ipaddress.ip_address(found[4][0]).is_loopback for found in self._resolved())
+
+    def bind(self) -> socket.socket:
+        """A bound socket. It refuses connections until a process that has loaded its models listens.
+
+        Raises:
+            InputError: the address is taken, or there is none such here.
+        """
+        try:
+            return self._bind_unix(self.uds) if self.uds is not None else self._bind_tcp()
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {self.uds or f'{self.host}:{self.port}'}: {error.strerror or error}. Give another "
+                "--host, --port or --uds, or stop what listens there."
+            ) from None
+
+    def told(self, bound: socket.socket) -> str:
+        """The address as a URL."""
+        if self.uds is not None:
+            return f"unix:{self.uds}"
+        host, port = bound.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def release(self) -> None:
+        """Remove the Unix socket."""
+        if self.uds is not None:
+            self.uds.unlink(missing_ok=True)
+
+    def _resolved(self) -> list[tuple[int, int, int, str, tuple[str, int]]]:
+        try:
+            return socket.getaddrinfo(  # type: ignore[return-value]
+                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except (socket.gaierror, UnicodeError, OverflowError) as error:
+            raise InputError(f"--host {self.host!r} is no address of this machine ({error}).") from None
+
+    def _bind_tcp(self) -> socket.socket:
+        family, kind, protocol, _, address = self._resolved()[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            if os.name == "posix":
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+        return bound
+
+    def _bind_unix(self, path: Path) -> socket.socket:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            _remove_if_dead(path)
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o777 & ~MODE)
+        try:
+            bound.bind(str(path))
+        except BaseException:
+            bound.close()
+            raise
+        finally:
+            os.umask(before)
+        return bound
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove the socket of a service that is gone; one that is answered stays."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

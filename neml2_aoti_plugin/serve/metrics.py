@@ -1,0 +1,101 @@
+"""What Prometheus is told, by prometheus_client; with several processes through files that they share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from .refusals import Refused
+
+if TYPE_CHECKING:
+    from .calls import Call
+    from .evaluation import Answer
+    from .gathering import Waiting
+
+# The variable by which prometheus_client learns of the folder that processes share.
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384, 65536)
+
+
+class Metrics:
+    """Counters of one application."""
+
+    def __init__(self) -> None:
+        own = self._own = CollectorRegistry()
+        model, both = ["model"], ["model", "operation"]
+        self._requests = Counter("neml2_requests", "Requests that were answered.", [*both, "status"], registry=own)
+        self._seconds = Histogram(
+            "neml2_request_seconds", "Time from a request to its answer.", both, registry=own, buckets=_SECONDS
+        )
+        self._rows = Counter("neml2_rows", "Rows that were evaluated.", both, registry=own)
+        self._calls = Histogram("neml2_call_seconds", "Time of a compiled call.", both, registry=own, buckets=_SECONDS)
+        self._gathered = Histogram(
+            "neml2_gathered_rows", "Rows that a compiled call gathered.", both, registry=own, buckets=_ROWS
+        )
+        self._failed = Counter("neml2_rows_not_converged", "Rows that did not converge.", both, registry=own)
+        self._queue = Gauge("neml2_queue_rows", "Rows that wait.", model, registry=own, multiprocess_mode="livesum")
+        # Finding a child by its labels costs more than counting.
+        self._children: dict[tuple[Any, ...], Any] = {}
+
+    def answered(self, model: str, operation: str, status: int, seconds: float) -> None:
+        """Count a request.
+
+        Args:
+            model: that it named; empty where there is none.
+            operation: that it asked for; for others than evaluations their kind.
+            status: of the answer.
+            seconds: that it took.
+        """
+        self._child(self._requests, model, operation, str(status)).inc()
+        self._child(self._seconds, model, operation).observe(seconds)
+
+    def evaluated(
+        self, model: str, call: Call, taken: Sequence[Waiting], answers: Sequence[Answer], seconds: float
+    ) -> None:
+        """Count a compiled call.
+
+        Args:
+            model: that was called.
+            call: one of the requests.
+            taken: all of them.
+            answers: what each gets.
+            seconds: that it took.
+        """
+        operation, rows = call.operation.name, sum(waiting.call.rows for waiting in taken)
+        self._child(self._rows, model, operation).inc(rows)
+        self._child(self._gathered, model, operation).observe(rows)
+        self._child(self._calls, model, operation).observe(seconds)
+        failed = 0
+        for answer in answers:
+            if isinstance(answer, Refused):
+                failed += len(answer.rows or ())
+            elif "converged" in answer and operation == "solve":
+                failed += int((~answer["converged"]).sum())
+        if failed:
+            self._child(self._failed, model, operation).inc(failed)
+
+    def queued(self, model: str, rows: int) -> None:
+        """Note how many rows wait for a model."""
+        self._child(self._queue, model).set(rows)
+
+    def page(self) -> bytes:
+        """All of it, in Prometheus' text format; of all processes where there are several."""
+        if SHARED not in os.environ:
+            return generate_latest(self._own)
+        every = CollectorRegistry()
+        MultiProcessCollector(every)  # type: ignore[no-untyped-call]
+        return generate_latest(every)
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        key = (metric, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child

@@ -1,0 +1,128 @@
+"""One process of the service: uvicorn around the application, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from types import FrameType
+
+import uvicorn
+
+from .app import app
+from .connection import bounded
+from .front import Gate
+from .journal import Handler, Journal
+from .limits import Limits
+from .served import Source
+
+# After the time that accepted requests have, for the process itself to end; seconds.
+LEAVE = 3.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a process of the service needs to know.
+
+    Args:
+        sources: the models.
+        limits: of each process.
+        token: that requests must have.
+        threads: that torch may use for one operation.
+        log_requests: whether each request gets a line in the log.
+    """
+
+    sources: tuple[Source, ...]
+    limits: Limits = field(default_factory=Limits)
+    token: str | None = field(default=None, repr=False)
+    threads: int = 1
+    log_requests: bool = True
+
+    def journal(self) -> Journal:
+        """The log, on the standard output."""
+        return Journal(sys.stdout.buffer, requests=self.log_requests)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which takes no new requests once it was told to stop, and ends in time.
+
+    Args:
+        config: of uvicorn.
+        gate: that is closed then.
+    """
+
+    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+        super().__init__(config)
+        self._gate = gate
+        # A compiled call cannot be broken off; where it takes longer than all may, the process leaves it.
+        seconds = (config.timeout_graceful_shutdown or 0) + LEAVE
+        self.last = threading.Timer(seconds, os._exit, (0,))
+        self.last.daemon = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop, by a signal."""
+        if self._gate.open:
+            self._gate.open = False
+            self.last.start()
+        super().handle_exit(sig, frame)
+
+
+def run(service: Service, bound: socket.socket) -> None:
+    """Serve until a signal to stop; then finish what was accepted, and return.
+
+    Args:
+        service: what to serve.
+        bound: the socket to listen on.
+
+    Raises:
+        AOTIError: a model cannot be loaded.
+        RuntimeError: a model cannot be evaluated.
+    """
+    import torch
+
+    torch.set_num_threads(service.threads)
+    journal, gate = service.journal(), Gate()
+    _take_logs(journal)
+    application = app(service.sources, token=service.token, journal=journal, gate=gate, **vars(service.limits))
+    config = uvicorn.Config(
+        application,
+        http=bounded(service.limits),
+        loop="uvloop" if find_spec("uvloop") else "asyncio",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=math.ceil(service.limits.idle_seconds),
+        timeout_graceful_shutdown=math.ceil(service.limits.stop_seconds),
+    )
+    server = Server(config, gate)
+    # uvicorn restores these handlers and raises the signal again once it has stopped: the exit status is then ours.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    try:
+        server.run(sockets=[bound])
+    except SystemExit:
+        failure = application.state.models.failure
+        if failure is None:
+            raise
+        raise failure from None
+    finally:
+        server.last.cancel()
+        journal.flush()
+
+
+def _take_logs(journal: Journal) -> None:
+    """Let uvicorn and asyncio speak through the log."""
+    handler = Handler(journal)
+    for name in ("uvicorn", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.WARNING)

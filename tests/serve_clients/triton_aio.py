@@ -1,0 +1,50 @@
+"""What tritonclient.http.aio gets from a service, as JSON; see triton.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import tritonclient.http as triton
+from tritonclient.http import aio
+from tritonclient.utils import InferenceServerException
+
+
+async def main(address: str, model: str) -> dict[str, Any]:
+    given = {name: np.array(value) for name, value in json.load(sys.stdin).items()}
+    async with aio.InferenceServerClient(address) as client:
+        found: dict[str, Any] = {
+            "live": await client.is_server_live(),
+            "ready": await client.is_server_ready(),
+            "model_ready": [await client.is_model_ready(model), await client.is_model_ready(model, "1")],
+            "absent_ready": await client.is_model_ready("absent"),
+            "server": await client.get_server_metadata(),
+            "model": await client.get_model_metadata(model),
+        }
+        for mode in (False, True):
+            inputs = []
+            for name, array in given.items():
+                inputs.append(triton.InferInput(name, list(array.shape), "FP64"))
+                inputs[-1].set_data_from_numpy(array, binary_data=mode)
+            outputs = [triton.InferRequestedOutput("stress", binary_data=mode)]
+            result, whole = await asyncio.gather(
+                client.infer(model, inputs, outputs=outputs, request_id="seven"),
+                client.infer(model, inputs, parameters={"operation": "solve"}),
+            )
+            found["binary" if mode else "json"] = {
+                "stress": result.as_numpy("stress").tolist(),
+                "id": result.get_response()["id"],
+                "all": {o["name"]: whole.as_numpy(o["name"]).tolist() for o in whole.get_response()["outputs"]},
+            }
+        try:
+            await client.infer(model, inputs[:1])
+        except InferenceServerException as error:
+            found["error"] = [error.status(), error.message()]
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(main(*sys.argv[1:]))))

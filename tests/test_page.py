@@ -1,0 +1,210 @@
+"""The page at `/`, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neml2_aoti_plugin.model import Model
+from serving import Service, started
+from stubs.build import compiled
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="there is no Chromium: apt-get install chromium chromium-driver",
+)
+
+STUBS = ("elasticity", "viscoplasticity")
+# Too few iterations for steps beyond the elastic ones.
+FEW = """
+[Solvers]
+  [few]
+    type = Newton
+    max_its = 2
+  []
+[]
+"""
+TOKEN = "a-token"
+# Of the page's numbers against those of the same calls here.
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+
+
+@pytest.fixture(scope="module")
+def artifacts() -> dict[str, Path]:
+    return {name: compiled(name) / name for name in STUBS}
+
+
+@pytest.fixture(scope="module")
+def service(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("page")
+    stub = artifacts["viscoplasticity"].parent / "viscoplasticity_aoti.i"
+    entry = f"artifact_path = '{artifacts['viscoplasticity']}'\n    solver = few"
+    text = stub.read_text(encoding="utf-8").replace("artifact_path = 'viscoplasticity'", entry)
+    (folder / "few_aoti.i").write_text(text + FEW, encoding="utf-8")
+    with started(folder / "log", [*artifacts.values(), "--name", f"few={folder / 'few_aoti.i'}"]) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    with tempfile.TemporaryDirectory() as profile:
+        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={profile}"):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+        driver.set_script_timeout(60)
+        yield driver
+        driver.quit()
+
+
+@pytest.fixture
+def page(browser: Any, service: Service) -> Any:
+    browser.set_window_size(1100, 900)
+    browser.get(f"http://{service.host}:{service.port}/")
+    browser.get_log("browser")
+    assert "steps in" in wait(browser)
+    return browser
+
+
+def wait(browser: Any) -> str:
+    """Wait until the page has a result; gives what it tells of it."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def told(driver: Any) -> str:
+        text: str = driver.execute_script("return document.getElementById('status').textContent")
+        return "" if text.endswith("...") else text
+
+    found: str = WebDriverWait(browser, 90).until(told)
+    return found
+
+
+def put(browser: Any, **values: object) -> str:
+    """Change fields as a person does, one after the other; gives what the page tells in the end."""
+    for name, value in values.items():
+        browser.execute_script(
+            "document.getElementById('status').textContent = '';"
+            "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+            "field.dispatchEvent(new Event('input', {bubbles: true}));",
+            name,
+            str(value),
+        )
+        wait(browser)
+    return wait(browser)
+
+
+def curve(browser: Any, name: str, component: int) -> list[list[float]]:
+    """Time, driven component and an output of each step, as the page has them."""
+    found: list[list[float]] = browser.execute_script(
+        "return result.map(step => [...step.point, step.outputs.get(arguments[0])[arguments[1]]])", name, component
+    )
+    return found
+
+
+def test_an_elastic_ramp_is_a_straight_line(page: Any, artifacts: dict[str, Path]) -> None:
+    assert put(page, model="elasticity", steps=40, amplitude=-2, history="ramp").startswith("40 steps")
+    steps = curve(page, "stress", 0)
+    strain = torch.zeros(1, 6, dtype=torch.float64)
+    strain[0, 0] = 1.0
+    stiffness = float(Model(artifacts["elasticity"]).forward({"strain": strain})["stress"][0, 0])
+    assert len(steps) == 40 and steps[-1][1] == pytest.approx(0.01)
+    assert [step[2] for step in steps] == pytest.approx([stiffness * step[1] for step in steps], rel=1e-12)
+    points = page.execute_script("return document.querySelector('#response polyline').getAttribute('points')").split()
+    first, middle, last = (tuple(map(float, points[i].split(","))) for i in (0, len(points) // 2, -1))
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in ((first, middle), (middle, last))]
+    assert slopes[0] < 0 and slopes[0] == pytest.approx(slopes[1], rel=1e-2)
+    # An explicit model has no iterations to show.
+    assert not page.find_element("id", "iterations").is_displayed()
+
+
+def test_a_cycle_of_shear_is_the_march_of_the_model(page: Any, artifacts: dict[str, Path]) -> None:
+    put(page, model="viscoplasticity", history="cycle", steps=30, cycles=1, component="xy", rate=-3)
+    steps = curve(page, "stress", 5)
+    assert max(step[1] for step in steps) == pytest.approx(0.01) and min(s[1] for s in steps) == pytest.approx(-0.01)
+    assert steps[-1][1] == pytest.approx(0.0, abs=1e-15)
+    model = Model(artifacts["viscoplasticity"])
+    past = {name: torch.zeros(1, *known.natural_shape, dtype=torch.float64) for name, known in model.inputs.items()}
+    for time, shear, stress in steps:
+        inputs = {name: past[name] for name in model.inputs if "~" in name}
+        inputs["t"] = torch.full((1,), time, dtype=torch.float64)
+        inputs["strain"] = torch.zeros(1, 6, dtype=torch.float64)
+        # The page takes and shows tensor shears; the model has Mandel's.
+        inputs["strain"][0, 5] = shear * math.sqrt(2.0)
+        outputs = model.forward(inputs)
+        assert stress == pytest.approx(float(outputs["stress"][0, 5]), rel=1e-9, abs=1e-9)
+        past = {f"{name}~1": value for name, value in {**inputs, **outputs}.items() if "~" not in name}
+    assert page.find_element("id", "iterations").is_displayed()
+    assert len(page.find_elements("css selector", "#iterations rect")) == len(steps)
+    assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.mark.parametrize("kind", ["curl", "python"])
+def test_the_last_call_as_a_program(page: Any, kind: str, tmp_path: Path) -> None:
+    if kind == "curl" and not shutil.which("curl"):
+        pytest.skip("there is no curl")
+    put(page, model="viscoplasticity", history="hold", steps=10)
+    wanted = page.execute_script("return [...result.at(-1).outputs.get('stress')]")
+    page.find_element("id", kind).click()
+    text = page.find_element("id", "code").text
+    program = ["bash", "-c", text]
+    if kind == "python":
+        (tmp_path / "call.py").write_text(text, encoding="utf-8")
+        program = [sys.executable, str(tmp_path / "call.py")]
+    told = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60).stdout
+    if kind == "curl":
+        found = {output["name"]: output["data"] for output in json.loads(told)["outputs"]}["stress"]
+    else:
+        line = next(line for line in told.splitlines() if line.startswith("stress [1, 6]"))
+        found = [float(x) for x in line.partition("] [")[2].rstrip("]").split(",")]
+    assert found == pytest.approx(wanted, **{"rel": CLOSE["rtol"], "abs": CLOSE["atol"]})
+
+
+def test_it_fits_a_phone_and_asks_nobody_else(page: Any, service: Service) -> None:
+    page.set_window_size(500, 800)
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    )
+    try:
+        page.refresh()
+        assert "steps in" in wait(page)
+        width, shown = page.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert width <= shown == 360
+        asked = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+        assert asked and all(name.startswith(f"http://{service.host}:{service.port}/") for name in asked)
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_step_that_fails_is_told(page: Any) -> None:
+    assert re.match(r"step \d+ did not converge", put(page, model="few", history="ramp", amplitude=-2))
+    assert page.find_element("id", "status").get_attribute("class") == "bad"
+    # What came before it is shown.
+    assert 0 < len(curve(page, "stress", 0)) < 60
+
+
+def test_the_token(browser: Any, artifacts: dict[str, Path], tmp_path: Path) -> None:
+    variables = {"NEML2_AOTI_SERVE_TOKEN": TOKEN}
+    with started(tmp_path, [artifacts["elasticity"]], variables=variables) as service:
+        browser.get(f"http://{service.host}:{service.port}/")
+        assert "token is needed" in wait(browser)
+        field = browser.find_element("id", "token")
+        browser.execute_script("document.getElementById('status').textContent = ''")
+        field.send_keys(TOKEN, "\n")
+        assert "steps in" in wait(browser)
+        browser.find_element("id", "curl").click()
+        text = browser.find_element("id", "code").text
+        assert TOKEN not in text and "$TOKEN" in text

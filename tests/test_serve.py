@@ -1,0 +1,457 @@
+"""The service through HTTP: the protocol, its clients, all operations, and requests that are gathered."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neml2_aoti_plugin import Model
+from neml2_aoti_plugin.cli.serve import LIMITS, command
+from neml2_aoti_plugin.serve import Limits
+from serving import Answer, Array, Service, close, encode, started
+from stubs.build import compiled
+
+CLIENTS = Path(__file__).with_name("serve_clients")
+# Names under which stubs are served, where these are not the names of their models.
+STUBS = {"elasticity": "elasticity", "viscoplasticity": "viscoplasticity", "promoted": "promoted"}
+SY, K = "residual.overstress.sy", "residual.hardening.K"
+
+
+def artifact(stub: str) -> Path:
+    """The artifact of a stub."""
+    return next(path.parent for path in compiled(stub).glob("*/metadata.json"))
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    arguments: list[str | Path] = [artifact(stub) for stub in STUBS.values()]
+    arguments += ["--name", f"calibration={artifact('calibration')}"]
+    with started(tmp_path_factory.mktemp("service"), arguments) as running:
+        yield running
+        assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Model]:
+    """The same models in this process, as the reference."""
+    return {name: Model(artifact(name)) for name in (*STUBS, "calibration")}
+
+
+def step(rows: int, seed: int = 0, size: float = 3e-3) -> dict[str, Array]:
+    """A time step of the viscoplastic model."""
+    rng = np.random.default_rng(seed)
+    return {
+        "strain": size * rng.standard_normal((rows, 6)),
+        "strain~1": np.zeros((rows, 6)),
+        "t": rng.uniform(0.5, 2.0, rows),
+        "t~1": np.zeros(rows),
+        "equivalent_plastic_strain~1": np.zeros(rows),
+        "stress~1": np.zeros((rows, 6)),
+    }
+
+
+def strain(rows: int, seed: int = 0) -> dict[str, Array]:
+    return {"strain": 1e-3 * np.random.default_rng(seed).standard_normal((rows, 6))}
+
+
+def tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def same(found: Mapping[str, Array], wanted: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        close(found[name], value.detach().numpy())
+
+
+# -- the protocol ----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_service_tells_of_itself(service: Service) -> None:
+    told = service.get("/v2")
+    assert told["name"] == "neml2-aoti" and told["extensions"] == ["binary_tensor_data"]
+    assert service.get("/v2/health/live") == {"live": True} and service.get("/v2/health/ready") == {"ready": True}
+    assert service.get("/v2/models") == {"models": [*STUBS, "calibration"]}
+    for path in ("/v2/models/viscoplasticity", "/v2/models/viscoplasticity/versions/1"):
+        model = service.get(path)
+        assert (model["name"], model["versions"]) == ("viscoplasticity", ["1"])
+        shapes = {port["name"]: (port["datatype"], port["shape"]) for port in (*model["inputs"], *model["outputs"])}
+        assert shapes["strain~1"] == ("FP64", [-1, 6]) and shapes["t"] == ("FP64", [-1])
+        assert shapes["equivalent_plastic_strain"] == ("FP64", [-1])
+        assert service.get(path + "/ready") == {"name": "viscoplasticity", "ready": True}
+    extended = service.get("/v2/models/calibration")["parameters"]
+    assert extended["promoted_parameters"].keys() == {SY, K}
+    assert list(extended["operations"]) == ["forward", "solve", "jacobian", "jvp", "param_vjp"]
+
+
+def test_the_openapi_document_is_that_of_the_addresses(service: Service) -> None:
+    document = service.get("/openapi.json")
+    assert document["openapi"] == "3.1.0"
+    for path, methods in document["paths"].items():
+        address = path.replace("{model}", "elasticity").replace("{version}", "1")
+        for method in ("get", "post"):
+            answer = service.request(method.upper(), address, b"{}" if method == "post" else b"")
+            expected = {"get": 200, "post": 400}[method] if method in methods else 405
+            assert answer.status == expected, (path, method, answer.body)
+    listed = document["paths"]["/v2/models/{model}"]["parameters"][0]["schema"]["enum"]
+    assert listed == [*STUBS, "calibration"]
+    # Each reference leads somewhere.
+    for reference in set(json.dumps(document).split('"$ref": "')[1:]):
+        place: Any = document
+        for part in reference.partition('"')[0].removeprefix("#/").split("/"):
+            place = place[part]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "said"),
+    [
+        ("GET", "/v2/models/steel", 404, "there is no model 'steel'; there are: elasticity,"),
+        ("GET", "/v2/models/elasticity/versions/2", 404, "no version '2'; it has '1'"),
+        ("POST", "/v2/models/steel/infer", 404, "there is no model 'steel'"),
+        ("GET", "/v2/models/elasticity/infer", 405, "POST"),
+        ("POST", "/v2", 405, "POST does nothing at '/v2'"),
+        ("GET", "/v3", 404, "there is nothing at '/v3'"),
+    ],
+)
+def test_addresses_that_there_are_not(service: Service, method: str, path: str, status: int, said: str) -> None:
+    answer = service.request(method, path)
+    assert answer.status == status and said in answer.error
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_the_request_chooses_outputs_and_their_form(service: Service, binary: bool) -> None:
+    body, headers = encode(strain(2), binary)
+    cut = int(headers.get("Inference-Header-Content-Length", len(body)))
+    document = json.loads(body[:cut])
+    document |= {"id": "seven", "parameters": {"operation": "jacobian", "binary_data_output": not binary}}
+    document["outputs"] = [
+        {"name": "stress:strain", "parameters": {"binary_data": True}},
+        {"name": "stress", "parameters": {"binary_data": False}},
+    ]
+    head = json.dumps(document).encode()
+    if binary:
+        headers = {"Inference-Header-Content-Length": str(len(head))}
+    answer = service.request("POST", "/v2/models/elasticity/infer", head + body[cut:], headers)
+    told = answer.document
+    assert (told["model_name"], told["model_version"], told["id"]) == ("elasticity", "1", "seven")
+    assert [output["name"] for output in told["outputs"]] == ["stress:strain", "stress"]
+    assert ["data" in output for output in told["outputs"]] == [False, True]
+    assert {name: array.shape for name, array in answer.arrays.items()} == {
+        "stress:strain": (2, 6, 6),
+        "stress": (2, 6),
+    }
+
+
+def test_json_may_be_nested_and_hold_what_is_not_finite(service: Service) -> None:
+    document = {"inputs": [{"name": "strain", "shape": [2, 6], "datatype": "FP64", "data": [[0.0] * 6, [1] * 6]}]}
+    answer = service.request("POST", "/v2/models/elasticity/infer", json.dumps(document).encode())
+    assert answer.status == 200 and answer.arrays["stress"][0].tolist() == [0.0] * 6
+    # Python's json writes NaN, which JSON does not have; the answer has null in its place.
+    document["inputs"][0]["data"] = [float("nan")] * 6 + [0.0] * 6
+    text = json.dumps(document).encode()
+    assert b"NaN" in text
+    answer = service.request("POST", "/v2/models/elasticity/infer", text)
+    assert answer.document["outputs"][0]["data"] == [None] * 6 + [0.0] * 6
+
+
+def test_requests_have_ids_and_the_log_has_no_tensors(service: Service) -> None:
+    secret = {"strain": np.full((1, 6), 0.123456789)}
+    body, headers = encode(secret, binary=False)
+    answer = service.request("POST", "/v2/models/elasticity/infer", body, {**headers, "X-Request-Id": "of-mine"})
+    assert answer.headers["x-request-id"] == "of-mine"
+    other = service.request("POST", "/v2/models/elasticity/infer", body)
+    assert other.headers["x-request-id"] not in ("", "of-mine")
+    time.sleep(0.2)
+    line = next(line for line in service.lines("request") if line["id"] == "of-mine")
+    assert (line["status"], line["operation"], line["rows"], line["method"]) == (200, "forward", 1, "POST")
+    assert line["ms"] > 0 and "0.123456789" not in service.log.read_text(encoding="utf-8")
+
+
+# -- clients ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", ["triton", "triton_aio", "kserve_rest"])
+def test_clients_of_the_protocol(client: str, service: Service, models: dict[str, Model]) -> None:
+    package = client.partition("_")[0].replace("triton", "tritonclient")
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    inputs = step(3)
+    done = subprocess.run(
+        [sys.executable, str(CLIENTS / f"{client}.py"), f"{service.host}:{service.port}", "viscoplasticity"],
+        input=json.dumps({name: array.tolist() for name, array in inputs.items()}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["live"] and found["ready"] and all(found["model_ready"]) and not found["absent_ready"]
+    if "model" in found:
+        assert found["server"] == service.get("/v2") and found["model"] == service.get("/v2/models/viscoplasticity")
+    wanted = models["viscoplasticity"].solve(tensors(inputs))
+    for mode in ("json", "binary"):
+        assert found[mode]["id"] == "seven"
+        close(np.array(found[mode]["stress"]), wanted.outputs["stress"].numpy())
+        every = {name: np.array(value) for name, value in found[mode]["all"].items()}
+        same(every, {**wanted.outputs, "converged": wanted.converged, "iterations": wanted.iterations})
+    status, message = found["error"]
+    assert status == "400" and "inputs lack 'strain~1', 't'" in message
+
+
+# -- operations ------------------------------------------------------------------------------------------------------
+
+
+def reference(
+    model: Model, operation: str, given: Mapping[str, Array], overrides: Mapping[str, Array]
+) -> dict[str, Any]:
+    """What a model gives in this process, by the names that the service has."""
+    inputs = tensors({name: value for name, value in given.items() if ":" not in name})
+    chosen = tensors(overrides) or None
+    if operation == "forward":
+        return dict(model.forward(inputs, chosen))
+    if operation == "solve":
+        found = model.solve(inputs, chosen)
+        return {**found.outputs, "converged": found.converged, "iterations": found.iterations}
+    if operation == "jacobian":
+        outputs, blocks = model.jacobian(inputs, chosen, expand=True)
+        return {**outputs, **{f"{out}:{by}": x for out, row in blocks.items() for by, x in row.items()}}
+    marked = tensors({name.partition(":")[2]: value for name, value in given.items() if ":" in name})
+    if operation == "jvp":
+        outputs, along = model.jvp(inputs, marked, chosen)
+        return {**outputs, **{f"tangent:{name}": value for name, value in along.items()}}
+    return {f"gradient:{name}": value for name, value in model.param_vjp(inputs, marked, chosen).items()}
+
+
+def request_of(name: str, operation: str, rows: int, seed: int) -> dict[str, Array]:
+    """Inputs for an operation of a model."""
+    rng = np.random.default_rng(seed + 1000)
+    given = step(rows, seed) if name in ("viscoplasticity", "calibration") else strain(rows, seed)
+    if operation == "jvp":
+        given["tangent:strain"] = rng.standard_normal((rows, 6))
+    if operation == "param_vjp":
+        given["cotangent:stress"] = rng.standard_normal((rows, 6))
+        if name == "calibration":
+            given["cotangent:equivalent_plastic_strain"] = rng.standard_normal(rows)
+    return given
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["json", "binary"])
+@pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "jvp", "param_vjp"])
+@pytest.mark.parametrize("name", ["promoted", "calibration"])
+def test_operations(name: str, operation: str, binary: bool, service: Service, models: dict[str, Model]) -> None:
+    given = request_of(name, operation, 3, 1)
+    first, second = models[name].named_parameters()
+    own = float(models[name].named_parameters()[first].detach())
+    for overrides in ({}, {first: np.array(1.1 * own)}, {first: own * np.array([0.9, 1.0, 1.2])}):
+        parameters = {"operation": operation}
+        if overrides:
+            parameters["parameter_overrides"] = {n: x.tolist() for n, x in overrides.items()}  # type: ignore[assignment]
+        found = service.infer(name, given, binary, **parameters).arrays
+        same(found, reference(models[name], operation, given, overrides))
+    assert second in service.get(f"/v2/models/{name}")["parameters"]["promoted_parameters"]
+
+
+def test_overrides_may_come_as_text(service: Service, models: dict[str, Model]) -> None:
+    given = strain(2)
+    found = service.infer("promoted", given, parameter_overrides='{"promoted.E": 5e4}').arrays
+    same(found, reference(models["promoted"], "forward", given, {"promoted.E": np.array(5e4)}))
+
+
+def test_first_iterates_may_be_given(service: Service, models: dict[str, Model]) -> None:
+    given = step(2)
+    iterates = list(models["viscoplasticity"].first_iterates)
+    told = service.get("/v2/models/viscoplasticity")["parameters"]["operations"]["forward"]["optional_inputs"]
+    assert iterates and [port["name"] for port in told] == iterates
+    exact = reference(models["viscoplasticity"], "forward", given, {})
+    known = [name for name in iterates if name in exact]
+    found = service.infer(
+        "viscoplasticity", {**given, **{n: exact[n].numpy() for n in known}}, operation="solve"
+    ).arrays
+    assert np.allclose(found["stress"], exact["stress"].numpy(), rtol=1e-6)
+    assert (
+        found["iterations"] <= service.infer("viscoplasticity", given, operation="solve").arrays["iterations"]
+    ).all()
+
+
+def test_rows_that_do_not_converge_are_told(service: Service) -> None:
+    given = step(4)
+    given["strain"][[1, 3], 0] = np.nan
+    answer = service.infer("viscoplasticity", given)
+    assert answer.status == 422 and answer.document["rows"] == [1, 3]
+    assert answer.error.startswith("2 of 4 rows did not converge: 1, 3.")
+    for operation in ("jacobian", "jvp", "param_vjp"):
+        given = request_of("calibration", operation, 4, 0)
+        given["strain"][2] = np.nan
+        assert service.infer("calibration", given, operation=operation).document["rows"] == [2]
+    found = service.infer("calibration", step(4) | {"strain": given["strain"]}, operation="solve").arrays
+    assert found["converged"].tolist() == [True, True, False, True] and np.isnan(found["stress"][2]).all()
+
+
+def test_operations_that_were_not_compiled(service: Service) -> None:
+    answer = service.infer("elasticity", strain(1), operation="param_vjp")
+    assert answer.status == 400 and "expected one of forward, solve, jacobian, jvp for model" in answer.error
+    assert "-p PARAMETER" in answer.error
+
+
+# -- gathering -------------------------------------------------------------------------------------------------------
+
+
+def together(service: Service, calls: Sequence[Callable[[], Answer]], model: str) -> list[Answer]:
+    """Answers to requests that all wait behind a large one, so that they are gathered."""
+    # Large enough to run until all others have come.
+    large = step(60000, 9) if model in ("viscoplasticity", "calibration") else strain(60000, 9)
+    with ThreadPoolExecutor(len(calls) + 1) as pool:
+        first = pool.submit(lambda: service.infer(model, large, operation="solve"))
+        time.sleep(0.3)
+        found = [pool.submit(call) for call in calls]
+        answers = [future.result() for future in found]
+        assert first.result().status == 200
+    return answers
+
+
+@pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "jvp", "param_vjp"])
+def test_gathered_answers_are_those_alone(operation: str, service: Service, models: dict[str, Model]) -> None:
+    """Each within 1e-12, whatever the others are; one that fails fails alone."""
+    name, rng = "calibration", np.random.default_rng(3)
+    own = {n: float(x.detach()) for n, x in models[name].named_parameters().items()}
+    requests: list[tuple[dict[str, Array], dict[str, Array]]] = []
+    for place in range(24):
+        rows = int(rng.integers(1, 5))
+        overrides: list[dict[str, Array]] = [
+            {},
+            {SY: np.array(own[SY] * 1.1)},
+            {SY: own[SY] * rng.uniform(0.9, 1.1, rows), K: np.array(0.9 * own[K])},
+        ]
+        requests.append((request_of(name, operation, rows, place), overrides[place % 3]))
+    for place in (4, 11):
+        requests[place][0]["strain"][0] = np.nan
+
+    def asked(place: int) -> Callable[[], Answer]:
+        given, overrides = requests[place]
+        values = {n: x.tolist() for n, x in overrides.items()}
+        parameters: dict[str, Any] = {"operation": operation, **({"parameter_overrides": values} if values else {})}
+        return lambda: service.infer(name, given, place % 2 == 0, **parameters)
+
+    labels = {"model": name, "operation": operation}
+    before = service.metric("neml2_gathered_rows_count", **labels)
+    answers = together(service, [asked(place) for place in range(len(requests))], name)
+    # The large request is one more call, of the operation solve; the few that came too late are some more.
+    assert service.metric("neml2_gathered_rows_count", **labels) - before <= 10
+    for place, (answer, (given, overrides)) in enumerate(zip(answers, requests, strict=True)):
+        if place in (4, 11) and operation != "solve":
+            assert answer.status == 422 and answer.document["rows"] == [0]
+        else:
+            same(answer.arrays, reference(models[name], operation, given, overrides))
+
+
+def test_where_a_gathered_call_raises_each_is_evaluated_alone(service: Service, models: dict[str, Model]) -> None:
+    name = "viscoplasticity"
+    iterate = "stress"
+    assert iterate in models[name].first_iterates
+    given = [{**step(2, seed), iterate: np.zeros((2, 6))} for seed in range(6)]
+    # Found only when the model is called, which raises for the call as a whole.
+    given[3][iterate][1] = np.nan
+    answers = together(service, [lambda one=one: service.infer(name, one) for one in given], name)  # type: ignore[misc]
+    for place, (answer, one) in enumerate(zip(answers, given, strict=True)):
+        if place == 3:
+            assert answer.status == 400 and "'stress' is not finite" in answer.error
+        else:
+            same(answer.arrays, reference(models[name], "forward", one, {}))
+
+
+def test_a_client_that_has_gone_costs_nothing(service: Service) -> None:
+    body, headers = encode(step(50), binary=True)
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    path = "/v2/models/viscoplasticity/infer"
+    text = f"POST {path} HTTP/1.1\r\nHost: x\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+    def leave() -> Answer:
+        with service.connect() as connection:
+            connection.sendall(text)
+            time.sleep(0.05)
+        return service.request("GET", "/v2/health/live")
+
+    labels = {"model": "viscoplasticity", "operation": "forward"}
+    before = service.metric("neml2_rows_total", **labels)
+    together(service, [leave] * 4, "viscoplasticity")
+    assert service.metric("neml2_rows_total", **labels) == before
+    time.sleep(0.2)
+    assert [line["status"] for line in service.lines("request")].count(499) == 4
+
+
+def test_health_is_answered_during_a_large_call(service: Service) -> None:
+    stop = threading.Event()
+    worst = 0.0
+
+    def ask() -> None:
+        nonlocal worst
+        while not stop.is_set():
+            begin = time.perf_counter()
+            assert service.request("GET", "/v2/health/ready").status == 200
+            worst = max(worst, time.perf_counter() - begin)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    begin = time.perf_counter()
+    assert service.infer("viscoplasticity", step(60000), operation="solve").status == 200
+    whole = time.perf_counter() - begin
+    stop.set()
+    thread.join()
+    assert worst < whole / 2, (worst, whole)
+
+
+# -- documents and examples ------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_examples_of_the_page(service: Service, tmp_path: Path) -> None:
+    """Those for curl and for Python run as they stand, but for the port."""
+    page = (ROOT / "docs" / "service.md").read_text(encoding="utf-8")
+    page = page.replace("127.0.0.1:8080", f"{service.host}:{service.port}")
+    shell = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    python = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(shell) == 3 and len(python) == 1
+    if which("curl") is None:
+        pytest.skip("there is no curl")
+    for text in shell:
+        done = subprocess.run(["bash", "-ec", text], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stdout.startswith("{"), (text, done.stdout, done.stderr)
+    script = tmp_path / "example.py"
+    script.write_text(python[0], encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_options_in_examples_and_documents_are_there() -> None:
+    known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    folder = ROOT / "examples" / "service"
+    for file in ("Dockerfile", "neml2-aoti.service"):
+        text = (folder / file).read_text(encoding="utf-8").replace("\\\n", " ")
+        (start,) = re.findall(r"^(?:ENTRYPOINT|ExecStart).*?serve(.*)$", text, re.MULTILINE)
+        assert set(re.findall(r"--[a-z-]+", start)) <= known
+    page = (ROOT / "docs" / "service.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(--[a-z-]+)", page)) <= known
+    # The defaults that the help and the page tell are those of the code.
+    limits = Limits()
+    for option, _, text in LIMITS:
+        (told,) = re.findall(r"\[([\d.]+)\]", text)
+        assert float(told) == getattr(limits, option.removeprefix("--").replace("-", "_")), option
+    for option, told in re.findall(r"^\| `(--[a-z-]+)` \|.*\| ([\d.]+(?: [KM]iB)?) \|$", page, re.MULTILINE):
+        number, _, unit = told.partition(" ")
+        value = float(number) * {"": 1, "KiB": 2**10, "MiB": 2**20}[unit]
+        assert value == getattr(limits, option.removeprefix("--").replace("-", "_")), option

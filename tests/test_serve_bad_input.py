@@ -1,0 +1,383 @@
+"""Requests that are wrong in every way: answered in the form of the protocol, in bounded time, and to nobody's harm."""
+
+from __future__ import annotations
+
+import copy
+import json
+import socket
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from neml2_aoti_plugin import Model
+from serving import Answer, Array, Service, close, encode, started
+from test_serve import artifact, strain
+
+PATH = "/v2/models/promoted/infer"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("service")
+    with started(folder, [artifact("promoted"), "--body-bytes", 4_000_000]) as running:
+        before = memory(running)
+        yield running
+        # All of it has left the service as it was.
+        assert not running.lines("failed"), running.lines("failed")
+        assert memory(running) - before < 200, "MiB more"
+        assert running.stop(20) == 0
+
+
+def memory(service: Service) -> float:
+    """Resident memory of a service in MiB."""
+    text = Path(f"/proc/{service.process.pid}/statm").read_text(encoding="utf-8")
+    return int(text.split()[1]) * 4096 / 2**20
+
+
+@pytest.fixture(scope="module")
+def right() -> tuple[dict[str, Array], Array]:
+    """A request that is right, and the stress that answers it."""
+    inputs = strain(3)
+    model = Model(artifact("promoted"))
+    import torch
+
+    return inputs, model.forward({"strain": torch.from_numpy(inputs["strain"])})["stress"].numpy()
+
+
+def ask(service: Service, document: Any, data: bytes = b"", length: str | None = None) -> Answer:
+    """Send JSON, and perhaps binary data behind it."""
+    head = document if isinstance(document, bytes) else json.dumps(document).encode()
+    headers = {"Inference-Header-Content-Length": length or str(len(head))} if data or length else {}
+    return service.request("POST", PATH, head + data, headers, timeout=20)
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    """A right request of one row, with changes to its input."""
+    tensor = {"name": "strain", "shape": [1, 6], "datatype": "FP64", "data": [0.0] * 6, **changes}
+    return {"inputs": [{key: value for key, value in tensor.items() if value is not ...}]}
+
+
+ONE = request()["inputs"][0]
+BINARY = {"data": ..., "parameters": {"binary_data_size": 48}}
+
+
+@pytest.mark.parametrize(
+    ("document", "data", "said"),
+    [
+        # JSON
+        (b"", b"", "the request is no JSON"),
+        (b"{", b"", "the request is no JSON"),
+        (b"\xff\xfe", b"", "the request is no JSON"),
+        (b"[NaN", b"", "the request is no JSON"),
+        (b"[" * 100_000, b"", "the request is no JSON"),
+        (b"[NaN," + b"[" * 100_000, b"", "nested too deeply"),
+        (b'{"a":' * 50_000 + b"NaN", b"", "nested too deeply"),
+        ([], b"", "expected a JSON object with 'inputs'"),
+        ({}, b"", "inputs is None, expected a list of tensors: strain"),
+        ({"inputs": {}}, b"", "inputs is {}"),
+        ({"inputs": [7]}, b"", "inputs holds 7"),
+        ({"inputs": [ONE, ONE]}, b"", "input 'strain' is there twice"),
+        ({**request(), "parameter": {}}, b"", "the request: unknown 'parameter'; known are id,"),
+        ({**request(), "id": 7}, b"", "id is 7"),
+        ({**request(), "model_name": "steel"}, b"", "model_name is 'steel', but the address is that of 'promoted'"),
+        # names, shapes, dtypes
+        (request(name="stress"), b"", "inputs hold 'stress', which forward does not take. It needs strain"),
+        (request(name=["strain"]), b"", "inputs hold ['strain']"),
+        (request(name=...), b"", "inputs hold None"),
+        (request(shape=[1, 7]), b"", "input 'strain' has the shape [1, 7], expected [rows, 6]"),
+        (request(shape=[6]), b"", "has the shape [6]"),
+        (request(shape=[0, 6]), b"", "has the shape [0, 6], expected [rows, 6] with one row or more"),
+        (request(shape=[-1, 6]), b"", "has the shape [-1, 6]"),
+        (request(shape=[True, 6]), b"", "has the shape [True, 6]"),
+        (request(shape=[1.0, 6]), b"", "has the shape [1.0, 6]"),
+        (request(shape="16"), b"", "has the shape '16'"),
+        (request(shape=[2, 6]), b"", "data has 6 entries, but the shape [2, 6] takes 12"),
+        (request(datatype="FP32"), b"", "input 'strain' has the datatype 'FP32', expected 'FP64'"),
+        (request(datatype=None), b"", "has the datatype None"),
+        # data
+        (request(data=...), b"", "input 'strain': data is None, expected a list of numbers"),
+        (request(data="AAAA"), b"", "data is 'AAAA'"),
+        (request(data=[0.0] * 5), b"", "data has 5 entries, but the shape [1, 6] takes 6"),
+        (request(data=[0.0] * 5 + ["1"]), b"", "entry 5 of data is '1', expected a number"),
+        (request(data=[0.0] * 5 + [True]), b"", "entry 5 of data is True"),
+        (request(data=[None] + [0.0] * 5), b"", "entry 0 of data is None"),
+        (request(data=[[0.0] * 3, [0.0] * 3]), b"", "nested otherwise than the shape [1, 6]"),
+        (request(data=[[[0.0] * 6]]), b"", "nested otherwise"),
+        (request(data=[[0.0] * 5 + [[1]]]), b"", "nested otherwise"),
+        (request(extra=1), b"", "input 'strain': unknown 'extra'"),
+        (request(parameters=[]), b"", "input 'strain': parameters is [], expected an object"),
+        (request(parameters={"shared_memory_region": "x"}), b"", "unknown 'shared_memory_region'"),
+        # binary data
+        (request(**BINARY), b"", "binary_data_size is 48, but the body has only 0 bytes left"),
+        (request(**BINARY), b"x" * 47, "the body has only 47 bytes left"),
+        (request(**BINARY), b"x" * 49, "the body has 1 bytes more of binary data than its inputs tell"),
+        (request(data=..., parameters={"binary_data_size": 47}), b"x" * 47, "binary_data_size is 47, but FP64 of"),
+        (request(data=..., parameters={"binary_data_size": -48}), b"x" * 48, "binary_data_size is -48"),
+        (request(data=..., parameters={"binary_data_size": 48.0}), b"x" * 48, "binary_data_size is 48.0"),
+        (request(parameters={"binary_data_size": 48}), b"x" * 48, "has both data and binary_data_size"),
+        # outputs
+        ({**request(), "outputs": {}}, b"", "outputs is {}"),
+        ({**request(), "outputs": [{"name": "strain"}]}, b"", "with a name out of stress."),
+        ({**request(), "outputs": [{"name": "stress"}] * 2}, b"", "expected each once"),
+        ({**request(), "outputs": [{"name": "stress", "shape": []}]}, b"", "output 'stress': unknown 'shape'"),
+        (
+            {**request(), "outputs": [{"name": "stress", "parameters": {"classification": 3}}]},
+            b"",
+            "parameters of output 'stress': unknown 'classification'",
+        ),
+        (
+            {**request(), "outputs": [{"name": "stress", "parameters": {"binary_data": 1}}]},
+            b"",
+            "output 'stress': binary_data is 1, expected true or false",
+        ),
+        # operations and overrides
+        ({**request(), "parameters": {"operation": "hessian"}}, b"", "operation is 'hessian', expected one of forward"),
+        ({**request(), "parameters": {"operation": ["forward"]}}, b"", "operation is ['forward']"),
+        ({**request(), "parameters": {"operations": "solve"}}, b"", "parameters: unknown 'operations'"),
+        ({**request(), "parameters": {"operation": "jvp"}}, b"", "no tangent, which jvp needs one of: tangent:strain"),
+        ({**request(), "parameters": {"operation": "param_vjp"}}, b"", "inputs lack 'cotangent:stress'"),
+        ({**request(), "parameters": {"parameter_overrides": 7}}, b"", "parameter_overrides is 7"),
+        ({**request(), "parameters": {"parameter_overrides": "{"}}, b"", "the request is no JSON"),
+        (
+            {**request(), "parameters": {"parameter_overrides": {"E": 1.0}}},
+            b"",
+            "parameter_overrides holds 'E', which is no promoted parameter of model 'promoted'; there are: promoted.E",
+        ),
+        (
+            {**request(), "parameters": {"parameter_overrides": {"promoted.E": [1.0, 2.0]}}},
+            b"",
+            "parameter_overrides: promoted.E is [1.0, 2.0], expected a number, or lists of the shape [1]",
+        ),
+        ({**request(), "parameters": {"parameter_overrides": {"promoted.E": True}}}, b"", "promoted.E is True"),
+        ({**request(), "parameters": {"parameter_overrides": {"promoted.E": None}}}, b"", "promoted.E is None"),
+    ],
+)
+def test_what_is_wrong_is_named(service: Service, document: Any, data: bytes, said: str) -> None:
+    answer = ask(service, document, data)
+    assert answer.status == 400 and said in answer.error, answer.body
+    assert len(answer.body) < 2000
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "1e3", "99999", "9" * 5000, "", " ", "0x10"])
+def test_lengths_of_the_json_part(service: Service, length: str) -> None:
+    answer = service.request("POST", PATH, b"{}", {"Inference-Header-Content-Length": length})
+    assert answer.status == 400 and ("Inference-Header-Content-Length" in answer.error or "JSON" in answer.error)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b'{"inputs":[' + b"[]," * 1_000_000 + b"[]]}",
+        b'{"inputs":[{"name":"strain","shape":[1,6],"datatype":"FP64","data":[' + b"0," * 1_500_000 + b"0]}]}",
+        b'{"inputs":[{"name":"strain","shape":[1,6],"datatype":"FP64","data":[' + b"NaN," * 900_000 + b"0]}]}",
+        b'{"inputs":[{"name":"strain","shape":[1,6],"datatype":"FP64","data":[' + b"9" * 3_000_000 + b"]}]}",
+        b'{"inputs":[{"name":"strain","shape":[1,6],"datatype":"FP64","data":[NaN,' + b"9" * 3_000_000 + b"]}]}",
+        b"{" + b",".join(b'"%d":0' % i for i in range(300_000)) + b"}",
+        b'{"inputs":"' + b"x" * 3_900_000 + b'"}',
+        b'{"inputs":[{"name":"strain","shape":[' + b"1," * 1_500_000 + b'6],"datatype":"FP64","data":[]}]}',
+        b'{"id":"\\ud800","parameters":{"operation":NaN}}',
+    ],
+    ids=["lists", "entries", "nan", "digits", "digits and nan", "keys", "text", "extents", "half a character"],
+)
+def test_large_nonsense_is_answered_soon_and_briefly(service: Service, document: bytes) -> None:
+    begin = time.monotonic()
+    answer = ask(service, document)
+    assert answer.status == 400 and len(answer.body) < 2000 and time.monotonic() - begin < 5
+
+
+# -- mutations of what is right --------------------------------------------------------------------------------------
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["strain", "stress", "stress:strain", "tangent:strain", "FP64", "solve", "jacobian", "promoted.E"]),
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=6),
+        st.dictionaries(
+            st.sampled_from(["name", "shape", "data", "datatype", "parameters", "inputs", "id", "promoted.E", "x"]),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to all parts of a document."""
+    yield path
+    if isinstance(document, dict):
+        for key, value in document.items():
+            yield from places(value, (*path, key))
+    elif isinstance(document, list):
+        for index, value in enumerate(document):
+            yield from places(value, (*path, index))
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> tuple[bytes, bytes, str | None]:
+    """A right request in which some parts were replaced, removed or doubled: JSON, binary data, told length."""
+    binary = draw(st.booleans())
+    tensor: dict[str, Any] = {"name": "strain", "shape": [2, 6], "datatype": "FP64"}
+    data = b""
+    if binary:
+        data = np.zeros((2, 6)).tobytes()
+        tensor["parameters"] = {"binary_data_size": len(data)}
+    else:
+        tensor["data"] = [0.0] * 12
+    whole: Any = {
+        "id": "seven",
+        "inputs": [tensor],
+        "outputs": [{"name": "stress", "parameters": {"binary_data": binary}}],
+        "parameters": {"operation": "jacobian", "parameter_overrides": {"promoted.E": 7e4}},
+    }
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(list(places(whole))))
+        if not path:
+            whole = draw(JSON) if draw(st.integers(0, 9)) == 0 else whole
+            continue
+        *above, last = path
+        holder = whole
+        for key in above:
+            holder = holder[key]
+        kind = draw(st.sampled_from(["replace", "remove", "double"]))
+        if kind == "replace":
+            holder[last] = draw(JSON)
+        elif kind == "remove":
+            del holder[last]
+        elif isinstance(holder, list):
+            holder.insert(last, copy.deepcopy(holder[last]))
+        else:
+            holder[draw(st.text(max_size=4))] = copy.deepcopy(holder[last])
+    head = json.dumps(whole).encode()
+    if draw(st.integers(0, 4)) == 0:
+        place = draw(st.integers(0, len(head)))
+        head = head[:place] + draw(st.binary(max_size=6)) + head[place + draw(st.integers(0, 6)) :]
+    data = data[: draw(st.integers(0, len(data)))] if draw(st.integers(0, 3)) == 0 else data
+    data += draw(st.binary(max_size=4)) if draw(st.integers(0, 3)) == 0 else b""
+    length = str(draw(st.integers(-1, len(head) + 200))) if draw(st.integers(0, 4)) == 0 else None
+    return head, data, length
+
+
+def fine_or_told(answer: Answer) -> None:
+    """An answer of the protocol: the tensors, or what is wrong."""
+    if answer.status == 200:
+        assert answer.arrays
+        return
+    assert answer.status in (400, 413, 422), answer
+    assert 10 < len(answer.error) < 1500
+
+
+SETTINGS = settings(
+    max_examples=400,
+    deadline=5000,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@SETTINGS
+@given(mutation=mutations())
+def test_mutated_requests(service: Service, mutation: tuple[bytes, bytes, str | None]) -> None:
+    head, data, length = mutation
+    fine_or_told(ask(service, head, data, length))
+
+
+@SETTINGS
+@given(body=st.binary(max_size=300), length=st.one_of(st.none(), st.text("0123456789 -x", max_size=5)))
+def test_bodies_of_any_bytes(service: Service, body: bytes, length: str | None) -> None:
+    headers = {} if length is None else {"Inference-Header-Content-Length": length}
+    answer = service.request("POST", PATH, body, headers)
+    assert answer.status == 400 and answer.error
+
+
+@settings(SETTINGS, max_examples=150)
+@given(
+    start=st.sampled_from(
+        [b"", b"GET ", b"POST /v2 HTTP/1.1\r\n", b"POST " + PATH.encode() + b" HTTP/1.1\r\nContent-Length: 5\r\n"]
+    ),
+    rest=st.binary(max_size=200),
+)
+def test_what_is_no_http(service: Service, start: bytes, rest: bytes) -> None:
+    """It is refused or waited for; a connection that was refused is closed."""
+    with service.connect(0.05) as connection:
+        connection.sendall(start + rest)
+        answer = b""
+        try:
+            while part := connection.recv(65536):
+                answer += part
+        except (TimeoutError, ConnectionResetError):
+            pass
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 ") or answer.startswith(b"HTTP/1.0 ")
+    if answer:
+        assert 400 <= int(answer[9:12]) < 500 or int(answer[9:12]) == 200, answer
+
+
+@SETTINGS
+@given(path=st.text(min_size=1, max_size=20))
+def test_addresses_of_any_text(service: Service, path: str) -> None:
+    from urllib.parse import quote
+
+    for address in (f"/v2/models/{quote(path, safe='')}", f"/{quote(path)}"):
+        answer = service.request("GET", address)
+        assert answer.status in (200, 307, 400, 404) and (answer.status in (200, 307) or answer.error)
+
+
+def test_neighbours_are_right_and_it_is_still_there(service: Service, right: tuple[dict[str, Array], Array]) -> None:
+    """Bad requests and good ones at the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs, stress = right
+    nan = {"strain": np.full((1, 6), np.nan)}
+
+    def good(_: int) -> None:
+        close(service.infer("promoted", inputs).arrays["stress"], stress)
+
+    def bad(place: int) -> None:
+        if place % 3 == 0:
+            assert service.infer("promoted", nan).status == 200
+        elif place % 3 == 1:
+            assert ask(service, request(shape=[1, 7])).status == 400
+        else:
+            assert ask(service, b"{" * 1000).status == 400
+
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(good if place % 2 else bad, place) for place in range(200)]
+        for future in waiting:
+            future.result()
+    assert service.get("/v2/health/ready") == {"ready": True}
+
+
+def test_bytes_of_a_right_request_in_any_parts(service: Service, right: tuple[dict[str, Array], Array]) -> None:
+    """However the network cuts it, and several on one connection."""
+    inputs, stress = right
+    body, headers = encode(inputs, binary=True)
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    text = (head + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n").encode() + body
+    rng = np.random.default_rng(0)
+    with service.connect(10) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        several = text * 5
+        cuts = [0, *sorted(rng.integers(0, len(several), 40).tolist()), len(several)]
+        for begin, end in pairwise(cuts):
+            connection.sendall(several[begin:end])
+            time.sleep(0.002)
+        received = b""
+        while received.count(b"HTTP/1.1 200 ") < 5 or not received.endswith(stress.tobytes()):
+            part = connection.recv(65536)
+            assert part
+            received += part
+    assert received.count(stress.tobytes()) == 5

@@ -1,0 +1,508 @@
+"""Running the service: starting and stopping, tokens, limits, several processes, an application of one's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neml2_aoti_plugin import InputError, Model, cli, seal
+from neml2_aoti_plugin.serve import app
+from serving import Answer, Service, close, encode, started
+from test_serve import artifact, step, strain
+
+TOKEN = "of-the-test-9d1f"
+INFER = "/v2/models/viscoplasticity/infer"
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and Unix sockets are others there")
+
+
+def raw(body: bytes = b"", headers: str = "", path: str = INFER, method: str = "POST") -> bytes:
+    """A request as it goes over the wire."""
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+# -- limits and tokens -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with a token and narrow limits."""
+    folder = tmp_path_factory.mktemp("strict")
+    (folder / "token").write_text(TOKEN + "\n", encoding="utf-8")
+    limits = {
+        "--token-file": folder / "token",
+        "--body-bytes": 2_000_000,
+        "--request-rows": 20000,
+        "--queue-rows": 20000,
+        "--header-bytes": 2048,
+        "--receive-seconds": 1,
+        "--connections": 12,
+        "--stop-seconds": 3,
+        "--answer-seconds": 0.4,
+    }
+    arguments = [artifact("viscoplasticity"), artifact("elasticity"), *(x for pair in limits.items() for x in pair)]
+    with started(folder, arguments) as running:
+        running.headers = {"Authorization": f"Bearer {TOKEN}"}
+        yield running
+        # No connection of a test is left behind, and it stops at once.
+        assert running.stop(20) == 0
+
+
+@pytest.mark.parametrize("given", [None, "Bearer wrong", f"Basic {TOKEN}", "Bearer", f"Bearer {TOKEN}x", "Bearer \xe4"])
+def test_a_token_is_needed(strict: Service, given: str | None) -> None:
+    headers = {"Authorization": given} if given is not None else {"X": "y"}
+    for path in ("/v2", "/v2/models/elasticity", "/metrics", "/openapi.json", "/nowhere"):
+        answer = Service.request(_without_token(strict), "GET", path, headers=headers)
+        assert answer.status == 401 and answer.headers["www-authenticate"] == "Bearer", path
+        assert TOKEN not in answer.error
+    for path in ("/v2/health/live", "/v2/health/ready"):
+        assert Service.request(_without_token(strict), "GET", path, headers=headers).status == 200
+
+
+def test_the_token_opens_and_is_in_no_log(strict: Service) -> None:
+    assert strict.get("/v2")["name"] == "neml2-aoti"
+    assert strict.infer("elasticity", strain(1)).status == 200
+    time.sleep(0.2)
+    assert TOKEN not in strict.log.read_text(encoding="utf-8")
+    assert TOKEN.encode() not in Path(f"/proc/{strict.process.pid}/cmdline").read_bytes()
+
+
+def _without_token(service: Service) -> Service:
+    return Service(service.process, service.log, service.address, service.host, service.port)
+
+
+def test_bodies_that_are_too_large(strict: Service) -> None:
+    large = b" " * 2_000_001
+    answer = strict.request("POST", INFER, large)
+    assert answer.status == 413 and "2000001 bytes or more; 2000000 are the most here" in answer.error
+    # Without a length, as much as it may have is read, and no more.
+    with strict.connect() as connection:
+        connection.sendall(_chunked_head())
+        with contextlib.suppress(OSError):
+            for _ in range(40):
+                connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 413 ")
+    answer = strict.request("POST", INFER, b"x", {"Content-Encoding": "gzip"})
+    assert answer.status == 415 and "compressed by 'gzip'" in answer.error
+
+
+def _chunked_head() -> bytes:
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head.encode()
+
+
+def test_rows_that_are_too_many(strict: Service) -> None:
+    answer = strict.infer("elasticity", strain(20001))
+    assert answer.status == 413 and "20001 rows, more than the 20000" in answer.error
+    # Told before anything is allocated for them.
+    tensor = {"name": "strain", "shape": [10**15, 6], "datatype": "FP64", "data": []}
+    assert (
+        strict.request("POST", "/v2/models/elasticity/infer", json.dumps({"inputs": [tensor]}).encode()).status == 413
+    )
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["at once", "in parts"])
+def test_headers_that_are_too_long(strict: Service, whole: bool) -> None:
+    text = raw(headers=f"X-Long: {'x' * 4000}\r\n")
+    with strict.connect() as connection:
+        for part in [text] if whole else [text[i : i + 700] for i in range(0, len(text), 700)]:
+            with contextlib.suppress(OSError):
+                connection.sendall(part)
+                time.sleep(0.0 if whole else 0.02)
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 431 ") and b"more than 2048 bytes" in answer
+    assert strict.request("GET", "/v2").status == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"", b""),
+        (b"POST /v2/models/elasticity/infer HTTP/1.1\r\nHost", b"HTTP/1.1 408 "),
+        (raw(b"x" * 100, f"Authorization: Bearer {TOKEN}\r\n")[:-50], b"HTTP/1.1 408 "),
+        (_chunked_head() + b"4\r\nabcd\r\n", b"HTTP/1.1 408 "),
+        # Answered before its body has come, which nobody waits for then.
+        (raw(b"x" * 100, path="/nowhere")[:-50], b"HTTP/1.1 401 "),
+    ],
+    ids=["nothing", "half of the headers", "half of the body", "a chunk", "a body that nobody needs"],
+)
+def test_slow_clients(strict: Service, sent: bytes, said: bytes) -> None:
+    begin = time.monotonic()
+    with strict.connect(10) as connection:
+        connection.sendall(sent)
+        answer = read_all(connection)
+    assert answer.startswith(said) and (b'"error"' in answer) == bool(said)
+    assert 0.5 < time.monotonic() - begin < 4
+
+
+def test_a_client_that_sends_byte_by_byte(strict: Service) -> None:
+    begin = time.monotonic()
+    with strict.connect(10) as connection:
+        connection.sendall(raw(b"x" * 1000, f"Authorization: Bearer {TOKEN}\r\n")[:-1000])
+        with contextlib.suppress(OSError):
+            while time.monotonic() - begin < 6:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+        answer = read_all(connection)
+    assert time.monotonic() - begin < 4
+    assert answer.startswith(b"HTTP/1.1 408 ") or answer == b""
+
+
+def test_half_closed_and_broken_connections(strict: Service) -> None:
+    body, headers = encode(step(1), binary=True)
+    text = raw(body, f"Authorization: Bearer {TOKEN}\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items()))
+    for cut in (10, len(text) - len(body), len(text) - 1, len(text)):
+        with strict.connect(10) as connection:
+            connection.sendall(text[:cut])
+            connection.shutdown(socket.SHUT_WR)
+            answer = read_all(connection)
+            assert answer == b"" or answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 400")), answer
+        # Reset instead of closed.
+        connection = strict.connect(10)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        connection.sendall(text[:cut])
+        connection.close()
+    assert strict.infer("viscoplasticity", step(1)).status == 200
+
+
+def test_a_client_that_does_not_read(strict: Service) -> None:
+    """Its connection is cut off once it has not read for a while, and its answer with it."""
+    body, headers = encode(strain(20000), True, {"operation": "jacobian"})
+    text = raw(
+        body,
+        f"Authorization: Bearer {TOKEN}\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items()),
+        "/v2/models/elasticity/infer",
+    )
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(10)
+    connection.connect((strict.host, strict.port))
+    with connection:
+        connection.sendall(text)
+        time.sleep(4)
+        # What is left in the buffers of the system comes, and then no more.
+        received = len(read_all(connection))
+    assert received < 20000 * 42 * 8
+    assert strict.infer("elasticity", strain(1)).status == 200
+
+
+def test_more_connections_than_there_may_be(strict: Service) -> None:
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(strict.connect()) for _ in range(12)]
+        for connection in held:
+            connection.sendall(raw(path="/v2", method="GET", headers=f"Authorization: Bearer {TOKEN}\r\n"))
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        answer = strict.request("GET", "/v2")
+        assert answer.status == 503 and answer.headers["retry-after"] == "1" and "12 connections" in answer.error
+    time.sleep(0.2)
+    assert strict.request("GET", "/v2").status == 200
+
+
+def test_a_full_queue(strict: Service) -> None:
+    """What finds no room is refused at once; all others are answered, or told that it took too long."""
+    body, headers = encode(step(8000), binary=True)
+
+    def ask() -> Answer:
+        return strict.request("POST", INFER, body, headers)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [future.result() for future in [pool.submit(ask) for _ in range(8)]]
+    statuses = sorted(answer.status for answer in answers)
+    assert set(statuses) <= {200, 429, 504} and 200 in statuses and 429 in statuses, statuses
+    for answer in answers:
+        if answer.status == 429:
+            assert answer.headers["retry-after"] == "1"
+            assert "rows wait for model 'viscoplasticity', and there is room for 20000" in answer.error
+    assert strict.metric("neml2_requests_total", status="429") >= statuses.count(429)
+    time.sleep(0.5)
+    assert strict.metric("neml2_queue_rows") == 0
+    assert strict.infer("viscoplasticity", step(1)).status == 200
+
+
+def test_a_request_that_waits_for_too_long(strict: Service) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        large = pool.submit(lambda: strict.infer("viscoplasticity", step(20000, size=2e-2), operation="solve"))
+        time.sleep(0.15)
+        answer = strict.infer("viscoplasticity", step(1))
+        assert large.result().status == 200
+    # Where the machine is quick enough, it was answered in time.
+    assert answer.status == 200 or (answer.status == 504 and "not answered within 0.4 s" in answer.error)
+
+
+# -- starting and stopping -------------------------------------------------------------------------------------------
+
+
+def test_it_starts_and_stops_under_load(tmp_path: Path) -> None:
+    """Nothing answers before the models are loaded; after SIGTERM all that was accepted is answered, and right."""
+    path = tmp_path / "socket"
+    arguments = [artifact("viscoplasticity"), "--uds", path, "--quiet"]
+    with started(tmp_path, arguments, ready=0) as service:
+        while not service.lines("ready"):
+            with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
+                service.connect()
+            time.sleep(0.1)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        assert service.get("/v2/health/ready") == {"ready": True}
+        assert service.metric("neml2_rows_total") == 0
+        wanted = [service.infer("viscoplasticity", step(2, seed)).arrays["stress"] for seed in range(4)]
+        answered, broken, stop = [0] * 8, [], threading.Event()
+
+        def load(place: int) -> None:
+            body, headers = encode(step(2, place % 4), binary=True)
+            while not stop.is_set():
+                try:
+                    answer = service.request("POST", INFER, body, headers)
+                except (ConnectionRefusedError, FileNotFoundError):
+                    # Not accepted.
+                    return
+                except OSError as error:
+                    # Accepted by the system, closed before a byte was read.
+                    broken.append(error)
+                    return
+                if answer.status == 503:
+                    assert answer.headers["retry-after"] == "1"
+                    return
+                close(answer.arrays["stress"], wanted[place % 4])
+                answered[place] += 1
+
+        def large() -> Answer:
+            return service.infer("viscoplasticity", step(30000), operation="solve")
+
+        with ThreadPoolExecutor(9) as pool:
+            threads = [pool.submit(load, place) for place in range(8)]
+            time.sleep(0.5)
+            long = pool.submit(large)
+            time.sleep(0.2)
+            begin = time.monotonic()
+            service.process.send_signal(signal.SIGTERM)
+            for thread in threads:
+                thread.result(timeout=60)
+            assert long.result(timeout=60).status == 200
+        assert service.process.wait(30) == 0 and time.monotonic() - begin < 25
+        assert all(answered) and all(isinstance(error, ConnectionError) for error in broken), broken
+        assert service.lines("stopped") and not service.lines("failed")
+        assert not path.exists()
+
+
+def test_a_client_that_never_ends_does_not_keep_it(strict_stop: Service) -> None:
+    with strict_stop.connect() as connection:
+        connection.sendall(raw(b"x" * 1000, path="/v2/models/elasticity/infer")[:-10])
+        time.sleep(0.3)
+        begin = time.monotonic()
+        assert strict_stop.stop(30) == 0
+        assert time.monotonic() - begin < 8
+
+
+@pytest.fixture
+def strict_stop(tmp_path: Path) -> Iterator[Service]:
+    with started(tmp_path, [artifact("elasticity"), "--stop-seconds", "2", "--receive-seconds", "60"]) as running:
+        yield running
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    """One that is killed comes back; what is counted is counted over all; all end together."""
+    with started(tmp_path, [artifact("elasticity"), "--workers", "2"], ready=2) as service:
+        processes = {line["process"] for line in service.lines("ready")}
+        assert len(processes) == 2 and service.process.pid not in processes
+        given = strain(3)
+        wanted = service.infer("elasticity", given).arrays["stress"]
+        for _ in range(20):
+            assert service.infer("elasticity", given).status == 200
+        assert service.metric("neml2_requests_total", operation="forward", status="200") == 21
+        killed = min(processes)
+        os.kill(killed, signal.SIGKILL)
+        (died,) = service.wait_for("process died")
+        assert (died["process"], died["exitcode"]) == (killed, -signal.SIGKILL)
+        # The other one goes on meanwhile.
+        close(service.infer("elasticity", given).arrays["stress"], wanted)
+        new = service.wait_for("ready", 3)[-1]["process"]
+        assert new not in processes
+        # Neither what the dead one had counted is lost, nor is its queue there for ever.
+        assert service.metric("neml2_requests_total", operation="forward", status="200") == 22
+        assert service.metric("neml2_queue_rows") == 0
+        assert service.stop() == 0
+        for process in (processes | {new}) - {killed}:
+            with pytest.raises(ProcessLookupError):
+                os.kill(process, 0)
+
+
+def test_processes_end_with_the_one_that_has_started_them(tmp_path: Path) -> None:
+    with started(tmp_path, [artifact("elasticity"), "--workers", "2"], ready=2) as service:
+        processes = [line["process"] for line in service.lines("ready")]
+        service.process.kill()
+        service.process.wait(10)
+        end = time.monotonic() + 30
+        while any(_runs(process) for process in processes):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+def _runs(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    # One that nobody waits for is a zombie here.
+    return state != "Z"
+
+
+# -- what is refused at the start ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give an artifact or a stub"),
+        (["gone"], "there is no such folder"),
+        (["ARTIFACT", "--name", "x"], "'x' is not NAME=PATH"),
+        (["ARTIFACT", "--name", "elasticity=ARTIFACT"], "two models have the name 'elasticity'"),
+        (["--name", "a/b=ARTIFACT"], "'a/b', which no address can have"),
+        (["ARTIFACT", "--request-rows", "100000"], "Raise queue_rows, or lower request_rows"),
+        (["ARTIFACT", "--json"], "--json goes with --check"),
+        (["ARTIFACT", "--host", "0.0.0.0"], "0.0.0.0 is reached from other machines, and there is no token"),
+        (["ARTIFACT", "--host", "0.0.0.0", "--no-token"], "there is no seal of"),
+        (["ARTIFACT", "--host", "no.such.host.invalid"], "is no address of this machine"),
+        (["ARTIFACT", "--host", "203.0.113.7", "--no-token", "--allow-unsealed"], "cannot listen on 203.0.113.7:8080"),
+    ],
+)
+def test_wrong_use(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place = str(artifact("elasticity"))
+    assert cli.main(["serve", *(word.replace("ARTIFACT", place) for word in arguments)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_beyond_loopback_a_token_and_a_seal_are_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    copied = tmp_path / "elasticity"
+    shutil.copytree(artifact("elasticity"), copied)
+    arguments = ["serve", str(copied), "--host", "0.0.0.0", "--check", "--json"]
+    monkeypatch.setenv("NEML2_AOTI_SERVE_TOKEN", TOKEN)
+    assert cli.main(arguments) == 2
+    capsys.readouterr()
+    seal(copied)
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(printed)["result"]
+    assert (report["local"], report["token"]) == (False, True) and TOKEN not in printed
+    (model,) = report["models"]
+    assert (model["name"], model["sealed"]) == ("elasticity", True)
+    assert model["operations"] == ["forward", "solve", "jacobian", "jvp"]
+    monkeypatch.setenv("NEML2_AOTI_SERVE_TOKEN", "two words")
+    assert cli.main(arguments) == 2
+    assert "holds no token" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    """The process ends with an error, and several do not start again for ever."""
+    import shutil
+    import subprocess
+
+    from serving import SCRIPT
+
+    copied = tmp_path / "elasticity"
+    shutil.copytree(artifact("elasticity"), copied)
+    for file in copied.rglob("*.pt2"):
+        file.write_bytes(file.read_bytes()[:1000])
+    done = subprocess.run(
+        [str(SCRIPT), "serve", str(copied), "--port", "0"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and str(copied) in done.stderr and "Traceback" not in done.stderr
+    assert [json.loads(line)["event"] for line in done.stdout.splitlines()][1] == "not loaded"
+
+
+def test_two_on_one_address(strict: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", str(artifact("elasticity")), "--port", str(strict.port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{strict.port}: Address already in use" in capsys.readouterr().err
+
+
+# -- an application of one's own -------------------------------------------------------------------------------------
+
+
+async def exchange(application: Any, method: str, path: str, body: bytes = b"", more: Any = ()) -> tuple[int, bytes]:
+    """Ask an ASGI application, as a server does."""
+    sent: list[dict[str, Any]] = []
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        for message in messages:
+            return message
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "query_string": b"",
+        "headers": list(more),
+        "root_path": "",
+    }
+    await application(scope, receive, send)
+    return sent[0]["status"], sent[1]["body"]
+
+
+def test_an_application_for_another_server() -> None:
+    model = Model(artifact("elasticity"))
+    application = app({"steel": model, "other": artifact("elasticity")}, token=TOKEN, request_rows=10)
+    body, _ = encode(strain(2), binary=False)
+    token = [(b"authorization", f"Bearer {TOKEN}".encode())]
+
+    async def use() -> None:
+        # Before the server has started it.
+        assert (await exchange(application, "GET", "/v2/health/ready"))[0] == 503
+        assert (await exchange(application, "POST", "/v2/models/steel/infer", body, token))[0] == 503
+        async with application.router.lifespan_context(application):
+            assert (await exchange(application, "GET", "/v2/health/ready"))[0] == 200
+            assert (await exchange(application, "POST", "/v2/models/steel/infer", body))[0] == 401
+            found = await asyncio.gather(
+                *(exchange(application, "POST", f"/v2/models/{name}/infer", body, token) for name in ("steel", "other"))
+            )
+            documents = [json.loads(text) for _, text in found]
+            assert [status for status, _ in found] == [200, 200]
+            assert documents[0]["outputs"] == documents[1]["outputs"]
+            large, _ = encode(strain(11), binary=False)
+            assert (await exchange(application, "POST", "/v2/models/steel/infer", large, token))[0] == 413
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize(
+    ("models", "limits", "said"),
+    [
+        ([], {}, "there is no model to serve"),
+        (["a", "b/a"], {}, "two models have the name 'a'"),
+        (["a"], {"queue_rows": 0}, "queue_rows is 0, expected a number, 1 or more"),
+        (["a"], {"wait_ms": float("nan")}, "wait_ms is nan"),
+    ],
+)
+def test_an_application_that_cannot_be(models: list[str], limits: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        app(models, **limits)
