@@ -22,6 +22,8 @@ from stubs.catalogue import CATALOGUE
 BARE = {"docs/reliability.md"}
 # Compiles for an hour, with old releases.
 NOT_RUN = {"legacy/README.md"}
+# Run against a service, by tests/test_serve.py.
+ELSEWHERE = {"docs/service.md"}
 # What these pages compile takes longer than the default suite may.
 WIDE = {"docs/howto/renames.md"}
 # Has a compile that no stub of the catalogue has.
@@ -44,7 +46,12 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 # What has something to run.
-RUNNING = [page for page in PAGES if page in BARE or {"python", "sh"} & {language for language, _ in blocks(page)}]
+RUNNING = [
+    page
+    for page in PAGES
+    if page not in ELSEWHERE
+    and (page in BARE or {"python", "sh"} & {language for language, _ in blocks(page)})
+]
 
 
 def like_a_clone(place: Path) -> None:
