@@ -20,6 +20,7 @@ PAGES = {
     "docs/tool.md": ("promoted",),
     "docs/usage.md": ("elasticity", "promoted", "viscoplasticity", "cross_group"),
     "docs/solvers.md": ("viscoplasticity",),
+    "docs/scaling.md": ("viscoplasticity",),
 }
 
 
