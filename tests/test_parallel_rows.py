@@ -340,10 +340,15 @@ class TestBadInput:
 
 FULL = """
 import resource, sys
-from neml2_aoti_plugin import map_rows
+import numpy as np, torch
+from neml2_aoti_plugin import Model, map_rows
+
+model = Model(sys.argv[1])
+# Its graphs are unpacked at the first call, to files that are larger than this.
+model.solve({name: torch.from_numpy(np.load(f"{sys.argv[2]}/{name}.npy")) for name in model.inputs})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    map_rows(*sys.argv[1:], chunk=64, progress=False)
+    map_rows(model, *sys.argv[2:], chunk=64, progress=False)
 except Exception as error:
     print(type(error).__name__, error)
 """
