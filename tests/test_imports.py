@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "solve": set(),
     "program": {"artifact", "graphs", "solve"},
     "model": {"artifact", "program", "solve"},
-    "host": {"artifact", "model", "program", "solve"},
+    "parallel": {"artifact", "graphs", "model", "solve"},
+    "host": {"artifact", "model", "parallel", "program", "solve"},
     "points": {"model"},
     "serve": {"model"},
     "workbench": {"artifact", "host", "model", "solve", "_status"},
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Modules beside the folders: activation, and the command.
 BESIDE: dict[str, set[str]] = {
-    "__init__": {"_autoload", "_status", "host", "model", "points", "sealing"},
+    "__init__": {"_autoload", "_status", "host", "model", "parallel", "points", "sealing"},
     "__main__": {"cli"},
     "_autoload": {"_late"},
     "_late": {"_autoload"},

@@ -1,4 +1,6 @@
-"""Folders to unpack a package to: each of one process, gone at once, and swept up after a process that was killed.
+"""Private folders: each of one process, gone when it is done with, and swept up after a process that was killed.
+
+A package is unpacked to one, and rows pass through one between processes.
 
 They lie in a folder of this user alone in the temporary folder. Nothing is ever removed but what this module made: a
 folder of its name form in that parent, of this user and closed to others, that holds a marker and plain files only, and
@@ -27,8 +29,9 @@ if sys.platform != "win32":
 
 PARENT = "neml2-aoti-plugin"
 MARKER = ".neml2-aoti-plugin-unpacked"
-MARK = b"This folder holds a package that neml2-aoti-plugin unpacked. It may be removed once no process uses it.\n"
-FORM = re.compile(r"unpacked-[0-9]{1,10}-[0-9a-f]{32}")
+MARK = b"This folder was made by neml2-aoti-plugin for one process. It may be removed once no process uses it.\n"
+UNPACKED, ROWS = "unpacked", "rows"
+FORM = re.compile(rf"(?:{UNPACKED}|{ROWS})-[0-9]{{1,10}}-[0-9a-f]{{32}}")
 
 # Folders that could not be removed while their library is loaded, as on Windows.
 _kept: set[str] = set()
@@ -100,7 +103,7 @@ def scratch_folder(file: Path) -> Iterator[Scratch]:
         AOTIError: no folder can be made.
     """
     try:
-        folder, lock = _make(tempfile.gettempdir())
+        folder, lock = make(tempfile.gettempdir(), UNPACKED)
     except OSError as error:
         raise AOTIError(f"{file}: cannot make a folder to unpack it to: {error}. {_cure(error)}") from error
     try:
@@ -111,8 +114,19 @@ def scratch_folder(file: Path) -> Iterator[Scratch]:
             os.close(lock)
 
 
-def _make(temporary: str) -> tuple[Scratch, int | None]:
-    """Make a folder; give it with the handle that holds its lock, if there are locks."""
+def make(temporary: str, kind: str) -> tuple[Scratch, int | None]:
+    """Make a folder; it is the caller's to remove, and then to close the handle.
+
+    Args:
+        temporary: the folder for temporary files to make it in.
+        kind: what it is for, `UNPACKED` or `ROWS`.
+
+    Returns:
+        The folder, with the handle that holds its lock, if there are locks.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     if sys.platform == "win32":
         return Scratch(tempfile.mkdtemp(prefix=f"{PARENT}-"), temporary), None
     parent = os.path.join(temporary, f"{PARENT}-{os.getuid()}")
@@ -120,7 +134,7 @@ def _make(temporary: str) -> tuple[Scratch, int | None]:
         if temporary not in _swept:
             _swept.add(temporary)
             sweep(parent)
-        path = os.path.join(parent, f"unpacked-{os.getpid()}-{secrets.token_hex(16)}")
+        path = os.path.join(parent, f"{kind}-{os.getpid()}-{secrets.token_hex(16)}")
         try:
             os.mkdir(path, 0o700)
         except FileNotFoundError:
@@ -179,7 +193,7 @@ def _locked(folder: Scratch, marker: str) -> tuple[Scratch, int | None]:
 
 
 def sweep(parent: str) -> None:
-    """Remove folders of processes that were killed while they unpacked.
+    """Remove folders of processes that were killed while they had them.
 
     Args:
         parent: the folder that they lie in.
@@ -210,7 +224,7 @@ def _sweep_one(name: str, above: int) -> None:
     try:
         if not _is_private(os.fstat(folder)):
             return
-        # Whoever unpacks holds the lock; the system takes it from a process that is killed.
+        # Whoever made it holds the lock; the system takes it from a process that is killed.
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         inside = os.listdir(folder)
         for entry in inside:

@@ -19,11 +19,14 @@ from ..model.call import Tensors
 from ..model.derivatives import Blocks
 from ..model.module import CompiledModule
 from ..model.promoted import PromotedParameters
+from ..parallel.sharing import pool_over, workers_for
 from ..settings import NewtonSettings
 from . import chain, typed
 
 if TYPE_CHECKING:
     import nmhit
+
+    from ..parallel import Pool
 
 Value: TypeAlias = TensorWrapper | Tensor
 
@@ -48,10 +51,13 @@ class AOTIModel(CompiledModule):
         dtype: `float64` or `float32`; if not given, float64 where compiled, else the only one compiled.
         declared: names of variables inside the model that the input file declares shapes for.
         solver: Newton settings in place of the artifact's own, by the field names of `NewtonSettings`.
+        workers: processes that share the rows of large batches of an implicit model on a CPU, see `parallel.Pool`; the
+            environment variable `NEML2_AOTI_PLUGIN_WORKERS` if not given, else this process alone.
 
     Raises:
         ArtifactNotFoundError: there is no artifact, or none for that device and dtype.
         ArtifactError: the artifact is damaged, of an unknown schema, or made for another machine.
+        InputError: there is no such number of workers, or the model cannot be spread.
     """
 
     SECTION = "Models"
@@ -68,6 +74,13 @@ class AOTIModel(CompiledModule):
         ),
         option("meta", str, "In place of artifact_path: the metadata file, from neml2 3.0.0 to 3.0.3.", default=""),
         option("solver", str, "Block in [Solvers] whose settings take the place of the artifact's own.", default=""),
+        option(
+            "workers",
+            int,
+            "Processes that share the rows of large batches of an implicit model on a CPU. 0 takes the environment "
+            "variable NEML2_AOTI_PLUGIN_WORKERS, and without it this process alone.",
+            default=0,
+        ),
     )
 
     @classmethod
@@ -82,7 +95,10 @@ class AOTIModel(CompiledModule):
         try:
             stub = read_stub(node, Path(factory._path).parent, lambda name: factory._find_in_section("Solvers", name))
             artifact = stub.artifact.resolve()
-            return cls(artifact, factory._device, factory._dtype, declared=declared, solver=stub.solver)
+            workers = node.param_optional_int("workers", 0) or None
+            return cls(
+                artifact, factory._device, factory._dtype, declared=declared, solver=stub.solver, workers=workers
+            )
         except (ArtifactError, InputError) as error:
             error.args = (f"[Models/{node.path()}] in {factory._path}: {error}",)
             raise
@@ -95,6 +111,7 @@ class AOTIModel(CompiledModule):
         *,
         declared: set[str] | None = None,
         solver: Mapping[str, Any] | None = None,
+        workers: int | None = None,
     ) -> None:
         super().__init__()
         self._inner: Model
@@ -103,6 +120,7 @@ class AOTIModel(CompiledModule):
         self.__dict__["_inner"] = Model(artifact, device, dtype, solver=solver)
         self.__dict__["_parameters"] = self._inner._parameters
         self.__dict__["_modules"] = self._inner._modules
+        self._workers = workers_for(self._inner, workers)
         self.input_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.inputs.items()}
         self._wrappers = tuple(self.input_spec.values())
         self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.outputs.items()}
@@ -130,6 +148,11 @@ class AOTIModel(CompiledModule):
     def extra_repr(self) -> str:
         """What `repr` tells of the model."""
         return repr(self._inner)
+
+    @property
+    def _rows(self) -> Model | Pool:
+        """What evaluates batches: the model, or processes that share their rows."""
+        return self._inner if self._workers == 1 else pool_over(self._inner, self._workers)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -174,7 +197,7 @@ class AOTIModel(CompiledModule):
                 f"v= has tangents of {', '.join(unknown)}; the inputs are: {', '.join(self.input_spec)}."
             )
         pairs = [(out, name) for out in self.output_spec for name in chain.seeded(v, self._inner.inputs)]
-        outputs, matrices, batch = self._inner.linearise(inputs, pairs)
+        outputs, matrices, batch = self._rows.linearise(inputs, pairs)
         wrapped = typed.wrap(outputs, self.output_spec, len(batch))
         by_pair = dict(zip(pairs, matrices, strict=True))
         return (*wrapped.values(), chain.push_forward(v, by_pair, self._inner.inputs, wrapped))
@@ -203,7 +226,7 @@ class AOTIModel(CompiledModule):
 
     def _evaluate(self, inputs: Mapping[str, Tensor]) -> dict[str, TensorWrapper]:
         """Typed outputs for raw inputs, and first iterates, by name."""
-        outputs, batch = self._inner.forward_with_batch(inputs)
+        outputs, batch = self._rows.forward_with_batch(inputs)
         return typed.wrap(outputs, self.output_spec, len(batch))
 
     # -- a part of other models -------------------------------------------------------------------------------------
@@ -232,7 +255,7 @@ class AOTIModel(CompiledModule):
     ) -> tuple[Mapping[str, Value], Mapping[str, Value]]:
         """Outputs and their derivative along a direction; see `Model.jvp`."""
         plain = self._raw(inputs)
-        outputs, along = self._inner.jvp(plain, self._raw(tangents, "tangent"), param_overrides)
+        outputs, along = self._rows.jvp(plain, self._raw(tangents, "tangent"), param_overrides)
         if not (typed.has_typed(inputs) or typed.has_typed(tangents)):
             return outputs, along
         rank = self._batch_rank(plain)
@@ -243,7 +266,7 @@ class AOTIModel(CompiledModule):
     ) -> tuple[Mapping[str, Value], Mapping[str, Mapping[str, Any]]]:
         """Outputs and compiled derivative blocks; see `Model.jacobian`. Typed blocks are `neml2.types.Tensor`."""
         plain = self._raw(inputs)
-        outputs, blocks = self._inner.jacobian(plain, param_overrides)
+        outputs, blocks = self._rows.jacobian(plain, param_overrides)
         if not typed.has_typed(inputs):
             return outputs, blocks
         rank = self._batch_rank(plain)
@@ -262,7 +285,7 @@ class AOTIModel(CompiledModule):
         In the second place it also takes the names of parameters, as neml2's eager models do.
         """
         overrides, names = _overrides_and_names(param_overrides, params)
-        return self._inner.param_jacobian(self._raw(inputs), overrides, params=names)
+        return self._rows.param_jacobian(self._raw(inputs), overrides, params=names)
 
     def param_vjp(
         self,
@@ -278,7 +301,7 @@ class AOTIModel(CompiledModule):
         """
         overrides, names = _overrides_and_names(param_overrides, params)
         plain = {n: c.data if isinstance(c, TensorWrapper) else c for n, c in cotangents.items()}
-        return self._inner.param_vjp(self._raw(inputs), plain, overrides, params=names)
+        return self._rows.param_vjp(self._raw(inputs), plain, overrides, params=names)
 
     def set_parameter(self, name: str, value: Value | float) -> None:
         """Set the value of a promoted parameter; see `Model.set_parameter`."""

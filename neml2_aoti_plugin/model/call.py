@@ -109,11 +109,15 @@ class Caller:
         """Raise `ConvergenceError` if a row has not converged."""
         report = found.report
         if report is not None and not report.all_converged:
-            specs = self.metadata.parameters
-            common = {p.name for p in specs if call.parameters[p.name].ndim == len(p.base_shape)}
-            parameters = {n: x.unsqueeze(0) if n in common else x for n, x in call.parameters.items()}
-            given = {**call.state, **parameters}
+            given = self.given(call)
             raise convergence_error(report, call.batch, self.program, self.settings, self.metadata.aliases, given)
+
+    def given(self, call: Admitted) -> Tensors:
+        """Inputs, first iterates and parameters of a call by authored name, `(rows or 1, ...)`."""
+        specs = self.metadata.parameters
+        common = {p.name for p in specs if call.parameters[p.name].ndim == len(p.base_shape)}
+        parameters = {n: x.unsqueeze(0) if n in common else x for n, x in call.parameters.items()}
+        return {**call.state, **parameters}
 
     def outputs(self, values: Mapping[str, Tensor], batch: Shape) -> Tensors:
         """Outputs by boundary name in the caller's batch shape and dtype."""

@@ -181,12 +181,8 @@ def jvp(
     _check_directions(caller, tangents, outs, pairs)
     call = caller.admit(inputs, overrides)
     seeds: dict[str, Columns] = {}
-    for name, tangent in tangents.items():
+    for name, flat in flat_tangents(caller, tangents, call).items():
         variable = caller.boundary.by_name[name].variable
-        checked, own = caller.boundary.batch_of(tangent, name, variable, "tangent")
-        if not _broadcasts(own, call.batch):
-            raise InputError(f"tangent {name!r} has batch {list(own)}, which does not broadcast to {list(call.batch)}.")
-        flat = caller.boundary.flatten(checked, own, call.batch, call.rows, variable)
         seeds[variable.name] = {DIRECTION: flat.reshape((call.rows, variable.size, 1))}
     found = caller.evaluate(call, seeds)
     caller.require_convergence(found, call)
@@ -196,6 +192,24 @@ def jvp(
         flat = torch.zeros_like(value) if column is None else column.expand(call.rows, -1, -1).reshape(value.shape)
         along[caller.output_name(out)] = caller.boundary.unflatten(flat, call.batch)
     return caller.outputs(found.values, call.batch), along
+
+
+def require_directions(caller: Caller, tangents: Iterable[str]) -> None:
+    """Refuse directions along which `jvp` has no derivative."""
+    pairs = input_pairs(caller)
+    _check_directions(caller, tangents, dict.fromkeys(o for o, _ in pairs), pairs)
+
+
+def flat_tangents(caller: Caller, tangents: Mapping[str, Tensor], call: Admitted) -> Tensors:
+    """Check the directions of a `jvp`; give them by boundary name, `(rows, *sub_batch, *base)`."""
+    found = {}
+    for name, tangent in tangents.items():
+        variable = caller.boundary.by_name[name].variable
+        checked, own = caller.boundary.batch_of(tangent, name, variable, "tangent")
+        if not _broadcasts(own, call.batch):
+            raise InputError(f"tangent {name!r} has batch {list(own)}, which does not broadcast to {list(call.batch)}.")
+        found[name] = caller.boundary.flatten(checked, own, call.batch, call.rows, variable)
+    return found
 
 
 def _check_directions(caller: Caller, tangents: Iterable[str], outs: Iterable[str], pairs: Pairs) -> None:
@@ -322,19 +336,12 @@ def param_vjp(
 ) -> Tensors:
     """See `Model.param_vjp`."""
     pairs = parameter_pairs(caller, params)
-    needed = list(dict.fromkeys(caller.output_name(o) for o, _ in pairs))
-    absent = [name for name in needed if name not in cotangents]
-    unknown = [name for name in cotangents if name not in caller.boundary.output_by_name]
-    if absent or unknown:
-        raise UnknownNameError(
-            f"cotangents of {caller.boundary.where}: missing {absent}, unknown {unknown}; outputs with compiled "
-            f"parameter derivatives are: {', '.join(needed)}."
-        )
+    require_cotangents(caller, cotangents, pairs)
     outputs, blocks, in_force = param_jacobian(caller, inputs, overrides, params)
     gradients: Tensors = {}
     for out, parameter in pairs:
         public, name = caller.output_name(out), caller.promoted.public[parameter]
-        cotangent = _cotangent(caller, public, cotangents[public], outputs[public])
+        cotangent = expanded_cotangent(caller, public, cotangents[public], tuple(outputs[public].shape))
         block = blocks[public][name]
         base = block.ndim - cotangent.ndim
         weighted = block * cotangent.reshape(cotangent.shape + (1,) * base)
@@ -345,12 +352,24 @@ def param_vjp(
     return {name: gradient.sum_to_size(in_force[name].shape) for name, gradient in sorted(gradients.items())}
 
 
-def _cotangent(caller: Caller, name: str, cotangent: Tensor, output: Tensor) -> Tensor:
+def require_cotangents(caller: Caller, cotangents: Mapping[str, Tensor], pairs: Pairs) -> None:
+    """Refuse cotangents that lack an output with one of the pairs, or are of none."""
+    needed = list(dict.fromkeys(caller.output_name(o) for o, _ in pairs))
+    absent = [name for name in needed if name not in cotangents]
+    unknown = [name for name in cotangents if name not in caller.boundary.output_by_name]
+    if absent or unknown:
+        raise UnknownNameError(
+            f"cotangents of {caller.boundary.where}: missing {absent}, unknown {unknown}; outputs with compiled "
+            f"parameter derivatives are: {', '.join(needed)}."
+        )
+
+
+def expanded_cotangent(caller: Caller, name: str, cotangent: Tensor, shape: Shape) -> Tensor:
+    """Check the cotangent of an output, and give it in the output's shape."""
     checked = caller.boundary.check(cotangent, name, "cotangent")
     try:
-        return checked.detach().expand(output.shape)
+        return checked.detach().expand(shape)
     except RuntimeError:
         raise InputError(
-            f"cotangent {name!r} has shape {tuple(cotangent.shape)}, which does not broadcast to the output's "
-            f"{tuple(output.shape)}."
+            f"cotangent {name!r} has shape {tuple(cotangent.shape)}, which does not broadcast to the output's {shape}."
         ) from None

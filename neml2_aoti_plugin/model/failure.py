@@ -15,7 +15,7 @@ from ..program.implicit import ImplicitSegment
 from ..program.program import Program
 from ..program.report import Report
 from ..settings import NewtonSettings
-from ..solve.outcome import Outcome
+from ..solve.outcome import Outcome, RowStatistics
 
 CAPTURE = "NEML2_CAPTURE_SOLVE_FAILURE"
 SHOWN = 5
@@ -54,6 +54,41 @@ def convergence_error(
         A `ConvergenceError` with `converged_mask` and `rows`; with `unknowns` too if failures are captured.
     """
     statistics, segments = report.statistics()
+    error = error_for(statistics, segments, batch, program, settings, aliases, given)
+    if capturing():
+        names = {**aliases.inputs, **aliases.outputs}
+        # Of the first try, as the iterates are, before steps were cut.
+        error.converged_mask = report.tried().reshape(batch)  # type: ignore[attr-defined]
+        error.unknowns = {  # type: ignore[attr-defined]
+            names.get(name, name): value.reshape(batch + tuple(value.shape[1:]))
+            for name, value in report.unknowns().items()
+        }
+    return error
+
+
+def error_for(
+    statistics: RowStatistics,
+    segments: Tensor,
+    batch: Shape,
+    program: Program,
+    settings: NewtonSettings | None,
+    aliases: Aliases,
+    given: Mapping[str, Tensor],
+) -> RuntimeError:
+    """The error for rows that fared so, at least one of which has failed.
+
+    Args:
+        statistics: how the rows fared.
+        segments: index of the segment that failed first, else -1, `(rows,)`.
+        batch: as for `convergence_error`.
+        program: as for `convergence_error`.
+        settings: as for `convergence_error`.
+        aliases: as for `convergence_error`.
+        given: as for `convergence_error`.
+
+    Returns:
+        A `ConvergenceError` with `converged_mask` and `rows`.
+    """
     failed = (~statistics.converged).nonzero().squeeze(-1)
     first = failed[:SHOWN]
     index = int(segments[first[0]])
@@ -86,14 +121,8 @@ def convergence_error(
     error = errors.ConvergenceError("\n".join(lines))
     error.converged_mask = statistics.converged.reshape(batch)  # type: ignore[attr-defined]
     error.rows = failed  # type: ignore[attr-defined]
-    if capturing():
-        names = {**aliases.inputs, **aliases.outputs}
-        # Of the first try, as the iterates are, before steps were cut.
-        error.converged_mask = report.tried().reshape(batch)  # type: ignore[attr-defined]
-        error.unknowns = {  # type: ignore[attr-defined]
-            names.get(name, name): value.reshape(batch + tuple(value.shape[1:]))
-            for name, value in report.unknowns().items()
-        }
+    # What a pool of processes makes one error of, for rows that were evaluated apart.
+    error._fared = (statistics, segments)  # type: ignore[attr-defined]
     return error
 
 

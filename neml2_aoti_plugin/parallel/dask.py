@@ -1,0 +1,193 @@
+"""Rows over the workers of a `dask.distributed.Client` that the user brings."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ..errors import AOTIError, InputError, InputTypeError
+from ..model import Model
+from .part import OPERATIONS, evaluate_rows
+from .recipes import loaded_model, recipe
+from .remote import ModelRef, model_of
+
+try:
+    from distributed import KilledWorker, WorkerPlugin
+except ImportError as error:
+    raise AOTIError("Dask is not installed: pip install 'neml2-aoti-plugin[dask]'.") from error
+
+# What glibc takes for these settings in mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# Freed memory up to the first stays with the process; allocations from the second on are mapped by themselves, and go
+# back at once (glibc takes no more than this). Dask sets 64 KiB for the first: memory goes back to the system after
+# each graph, and comes back page by page.
+KEPT_BYTES, MAPPED_BYTES = 1 << 30, 32 << 20
+# How often Dask may run a chunk again whose worker has died, beside what the scheduler allows by itself.
+RETRIES = 2
+
+
+class LoadModel(WorkerPlugin):
+    """Has each worker load a model, once and before any work, and keep freed memory.
+
+    Args:
+        model: to load.
+    """
+
+    def __init__(self, model: ModelRef) -> None:
+        self.model = model
+        self.name = f"neml2-aoti-plugin-{model.key}"
+
+    def setup(self, worker: Any) -> None:
+        """Load it; raises where its artifact is not there, or differs."""
+        keep_freed_memory()
+        model_of(self.model)
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory instead of giving it back after each graph; tells whether it could."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        # Another C library than glibc, which knows no such setting and no such trouble.
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)) and bool(mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES))
+
+
+@contextmanager
+def cluster(client: Any, model: ModelRef) -> Iterator[tuple[Any, int]]:
+    """The workers of a client, with a model loaded.
+
+    Args:
+        client: a `distributed.Client`.
+        model: that they need.
+
+    Yields:
+        An executor in the way of concurrent.futures, and the number of threads of all workers.
+
+    Raises:
+        ArtifactError: a worker does not see the artifact, or has another one there.
+        AOTIError: there are no workers, or a chunk kills them.
+    """
+    register(client, model)
+    executor = client.get_executor(pure=False, retries=RETRIES)
+    try:
+        yield executor, max(sum(client.nthreads().values()), 1)
+    except KilledWorker as error:
+        raise AOTIError(
+            f"a chunk was given up by Dask, for its worker died at each try ({error}). It may have run out of memory: "
+            "use smaller chunks (chunk=). What was done is kept, and the next call goes on from the journal."
+        ) from error
+    finally:
+        executor.shutdown(wait=False)
+
+
+def register(client: Any, model: ModelRef) -> None:
+    """Have all workers load a model, those that come later too.
+
+    Raises:
+        ArtifactError: a worker does not see the artifact, or has another one there.
+        AOTIError: there are no workers.
+    """
+    if not client.nthreads():
+        raise AOTIError("the client has no workers. Start some, and wait for them with client.wait_for_workers(1).")
+    client.register_plugin(LoadModel(model))
+
+
+def map_blocks(
+    model: Model | str | os.PathLike[str],
+    inputs: Mapping[str, Any],
+    *,
+    client: Any = None,
+    operation: str = "forward",
+) -> dict[str, Any]:
+    """Evaluate Dask arrays that are cut along rows, lazily.
+
+    Args:
+        model: a model, or the path of its artifact, which all workers must see.
+        inputs: a `dask.array.Array` `(rows, *sub_batch, *base)` for each input, from files or from Zarr, all cut along
+            the rows alike and along no other axis; or an array of NumPy without the row axis, for all rows.
+        client: to have its workers load the model at once; each does at its first block if not given.
+        operation: as for `map_rows`.
+
+    Returns:
+        A Dask array for each result, cut as the inputs are: outputs, NaN in rows that failed, and `failed`.
+
+    Raises:
+        InputError: names, shapes, dtypes or cuts do not fit.
+        ArtifactError: as for `map_rows`.
+    """
+    import dask.array as da
+
+    if operation not in OPERATIONS:
+        raise InputError(f"operation is {operation!r}, expected one of {', '.join(OPERATIONS)}.")
+    loaded = loaded_model(model, {})
+    along = {name: value for name, value in inputs.items() if isinstance(value, da.Array)}
+    _require_fitting(loaded, inputs, along)
+    common = {name: np.asarray(value) for name, value in inputs.items() if name not in along}
+    ref = recipe(loaded)
+    if client is not None:
+        register(client, ref)
+    first = {name: np.zeros((1, *value.shape[1:]), value.dtype) for name, value in along.items()}
+    fields = {
+        name: (array.dtype, array.shape[1:])
+        for name, array in evaluate_rows(loaded, operation, {**first, **common}, 1).items()
+    }
+    names = list(along)
+    arguments: list[Any] = []
+    for place, name in enumerate(names):
+        # Only the rows are cut: all other axes are contracted, and come whole.
+        arguments += [along[name], (0, *(f"{place}-{axis}" for axis in range(1, along[name].ndim)))]
+    width = sum(prod(tail) for _, tail in fields.values())
+    packed = da.blockwise(
+        _block,
+        (0, "packed"),
+        *arguments,
+        new_axes={"packed": width},
+        concatenate=True,
+        dtype=np.float64,
+        meta=np.empty((0, 0)),
+        ref=ref,
+        operation=operation,
+        names=names,
+        common=common,
+    )
+    found, place = {}, 0
+    for name, (dtype, tail) in fields.items():
+        part = packed[:, place : place + prod(tail)]
+        place += prod(tail)
+        found[name] = part.reshape((part.shape[0], *tail)).astype(dtype)
+    return found
+
+
+def _block(*arrays: np.ndarray, ref: ModelRef, operation: str, names: list[str], common: dict[str, np.ndarray]) -> Any:
+    """The results of a block side by side: one array, so that they are evaluated once whichever are asked for."""
+    rows = {**dict(zip(names, arrays, strict=True)), **common}
+    count = len(arrays[0])
+    found = evaluate_rows(model_of(ref), operation, rows, count)
+    return np.concatenate([array.reshape(count, -1).astype(np.float64) for array in found.values()], 1)
+
+
+def _require_fitting(model: Model, inputs: Mapping[str, Any], along: Mapping[str, Any]) -> None:
+    from .sources import _checked
+
+    _checked(inputs, model, "inputs")
+    if not along:
+        raise InputTypeError("inputs hold no Dask array. Use Model or Pool for arrays in memory.")
+    first = next(iter(along))
+    for name, value in along.items():
+        if value.chunks[0] != along[first].chunks[0]:
+            raise InputError(
+                f"inputs {first!r} and {name!r} are cut along the rows otherwise. Bring them together: "
+                f"{name}.rechunk({{0: {first}.chunks[0]}})."
+            )
+        if any(len(cuts) > 1 for cuts in value.chunks[1:]):
+            raise InputError(f"input {name!r} is cut along another axis than the rows. Use rechunk({{1: -1}}).")

@@ -1,0 +1,324 @@
+"""Where the results of a long run go: `.npy` files in a folder, a Zarr group, or a function."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import AOTIError, InputError, InputTypeError
+from . import exchange
+from .sources import Rows, import_zarr
+
+# What each row of a result is: dtype and shape.
+Fields = dict[str, tuple[str, tuple[int, ...]]]
+
+JOURNAL = "journal.jsonl"
+
+
+class Writable(Protocol):
+    """Where another process can write rows to."""
+
+    def write(self, start: int, rows: Rows) -> None:
+        """Write rows from a row on."""
+
+    def require_visible(self) -> None:
+        """Refuse a process that does not see the same place."""
+
+
+@dataclass(frozen=True)
+class NpyResults:
+    """Files that are there already, each with room for all rows.
+
+    Args:
+        folder: of the files.
+        offsets: of the first row in each, by name, in bytes.
+        journal: the file that tells that the folder is the same one, and how it begins.
+    """
+
+    folder: str
+    offsets: tuple[tuple[str, int], ...]
+    journal: tuple[str, str]
+
+    def write(self, start: int, rows: Rows) -> None:
+        """See `Writable.write`."""
+        offsets = dict(self.offsets)
+        for name, array in rows.items():
+            array = np.ascontiguousarray(array)
+            file = os.path.join(self.folder, f"{name}.npy")
+            try:
+                with open(file, "r+b", buffering=0) as out:
+                    exchange.write_at(out.fileno(), array, offsets[name] + start * (array.nbytes // len(array)))
+            except OSError as error:
+                raise _unwritable(file, error) from error
+
+    def require_visible(self) -> None:
+        """See `Writable.require_visible`."""
+        require_same_journal(*self.journal)
+
+
+@dataclass(frozen=True)
+class ZarrResults:
+    """Arrays of a Zarr group that are there already; chunks of rows are theirs.
+
+    Args:
+        group: its path.
+        journal: as for `NpyResults`.
+    """
+
+    group: str
+    journal: tuple[str, str]
+
+    def write(self, start: int, rows: Rows) -> None:
+        """See `Writable.write`."""
+        group = import_zarr().open_group(self.group, mode="r+")
+        for name, array in rows.items():
+            try:
+                group[name][start : start + len(array)] = array
+            except OSError as error:
+                raise _unwritable(f"{self.group}/{name}", error) from error
+
+    def require_visible(self) -> None:
+        """See `Writable.require_visible`."""
+        require_same_journal(*self.journal)
+
+
+class FolderSink:
+    """A folder of `.npy` files.
+
+    Args:
+        folder: made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.journal = self.folder / JOURNAL
+
+    def prepare(self, fields: Fields, rows: int, chunk: int, *, anew: bool) -> None:
+        """Have the files there, with room for all rows.
+
+        Args:
+            fields: of the results.
+            rows: how many.
+            chunk: not needed here.
+            anew: whether to make them; else they must be there.
+
+        Raises:
+            InputError: they cannot be made, or are there and others; nothing is left that was made.
+        """
+        self._offsets: dict[str, int] = {}
+        made: list[Path] = []
+        try:
+            for name, (dtype, tail) in fields.items():
+                file = self.folder / f"{name}.npy"
+                if anew:
+                    made.append(file)
+                    self._offsets[name] = _make_npy(file, np.dtype(dtype), (rows, *tail))
+                else:
+                    self._offsets[name] = _check_npy(file, np.dtype(dtype), (rows, *tail))
+        except OSError as error:
+            for file in made:
+                file.unlink(missing_ok=True)
+            raise _unwritable(str(made[-1] if made else self.folder), error) from error
+
+    def results(self, header: str) -> NpyResults:
+        """What processes write to."""
+        return NpyResults(str(self.folder), tuple(self._offsets.items()), (str(self.journal), header))
+
+    def sync(self) -> None:
+        """Have on disk what was written."""
+        for name in self._offsets:
+            with open(self.folder / f"{name}.npy", "r+b") as file:
+                os.fsync(file.fileno())
+
+    def failed(self) -> np.ndarray:
+        """The mask of rows that failed."""
+        found: np.ndarray = np.load(self.folder / "failed.npy", mmap_mode="r")
+        return found
+
+    def finish(self, numbers: np.ndarray) -> None:
+        """Write the numbers of the rows that failed."""
+        np.save(self.folder / "failed_rows.npy", numbers)
+
+    def clear(self) -> None:
+        """Remove what an earlier run has written."""
+        for file in (self.journal, *self.folder.glob("*.npy")):
+            file.unlink(missing_ok=True)
+
+    def is_used(self) -> bool:
+        """Whether there are results already."""
+        return any(self.folder.glob("*.npy"))
+
+
+class ZarrSink:
+    """A Zarr group on disk.
+
+    Args:
+        path: of the group; made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.folder = self.path.parent
+        self.journal = self.path.with_name(f"{self.path.name}.{JOURNAL}")
+
+    def prepare(self, fields: Fields, rows: int, chunk: int, *, anew: bool) -> None:
+        """See `FolderSink.prepare`; a chunk of rows is a chunk of each array, so that processes write apart."""
+        zarr = import_zarr()
+        try:
+            group = zarr.open_group(str(self.path), mode="a")
+            for name, (dtype, tail) in fields.items():
+                if anew:
+                    group.create_array(
+                        name, shape=(rows, *tail), chunks=(min(chunk, rows), *tail), dtype=dtype, overwrite=True
+                    )
+                elif name not in group or group[name].shape != (rows, *tail) or str(group[name].dtype) != dtype:
+                    raise InputError(f"sink {self.path}: has no array {name!r} as its journal tells. Use another sink.")
+        except OSError as error:
+            raise _unwritable(str(self.path), error) from error
+
+    def results(self, header: str) -> ZarrResults:
+        """What processes write to."""
+        return ZarrResults(str(self.path), (str(self.journal), header))
+
+    def sync(self) -> None:
+        """Nothing: Zarr's chunks are files of their own."""
+
+    def failed(self) -> np.ndarray:
+        """The mask of rows that failed."""
+        return np.asarray(import_zarr().open_group(str(self.path), mode="r")["failed"][...])
+
+    def finish(self, numbers: np.ndarray) -> None:
+        """Write the numbers of the rows that failed."""
+        group = import_zarr().open_group(str(self.path), mode="r+")
+        group.create_array("failed_rows", data=numbers, overwrite=True)
+
+    def clear(self) -> None:
+        """Forget an earlier run; its arrays are replaced later."""
+        self.journal.unlink(missing_ok=True)
+
+    def is_used(self) -> bool:
+        """Whether there are results already."""
+        return (self.path / "failed").exists()
+
+
+class FunctionSink:
+    """A function that takes the results block by block, in the order of the rows.
+
+    Args:
+        function: takes a dict from name to array, with the rows of a chunk.
+    """
+
+    def __init__(self, function: Callable[[Rows], object]) -> None:
+        self._function = function
+        self._waiting: dict[int, Rows] = {}
+        self._next = 0
+        self.numbers: list[np.ndarray] = []
+
+    def take(self, start: int, rows: Rows) -> None:
+        """Take the results of a chunk; they are handed on when all earlier ones have been."""
+        self._waiting[start] = rows
+        while self._next in self._waiting:
+            found = self._waiting.pop(self._next)
+            self.numbers.append(self._next + np.flatnonzero(found["failed"]))
+            self._next += len(found["failed"])
+            self._function(found)
+
+
+FileSink = FolderSink | ZarrSink
+
+
+def open_sink(given: object) -> FileSink | FunctionSink:
+    """Find out what was given as a sink, and make its folder.
+
+    Raises:
+        InputTypeError: it is nothing that results could go to.
+        InputError: its folder cannot be made or written to.
+    """
+    if callable(given):
+        return FunctionSink(given)
+    sink: FileSink
+    if isinstance(given, (str, os.PathLike)):
+        path = Path(given)
+        sink = ZarrSink(path) if path.suffix == ".zarr" else FolderSink(path)
+    elif hasattr(given, "arrays") and hasattr(given, "store"):
+        from .sources import _path_of_group
+
+        sink = ZarrSink(_path_of_group(given))
+    else:
+        raise InputTypeError(
+            f"sink is a {type(given).__name__}, expected a folder for .npy files, the path of a Zarr group (*.zarr), "
+            "or a function that takes a dict of arrays."
+        )
+    try:
+        sink.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(str(sink.folder), error) from error
+    return sink
+
+
+def require_same_journal(journal: str, header: str) -> None:
+    """Refuse a process that does not see the sink of this run.
+
+    Raises:
+        AOTIError: the journal is not there, or another one.
+    """
+    try:
+        with open(journal, encoding="utf-8") as file:
+            same = file.readline() == header
+    except OSError:
+        same = False
+    if not same:
+        raise AOTIError(
+            f"a worker does not see the sink of this run: {journal} is not there, or another one. The sink must lie on "
+            "a file system that all workers share, under the same path."
+        )
+
+
+def _make_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """Make a `.npy` file with room for an array; give the place of its first row."""
+    with file.open("wb") as out:
+        form: Mapping[str, Any] = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        np.lib.format.write_array_header_1_0(out, dict(form))
+        out.flush()
+        offset = out.tell()
+        size = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        if hasattr(os, "posix_fallocate"):
+            # Room on the disk, so that no process finds it full later on.
+            os.posix_fallocate(out.fileno(), 0, size)
+        else:
+            out.truncate(size)
+    return offset
+
+
+def _check_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """The place of the first row in a `.npy` file that must be one of such an array."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        array = None
+    if array is None or array.dtype != dtype or array.shape != shape or not isinstance(array, np.memmap):
+        raise InputError(
+            f"sink {file}: is not there as the journal beside it tells, so the run cannot go on. Give resume=False to "
+            "start anew, or another sink."
+        )
+    return int(array.offset)
+
+
+def _unwritable(file: str, error: OSError) -> InputError:
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    cure = "Make room, and call again" if full else "Give a sink that can be written to"
+    found = InputError(f"sink {file}: cannot be written ({error.strerror or error}). {cure}.")
+    with suppress(AttributeError):
+        found.errno = error.errno  # type: ignore[attr-defined]
+    return found

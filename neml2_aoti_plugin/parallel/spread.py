@@ -1,0 +1,157 @@
+"""One call of a model, spread over processes: arguments go out chunk by chunk, and results come back to their rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AOTIError
+from ..model import Model
+from ..model.failure import capturing, error_for
+from ..settings import NewtonSettings
+from ..solve.outcome import Outcome, RowStatistics
+from . import exchange
+from .exchange import Arrays, Entry
+from .flat import Arguments, Results
+from .folder import no_room
+from .remote import FARED, ModelRef, Order, Reply, evaluate
+from .tries import Chunk
+from .workers import Workers
+
+_numbers = itertools.count()
+
+
+class SpreadCall:
+    """One call.
+
+    Args:
+        model: in this process.
+        ref: the same for the workers.
+        operation: a name of `remote.OPERATIONS`.
+        given: its arguments.
+        options: its keyword arguments.
+        parts: the rows of each chunk.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        ref: ModelRef,
+        operation: str,
+        given: Arguments,
+        options: dict[str, Any],
+        parts: list[slice],
+    ) -> None:
+        self._model, self._ref, self._operation = model, ref, operation
+        self._given, self._options, self._parts = given, options, parts
+        self._settings: NewtonSettings | None = model._caller.settings
+        self._results = Results(given.call.rows, len(parts))
+        # How rows fared, of chunks with rows that have failed, by the index of the chunk.
+        self._failed: dict[int, dict[str, Tensor]] = {}
+        # Gradients by parameters that the rows have in common are sums over them.
+        self._summed = {key[1] for key in given.common if key[0] == "parameter"}
+        self._number = next(_numbers)
+
+    def run(self, workers: Workers) -> Arrays:
+        """Have it done.
+
+        Args:
+            workers: the processes.
+
+        Returns:
+            The results by what they are, with the caller's batch shape.
+
+        Raises:
+            ConvergenceError: rows did not converge.
+            AOTIError: a worker died at each try, or there is no room for the rows on their way.
+        """
+        folder = workers.folder
+        try:
+            workers.run(evaluate, self._chunks(folder))
+        except AOTIError:
+            # Among them an artifact that is not there, which is an OSError as well.
+            raise
+        except OSError as error:
+            raise no_room(folder, error) from error
+        finally:
+            with suppress(OSError):
+                for left in folder.glob(f"{self._number}-*"):
+                    left.unlink(missing_ok=True)
+        if self._failed:
+            self._raise()
+        return {**self._results.shaped(self._given.call.batch), **self._results.sums()}
+
+    def _chunks(self, folder: Path) -> Iterator[Chunk[Reply]]:
+        for index, rows in enumerate(self._parts):
+            yield self._chunk(index, rows, folder)
+
+    def _chunk(self, index: int, rows: slice, folder: Path) -> Chunk[Reply]:
+        arguments = folder / f"{self._number}-{index}"
+        written: list[tuple[Entry, ...]] = []
+        results = arguments
+
+        def order(tries: int) -> Order:
+            nonlocal results
+            if not written:
+                written.append(exchange.write(arguments, self._given.of(rows)))
+            # A name of its own for each try: a process that is about to be killed may still write to the earlier one.
+            results = folder / f"{arguments.name}-{tries}"
+            results.unlink(missing_ok=True)
+            return Order(self._ref, self._operation, self._settings, arguments, written[0], self._options, results)
+
+        def finish(reply: Reply) -> None:
+            self._take(reply, results, index, rows)
+            arguments.unlink(missing_ok=True)
+            results.unlink(missing_ok=True)
+
+        return Chunk(rows, order, finish)
+
+    def _take(self, reply: Reply, file: Path, index: int, rows: slice) -> None:
+        if reply.failed:
+            fared = exchange.mapped(file, reply.entries)
+            self._failed[index] = {name: fared["fared", name].clone() for name in FARED}
+            return
+
+        def place(entry: Entry) -> Tensor:
+            if entry.key[0] == "gradient" and entry.key[1] in self._summed:
+                return self._results.place_sum(entry, index)
+            return self._results.place(entry, reply, rows)
+
+        exchange.read(file, reply.entries, place)
+
+    def _raise(self) -> None:
+        """One error for the whole batch."""
+        call, caller = self._given.call, self._model._caller
+        if capturing():
+            # Its error carries the iterates of all rows, also of those that converge.
+            with torch.no_grad():
+                self._evaluate_here()
+        first = next(iter(self._failed.values()))
+        record = torch.zeros((call.rows, 2), dtype=torch.int64)
+        record[:, 0] = int(Outcome.CONVERGED)
+        norms = torch.zeros((call.rows, 2), dtype=first["norms"].dtype)
+        segments = torch.full((call.rows,), -1, dtype=torch.int64)
+        for index, fared in self._failed.items():
+            rows = self._parts[index]
+            record[rows], norms[rows], segments[rows] = (fared[name] for name in FARED)
+        statistics = RowStatistics(record, norms, False)
+        raise error_for(
+            statistics,
+            segments,
+            call.batch,
+            caller.program,
+            self._settings,
+            caller.metadata.aliases,
+            caller.given(call),
+        )
+
+    def _evaluate_here(self) -> None:
+        """Evaluate the call in this process, which raises for rows that fail."""
+        call, caller = self._given.call, self._model._caller
+        caller.require_convergence(caller.evaluate(call), call)

@@ -1,0 +1,195 @@
+"""Rows over a real `LocalCluster` of two worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import references
+from neml2_aoti_plugin import ArtifactError, InputError, InputTypeError, Model, map_rows
+from references import Case
+
+pytest.importorskip("distributed")
+pytestmark = [
+    # Dask's own, of its threads and sockets.
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="starts processes as Linux does"),
+]
+
+ROWS = 600
+FAILING = [5, 300]
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return references.case("viscoplasticity")
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    import dask
+    from distributed import Client, LocalCluster
+
+    folder = tmp_path_factory.mktemp("dask")
+    with (
+        dask.config.set({"temporary-directory": str(folder), "distributed.admin.system-monitor.gil.enabled": False}),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1"
+        ) as cluster,
+        Client(cluster) as found,
+    ):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def arrays() -> Arrays:
+    random = np.random.default_rng(4)
+    strain = 3e-3 * random.standard_normal((ROWS, 6))
+    strain[FAILING, 1] = np.nan
+    zero = np.zeros(())
+    return {
+        "strain": strain,
+        "strain~1": np.zeros(6),
+        "t": 0.5 + random.random(ROWS),
+        "t~1": zero,
+        "equivalent_plastic_strain~1": zero,
+        "stress~1": np.zeros(6),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(case: Case, arrays: Arrays) -> Arrays:
+    found = case.model.solve({name: torch.from_numpy(value) for name, value in arrays.items()}, jacobian=True)
+    values = {name: value.numpy() for name, value in found.outputs.items()}
+    return {**values, "stress@strain": found.blocks["stress"]["strain"].numpy(), "failed": ~found.converged.numpy()}
+
+
+@pytest.fixture
+def source(tmp_path: Path, arrays: Arrays) -> Path:
+    (tmp_path / "in").mkdir()
+    for name, value in arrays.items():
+        np.save(tmp_path / "in" / f"{name}.npy", value)
+    return tmp_path / "in"
+
+
+def assert_results(found: Arrays, expected: Arrays) -> None:
+    assert set(found) >= {"stress", "equivalent_plastic_strain", "failed"}
+    for name in set(found) & set(expected):
+        assert np.allclose(found[name], expected[name], rtol=1e-12, atol=1e-12, equal_nan=True), name
+    assert np.flatnonzero(found["failed"]).tolist() == FAILING
+
+
+def workers_of(client: Any) -> dict[str, int]:
+    """Identifiers of the worker processes by address."""
+    found: dict[str, int] = client.run(os.getpid)
+    return found
+
+
+@pytest.mark.long
+class TestMapRows:
+    def test_a_worker_is_killed(self, client: Any, case: Case, source: Path, tmp_path: Path, expected: Arrays) -> None:
+        client.wait_for_workers(2)
+        before = workers_of(client)
+        assert len(before) == 2 and os.getpid() not in before.values()
+        killed: list[int] = []
+
+        def kill(done: int, total: int | None) -> None:
+            if done >= 100 and not killed:
+                killed.append(next(iter(before.values())))
+                os.kill(killed[0], signal.SIGKILL)
+
+        done = map_rows(case.model, source, tmp_path / "out", executor=client, chunk=20, progress=kill)
+        assert killed and done.evaluated == ROWS and done.failed.tolist() == FAILING
+        assert_results({file.stem: np.load(file) for file in (tmp_path / "out").glob("*.npy")}, expected)
+        # It has come again, and has loaded the model before any work, on one thread and with memory that stays.
+        client.wait_for_workers(2)
+        after = workers_of(client)
+        assert killed[0] not in after.values()
+        found = client.run(loaded)
+        assert len(found) == 2 and all(models >= 1 and threads == 1 for models, threads in found.values())
+
+    def test_rows_come_back_where_there_are_no_files(
+        self, client: Any, case: Case, arrays: Arrays, expected: Arrays
+    ) -> None:
+        found: list[Arrays] = []
+        map_rows(case.model, arrays, found.append, executor=client, chunk=100, progress=False, operation="jacobian")
+        assert len(found) == 6
+        assert_results({name: np.concatenate([part[name] for part in found]) for name in found[0]}, expected)
+
+    def test_an_artifact_that_is_another_one_there(self, client: Any, case: Case, source: Path, tmp_path: Path) -> None:
+        artifact = references.edited(case, tmp_path / "here", lambda _: None)
+        model = Model(artifact)
+        recipe_of = type(model).__getstate__
+        state = recipe_of(model)
+        assert "_recipe" in state
+        with pytest.MonkeyPatch.context() as patch:
+            # It changes once the recipe is made.
+            def and_change(self: Model) -> Any:
+                found = recipe_of(self)
+                with (artifact / "metadata.json").open("a") as file:
+                    file.write("\n")
+                return found
+
+            patch.setattr(Model, "__getstate__", and_change)
+            with pytest.raises(ArtifactError, match="not the artifact that"):
+                map_rows(model, source, tmp_path / "out", executor=client, chunk=100, progress=False)
+
+
+def loaded() -> tuple[int, int]:
+    """Of a worker, the number of models it has loaded, and torch's threads."""
+    from neml2_aoti_plugin.parallel import remote
+
+    return len(remote._models), torch.get_num_threads()
+
+
+class TestDaskArrays:
+    @pytest.mark.long
+    @pytest.mark.parametrize("operation", ["forward", "jacobian"])
+    def test_in_and_out(
+        self, client: Any, case: Case, arrays: Arrays, expected: Arrays, tmp_path: Path, operation: str
+    ) -> None:
+        import dask.array as da
+
+        from neml2_aoti_plugin.parallel.dask import map_blocks
+
+        given: dict[str, Any] = dict(arrays)
+        for name in ("strain", "t"):
+            np.save(tmp_path / f"{name}.npy", arrays[name])
+            mapped = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+            given[name] = da.from_array(mapped, chunks=(150, *mapped.shape[1:]))
+        found = map_blocks(case.model, given, client=client, operation=operation)
+        assert found["stress"].chunks == ((150,) * 4, (6,)) and found["failed"].dtype == bool
+        names = list(found)
+        values = client.gather(client.compute([found[name] for name in names]))
+        assert_results(dict(zip(names, values, strict=True)), expected)
+        assert "stress@strain" in found or operation == "forward"
+
+    def test_what_does_not_fit(self, case: Case, arrays: Arrays) -> None:
+        import dask.array as da
+
+        from neml2_aoti_plugin.parallel.dask import map_blocks
+
+        with pytest.raises(InputTypeError, match="no Dask array"):
+            map_blocks(case.model, arrays)
+        cut = {**arrays, "strain": da.from_array(arrays["strain"], chunks=(100, 6))}
+        with pytest.raises(InputError, match="cut along the rows otherwise"):
+            map_blocks(case.model, {**cut, "t": da.from_array(arrays["t"], chunks=200)})
+        with pytest.raises(InputError, match="another axis than the rows"):
+            map_blocks(case.model, {**arrays, "strain": da.from_array(arrays["strain"], chunks=(100, 3))})
+        with pytest.raises(InputError, match="missing strain"):
+            map_blocks(case.model, {name: value for name, value in cut.items() if name != "strain"})
+
+
+def test_memory_stays_with_the_process() -> None:
+    from neml2_aoti_plugin.parallel.dask import keep_freed_memory
+
+    assert keep_freed_memory()
