@@ -362,11 +362,11 @@ def test_where_a_gathered_call_raises_each_is_evaluated_alone(service: Service, 
     name = "viscoplasticity"
     iterate = "stress"
     assert iterate in models[name].first_iterates
-    given = [{**step(2, seed), iterate: np.zeros((2, 6))} for seed in range(6)]
+    steps = [{**step(2, seed), iterate: np.zeros((2, 6))} for seed in range(6)]
     # Found only when the model is called, which raises for the call as a whole.
-    given[3][iterate][1] = np.nan
-    answers = together(service, [lambda one=one: service.infer(name, one) for one in given], name)  # type: ignore[misc]
-    for place, (answer, one) in enumerate(zip(answers, given, strict=True)):
+    steps[3][iterate][1] = np.nan
+    answers = together(service, [lambda one=one: service.infer(name, one) for one in steps], name)  # type: ignore[misc]
+    for place, (answer, one) in enumerate(zip(answers, steps, strict=True)):
         if place == 3:
             assert answer.status == 400 and "'stress' is not finite" in answer.error
         else:

@@ -243,10 +243,10 @@ def test_a_full_queue(strict: Service) -> None:
 
 def test_a_request_that_waits_for_too_long(strict: Service) -> None:
     with ThreadPoolExecutor(2) as pool:
-        large = pool.submit(lambda: strict.infer("viscoplasticity", step(20000, size=2e-2), operation="solve"))
+        large = pool.submit(lambda: strict.infer("viscoplasticity", step(11000, size=2e-2), operation="jacobian"))
         time.sleep(0.15)
         answer = strict.infer("viscoplasticity", step(1))
-        assert large.result().status == 200
+        assert large.result().status in (200, 422)
     # Where the machine is quick enough, it was answered in time.
     assert answer.status == 200 or (answer.status == 504 and "not answered within 0.4 s" in answer.error)
 
@@ -287,19 +287,18 @@ def test_it_starts_and_stops_under_load(tmp_path: Path) -> None:
                 close(answer.arrays["stress"], wanted[place % 4])
                 answered[place] += 1
 
-        def large() -> Answer:
-            return service.infer("viscoplasticity", step(30000), operation="solve")
-
-        with ThreadPoolExecutor(9) as pool:
+        body, headers = encode(step(30000), True, {"operation": "solve"})
+        text = raw(body, "".join(f"{name}: {value}\r\n" for name, value in headers.items()))
+        with ThreadPoolExecutor(8) as pool, service.connect() as connection:
             threads = [pool.submit(load, place) for place in range(8)]
             time.sleep(0.5)
-            long = pool.submit(large)
-            time.sleep(0.2)
+            connection.sendall(text)
+            time.sleep(0.1)
             begin = time.monotonic()
             service.process.send_signal(signal.SIGTERM)
             for thread in threads:
                 thread.result(timeout=60)
-            assert long.result(timeout=60).status == 200
+            assert read_all(connection).startswith(b"HTTP/1.1 200 ")
         assert service.process.wait(30) == 0 and time.monotonic() - begin < 25
         assert all(answered) and all(isinstance(error, ConnectionError) for error in broken), broken
         assert service.lines("stopped") and not service.lines("failed")
