@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
         self.last.daemon = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, with all that was loaded left out of garbage collections from now on: they would look at it each time."""
+        """Start; what was loaded is left out of garbage collections, which would look at all of it each time."""
         await super().startup(sockets)
         gc.collect()
         gc.freeze()
