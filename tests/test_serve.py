@@ -331,12 +331,12 @@ def test_gathered_answers_are_those_alone(operation: str, service: Service, mode
     requests: list[tuple[dict[str, Array], dict[str, Array]]] = []
     for place in range(24):
         rows = int(rng.integers(1, 5))
-        overrides: list[dict[str, Array]] = [
+        kinds: list[dict[str, Array]] = [
             {},
             {SY: np.array(own[SY] * 1.1)},
             {SY: own[SY] * rng.uniform(0.9, 1.1, rows), K: np.array(0.9 * own[K])},
         ]
-        requests.append((request_of(name, operation, rows, place), overrides[place % 3]))
+        requests.append((request_of(name, operation, rows, place), kinds[place % 3]))
     for place in (4, 11):
         requests[place][0]["strain"][0] = np.nan
 

@@ -347,6 +347,7 @@ def test_several_processes(tmp_path: Path) -> None:
                 os.kill(process, 0)
 
 
+@pytest.mark.long
 def test_processes_end_with_the_one_that_has_started_them(tmp_path: Path) -> None:
     with started(tmp_path, [artifact("elasticity"), "--workers", "2"], ready=2) as service:
         processes = [line["process"] for line in service.lines("ready")]
