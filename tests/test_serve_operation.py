@@ -349,7 +349,8 @@ def test_several_processes(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_processes_end_with_the_one_that_has_started_them(tmp_path: Path) -> None:
-    with started(tmp_path, [artifact("elasticity"), "--workers", "2"], ready=2) as service:
+    arguments = [artifact("elasticity"), "--workers", "2"]
+    with started(tmp_path, arguments, ready=2, variables={"TMPDIR": str(tmp_path)}) as service:
         processes = [line["process"] for line in service.lines("ready")]
         service.process.kill()
         service.process.wait(10)
@@ -357,6 +358,7 @@ def test_processes_end_with_the_one_that_has_started_them(tmp_path: Path) -> Non
         while any(_runs(process) for process in processes):
             assert time.monotonic() < end
             time.sleep(0.1)
+        assert not list(tmp_path.glob("neml2-aoti-serve-*"))
 
 
 def _runs(process: int) -> bool:
