@@ -28,6 +28,7 @@ from stubs.build import compiled
 CLIENTS = Path(__file__).with_name("serve_clients")
 # Names under which stubs are served, where these are not the names of their models.
 STUBS = {"elasticity": "elasticity", "viscoplasticity": "viscoplasticity", "promoted": "promoted"}
+SERVED = [*STUBS, "calibration", "stiff"]
 SY, K = "residual.overstress.sy", "residual.hardening.K"
 
 
@@ -39,8 +40,13 @@ def artifact(stub: str) -> Path:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     arguments: list[str | Path] = [artifact(stub) for stub in STUBS.values()]
-    arguments += ["--name", f"calibration={artifact('calibration')}"]
-    with started(tmp_path_factory.mktemp("service"), arguments) as running:
+    folder = tmp_path_factory.mktemp("service")
+    stiff = Model(artifact("promoted"))
+    stiff.set_parameter("promoted.E", 2e5)
+    stiff.save_parameters(folder / "stiff.safetensors")
+    arguments += ["--name", f"calibration={artifact('calibration')}", "--name", f"stiff={artifact('promoted')}"]
+    arguments += ["--parameters", f"stiff={folder / 'stiff.safetensors'}"]
+    with started(folder, arguments) as running:
         yield running
         assert running.stop() == 0
 
@@ -85,7 +91,7 @@ def test_what_the_service_tells_of_itself(service: Service) -> None:
     told = service.get("/v2")
     assert told["name"] == "neml2-aoti" and told["extensions"] == ["binary_tensor_data"]
     assert service.get("/v2/health/live") == {"live": True} and service.get("/v2/health/ready") == {"ready": True}
-    assert service.get("/v2/models") == {"models": [*STUBS, "calibration"]}
+    assert service.get("/v2/models") == {"models": SERVED}
     for path in ("/v2/models/viscoplasticity", "/v2/models/viscoplasticity/versions/1"):
         model = service.get(path)
         assert (model["name"], model["versions"]) == ("viscoplasticity", ["1"])
@@ -108,7 +114,7 @@ def test_the_openapi_document_is_that_of_the_addresses(service: Service) -> None
             expected = {"get": 200, "post": 400}[method] if method in methods else 405
             assert answer.status == expected, (path, method, answer.body)
     listed = document["paths"]["/v2/models/{model}"]["parameters"][0]["schema"]["enum"]
-    assert listed == [*STUBS, "calibration"]
+    assert listed == SERVED
     # Each reference leads somewhere.
     for reference in set(json.dumps(document).split('"$ref": "')[1:]):
         place: Any = document
@@ -263,6 +269,14 @@ def test_operations(name: str, operation: str, binary: bool, service: Service, m
         found = service.infer(name, given, binary, **parameters).arrays
         same(found, reference(models[name], operation, given, overrides))
     assert second in service.get(f"/v2/models/{name}")["parameters"]["promoted_parameters"]
+
+
+def test_parameters_out_of_a_file(service: Service, models: dict[str, Model]) -> None:
+    given = strain(2)
+    told = service.get("/v2/models/stiff")["parameters"]["promoted_parameters"]
+    assert told["promoted.E"] == {"shape": [], "value": 2e5}
+    wanted = reference(models["promoted"], "forward", given, {"promoted.E": np.array(2e5)})
+    same(service.infer("stiff", given).arrays, wanted)
 
 
 def test_overrides_may_come_as_text(service: Service, models: dict[str, Model]) -> None:

@@ -380,6 +380,7 @@ def _runs(process: int) -> bool:
         (["gone"], "there is no such folder"),
         (["ARTIFACT", "--name", "x"], "'x' is not NAME=PATH"),
         (["ARTIFACT", "--name", "elasticity=ARTIFACT"], "two models have the name 'elasticity'"),
+        (["ARTIFACT", "--parameters", "steel=FILE"], "there is no model 'steel'; there are elasticity"),
         (["--name", "a/b=ARTIFACT"], "'a/b', which no address can have"),
         (["ARTIFACT", "--request-rows", "100000"], "Raise queue_rows, or lower request_rows"),
         (["ARTIFACT", "--json"], "--json goes with --check"),
