@@ -86,7 +86,11 @@ class Service:
         if self.path:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.settimeout(timeout)
-            connection.connect(self.path)
+            try:
+                connection.connect(self.path)
+            except OSError:
+                connection.close()
+                raise
             return connection
         return socket.create_connection((self.host, self.port), timeout)
 
@@ -115,7 +119,8 @@ class Service:
     def lines(self, event: str = "") -> list[dict[str, Any]]:
         """The lines of the log, of one kind or all."""
         text = self.log.read_text(encoding="utf-8")
-        found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        # Not by splitlines, which also splits at characters that JSON holds as they are.
+        found = [json.loads(line) for line in text.split("\n")[:-1]]
         return [line for line in found if not event or line["event"] == event]
 
     def wait_for(self, event: str, count: int = 1) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from stubs.build import compiled
 CLIENTS = Path(__file__).with_name("serve_clients")
 # Names under which stubs are served, where these are not the names of their models.
 STUBS = {"elasticity": "elasticity", "viscoplasticity": "viscoplasticity", "promoted": "promoted"}
+SERVED = [*STUBS, "calibration", "stiff"]
 SY, K = "residual.overstress.sy", "residual.hardening.K"
 
 
@@ -39,8 +40,13 @@ def artifact(stub: str) -> Path:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     arguments: list[str | Path] = [artifact(stub) for stub in STUBS.values()]
-    arguments += ["--name", f"calibration={artifact('calibration')}"]
-    with started(tmp_path_factory.mktemp("service"), arguments) as running:
+    folder = tmp_path_factory.mktemp("service")
+    stiff = Model(artifact("promoted"))
+    stiff.set_parameter("promoted.E", 2e5)
+    stiff.save_parameters(folder / "stiff.safetensors")
+    arguments += ["--name", f"calibration={artifact('calibration')}", "--name", f"stiff={artifact('promoted')}"]
+    arguments += ["--parameters", f"stiff={folder / 'stiff.safetensors'}"]
+    with started(folder, arguments) as running:
         yield running
         assert running.stop() == 0
 
@@ -85,7 +91,7 @@ def test_what_the_service_tells_of_itself(service: Service) -> None:
     told = service.get("/v2")
     assert told["name"] == "neml2-aoti" and told["extensions"] == ["binary_tensor_data"]
     assert service.get("/v2/health/live") == {"live": True} and service.get("/v2/health/ready") == {"ready": True}
-    assert service.get("/v2/models") == {"models": [*STUBS, "calibration"]}
+    assert service.get("/v2/models") == {"models": SERVED}
     for path in ("/v2/models/viscoplasticity", "/v2/models/viscoplasticity/versions/1"):
         model = service.get(path)
         assert (model["name"], model["versions"]) == ("viscoplasticity", ["1"])
@@ -108,7 +114,7 @@ def test_the_openapi_document_is_that_of_the_addresses(service: Service) -> None
             expected = {"get": 200, "post": 400}[method] if method in methods else 405
             assert answer.status == expected, (path, method, answer.body)
     listed = document["paths"]["/v2/models/{model}"]["parameters"][0]["schema"]["enum"]
-    assert listed == [*STUBS, "calibration"]
+    assert listed == SERVED
     # Each reference leads somewhere.
     for reference in set(json.dumps(document).split('"$ref": "')[1:]):
         place: Any = document
@@ -265,6 +271,14 @@ def test_operations(name: str, operation: str, binary: bool, service: Service, m
     assert second in service.get(f"/v2/models/{name}")["parameters"]["promoted_parameters"]
 
 
+def test_parameters_out_of_a_file(service: Service, models: dict[str, Model]) -> None:
+    given = strain(2)
+    told = service.get("/v2/models/stiff")["parameters"]["promoted_parameters"]
+    assert told["promoted.E"] == {"shape": [], "value": 2e5}
+    wanted = reference(models["promoted"], "forward", given, {"promoted.E": np.array(2e5)})
+    same(service.infer("stiff", given).arrays, wanted)
+
+
 def test_overrides_may_come_as_text(service: Service, models: dict[str, Model]) -> None:
     given = strain(2)
     found = service.infer("promoted", given, parameter_overrides='{"promoted.E": 5e4}').arrays
@@ -331,12 +345,12 @@ def test_gathered_answers_are_those_alone(operation: str, service: Service, mode
     requests: list[tuple[dict[str, Array], dict[str, Array]]] = []
     for place in range(24):
         rows = int(rng.integers(1, 5))
-        overrides: list[dict[str, Array]] = [
+        kinds: list[dict[str, Array]] = [
             {},
             {SY: np.array(own[SY] * 1.1)},
             {SY: own[SY] * rng.uniform(0.9, 1.1, rows), K: np.array(0.9 * own[K])},
         ]
-        requests.append((request_of(name, operation, rows, place), overrides[place % 3]))
+        requests.append((request_of(name, operation, rows, place), kinds[place % 3]))
     for place in (4, 11):
         requests[place][0]["strain"][0] = np.nan
 
@@ -362,11 +376,11 @@ def test_where_a_gathered_call_raises_each_is_evaluated_alone(service: Service, 
     name = "viscoplasticity"
     iterate = "stress"
     assert iterate in models[name].first_iterates
-    given = [{**step(2, seed), iterate: np.zeros((2, 6))} for seed in range(6)]
+    steps = [{**step(2, seed), iterate: np.zeros((2, 6))} for seed in range(6)]
     # Found only when the model is called, which raises for the call as a whole.
-    given[3][iterate][1] = np.nan
-    answers = together(service, [lambda one=one: service.infer(name, one) for one in given], name)  # type: ignore[misc]
-    for place, (answer, one) in enumerate(zip(answers, given, strict=True)):
+    steps[3][iterate][1] = np.nan
+    answers = together(service, [lambda one=one: service.infer(name, one) for one in steps], name)  # type: ignore[misc]
+    for place, (answer, one) in enumerate(zip(answers, steps, strict=True)):
         if place == 3:
             assert answer.status == 400 and "'stress' is not finite" in answer.error
         else:

@@ -282,7 +282,7 @@ def fine_or_told(answer: Answer) -> None:
 
 
 SETTINGS = settings(
-    max_examples=400,
+    max_examples=100,
     deadline=5000,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -296,6 +296,14 @@ def test_mutated_requests(service: Service, mutation: tuple[bytes, bytes, str | 
     fine_or_told(ask(service, head, data, length))
 
 
+@pytest.mark.long
+@settings(SETTINGS, max_examples=5000, derandomize=False)
+@given(mutation=mutations())
+def test_many_mutated_requests(service: Service, mutation: tuple[bytes, bytes, str | None]) -> None:
+    head, data, length = mutation
+    fine_or_told(ask(service, head, data, length))
+
+
 @SETTINGS
 @given(body=st.binary(max_size=300), length=st.one_of(st.none(), st.text("0123456789 -x", max_size=5)))
 def test_bodies_of_any_bytes(service: Service, body: bytes, length: str | None) -> None:
@@ -304,7 +312,7 @@ def test_bodies_of_any_bytes(service: Service, body: bytes, length: str | None) 
     assert answer.status == 400 and answer.error
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=60)
 @given(
     start=st.sampled_from(
         [b"", b"GET ", b"POST /v2 HTTP/1.1\r\n", b"POST " + PATH.encode() + b" HTTP/1.1\r\nContent-Length: 5\r\n"]

@@ -243,10 +243,10 @@ def test_a_full_queue(strict: Service) -> None:
 
 def test_a_request_that_waits_for_too_long(strict: Service) -> None:
     with ThreadPoolExecutor(2) as pool:
-        large = pool.submit(lambda: strict.infer("viscoplasticity", step(20000, size=2e-2), operation="solve"))
+        large = pool.submit(lambda: strict.infer("viscoplasticity", step(11000, size=2e-2), operation="jacobian"))
         time.sleep(0.15)
         answer = strict.infer("viscoplasticity", step(1))
-        assert large.result().status == 200
+        assert large.result().status in (200, 422)
     # Where the machine is quick enough, it was answered in time.
     assert answer.status == 200 or (answer.status == 504 and "not answered within 0.4 s" in answer.error)
 
@@ -287,19 +287,18 @@ def test_it_starts_and_stops_under_load(tmp_path: Path) -> None:
                 close(answer.arrays["stress"], wanted[place % 4])
                 answered[place] += 1
 
-        def large() -> Answer:
-            return service.infer("viscoplasticity", step(30000), operation="solve")
-
-        with ThreadPoolExecutor(9) as pool:
+        body, headers = encode(step(30000), True, {"operation": "solve"})
+        text = raw(body, "".join(f"{name}: {value}\r\n" for name, value in headers.items()))
+        with ThreadPoolExecutor(8) as pool, service.connect() as connection:
             threads = [pool.submit(load, place) for place in range(8)]
             time.sleep(0.5)
-            long = pool.submit(large)
-            time.sleep(0.2)
+            connection.sendall(text)
+            time.sleep(0.1)
             begin = time.monotonic()
             service.process.send_signal(signal.SIGTERM)
             for thread in threads:
                 thread.result(timeout=60)
-            assert long.result(timeout=60).status == 200
+            assert read_all(connection).startswith(b"HTTP/1.1 200 ")
         assert service.process.wait(30) == 0 and time.monotonic() - begin < 25
         assert all(answered) and all(isinstance(error, ConnectionError) for error in broken), broken
         assert service.lines("stopped") and not service.lines("failed")
@@ -348,8 +347,10 @@ def test_several_processes(tmp_path: Path) -> None:
                 os.kill(process, 0)
 
 
+@pytest.mark.long
 def test_processes_end_with_the_one_that_has_started_them(tmp_path: Path) -> None:
-    with started(tmp_path, [artifact("elasticity"), "--workers", "2"], ready=2) as service:
+    arguments = [artifact("elasticity"), "--workers", "2"]
+    with started(tmp_path, arguments, ready=2, variables={"TMPDIR": str(tmp_path)}) as service:
         processes = [line["process"] for line in service.lines("ready")]
         service.process.kill()
         service.process.wait(10)
@@ -357,6 +358,7 @@ def test_processes_end_with_the_one_that_has_started_them(tmp_path: Path) -> Non
         while any(_runs(process) for process in processes):
             assert time.monotonic() < end
             time.sleep(0.1)
+        assert not list(tmp_path.glob("neml2-aoti-serve-*"))
 
 
 def _runs(process: int) -> bool:
@@ -378,6 +380,7 @@ def _runs(process: int) -> bool:
         (["gone"], "there is no such folder"),
         (["ARTIFACT", "--name", "x"], "'x' is not NAME=PATH"),
         (["ARTIFACT", "--name", "elasticity=ARTIFACT"], "two models have the name 'elasticity'"),
+        (["ARTIFACT", "--parameters", "steel=FILE"], "there is no model 'steel'; there are elasticity"),
         (["--name", "a/b=ARTIFACT"], "'a/b', which no address can have"),
         (["ARTIFACT", "--request-rows", "100000"], "Raise queue_rows, or lower request_rows"),
         (["ARTIFACT", "--json"], "--json goes with --check"),

@@ -36,6 +36,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 LIMITS: tuple[tuple[str, click.ParamType[Any], str], ...] = (
     ("--gather-rows", click.IntRange(1), "Rows that a compiled call gathers; 1 gathers none. [2048]"),
     ("--wait-ms", click.FloatRange(0), "How long a request may wait for others to gather. [0]"),
+    ("--loop-rows", click.IntRange(0), "Calls of more rows run in a thread, and let others in. [1024]"),
     ("--queue-rows", click.IntRange(1), "Rows that may wait for each model. [65536]"),
     ("--request-rows", click.IntRange(1), "Rows of one request. [65536]"),
     ("--body-bytes", click.IntRange(1), "Size of the body of a request. [16777216]"),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import orjson
 
 from .limits import Limits
 from .operations import TANGENT, Operation
+from .parts import NOTHING, flag_of, id_of, object_of, read_json, require_known
 from .refusals import Refused, shown
 from .served import VERSION, Served
 from .tensors import Array, Port, from_binary, from_json, require_shape
@@ -22,7 +21,11 @@ _INPUT = frozenset({"name", "shape", "datatype", "parameters", "data"})
 _INPUT_OPTIONS = frozenset({"binary_data_size"})
 _OUTPUT = frozenset({"name", "parameters"})
 _OUTPUT_OPTIONS = frozenset({"binary_data"})
-_NONE: dict[str, Any] = {}
+
+# How many forms are remembered for each model, and how long the JSON of one may be.
+FORMS, LONGEST = 256, 4096
+# Where a tensor lies in the binary data: its first byte, dtype, number of entries and shape.
+Place = tuple[int, np.dtype[Any], int, tuple[int, ...]]
 
 
 @dataclass(eq=False)
@@ -52,6 +55,30 @@ class Call:
     key: Hashable
 
 
+@dataclass(frozen=True)
+class Form:
+    """What requests with the same JSON part have in common: all but their binary data.
+
+    Clients send the same JSON again and again, and to read it takes several times as long as to find it.
+
+    Args:
+        call: one of them.
+        places: where its tensors lie.
+        size: of the binary data.
+    """
+
+    call: Call
+    places: tuple[Place, ...]
+    size: int
+
+    def filled(self, binary: memoryview) -> Call:
+        """The request with these binary data."""
+        arrays = [
+            np.frombuffer(binary, dtype, count, begin).reshape(shape) for begin, dtype, count, shape in self.places
+        ]
+        return replace(self.call, arrays=arrays)
+
+
 def read_call(served: Served, body: bytes, header_length: bytes | None, limits: Limits) -> Call:
     """Read a request.
 
@@ -67,15 +94,32 @@ def read_call(served: Served, body: bytes, header_length: bytes | None, limits: 
     Raises:
         Refused: something about it is wrong.
     """
-    cut = len(body) if header_length is None else _header_length(header_length, len(body))
-    document = read_json(body if cut == len(body) else body[:cut])
+    if header_length is None:
+        return _read(served, body, memoryview(b""), limits)[0]
+    cut = _header_length(header_length, len(body))
+    head, binary = body[:cut], memoryview(body)[cut:]
+    form: Form | None = served.forms.get(head)
+    if form is not None and len(binary) == form.size:
+        return form.filled(binary)
+    call, places = _read(served, head, binary, limits)
+    # All tensors came as binary data, and calls may be told apart by their key.
+    if len(places) == len(call.names) and served.per_row and len(head) <= LONGEST:
+        if len(served.forms) >= FORMS:
+            served.forms.clear()
+        served.forms[head] = Form(call, tuple(places[name] for name in call.names), len(binary))
+    return call
+
+
+def _read(served: Served, head: bytes, binary: memoryview, limits: Limits) -> tuple[Call, dict[str, Place]]:
+    """Read a request, and tell where in the binary data its tensors lie, those that do."""
+    document = read_json(head)
     if type(document) is not dict:
         raise Refused(400, f"the request is {shown(document)}, expected a JSON object with 'inputs'.")
-    _require_known(document, _TOP, "the request")
-    parameters = _object(document, "parameters", "the request")
-    _require_known(parameters, _PARAMETERS, "parameters")
+    require_known(document, _TOP, "the request")
+    parameters = object_of(document, "parameters", "the request")
+    require_known(parameters, _PARAMETERS, "parameters")
     operation = _operation(served, parameters.get("operation", "forward"))
-    given = _inputs(document, operation, memoryview(body)[cut:], limits)
+    given, places = _inputs(document, operation, binary, limits)
     rows = next(iter(given.values())).shape[0]
     names = operation.required
     if len(given) != len(names):
@@ -83,7 +127,7 @@ def read_call(served: Served, body: bytes, header_length: bytes | None, limits: 
     overrides = {}
     if "parameter_overrides" in parameters:
         overrides = _overrides(parameters["parameter_overrides"], served, rows)
-    outputs = _outputs(document, operation, _flag(parameters, "binary_data_output", "parameters"))
+    outputs = _outputs(document, operation, flag_of(parameters, "binary_data_output", "parameters"))
     pairs = None
     if operation.pairs:
         asked = {name for name, _ in outputs}
@@ -92,7 +136,7 @@ def read_call(served: Served, body: bytes, header_length: bytes | None, limits: 
         )
     _require_name(document, served)
     alone = object() if not served.per_row else None
-    return Call(
+    call = Call(
         operation,
         names,
         [given[name] for name in names],
@@ -100,29 +144,10 @@ def read_call(served: Served, body: bytes, header_length: bytes | None, limits: 
         overrides,
         pairs,
         outputs,
-        _id(document),
+        id_of(document),
         (operation.name, names, pairs, bool(overrides), alone),
     )
-
-
-def read_json(text: bytes) -> Any:
-    """Parse JSON, with the bare NaN and Infinity that Python's own module writes.
-
-    Raises:
-        Refused: it is no JSON, or nested too deeply.
-    """
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        first = error
-    if b"NaN" in text or b"Infinity" in text:
-        try:
-            return json.loads(text)
-        except RecursionError:
-            raise Refused(400, "the request is nested too deeply.") from None
-        except (ValueError, UnicodeDecodeError) as error:
-            raise Refused(400, f"the request is no JSON: {error}.") from None
-    raise Refused(400, f"the request is no JSON: {first}.")
+    return call, places
 
 
 def _header_length(text: bytes, total: int) -> int:
@@ -147,13 +172,16 @@ def _operation(served: Served, name: object) -> Operation:
     )
 
 
-def _inputs(document: dict[str, Any], operation: Operation, binary: memoryview, limits: Limits) -> dict[str, Array]:
-    """The tensors of a request by name, all with the same number of rows."""
+def _inputs(
+    document: dict[str, Any], operation: Operation, binary: memoryview, limits: Limits
+) -> tuple[dict[str, Array], dict[str, Place]]:
+    """The tensors of a request by name, all with the same number of rows; and where they lie in the binary data."""
     entries = document.get("inputs")
     if type(entries) is not list or not entries:
         raise Refused(400, f"inputs is {shown(entries)}, expected a list of tensors: {', '.join(operation.required)}.")
     given: dict[str, Array] = {}
-    rows = 0
+    places: dict[str, Place] = {}
+    rows = begin = 0
     for entry in entries:
         if type(entry) is not dict:
             raise Refused(400, f"inputs holds {shown(entry)}, expected an object with name, shape, datatype and data.")
@@ -178,28 +206,29 @@ def _inputs(document: dict[str, Any], operation: Operation, binary: memoryview, 
                 400, f"input {name!r} has the datatype {shown(entry.get('datatype'))}, expected {port.datatype!r}."
             )
         if not _INPUT.issuperset(entry):
-            _require_known(entry, _INPUT, f"input {name!r}")
-        options = _object(entry, "parameters", f"input {name!r}") if "parameters" in entry else _NONE
+            require_known(entry, _INPUT, f"input {name!r}")
+        options = object_of(entry, "parameters", f"input {name!r}") if "parameters" in entry else NOTHING
         if options:
-            _require_known(options, _INPUT_OPTIONS, f"parameters of input {name!r}")
+            require_known(options, _INPUT_OPTIONS, f"parameters of input {name!r}")
         shape = (own, *port.shape)
         if "binary_data_size" in options:
             if "data" in entry:
                 raise Refused(400, f"input {name!r} has both data and binary_data_size, expected one of them.")
-            array = from_binary(binary, options["binary_data_size"], shape, port)
-            binary = binary[array.nbytes :]
+            array = from_binary(binary[begin:], options["binary_data_size"], shape, port)
+            places[port.name] = (begin, array.dtype, array.size, shape)
+            begin += array.nbytes
         else:
             array = from_json(entry.get("data"), shape, port)
         given[port.name] = array
-    if len(binary):
-        raise Refused(400, f"the body has {len(binary)} bytes more of binary data than its inputs tell.")
+    if len(binary) > begin:
+        raise Refused(400, f"the body has {len(binary) - begin} bytes more of binary data than its inputs tell.")
     missing = [name for name in operation.required if name not in given]
     if missing:
         raise Refused(400, f"inputs lack {', '.join(map(repr, missing))}, which {operation.name} needs.")
     if operation.name == "jvp" and not any(name.startswith(TANGENT) for name in given):
         there = ", ".join(name for name in operation.optional if name.startswith(TANGENT)) or "none, by its derivatives"
         raise Refused(400, f"inputs hold no tangent, which jvp needs one of: {there}.")
-    return given
+    return given, places
 
 
 def _refuse_name(name: object, given: dict[str, Array], operation: Operation) -> None:
@@ -263,51 +292,11 @@ def _outputs(document: dict[str, Any], operation: Operation, binary: bool) -> tu
                 400,
                 f"outputs holds {shown(entry)}, expected each once, with a name out of {', '.join(operation.outputs)}.",
             )
-        _require_known(entry, _OUTPUT, f"output {name!r}")
-        options = _object(entry, "parameters", f"output {name!r}")
-        _require_known(options, _OUTPUT_OPTIONS, f"parameters of output {name!r}")
-        found[name] = _flag(options, "binary_data", f"output {name!r}") if "binary_data" in options else binary
+        require_known(entry, _OUTPUT, f"output {name!r}")
+        options = object_of(entry, "parameters", f"output {name!r}")
+        require_known(options, _OUTPUT_OPTIONS, f"parameters of output {name!r}")
+        found[name] = flag_of(options, "binary_data", f"output {name!r}") if "binary_data" in options else binary
     return tuple(found.items())
-
-
-def _object(document: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    found = document.get(key)
-    if found is None:
-        return _NONE
-    if type(found) is not dict:
-        raise Refused(400, f"{where}: {key} is {shown(found)}, expected an object.")
-    return found
-
-
-def _flag(options: dict[str, Any], key: str, where: str) -> bool:
-    found = options.get(key, False)
-    if type(found) is not bool:
-        raise Refused(400, f"{where}: {key} is {shown(found)}, expected true or false.")
-    return found
-
-
-def _require_known(document: dict[str, Any], known: frozenset[str], where: str) -> None:
-    """Refuse what would be passed over: a mistyped name must not go unnoticed."""
-    unknown = [name for name in document if name not in known][:5]
-    if unknown:
-        listed = ", ".join(map(shown, unknown))
-        raise Refused(400, f"{where}: unknown {listed}; known are {', '.join(sorted(known))}.")
-
-
-def _id(document: dict[str, Any]) -> str | None:
-    found = document.get("id")
-    if found is None or (type(found) is str and _is_text(found)):
-        return found
-    raise Refused(400, f"id is {shown(found)}, expected a string.")
-
-
-def _is_text(found: str) -> bool:
-    """Whether a string can be sent back: half a surrogate pair, which JSON may hold, cannot."""
-    try:
-        found.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _require_name(document: dict[str, Any], served: Served) -> None:

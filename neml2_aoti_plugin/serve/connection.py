@@ -68,7 +68,7 @@ class Connection(HttpToolsProtocol):
             self.app = _refusing(Refused(431, self._too_long))
         elif len(self.connections) > self.limits.connections:
             text = f"there are {self.limits.connections} connections, which is the limit."
-            self.app = _refusing(Refused(503, text, retry_after=1))
+            self.app = _refusing(Refused(503, text, retry_after=1, close=True))
         try:
             super().on_headers_complete()
         finally:

@@ -71,7 +71,7 @@ class Gate:
             if kind.lower() != b"bearer" or not fits:
                 raise Refused(401, "a token is needed: the header 'Authorization: Bearer TOKEN' is absent or wrong.")
         if not self.open and scope["path"] not in OPEN:
-            raise Refused(503, "the service is stopping.", retry_after=1)
+            raise Refused(503, "the service is stopping.", retry_after=1, close=True)
 
 
 class Front:
@@ -134,7 +134,7 @@ class Front:
     def _account(self, scope: Scope, exchange: Exchange) -> None:
         seconds = perf_counter() - exchange.start
         self._metrics.answered(exchange.model, exchange.operation, exchange.status, seconds)
-        if self._journal.requests or exchange.status >= 500:
+        if self._journal.requests or exchange.status == 500:
             fields: dict[str, Any] = {
                 "id": exchange.id,
                 "method": scope["method"],

@@ -20,14 +20,21 @@ class Refused(Exception):
         message: what was given, what was expected, and where.
         retry_after: seconds after which to try again, where that may help.
         rows: numbers of the rows at fault, counted from 0 within the request.
+        close: whether the connection is of no more use.
     """
 
     def __init__(
-        self, status: int, message: str, *, retry_after: int | None = None, rows: Sequence[int] | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        retry_after: int | None = None,
+        rows: Sequence[int] | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.retry_after = status, message, retry_after
-        self.rows = rows
+        self.rows, self.close = rows, close
 
     @property
     def document(self) -> dict[str, object]:
@@ -45,7 +52,7 @@ class Refused(Exception):
             found.append((b"retry-after", str(self.retry_after).encode()))
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
-        if self.status in _CLOSING:
+        if self.close or self.status in _CLOSING:
             found.append((b"connection", b"close"))
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -64,6 +65,12 @@ class Server(uvicorn.Server):
         seconds = (config.timeout_graceful_shutdown or 0) + LEAVE
         self.last = threading.Timer(seconds, os._exit, (0,))
         self.last.daemon = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start; what was loaded is left out of garbage collections, which would look at all of it each time."""
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, by a signal."""

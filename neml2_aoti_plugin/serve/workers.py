@@ -139,3 +139,6 @@ def work(service: Service, bound: socket.socket) -> None:
     except Exception:
         # The application has logged it.
         raise SystemExit(FAILED) from None
+    finally:
+        if not parent.is_alive():
+            shutil.rmtree(os.environ[SHARED], ignore_errors=True)
