@@ -145,11 +145,11 @@ def map_blocks(
     arguments: list[Any] = []
     for place, name in enumerate(names):
         # Only the rows are cut: all other axes are contracted, and come whole.
-        arguments += [along[name], (0, *(f"{place}-{axis}" for axis in range(1, along[name].ndim)))]
+        arguments += [along[name], ("rows", *(f"{place}-{axis}" for axis in range(1, along[name].ndim)))]
     width = sum(prod(tail) for _, tail in fields.values())
     packed = da.blockwise(
         _block,
-        (0, "packed"),
+        ("rows", "packed"),
         *arguments,
         new_axes={"packed": width},
         concatenate=True,
