@@ -18,6 +18,9 @@ from .refusals import GONE, Refused
 from .served import Served
 from .tensors import Array
 
+# How often a call waits for one more turn of the event loop, while requests come in each.
+ROUNDS = 4
+
 
 @dataclass(eq=False)
 class Waiting:
@@ -58,6 +61,8 @@ class Gatherer:
         self._rows = 0
         self._busy = False
         self._due: asyncio.Handle | None = None
+        # How many rows there were when it was last looked, and how often that was.
+        self._seen = self._rounds = 0
 
     def submit(self, call: Call, receive: Receive) -> asyncio.Future[dict[str, Array]]:
         """Let a call wait for its turn.
@@ -112,6 +117,7 @@ class Gatherer:
                 return
             self._due.cancel()
         # The requests whose bytes have come meanwhile are read before a callback that is scheduled now is called.
+        self._seen, self._rounds = self._rows, 0
         self._due = (
             self._loop.call_later(wait / 1e3, self._run) if wait and not full else self._loop.call_soon(self._run)
         )
@@ -119,6 +125,11 @@ class Gatherer:
     def _run(self) -> None:
         """Make one call."""
         self._due = None
+        if self._rows > self._seen and self._rounds < ROUNDS and self._rows < self._limits.gather_rows:
+            # They are still coming.
+            self._seen, self._rounds = self._rows, self._rounds + 1
+            self._due = self._loop.call_soon(self._run)
+            return
         taken = self._take()
         if not taken:
             return

@@ -1,0 +1,103 @@
+"""Requests read and evaluated together, without HTTP: for models of every kind, each gets what it would get alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neml2_aoti_plugin import ConvergenceError, Model
+from neml2_aoti_plugin.serve.answers import write_answer
+from neml2_aoti_plugin.serve.calls import read_call
+from neml2_aoti_plugin.serve.evaluation import evaluate
+from neml2_aoti_plugin.serve.first_calls import call_first
+from neml2_aoti_plugin.serve.limits import Limits
+from neml2_aoti_plugin.serve.operations import Operation
+from neml2_aoti_plugin.serve.refusals import Refused
+from neml2_aoti_plugin.serve.served import Served
+from serving import Answer, Array, encode
+from test_serve import artifact, reference
+
+STUBS = (
+    *("cross_group", "krylov", "predictor_loop", "promoted", "substepping"),
+    *("chaboche", "composed", "crystal", "elasticity_float32", "elasticity_rank2", "elasticity_static"),
+    *("mixed_control", "porous", "promoted_implicit", "rate_independent", "renamed"),
+)
+REQUESTS = 12
+# Steps of time of the same length: with others, some models have several solutions at random inputs.
+TIMES = {"t": 1.0, "t~1": 0.0, "t~2": -1.0}
+
+
+Asked = tuple[dict[str, Array], dict[str, Any]]
+
+
+def requests(model: Model, operation: Operation, rng: np.random.Generator) -> list[Asked]:
+    """Inputs and overrides: small numbers at random, a step of time, and a NaN in one request."""
+    dtype = {torch.float64: np.float64, torch.float32: np.float32}[model.dtype]
+    own = {name: value.detach().numpy() for name, value in model.named_parameters().items()}
+    found: list[Asked] = []
+    names = list(operation.inputs)
+    names += [name for name in operation.optional if name.startswith("tangent:")]
+    for place in range(REQUESTS):
+        rows = int(rng.integers(1, 4))
+        given = {name: 1e-3 * rng.standard_normal((rows, *operation.ports[name].shape)) for name in names}
+        given |= {name: np.full(rows, time) for name, time in TIMES.items() if name in given}
+        overrides: dict[str, Any] = {}
+        if own and place % 3:
+            first, *_, last = [*own, *own]
+            overrides[first] = (own[first] * 1.1).tolist()
+            if place % 3 == 2:
+                overrides[last] = (own[last] * rng.uniform(0.9, 1.1, (rows, *([1] * own[last].ndim)))).tolist()
+        found.append(({name: value.astype(dtype) for name, value in given.items()}, overrides))
+    found[4][0][names[0]][0] = np.nan
+    return found
+
+
+@pytest.mark.parametrize("stub", STUBS)
+def test_each_gets_what_it_would_get_alone(stub: str) -> None:
+    model = Model(artifact(stub))
+    served = Served(stub, model)
+    call_first(served)
+    for operation in served.operations.values():
+        if not isinstance(operation, Operation):
+            continue
+        asked = requests(model, operation, np.random.default_rng(0))
+        calls = []
+        for given, overrides in asked:
+            parameters = {"operation": operation.name, **({"parameter_overrides": overrides} if overrides else {})}
+            body, headers = encode(given, True, parameters)
+            # Read twice: the second time as one that came before.
+            for _ in range(2):
+                call = read_call(served, body, headers["Inference-Header-Content-Length"].encode(), Limits())
+            calls.append(call)
+        keys: dict[Any, list[int]] = {}
+        for place, call in enumerate(calls):
+            keys.setdefault(call.key, []).append(place)
+        # Those with other values of parameters, and those without.
+        assert len(keys) == (2 if model.parameter_base_shapes else 1)
+        for places in keys.values():
+            answers = evaluate(served, [calls[place] for place in places])
+            for place, answer in zip(places, answers, strict=True):
+                given, overrides = asked[place]
+                try:
+                    wanted = reference(model, operation.name, given, {n: np.array(x) for n, x in overrides.items()})
+                except ConvergenceError as error:
+                    assert isinstance(answer, Refused) and answer.status == 422
+                    assert answer.rows == error.rows.tolist()  # type: ignore[attr-defined]
+                    continue
+                assert not isinstance(answer, Refused), answer.__cause__
+                lines, text = write_answer(stub, calls[place], answer)
+                told = Answer(200, {name.decode(): value.decode() for name, value in lines}, text).arrays
+                assert told.keys() == wanted.keys()
+                for name, value in wanted.items():
+                    _close(told[name], value.numpy(), operation.name)
+
+
+def _close(found: Array, wanted: Array, operation: str) -> None:
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    # Sums over rows, and what is zero by cancellation, have the rounding of their largest terms.
+    scale = float(np.abs(np.nan_to_num(wanted)).max(initial=0.0))
+    relative = 1e-12 if wanted.dtype == np.float64 else 1e-6
+    np.testing.assert_allclose(found, wanted, rtol=relative, atol=relative * max(scale, 1e-6), err_msg=operation)
