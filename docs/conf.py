@@ -20,7 +20,7 @@ release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.intersphinx"]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**.md", "examples/README.md", "legacy/README.md", "stubs/README.md"]
+include_patterns = ["*.md", "docs/**.md", "examples/**.md", "legacy/README.md", "stubs/README.md"]
 # Not looked into at all, which matters for the size of a virtual environment.
 exclude_patterns = [".*", "build", "dist", "demo", "neml2_aoti_plugin", "tests"]
 

@@ -33,6 +33,7 @@ PAGES = [
     *(path.name for path in sorted(ROOT.glob("*.md"))),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
     *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("*/README.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "examples").glob("*/README.md"))),
 ]
 
 
@@ -128,7 +129,7 @@ assert abs(float(value.grad) - (ends[1] - ends[0]) / 0.02) < 1e-5 * abs(float(va
 """
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in BARE | NOT_RUN])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in BARE | NOT_RUN | ELSEWHERE])
 def test_commands_are_labelled_so_that_they_run(page: str) -> None:
     known = ("python", "sh", "ini", "dockerfile", "json", *(["sh long"] if page == MARCH else []))
     for language, block in blocks(page):
