@@ -10,6 +10,7 @@ import argparse
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -62,6 +63,34 @@ def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
     return found
 
 
+def processor_seconds(pids: list[int]) -> float:
+    """Processor time that processes have had, on Linux."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def processor_time(model: Model, own: Pool, inputs: dict[str, Tensor], rounds: int) -> str:
+    """What a batch costs in processor time, alone and in a pool, which hardly depends on the load of the machine."""
+    alone, together, caller = [], [], []
+    here = [os.getpid()]
+    for _ in range(rounds):
+        begun = processor_seconds(here)
+        model.forward(inputs)
+        alone.append(processor_seconds(here) - begun)
+        begun, workers = processor_seconds(here), processor_seconds(own.processes.processes)
+        own.forward(inputs)
+        caller.append(processor_seconds(here) - begun)
+        together.append(caller[-1] + processor_seconds(own.processes.processes) - workers)
+    ratio = statistics.median(own.workers * a / b for a, b in zip(alone, together, strict=True))
+    return (
+        f"processor time: Model {statistics.median(alone):.2f} s, Pool {statistics.median(together):.2f} s, of which "
+        f"the caller {statistics.median(caller):.2f} s; on {own.workers} free cores that is {ratio:.2f} times as fast"
+    )
+
+
 def show(title: str, found: Mapping[str, list[float]], first: str, rows: int) -> None:
     """Print a table: each way beside the first one, by the ratios of each round."""
     lines = []
@@ -96,10 +125,12 @@ def pool(options: argparse.Namespace) -> None:
         size = chunks.sizes(model, options.chunk)
         parts = chunks.cut(options.rows, options.workers[-1], size)
         sizes = [part.stop - part.start for part in parts]
+        processor = processor_time(model, pools[-1][1], inputs, options.rounds)
         for _, own in pools:
             own.close()
         show(f"{name}, {options.rows:,} rows, {HETEROGENEOUS}", found, alone, options.rows)
         print(f"\n{len(parts)} chunks of {max(sizes):,} to {min(sizes):,} rows; results differ by {apart:.1e}")
+        print(processor)
 
 
 def threshold(options: argparse.Namespace) -> None:
@@ -234,7 +265,59 @@ def _once(artifact: Path, folder: Path, sink: str, count: int, way: str, parts: 
             own.LoadModel = plugin
 
 
-COMMANDS = {"pool": pool, "threshold": threshold, "start": start, "map": mapped, "dask": over_dask}
+def malloc(options: argparse.Namespace) -> None:
+    """What Dask's malloc setting costs, and what is left of that: processor time of calls in processes of their own."""
+    ways = {
+        "as it is": {},
+        "as Dask sets it": {DASK: DASK_BYTES},
+        "set back by the plugin": {DASK: DASK_BYTES, BACK: "1"},
+    }
+    for name in options.models:
+        compiled(name)
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(options.rounds):
+            for way, variables in ways.items():
+                command = [sys.executable, "-m", "benchmarks.scaling", "one-malloc", "--models", name]
+                done = subprocess.run(
+                    command, env={**os.environ, **variables}, capture_output=True, text=True, check=True, timeout=300
+                )
+                found[way].append(float(done.stdout.split()[0]))
+        show(
+            f"{name}, {MALLOC_CALLS} calls of {MALLOC_ROWS:,} rows, processor time",
+            found,
+            "as it is",
+            MALLOC_CALLS * MALLOC_ROWS,
+        )
+
+
+def one_malloc(options: argparse.Namespace) -> None:
+    """Print the processor time of some calls."""
+    if os.environ.get(BACK):
+        from neml2_aoti_plugin.parallel.dask import keep_freed_memory
+
+        keep_freed_memory()
+    artifact, inputs = inputs_of(options.models[0], MALLOC_ROWS)
+    model = Model(artifact)
+    model.forward(inputs)
+    begun = time.process_time()
+    for _ in range(MALLOC_CALLS):
+        model.forward(inputs)
+    print(time.process_time() - begun)
+
+
+# glibc's variable, the value that Dask's nanny gives it, and one that has the plugin set it back.
+DASK, DASK_BYTES, BACK = "MALLOC_TRIM_THRESHOLD_", "65536", "SCALING_SET_BACK"
+MALLOC_CALLS, MALLOC_ROWS = 20, 5_376
+
+COMMANDS = {
+    "pool": pool,
+    "threshold": threshold,
+    "start": start,
+    "map": mapped,
+    "dask": over_dask,
+    "malloc": malloc,
+    "one-malloc": one_malloc,
+}
 
 
 def main() -> int:
