@@ -50,8 +50,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 RUNNING = [
     page
     for page in PAGES
-    if page not in ELSEWHERE
-    and (page in BARE or {"python", "sh"} & {language for language, _ in blocks(page)})
+    if page not in ELSEWHERE and (page in BARE or {"python", "sh"} & {language for language, _ in blocks(page)})
 ]
 
 

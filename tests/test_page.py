@@ -39,7 +39,7 @@ FEW = """
 """
 TOKEN = "a-token"
 # Of the page's numbers against those of the same calls here.
-CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+CLOSE = 1e-11
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_the_last_call_as_a_program(page: Any, kind: str, tmp_path: Path) -> Non
     else:
         line = next(line for line in told.splitlines() if line.startswith("stress [1, 6]"))
         found = [float(x) for x in line.partition("] [")[2].rstrip("]").split(",")]
-    assert found == pytest.approx(wanted, **{"rel": CLOSE["rtol"], "abs": CLOSE["atol"]})
+    assert found == pytest.approx(wanted, rel=CLOSE, abs=CLOSE)
 
 
 def test_it_fits_a_phone_and_asks_nobody_else(page: Any, service: Service) -> None:

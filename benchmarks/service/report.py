@@ -77,7 +77,12 @@ def _targets(loads: Sequence[Load], call: float) -> str:
     times, beyond = many.per_second / without.per_second, one.p50 - call * 1e3
     rows = [
         (f"{CLIENTS} clients, to no gathering", f"at least {TIMES:g}", f"{times:.1f}", times >= TIMES),
-        (f"{CLIENTS} clients, requests/s", f"at least {PER_SECOND:,.0f}", f"{many.per_second:,.0f}", many.per_second >= PER_SECOND),
+        (
+            f"{CLIENTS} clients, requests/s",
+            f"at least {PER_SECOND:,.0f}",
+            f"{many.per_second:,.0f}",
+            many.per_second >= PER_SECOND,
+        ),
         (f"{CLIENTS} clients, p99", f"below {P99_MS:g} ms", f"{many.p99:.1f} ms", many.p99 < P99_MS),
         ("1 client, p50 beyond the call", f"at most {BEYOND_MS:g} ms", f"{beyond:.2f} ms", beyond <= BEYOND_MS),
         (f"{most} clients, errors", "none", str(failed), failed == 0),
@@ -92,10 +97,10 @@ def _soaked(soak: Soak) -> str:
     tenth = soak.memory[len(soak.memory) // 10]
     wrong = ", ".join(f"{what} ({count})" for what, count in soak.wrong.items()) or "nothing"
     return (
-        f"A long run: {soak.requests:,} requests in {soak.seconds:.0f} s, every twentieth a bad one. "
-        f"{soak.good:,} good ones were answered with the right numbers, the largest difference from the row alone being "
-        f"{soak.worst:.1e} of the largest entry ({TOLERANCE:g} is allowed); {soak.bad:,} bad ones were refused with the "
-        f"right status; wrong was {wrong}. The service had {mib(tenth)} MiB after a tenth of the requests, and "
+        f"A long run: {soak.requests:,} requests in {soak.seconds:.0f} s, every twentieth a bad one. {soak.good:,} good "
+        "ones were answered with the right numbers, the largest difference from the row alone being "
+        f"{soak.worst:.1e} of the largest entry ({TOLERANCE:g} is allowed); {soak.bad:,} bad ones were refused with "
+        f"the right status; wrong was {wrong}. The service had {mib(tenth)} MiB after a tenth of the requests, and "
         f"{mib(soak.memory[-1])} MiB at the end."
     )
 

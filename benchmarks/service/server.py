@@ -67,8 +67,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> dict[str, 
     """The line of the log that tells where it listens."""
     end = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < end:
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1:] == "\n"]
-        events = {line["event"]: line for line in lines}
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        events = {told["event"]: told for told in (json.loads(line) for line in lines if line.endswith("\n"))}
         if "ready" in events:
             found: dict[str, str] = events["listening"]
             return found

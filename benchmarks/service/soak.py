@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .server import Server, started
-from .states import States, encode
+from .states import Array, States, encode
 
 CLIENTS = 64
 # Every so many requests a bad one.
@@ -124,7 +124,7 @@ async def _all(states: States, server: Server, found: Soak) -> None:
     found.memory.append(server.memory)
 
 
-def _scales(row: dict[str, np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+def _scales(row: dict[str, Array]) -> Array:
     """For each entry the largest one of its tensor."""
     return np.concatenate([np.full(value.size, max(np.abs(value).max(), 1e-300)) for value in row.values()])
 
@@ -158,8 +158,8 @@ class _Connection:
         reader, writer = self._streams
         length = f"Inference-Header-Content-Length: {head}\r\n" if head else ""
         writer.write(
-            f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: service\r\nContent-Length: {len(body)}\r\n{length}\r\n"
-            .encode() + body
+            f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: service\r\nContent-Length: {len(body)}\r\n{length}\r\n".encode()
+            + body
         )
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines[1:] if line)
