@@ -97,8 +97,8 @@ def _soaked(soak: Soak) -> str:
     tenth = soak.memory[len(soak.memory) // 10]
     wrong = ", ".join(f"{what} ({count})" for what, count in soak.wrong.items()) or "nothing"
     return (
-        f"A long run: {soak.requests:,} requests in {soak.seconds:.0f} s, every twentieth a bad one. {soak.good:,} good "
-        "ones were answered with the right numbers, the largest difference from the row alone being "
+        f"A long run: {soak.requests:,} requests in {soak.seconds:.0f} s, every twentieth a bad one. {soak.good:,} "
+        "good ones were answered with the right numbers, the largest difference from the row alone being "
         f"{soak.worst:.1e} of the largest entry ({TOLERANCE:g} is allowed); {soak.bad:,} bad ones were refused with "
         f"the right status; wrong was {wrong}. The service had {mib(tenth)} MiB after a tenth of the requests, and "
         f"{mib(soak.memory[-1])} MiB at the end."

@@ -157,10 +157,8 @@ class _Connection:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams
         length = f"Inference-Header-Content-Length: {head}\r\n" if head else ""
-        writer.write(
-            f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: service\r\nContent-Length: {len(body)}\r\n{length}\r\n".encode()
-            + body
-        )
+        head_lines = f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: service\r\nContent-Length: {len(body)}\r\n"
+        writer.write(f"{head_lines}{length}\r\n".encode() + body)
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines[1:] if line)
         answer = await reader.readexactly(int(headers["content-length"]))
