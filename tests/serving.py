@@ -101,7 +101,9 @@ class Service:
         connection = http.client.HTTPConnection("service")
         connection.sock = self.connect(timeout)
         with contextlib.closing(connection):
-            connection.request(method, path, body or None, {**self.headers, **headers})
+            # A body that is refused may not be read to its end; the answer is there all the same.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, path, body or None, {**self.headers, **headers})
             answer = connection.getresponse()
             return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
 
