@@ -408,11 +408,15 @@ class TestJournal:
             quiet(model, source, out, executor=threads, **options)
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
-    def test_that_of_something_else(self, case: Case, source: Path, tmp_path: Path) -> None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "journal.jsonl").write_text("my diary\n")
+    @pytest.mark.parametrize("resume", [True, False])
+    @pytest.mark.parametrize("text", ["my diary\n", "my diary", '{"other": 1}\n'])
+    def test_that_of_something_else(self, case: Case, source: Path, tmp_path: Path, text: str, resume: bool) -> None:
+        file = tmp_path / "out" / "journal.jsonl"
+        file.parent.mkdir()
+        file.write_text(text)
         with pytest.raises(InputError, match="is no journal"):
-            quiet(case.model, source, tmp_path / "out")
+            quiet(case.model, source, tmp_path / "out", resume=resume)
+        assert list(file.parent.iterdir()) == [file] and file.read_text() == text
 
     def test_results_that_are_gone(self, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
         quiet(case.model, source, tmp_path / "out", executor=threads)

@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import machine
 from ..markdown import mib, table
 from .load import Load
-from .soak import TOLERANCE, Soak
+from .soak import BAD, TOLERANCE, Soak
 from .states import ROWS, STUB
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -97,7 +97,7 @@ def _soaked(soak: Soak) -> str:
     tenth = soak.memory[len(soak.memory) // 10]
     wrong = ", ".join(f"{what} ({count})" for what, count in soak.wrong.items()) or "nothing"
     return (
-        f"A long run: {soak.requests:,} requests in {soak.seconds:.0f} s, every twentieth a bad one. {soak.good:,} "
+        f"A long run: {soak.requests:,} requests in {soak.seconds:.0f} s, one in {BAD} a bad one. {soak.good:,} "
         "good ones were answered with the right numbers, the largest difference from the row alone being "
         f"{soak.worst:.1e} of the largest entry ({TOLERANCE:g} is allowed); {soak.bad:,} bad ones were refused with "
         f"the right status; wrong was {wrong}. The service had {mib(tenth)} MiB after a tenth of the requests, and "

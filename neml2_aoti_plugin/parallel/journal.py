@@ -44,8 +44,9 @@ class Journal:
             raise InputError(f"sink {file}: cannot be written ({error.strerror}). Give another sink.") from error
         try:
             self._lock()
-            if resume:
-                self._read()
+            lines = self._lines()
+            if resume and lines:
+                self._read(lines)
             if not self.resumed:
                 os.ftruncate(self._handle, 0)
                 self._append(self.header)
@@ -91,13 +92,21 @@ class Journal:
             # Some network file systems have no locks.
             return
 
-    def _read(self) -> None:
+    def _lines(self) -> list[str]:
+        """The lines that are there; none where a process was killed before the first one was whole.
+
+        Raises:
+            InputError: the file is no journal, and so is not ours to write over.
+        """
         with open(self.file, encoding="utf-8", errors="replace") as file:
-            text = file.read()
-        lines = text.splitlines(keepends=True)
-        if not lines or not lines[0].endswith("\n"):
-            # Killed before the first line was whole: nothing was done.
-            return
+            lines = file.read().splitlines(keepends=True)
+        if not lines or (self.header.startswith(lines[0]) and not lines[0].endswith("\n")):
+            return []
+        if _header(lines[0]) is None:
+            raise InputError(f"{self.file} is no journal of map_rows. Give another sink.")
+        return lines
+
+    def _read(self, lines: list[str]) -> None:
         self._require_same(lines[0])
         if lines[1:2] != [READY]:
             return
@@ -116,13 +125,7 @@ class Journal:
     def _require_same(self, line: str) -> None:
         if line == self.header:
             return
-        try:
-            there = json.loads(line)
-        except ValueError:
-            there = None
-        if not isinstance(there, dict):
-            raise InputError(f"{self.file} is no journal of map_rows. Give another sink.")
-        here = json.loads(self.header)
+        there, here = _header(line) or {}, json.loads(self.header)
         differing = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
         raise InputError(
             f"{self.file} is the journal of another run: {', '.join(differing)} differ. Give another sink, or "
@@ -140,6 +143,15 @@ class Journal:
             raise InputError(
                 f"sink {self.file}: cannot be written ({error.strerror}). Make room, and call again."
             ) from error
+
+
+def _header(line: str) -> dict[str, Any] | None:
+    """What a run is, out of the first line of its journal; None where it is none."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "form" in found else None
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -114,18 +114,20 @@ class FolderSink:
         """
         self._offsets: dict[str, int] = {}
         made: list[Path] = []
-        try:
-            for name, (dtype, tail) in fields.items():
-                file = self.folder / f"{name}.npy"
-                if anew:
+        for name, (dtype, tail) in fields.items():
+            file = self.folder / f"{name}.npy"
+            if not anew:
+                self._offsets[name] = _check_npy(file, np.dtype(dtype), (rows, *tail))
+                continue
+            try:
+                with file.open("wb") as out:
+                    # Only what could be opened is ours to remove.
                     made.append(file)
-                    self._offsets[name] = _make_npy(file, np.dtype(dtype), (rows, *tail))
-                else:
-                    self._offsets[name] = _check_npy(file, np.dtype(dtype), (rows, *tail))
-        except OSError as error:
-            for file in made:
-                file.unlink(missing_ok=True)
-            raise _unwritable(str(made[-1] if made else self.folder), error) from error
+                    self._offsets[name] = _make_npy(out, np.dtype(dtype), (rows, *tail))
+            except OSError as error:
+                for one in made:
+                    one.unlink(missing_ok=True)
+                raise _unwritable(str(file), error) from error
 
     def results(self, header: str) -> NpyResults:
         """What processes write to."""
@@ -145,11 +147,6 @@ class FolderSink:
     def finish(self, numbers: np.ndarray) -> None:
         """Write the numbers of the rows that failed."""
         np.save(self.folder / "failed_rows.npy", numbers)
-
-    def clear(self) -> None:
-        """Remove what an earlier run has written."""
-        for file in (self.journal, *self.folder.glob("*.npy")):
-            file.unlink(missing_ok=True)
 
     def is_used(self) -> bool:
         """Whether there are results already."""
@@ -198,10 +195,6 @@ class ZarrSink:
         """Write the numbers of the rows that failed."""
         group = import_zarr().open_group(str(self.path), mode="r+")
         group.create_array("failed_rows", data=numbers, overwrite=True)
-
-    def clear(self) -> None:
-        """Forget an earlier run; its arrays are replaced later."""
-        self.journal.unlink(missing_ok=True)
 
     def is_used(self) -> bool:
         """Whether there are results already."""
@@ -281,23 +274,22 @@ def require_same_journal(journal: str, header: str) -> None:
         )
 
 
-def _make_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    """Make a `.npy` file with room for an array; give the place of its first row."""
-    with file.open("wb") as out:
-        form: Mapping[str, Any] = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        np.lib.format.write_array_header_1_0(out, dict(form))
-        out.flush()
-        offset = out.tell()
-        size = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        if hasattr(os, "posix_fallocate"):
-            # Room on the disk, so that no process finds it full later on.
-            os.posix_fallocate(out.fileno(), 0, size)
-        else:
-            out.truncate(size)
+def _make_npy(out: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """Make an open file a `.npy` file with room for an array; give the place of its first row."""
+    form: Mapping[str, Any] = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    np.lib.format.write_array_header_1_0(out, dict(form))
+    out.flush()
+    offset = out.tell()
+    size = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if hasattr(os, "posix_fallocate"):
+        # Room on the disk, so that no process finds it full later on.
+        os.posix_fallocate(out.fileno(), 0, size)
+    else:
+        out.truncate(size)
     return offset
 
 
