@@ -184,9 +184,9 @@ def _once(
     if expand or model._plan is None or not blocks:
         return NOWHERE
     # The batch axis shows in one row: what all rows have in common comes without it.
-    shapes = {("input", name): known.natural_shape for name, known in model.inputs.items()}
-    shapes |= {("parameter", name): base for name, base in model.parameter_base_shapes.items()}
-    one = {key: value[:1] if value.ndim > len(shapes[key]) else value for key, value in given.items()}
+    ranks: dict[Key, int] = {("input", name): len(known.natural_shape) for name, known in model.inputs.items()}
+    ranks |= {("parameter", name): len(base) for name, base in model.parameter_base_shapes.items()}
+    one = {key: value[:1] if value.ndim > ranks[key] else value for key, value in given.items()}
     pairs = [(out, by) for out, row in blocks.items() for by in row]
     whole = model.jacobian(*_called(one), pairs=pairs, expand=True)[1]
     return frozenset(("block", out, by) for out, by in pairs if blocks[out][by].ndim < whole[out][by].ndim)
