@@ -154,7 +154,7 @@ def command(
     service = Service(tuple(sources), bounds, token, threads, not quiet)
     with address.bind() as bound:
         try:
-            service.journal().write("listening", address=address.told(bound), workers=workers, process=os.getpid())
+            service.event_log().write("listening", address=address.told(bound), workers=workers, process=os.getpid())
             if workers == 1:
                 run(service, bound)
             else:

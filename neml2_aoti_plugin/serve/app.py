@@ -19,10 +19,10 @@ from starlette.responses import Response
 
 from ..errors import InputError
 from ..model import Model
+from .event_log import EventLog
 from .first_calls import call_first
 from .front import EXCHANGE, Front, Gate
 from .gathering import Gatherer
-from .journal import Journal
 from .limits import Limits
 from .metrics import Metrics
 from .routes import Models, routes
@@ -37,7 +37,7 @@ def app(
     models: Mapping[str, Path_ | Model] | Iterable[Path_ | Source],
     *,
     token: str | None = None,
-    journal: Journal | None = None,
+    event_log: EventLog | None = None,
     gate: Gate | None = None,
     **limits: float,
 ) -> Starlette:
@@ -49,7 +49,7 @@ def app(
     Args:
         models: artifacts, or loaded models, by name; or artifacts alone, which take the names of their folders.
         token: that requests must have, but for those that ask whether the service is there.
-        journal: the log; nothing is logged if not given.
+        event_log: the log; nothing is logged if not given.
         gate: who comes in, for a server that tells when it stops.
         limits: fields of `neml2_aoti_plugin.serve.limits.Limits`.
 
@@ -61,7 +61,7 @@ def app(
     """
     sources = _sources(models)
     bounds = Limits(**limits)  # type: ignore[arg-type]
-    journal, gate = journal or Journal(), gate or Gate()
+    event_log, gate = event_log or EventLog(), gate or Gate()
     if token is not None:
         gate.token = token.encode()
     metrics, held = Metrics(), Models()
@@ -70,24 +70,24 @@ def app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         pool = ThreadPoolExecutor(1, "neml2-aoti-serve")
         try:
-            held.gatherers = _load(sources, bounds, metrics, pool, journal)
+            held.gatherers = _load(sources, bounds, metrics, pool, event_log)
         except Exception as error:
             held.failure = error
-            journal.error("not loaded", error)
+            event_log.error("not loaded", error)
             raise
         held.loaded = True
-        journal.write("ready", models=list(held.gatherers), process=os.getpid())
+        event_log.write("ready", models=list(held.gatherers), process=os.getpid())
         sweep = asyncio.create_task(_sweep(held))
         try:
             yield
         finally:
             sweep.cancel()
             pool.shutdown(wait=False, cancel_futures=True)
-            journal.write("stopped", process=os.getpid())
+            event_log.write("stopped", process=os.getpid())
 
     application = Starlette(
         routes=routes(held, bounds, metrics, gate),
-        middleware=[Middleware(Front, gate=gate, journal=journal, metrics=metrics)],
+        middleware=[Middleware(Front, gate=gate, event_log=event_log, metrics=metrics)],
         exception_handlers={HTTPException: _told},
         lifespan=lifespan,
     )
@@ -100,7 +100,7 @@ def _load(
     limits: Limits,
     metrics: Metrics,
     pool: Executor,
-    journal: Journal,
+    event_log: EventLog,
 ) -> dict[str, Gatherer]:
     """Load all models, and call each once."""
     found = {}
@@ -109,7 +109,7 @@ def _load(
         served = Served(name, load())
         call_first(served)
         found[name] = Gatherer(served, limits, metrics, pool)
-        journal.write("loaded", model=name, digest=served.model.digest, seconds=round(perf_counter() - start, 3))
+        event_log.write("loaded", model=name, digest=served.model.digest, seconds=round(perf_counter() - start, 3))
     return found
 
 

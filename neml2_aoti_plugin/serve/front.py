@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from .asgi import App, Message, Receive, Scope, Send, refuse
-from .journal import Journal
+from .event_log import EventLog
 from .metrics import Metrics
 from .refusals import Refused
 
@@ -80,12 +80,12 @@ class Front:
     Args:
         app: what is behind it.
         gate: who comes in.
-        journal: gets a line for each request.
+        event_log: gets a line for each request.
         metrics: count it.
     """
 
-    def __init__(self, app: App, gate: Gate, journal: Journal, metrics: Metrics) -> None:
-        self._app, self._gate, self._journal, self._metrics = app, gate, journal, metrics
+    def __init__(self, app: App, gate: Gate, event_log: EventLog, metrics: Metrics) -> None:
+        self._app, self._gate, self._event_log, self._metrics = app, gate, event_log, metrics
         self._numbers, self._process = count(), token_hex(4)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +108,7 @@ class Front:
         except Refused as refused:
             exchange.error = refused.message
             if refused.__cause__ is not None:
-                self._journal.error("failed", refused.__cause__, id=exchange.id)
+                self._event_log.error("failed", refused.__cause__, id=exchange.id)
             await refuse(refused, answer)
         except asyncio.CancelledError:
             # The service has stopped, and waits no longer.
@@ -116,7 +116,7 @@ class Front:
                 raise
             await refuse(Refused(503, "the service stops, and was not done in time.", retry_after=1), answer)
         except Exception as error:
-            self._journal.error("failed", error, id=exchange.id)
+            self._event_log.error("failed", error, id=exchange.id)
             if not exchange.status:
                 await refuse(Refused(500, f"the service failed; its log says more of request {exchange.id}."), answer)
         finally:
@@ -134,7 +134,7 @@ class Front:
     def _account(self, scope: Scope, exchange: Exchange) -> None:
         seconds = perf_counter() - exchange.start
         self._metrics.answered(exchange.model, exchange.operation, exchange.status, seconds)
-        if self._journal.requests or exchange.status == 500:
+        if self._event_log.requests or exchange.status == 500:
             fields: dict[str, Any] = {
                 "id": exchange.id,
                 "method": scope["method"],
@@ -146,4 +146,4 @@ class Front:
                 fields.update(operation=exchange.operation, rows=exchange.rows)
             if exchange.error:
                 fields["error"] = exchange.error[:500]
-            self._journal.write("request", **fields)
+            self._event_log.write("request", **fields)

@@ -18,8 +18,8 @@ import uvicorn
 
 from .app import app
 from .connection import bounded
+from .event_log import EventLog, Handler
 from .front import Gate
-from .journal import Handler, Journal
 from .limits import Limits
 from .served import Source
 
@@ -45,9 +45,9 @@ class Service:
     threads: int = 1
     log_requests: bool = True
 
-    def journal(self) -> Journal:
+    def event_log(self) -> EventLog:
         """The log, on the standard output."""
-        return Journal(sys.stdout.buffer, requests=self.log_requests)
+        return EventLog(sys.stdout.buffer, requests=self.log_requests)
 
 
 class Server(uvicorn.Server):
@@ -94,9 +94,9 @@ def run(service: Service, bound: socket.socket) -> None:
     import torch
 
     torch.set_num_threads(service.threads)
-    journal, gate = service.journal(), Gate()
-    _take_logs(journal)
-    application = app(service.sources, token=service.token, journal=journal, gate=gate, **vars(service.limits))
+    event_log, gate = service.event_log(), Gate()
+    _take_logs(event_log)
+    application = app(service.sources, token=service.token, event_log=event_log, gate=gate, **vars(service.limits))
     config = uvicorn.Config(
         application,
         http=bounded(service.limits),
@@ -123,12 +123,12 @@ def run(service: Service, bound: socket.socket) -> None:
         raise failure from None
     finally:
         server.last.cancel()
-        journal.flush()
+        event_log.flush()
 
 
-def _take_logs(journal: Journal) -> None:
+def _take_logs(event_log: EventLog) -> None:
     """Let uvicorn and asyncio speak through the log."""
-    handler = Handler(journal)
+    handler = Handler(event_log)
     for name in ("uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

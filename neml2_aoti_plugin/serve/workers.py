@@ -59,7 +59,7 @@ class Workers:
 
     def __init__(self, service: Service, bound: socket.socket, count: int) -> None:
         self._service, self._bound, self._count = service, bound, count
-        self._journal = service.journal()
+        self._event_log = service.event_log()
         # Not forked: torch's threads and loaded graphs do not survive a fork.
         self._context = multiprocessing.get_context("spawn")
         self._running: dict[BaseProcess, float] = {}
@@ -97,7 +97,7 @@ class Workers:
 
         for process in [process for process in self._running if process.exitcode is not None]:
             lived = time.monotonic() - self._running.pop(process)
-            self._journal.write("process died", level="error", process=process.pid, exitcode=process.exitcode)
+            self._event_log.write("process died", level="error", process=process.pid, exitcode=process.exitcode)
             mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
             failed = lived < SOON and process.exitcode == FAILED
             self._failed = self._failed + 1 if failed else 0
@@ -114,7 +114,7 @@ class Workers:
         for process in self._running:
             process.join(max(0.0, until - time.monotonic()))
             if process.exitcode is None:
-                self._journal.write("process killed", level="error", process=process.pid)
+                self._event_log.write("process killed", level="error", process=process.pid)
                 process.kill()
                 process.join()
 

@@ -15,7 +15,7 @@ import orjson
 WHOLE = 4096
 
 
-class Journal:
+class EventLog:
     """Lines for a stream; those of one turn of the event loop are written together.
 
     Args:
@@ -82,16 +82,16 @@ class Handler(logging.Handler):
     """Takes what other packages log, such as uvicorn.
 
     Args:
-        journal: that it goes to.
+        event_log: that it goes to.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, event_log: EventLog) -> None:
         super().__init__()
-        self._journal = journal
+        self._event_log = event_log
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record as a line."""
         level, error = record.levelname.lower(), record.exc_info[1] if record.exc_info else None
         told = "".join(traceback.format_exception(type(error), error, error.__traceback__)) if error else None
         more = {"traceback": told} if told else {}
-        self._journal.write("log", level=level, logger=record.name, message=record.getMessage(), **more)
+        self._event_log.write("log", level=level, logger=record.name, message=record.getMessage(), **more)
