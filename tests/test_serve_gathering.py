@@ -10,11 +10,11 @@ import torch
 
 from neml2_aoti_plugin import ConvergenceError, Model
 from neml2_aoti_plugin.serve.answers import write_answer
-from neml2_aoti_plugin.serve.calls import read_call
 from neml2_aoti_plugin.serve.evaluation import evaluate
 from neml2_aoti_plugin.serve.first_calls import call_first
 from neml2_aoti_plugin.serve.limits import Limits
 from neml2_aoti_plugin.serve.operations import Operation
+from neml2_aoti_plugin.serve.reading import read_call
 from neml2_aoti_plugin.serve.refusals import Refused
 from neml2_aoti_plugin.serve.served import Served
 from serving import Answer, Array, encode
@@ -74,7 +74,7 @@ def test_each_gets_what_it_would_get_alone(stub: str) -> None:
             calls.append(call)
         keys: dict[Any, list[int]] = {}
         for place, call in enumerate(calls):
-            keys.setdefault(call.key, []).append(place)
+            keys.setdefault(call.head.key, []).append(place)
         # Those with other values of parameters, and those without.
         assert len(keys) == (2 if model.parameter_base_shapes else 1)
         for places in keys.values():

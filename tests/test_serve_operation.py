@@ -11,7 +11,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -472,6 +472,20 @@ async def exchange(application: Any, method: str, path: str, body: bytes = b"", 
     return sent[0]["status"], sent[1]["body"]
 
 
+@contextlib.asynccontextmanager
+async def started_by_a_server(application: Any) -> AsyncIterator[None]:
+    """Start an application and stop it, as servers do (ASGI's lifespan)."""
+    told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    task = asyncio.create_task(application({"type": "lifespan", "asgi": {"version": "3.0"}}, told.get, said.put))
+    for event in ("startup", "shutdown"):
+        await told.put({"type": f"lifespan.{event}"})
+        assert (await said.get())["type"] == f"lifespan.{event}.complete"
+        if event == "startup":
+            yield
+    await task
+
+
 def test_an_application_for_another_server() -> None:
     model = Model(artifact("elasticity"))
     application = app({"steel": model, "other": artifact("elasticity")}, token=TOKEN, request_rows=10)
@@ -482,7 +496,7 @@ def test_an_application_for_another_server() -> None:
         # Before the server has started it.
         assert (await exchange(application, "GET", "/v2/health/ready"))[0] == 503
         assert (await exchange(application, "POST", "/v2/models/steel/infer", body, token))[0] == 503
-        async with application.router.lifespan_context(application):
+        async with started_by_a_server(application):
             assert (await exchange(application, "GET", "/v2/health/ready"))[0] == 200
             assert (await exchange(application, "POST", "/v2/models/steel/infer", body))[0] == 401
             found = await asyncio.gather(

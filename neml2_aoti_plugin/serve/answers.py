@@ -27,10 +27,16 @@ def write_answer(name: str, call: Call, arrays: dict[str, Array]) -> tuple[Heade
     Returns:
         Headers without the length, and body. A number that is not finite is null in JSON, which has no NaN.
     """
+    head = call.head
+    chosen = [arrays[output] for output, _ in head.outputs]
+    shapes = tuple([array.shape for array in chosen])
+    known = head.answers.get(shapes)
+    if known is not None:
+        headers, text = known
+        return headers, b"".join([text, *[array.tobytes() for array in chosen]])
     outputs: list[dict[str, Any]] = []
     binary: list[bytes] = []
-    for output, as_binary in call.outputs:
-        array = arrays[output]
+    for (output, as_binary), array in zip(head.outputs, chosen, strict=True):
         told: dict[str, Any] = {"name": output, "datatype": _NAMES[array.dtype.str[1:]], "shape": array.shape}
         if as_binary:
             data = array.tobytes()
@@ -40,13 +46,15 @@ def write_answer(name: str, call: Call, arrays: dict[str, Array]) -> tuple[Heade
             told["data"] = np.ascontiguousarray(array).reshape(-1)
         outputs.append(told)
     document: dict[str, Any] = {"model_name": name, "model_version": VERSION, "outputs": outputs}
-    if call.id is not None:
-        document["id"] = call.id
-    head = orjson.dumps(document, option=_OPTIONS)
+    if head.id is not None:
+        document["id"] = head.id
+    text = orjson.dumps(document, option=_OPTIONS)
     if not binary:
-        return JSON, head
+        return JSON, text
     headers = [
         (b"content-type", b"application/octet-stream"),
-        (b"inference-header-content-length", str(len(head)).encode()),
+        (b"inference-header-content-length", str(len(text)).encode()),
     ]
-    return headers, b"".join((head, *binary))
+    if len(binary) == len(outputs):
+        head.answers[shapes] = headers, text
+    return headers, b"".join((text, *binary))

@@ -10,22 +10,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from time import perf_counter
 
-import orjson
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.routing import Router
 
 from ..errors import InputError
 from ..model import Model
+from .asgi import App
+from .bodies import Bodies
 from .event_log import EventLog
 from .first_calls import call_first
-from .front import EXCHANGE, Front, Gate
+from .front import Front, Gate
 from .gathering import Gatherer
 from .limits import Limits
 from .metrics import Metrics
-from .routes import Models, routes
+from .routes import Infer, Models, routes
 from .served import Served, Source, require_names
 
 Path_ = str | os.PathLike[str]
@@ -34,13 +31,8 @@ SWEEP = 0.25
 
 
 def app(
-    models: Mapping[str, Path_ | Model] | Iterable[Path_ | Source],
-    *,
-    token: str | None = None,
-    event_log: EventLog | None = None,
-    gate: Gate | None = None,
-    **limits: float,
-) -> Starlette:
+    models: Mapping[str, Path_ | Model] | Iterable[Path_ | Source], *, token: str | None = None, **limits: float
+) -> App:
     """The service as an ASGI application, for a server of one's own.
 
     Models are loaded and called once when the server starts the application (ASGI's lifespan), so that each of its
@@ -49,8 +41,6 @@ def app(
     Args:
         models: artifacts, or loaded models, by name; or artifacts alone, which take the names of their folders.
         token: that requests must have, but for those that ask whether the service is there.
-        event_log: the log; nothing is logged if not given.
-        gate: who comes in, for a server that tells when it stops.
         limits: fields of `neml2_aoti_plugin.serve.limits.Limits`.
 
     Returns:
@@ -59,25 +49,37 @@ def app(
     Raises:
         InputError: a limit has no such value, or two models have the same name, or one a name that no address can have.
     """
-    sources = _sources(models)
-    bounds = Limits(**limits)  # type: ignore[arg-type]
-    event_log, gate = event_log or EventLog(), gate or Gate()
-    if token is not None:
-        gate.token = token.encode()
-    metrics, held = Metrics(), Models()
+    gate = Gate(token.encode() if token is not None else None)
+    return build(models, Limits(**limits), EventLog(), gate)[0]  # type: ignore[arg-type]
+
+
+def build(
+    given: Mapping[str, Path_ | Model] | Iterable[Path_ | Source], limits: Limits, event_log: EventLog, gate: Gate
+) -> tuple[App, Models]:
+    """The application, and the models that it will have loaded once it is started.
+
+    Args:
+        given: see `app`.
+        limits: of the service.
+        event_log: what happens is told there.
+        gate: who comes in.
+
+    Raises:
+        InputError: see `app`.
+    """
+    sources, metrics, models = _sources(given), Metrics(), Models()
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: object) -> AsyncIterator[None]:
         pool = ThreadPoolExecutor(1, "neml2-aoti-serve")
         try:
-            held.gatherers = _load(sources, bounds, metrics, pool, event_log)
+            models.take(_load(sources, limits, metrics, pool, event_log))
         except Exception as error:
-            held.failure = error
+            models.failure = error
             event_log.error("not loaded", error)
             raise
-        held.loaded = True
-        event_log.write("ready", models=list(held.gatherers), process=os.getpid())
-        sweep = asyncio.create_task(_sweep(held))
+        event_log.write("ready", models=list(models.infers), process=os.getpid())
+        sweep = asyncio.create_task(_sweep(models))
         try:
             yield
         finally:
@@ -85,14 +87,9 @@ def app(
             pool.shutdown(wait=False, cancel_futures=True)
             event_log.write("stopped", process=os.getpid())
 
-    application = Starlette(
-        routes=routes(held, bounds, metrics, gate),
-        middleware=[Middleware(Front, gate=gate, event_log=event_log, metrics=metrics)],
-        exception_handlers={HTTPException: _told},
-        lifespan=lifespan,
-    )
-    application.state.models = held
-    return application
+    # Starlette's router alone: what its application wraps around it is the business of Front.
+    router = Router(routes(models, metrics, gate), lifespan=lifespan)
+    return Front(router, models.direct, gate, event_log, metrics), models
 
 
 def _load(
@@ -101,14 +98,14 @@ def _load(
     metrics: Metrics,
     pool: Executor,
     event_log: EventLog,
-) -> dict[str, Gatherer]:
+) -> dict[str, Infer]:
     """Load all models, and call each once."""
-    found = {}
+    found, bodies = {}, Bodies(limits)
     for name, load in sources.items():
         start = perf_counter()
         served = Served(name, load())
         call_first(served)
-        found[name] = Gatherer(served, limits, metrics, pool)
+        found[name] = Infer(Gatherer(served, limits, metrics, pool), bodies, limits)
         event_log.write("loaded", model=name, digest=served.model.digest, seconds=round(perf_counter() - start, 3))
     return found
 
@@ -116,19 +113,8 @@ def _load(
 async def _sweep(models: Models) -> None:
     while True:
         await asyncio.sleep(SWEEP)
-        for gatherer in models.gatherers.values():
-            gatherer.sweep()
-
-
-async def _told(request: Request, error: Exception) -> Response:
-    """What Starlette refuses, such as an address that there is not, in the protocol's form."""
-    assert isinstance(error, HTTPException)
-    path = request.scope["path"]
-    texts = {404: f"there is nothing at {path!r}.", 405: f"{request.method} does nothing at {path!r}."}
-    text = texts.get(error.status_code, error.detail)
-    request.scope[EXCHANGE].error = text
-    headers = {**(error.headers or {}), "content-type": "application/json"}
-    return Response(orjson.dumps({"error": text}), error.status_code, headers)
+        for infer in models.infers.values():
+            infer.gatherer.sweep()
 
 
 def _sources(models: Mapping[str, Path_ | Model] | Iterable[Path_ | Source]) -> dict[str, Callable[[], Model]]:

@@ -17,6 +17,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 JSON: Headers = [(b"content-type", b"application/json")]
+# Of status, headers and body: writes an answer at once, and tells whether it could.
+AtOnce = Callable[[int, Headers, bytes], bool]
+# Where the service's own server puts one into the scope of a request.
+AT_ONCE = "neml2_aoti_plugin.at_once"
 
 
 def poll(receive: Receive) -> Message | None:
@@ -43,14 +47,19 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
     Args:
         send: of the request.
         status: of the answer.
-        headers: without that of the length.
+        headers: with that of the length.
         body: of the answer.
     """
-    length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def length_of(body: bytes) -> tuple[bytes, bytes]:
+    """The header that tells the length of a body."""
+    return b"content-length", b"%d" % len(body)
 
 
 async def refuse(refused: Refused, send: Send) -> None:
     """Answer with an error."""
-    await respond(send, refused.status, [*JSON, *refused.headers], orjson.dumps(refused.document))
+    body = orjson.dumps(refused.document)
+    await respond(send, refused.status, [*JSON, *refused.headers, length_of(body)], body)

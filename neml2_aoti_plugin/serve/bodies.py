@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from .asgi import Message, Receive, Scope, poll
 from .limits import Limits
@@ -22,9 +20,8 @@ class Bodies:
         self._limits = limits
         self._held = 0
 
-    @contextmanager
-    def room(self, size: int) -> Iterator[None]:
-        """Room for a body, until the request is answered.
+    def take(self, size: int) -> None:
+        """Take room for a body, until the request is answered.
 
         Args:
             size: number of bytes.
@@ -39,10 +36,10 @@ class Bodies:
                 retry_after=1,
             )
         self._held += size
-        try:
-            yield
-        finally:
-            self._held -= size
+
+    def release(self, size: int) -> None:
+        """Give room back."""
+        self._held -= size
 
     def size_of(self, scope: Scope) -> int:
         """How much room a request needs: as much as it tells, or as much as it may have.

@@ -1,307 +1,90 @@
-"""A request for an evaluation, read and checked as a whole before it queues."""
+"""A checked request: its head, which many requests have in common, and its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from .limits import Limits
-from .operations import TANGENT, Operation
-from .parts import NOTHING, flag_of, id_of, object_of, read_json, require_known
-from .refusals import Refused, shown
-from .served import VERSION, Served
-from .tensors import Array, Port, from_binary, from_json, require_shape
+from .asgi import Headers
+from .operations import Operation
+from .tensors import DTYPES, Array
 
-_TOP = frozenset({"id", "parameters", "inputs", "outputs", "model_name", "model_version"})
-_PARAMETERS = frozenset({"operation", "parameter_overrides", "binary_data_output"})
-_INPUT = frozenset({"name", "shape", "datatype", "parameters", "data"})
-_INPUT_OPTIONS = frozenset({"binary_data_size"})
-_OUTPUT = frozenset({"name", "parameters"})
-_OUTPUT_OPTIONS = frozenset({"binary_data"})
-
-# How many forms are remembered for each model, and how long the JSON of one may be.
-FORMS, LONGEST = 256, 4096
-# Where a tensor lies in the binary data: its first byte, dtype, number of entries and shape.
-Place = tuple[int, np.dtype[Any], int, tuple[int, ...]]
+# Where a tensor lies in the binary data: its first entry, the one behind its last, and its shape.
+Place = tuple[int, int, tuple[int, ...]]
 
 
-@dataclass(eq=False)
-class Call:
-    """A checked request.
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What a request asks for; requests that differ in their binary data alone share it.
 
     Args:
         operation: that it asks for.
         names: of its tensors, in the operation's order.
-        arrays: the tensors, each `(rows, ...)`.
         rows: how many.
         overrides: values of promoted parameters, `base` or `(rows, *base)`.
         pairs: derivative blocks to evaluate; None where the operation has none.
         outputs: names of the tensors of the answer, each with whether it is sent as binary data.
         id: that the client gave.
         key: calls with the same key may be evaluated together.
+        places: where its tensors lie in the binary data; empty where any of them is JSON.
+        size: of the binary data, in bytes.
+        answers: heads of answers in which all tensors are binary data, by the shapes of these; `answers` keeps them.
     """
 
     operation: Operation
     names: tuple[str, ...]
-    arrays: list[Array]
     rows: int
     overrides: dict[str, Array]
     pairs: tuple[tuple[str, str], ...] | None
     outputs: tuple[tuple[str, bool], ...]
     id: str | None
     key: Hashable
+    places: tuple[Place, ...] = ()
+    size: int = 0
+    answers: dict[tuple[tuple[int, ...], ...], tuple[Headers, bytes]] = field(default_factory=dict, repr=False)
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """Of the tensors, which all have the model's."""
+        return DTYPES[self.operation.ports[self.names[0]].datatype]
 
 
-@dataclass(frozen=True)
-class Form:
-    """What requests with the same JSON part have in common: all but their binary data.
-
-    Clients send the same JSON again and again, and to read it takes several times as long as to find it.
-
-    Args:
-        call: one of them.
-        places: where its tensors lie.
-        size: of the binary data.
-    """
-
-    call: Call
-    places: tuple[Place, ...]
-    size: int
-
-    def filled(self, binary: memoryview) -> Call:
-        """The request with these binary data."""
-        arrays = [
-            np.frombuffer(binary, dtype, count, begin).reshape(shape) for begin, dtype, count, shape in self.places
-        ]
-        return replace(self.call, arrays=arrays)
-
-
-def read_call(served: Served, body: bytes, header_length: bytes | None, limits: Limits) -> Call:
-    """Read a request.
+class Call:
+    """A request, checked.
 
     Args:
-        served: the model.
-        body: of the request.
-        header_length: the header `Inference-Header-Content-Length`, where the request has it.
-        limits: of the service.
-
-    Returns:
-        The request, checked.
-
-    Raises:
-        Refused: something about it is wrong.
+        head: what it asks for.
+        data: its tensors, each `(rows, ...)`, in the order of `head.names`; or all of them as binary data.
     """
-    if header_length is None:
-        return _read(served, body, memoryview(b""), limits)[0]
-    cut = _header_length(header_length, len(body))
-    head, binary = body[:cut], memoryview(body)[cut:]
-    form: Form | None = served.forms.get(head)
-    if form is not None and len(binary) == form.size:
-        return form.filled(binary)
-    call, places = _read(served, head, binary, limits)
-    # All tensors came as binary data, and calls may be told apart by their key.
-    if len(places) == len(call.names) and served.per_row and len(head) <= LONGEST:
-        if len(served.forms) >= FORMS:
-            served.forms.clear()
-        served.forms[head] = Form(call, tuple(places[name] for name in call.names), len(binary))
-    return call
+
+    __slots__ = ("data", "head", "operation", "rows")
+
+    def __init__(self, head: Head, data: list[Array] | memoryview) -> None:
+        self.head, self.data = head, data
+        self.operation, self.rows = head.operation, head.rows
+
+    @property
+    def arrays(self) -> list[Array]:
+        """The tensors; where they are views on the binary data, not to be written to."""
+        if isinstance(self.data, list):
+            return self.data
+        entries = np.frombuffer(self.data, self.head.dtype)
+        return [entries[begin:end].reshape(shape) for begin, end, shape in self.head.places]
 
 
-def _read(served: Served, head: bytes, binary: memoryview, limits: Limits) -> tuple[Call, dict[str, Place]]:
-    """Read a request, and tell where in the binary data its tensors lie, those that do."""
-    document = read_json(head)
-    if type(document) is not dict:
-        raise Refused(400, f"the request is {shown(document)}, expected a JSON object with 'inputs'.")
-    require_known(document, _TOP, "the request")
-    parameters = object_of(document, "parameters", "the request")
-    require_known(parameters, _PARAMETERS, "parameters")
-    operation = _operation(served, parameters.get("operation", "forward"))
-    given, places = _inputs(document, operation, binary, limits)
-    rows = next(iter(given.values())).shape[0]
-    names = operation.required
-    if len(given) != len(names):
-        names = tuple(name for name in operation.ports if name in given)
-    overrides = {}
-    if "parameter_overrides" in parameters:
-        overrides = _overrides(parameters["parameter_overrides"], served, rows)
-    outputs = _outputs(document, operation, flag_of(parameters, "binary_data_output", "parameters"))
-    pairs = None
-    if operation.pairs:
-        asked = {name for name, _ in outputs}
-        pairs = tuple(pair for name, pair in operation.pairs.items() if name in asked) or tuple(
-            operation.pairs.values()
-        )
-    _require_name(document, served)
-    alone = object() if not served.per_row else None
-    call = Call(
-        operation,
-        names,
-        [given[name] for name in names],
-        rows,
-        overrides,
-        pairs,
-        outputs,
-        id_of(document),
-        (operation.name, names, pairs, bool(overrides), alone),
-    )
-    return call, places
+def joined(calls: list[Call]) -> list[Array]:
+    """The tensors of calls one behind the other, `(rows of all calls, ...)`: the only copy that is made of them.
 
-
-def _header_length(text: bytes, total: int) -> int:
-    """The length of the JSON part of a request with binary data."""
-    if text.isdigit() and len(text) < 20 and int(text) <= total:
-        return int(text)
-    raise Refused(
-        400,
-        f"the header Inference-Header-Content-Length is {shown(text.decode('latin-1'))}, expected the length of the "
-        f"JSON part, {total} (the length of the body) at most.",
-    )
-
-
-def _operation(served: Served, name: object) -> Operation:
-    known = served.operations.get(name) if type(name) is str else None
-    if isinstance(known, Operation):
-        return known
-    there = ", ".join(n for n, x in served.operations.items() if isinstance(x, Operation))
-    reason = f": {known.reason}" if known is not None else ""
-    raise Refused(
-        400, f"parameters: operation is {shown(name)}, expected one of {there} for model {served.name!r}{reason}."
-    )
-
-
-def _inputs(
-    document: dict[str, Any], operation: Operation, binary: memoryview, limits: Limits
-) -> tuple[dict[str, Array], dict[str, Place]]:
-    """The tensors of a request by name, all with the same number of rows; and where they lie in the binary data."""
-    entries = document.get("inputs")
-    if type(entries) is not list or not entries:
-        raise Refused(400, f"inputs is {shown(entries)}, expected a list of tensors: {', '.join(operation.required)}.")
-    given: dict[str, Array] = {}
-    places: dict[str, Place] = {}
-    rows = begin = 0
-    for entry in entries:
-        if type(entry) is not dict:
-            raise Refused(400, f"inputs holds {shown(entry)}, expected an object with name, shape, datatype and data.")
-        name = entry.get("name")
-        port = None
-        if type(name) is str:
-            port = operation.inputs.get(name) or operation.optional.get(name)
-        if port is None or name in given:
-            _refuse_name(name, given, operation)
-        assert port is not None
-        own = require_shape(entry.get("shape"), port)
-        if own != rows:
-            if rows:
-                raise Refused(400, f"input {name!r} has {own} rows, but the inputs before it have {rows}.")
-            if own > limits.request_rows:
-                raise Refused(
-                    413, f"input {name!r} has {own} rows, more than the {limits.request_rows} that a request may have."
-                )
-            rows = own
-        if entry.get("datatype") != port.datatype:
-            raise Refused(
-                400, f"input {name!r} has the datatype {shown(entry.get('datatype'))}, expected {port.datatype!r}."
-            )
-        if not _INPUT.issuperset(entry):
-            require_known(entry, _INPUT, f"input {name!r}")
-        options = object_of(entry, "parameters", f"input {name!r}") if "parameters" in entry else NOTHING
-        if options:
-            require_known(options, _INPUT_OPTIONS, f"parameters of input {name!r}")
-        shape = (own, *port.shape)
-        if "binary_data_size" in options:
-            if "data" in entry:
-                raise Refused(400, f"input {name!r} has both data and binary_data_size, expected one of them.")
-            array = from_binary(binary[begin:], options["binary_data_size"], shape, port)
-            places[port.name] = (begin, array.dtype, array.size, shape)
-            begin += array.nbytes
-        else:
-            array = from_json(entry.get("data"), shape, port)
-        given[port.name] = array
-    if len(binary) > begin:
-        raise Refused(400, f"the body has {len(binary) - begin} bytes more of binary data than its inputs tell.")
-    missing = [name for name in operation.required if name not in given]
-    if missing:
-        raise Refused(400, f"inputs lack {', '.join(map(repr, missing))}, which {operation.name} needs.")
-    if operation.name == "jvp" and not any(name.startswith(TANGENT) for name in given):
-        there = ", ".join(name for name in operation.optional if name.startswith(TANGENT)) or "none, by its derivatives"
-        raise Refused(400, f"inputs hold no tangent, which jvp needs one of: {there}.")
-    return given, places
-
-
-def _refuse_name(name: object, given: dict[str, Array], operation: Operation) -> None:
-    if type(name) is str and name in given:
-        raise Refused(400, f"input {name!r} is there twice.")
-    more = f"; it also takes {', '.join(operation.optional)}" if operation.optional else ""
-    raise Refused(
-        400,
-        f"inputs hold {shown(name)}, which {operation.name} does not take. It needs "
-        f"{', '.join(operation.required)}{more}.",
-    )
-
-
-def _overrides(given: object, served: Served, rows: int) -> dict[str, Array]:
-    """Values of promoted parameters; they may come as a string of JSON, where a client sends no objects there."""
-    if type(given) is str:
-        given = read_json(given.encode("utf-8", "surrogatepass"))
-    if type(given) is not dict:
-        raise Refused(400, f"parameter_overrides is {shown(given)}, expected an object from name to value.")
-    shapes, found = served.model.parameter_base_shapes, {}
-    for name, value in given.items():
-        if name not in shapes:
-            raise Refused(
-                400,
-                f"parameter_overrides holds {shown(name)}, which is no promoted parameter of model {served.name!r}; "
-                f"there are: {', '.join(shapes) or 'none'}.",
-            )
-        found[name] = _override(name, value, tuple(shapes[name]), served.datatype, rows)
-    return found
-
-
-def _override(name: str, value: object, base: tuple[int, ...], kind: str, rows: int) -> Array:
-    """One value: a number for all entries, or lists of the base shape, or of the base shape for each row."""
-    what = Port(f"parameter_overrides: {name}", kind, base)
-    if type(value) in (int, float):
-        return np.broadcast_to(from_json([value], (1,), what)[0], base)
-    for shape in ((rows, *base), base):
-        try:
-            if shape:
-                return from_json(value, shape, what)
-        except Refused:
-            continue
-    shapes = f"{list(base)} or {[rows, *base]}" if base else f"[{rows}]"
-    raise Refused(
-        400, f"parameter_overrides: {name} is {shown(value)}, expected a number, or lists of the shape {shapes}."
-    )
-
-
-def _outputs(document: dict[str, Any], operation: Operation, binary: bool) -> tuple[tuple[str, bool], ...]:
-    """Which tensors the answer has, and whether each is binary data."""
-    entries = document.get("outputs")
-    if entries is None or entries == []:
-        return tuple((name, binary) for name in operation.outputs)
-    if type(entries) is not list:
-        raise Refused(400, f"outputs is {shown(entries)}, expected a list of objects with a name.")
-    found: dict[str, bool] = {}
-    for entry in entries:
-        name = entry.get("name") if type(entry) is dict else None
-        if type(name) is not str or name not in operation.outputs or name in found:
-            raise Refused(
-                400,
-                f"outputs holds {shown(entry)}, expected each once, with a name out of {', '.join(operation.outputs)}.",
-            )
-        require_known(entry, _OUTPUT, f"output {name!r}")
-        options = object_of(entry, "parameters", f"output {name!r}")
-        require_known(options, _OUTPUT_OPTIONS, f"parameters of output {name!r}")
-        found[name] = flag_of(options, "binary_data", f"output {name!r}") if "binary_data" in options else binary
-    return tuple(found.items())
-
-
-def _require_name(document: dict[str, Any], served: Served) -> None:
-    """Refuse a request for another model or version than its address names."""
-    for key, wanted in (("model_name", served.name), ("model_version", VERSION)):
-        found = document.get(key)
-        if found not in (None, wanted):
-            raise Refused(400, f"{key} is {shown(found)}, but the address is that of {wanted!r}.")
+    Args:
+        calls: with the same operation and the same names of tensors.
+    """
+    head = calls[0].head
+    if not head.places or any(call.head is not head for call in calls):
+        every = [call.arrays for call in calls]
+        return [np.concatenate(parts) for parts in zip(*every, strict=True)]
+    entries = np.frombuffer(b"".join([call.data for call in calls]), head.dtype)  # type: ignore[misc]
+    matrix = entries.reshape(len(calls), -1)
+    rows = len(calls) * head.rows
+    return [np.array(matrix[:, begin:end]).reshape(rows, *shape[1:]) for begin, end, shape in head.places]

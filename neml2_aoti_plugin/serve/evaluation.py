@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AOTIError, ConvergenceError
-from .calls import Call
+from .calls import Call, joined
 from .operations import CONVERGED, COTANGENT, GRADIENT, ITERATIONS, TANGENT
 from .refusals import Refused, not_converged
 from .served import Served
@@ -53,7 +53,7 @@ def _forward(served: Served, calls: Sequence[Call]) -> list[Answer]:
 def _solve(served: Served, calls: Sequence[Call]) -> list[Answer]:
     first = calls[0]
     inputs, overrides = _inputs(served, calls), _overrides(served, calls)
-    found = served.model.solve(inputs, overrides, pairs=first.pairs)
+    found = served.model.solve(inputs, overrides, pairs=first.head.pairs)
     arrays = {name: _array(value) for name, value in found.outputs.items()}
     arrays.update((f"{out}:{by}", _array(x)) for out, row in found.blocks.items() for by, x in row.items())
     converged = _array(found.converged)
@@ -68,7 +68,9 @@ def _solve(served: Served, calls: Sequence[Call]) -> list[Answer]:
 def _jvp(served: Served, calls: Sequence[Call]) -> list[Answer]:
     def run(chosen: Sequence[Call]) -> list[Answer]:
         given = _inputs(served, chosen)
-        tangents = {name.removeprefix(TANGENT): given.pop(name) for name in chosen[0].names if name.startswith(TANGENT)}
+        tangents = {
+            name.removeprefix(TANGENT): given.pop(name) for name in chosen[0].head.names if name.startswith(TANGENT)
+        }
         outputs, along = served.model.jvp(given, tangents, _overrides(served, chosen))
         named = {**outputs, **{TANGENT + name: value for name, value in along.items()}}
         return _split(chosen, {name: _array(value) for name, value in named.items()})
@@ -83,7 +85,7 @@ def _param_vjp(served: Served, calls: Sequence[Call]) -> list[Answer]:
     def run(chosen: Sequence[Call]) -> list[Answer]:
         given = _inputs(served, chosen)
         cotangents = {
-            name.removeprefix(COTANGENT): given.pop(name) for name in chosen[0].names if name.startswith(COTANGENT)
+            name.removeprefix(COTANGENT): given.pop(name) for name in chosen[0].head.names if name.startswith(COTANGENT)
         }
         if len(chosen) == 1:
             gradients = served.model.param_vjp(given, cotangents, _overrides(served, chosen))
@@ -94,7 +96,8 @@ def _param_vjp(served: Served, calls: Sequence[Call]) -> list[Answer]:
         for call, answer in zip(chosen, answers, strict=True):
             assert not isinstance(answer, Refused)
             common = {
-                name: name not in call.overrides or call.overrides[name].ndim == len(shapes[name]) for name in answer
+                name: name not in call.head.overrides or call.head.overrides[name].ndim == len(shapes[name])
+                for name in answer
             }
             found.append({GRADIENT + n: x.sum(0) if common[n] else x for n, x in answer.items()})
         return found
@@ -112,26 +115,26 @@ _WAYS: dict[str, Callable[[Served, Sequence[Call]], list[Answer]]] = {
 
 
 def _inputs(served: Served, calls: Sequence[Call]) -> Tensors:
-    """The tensors of all calls one behind the other: the only copy that is made of them."""
+    """The tensors of all calls, one behind the other."""
     device = served.model.device
     found = {}
-    for place, name in enumerate(calls[0].names):
-        value = torch.from_numpy(np.concatenate([call.arrays[place] for call in calls]))
+    for name, array in zip(calls[0].head.names, joined(list(calls)), strict=True):
+        value = torch.from_numpy(array)
         found[name] = value if device.type == "cpu" else value.to(device)
     return found
 
 
 def _overrides(served: Served, calls: Sequence[Call]) -> Tensors | None:
     """Values of promoted parameters for all calls: common ones, or one for each row where calls differ."""
-    first = calls[0].overrides
+    first = calls[0].head.overrides
     if not first:
         return None
-    if all(_same(call.overrides, first) for call in calls[1:]) and (
+    if all(_same(call.head.overrides, first) for call in calls[1:]) and (
         len(calls) == 1 or all(x.ndim == len(served.model.parameter_base_shapes[n]) for n, x in first.items())
     ):
         device = served.model.device
         return {name: torch.from_numpy(np.array(value)).to(device) for name, value in first.items()}
-    return _per_row(served, calls, list(dict.fromkeys(name for call in calls for name in call.overrides)))
+    return _per_row(served, calls, list(dict.fromkeys(name for call in calls for name in call.head.overrides)))
 
 
 def _same(these: dict[str, Array], those: dict[str, Array]) -> bool:
@@ -145,7 +148,7 @@ def _per_row(served: Served, calls: Sequence[Call], names: list[str]) -> Tensors
     for name in names:
         base = tuple(model.parameter_base_shapes[name])
         own = present[name].detach().cpu().numpy()
-        rows = [np.broadcast_to(call.overrides.get(name, own), (call.rows, *base)) for call in calls]
+        rows = [np.broadcast_to(call.head.overrides.get(name, own), (call.rows, *base)) for call in calls]
         found[name] = torch.from_numpy(np.concatenate(rows)).to(model.device)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .calls import Call
+from .calls import Call, Head
 from .evaluation import evaluate
 from .operations import COTANGENT, TANGENT, Operation
 from .refusals import Refused
@@ -42,4 +42,4 @@ def _call(served: Served, operation: Operation) -> Call:
         arrays.append(np.full((1, *port.shape), float(one), DTYPES[port.datatype]))
     pairs = tuple(operation.pairs.values()) or None
     outputs = tuple((name, False) for name in operation.outputs)
-    return Call(operation, tuple(names), arrays, 1, {}, pairs, outputs, None, None)
+    return Call(Head(operation, tuple(names), 1, {}, pairs, outputs, None, None), arrays)

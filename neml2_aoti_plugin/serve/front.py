@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from secrets import token_hex
 from time import perf_counter
 from typing import Any
 
-from .asgi import App, Message, Receive, Scope, Send, refuse
+from starlette.exceptions import HTTPException
+
+from .asgi import AT_ONCE, App, AtOnce, Headers, Message, Receive, Scope, Send, length_of, refuse, respond
 from .event_log import EventLog
 from .metrics import Metrics
 from .refusals import Refused
@@ -22,11 +25,10 @@ OPEN = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
 LONGEST = 128
 
 
-@dataclass(eq=False)
 class Exchange:
     """One request and its answer, as log and metrics tell them.
 
-    Args:
+    Attributes:
         id: of the request.
         start: when it came.
         status: of the answer; 0 before.
@@ -34,15 +36,43 @@ class Exchange:
         operation: that it asked for.
         rows: that it has.
         error: that the client was told.
+
+    Args:
+        id: of the request.
+        send: of the request.
+        at_once: what the server has to write an answer at once; see `asgi.AT_ONCE`.
     """
 
-    id: str
-    start: float
-    status: int = 0
-    model: str = ""
-    operation: str = ""
-    rows: int = 0
-    error: str = ""
+    __slots__ = ("_at_once", "_send", "error", "id", "model", "operation", "rows", "start", "status")
+
+    def __init__(self, id: str, send: Send, at_once: AtOnce | None) -> None:
+        self.id, self.start, self._send, self._at_once = id, perf_counter(), send, at_once
+        self.model = self.operation = self.error = ""
+        self.status = self.rows = 0
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the answer, with the id."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), self._own]
+        await self._send(message)
+
+    async def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send a whole answer, with the id.
+
+        Args:
+            status: of the answer.
+            headers: without that of the length.
+            body: of the answer.
+        """
+        self.status = status
+        every = [*headers, self._own, length_of(body)]
+        if self._at_once is None or not self._at_once(status, every, body):
+            await respond(self._send, status, every, body)
+
+    @property
+    def _own(self) -> tuple[bytes, bytes]:
+        return b"x-request-id", self.id.encode()
 
 
 @dataclass(eq=False)
@@ -75,17 +105,19 @@ class Gate:
 
 
 class Front:
-    """ASGI middleware around all routes.
+    """ASGI application around all others.
 
     Args:
-        app: what is behind it.
+        app: answers requests.
+        direct: answers those at some addresses, by the path; these must be fast, and `app` is not asked.
         gate: who comes in.
         event_log: gets a line for each request.
         metrics: count it.
     """
 
-    def __init__(self, app: App, gate: Gate, event_log: EventLog, metrics: Metrics) -> None:
-        self._app, self._gate, self._event_log, self._metrics = app, gate, event_log, metrics
+    def __init__(self, app: App, direct: Mapping[str, App], gate: Gate, event_log: EventLog, metrics: Metrics) -> None:
+        self._app, self._direct = app, direct
+        self._gate, self._event_log, self._metrics = gate, event_log, metrics
         self._numbers, self._process = count(), token_hex(4)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,34 +125,33 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = scope[EXCHANGE] = Exchange(self._id(scope), perf_counter())
-        own = (b"x-request-id", exchange.id.encode())
-
-        async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), own]
-            await send(message)
-
+        # With it, Starlette's router raises where there is nothing to be found.
+        scope["app"] = self
+        exchange = scope[EXCHANGE] = Exchange(self._id(scope), send, scope.pop(AT_ONCE, None))
         try:
             self._gate.check(scope)
-            await self._app(scope, receive, answer)
-        except Refused as refused:
+            await self._direct.get(scope["path"], self._app)(scope, receive, exchange.send)
+        except (Refused, HTTPException) as error:
+            refused = error if isinstance(error, Refused) else _told(scope, error)
             exchange.error = refused.message
             if refused.__cause__ is not None:
                 self._event_log.error("failed", refused.__cause__, id=exchange.id)
-            await refuse(refused, answer)
+            await refuse(refused, exchange.send)
         except asyncio.CancelledError:
             # The service has stopped, and waits no longer.
             if exchange.status:
                 raise
-            await refuse(Refused(503, "the service stops, and was not done in time.", retry_after=1), answer)
+            text = "the service stops, and was not done in time."
+            await refuse(Refused(503, text, retry_after=1), exchange.send)
         except Exception as error:
             self._event_log.error("failed", error, id=exchange.id)
             if not exchange.status:
-                await refuse(Refused(500, f"the service failed; its log says more of request {exchange.id}."), answer)
+                text = f"the service failed; its log says more of request {exchange.id}."
+                await refuse(Refused(500, text), exchange.send)
         finally:
             self._account(scope, exchange)
+            # It leads back to the scope: left there, the garbage collector would have to find all of it.
+            del scope[EXCHANGE]
 
     def _id(self, scope: Scope) -> str:
         """The client's own id of the request, or a new one."""
@@ -147,3 +178,11 @@ class Front:
             if exchange.error:
                 fields["error"] = exchange.error[:500]
             self._event_log.write("request", **fields)
+
+
+def _told(scope: Scope, error: HTTPException) -> Refused:
+    """What Starlette refuses, such as an address that there is not, in the protocol's form."""
+    path, method = scope["path"], scope["method"]
+    texts = {404: f"there is nothing at {path!r}.", 405: f"{method} does nothing at {path!r}."}
+    text = texts.get(error.status_code, error.detail)
+    return Refused(error.status_code, text, allow=(error.headers or {}).get("Allow"))

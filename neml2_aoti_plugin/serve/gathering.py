@@ -85,9 +85,9 @@ class Gatherer:
                 retry_after=1,
             )
         future: asyncio.Future[dict[str, Array]] = self._loop.create_future()
-        queue = self._queues.get(call.key)
+        queue = self._queues.get(call.head.key)
         if queue is None:
-            queue = self._queues[call.key] = deque()
+            queue = self._queues[call.head.key] = deque()
         queue.append(Waiting(call, receive, future, perf_counter()))
         self._rows += call.rows
         if not self._busy:

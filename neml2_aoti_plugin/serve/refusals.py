@@ -21,6 +21,7 @@ class Refused(Exception):
         retry_after: seconds after which to try again, where that may help.
         rows: numbers of the rows at fault, counted from 0 within the request.
         close: whether the connection is of no more use.
+        allow: methods that the address knows.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class Refused(Exception):
         retry_after: int | None = None,
         rows: Sequence[int] | None = None,
         close: bool = False,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.retry_after = status, message, retry_after
-        self.rows, self.close = rows, close
+        self.rows, self.close, self.allow = rows, close, allow
 
     @property
     def document(self) -> dict[str, object]:
@@ -52,6 +54,8 @@ class Refused(Exception):
             found.append((b"retry-after", str(self.retry_after).encode()))
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
+        if self.allow is not None:
+            found.append((b"allow", self.allow.encode()))
         if self.close or self.status in _CLOSING:
             found.append((b"connection", b"close"))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -11,17 +12,17 @@ from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from .answers import write_answer
-from .asgi import JSON, Receive, Scope, Send, respond
+from .asgi import JSON, App, Receive, Scope, Send
 from .bodies import Bodies
-from .calls import read_call
 from .front import EXCHANGE, Exchange, Gate
 from .gathering import Gatherer
 from .limits import Limits
 from .metrics import CONTENT_TYPE, Metrics
 from .openapi import document
 from .page import page
+from .reading import read_call
 from .refusals import Refused
-from .served import VERSION
+from .served import VERSION, Served
 
 HEADER_LENGTH = b"inference-header-content-length"
 
@@ -30,12 +31,22 @@ class Models:
     """The models of a process by name: none before they are loaded and each has been called once."""
 
     def __init__(self) -> None:
-        self.gatherers: dict[str, Gatherer] = {}
+        self.infers: dict[str, Infer] = {}
+        # By the path, for those addresses that must be fast.
+        self.direct: dict[str, App] = {}
         self.loaded = False
         # Why they could not be loaded.
         self.failure: Exception | None = None
 
-    def find(self, scope: Scope) -> Gatherer:
+    def take(self, infers: Mapping[str, Infer]) -> None:
+        """Have models that are loaded."""
+        self.infers.update(infers)
+        for name, infer in infers.items():
+            for path in (f"/v2/models/{name}/infer", f"/v2/models/{name}/versions/{VERSION}/infer"):
+                self.direct[path] = infer
+        self.loaded = True
+
+    def find(self, scope: Scope) -> Infer:
         """The model that an address names.
 
         Raises:
@@ -44,11 +55,11 @@ class Models:
         parameters = scope["path_params"]
         name, version = parameters["model"], parameters.get("version", VERSION)
         exchange: Exchange = scope[EXCHANGE]
-        found = self.gatherers.get(name)
+        found = self.infers.get(name)
         if found is None:
             if not self.loaded:
                 raise Refused(503, "the models are being loaded.", retry_after=1)
-            raise Refused(404, f"there is no model {name!r}; there are: {', '.join(self.gatherers)}.")
+            raise Refused(404, f"there is no model {name!r}; there are: {', '.join(self.infers)}.")
         if version != VERSION:
             raise Refused(404, f"model {name!r} has no version {version!r}; it has {VERSION!r}.")
         exchange.model = name
@@ -56,38 +67,48 @@ class Models:
 
 
 class Infer:
-    """The address where models are evaluated, as an ASGI application of its own: it is what must be fast.
+    """Evaluations of one model, as an ASGI application.
 
     Args:
-        models: by name.
+        gatherer: of the model.
+        bodies: of all requests.
         limits: of the service.
     """
 
-    def __init__(self, models: Models, limits: Limits) -> None:
-        self._models, self._limits, self._bodies = models, limits, Bodies(limits)
+    def __init__(self, gatherer: Gatherer, bodies: Bodies, limits: Limits) -> None:
+        self.gatherer, self._bodies, self._limits = gatherer, bodies, limits
+
+    @property
+    def served(self) -> Served:
+        """The model."""
+        return self.gatherer.served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["method"] != "POST":
-            raise Refused(405, f"{scope['method']} does nothing here; POST a request.")
-        gatherer = self._models.find(scope)
+            raise Refused(405, f"{scope['method']} does nothing here; POST a request.", allow="POST")
         exchange: Exchange = scope[EXCHANGE]
-        with self._bodies.room(self._bodies.size_of(scope)):
-            body = await self._bodies.read(receive)
+        served, bodies = self.served, self._bodies
+        exchange.model = served.name
+        size = bodies.size_of(scope)
+        bodies.take(size)
+        try:
+            body = await bodies.read(receive)
             length = next((value for name, value in scope["headers"] if name == HEADER_LENGTH), None)
-            call = read_call(gatherer.served, body, length, self._limits)
+            call = read_call(served, body, length, self._limits)
             exchange.operation, exchange.rows = call.operation.name, call.rows
-            arrays = await gatherer.submit(call, receive)
-            headers, answer = write_answer(gatherer.served.name, call, arrays)
-        await respond(send, 200, headers, answer)
+            arrays = await self.gatherer.submit(call, receive)
+            headers, answer = write_answer(served.name, call, arrays)
+        finally:
+            bodies.release(size)
+        await exchange.respond(200, headers, answer)
 
 
-def routes(models: Models, limits: Limits, metrics: Metrics, gate: Gate) -> list[BaseRoute]:
-    """All routes; the one that must be fast first.
+def routes(models: Models, metrics: Metrics, gate: Gate) -> list[BaseRoute]:
+    """All routes.
 
     Args:
         models: by name.
-        limits: of the service.
         metrics: of the process.
         gate: who comes in.
     """
@@ -109,7 +130,7 @@ def routes(models: Models, limits: Limits, metrics: Metrics, gate: Gate) -> list
         return _json(request, "health", {"ready": True})
 
     async def listed(request: Request) -> Response:
-        return _json(request, "metadata", {"models": list(models.gatherers)})
+        return _json(request, "metadata", {"models": list(models.infers)})
 
     async def model(request: Request) -> Response:
         return _json(request, "metadata", models.find(request.scope).served.metadata)
@@ -119,7 +140,7 @@ def routes(models: Models, limits: Limits, metrics: Metrics, gate: Gate) -> list
         return _json(request, "health", {"name": found.served.name, "ready": models.loaded and gate.open})
 
     async def openapi(request: Request) -> Response:
-        return _json(request, "metadata", document([found.served for found in models.gatherers.values()]))
+        return _json(request, "metadata", document([found.served for found in models.infers.values()]))
 
     async def home(request: Request) -> Response:
         _exchange(request).operation = "page"
@@ -129,11 +150,16 @@ def routes(models: Models, limits: Limits, metrics: Metrics, gate: Gate) -> list
         _exchange(request).operation = "metrics"
         return Response(metrics.page(), headers={"content-type": CONTENT_TYPE.decode()})
 
-    infer = Infer(models, limits)
+    class Find:
+        """Evaluations of the model that the address names; a class, as Starlette takes applications."""
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await models.find(scope)(scope, receive, send)
+
     one = "/v2/models/{model}"
     both = (one, one + "/versions/{version}")
     return [
-        *(Route(path + "/infer", infer) for path in both),
+        *(Route(path + "/infer", Find()) for path in both),
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
         Route("/v2", server),

@@ -54,7 +54,7 @@ class Served:
         operations: by name.
         implicit: whether rows may fail to converge.
         per_row: whether each promoted parameter has one value, in whose place each row may have its own.
-        forms: what requests have had in common, by the JSON part; `calls` keeps it.
+        heads: of requests with binary data, by their JSON; `reading` keeps them.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Served:
     operations: dict[str, Operation | Missing] = field(init=False)
     implicit: bool = field(init=False)
     per_row: bool = field(init=False)
-    forms: dict[bytes, Any] = field(init=False, default_factory=dict, repr=False)
+    heads: dict[bytes, Any] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         model = self.model

@@ -16,7 +16,7 @@ from types import FrameType
 
 import uvicorn
 
-from .app import app
+from .app import build
 from .connection import bounded
 from .event_log import EventLog, Handler
 from .front import Gate
@@ -94,9 +94,9 @@ def run(service: Service, bound: socket.socket) -> None:
     import torch
 
     torch.set_num_threads(service.threads)
-    event_log, gate = service.event_log(), Gate()
+    event_log, gate = service.event_log(), Gate(service.token.encode() if service.token is not None else None)
     _take_logs(event_log)
-    application = app(service.sources, token=service.token, event_log=event_log, gate=gate, **vars(service.limits))
+    application, models = build(service.sources, service.limits, event_log, gate)
     config = uvicorn.Config(
         application,
         http=bounded(service.limits),
@@ -117,10 +117,9 @@ def run(service: Service, bound: socket.socket) -> None:
     try:
         server.run(sockets=[bound])
     except SystemExit:
-        failure = application.state.models.failure
-        if failure is None:
+        if models.failure is None:
             raise
-        raise failure from None
+        raise models.failure from None
     finally:
         server.last.cancel()
         event_log.flush()
