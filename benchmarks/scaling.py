@@ -293,7 +293,7 @@ def malloc(options: argparse.Namespace) -> None:
 def one_malloc(options: argparse.Namespace) -> None:
     """Print the processor time of some calls."""
     if os.environ.get(BACK):
-        from neml2_aoti_plugin.parallel.dask import keep_freed_memory
+        from neml2_aoti_plugin.parallel.malloc import keep_freed_memory
 
         keep_freed_memory()
     artifact, inputs = inputs_of(options.models[0], MALLOC_ROWS)

@@ -34,6 +34,7 @@ from neml2_aoti_plugin import (
 )
 from neml2_aoti_plugin.host.hit import AOTIModel
 from neml2_aoti_plugin.parallel import chunks
+from neml2_aoti_plugin.parallel.folder import SPARE_PER_WORKER
 from neml2_aoti_plugin.parallel.workers import Workers, shared
 from processes import Program, descendants, is_alive, leftovers, wait_until
 from references import Case, Tensors, difference
@@ -373,10 +374,12 @@ class TestWorkersThatDie:
             pool.forward(viscoplasticity(300))
             first = pool.processes.processes
             folder = pool.processes.folder
+            names = {path.name for path in folder.iterdir()}
+            begun = time.time_ns()
 
             def kill() -> bool:
-                # Results of a chunk lie there: the processes are at work.
-                if not any(path.name.count("-") == 2 for path in folder.iterdir()):
+                # Rows are on their way: the process is at work.
+                if not any(path.stat().st_mtime_ns > begun for path in folder.glob("rows-*")):
                     return False
                 os.kill(first[0], signal.SIGKILL)
                 return True
@@ -385,7 +388,9 @@ class TestWorkersThatDie:
             assert_same(found, model.forward(inputs))
             assert not set(first) & set(pool.processes.processes) and len(pool.processes.processes) == 1
             assert wait_until(lambda: not any(map(is_alive, first)))
-            assert [path.name for path in folder.iterdir() if not path.name.startswith((".", "model-"))] == []
+            # But for those that are kept to be written over.
+            left = [path for path in folder.iterdir() if path.name not in names]
+            assert all(path.name.startswith("rows-") for path in left) and len(left) <= SPARE_PER_WORKER
 
     @pytest.mark.long
     def test_one_that_dies_between_two_calls(self) -> None:
@@ -443,6 +448,7 @@ if sys.argv[2] == "work":
 elif sys.argv[2] == "full":
     import resource
 
+    before = set(pool.processes.folder.iterdir())
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
     try:
@@ -450,7 +456,7 @@ elif sys.argv[2] == "full":
     except Exception as error:
         print(type(error).__name__, error, flush=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    left = [path for path in pool.processes.folder.iterdir() if path.name[0].isdigit()]
+    left = set(pool.processes.folder.iterdir()) - before
     pool.forward(scaled(1000))
     print(len(left), "files are left, and it works again", flush=True)
     pool.close()

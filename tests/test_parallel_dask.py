@@ -190,6 +190,6 @@ class TestDaskArrays:
 
 
 def test_memory_stays_with_the_process() -> None:
-    from neml2_aoti_plugin.parallel.dask import keep_freed_memory
+    from neml2_aoti_plugin.parallel.malloc import keep_freed_memory
 
     assert keep_freed_memory()

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 MULTIPLE = 64
 # The smallest chunk that a large batch ends with, and the least number of rows that is spread at all.
 LEAST, WORTH_IT = 1024, 4096
+# How many blocks of rows, which a model solves one after the other, the largest chunk has.
+BLOCKS = 4
 # Each chunk takes this part of what is left for a worker.
 PART = 2
 # Of a model that solves nothing; it takes longer to send a row than to evaluate it.
@@ -51,7 +53,7 @@ def sizes(model: Model, chunk: int | None) -> Sizes:
         if not program.implicit:
             return Sizes(EXPLICIT, EXPLICIT, None)
         # A worker solves a block at a time, as the model itself does.
-        most = max(_rounded(program.block or EXPLICIT), MULTIPLE)
+        most = BLOCKS * max(_rounded(program.block or EXPLICIT), MULTIPLE)
         return Sizes(min(LEAST, most), most, WORTH_IT)
     if isinstance(chunk, bool) or not isinstance(chunk, int):
         raise InputTypeError(f"chunk is {chunk!r}, expected a whole number of rows, at least 1.")

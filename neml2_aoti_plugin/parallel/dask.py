@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -14,6 +12,7 @@ import numpy as np
 
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
+from .malloc import keep_freed_memory
 from .part import OPERATIONS, evaluate_rows
 from .recipes import loaded_model, recipe
 from .remote import ModelRef, model_of
@@ -23,12 +22,6 @@ try:
 except ImportError as error:
     raise AOTIError("Dask is not installed: pip install 'neml2-aoti-plugin[dask]'.") from error
 
-# What glibc takes for these settings in mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# Freed memory up to the first stays with the process; allocations from the second on are mapped by themselves, and go
-# back at once (glibc takes no more than this). Dask sets 64 KiB for the first: memory goes back to the system after
-# each graph, and comes back page by page.
-KEPT_BYTES, MAPPED_BYTES = 1 << 30, 32 << 20
 # How often Dask may run a chunk again whose worker has died, beside what the scheduler allows by itself.
 RETRIES = 2
 
@@ -46,20 +39,9 @@ class LoadModel(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         """Load it; raises where its artifact is not there, or differs."""
+        # Dask has it given back, which costs a compiled model half of its time.
         keep_freed_memory()
         model_of(self.model)
-
-
-def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory instead of giving it back after each graph; tells whether it could."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        # Another C library than glibc, which knows no such setting and no such trouble.
-        return False
-    return bool(mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)) and bool(mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES))
 
 
 @contextmanager

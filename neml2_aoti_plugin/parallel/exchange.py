@@ -17,6 +17,8 @@ from torch import Tensor
 Key = tuple[str, ...]
 Arrays = dict[Key, Tensor]
 
+# What dtypes are called in torch and NumPy alike.
+NAMES = {getattr(torch, name): name for name in ("float64", "float32", "int64", "int32", "uint8", "bool")}
 # Of the place of an array in a file, in bytes.
 ALIGNMENT = 64
 
@@ -44,10 +46,10 @@ class Entry:
 
 
 def write(path: Path, arrays: Mapping[Key, Tensor]) -> tuple[Entry, ...]:
-    """Write arrays to a new file.
+    """Write arrays to a file.
 
     Args:
-        path: of the file, which is not there yet.
+        path: of the file. Where it is there already it is written over in place, and keeps its memory.
         arrays: by what they are.
 
     Returns:
@@ -59,19 +61,23 @@ def write(path: Path, arrays: Mapping[Key, Tensor]) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     offset = 0
     try:
-        with path.open("xb", buffering=0) as file:
+        with open(path, "wb", buffering=0, opener=_open_in_place) as file:
             for key, tensor in arrays.items():
                 array = tensor.detach().contiguous().numpy()
-                entry = Entry(key, array.dtype.name, tuple(array.shape), offset)
+                entries.append(Entry(key, NAMES[tensor.dtype], array.shape, offset))
                 write_at(file.fileno(), array, offset)
-                entries.append(entry)
-                offset += -(-entry.size // ALIGNMENT) * ALIGNMENT
+                offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
             # The whole of what `mapped` asks for, also where the last array is empty.
-            file.truncate(max(offset, 1))
+            if os.fstat(file.fileno()).st_size < max(offset, 1):
+                file.truncate(max(offset, 1))
     except OSError:
         path.unlink(missing_ok=True)
         raise
     return tuple(entries)
+
+
+def _open_in_place(path: str, flags: int) -> int:
+    return os.open(path, (flags & ~os.O_TRUNC) | getattr(os, "O_BINARY", 0), 0o600)
 
 
 def write_at(handle: int, array: np.ndarray, offset: int) -> None:

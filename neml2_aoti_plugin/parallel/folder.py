@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from ..errors import AOTIError
@@ -16,6 +17,9 @@ from ..graphs import scratch
 SHARED = "/dev/shm"
 # What the chunks on their way to and from a worker may take.
 BYTES_PER_WORKER = 64 << 20
+# Files that have served are kept, so many for each worker and up to this size: to find and clear the memory of a new
+# one takes longer than to copy the rows. Two chunks are on their way for each worker, with a file out and one back.
+SPARE_PER_WORKER, SPARE_BYTES = 4, 8 << 20
 
 
 class RowsFolder:
@@ -39,6 +43,25 @@ class RowsFolder:
             ) from error
         self.path = Path(self._scratch.path)
         self._owner = os.getpid()
+        self._numbers = count()
+        self._spare: list[Path] = []
+        self._most = SPARE_PER_WORKER * workers
+
+    def take(self) -> Path:
+        """A file for some rows: one that has served and may be written over, or the name of a new one."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self.path / f"rows-{next(self._numbers)}"
+
+    def give_back(self, file: Path) -> None:
+        """Keep a file that has served, or remove it where there are enough or it is large."""
+        with suppress(OSError):
+            if len(self._spare) < self._most and file.stat().st_size <= SPARE_BYTES:
+                self._spare.append(file)
+                return
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder with all that is in it; a second call does nothing."""

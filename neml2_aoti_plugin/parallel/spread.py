@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,10 @@ from ..solve.outcome import Outcome, RowStatistics
 from . import exchange
 from .exchange import Arrays, Entry
 from .flat import Arguments, Results
-from .folder import no_room
+from .folder import RowsFolder, no_room
 from .remote import FARED, ModelRef, Order, Reply, evaluate
 from .tries import Chunk
 from .workers import Workers
-
-_numbers = itertools.count()
 
 
 class SpreadCall:
@@ -56,7 +52,8 @@ class SpreadCall:
         self._failed: dict[int, dict[str, Tensor]] = {}
         # Gradients by parameters that the rows have in common are sums over them.
         self._summed = {key[1] for key in given.common if key[0] == "parameter"}
-        self._number = next(_numbers)
+        # Files of chunks that are on their way.
+        self._taken: set[Path] = set()
 
     def run(self, workers: Workers) -> Arrays:
         """Have it done.
@@ -71,44 +68,46 @@ class SpreadCall:
             ConvergenceError: rows did not converge.
             AOTIError: a worker died at each try, or there is no room for the rows on their way.
         """
-        folder = workers.folder
+        folder = workers.rows_folder
         try:
-            workers.run(evaluate, self._chunks(folder))
+            workers.run(evaluate, (self._chunk(index, rows, folder) for index, rows in enumerate(self._parts)))
         except AOTIError:
             # Among them an artifact that is not there, which is an OSError as well.
             raise
         except OSError as error:
-            raise no_room(folder, error) from error
+            raise no_room(folder.path, error) from error
         finally:
-            with suppress(OSError):
-                for left in folder.glob(f"{self._number}-*"):
+            # Of a call that has failed. What a process may still write to is not written over.
+            for left in self._taken:
+                with suppress(OSError):
                     left.unlink(missing_ok=True)
         if self._failed:
             self._raise()
         return {**self._results.shaped(self._given.call.batch), **self._results.sums()}
 
-    def _chunks(self, folder: Path) -> Iterator[Chunk[Reply]]:
-        for index, rows in enumerate(self._parts):
-            yield self._chunk(index, rows, folder)
+    def _chunk(self, index: int, rows: slice, folder: RowsFolder) -> Chunk[Reply]:
+        arguments = results = Path()
+        written: tuple[Entry, ...] | None = None
 
-    def _chunk(self, index: int, rows: slice, folder: Path) -> Chunk[Reply]:
-        arguments = folder / f"{self._number}-{index}"
-        written: list[tuple[Entry, ...]] = []
-        results = arguments
+        def take() -> Path:
+            file = folder.take()
+            self._taken.add(file)
+            return file
 
         def order(tries: int) -> Order:
-            nonlocal results
-            if not written:
-                written.append(exchange.write(arguments, self._given.of(rows)))
-            # A name of its own for each try: a process that is about to be killed may still write to the earlier one.
-            results = folder / f"{arguments.name}-{tries}"
-            results.unlink(missing_ok=True)
-            return Order(self._ref, self._operation, self._settings, arguments, written[0], self._options, results)
+            nonlocal arguments, results, written
+            if written is None:
+                arguments = take()
+                written = exchange.write(arguments, self._given.of(rows))
+            # Another one for each try: a process that is about to be killed may still write to the earlier one.
+            results = take()
+            return Order(self._ref, self._operation, self._settings, arguments, written, self._options, results)
 
         def finish(reply: Reply) -> None:
             self._take(reply, results, index, rows)
-            arguments.unlink(missing_ok=True)
-            results.unlink(missing_ok=True)
+            for file in (arguments, results):
+                self._taken.discard(file)
+                folder.give_back(file)
 
         return Chunk(rows, order, finish)
 

@@ -23,6 +23,7 @@ from ..errors import AOTIError
 from . import remote
 from .count import WORKERS, require_joblib
 from .folder import RowsFolder, remove_parent
+from .malloc import keep_freed_memory
 from .tries import RETRIES, Chunk, Waiting
 
 R = TypeVar("R")
@@ -56,13 +57,18 @@ class Workers:
         self._finalizer = weakref.finalize(self, _close, self._state)
 
     @property
-    def folder(self) -> Path:
+    def rows_folder(self) -> RowsFolder:
         """The private folder through which rows pass; made when it is first asked for."""
         with self._lock:
             self._require_open()
             if self._state.folder is None:
                 self._state.folder = RowsFolder(self.count)
-            return self._state.folder.path
+            return self._state.folder
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.rows_folder.path
 
     @property
     def processes(self) -> list[int]:
@@ -273,6 +279,7 @@ def begin(caller: int, folder: str) -> None:
         caller: identifier of its process.
         folder: through which rows pass.
     """
+    keep_freed_memory()
     if sys.platform == "win32":
         return
     with suppress(ValueError):
