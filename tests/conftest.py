@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ from typing import Any
 # Before torch is imported, and for processes that tests start: two workers with a pool of threads each wait for each
 # other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell has programs that it starts in the background ignore Ctrl-C, and they pass that on to what they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from filelock import FileLock
