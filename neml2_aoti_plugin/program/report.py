@@ -53,7 +53,11 @@ class Report:
 
     def statistics(self) -> tuple[RowStatistics, Tensor]:
         """How each row fared over all segments, and the index of the segment that failed first, else -1, `(rows,)`."""
-        whole = blank(self.rows, self.parts[0][1][0].statistics.norm)
+        place, outcomes = self.parts[0]
+        if place is None and len(outcomes) == 1 and not self.spoiled:
+            only = outcomes[0]
+            return only.statistics, torch.where(only.statistics.converged, -1, only.segment)
+        whole = blank(self.rows, outcomes[0].statistics.norm)
         segment = torch.full_like(whole.iterations, -1)
         for place, outcomes in self.parts:
             found, index = first_failure([outcome.statistics for outcome in outcomes])
