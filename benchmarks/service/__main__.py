@@ -9,6 +9,8 @@ import argparse
 import shlex
 import sys
 
+import torch
+
 from .. import machine
 from .load import measure
 from .report import draw, measured, write_page
@@ -22,15 +24,18 @@ PAGE = machine.ROOT / "docs" / "service.md"
 def main() -> int:
     """Do what the command line says; the exit status is 1 where the long run found something wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.service", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: 5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement (default: 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is made (default: 5)")
     parser.add_argument("--soak", type=int, default=1_000_000, help="requests of the long run; 0 for none")
     parser.add_argument("--keep", action="store_true", help="print the text, and leave the page as it is")
     options = parser.parse_args()
+    # As the service has it.
+    torch.set_num_threads(1)
     states = make_states()
-    loads = measure(states, WORK, options.seconds)
+    loads = measure(states, WORK, options.seconds, options.rounds)
     long = soak(states, WORK, options.soak) if options.soak else None
     command = shlex.join(["python", "-m", "benchmarks.service", *sys.argv[1:]])
-    text = measured(loads, long, options.seconds, states.seconds, command)
+    text = measured(loads, long, options.seconds, command)
     if options.keep:
         print(text)
     else:

@@ -6,18 +6,23 @@ import json
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+from neml2_aoti_plugin.model import Model
+
 from .server import started
-from .states import States, encode
+from .states import States, call_seconds, encode
 
 SCRIPT = Path(__file__).with_name("load.lua")
 CLIENTS = (1, 8, 64, 256)
+# Before each measurement, in seconds.
+WARM = 0.5
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a number of clients saw.
+    """What a number of clients saw in one round.
 
     Args:
         clients: how many, each on a connection of its own.
@@ -30,6 +35,7 @@ class Load:
         p95: see p50.
         p99: see p50.
         cpu: processor time of the service for each request, in microseconds.
+        call: milliseconds of a call of one row in a process of its own, right before.
     """
 
     clients: int
@@ -42,38 +48,52 @@ class Load:
     p95: float
     p99: float
     cpu: float
+    call: float
+
+    @property
+    def case(self) -> tuple[bool, bool, int]:
+        """What is the same in all rounds."""
+        return self.gathered, self.binary, self.clients
 
 
-def measure(states: States, work: Path, seconds: float) -> list[Load]:
-    """Measure all numbers of clients, with JSON and binary data, with and without gathering.
+def measure(states: States, work: Path, seconds: float, rounds: int) -> list[Load]:
+    """Measure all numbers of clients, with JSON and binary data, with and without gathering, in turn.
+
+    They come one after the other in each round, so that all see the same machine.
 
     Args:
         states: what requests are made of.
         work: folder for bodies and logs.
         seconds: of each measurement.
+        rounds: how many.
     """
     if shutil.which("wrk") is None:
         raise RuntimeError("wrk is not installed: apt-get install wrk")
     heads = {binary: _write_bodies(states, work / f"bodies-{binary}", binary) for binary in (False, True)}
+    model = Model(states.artifact)
     found = []
-    for gathered in (True, False):
-        options = () if gathered else ("--gather-rows", "1")
-        with started(states.artifact, work / f"gathered-{gathered}", *options) as server:
-            for binary, head in heads.items():
+    with (
+        started(states.artifact, work / "gathered") as gathers,
+        started(states.artifact, work / "single", "--gather-rows", "1") as calls_each,
+    ):
+        for _ in range(rounds):
+            for clients, (gathered, server), binary in product(
+                CLIENTS, ((True, gathers), (False, calls_each)), (False, True)
+            ):
                 url = f"http://127.0.0.1:{server.port}/v2/models/{states.artifact.name}/infer"
-                extra = [str(work / f"bodies-{binary}"), str(len(states.inputs)), str(head)]
-                for clients in CLIENTS:
-                    _wrk(clients, 1.0, url, extra)
-                    before = server.cpu_seconds
-                    told = _wrk(clients, seconds, url, extra)
-                    cpu = (server.cpu_seconds - before) / max(1, told["requests"]) * 1e6
-                    rate = told["requests"] / told["seconds"]
-                    times = (told["p50"], told["p95"], told["p99"])
-                    load = Load(
-                        clients, binary, gathered, int(told["requests"]), int(told["failed"]), rate, *times, cpu
-                    )
-                    print(load, flush=True)
-                    found.append(load)
+                extra = [str(work / f"bodies-{binary}"), str(len(states.inputs)), str(heads[binary])]
+                _wrk(clients, WARM, url, extra)
+                call = call_seconds(model, states.inputs) * 1e3
+                before = server.cpu_seconds
+                told = _wrk(clients, seconds, url, extra)
+                cpu = (server.cpu_seconds - before) / max(1, told["requests"]) * 1e6
+                rate = told["requests"] / told["seconds"]
+                times = (told["p50"], told["p95"], told["p99"])
+                load = Load(
+                    clients, binary, gathered, int(told["requests"]), int(told["failed"]), rate, *times, cpu, call
+                )
+                print(load, flush=True)
+                found.append(load)
     return found
 
 

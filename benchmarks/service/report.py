@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from .. import machine
 from ..markdown import mib, table
@@ -26,28 +27,32 @@ def write_page(file: Path, text: str) -> None:
     file.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{behind}", encoding="utf-8")
 
 
-def measured(loads: Sequence[Load], soak: Soak | None, seconds: float, call: float, command: str) -> str:
+def measured(loads: Sequence[Load], soak: Soak | None, seconds: float, command: str) -> str:
     """The measured part as text.
 
     Args:
-        loads: by wrk.
+        loads: by wrk, of all rounds.
         soak: the long run; None if it was not made.
         seconds: of each measurement.
-        call: seconds of a call of one row in a process of its own.
         command: that measured.
     """
     about = machine.description()
     commit = machine.sources(machine.ROOT)["commit"]
+    cases = _by_case(loads)
+    rounds = len(next(iter(cases.values())))
     parts = [
         f"Made by `{command}` at commit {commit}, on {about['processor']}, {about['cores']} cores, which the service "
         f"and its clients share; load at the end {machine.load()}. The model is {STUB}, with optimised wrappers. A "
-        f"request has one row, one of {ROWS} that differ in state and rate. Each line is {seconds:g} s of wrk; "
-        f"*processor* is the service's own time for each request. The call itself takes {call * 1e3:.2f} ms alone.",
+        f"request has one row, one of {ROWS} that differ in state and rate. Each line is the median of {rounds} rounds "
+        f"of {seconds:g} s of wrk, with the least and the most in brackets; *processor* is the service's own time for "
+        f"each request. The call itself, again and again in a process of its own, takes "
+        f"{_told([load.call for load in loads], 2)} ms.",
         table(
             ("data", "gathered", "clients", "requests/s", "p50 ms", "p95 ms", "p99 ms", "processor us", "errors"),
-            [_line(load) for load in loads],
+            [_line(rounds) for rounds in cases.values()],
         ),
-        _targets(loads, call),
+        _targets(cases),
+        "A target is undecided where it lies between the least and the most.",
         "![requests per second and latency](service.png)",
     ]
     if soak is not None:
@@ -55,42 +60,60 @@ def measured(loads: Sequence[Load], soak: Soak | None, seconds: float, call: flo
     return "\n\n".join(parts)
 
 
-def _line(load: Load) -> list[str]:
+def _by_case(loads: Sequence[Load]) -> dict[tuple[bool, bool, int], list[Load]]:
+    """All rounds of each case: those gathered first, JSON first, few clients first."""
+    cases: dict[tuple[bool, bool, int], list[Load]] = {}
+    for load in sorted(loads, key=lambda load: (not load.gathered, load.binary, load.clients)):
+        cases.setdefault(load.case, []).append(load)
+    return cases
+
+
+def _told(values: Sequence[float], digits: int) -> str:
+    """The median, with the least and the most."""
+    return f"{median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def _line(rounds: Sequence[Load]) -> list[str]:
+    one = rounds[0]
     return [
-        "binary" if load.binary else "JSON",
-        "yes" if load.gathered else "no",
-        str(load.clients),
-        f"{load.per_second:,.0f}",
-        *(f"{x:.2f}" for x in (load.p50, load.p95, load.p99)),
-        f"{load.cpu:.0f}",
-        str(load.failed),
+        "binary" if one.binary else "JSON",
+        "yes" if one.gathered else "no",
+        str(one.clients),
+        _told([load.per_second for load in rounds], 0),
+        *(_told([getattr(load, name) for load in rounds], 2) for name in ("p50", "p95", "p99")),
+        _told([load.cpu for load in rounds], 0),
+        str(sum(load.failed for load in rounds)),
     ]
 
 
-def _targets(loads: Sequence[Load], call: float) -> str:
-    def find(clients: int, gathered: bool) -> Load:
-        return next(x for x in loads if x.binary and (x.clients, x.gathered) == (clients, gathered))
-
-    many, without, one = find(CLIENTS, True), find(CLIENTS, False), find(1, True)
-    most = max(load.clients for load in loads)
-    failed = sum(load.failed for load in loads if load.clients == most)
-    times, beyond = many.per_second / without.per_second, one.p50 - call * 1e3
+def _targets(cases: dict[tuple[bool, bool, int], list[Load]]) -> str:
+    many, without, one = cases[True, True, CLIENTS], cases[False, True, CLIENTS], cases[True, True, 1]
+    most = max(clients for _, _, clients in cases)
+    failed = sum(load.failed for rounds in cases.values() for load in rounds if load.clients == most)
+    times = [a.per_second / b.per_second for a, b in zip(many, without, strict=True)]
+    rates, slowest = [load.per_second for load in many], [load.p99 for load in many]
+    beyond = [load.p50 - load.call for load in one]
     rows = [
-        (f"{CLIENTS} clients, to no gathering", f"at least {TIMES:g}", f"{times:.1f}", times >= TIMES),
+        (f"{CLIENTS} clients, to no gathering", f"at least {TIMES:g}", _told(times, 1), _at_least(times, TIMES)),
         (
             f"{CLIENTS} clients, requests/s",
             f"at least {PER_SECOND:,.0f}",
-            f"{many.per_second:,.0f}",
-            many.per_second >= PER_SECOND,
+            _told(rates, 0),
+            _at_least(rates, PER_SECOND),
         ),
-        (f"{CLIENTS} clients, p99", f"below {P99_MS:g} ms", f"{many.p99:.1f} ms", many.p99 < P99_MS),
-        ("1 client, p50 beyond the call", f"at most {BEYOND_MS:g} ms", f"{beyond:.2f} ms", beyond <= BEYOND_MS),
-        (f"{most} clients, errors", "none", str(failed), failed == 0),
+        (f"{CLIENTS} clients, p99, ms", f"below {P99_MS:g}", _told(slowest, 1), _at_most(slowest, P99_MS)),
+        ("1 client, p50 beyond the call, ms", f"at most {BEYOND_MS:g}", _told(beyond, 2), _at_most(beyond, BEYOND_MS)),
+        (f"{most} clients, errors", "none", str(failed), "**not met**" if failed else "met"),
     ]
-    return table(
-        ("target (binary)", "asked", "measured", ""),
-        [(what, asked, found, "met" if met else "**not met**") for what, asked, found, met in rows],
-    )
+    return table(("target (binary)", "asked", "measured", ""), rows)
+
+
+def _at_least(values: Sequence[float], target: float) -> str:
+    return "met" if min(values) >= target else "**not met**" if max(values) < target else "undecided"
+
+
+def _at_most(values: Sequence[float], target: float) -> str:
+    return _at_least([-value for value in values], -target)
 
 
 def _soaked(soak: Soak) -> str:
@@ -114,12 +137,13 @@ def draw(loads: Sequence[Load], file: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
     styles = {(True, True): "o-", (True, False): "o--", (False, True): "s-", (False, False): "s--"}
+    cases = _by_case(loads)
     for (binary, gathered), style in styles.items():
-        mine = [load for load in loads if (load.binary, load.gathered) == (binary, gathered)]
+        mine = [rounds for case, rounds in cases.items() if case[:2] == (gathered, binary)]
         label = f"{'binary' if binary else 'JSON'}, {'gathered' if gathered else 'not gathered'}"
-        clients = [load.clients for load in mine]
-        left.plot(clients, [load.per_second for load in mine], style, label=label)
-        right.plot(clients, [load.p99 for load in mine], style, label=label)
+        clients = [rounds[0].clients for rounds in mine]
+        left.plot(clients, [median(load.per_second for load in rounds) for rounds in mine], style, label=label)
+        right.plot(clients, [median(load.p99 for load in rounds) for rounds in mine], style, label=label)
     for panel, name in ((left, "requests per second"), (right, "p99 of the latency, ms")):
         panel.set(xscale="log", yscale="log", xlabel="clients", ylabel=name)
         panel.set_xticks([load.clients for load in loads], [str(load.clients) for load in loads])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,11 @@ class States:
         artifact: its folder.
         inputs: of each row, each `(1, *base)`.
         outputs: of each row, each `(1, *base)`, evaluated alone.
-        seconds: the median time of such a call.
     """
 
     artifact: Path
     inputs: list[dict[str, Tensor]]
     outputs: list[dict[str, Array]]
-    seconds: float
 
 
 def make_states() -> States:
@@ -51,12 +49,17 @@ def make_states() -> States:
     kept = model.solve(pool).converged.nonzero().flatten()[:ROWS]
     inputs = [{name: value[i : i + 1].contiguous() for name, value in pool.items()} for i in kept.tolist()]
     outputs = [{name: value.numpy().copy() for name, value in model.forward(row).items()} for row in inputs]
+    return States(folder / stub.model, inputs, outputs)
+
+
+def call_seconds(model: Model, inputs: Sequence[Mapping[str, Tensor]]) -> float:
+    """The median time of a call of one row, called again and again."""
     times = []
     for row in inputs:
         start = time.perf_counter()
         model.forward(row)
         times.append(time.perf_counter() - start)
-    return States(folder / stub.model, inputs, outputs, statistics.median(times))
+    return statistics.median(times)
 
 
 def encode(row: Mapping[str, Tensor], binary: bool) -> tuple[bytes, int]:
