@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,8 +15,11 @@ from neml2_aoti_plugin.model import Model
 from .server import started
 from .states import States, call_seconds, encode
 
+# Workers, whether gathered, whether binary, clients.
+Case = tuple[int, bool, bool, int]
+
 SCRIPT = Path(__file__).with_name("load.lua")
-CLIENTS = (1, 8, 64, 256)
+CLIENTS, WORKERS = (1, 8, 64, 256), (1, 2)
 # Before each measurement, in seconds.
 WARM = 0.5
 
@@ -28,6 +32,7 @@ class Load:
         clients: how many, each on a connection of its own.
         binary: whether tensors are binary data, both ways; else JSON.
         gathered: whether requests are gathered.
+        workers: processes of the service.
         requests: that were answered.
         failed: answered with an error, or not at all.
         per_second: answers per second.
@@ -41,6 +46,7 @@ class Load:
     clients: int
     binary: bool
     gathered: bool
+    workers: int
     requests: int
     failed: int
     per_second: float
@@ -51,9 +57,9 @@ class Load:
     call: float
 
     @property
-    def case(self) -> tuple[bool, bool, int]:
+    def case(self) -> Case:
         """What is the same in all rounds."""
-        return self.gathered, self.binary, self.clients
+        return self.workers, self.gathered, self.binary, self.clients
 
 
 def measure(states: States, work: Path, seconds: float, rounds: int) -> list[Load]:
@@ -72,14 +78,16 @@ def measure(states: States, work: Path, seconds: float, rounds: int) -> list[Loa
     heads = {binary: _write_bodies(states, work / f"bodies-{binary}", binary) for binary in (False, True)}
     model = Model(states.artifact)
     found = []
-    with (
-        started(states.artifact, work / "gathered") as gathers,
-        started(states.artifact, work / "single", "--gather-rows", "1") as calls_each,
-    ):
+    with ExitStack() as stack:
+        servers = {
+            (workers, gathered): stack.enter_context(
+                started(states.artifact, work / f"{workers}-{gathered}", *options, workers=workers)
+            )
+            for workers in WORKERS
+            for gathered, options in ((True, ()), (False, ("--gather-rows", "1")))
+        }
         for _ in range(rounds):
-            for clients, (gathered, server), binary in product(
-                CLIENTS, ((True, gathers), (False, calls_each)), (False, True)
-            ):
+            for clients, ((workers, gathered), server), binary in product(CLIENTS, servers.items(), (False, True)):
                 url = f"http://127.0.0.1:{server.port}/v2/models/{states.artifact.name}/infer"
                 extra = [str(work / f"bodies-{binary}"), str(len(states.inputs)), str(heads[binary])]
                 _wrk(clients, WARM, url, extra)
@@ -89,9 +97,8 @@ def measure(states: States, work: Path, seconds: float, rounds: int) -> list[Loa
                 cpu = (server.cpu_seconds - before) / max(1, told["requests"]) * 1e6
                 rate = told["requests"] / told["seconds"]
                 times = (told["p50"], told["p95"], told["p99"])
-                load = Load(
-                    clients, binary, gathered, int(told["requests"]), int(told["failed"]), rate, *times, cpu, call
-                )
+                counts = int(told["requests"]), int(told["failed"])
+                load = Load(clients, binary, gathered, workers, *counts, rate, *times, cpu, call)
                 print(load, flush=True)
                 found.append(load)
     return found

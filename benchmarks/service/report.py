@@ -8,10 +8,11 @@ from statistics import median
 
 from .. import machine
 from ..markdown import mib, table
-from .load import Load
+from .load import WORKERS, Case, Load
 from .soak import BAD, TOLERANCE, Soak
 from .states import ROWS, STUB
 
+HEAD = ("workers", "gathered", "data", "clients", "requests/s", "p50 ms", "p95 ms", "p99 ms", "processor us", "errors")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 # Of one-row requests on two cores; binary.
 CLIENTS, TIMES, PER_SECOND, P99_MS, BEYOND_MS = 64, 5.0, 5_000.0, 50.0, 0.4
@@ -48,7 +49,18 @@ def measured(loads: Sequence[Load], soak: Soak | None, seconds: float, command: 
         f"each request. The call itself, again and again in a process of its own, takes "
         f"{_told([load.call for load in loads], 2)} ms.",
         table(
-            ("data", "gathered", "clients", "requests/s", "p50 ms", "p95 ms", "p99 ms", "processor us", "errors"),
+            (
+                "workers",
+                "gathered",
+                "data",
+                "clients",
+                "requests/s",
+                "p50 ms",
+                "p95 ms",
+                "p99 ms",
+                "processor us",
+                "errors",
+            ),
             [_line(rounds) for rounds in cases.values()],
         ),
         _targets(cases),
@@ -60,10 +72,10 @@ def measured(loads: Sequence[Load], soak: Soak | None, seconds: float, command: 
     return "\n\n".join(parts)
 
 
-def _by_case(loads: Sequence[Load]) -> dict[tuple[bool, bool, int], list[Load]]:
-    """All rounds of each case: those gathered first, JSON first, few clients first."""
-    cases: dict[tuple[bool, bool, int], list[Load]] = {}
-    for load in sorted(loads, key=lambda load: (not load.gathered, load.binary, load.clients)):
+def _by_case(loads: Sequence[Load]) -> dict[Case, list[Load]]:
+    """All rounds of each case: one worker first, those gathered first, JSON first, few clients first."""
+    cases: dict[Case, list[Load]] = {}
+    for load in sorted(loads, key=lambda load: (load.workers, not load.gathered, load.binary, load.clients)):
         cases.setdefault(load.case, []).append(load)
     return cases
 
@@ -76,8 +88,9 @@ def _told(values: Sequence[float], digits: int) -> str:
 def _line(rounds: Sequence[Load]) -> list[str]:
     one = rounds[0]
     return [
-        "binary" if one.binary else "JSON",
+        str(one.workers),
         "yes" if one.gathered else "no",
+        "binary" if one.binary else "JSON",
         str(one.clients),
         _told([load.per_second for load in rounds], 0),
         *(_told([getattr(load, name) for load in rounds], 2) for name in ("p50", "p95", "p99")),
@@ -86,9 +99,11 @@ def _line(rounds: Sequence[Load]) -> list[str]:
     ]
 
 
-def _targets(cases: dict[tuple[bool, bool, int], list[Load]]) -> str:
-    many, without, one = cases[True, True, CLIENTS], cases[False, True, CLIENTS], cases[True, True, 1]
-    most = max(clients for _, _, clients in cases)
+def _targets(cases: dict[Case, list[Load]]) -> str:
+    # A worker for each of the two cores; a single client uses one.
+    both = max(workers for workers, _, _, _ in cases)
+    many, without, one = cases[both, True, True, CLIENTS], cases[both, False, True, CLIENTS], cases[1, True, True, 1]
+    most = max(clients for _, _, _, clients in cases)
     failed = sum(load.failed for rounds in cases.values() for load in rounds if load.clients == most)
     times = [a.per_second / b.per_second for a, b in zip(many, without, strict=True)]
     rates, slowest = [load.per_second for load in many], [load.p99 for load in many]
@@ -105,7 +120,7 @@ def _targets(cases: dict[tuple[bool, bool, int], list[Load]]) -> str:
         ("1 client, p50 beyond the call, ms", f"at most {BEYOND_MS:g}", _told(beyond, 2), _at_most(beyond, BEYOND_MS)),
         (f"{most} clients, errors", "none", str(failed), "**not met**" if failed else "met"),
     ]
-    return table(("target (binary)", "asked", "measured", ""), rows)
+    return table((f"target (binary; {both} workers, 1 for a single client)", "asked", "measured", ""), rows)
 
 
 def _at_least(values: Sequence[float], target: float) -> str:
@@ -139,7 +154,7 @@ def draw(loads: Sequence[Load], file: Path) -> None:
     styles = {(True, True): "o-", (True, False): "o--", (False, True): "s-", (False, False): "s--"}
     cases = _by_case(loads)
     for (binary, gathered), style in styles.items():
-        mine = [rounds for case, rounds in cases.items() if case[:2] == (gathered, binary)]
+        mine = [rounds for case, rounds in cases.items() if case[:3] == (WORKERS[-1], gathered, binary)]
         label = f"{'binary' if binary else 'JSON'}, {'gathered' if gathered else 'not gathered'}"
         clients = [rounds[0].clients for rounds in mine]
         left.plot(clients, [median(load.per_second for load in rounds) for rounds in mine], style, label=label)

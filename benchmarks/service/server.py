@@ -17,10 +17,10 @@ PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Server:
-    """A running service of one process.
+    """A running service.
 
     Args:
-        pid: its process.
+        pid: its first process, which has started the others.
         port: where it listens on this machine.
     """
 
@@ -29,33 +29,43 @@ class Server:
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time that it has taken."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Processor time that its processes have taken."""
+        ticks = 0
+        for pid in self._pids:
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that it has now."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1])
+        """Bytes of memory that they have now; what they share is counted for each."""
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) for pid in self._pids)
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def _pids(self) -> list[int]:
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii").split()
+        return [self.pid, *map(int, children)]
 
 
 @contextlib.contextmanager
-def started(artifact: Path, folder: Path, *options: str) -> Iterator[Server]:
+def started(artifact: Path, folder: Path, *options: str, workers: int = 1) -> Iterator[Server]:
     """Serve an artifact on a free port; stopped by SIGTERM at the end.
 
     Args:
         artifact: what is served.
         folder: for the log.
         options: of `neml2-aoti serve`.
+        workers: number of processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.jsonl"
     command = [str(Path(sys.executable).with_name("neml2-aoti")), "serve", str(artifact), "--port", "0", "--quiet"]
+    command += ["--workers", str(workers)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out, subprocess.Popen([*command, *options], stdout=out, env=environment) as process:
         try:
-            told = _wait_until_ready(process, log)
+            told = _wait_until_ready(process, log, workers)
             yield Server(process.pid, int(told["address"].rpartition(":")[2]))
         finally:
             process.terminate()
@@ -63,14 +73,14 @@ def started(artifact: Path, folder: Path, *options: str) -> Iterator[Server]:
                 raise RuntimeError(f"the service ended with {process.returncode}; see {log}")
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> dict[str, str]:
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, workers: int) -> dict[str, str]:
     """The line of the log that tells where it listens."""
     end = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < end:
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        events = {told["event"]: told for told in (json.loads(line) for line in lines if line.endswith("\n"))}
-        if "ready" in events:
-            found: dict[str, str] = events["listening"]
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        if sum(told["event"] == "ready" for told in events) == workers:
+            found: dict[str, str] = next(told for told in events if told["event"] == "listening")
             return found
         time.sleep(0.05)
     raise RuntimeError(f"the service does not start; see {log}")
