@@ -24,7 +24,7 @@ PAGE = machine.ROOT / "docs" / "service.md"
 def main() -> int:
     """Do what the command line says; the exit status is 1 where the long run found something wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.service", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement (default: 4)")
+    parser.add_argument("--seconds", type=int, default=4, help="of each measurement (default: 4)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is made (default: 5)")
     parser.add_argument("--soak", type=int, default=1_000_000, help="requests of the long run; 0 for none")
     parser.add_argument("--keep", action="store_true", help="print the text, and leave the page as it is")

@@ -20,8 +20,8 @@ Case = tuple[int, bool, bool, int]
 
 SCRIPT = Path(__file__).with_name("load.lua")
 CLIENTS, WORKERS = (1, 8, 64, 256), (1, 2)
-# Before each measurement, in seconds.
-WARM = 0.5
+# Before each measurement, in seconds; wrk takes whole ones.
+WARM = 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Load:
         return self.workers, self.gathered, self.binary, self.clients
 
 
-def measure(states: States, work: Path, seconds: float, rounds: int) -> list[Load]:
+def measure(states: States, work: Path, seconds: int, rounds: int) -> list[Load]:
     """Measure all numbers of clients, with JSON and binary data, with and without gathering, in turn.
 
     They come one after the other in each round, so that all see the same machine.
@@ -70,7 +70,7 @@ def measure(states: States, work: Path, seconds: float, rounds: int) -> list[Loa
     Args:
         states: what requests are made of.
         work: folder for bodies and logs.
-        seconds: of each measurement.
+        seconds: of each measurement, a whole number.
         rounds: how many.
     """
     if shutil.which("wrk") is None:
@@ -117,8 +117,8 @@ def _write_bodies(states: States, folder: Path, binary: bool) -> int:
     return head
 
 
-def _wrk(clients: int, seconds: float, url: str, extra: list[str]) -> dict[str, float]:
-    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "--timeout", "10s", "--latency", "-s", str(SCRIPT), url]
+def _wrk(clients: int, seconds: int, url: str, extra: list[str]) -> dict[str, float]:
+    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "10s", "--latency", "-s", str(SCRIPT), url]
     done = subprocess.run([*command, "--", *extra], capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
