@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -17,10 +17,21 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 JSON: Headers = [(b"content-type", b"application/json")]
-# Of status, headers and body: writes an answer at once, and tells whether it could.
-AtOnce = Callable[[int, Headers, bytes], bool]
-# Where the service's own server puts one into the scope of a request.
-AT_ONCE = "neml2_aoti_plugin.at_once"
+# Where the service's own server puts a `Direct` into the scope of a request.
+DIRECT = "neml2_aoti_plugin.direct"
+
+
+class Direct(Protocol):
+    """A request in the hands of its server: what messages say too, but in less time."""
+
+    def body(self) -> bytes | None:
+        """The body, where all of it has come; else None, and nothing has happened."""
+
+    def has_gone(self) -> bool:
+        """Whether the client has closed the connection."""
+
+    def answer(self, status: int, headers: Headers, body: bytes) -> bool:
+        """Write an answer at once; tells whether it could."""
 
 
 def poll(receive: Receive) -> Message | None:
@@ -33,12 +44,6 @@ def poll(receive: Receive) -> Message | None:
         return message
     waiting.close()
     return None
-
-
-def has_gone(receive: Receive) -> bool:
-    """Whether the client of a request that was read to its end has closed the connection."""
-    message = poll(receive)
-    return message is not None and message["type"] == "http.disconnect"
 
 
 async def respond(send: Send, status: int, headers: Headers, body: bytes) -> None:

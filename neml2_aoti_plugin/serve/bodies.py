@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
-from .asgi import Message, Receive, Scope, poll
+from .asgi import Message, Receive
+from .front import Exchange
 from .limits import Limits
 from .refusals import Refused
 
@@ -41,37 +43,37 @@ class Bodies:
         """Give room back."""
         self._held -= size
 
-    def size_of(self, scope: Scope) -> int:
+    def size_of(self, headers: Mapping[bytes, bytes]) -> int:
         """How much room a request needs: as much as it tells, or as much as it may have.
+
+        Args:
+            headers: of the request.
 
         Raises:
             Refused: it tells more than it may have, or the body is compressed.
         """
-        size = None
-        for name, value in scope["headers"]:
-            if name == b"content-length":
-                size = int(value)
-            elif name == b"content-encoding" and value.lower() != b"identity":
-                raise Refused(
-                    415,
-                    f"the body is compressed by {value.decode('latin-1')!r}, which is not read here. Send it as it is.",
-                )
-        if size is None:
-            return self._limits.body_bytes
+        coding = headers.get(b"content-encoding", b"identity")
+        if coding.lower() != b"identity":
+            raise Refused(
+                415,
+                f"the body is compressed by {coding.decode('latin-1')!r}, which is not read here. Send it as it is.",
+            )
+        told = headers.get(b"content-length")
+        size = self._limits.body_bytes if told is None else int(told)
         if size > self._limits.body_bytes:
             raise self._too_large(size)
         return size
 
-    async def read(self, receive: Receive) -> bytes:
+    async def read(self, exchange: Exchange) -> bytes:
         """The body of a request.
 
         Args:
-            receive: of the request.
+            exchange: the request.
 
         Raises:
             Refused: it is too large or too slow, or the client has gone.
         """
-        message = poll(receive)
+        message = exchange.poll()
         if message is not None and not message.get("more_body", False) and message["type"] == "http.request":
             # It has come together with the headers, as small ones do.
             body: bytes = message.get("body", b"")
@@ -80,7 +82,7 @@ class Bodies:
             return body
         parts: list[bytes] = []
         try:
-            await asyncio.wait_for(self._rest(message, receive, parts), self._limits.receive_seconds)
+            await asyncio.wait_for(self._rest(message, exchange.receive, parts), self._limits.receive_seconds)
         except asyncio.TimeoutError:
             came, limit = sum(map(len, parts)), self._limits.receive_seconds
             raise Refused(408, f"the body did not arrive within {limit:g} s; {came} bytes of it did.") from None

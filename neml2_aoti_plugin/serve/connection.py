@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Any
 
 import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from .asgi import AT_ONCE, Headers, Receive, Scope, Send, refuse
+from .asgi import DIRECT, Headers, Receive, Scope, Send, refuse
 from .limits import Limits
 from .refusals import Refused
 
@@ -85,23 +84,8 @@ class Connection(HttpToolsProtocol):
         self._refuse(400, "this is no valid HTTP request.")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        cycle.scope[AT_ONCE] = partial(self._answer, cycle)  # type: ignore[literal-required]
+        cycle.scope[DIRECT] = DirectRequest(self, cycle)  # type: ignore[literal-required]
         super()._start_asgi_task(cycle, app)
-
-    def _answer(self, cycle: RequestResponseCycle, status: int, headers: Headers, body: bytes) -> bool:
-        """Write an answer at once, where nothing stands against it; tells whether it did."""
-        # uvicorn writes the head by itself, and looks at each header, which takes longer than all the rest.
-        if cycle.disconnected or cycle.response_started or not cycle.keep_alive or self.flow.write_paused:
-            return False
-        parts = [STATUS_LINE[status]]
-        for name, value in (*cycle.default_headers, *headers):
-            parts += (name, b": ", value, b"\r\n")
-        parts += (b"\r\n", body)
-        cycle.response_started = cycle.response_complete = True
-        self.transport.write(b"".join(parts))
-        cycle.message_event.set()
-        cycle.on_response()
-        return True
 
     def on_response_complete(self) -> None:
         """Wait for the next request, and for the client to read a large answer."""
@@ -162,6 +146,51 @@ class Connection(HttpToolsProtocol):
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
+
+
+class DirectRequest:
+    """See `asgi.Direct`.
+
+    uvicorn writes the head of an answer by itself, and looks at each header, which takes longer than all the rest.
+
+    Args:
+        connection: that the request came on.
+        cycle: uvicorn's state of the request.
+    """
+
+    __slots__ = ("_connection", "_cycle")
+
+    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
+        self._connection, self._cycle = connection, cycle
+
+    def body(self) -> bytes | None:
+        """See `asgi.Direct`."""
+        cycle = self._cycle
+        if cycle.more_body or cycle.disconnected or cycle.response_complete or cycle.waiting_for_100_continue:
+            return None
+        self._connection.flow.resume_reading()
+        cycle.message_event.clear()
+        body, cycle.body = bytes(cycle.body), bytearray()
+        return body
+
+    def has_gone(self) -> bool:
+        """See `asgi.Direct`."""
+        return self._cycle.disconnected
+
+    def answer(self, status: int, headers: Headers, body: bytes) -> bool:
+        """See `asgi.Direct`."""
+        cycle, connection = self._cycle, self._connection
+        if cycle.disconnected or cycle.response_started or not cycle.keep_alive or connection.flow.write_paused:
+            return False
+        parts = [STATUS_LINE[status]]
+        for name, value in (*cycle.default_headers, *headers):
+            parts += (name, b": ", value, b"\r\n")
+        parts += (b"\r\n", body)
+        cycle.response_started = cycle.response_complete = True
+        connection.transport.write(b"".join(parts))
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
 
 
 def bounded(limits: Limits) -> type[Connection]:

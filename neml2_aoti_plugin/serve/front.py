@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from .asgi import AT_ONCE, App, AtOnce, Headers, Message, Receive, Scope, Send, length_of, refuse, respond
+from .asgi import DIRECT, App, Direct, Headers, Message, Receive, Scope, Send, length_of, poll, refuse, respond
 from .event_log import EventLog
 from .metrics import Metrics
 from .refusals import Refused
@@ -30,6 +30,7 @@ class Exchange:
 
     Attributes:
         id: of the request.
+        headers: of the request; the last one where there are several of a name.
         start: when it came.
         status: of the answer; 0 before.
         model: that it named.
@@ -39,16 +40,47 @@ class Exchange:
 
     Args:
         id: of the request.
+        headers: of the request.
+        receive: of the request.
         send: of the request.
-        at_once: what the server has to write an answer at once; see `asgi.AT_ONCE`.
+        direct: the request in the hands of the service's own server, where it came through that.
     """
 
-    __slots__ = ("_at_once", "_send", "error", "id", "model", "operation", "rows", "start", "status")
+    __slots__ = (
+        "_direct",
+        "_send",
+        "error",
+        "headers",
+        "id",
+        "model",
+        "operation",
+        "receive",
+        "rows",
+        "start",
+        "status",
+    )
 
-    def __init__(self, id: str, send: Send, at_once: AtOnce | None) -> None:
-        self.id, self.start, self._send, self._at_once = id, perf_counter(), send, at_once
+    def __init__(
+        self, id: str, headers: dict[bytes, bytes], receive: Receive, send: Send, direct: Direct | None = None
+    ) -> None:
+        self.id, self.headers, self.start = id, headers, perf_counter()
+        self.receive, self._send, self._direct = receive, send, direct
         self.model = self.operation = self.error = ""
         self.status = self.rows = 0
+
+    def poll(self) -> Message | None:
+        """The first message of the request, where it has come already; else None, and nothing has happened."""
+        if self._direct is None:
+            return poll(self.receive)
+        body = self._direct.body()
+        return None if body is None else {"type": "http.request", "body": body}
+
+    def has_gone(self) -> bool:
+        """Whether the client of a request that was read to its end has closed the connection."""
+        if self._direct is not None:
+            return self._direct.has_gone()
+        message = poll(self.receive)
+        return message is not None and message["type"] == "http.disconnect"
 
     async def send(self, message: Message) -> None:
         """Send a message of the answer, with the id."""
@@ -67,7 +99,7 @@ class Exchange:
         """
         self.status = status
         every = [*headers, self._own, length_of(body)]
-        if self._at_once is None or not self._at_once(status, every, body):
+        if self._direct is None or not self._direct.answer(status, every, body):
             await respond(self._send, status, every, body)
 
     @property
@@ -87,20 +119,23 @@ class Gate:
     token: bytes | None = None
     open: bool = True
 
-    def check(self, scope: Scope) -> None:
+    def check(self, path: str, headers: Mapping[bytes, bytes]) -> None:
         """Refuse a request that may not come in.
+
+        Args:
+            path: that it asks for.
+            headers: of it.
 
         Raises:
             Refused: it has no right token, or the service stops.
         """
-        if self.token is not None and scope["path"] not in OPEN:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            kind, _, token = given.partition(b" ")
+        if self.token is not None and path not in OPEN:
+            kind, _, token = headers.get(b"authorization", b"").partition(b" ")
             # Compared in full either way, so that the time tells nothing.
             fits = hmac.compare_digest(token.strip(), self.token)
             if kind.lower() != b"bearer" or not fits:
                 raise Refused(401, "a token is needed: the header 'Authorization: Bearer TOKEN' is absent or wrong.")
-        if not self.open and scope["path"] not in OPEN:
+        if not self.open and path not in OPEN:
             raise Refused(503, "the service is stopping.", retry_after=1, close=True)
 
 
@@ -127,9 +162,10 @@ class Front:
             return
         # With it, Starlette's router raises where there is nothing to be found.
         scope["app"] = self
-        exchange = scope[EXCHANGE] = Exchange(self._id(scope), send, scope.pop(AT_ONCE, None))
+        headers = dict(scope["headers"])
+        exchange = scope[EXCHANGE] = Exchange(self._id(headers), headers, receive, send, scope.pop(DIRECT, None))
         try:
-            self._gate.check(scope)
+            self._gate.check(scope["path"], headers)
             await self._direct.get(scope["path"], self._app)(scope, receive, exchange.send)
         except (Refused, HTTPException) as error:
             refused = error if isinstance(error, Refused) else _told(scope, error)
@@ -153,13 +189,13 @@ class Front:
             # It leads back to the scope: left there, the garbage collector would have to find all of it.
             del scope[EXCHANGE]
 
-    def _id(self, scope: Scope) -> str:
+    def _id(self, headers: dict[bytes, bytes]) -> str:
         """The client's own id of the request, or a new one."""
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and len(value) <= LONGEST and value.isascii():
-                text: str = value.decode()
-                if text.isprintable():
-                    return text
+        given = headers.get(b"x-request-id")
+        if given is not None and len(given) <= LONGEST and given.isascii():
+            text = given.decode()
+            if text.isprintable():
+                return text
         return f"{self._process}-{next(self._numbers)}"
 
     def _account(self, scope: Scope, exchange: Exchange) -> None:

@@ -9,9 +9,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import perf_counter
 
-from .asgi import Receive, has_gone
 from .calls import Call
 from .evaluation import Answer, evaluate
+from .front import Exchange
 from .limits import Limits
 from .metrics import Metrics
 from .refusals import GONE, Refused
@@ -28,13 +28,13 @@ class Waiting:
 
     Args:
         call: as it was read.
-        receive: of its request, which tells when the client has gone.
+        exchange: its request, which tells when the client has gone.
         future: gets the answer.
         since: when it came.
     """
 
     call: Call
-    receive: Receive
+    exchange: Exchange
     future: asyncio.Future[dict[str, Array]]
     since: float
 
@@ -64,12 +64,12 @@ class Gatherer:
         # How many rows there were when it was last looked, and how often that was.
         self._seen = self._rounds = 0
 
-    def submit(self, call: Call, receive: Receive) -> asyncio.Future[dict[str, Array]]:
+    def submit(self, call: Call, exchange: Exchange) -> asyncio.Future[dict[str, Array]]:
         """Let a call wait for its turn.
 
         Args:
             call: as it was read.
-            receive: of its request.
+            exchange: its request.
 
         Returns:
             What gets its tensors by name, or the refusal.
@@ -88,7 +88,7 @@ class Gatherer:
         queue = self._queues.get(call.head.key)
         if queue is None:
             queue = self._queues[call.head.key] = deque()
-        queue.append(Waiting(call, receive, future, perf_counter()))
+        queue.append(Waiting(call, exchange, future, perf_counter()))
         self._rows += call.rows
         if not self._busy:
             self._schedule()
@@ -156,7 +156,7 @@ class Gatherer:
                 self._rows -= waiting.call.rows
                 if waiting.future.done():
                     continue
-                if has_gone(waiting.receive):
+                if waiting.exchange.has_gone():
                     waiting.future.set_exception(Refused(GONE, "the client has gone."))
                     continue
                 taken.append(waiting)

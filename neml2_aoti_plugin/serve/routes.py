@@ -90,14 +90,13 @@ class Infer:
         exchange: Exchange = scope[EXCHANGE]
         served, bodies = self.served, self._bodies
         exchange.model = served.name
-        size = bodies.size_of(scope)
+        size = bodies.size_of(exchange.headers)
         bodies.take(size)
         try:
-            body = await bodies.read(receive)
-            length = next((value for name, value in scope["headers"] if name == HEADER_LENGTH), None)
-            call = read_call(served, body, length, self._limits)
+            body = await bodies.read(exchange)
+            call = read_call(served, body, exchange.headers.get(HEADER_LENGTH), self._limits)
             exchange.operation, exchange.rows = call.operation.name, call.rows
-            arrays = await self.gatherer.submit(call, receive)
+            arrays = await self.gatherer.submit(call, exchange)
             headers, answer = write_answer(served.name, call, arrays)
         finally:
             bodies.release(size)
