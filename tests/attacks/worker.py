@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from attacks import archives, documents
 from neml2_aoti_plugin import AOTIError, ConvergenceError, Model
+from neml2_aoti_plugin.solve import machine_code
 
 ROWS = 3
 
@@ -144,7 +145,8 @@ def main() -> int:
     package = next(copy.rglob("*.pt2"))
     for place in (copy.parent, copy, copy / "cpu"):
         shutil.copy(package, place / "outside.pt2")
-    watch = Watch(copy)
+    # The machine code of our own kernels is read or written when the first row is solved.
+    watch = Watch(copy, *machine_code.folders())
     run = damage_metadata if kind == "metadata" else damage_archives
     trial = run(copy, int(number), int(count))
     escapes = [p for p in watch.outside if not p.endswith(".py")]
