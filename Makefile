@@ -15,7 +15,7 @@ help:
 	@echo "make calibrate  fit two parameters of the compiled viscoplastic model to noisy data, and draw it"
 	@echo "make plate   pull a plate with a hole by finite elements around compiled integration points, and draw it"
 	@echo "make test    run the tests; from a cold cache it compiles the stubs they need first"
-	@echo "make test-wide  run the tests that need the other stubs, which take minutes more to compile"
+	@echo "make test-wide  run the tests that need the other stubs, which take minutes more to compile, and slow ones"
 	@echo "make long    run the long tests: many threads, processes and damaged files"
 	@echo "make legacy  run the tests on artifacts of older neml2 releases, which it compiles first"
 	@echo "make lint    check style, format and types"

@@ -181,6 +181,7 @@ class TestCommand:
 class TestFolders:
     """Root may write anywhere; so these folders cannot be made, or are on a file system that is mounted read-only."""
 
+    @pytest.mark.wide
     def test_where_none_can_be_made(self, tmp_path: Path) -> None:
         blocked = tmp_path / "file"
         blocked.write_text("")
@@ -249,6 +250,7 @@ class TestFolders:
         assert run(limit + SHOW, NUMBA_CACHE_DIR=str(warm), limit=200).split() == ["1", "2", "2"]
         assert [file.name for file in files_in(warm)] == names
 
+    @pytest.mark.wide
     def test_a_full_file_system(self, tmp_path: Path) -> None:
         before = mounted(f"mount -t tmpfs -o size=16k none {tmp_path}", f"find {tmp_path} -type f")
         variables = environment(NUMBA_CACHE_DIR=str(tmp_path))
@@ -262,6 +264,7 @@ class TestFolders:
 
 
 class TestAtOnce:
+    @pytest.mark.wide
     def test_eight_processes_on_an_empty_folder(self, tmp_path: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda _: small(tmp_path), range(8)))
@@ -370,6 +373,7 @@ class TestDamage:
         assert small(warm) == [3, 0, 0]
         assert not list(warm.rglob("*.tmp"))
 
+    @pytest.mark.wide
     def test_a_model_with_one_of_each(self, artifact: str, right: list[float], warm: Path) -> None:
         kernels = ("begin", "judge", "advance", "settle")
         for kernel, damage in zip(kernels, (truncated, swapped, garbage, flipped), strict=True):
@@ -454,6 +458,7 @@ def in_fork(work, limit=60):
 
 
 class TestForksAndSignals:
+    @pytest.mark.wide
     def test_a_fork_while_another_thread_compiles(self) -> None:
         run(
             FORK
@@ -473,6 +478,7 @@ right()
             limit=200,
         )
 
+    @pytest.mark.wide
     def test_a_signal_handler_that_forks_in_mid_compile(self) -> None:
         run(
             FORK

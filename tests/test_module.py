@@ -240,6 +240,7 @@ class TestProcesses:
         assert all(torch.equal(x, stress(model)) for x in found)
 
 
+@pytest.mark.wide
 def test_calibration_example(tmp_path: Path) -> None:
     """Recovers two parameters through the TransientDriver and draws data, first guess and fit."""
     compiled("calibration")  # the example needs it, and the torch of this run may be too old for it

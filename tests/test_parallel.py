@@ -335,3 +335,25 @@ class TestBadInput:
         pool.close()
         with pytest.raises(AOTIError, match="closed"):
             pool.forward(viscoplasticity(3))
+
+
+class TestFork:
+    # Python's own from 3.12 on.
+    @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+    def test_a_forked_process_is_told_to_make_its_own(self, workers: Workers) -> None:
+        pool = Pool.over(references.case("viscoplasticity").model, workers, chunk=5)
+        pool.forward(viscoplasticity(10))
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            try:
+                pool.forward(viscoplasticity(10))
+            except AOTIError as error:
+                os.write(writer, str(error).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as told:
+            assert "forked" in told.read()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert_same(pool.forward(viscoplasticity(10)), pool.model.forward(viscoplasticity(10)))

@@ -1,4 +1,4 @@
-"""The processes of a pool: those that die, those whose caller ends, forks, and drivers that use them."""
+"""The processes of a pool: those that die, those whose caller ends, and drivers that use them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from attacks.children import environment
 from neml2_aoti_plugin import AOTIError, InputError, Pool
 from neml2_aoti_plugin.host.hit import AOTIModel
 from neml2_aoti_plugin.parallel.folder import SPARE_PER_WORKER
-from neml2_aoti_plugin.parallel.workers import Workers, shared
+from neml2_aoti_plugin.parallel.workers import shared
 from processes import Program, descendants, is_alive, leftovers, wait_until
 from references import difference
 from test_parallel import assert_same, viscoplasticity
@@ -230,28 +230,6 @@ class TestCallersThatEnd:
             status, out, err = program.finish(30)
             assert (status, out, err) == (0, "0 files are left, and it works again\n", "")
             assert not leftovers(program.pid)
-
-
-class TestFork:
-    # Python's own from 3.12 on.
-    @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-    def test_a_forked_process_is_told_to_make_its_own(self, workers: Workers) -> None:
-        pool = Pool.over(references.case("viscoplasticity").model, workers, chunk=5)
-        pool.forward(viscoplasticity(10))
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(30)
-            try:
-                pool.forward(viscoplasticity(10))
-            except AOTIError as error:
-                os.write(writer, str(error).encode())
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader) as told:
-            assert "forked" in told.read()
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert_same(pool.forward(viscoplasticity(10)), pool.model.forward(viscoplasticity(10)))
 
 
 MANY = """

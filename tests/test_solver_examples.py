@@ -84,6 +84,7 @@ def test_plate_takes_steps_back_in_which_points_fail(small: plate.Plate) -> None
     assert found.force[-1] == pytest.approx(expected.force[-1], rel=2e-2)
 
 
+@pytest.mark.wide
 def test_plate_is_drawn_with_its_time_split(tmp_path: Path) -> None:
     picture = tmp_path / "plate.png"
     done = subprocess.run(
