@@ -25,7 +25,7 @@ NOT_RUN = {"legacy/README.md"}
 # Run against a service, by tests/test_serve.py.
 ELSEWHERE = {"docs/service.md"}
 # What these pages run takes longer than the default suite may.
-WIDE = {"docs/howto/renames.md", "docs/scaling.md", "docs/tool.md"}
+WIDE = {"docs/howto/convergence.md", "docs/howto/renames.md", "docs/scaling.md", "docs/tool.md"}
 # Has a compile that no stub of the catalogue has.
 MARCH = "docs/howto/parameters.md"
 

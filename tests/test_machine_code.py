@@ -351,7 +351,7 @@ def of_another_version(file: Path) -> None:
     assert run(source, NUMBA_CACHE_DIR=str(file.parents[1]), limit=200).split() == ["0", "3", "0"]
 
 
-DAMAGE: list[Callable[[Path], None]] = [
+DAMAGE = [
     truncated,
     emptied,
     garbage,
@@ -359,7 +359,7 @@ DAMAGE: list[Callable[[Path], None]] = [
     flipped_at_the_start,
     swapped,
     a_pickle,
-    of_another_version,
+    pytest.param(of_another_version, marks=pytest.mark.wide),
 ]
 
 

@@ -116,6 +116,7 @@ def leftovers(scratch: Path) -> list[Path]:
 
 
 class TestAtOnce:
+    @pytest.mark.wide
     def test_many_load_cold_at_once(self, artifact: str, right: float, scratch: Path) -> None:
         assert run(AT_ONCE, artifact, 8, 1, right, limit=200, TMPDIR=str(scratch)).split() == ["8", "0"]
 
