@@ -127,7 +127,8 @@ if sys.argv[2] == "work":
         while True:
             pool.forward(rows)
     except KeyboardInterrupt as error:
-        in_flight = any(frame.filename.endswith("workers.py") for frame in traceback.extract_tb(error.__traceback__))
+        frames = traceback.extract_tb(error.__traceback__)
+        in_flight = any(f.filename.endswith("workers.py") and f.name == "run" for f in frames)
         print("interrupted", in_flight, len(pool.processes.processes), flush=True)
         pool.forward(scaled(1000))
         print("again", len(pool.processes.processes), flush=True)

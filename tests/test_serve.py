@@ -136,6 +136,8 @@ def test_the_openapi_document_is_that_of_the_addresses(service: Service) -> None
 def test_addresses_that_there_are_not(service: Service, method: str, path: str, status: int, said: str) -> None:
     answer = service.request(method, path)
     assert answer.status == status and said in answer.error
+    allowed = {"/v2/models/elasticity/infer": "POST", "/v2": "GET, HEAD"}.get(path, "")
+    assert sorted(answer.headers.get("allow", "").split(", ")) == sorted(allowed.split(", ")) or status != 405
 
 
 @pytest.mark.parametrize("binary", [False, True])

@@ -89,6 +89,8 @@ def test_each_gets_what_it_would_get_alone(stub: str) -> None:
                     continue
                 assert not isinstance(answer, Refused), answer.__cause__
                 lines, text = write_answer(stub, calls[place], answer)
+                # The second time with what is remembered of the first.
+                assert write_answer(stub, calls[place], answer) == (lines, text) and calls[place].head.answers
                 told = Answer(200, {name.decode(): value.decode() for name, value in lines}, text).arrays
                 assert told.keys() == wanted.keys()
                 for name, value in wanted.items():

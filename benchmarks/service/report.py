@@ -48,21 +48,7 @@ def measured(loads: Sequence[Load], soak: Soak | None, seconds: float, command: 
         f"of {seconds:g} s of wrk, with the least and the most in brackets; *processor* is the service's own time for "
         f"each request. The call itself, again and again in a process of its own, takes "
         f"{_told([load.call for load in loads], 2)} ms.",
-        table(
-            (
-                "workers",
-                "gathered",
-                "data",
-                "clients",
-                "requests/s",
-                "p50 ms",
-                "p95 ms",
-                "p99 ms",
-                "processor us",
-                "errors",
-            ),
-            [_line(rounds) for rounds in cases.values()],
-        ),
+        table(HEAD, [_line(rounds) for rounds in cases.values()]),
         _targets(cases),
         "A target is undecided where it lies between the least and the most.",
         "![requests per second and latency](service.png)",

@@ -52,7 +52,7 @@ def sizes(model: Model, chunk: int | None) -> Sizes:
     if chunk is None:
         if not program.implicit:
             return Sizes(EXPLICIT, EXPLICIT, None)
-        # A worker solves a block at a time, as the model itself does.
+        # A worker solves a block at a time, as the model itself does, and answers after some of them.
         most = BLOCKS * max(_rounded(program.block or EXPLICIT), MULTIPLE)
         return Sizes(min(LEAST, most), most, WORTH_IT)
     if isinstance(chunk, bool) or not isinstance(chunk, int):

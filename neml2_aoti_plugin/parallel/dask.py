@@ -39,7 +39,7 @@ class LoadModel(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         """Load it; raises where its artifact is not there, or differs."""
-        # Dask has it given back, which costs a compiled model half of its time.
+        # Dask has it given back after each graph; docs/scaling.md has what that costs.
         keep_freed_memory()
         model_of(self.model)
 

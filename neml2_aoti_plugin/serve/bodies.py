@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from .asgi import Message, Receive
-from .front import Exchange
+from .http_exchange import Exchange
 from .limits import Limits
 from .refusals import Refused
 

@@ -11,7 +11,7 @@ from time import perf_counter
 
 from .calls import Call
 from .evaluation import Answer, evaluate
-from .front import Exchange
+from .http_exchange import Exchange
 from .limits import Limits
 from .metrics import Metrics
 from .refusals import GONE, Refused

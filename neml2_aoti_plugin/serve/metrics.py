@@ -43,7 +43,6 @@ class Metrics:
         self._queue = Gauge("neml2_queue_rows", "Rows that wait.", model, registry=own, multiprocess_mode="livesum")
         # Finding a child by its labels costs more than counting.
         self._children: dict[tuple[Any, ...], Any] = {}
-        self._answered: dict[tuple[str, str, int], tuple[Any, Any]] = {}
 
     def answered(self, model: str, operation: str, status: int, seconds: float) -> None:
         """Count a request.
@@ -54,14 +53,8 @@ class Metrics:
             status: of the answer.
             seconds: that it took.
         """
-        key = (model, operation, status)
-        found = self._answered.get(key)
-        if found is None:
-            found = self._requests.labels(model, operation, str(status)), self._seconds.labels(model, operation)
-            self._answered[key] = found
-        requests, times = found
-        requests.inc()
-        times.observe(seconds)
+        self._child(self._requests, model, operation, str(status)).inc()
+        self._child(self._seconds, model, operation).observe(seconds)
 
     def evaluated(
         self, model: str, call: Call, taken: Sequence[Waiting], answers: Sequence[Answer], seconds: float

@@ -14,8 +14,9 @@ from .. import __version__
 from .answers import write_answer
 from .asgi import JSON, App, Receive, Scope, Send
 from .bodies import Bodies
-from .front import EXCHANGE, Exchange, Gate
+from .front import Gate
 from .gathering import Gatherer
+from .http_exchange import EXCHANGE, Exchange
 from .limits import Limits
 from .metrics import CONTENT_TYPE, Metrics
 from .openapi import document
