@@ -46,7 +46,7 @@ def command(as_json: bool) -> int:
     """
     from ..solve import choice
 
-    arrays, reason = choice.arrays()
+    arrays, reason = choice.machine()
     if arrays is None:
         return show("warm", WarmReport(choice.TORCH, reason, 0, ()), as_json, render, FINE)
     from ..solve import warm

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..artifact.package import Argument, Package
 from ..errors import AOTIError, ArtifactError
+from .c_interface import Library, Unavailable
 from .loaded import loaded
 
 # CUDA kernels are compiled for inputs at such addresses; a slice of rows may start elsewhere.
@@ -44,6 +45,16 @@ class Graph:
         """Load the package, if it is not loaded yet."""
         self._loaded.load()
 
+    def library(self) -> Library:
+        """What is called without the interpreter, with tensors that `require` has looked at.
+
+        Raises:
+            Unavailable: the graph cannot be called so.
+        """
+        if self.device.type != "cpu" or not self.takes_one_batch_axis:
+            raise Unavailable("it runs on a GPU, or has pinned batch axes")
+        return self._loaded.library()
+
     def __call__(
         self,
         batched: Sequence[Tensor],
@@ -71,11 +82,19 @@ class Graph:
             arguments = [arguments[i] for i in order]
         if self._on_cuda:
             arguments = [a if a.data_ptr() % CUDA_ALIGNMENT == 0 else a.clone() for a in arguments]
+        self.require(arguments)
+        return self._loaded.run(arguments)
+
+    def require(self, arguments: Sequence[Tensor]) -> None:
+        """Refuse arguments that the graph would read wrongly, in its order; those of the same ranks are compared once.
+
+        Raises:
+            ArtifactError: the graph does not take such arguments.
+        """
         ranks = tuple([a.ndim for a in arguments])
         if ranks not in self._compared:
             self._compare(arguments)
             self._compared.add(ranks)
-        return self._loaded.run(arguments)
 
     def _first(self, arguments: list[Tensor]) -> list[Tensor]:
         outputs = self(arguments)

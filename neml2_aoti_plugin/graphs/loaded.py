@@ -16,7 +16,8 @@ from torch import Tensor
 from ..artifact.package import Package
 from ..errors import AOTIError, ArtifactError
 from . import forks
-from .unpack import load_runner
+from .c_interface import Library, Unavailable
+from .unpack import load_library, load_runner
 
 # How many copies of a package are remembered; any one of them will do.
 _PLACES = 8
@@ -40,6 +41,8 @@ class Loaded:
         # make a call of its own in a thread that has the lock; it finds the runner free, for no Python runs inside.
         self.lock = threading.RLock()
         self.runner: Any = None
+        # For calls without the interpreter; a text that says why there are none.
+        self._library: Library | str | None = None
         self._calls_python = False
         # Whether the graph runs, and may call Python.
         self.inside = False
@@ -49,6 +52,24 @@ class Loaded:
         """Load the package, if it is not loaded yet."""
         with self.lock:
             self._load()
+
+    def library(self) -> Library:
+        """The library of the package, for calls by its C interface; loaded when it is first asked for.
+
+        Raises:
+            Unavailable: the graph cannot be called so.
+            ArtifactError: the package is not what it was.
+            AOTIError: there is no room to unpack it, or it cannot be made ready.
+        """
+        with self.lock:
+            if self._library is None:
+                try:
+                    self._library = load_library(self.file, self._read())
+                except Unavailable as error:
+                    self._library = str(error)
+        if isinstance(self._library, str):
+            raise Unavailable(self._library)
+        return self._library
 
     def run(self, arguments: Sequence[Tensor]) -> list[Tensor]:
         """Run the graph.

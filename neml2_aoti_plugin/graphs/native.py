@@ -60,7 +60,7 @@ def operators(archive: zipfile.ZipFile, device: torch.device) -> Operators:
     """
     names = operators_in(archive)
     changed: dict[str, bytes] = {}
-    power = PYTHON_POWER in names and _same_as_torch(device)
+    power = PYTHON_POWER in names and same_as_torch(device)
     if power or RAISE_IF_SINGULAR in names:
         info = next(info for info in zipped.graph_entries(archive) if info.filename.endswith(LISTED))
         changed[info.filename], names = _exchanged(bytes(zipped.read_entry(archive, info)), power=power)
@@ -113,7 +113,7 @@ def _names(node: dict[str, Any]) -> list[object]:
 
 
 @cache
-def _same_as_torch(device: torch.device) -> bool:
+def same_as_torch(device: torch.device) -> bool:
     """Whether neml2's power is torch's, to the last bit, for numbers of all kinds."""
     outcome: list[bool] = []
     # What the caller has switched on in this thread (a mode, a transform, another default) must not matter here.

@@ -16,9 +16,11 @@ from zipfile import ZipFile
 import torch
 
 from ..artifact import archive as zipped
+from ..artifact.package import operators_in
 from ..artifact.telling import named
 from ..errors import AOTIError, ArtifactError
-from .native import operators, repacked
+from .c_interface import Library, Unavailable
+from .native import PYTHON_POWER, operators, repacked, same_as_torch
 from .scratch import Scratch, scratch_folder
 
 
@@ -37,10 +39,7 @@ def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, boo
         ArtifactError: the package cannot be unpacked without harm, or torch cannot load it.
         AOTIError: there is no room to unpack it.
     """
-    with zipped.open_archive(file, data) as archive, scratch_folder(file) as folder:
-        faults = zipped.faults(archive)
-        if faults:
-            raise ArtifactError(f"{file}: {faults[0]}")
+    with _sound(file, data) as archive, scratch_folder(file) as folder:
         called = operators(archive, device)
         own = getattr(torch._C._aoti, "AOTIModelContainerRunnerCpu", None) if device.type == "cpu" else None
         if own is None:
@@ -53,6 +52,38 @@ def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, boo
         library = _unpack(archive, data, folder, file, called.changed)
         with _refusals(file, folder):
             return own(str(library), 1), called.python
+
+
+def load_library(file: Path, data: bytes) -> Library:
+    """Load the library of a graph for a CPU, to be called by its C interface.
+
+    Args:
+        file: its package, for messages.
+        data: the bytes of the package.
+
+    Raises:
+        Unavailable: it cannot be called so.
+        ArtifactError: the package cannot be unpacked without harm.
+        AOTIError: there is no room to unpack it, or it cannot be made ready.
+    """
+    with _sound(file, data) as archive:
+        others = set(operators_in(archive)) - {PYTHON_POWER}
+        if others:
+            raise Unavailable(f"it calls {', '.join(sorted(others))}")
+        if PYTHON_POWER in operators_in(archive) and not same_as_torch(torch.device("cpu")):
+            raise Unavailable(f"{PYTHON_POWER} is not torch's power")
+        with scratch_folder(file) as folder:
+            return Library(_unpack(archive, data, folder, file, {}), file)
+
+
+@contextmanager
+def _sound(file: Path, data: bytes) -> Iterator[ZipFile]:
+    """Open a package that can be unpacked without harm."""
+    with zipped.open_archive(file, data) as archive:
+        faults = zipped.faults(archive)
+        if faults:
+            raise ArtifactError(f"{file}: {faults[0]}")
+        yield archive
 
 
 def _unpack(archive: ZipFile, data: bytes, folder: Scratch, file: Path, changed: Mapping[str, bytes]) -> Path:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import log
 from ..artifact import schema
+from ..graphs.c_interface import Unavailable, tensor_functions
+from ..graphs.power import power_executor
 from ..settings import NewtonSettings
 from ..solve import choice, newton
 from ..solve.criteria import criteria_of
@@ -23,7 +25,7 @@ from .blocks import MAX_ROWS
 from .packing import Packing
 from .parameters import Values
 from .sensitivity import Sensitivity, sensitivity_of
-from .systems import GraphOf, SystemGraphs, check_arity
+from .systems import GraphOf, SystemGraphs, check_arity, require_arity
 from .tangents import Columns, Tangents, add, times
 
 # A solve of a segment from packed unknowns and givens; the flag asks for small last steps (`substep_del_tol`).
@@ -193,51 +195,65 @@ def _solver(
         return partial(_by_tensors, graphs), "torch (not one dense group on a CPU in float64)"
     if len(spec.givens) != 1 or not graphs.residual.takes_one_batch_axis:
         return partial(_by_tensors, graphs), "torch (not one group of givens, or pinned batch axes)"
-    arrays, reason = choice.arrays()
-    if arrays is None:
+    machine, reason = choice.machine()
+    if machine is None:
         return partial(_by_tensors, graphs), f"torch ({reason})"
     n = sum(v.size for v in spec.unknown_variables)
     q = sum(v.size for g in spec.givens for v in g.variables)
-    return partial(_by_kernels, graphs, arrays, arrays.Workspaces(n, q, MAX_ROWS)), f"numba ({reason})"
+    return _Native(graphs, machine, n, q), f"native ({reason})"
 
 
-def _by_kernels(
-    graphs: SystemGraphs,
-    arrays: Any,
-    spaces: Any,
-    first: Groups,
-    givens: Groups,
-    parameters: Sequence[Tensor],
-    settings: NewtonSettings,
-    small_steps: bool,
-) -> newton.Solved:
-    """Solve one dense group on a CPU."""
-    residual_graph, jacobian_graph = graphs.residual, graphs.jacobian
-    assert jacobian_graph is not None
+class _Native:
+    """Solves one dense group on a CPU by machine code; by tensors where its graphs have no C interface.
 
-    def residual(u: Tensor, g: Tensor) -> Tensor:
-        outputs = residual_graph.again([u, g, *parameters])
-        if len(outputs) != 1:
-            check_arity(residual_graph, outputs, 1)
-        return _whole(outputs[0], u.shape[0])
+    Args:
+        graphs: of the segment.
+        machine: the module that solves blocks.
+        n: number of unknowns.
+        q: number of entries of the givens.
+    """
 
-    def linearise(u: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = jacobian_graph.again([u, g, *parameters])
-        if len(outputs) != 2:
-            check_arity(jacobian_graph, outputs, 2)
-        return _whole(outputs[1], u.shape[0]), _whole(outputs[0], u.shape[0])
+    def __init__(self, graphs: SystemGraphs, machine: Any, n: int, q: int) -> None:
+        self._graphs, self._machine, self._sizes = graphs, machine, (n, q)
+        self._system: Any = None
+        self._by_tensors = False
 
-    space = spaces.borrow(first[0].shape[0])
-    try:
-        rows = arrays.ArrayRows(residual, linearise, first[0], givens[0], settings, space, small_steps=small_steps)
-        return newton.solve(rows, settings, newton.listener())
-    finally:
-        spaces.give_back(space)
+    def __call__(
+        self,
+        first: Groups,
+        givens: Groups,
+        parameters: Sequence[Tensor],
+        settings: NewtonSettings,
+        small_steps: bool,
+    ) -> newton.Solved:
+        """See `Solve`."""
+        graphs = self._graphs
+        assert graphs.jacobian is not None
+        if self._system is None and not self._by_tensors:
+            self._load()
+        if self._by_tensors or any(p.dtype != torch.float64 or not p.is_contiguous() for p in parameters):
+            return _by_tensors(graphs, first, givens, parameters, settings, small_steps)
+        arguments = [first[0], givens[0], *parameters]
+        graphs.residual.require(arguments)
+        graphs.jacobian.require(arguments)
+        found: newton.Solved = self._system.solve(
+            first[0], givens[0], parameters, settings, small_steps=small_steps, tell=newton.listener()
+        )
+        return found
 
-
-def _whole(x: Tensor, rows: int) -> Tensor:
-    """A graph's output row by row and contiguous; one that is the same for all rows comes back once."""
-    return x if x.shape[0] == rows and x.is_contiguous() else x.expand(rows, *x.shape[1:]).contiguous()
+    def _load(self) -> None:
+        graphs = self._graphs
+        assert graphs.jacobian is not None
+        try:
+            residual, jacobian = graphs.residual.library(), graphs.jacobian.library()
+            functions, executor = tensor_functions(), power_executor()
+        except Unavailable as error:
+            log.emit("model", "info", f"{graphs.residual.file.name}: solved by torch's operations, since {error}")
+            self._by_tensors = True
+            return
+        for graph, library, outputs in ((graphs.residual, residual, 1), (graphs.jacobian, jacobian, 2)):
+            require_arity(graph, library.outputs, outputs)
+        self._system = self._machine.System(residual, jacobian, functions, executor, *self._sizes, MAX_ROWS)
 
 
 def _by_tensors(

@@ -55,7 +55,7 @@ class Sensitivity:
             self._solve_ift = graph_of(by_given.solve)
         # A dense system is solved here, for the columns that the compiled pairs need alone.
         self._dense = graphs.factored and self._all_dense
-        self._arrays = choice.arrays()[0] if self._dense else None
+        self._machine = choice.machine()[0] if self._dense else None
         self._offsets = _offsets(spec.unknowns), _offsets(spec.givens)
         self._dr_dparam = self._solve_param = None
         if isinstance(by_parameter, (DirectParameterSensitivity, KrylovParameterSensitivity)):
@@ -201,8 +201,8 @@ class Sensitivity:
 
     def _columns(self, a: Tensor, b: Tensor, chosen: list[int]) -> Tensor:
         """`-A^-1 B` for chosen columns of `B`, `(rows, n, len(chosen))`; NaN in rows whose matrix is singular."""
-        if self._arrays is not None and a.dtype == torch.float64:
-            found: Tensor = self._arrays.columns(contiguous(a), contiguous(b), chosen)
+        if self._machine is not None and a.dtype == torch.float64:
+            found: Tensor = self._machine.columns(contiguous(a), contiguous(b), chosen)
             return found
         factors, pivots, info = torch.linalg.lu_factor_ex(a)
         x: Tensor = -torch.linalg.lu_solve(factors, pivots, b[..., chosen])

@@ -37,8 +37,8 @@ def chosen() -> tuple[str, str]:
     return NUMBA, asked if word else "numba is installed"
 
 
-def arrays() -> tuple[ModuleType | None, str]:
-    """The module with the rows as arrays, and the reason for it; None where tensors are used.
+def machine() -> tuple[ModuleType | None, str]:
+    """The module that solves blocks by machine code, and the reason for it; None where tensors are used.
 
     Raises:
         InputError: the environment variable holds another word.
@@ -68,7 +68,7 @@ def _imported() -> ModuleType | None:
 
 def _import() -> tuple[ModuleType | None, str]:
     try:
-        return import_module(".arrays", __package__), ""
+        return import_module(".block", __package__), ""
     except Exception as error:
         # An installation of numba that does not go with this numpy or this Python must not take the plugin down.
         return None, f"{type(error).__name__}: {error}"

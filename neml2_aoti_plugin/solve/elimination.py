@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from .calls import entry
 from .criteria import LEAST_SQUARES, MOST_SQUARES
 from .lanes import LANES, divide, larger, multiply, subtract_multiple, subtract_products
-from .machine_code import inlined, inner, kernel
+from .machine_code import inlined, inner
 
 # Vectors at the end of `lu` beside those of the right-hand side: peaks, their places, and whether there was one.
 PEAK, BEST, SOUND, EXTRA = range(4)
@@ -63,13 +64,12 @@ def norm_of(x: Any, row: Any) -> Any:
 
 
 @inlined
-def load(a: Any, row: Any, lu: Any, slot: Any) -> None:
-    """Put the matrix of a row into a slot, which is a lane of a group."""
-    n = a.shape[1]
+def load(a: Any, row: Any, lu: Any, slot: Any, n: Any) -> None:
+    """Put the matrix of a row, from an output of a graph, into a slot, which is a lane of a group."""
     at = (slot // LANES) * n * n * LANES + slot % LANES
     for i in range(n):
         for j in range(n):
-            lu[at] = a[row, i, j]
+            lu[at] = entry(a, row, i, j)
             at += LANES
 
 
@@ -197,26 +197,3 @@ def substitute_one(lu: Any, pivots: Any, slot: Any, x: Any, row: Any) -> Any:
         sound = sound and isfinite(total)
         x[row, i] = total
     return sound
-
-
-@kernel
-def columns(a: Any, b: Any, chosen: Any, lu: Any, pivots: Any, found: Any) -> None:
-    """Solve `A X = -B` for chosen columns of `B`, row by row; NaN where a matrix is singular."""
-    n, rows = a.shape[1], len(a)
-    side = side_in(lu, n)
-    for start in range(0, rows, LANES):
-        count = min(LANES, rows - start)
-        for lane in range(count):
-            load(a, start + lane, lu, lane)
-        fill_up(lu, count, n)
-        factor(lu, pivots, 0, n)
-        for c in range(len(chosen)):
-            for lane in range(LANES):
-                row = start + min(lane, count - 1)
-                for i in range(n):
-                    lu[side + i * LANES + lane] = -b[row, i, chosen[c]]
-            substitute(lu, pivots, 0, n)
-            for lane in range(count):
-                sound = had_pivots(lu, lane, n)
-                for i in range(n):
-                    found[start + lane, c, i] = lu[side + i * LANES + lane] if sound else nan

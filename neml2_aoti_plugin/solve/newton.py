@@ -13,6 +13,10 @@ from .system import Groups
 
 Tell = Callable[[str], None]
 
+# The lines of the log: of each iteration, and of each trial of the line search.
+ITERATION = "ITERATION {:3d}, |R| = {:.6e}, |R0| = {:.6e}"
+TRIALS = "  LS ITERATION {:3d}, min(alpha) = {:.6e}, max(||R||) = {:.6e}, min(||Rc||) = {:.6e}"
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -83,14 +87,13 @@ def solve(rows: Rows, settings: NewtonSettings, tell: Tell | None = None) -> Sol
     rows.start()
     for i in range(settings.updates + 1):
         if tell is not None:
-            tell("ITERATION {:3d}, |R| = {:.6e}, |R0| = {:.6e}".format(i, *rows.worst()))
+            tell(ITERATION.format(i, *rows.worst()))
         if not rows.live or i == settings.updates:
             break
         rows.step()
         for k in range(1, settings.ls_max_iters):
             if tell is not None:
-                line = "  LS ITERATION {:3d}, min(alpha) = {:.6e}, max(||R||) = {:.6e}, min(||Rc||) = {:.6e}"
-                tell(line.format(k, *rows.trials()))
+                tell(TRIALS.format(k, *rows.trials()))
             if not rows.refused or k > settings.cuts:
                 break
             rows.cut_back()

@@ -6,30 +6,15 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..settings import NewtonSettings
-from . import arrays, machine_code
+from . import block, machine_code, native
 
 
 def compile_all() -> None:
-    """Call each kernel once, for a system of one row and one unknown."""
-
-    def residual(u: Tensor, g: Tensor) -> Tensor:
-        return 1.0 - u
-
-    def jacobian(u: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return residual(u, g), torch.ones(1, 1, 1, dtype=torch.float64)
-
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-    space = arrays.Workspace(1, 1, 1)
-    rows = arrays.ArrayRows(residual, jacobian, zero, zero, NewtonSettings(), space)
-    rows.start()
-    rows.step()
-    rows.chord()
-    rows.settle()
+    """Compile each kernel, or take it from where it is kept."""
+    native.solve_block.compile("int64(int64)")
     one = torch.ones(1, 1, 1, dtype=torch.float64)
-    arrays.columns(one, one, [0])
+    block.columns(one, one, [0])
 
 
 def files() -> list[Path]:

@@ -96,7 +96,7 @@ def newton_loop() -> KernelsReport:
     """What the Newton loop runs on here."""
     try:
         # It imports numba, which may be there and not work.
-        arrays, reason = choice.arrays()
+        arrays, reason = choice.machine()
     except AOTIError as error:
         return KernelsReport("", str(error), (), 0)
     if arrays is None:

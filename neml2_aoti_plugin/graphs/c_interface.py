@@ -1,0 +1,149 @@
+"""A compiled graph behind its C interface, which takes memory and needs no interpreter.
+
+The library in a package exports C functions (torch/csrc/inductor/aoti_runtime/interface.h); a tensor is a handle,
+with C functions of libtorch (torch/csrc/inductor/aoti_torch/c/shim.h). Both are what compiled graphs are built on, and
+torch keeps them as they are. torch's runner holds the interpreter while a graph runs; these do not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import AOTIError
+
+# Functions for tensors, in the order in which machine code takes their addresses.
+TENSOR_FUNCTIONS = (
+    "aoti_torch_create_tensor_from_blob",
+    "aoti_torch_delete_tensor_object",
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+)
+_FLOAT64 = "aoti_torch_dtype_float64"
+_PREFIX = "AOTInductorModelContainer"
+_LIBRARIES = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
+
+
+class Unavailable(Exception):
+    """A graph cannot be called by its C interface; the text says why."""
+
+
+@cache
+def libtorch() -> ctypes.CDLL:
+    """The library of torch that exports the functions for tensors; it is loaded already."""
+    path = Path(torch.__file__).parent / "lib" / _LIBRARIES.get(sys.platform, "libtorch_cpu.so")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path.name} cannot be opened ({error})") from None
+
+
+def function(library: ctypes.CDLL, name: str) -> Any:
+    """A C function that returns 32 bits; its address is `address(function)`."""
+    try:
+        found = getattr(library, name)
+    except AttributeError:
+        raise Unavailable(f"there is no function {name}") from None
+    found.restype = ctypes.c_int32
+    return found
+
+
+def address(function: Any) -> int:
+    """Where a C function is."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@cache
+def tensor_functions() -> np.ndarray:
+    """Addresses of `TENSOR_FUNCTIONS`, and behind them torch's number for float64, int64."""
+    found = [address(function(libtorch(), name)) for name in TENSOR_FUNCTIONS]
+    return np.array([*found, function(libtorch(), _FLOAT64)()], np.int64)
+
+
+class Container:
+    """A graph with its constants, for one thread at a time.
+
+    Args:
+        handle: of the library's object.
+        library: that made it.
+    """
+
+    def __init__(self, handle: int, library: Library) -> None:
+        self.handle, self.library = handle, library
+        # When the process ends, the system takes the memory; other threads may still be in a call.
+        weakref.finalize(self, library.delete, handle).atexit = False
+
+    @property
+    def run(self) -> int:
+        """Address of the function that runs the graph."""
+        return self.library.run
+
+
+class Library:
+    """The loaded library of a package.
+
+    Args:
+        path: of the library, which may be removed afterwards.
+        file: its package, for messages.
+
+    Raises:
+        Unavailable: it does not export what is needed.
+    """
+
+    def __init__(self, path: Path, file: Path) -> None:
+        self.file = file
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise Unavailable(f"its library cannot be opened ({error})") from None
+        # Without the lock under which a container gives its models to several threads.
+        self.run = address(function(self._library, f"{_PREFIX}RunSingleThreaded"))
+        self._create = function(self._library, f"{_PREFIX}CreateWithDevice")
+        self._delete = function(self._library, f"{_PREFIX}Delete")
+        self._last_error: Callable[..., int] | None = getattr(self._library, "AOTInductorGetLastError", None)
+        self._spare: list[Container] = []
+        first = self.container()
+        self.inputs, self.outputs = self._count(first, "GetNumInputs"), self._count(first, "GetNumOutputs")
+        self._spare.append(first)
+
+    def container(self) -> Container:
+        """A container that nobody else has.
+
+        Raises:
+            AOTIError: the graph cannot be made ready.
+        """
+        with suppress(IndexError):
+            return self._spare.pop()
+        handle = ctypes.c_void_p()
+        if self._create(ctypes.byref(handle), ctypes.c_size_t(1), b"cpu", None) or not handle.value:
+            raise AOTIError(f"{self.file}: the compiled graph cannot be made ready: {self.last_error()}")
+        return Container(handle.value, self)
+
+    def delete(self, handle: int) -> None:
+        """Delete a container."""
+        self._delete(ctypes.c_void_p(handle))
+
+    def last_error(self) -> str:
+        """What the last call in this thread that failed says of itself."""
+        text = ctypes.c_char_p()
+        if self._last_error is None or self._last_error(ctypes.byref(text)) or not text.value:
+            return "the graph says no more; see what it printed on stderr"
+        return text.value.decode(errors="replace").strip().splitlines()[0]
+
+    def _count(self, container: Container, of: str) -> int:
+        number = ctypes.c_size_t()
+        if function(self._library, _PREFIX + of)(ctypes.c_void_p(container.handle), ctypes.byref(number)):
+            raise Unavailable("its library does not tell how many tensors it takes")
+        return number.value

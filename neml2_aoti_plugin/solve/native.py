@@ -1,0 +1,548 @@
+"""Newton's method over the rows of a block as one call that needs no interpreter: compiled graphs included.
+
+Each row is decided by its own numbers. The sums of a row are taken in the order of its entries, without reassociation,
+and graphs get whole vectors of rows, so that the bits of a row depend on nothing but the row. The live rows lie
+together at the front of the arrays of `Space`; rows that are done leave, and the others move up.
+"""
+
+from __future__ import annotations
+
+from math import inf, isfinite, nan, sqrt
+from typing import Any, Final, NamedTuple
+
+from . import criteria as by
+from .calls import (
+    ARGUMENT,
+    Call,
+    Graph,
+    Output,
+    integer_rows,
+    integers,
+    number_rows,
+    numbers,
+    output,
+    release,
+    run,
+    take,
+)
+from .elimination import (
+    clear_sides,
+    copy,
+    factor,
+    fill_up,
+    had_pivots,
+    load,
+    norm_of,
+    put_side,
+    side_in,
+    substitute,
+    substitute_one,
+    take_side,
+)
+from .lanes import LANES
+from .machine_code import inlined, inner, kernel
+from .outcome import Outcome
+
+CONVERGED: Final = int(Outcome.CONVERGED)
+DIVERGED: Final = int(Outcome.DIVERGED)
+OUT_OF_ITERATIONS: Final = int(Outcome.OUT_OF_ITERATIONS)
+SINGULAR: Final = int(Outcome.SINGULAR)
+# In `record` of a row that has converged and waits for a last step with a linearisation of its own.
+WAITING: Final = -1
+
+# What a solve comes to: done, or what is wrong with a graph.
+DONE, RESIDUAL_FAILED, JACOBIAN_FAILED, RESIDUAL_IS_OTHER, JACOBIAN_IS_OTHER = range(5)
+
+# What `solve_block` is given: sizes, limits, graphs (the function and the container of each), addresses of arrays.
+(
+    ROWS,
+    CAPACITY,
+    N,
+    Q,
+    UPDATES,
+    CUTS,
+    RESIDUAL,
+    RESIDUAL_CONTAINER,
+    JACOBIAN,
+    JACOBIAN_CONTAINER,
+    EXECUTOR,
+    ARGUMENTS,
+    FUNCTIONS,
+    ARGUMENTS_AT,
+    HANDLES,
+    VECTORS,
+    GIVENS,
+    NUMBERS,
+    INDICES,
+    FACTORS,
+    FACTORS_SIZE,
+    PIVOTS,
+    PIVOTS_SIZE,
+    LIMITS,
+    FIRST_GUESS,
+    FIRST_GIVENS,
+    NORMS,
+    RECORD,
+    SOLUTION,
+    HISTORY,
+    FIELDS,
+) = range(31)
+# Entries of `handles` beside those of inputs: outputs of a graph, and what is asked of one.
+OUTPUTS, SCRATCH = 2, 4
+
+# Kinds of vectors: unknowns, direction, trial, `-r`; further trials of some rows. Then of givens.
+U, STEP, TRIAL, B, FURTHER, FURTHER_B, VECTOR_KINDS = range(7)
+OWN, FURTHER_OWN, GIVEN_KINDS = range(3)
+# Columns of `numbers`, of the live rows: residual norm, that of the trial, slope over squared norm, step length.
+NORM, TRIAL_NORM, SLOPE, ALPHA, NUMBER_COLUMNS = range(5)
+# Columns of `indices`: place of a live row in the batch, its row in the linearisation, the slot of its factors; the
+# live row of a further trial.
+PLACE, SOURCE, SLOT, TRIED, INDEX_COLUMNS = range(5)
+# Columns of `norms` and of `record`, of all rows: last and first residual norm; outcome and updates.
+LAST, FIRST = range(2)
+OUTCOME, UPDATE = range(2)
+CRITERIA: Final = len(by.Criteria._fields)
+# Columns of `history`, a line each: 0 for an iteration and 1 for trials, its number, and its figures.
+HISTORY_COLUMNS: Final = 5
+
+_converged, _small_step, _accepted = inlined(by.converged), inlined(by.small_step), inlined(by.accepted)
+_gains, _carries, _followed = inlined(by.gains), inlined(by.carries), inlined(by.followed)
+
+
+class Space(NamedTuple):
+    """The arrays of a solve.
+
+    Args:
+        u: unknowns of the live rows; as are those that follow, `(capacity, n)`.
+        step: directions.
+        trial: trials.
+        b: `-r` at the unknowns, then at the trials.
+        further: further trials of some rows.
+        further_b: `-r` there.
+        g: givens of the live rows, `(capacity, q)`.
+        further_g: givens of the further trials.
+        numbers: see `NORM` and what follows it.
+        indices: see `PLACE` and what follows it.
+        lu: factors.
+        pivots: of the factors.
+        norms: of all rows.
+        record: of all rows.
+        solution: of all rows.
+        history: lines for the log; empty where nobody reads them.
+    """
+
+    u: Any
+    step: Any
+    trial: Any
+    b: Any
+    further: Any
+    further_b: Any
+    g: Any
+    further_g: Any
+    numbers: Any
+    indices: Any
+    lu: Any
+    pivots: Any
+    norms: Any
+    record: Any
+    solution: Any
+    history: Any
+
+
+@inlined
+def _unpacked(p: Any) -> Any:
+    """The criteria in an array."""
+    return by.Criteria(p[0], p[1], p[2], p[3], p[4], p[5] != 0.0, p[6] != 0.0, p[7] != 0.0, p[8], p[9] != 0.0)
+
+
+@inlined
+def _space(t: Any) -> Any:
+    """The arrays that a table names."""
+    rows, capacity, n, q = t[ROWS], t[CAPACITY], t[N], t[Q]
+    vectors, givens = t[VECTORS], t[GIVENS]
+    size, given = 8 * capacity * n, 8 * capacity * q
+    lines = (t[UPDATES] + 1) * (t[CUTS] + 2) if t[HISTORY] else 0
+    return Space(
+        number_rows(vectors + U * size, (capacity, n)),
+        number_rows(vectors + STEP * size, (capacity, n)),
+        number_rows(vectors + TRIAL * size, (capacity, n)),
+        number_rows(vectors + B * size, (capacity, n)),
+        number_rows(vectors + FURTHER * size, (capacity, n)),
+        number_rows(vectors + FURTHER_B * size, (capacity, n)),
+        number_rows(givens + OWN * given, (capacity, q)),
+        number_rows(givens + FURTHER_OWN * given, (capacity, q)),
+        number_rows(t[NUMBERS], (capacity, NUMBER_COLUMNS)),
+        integer_rows(t[INDICES], (capacity, INDEX_COLUMNS)),
+        numbers(t[FACTORS], (t[FACTORS_SIZE],)),
+        integers(t[PIVOTS], (t[PIVOTS_SIZE],)),
+        number_rows(t[NORMS], (rows, 2)),
+        integer_rows(t[RECORD], (rows, 2)),
+        number_rows(t[SOLUTION], (rows, n)),
+        number_rows(t[HISTORY], (lines, HISTORY_COLUMNS)),
+    )
+
+
+@kernel
+def solve_block(table: Any) -> Any:
+    """Solve the rows of a block from their first iterates.
+
+    Args:
+        table: address of the integers from `ROWS` to `HISTORY`.
+
+    Returns:
+        `DONE`, or what is wrong with a graph.
+    """
+    t = integers(table, (FIELDS,))
+    s = _space(t)
+    criteria = _unpacked(numbers(t[LIMITS], (CRITERIA,)))
+    count = t[ARGUMENTS]
+    handles, scratch = t[HANDLES], t[HANDLES] + 8 * (count + OUTPUTS)
+    call = Call(
+        integers(t[FUNCTIONS], (8,)),
+        integer_rows(t[ARGUMENTS_AT], (count, ARGUMENT)),
+        integers(handles, (count + OUTPUTS,)),
+        integers(scratch, (SCRATCH,)),
+    )
+    residual = Graph(t[RESIDUAL], t[RESIDUAL_CONTAINER], t[EXECUTOR], 1)
+    jacobian = Graph(t[JACOBIAN], t[JACOBIAN_CONTAINER], t[EXECUTOR], 2)
+    rows, n, updates, cuts = t[ROWS], t[N], t[UPDATES], t[CUTS]
+    givens = number_rows(t[FIRST_GIVENS], (rows, t[Q]))
+    guess = number_rows(t[FIRST_GUESS], (rows, n))
+    for row in range(rows):
+        copy(guess, row, s.u, row)
+        copy(givens, row, s.g, row)
+    if rows == 0:
+        return DONE
+    fault, a = _linearise(jacobian, call, s, rows)
+    if fault != DONE:
+        return fault
+    live, update, line = _begin(s, criteria), 0, 0
+    while True:
+        line = _note_iteration(s, line, update, live)
+        if live == 0 or update == updates:
+            break
+        if update > 0:
+            fault, a = _linearise(jacobian, call, s, live)
+            if fault != DONE:
+                return fault
+        update += 1
+        live = _advance(a, live, update, s)
+        release(jacobian, call)
+        fault, followed, line = _try(residual, call, s, live, cuts, line, criteria)
+        if fault != DONE:
+            return fault
+        live = _settle(followed, live, update, s, criteria)
+    if update == 0:
+        release(jacobian, call)
+    for k in range(live):
+        # They stay where they are.
+        row = s.indices[k, PLACE]
+        copy(s.u, k, s.solution, row)
+        s.record[row, OUTCOME], s.record[row, UPDATE] = OUT_OF_ITERATIONS, update
+        s.norms[row, LAST] = s.numbers[k, NORM]
+    return _take_last_steps(jacobian, call, s, givens)
+
+
+@inner
+def _linearise(jacobian: Any, call: Any, s: Any, rows: Any) -> Any:
+    """Evaluate the Jacobian and `-r` of the first rows, the latter into `b`; outputs are to be released."""
+    nothing = Output(0, 0, 0, 0)
+    if run(jacobian, call, s.u, s.g, rows):
+        return JACOBIAN_FAILED, nothing
+    n = s.u.shape[1]
+    a, b = output(call, 0, rows, n, 3), output(call, 1, rows, n, 2)
+    if a.address == 0 or b.address == 0:
+        release(jacobian, call)
+        return JACOBIAN_IS_OTHER, nothing
+    for k in range(rows):
+        take(b, k, s.b, k)
+    return DONE, a
+
+
+@inner
+def _evaluate(residual: Any, call: Any, u: Any, g: Any, into: Any, rows: Any) -> Any:
+    """Evaluate `-r` of the first rows."""
+    if run(residual, call, u, g, rows):
+        return RESIDUAL_FAILED
+    b = output(call, 0, rows, u.shape[1], 2)
+    for k in range(rows):
+        if b.address != 0:
+            take(b, k, into, k)
+    release(residual, call)
+    return DONE if b.address != 0 else RESIDUAL_IS_OTHER
+
+
+@inner
+def _begin(s: Any, criteria: Any) -> Any:
+    """Judge the first iterates of all rows; give the number of those that go on."""
+    live = 0
+    for row in range(len(s.solution)):
+        norm = norm_of(s.b, row)
+        s.norms[row, LAST] = s.norms[row, FIRST] = norm
+        s.record[row, UPDATE] = 0
+        # Nothing is relative to the first norm yet.
+        small = norm < criteria.atol or norm == 0.0
+        if small or not isfinite(norm):
+            s.record[row, OUTCOME] = CONVERGED if small else DIVERGED
+            copy(s.u, row, s.solution, row)
+            continue
+        if live != row:
+            copy(s.u, row, s.u, live)
+            copy(s.g, row, s.g, live)
+            copy(s.b, row, s.b, live)
+        s.numbers[live, NORM] = norm
+        s.indices[live, PLACE] = s.indices[live, SOURCE] = row
+        live += 1
+    return live
+
+
+@inlined
+def _directions(a: Any, s: Any, start: Any, end: Any) -> None:
+    """Factor the Jacobians of a group of rows, and solve for their directions."""
+    n = s.u.shape[1]
+    for k in range(start, end):
+        load(a, s.indices[k, SOURCE], s.lu, k, n)
+        put_side(s.b, k, s.lu, k)
+    fill_up(s.lu, end, n)
+    factor(s.lu, s.pivots, start // LANES, n)
+    substitute(s.lu, s.pivots, start // LANES, n)
+
+
+@inner
+def _advance(a: Any, live: Any, update: Any, s: Any) -> Any:
+    """Solve for the directions and set the full trials; rows without a direction leave.
+
+    Gives the number of rows that stay.
+    """
+    n = s.u.shape[1]
+    kept = 0
+    for start in range(0, live, LANES):
+        end = min(start + LANES, live)
+        _directions(a, s, start, end)
+        for k in range(start, end):
+            row, norm = s.indices[k, PLACE], s.numbers[k, NORM]
+            if not (take_side(s.lu, k, s.step, kept) and had_pivots(s.lu, k, n)):
+                s.record[row, OUTCOME], s.record[row, UPDATE] = SINGULAR, update - 1
+                s.norms[row, LAST] = norm
+                copy(s.u, k, s.solution, row)
+                continue
+            if kept != k:
+                copy(s.u, k, s.u, kept)
+                copy(s.g, k, s.g, kept)
+                s.numbers[kept, NORM] = norm
+                s.indices[kept, PLACE] = row
+            s.indices[kept, SLOT] = k
+            slope = 0.0
+            for i in range(n):
+                slope += (s.b[k, i] / norm) * (s.step[kept, i] / norm)
+                s.trial[kept, i] = s.u[kept, i] + s.step[kept, i]
+            s.numbers[kept, SLOPE], s.numbers[kept, ALPHA] = slope, 1.0
+            kept += 1
+    return kept
+
+
+@inner
+def _try(residual: Any, call: Any, s: Any, live: Any, cuts: Any, line: Any, criteria: Any) -> Any:
+    """Try the full steps, shorten those that may not stand, and try chord steps.
+
+    Gives what is wrong with the graph, the number of chord steps, and the next line for the log.
+    """
+    if live == 0:
+        return DONE, 0, _note_trials(s, line, 1, live, criteria)
+    fault = _evaluate(residual, call, s.trial, s.g, s.b, live)
+    for k in range(live):
+        s.numbers[k, TRIAL_NORM] = norm_of(s.b, k)
+        s.indices[k, TRIED] = k
+    refused = _shorten(live, s, criteria) if fault == DONE and cuts > 0 else 0
+    line = _note_trials(s, line, 1, live, criteria)
+    cut = 0
+    while fault == DONE and refused > 0:
+        cut += 1
+        fault = _evaluate(residual, call, s.further, s.further_g, s.further_b, refused)
+        for i in range(refused):
+            k = s.indices[i, TRIED]
+            copy(s.further, i, s.trial, k)
+            copy(s.further_b, i, s.b, k)
+            s.numbers[k, TRIAL_NORM] = norm_of(s.b, k)
+        refused = _shorten(refused, s, criteria) if cut < cuts else 0
+        line = _note_trials(s, line, cut + 1, live, criteria)
+    followed = _set_chord_steps(live, s, criteria) if fault == DONE and criteria.chord_steps else 0
+    if followed > 0:
+        fault = _evaluate(residual, call, s.further, s.further_g, s.further_b, followed)
+    return fault, followed, line
+
+
+@inner
+def _shorten(tried: Any, s: Any, criteria: Any) -> Any:
+    """Set shorter trials of the rows whose last ones may not stand; give the number of these."""
+    refused = 0
+    for i in range(tried):
+        k = s.indices[i, TRIED]
+        norm0 = s.norms[s.indices[k, PLACE], FIRST]
+        alpha = s.numbers[k, ALPHA]
+        if _accepted(s.numbers[k, TRIAL_NORM], s.numbers[k, NORM], norm0, s.numbers[k, SLOPE], alpha, criteria):
+            continue
+        alpha = alpha / criteria.cutback
+        s.numbers[k, ALPHA] = alpha
+        for j in range(s.u.shape[1]):
+            s.further[refused, j] = s.u[k, j] + alpha * s.step[k, j]
+        copy(s.g, k, s.further_g, refused)
+        s.indices[refused, TRIED] = k
+        refused += 1
+    return refused
+
+
+@inner
+def _set_chord_steps(live: Any, s: Any, criteria: Any) -> Any:
+    """Set the chord steps of the live rows that take one; give the number of these."""
+    n = s.u.shape[1]
+    followed = end = 0
+    while end < live:
+        first, group = followed, s.indices[end, SLOT] // LANES
+        clear_sides(s.lu, n)
+        while end < live and s.indices[end, SLOT] // LANES == group:
+            norm0 = s.norms[s.indices[end, PLACE], FIRST]
+            if _followed(s.numbers[end, TRIAL_NORM], s.numbers[end, NORM], norm0, s.numbers[end, ALPHA], criteria):
+                put_side(s.b, end, s.lu, s.indices[end, SLOT])
+                s.indices[followed, TRIED] = end
+                followed += 1
+            end += 1
+        if followed == first:
+            continue
+        substitute(s.lu, s.pivots, group, n)
+        tried, followed = followed, first
+        for i in range(first, tried):
+            k = s.indices[i, TRIED]
+            if take_side(s.lu, s.indices[k, SLOT], s.further, followed):
+                for j in range(n):
+                    s.further[followed, j] += s.trial[k, j]
+                copy(s.g, k, s.further_g, followed)
+                s.indices[followed, TRIED] = k
+                followed += 1
+    return followed
+
+
+@inner
+def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any:
+    """Accept the trials, and the chord steps that let the residual fall; rows that are done leave, the others move up.
+
+    Gives the number of those that stay.
+    """
+    n = s.u.shape[1]
+    for i in range(followed):
+        k, norm = s.indices[i, TRIED], norm_of(s.further_b, i)
+        if norm < s.numbers[k, TRIAL_NORM]:
+            s.numbers[k, NORM] = s.numbers[k, TRIAL_NORM]
+            s.numbers[k, TRIAL_NORM] = norm
+            for j in range(n):
+                s.step[k, j] = s.further[i, j] - s.trial[k, j]
+            copy(s.further, i, s.trial, k)
+            copy(s.further_b, i, s.b, k)
+    kept = 0
+    for k in range(live):
+        row, norm = s.indices[k, PLACE], s.numbers[k, TRIAL_NORM]
+        norm0 = s.norms[row, FIRST]
+        done = _converged(norm, norm0, criteria)
+        if done and criteria.small_steps:
+            moved = s.numbers[k, ALPHA] * norm_of(s.step, k)
+            done = _small_step(moved, norm_of(s.trial, k), norm, criteria)
+        if done or not isfinite(norm):
+            s.record[row, OUTCOME], s.record[row, UPDATE] = CONVERGED if done else DIVERGED, update
+            s.norms[row, LAST] = norm
+            copy(s.trial, k, s.solution, row)
+            if done and _gains(norm, norm0, criteria):
+                if not _carries(norm, s.numbers[k, NORM], norm0, criteria):
+                    s.record[row, OUTCOME] = WAITING
+                elif substitute_one(s.lu, s.pivots, s.indices[k, SLOT], s.b, k):
+                    for i in range(n):
+                        s.solution[row, i] += s.b[k, i]
+            continue
+        copy(s.trial, k, s.u, kept)
+        if kept != k:
+            copy(s.g, k, s.g, kept)
+        s.numbers[kept, NORM] = norm
+        s.indices[kept, PLACE], s.indices[kept, SOURCE] = row, kept
+        kept += 1
+    return kept
+
+
+@inner
+def _take_last_steps(jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
+    """Take the last steps of the rows that wait for a linearisation of their own; tell what is wrong with the graph."""
+    n, waiting = s.u.shape[1], 0
+    for row in range(len(s.record)):
+        if s.record[row, OUTCOME] == WAITING:
+            s.record[row, OUTCOME] = CONVERGED
+            copy(s.solution, row, s.u, waiting)
+            copy(givens, row, s.g, waiting)
+            s.indices[waiting, PLACE], s.indices[waiting, SOURCE] = row, waiting
+            waiting += 1
+    if waiting == 0:
+        return DONE
+    fault, a = _linearise(jacobian, call, s, waiting)
+    if fault != DONE:
+        return fault
+    for start in range(0, waiting, LANES):
+        end = min(start + LANES, waiting)
+        _directions(a, s, start, end)
+        for k in range(start, end):
+            if take_side(s.lu, k, s.step, k) and had_pivots(s.lu, k, n):
+                for i in range(n):
+                    s.solution[s.indices[k, PLACE], i] += s.step[k, i]
+    release(jacobian, call)
+    return DONE
+
+
+@inner
+def _note_iteration(s: Any, line: Any, update: Any, live: Any) -> Any:
+    """Note the largest residual norm of the live rows and their largest first one; of all rows where none is live."""
+    if len(s.history) == 0:
+        return line
+    worst = worst0 = 0.0
+    for k in range(live if live > 0 else len(s.norms)):
+        row = s.indices[k, PLACE] if live > 0 else k
+        norm, norm0 = s.numbers[k, NORM] if live > 0 else s.norms[k, LAST], s.norms[row, FIRST]
+        # One that is no number is the largest.
+        worst = norm if norm > worst or norm != norm else worst
+        worst0 = norm0 if norm0 > worst0 or norm0 != norm0 else worst0
+    s.history[line, 0], s.history[line, 1], s.history[line, 2], s.history[line, 3] = 0.0, update, worst, worst0
+    return line + 1
+
+
+@inner
+def _note_trials(s: Any, line: Any, trial: Any, live: Any, criteria: Any) -> Any:
+    """Note the least step length, the largest trial norm and the least that would be accepted."""
+    if len(s.history) == 0:
+        return line
+    alpha, worst, least = 1.0, 0.0, inf if live > 0 else 0.0
+    for k in range(live):
+        norm, slope = s.numbers[k, TRIAL_NORM], 1.0 if criteria.strong_wolfe else 2.0 * s.numbers[k, SLOPE]
+        alpha = min(alpha, s.numbers[k, ALPHA])
+        worst = norm if norm > worst or norm != norm else worst
+        least = min(least, s.numbers[k, NORM] * sqrt(max(1.0 - criteria.c * s.numbers[k, ALPHA] * slope, 0.0)))
+    s.history[line, 0], s.history[line, 1] = 1.0, trial
+    s.history[line, 2], s.history[line, 3], s.history[line, 4] = alpha, worst, least
+    return line + 1
+
+
+@kernel
+def solve_columns(a: Any, b: Any, chosen: Any, lu: Any, pivots: Any, found: Any) -> None:
+    """Solve `A X = -B` for chosen columns of `B`, row by row; NaN where a matrix is singular."""
+    n, rows = a.shape[1], len(a)
+    side, matrices = side_in(lu, n), Output(a.ctypes.data, n * n, n, 1)
+    for start in range(0, rows, LANES):
+        count = min(LANES, rows - start)
+        for lane in range(count):
+            load(matrices, start + lane, lu, lane, n)
+        fill_up(lu, count, n)
+        factor(lu, pivots, 0, n)
+        for c in range(len(chosen)):
+            for lane in range(LANES):
+                row = start + min(lane, count - 1)
+                for i in range(n):
+                    lu[side + i * LANES + lane] = -b[row, i, chosen[c]]
+            substitute(lu, pivots, 0, n)
+            for lane in range(count):
+                sound = had_pivots(lu, lane, n)
+                for i in range(n):
+                    found[start + lane, c, i] = lu[side + i * LANES + lane] if sound else nan
