@@ -1,14 +1,14 @@
-"""How many rows a solve takes at a time.
+"""How many rows are evaluated at a time.
 
 A block's vectors and matrices are to stay in a core's cache while Newton's method goes over them again and again; yet
-it must have rows enough that the work between graphs, which hardly depends on their number, is a small part.
+it must have rows enough that the work in Python, which hardly depends on their number, is a small part. Its size does
+not depend on the number of threads.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 from ..artifact.schema import ImplicitSegment
 from ..errors import InputError
@@ -16,9 +16,13 @@ from ..errors import InputError
 # The environment variable that says how many rows, in place of what is found here.
 BLOCK_ROWS = "NEML2_AOTI_PLUGIN_BLOCK_ROWS"
 
-# With less the work between graphs shows; twice the second-level cache is no worse.
-LEAST_BYTES, CACHES = 4 << 20, 2
-MIN_ROWS, MAX_ROWS = 512, 1 << 16
+# What the matrices and vectors of a block may take, and how many rows it has in any case: whole vectors.
+BYTES = 1 << 20
+MIN_ROWS, MAX_ROWS = 256, 1024
+# Blocks of fewer rows are not worth another thread.
+LEAST_ROWS = 128
+# Rows of a whole vector; see `systems.VECTOR`.
+WHOLE = 16
 
 
 def block_rows(segments: Iterable[ImplicitSegment]) -> int:
@@ -42,23 +46,14 @@ def block_rows(segments: Iterable[ImplicitSegment]) -> int:
         u = sum(v.size for v in segment.unknown_variables)
         g = sum(v.size for group in segment.givens for v in group.variables)
         entries = max(entries, u * u + 4 * u + g)
-    return min(max(_bytes() // (8 * entries), MIN_ROWS), MAX_ROWS)
+    return min(max(BYTES // (8 * entries), MIN_ROWS), MAX_ROWS) // WHOLE * WHOLE
 
 
 def cut(rows: int, block: int) -> Iterator[slice]:
-    """Cut a batch into blocks of about the same size; a batch of up to one and a half is one."""
+    """Cut a batch into blocks of about the same size, of whole vectors; a batch of up to one and a half is one."""
     if rows <= block + block // 2:
         yield slice(0, rows)
         return
     size = -(-rows // -(-rows // block))
+    size = -(-size // WHOLE) * WHOLE
     yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
-
-
-@cache
-def _bytes() -> int:
-    """What a block may take."""
-    try:
-        second_level = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        second_level = 0
-    return max(LEAST_BYTES, CACHES * second_level)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 
 import torch
@@ -15,13 +17,14 @@ from ..graphs.graph import Graph, PinnedGraph
 from ..settings import NewtonSettings
 from ..solve.newton import Solved
 from . import substepping
-from .blocks import block_rows, cut
+from .blocks import LEAST_ROWS, block_rows, cut
 from .copies import put
 from .explicit import ExplicitSegment
 from .implicit import ImplicitSegment
 from .parameters import Values
 from .report import Report, SegmentOutcome
 from .tangents import Columns, Seed, Tangents, dense, select
+from .threads import run_all
 
 
 @dataclass
@@ -146,17 +149,22 @@ class Program:
         parts = list(self.parts(values, rows))
         if len(parts) == 1 and parts[0][0] is None:
             return self._run(dict(state), values, rows, names, settings, tangents, seeds)
-        whole: Evaluation | None = None
-        for index, fixed in parts:
-            assert index is not None
+        room = _Room(rows, len(parts))
+
+        def task(number: int, index: Tensor | slice, fixed: dict[str, Tensor]) -> None:
             part_state = {name: value[index] for name, value in state.items()}
             part_tangents = None if tangents is None else select(tangents, index)
             count = next(iter(part_state.values())).shape[0] if part_state else rows
             part = self._run(part_state, values.take(index, fixed), count, names, settings, part_tangents, seeds)
-            whole = _blank(part, rows) if whole is None else whole
-            _write(whole, part, index, rows)
-        assert whole is not None
-        return whole
+            room.write(number, index, part)
+
+        tasks = [partial(task, number, index, fixed) for number, (index, fixed) in enumerate(parts) if index is not None]
+        if self.block is not None and rows >= LEAST_ROWS * len(tasks):
+            run_all(tasks)
+        else:
+            for one in tasks:
+                one()
+        return room.whole()
 
     def parts(self, values: Values, rows: int) -> Iterator[tuple[Tensor | slice | None, dict[str, Tensor]]]:
         """Cut the rows into those that share the parameters which graphs take only once, and into blocks."""
@@ -230,25 +238,58 @@ def _not_finite(found: Mapping[str, Mapping[Seed, Tensor]], rows: int) -> Tensor
     return spoiled if spoiled is not None and bool(spoiled.any()) else None
 
 
-def _blank(part: Evaluation, rows: int) -> Evaluation:
-    """Room for the whole batch, of the form that one part has."""
-    return Evaluation(
-        {name: x.new_empty((rows, *x.shape[1:])) for name, x in part.values.items()},
-        {name: {} for name in part.tangents},
-        None if part.report is None else Report(rows),
-    )
+class _Room:
+    """Where blocks of rows, evaluated in any order by any thread, put their results.
 
+    Args:
+        rows: of the whole batch.
+        blocks: number of blocks.
+    """
 
-def _write(whole: Evaluation, part: Evaluation, index: Tensor | slice, rows: int) -> None:
-    """Put the results of some rows in their places."""
-    for name, value in part.values.items():
-        put(whole.values[name], index, value)
-    for name, columns in part.tangents.items():
-        into = whole.tangents[name]
-        for seed, column in columns.items():
-            if seed not in into:
-                into[seed] = column.new_zeros((rows, *column.shape[1:]))
-            put(into[seed], index, column)
-    if whole.report is not None and part.report is not None:
-        whole.report.parts += [(index, outcomes) for _, outcomes in part.report.parts]
-        whole.report.spoiled += [(index, lost) for _, lost in part.report.spoiled]
+    def __init__(self, rows: int, blocks: int) -> None:
+        self._rows = rows
+        self._lock = threading.Lock()
+        self._values: dict[str, Tensor] = {}
+        self._tangents: dict[str, dict[Seed, Tensor]] = {}
+        # One that has no solves has no reports.
+        self._reports: list[Report | None] = [None] * blocks
+
+    def write(self, number: int, index: Tensor | slice, part: Evaluation) -> None:
+        """Put the results of a block in their places.
+
+        Args:
+            number: of the block.
+            index: its rows.
+            part: its results.
+        """
+        with self._lock:
+            for name, value in part.values.items():
+                if name not in self._values:
+                    self._values[name] = value.new_empty((self._rows, *value.shape[1:]))
+            for name, columns in part.tangents.items():
+                into = self._tangents.setdefault(name, {})
+                for seed, column in columns.items():
+                    if seed not in into:
+                        into[seed] = column.new_zeros((self._rows, *column.shape[1:]))
+        for name, value in part.values.items():
+            put(self._values[name], index, value)
+        for name, columns in part.tangents.items():
+            for seed, column in columns.items():
+                put(self._tangents[name][seed], index, column)
+        if part.report is not None:
+            report = part.report
+            self._reports[number] = Report(
+                self._rows,
+                [(index, outcomes) for _, outcomes in report.parts],
+                [(index, lost) for _, lost in report.spoiled],
+            )
+
+    def whole(self) -> Evaluation:
+        """The results of all blocks."""
+        reports = [report for report in self._reports if report is not None]
+        merged = Report(self._rows) if reports else None
+        for report in reports:
+            assert merged is not None
+            merged.parts += report.parts
+            merged.spoiled += report.spoiled
+        return Evaluation(self._values, self._tangents, merged)

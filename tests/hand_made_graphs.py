@@ -1,0 +1,171 @@
+"""Graphs that are functions of tensors written down here, called as compiled ones are: by addresses and handles."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from ctypes import c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neml2_aoti_plugin.graphs.c_interface import address, function, libtorch, tensor_functions
+from neml2_aoti_plugin.solve.block import System
+from neml2_aoti_plugin.solve.calls import CREATE, DATA, DELETE, DIM, SIZES, STRIDES
+
+# The types of the C functions; all of them return an error code.
+_Create = ctypes.CFUNCTYPE(
+    c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p
+)
+_Delete = ctypes.CFUNCTYPE(c_int32, c_void_p)
+_Ask = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p)
+_Run = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
+
+# What a graph does; where it raises, the graph fails with the text of the error.
+Function = Callable[..., Sequence[Tensor]]
+
+
+class Handles:
+    """Handles of tensors, and the functions for them, which note what has been made and not deleted yet."""
+
+    def __init__(self) -> None:
+        self.functions = tensor_functions().copy()
+        self.alive: set[int] = set()
+        # How many there were, and what was deleted that was not alive.
+        self.made, self.strays = 0, 0
+        addresses = self.functions.tolist()
+        self._make, self._drop = _Create(addresses[CREATE]), _Delete(addresses[DELETE])
+        self._questions = [_Ask(addresses[question]) for question in (DIM, SIZES, STRIDES, DATA)]
+        # Memory that outputs lie in.
+        self._lent: dict[int, tuple[Tensor, bool]] = {}
+        # Machine code calls these.
+        self._noting = _Create(self._create), _Delete(self.delete)
+        self.functions[[CREATE, DELETE]] = [address(noting) for noting in self._noting]
+
+    def _create(self, *arguments: int) -> int:
+        failed: int = self._make(*arguments)
+        if not failed:
+            self.alive.add(c_int64.from_address(arguments[-1]).value)
+            self.made += 1
+        return failed
+
+    def delete(self, handle: int) -> int:
+        """Delete a tensor, and spoil its memory, so that whoever still reads it is found out."""
+        if handle not in self.alive:
+            self.strays += 1
+            return 1
+        self.alive.remove(handle)
+        lent, spoiled = self._lent.pop(handle, (None, False))
+        if lent is not None and spoiled:
+            lent.untyped_storage().fill_(255)
+        return int(self._drop(handle))
+
+    def read(self, handle: int) -> Tensor:
+        """A copy of a tensor of doubles."""
+        words = (c_int64 * 4)()
+        for k, question in enumerate(self._questions):
+            assert question(handle, ctypes.addressof(words) + 8 * k) == 0
+        axes, sizes_at, strides_at, data = words
+        # The number of axes is a number of 64 bits, as are sizes and strides.
+        sizes, strides = ((c_int64 * axes).from_address(at)[:] if axes else [] for at in (sizes_at, strides_at))
+        expected = [prod(sizes[k + 1 :]) for k in range(axes)]
+        assert strides == expected, f"not contiguous: {sizes}, {strides}"
+        entries = (ctypes.c_double * prod(sizes)).from_address(data)
+        return torch.tensor(entries[:], dtype=torch.float64).reshape(sizes)
+
+    def of(self, x: Tensor, *, spoiled: bool) -> int:
+        """A handle for a tensor, whose memory is kept until it is deleted."""
+        dtype = function(libtorch(), f"aoti_torch_dtype_{str(x.dtype).removeprefix('torch.')}")()
+        sizes, strides = (c_int64 * x.ndim)(*x.shape), (c_int64 * x.ndim)(*x.stride())
+        handle = c_void_p()
+        extents = ctypes.addressof(sizes), ctypes.addressof(strides)
+        assert self._create(x.data_ptr(), x.ndim, *extents, 0, dtype, 0, -1, ctypes.addressof(handle)) == 0
+        assert handle.value is not None
+        self._lent[handle.value] = x, spoiled
+        return handle.value
+
+
+@dataclass
+class Container:
+    """See `neml2_aoti_plugin.solve.block.Container`."""
+
+    run: int
+    handle: int
+
+
+class HandMadeGraph:
+    """A function in the place of a compiled graph; see `neml2_aoti_plugin.solve.block.CompiledGraph`.
+
+    Args:
+        function: takes the arguments of the graph, and gives its outputs.
+        handles: of the tensors.
+        name: in messages.
+        keeps: whether it gives the same memory again in other calls, as a graph does with its constants.
+    """
+
+    def __init__(self, function: Function, handles: Handles, name: str = "graph", *, keeps: bool = False) -> None:
+        self.file = Path(f"{name}.pt2")
+        self.calls = 0
+        # The containers that were in a call, each with the threads.
+        self.users: dict[int, set[int]] = {}
+        self._function, self._handles, self._keeps = function, handles, keeps
+        self._callback = _Run(self._run)
+        self._numbers = itertools.count(1)
+        self._inside: set[int] = set()
+        self._told = threading.local()
+
+    def container(self) -> Container:
+        """A container of its own."""
+        return Container(address(self._callback), next(self._numbers))
+
+    def last_error(self) -> str:
+        """What the last call in this thread that failed says."""
+        return str(getattr(self._told, "text", "nothing has failed in this thread"))
+
+    def _run(
+        self, container: int, inputs: int, taken: int, outputs: int, given: int, stream: int, executor: int
+    ) -> int:
+        handles = (c_int64 * taken).from_address(inputs)[:]
+        try:
+            assert container not in self._inside, "two calls at once of one container"
+            self._inside.add(container)
+            self.users.setdefault(container, set()).add(threading.get_ident())
+            self.calls += 1
+            found = self._function(*map(self._handles.read, handles))
+            assert len(found) == given
+            of = [self._handles.of(x, spoiled=not self._keeps) for x in found]
+            (c_int64 * given).from_address(outputs)[:] = of
+        except Exception as error:
+            self._told.text = str(error)
+            return 1
+        finally:
+            self._inside.discard(container)
+            # A graph takes its inputs for its own.
+            for handle in handles:
+                self._handles.delete(handle)
+        return 0
+
+
+def system_of(
+    residual: Function, jacobian: Function, n: int, q: int, *, keeps: bool = False
+) -> tuple[System, Handles, HandMadeGraph, HandMadeGraph]:
+    """A system whose graphs are functions, its handles, and its graphs.
+
+    Args:
+        residual: of unknowns, givens and parameters; gives `-r`.
+        jacobian: of the same; gives the Jacobian and `-r`.
+        n: number of unknowns.
+        q: number of entries of the givens.
+        keeps: see `HandMadeGraph`.
+    """
+    handles = Handles()
+    graphs = (
+        HandMadeGraph(residual, handles, "residual", keeps=keeps),
+        HandMadeGraph(jacobian, handles, "jacobian", keeps=keeps),
+    )
+    return System(*graphs, handles.functions, 0, n, q, most=1024), handles, *graphs
