@@ -263,7 +263,8 @@ class Model(CompiledModule):
             param_overrides: values of promoted parameters for this call only, `(*batch, *base)`.
 
         Returns:
-            Outputs by name in the order of `outputs`, `(*batch, *sub_batch, *base)`.
+            Outputs by name in the order of `outputs`, `(*batch, *sub_batch, *base)`. As elsewhere in torch, NaN
+            in gives NaN out: what explicit segments make of it is returned; `solve` counts a row with it as failed.
 
         Raises:
             ConvergenceError: rows of an implicit segment did not converge.
@@ -330,10 +331,13 @@ class Model(CompiledModule):
     ) -> Solution:
         """Evaluate the outputs, and derivatives if asked for, of the rows that converge; the others never raise.
 
+        A row with an output, or a derivative that is asked for, that is NaN or infinite has failed as well, in a model
+        without implicit segments too; its outcome is `Outcome.NOT_FINITE`.
+
         Args:
             inputs: as for `forward`.
             param_overrides: as for `forward`.
-            jacobian: whether to evaluate derivative blocks too. A row with one that is not finite counts as failed.
+            jacobian: whether to evaluate derivative blocks too.
             pairs: as for `jacobian`, which they imply.
             expand: as for `jacobian`, but that blocks have the batch axes unless told otherwise.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
@@ -211,23 +210,7 @@ class Program:
         if carried is not None:
             found = {name: dense(carried.get(name, {}), state[name]) for name in wanted}
         report = Report(rows, [(None, outcomes)]) if outcomes else None
-        if report is not None:
-            spoiled = _not_finite(found, rows)
-            report.spoiled += [] if spoiled is None else [(None, spoiled)]
         return Evaluation({name: state[name] for name in wanted}, found, report)
-
-
-def _not_finite(found: Mapping[str, Mapping[Seed, Tensor]], rows: int) -> Tensor | None:
-    """Rows with a derivative that is not finite; None for none."""
-    spoiled: Tensor | None = None
-    for columns in found.values():
-        for column in columns.values():
-            # The sum answers for all entries at once, but for one that overflows.
-            if not column.shape[0] or isfinite(column.sum().item()):
-                continue
-            lost = ~column.isfinite().flatten(1).all(-1).expand(rows)
-            spoiled = lost if spoiled is None else spoiled | lost
-    return spoiled if spoiled is not None and bool(spoiled.any()) else None
 
 
 def _blank(part: Evaluation, rows: int) -> Evaluation:
@@ -251,4 +234,3 @@ def _write(whole: Evaluation, part: Evaluation, index: Tensor | slice, rows: int
             put(into[seed], index, column)
     if whole.report is not None and part.report is not None:
         whole.report.parts += [(index, outcomes) for _, outcomes in part.report.parts]
-        whole.report.spoiled += [(index, lost) for _, lost in part.report.spoiled]
