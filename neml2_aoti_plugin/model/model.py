@@ -206,10 +206,8 @@ class Model(CompiledModule):
         It must have been written for this artifact: one with the same metadata, for whatever device, dtype and machine;
         or, unless `same_artifact`, for one whose parameters have the same names and shapes. Else it is an `InputError`.
         """
-        found = parameter_file.read_parameters(path)
-        if same_artifact:
-            parameter_file.require_same(found, self._metadata.digest, str(path), str(self.artifact))
-        parameter_file.set_values(found, self._promoted, str(path))
+        digest = self._metadata.digest if same_artifact else None
+        parameter_file.load_parameters(path, self._promoted, digest, str(self.artifact))
 
     # -- solver settings --------------------------------------------------------------------------------------------
 
