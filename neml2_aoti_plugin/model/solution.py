@@ -26,8 +26,8 @@ class Solution:
             have failed.
         iterations: number of Newton updates that each row took until its residual passed the test, `(*batch,)`, each
             with a linearisation. Chord steps, the trials of a line search and the last step beyond the test are not
-            counted; those of several implicit segments and of subincrements are added. At most `miters - 1` in a solve;
-            0 for a model without implicit segments.
+            counted; those of several implicit segments, of subincrements and of a second solve without chord steps are
+            added. At most `miters - 1` in a solve; 0 for a model without implicit segments.
         outcome: an `Outcome` per row, int64, `(*batch,)`.
         blocks: derivative blocks as `Model.jacobian` gives them; NaN in rows that failed, but for blocks without batch
             axes, which all rows share.
