@@ -52,6 +52,9 @@ class Stub:
 
 ALL_PAIRS = ("-d", ":")
 
+# Models of explicit segments alone.
+EXPLICIT = ("elasticity", "promoted", "cohesive")
+
 ELASTICITY = Stub(
     name="elasticity",
     file="elasticity.i",
@@ -133,6 +136,22 @@ _ENTRIES = (
             *("-d", "stress:residual.creep.eta", "-d", "stress:residual.creep.n"),
         ),
         purpose="One implicit segment with one scalar unknown and two promoted parameters in its residual.",
+        wide=True,
+    ),
+    Stub(
+        name="rates",
+        file="rates.i",
+        model="rates",
+        flags=ALL_PAIRS,
+        purpose="An implicit segment, and an explicit one after it that divides by the time step.",
+        wide=True,
+    ),
+    Stub(
+        name="cohesive",
+        file="cohesive.i",
+        model="cohesive",
+        flags=ALL_PAIRS,
+        purpose="One explicit segment from vectors to vectors and a scalar, with a rate that divides by the time step.",
         wide=True,
     ),
     Stub(

@@ -17,13 +17,9 @@ from neml2_aoti_plugin.settings import newton_settings
 from neml2_aoti_plugin.solve import arrays, newton
 from neml2_aoti_plugin.solve.choice import VARIABLE
 from references import Case, Tensors
-from stubs.catalogue import CATALOGUE
+from stubs.catalogue import CATALOGUE, EXPLICIT
 
-IMPLICIT = [
-    name
-    for name, stub in CATALOGUE.items()
-    if stub.model not in ("elasticity", "promoted") and "float32" not in stub.flags
-]
+IMPLICIT = [name for name, stub in CATALOGUE.items() if stub.model not in EXPLICIT and "float32" not in stub.flags]
 # What the documents promise, relative to the largest entry of the output's row.
 ALIKE = 1e-12
 # A compiled preconditioner multiplies matrices, whose rounding depends on the number of rows of the call.

@@ -15,6 +15,7 @@ from torch import Tensor
 import references
 from neml2_aoti_plugin import DerivativeNotCompiledError
 from references import Case, Tensors, difference, finite_differences, size
+from stubs import catalogue
 from stubs.catalogue import CATALOGUE
 
 # Relative to the largest entry of a tensor, for solves with tightened tolerances.
@@ -25,7 +26,7 @@ SINGLE = 1e-6
 
 RANKS = {0: "one row", 1: "one axis", 2: "two axes"}
 SUBSTEPPED = ["substepping"]
-EXPLICIT = [name for name, stub in CATALOGUE.items() if stub.model in ("elasticity", "promoted")]
+EXPLICIT = [name for name, stub in CATALOGUE.items() if stub.model in catalogue.EXPLICIT]
 DOUBLE = [name for name, stub in CATALOGUE.items() if "float32" not in stub.flags]
 DERIVED = [name for name, stub in CATALOGUE.items() if "-d" in stub.flags]
 PROMOTED = [name for name, stub in CATALOGUE.items() if "-p" in stub.flags]

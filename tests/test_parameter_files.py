@@ -110,7 +110,21 @@ def test_wrong_files(promoted: Model, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"holds promoted\.E, expected .* promoted.E, promoted.nu"):
         Model(promoted.artifact, parameters=file)
     before = values(promoted)
-    save_file({"promoted.E": torch.ones(()), "promoted.nu": torch.ones(2, dtype=torch.int64)}, file, notes)
+    for wrong, said in (
+        (torch.ones(2, dtype=torch.int64), "'promoted.nu' has dtype I64, expected float64 or float32"),
+        (torch.ones(2, dtype=torch.bool), "has dtype BOOL"),
+        (torch.ones(2, dtype=torch.float8_e4m3fn), "has dtype F8_E4M3"),
+        (torch.ones(2, dtype=torch.complex64), "has dtype C64"),
+        (torch.tensor([1.0, torch.nan]), "'promoted.nu' holds NaN or infinite"),
+        (torch.tensor(-torch.inf), "'promoted.nu' holds NaN or infinite"),
+        (torch.ones(0), r"'promoted.nu' has shape \(0,\), expected \(\*batch\), and no empty batch"),
+    ):
+        save_file({"promoted.E": torch.full((), 7.0), "promoted.nu": wrong}, file, notes)
+        with pytest.raises(InputError, match=said):
+            promoted.load_parameters(file)
+        # Not the one that is right either.
+        assert values(promoted) == before
+    save_file({"promoted.E": torch.ones(()), "promoted.nu": torch.ones(2)}, file, notes)
     promoted.load_parameters(file)
     assert values(promoted) == {"promoted.E": 1.0, "promoted.nu": [1.0, 1.0]} != before
 

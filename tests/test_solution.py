@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import references
-from neml2_aoti_plugin import DerivativeNotCompiledError, InputTypeError, Model, UnknownNameError
+from neml2_aoti_plugin import ConvergenceError, DerivativeNotCompiledError, InputTypeError, Model, UnknownNameError
 from neml2_aoti_plugin.solve.outcome import Outcome
 from references import Tensors, difference
 
@@ -112,8 +112,110 @@ def test_row_with_a_derivative_that_is_not_finite_fails_where_derivatives_are_as
     monkeypatch.setattr(segment, "carry", spoiled)
     assert bool(model.solve(rows).converged.all())
     found = model.solve(rows, jacobian=True)
-    assert (~found.converged).nonzero().tolist() == [[2]] and int(found.outcome[2]) == Outcome.SINGULAR
+    assert (~found.converged).nonzero().tolist() == [[2]] and int(found.outcome[2]) == Outcome.NOT_FINITE
     assert bool(found.outputs["stress"][2].isnan().all())
+
+
+class TestNotFinite:
+    """Rows whose results are NaN or infinite, though no solve failed, against neighbours and the same rows alone."""
+
+    @pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3)])
+    @pytest.mark.parametrize("expand", [True, False])
+    def test_row_of_an_explicit_model_fails_alone(self, batch: tuple[int, ...], expand: bool) -> None:
+        model = references.case("elasticity").model
+        strain = torch.rand((*batch, 6), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        good = model.solve({"strain": strain}, jacobian=True, expand=expand)
+        assert bool(good.converged.all())
+        strain.view(-1, 6)[0, 2] = torch.nan
+        found = model.solve({"strain": strain}, jacobian=True, expand=expand)
+        assert found.converged.shape == found.outcome.shape == batch
+        assert found.outcome.flatten()[0] == Outcome.NOT_FINITE and found.outcome.count_nonzero() == 1
+        assert torch.equal(found.converged, found.outcome == Outcome.CONVERGED)
+        stress = found.outputs["stress"].view(-1, 6)
+        assert bool(stress[0].isnan().all())
+        assert torch.equal(stress[1:], good.outputs["stress"].view(-1, 6)[1:])
+        block, expected = found.blocks["stress"]["strain"], good.blocks["stress"]["strain"]
+        if not expand and batch:
+            assert torch.equal(block, expected)
+        else:
+            assert bool(block.reshape(-1, 6, 6)[0].isnan().all())
+            assert torch.equal(block.reshape(-1, 6, 6)[1:], expected.reshape(-1, 6, 6)[1:])
+        assert Outcome.NOT_FINITE.words == "not finite"
+
+    def test_forward_and_jacobian_of_an_explicit_model_give_nan(self) -> None:
+        model = references.case("elasticity").model
+        strain = torch.full((3, 6), 1e-3, dtype=torch.float64)
+        good = model.forward({"strain": strain})["stress"]
+        strain[1] = torch.nan
+        for found in (model.forward({"strain": strain}), model.jacobian({"strain": strain})[0]):
+            assert bool(found["stress"][1].isnan().all()) and torch.equal(found["stress"][::2], good[::2])
+
+    @pytest.mark.parametrize("pairs", [None, [("stress", "strain")]])
+    def test_block_that_all_rows_share_fails_all(self, pairs: list[tuple[str, str]] | None) -> None:
+        case = references.case("promoted")
+        strain = torch.zeros((4, 6), dtype=torch.float64)
+        found = case.model.solve(
+            {"strain": strain}, {"promoted.E": torch.tensor(torch.nan, dtype=torch.float64)}, pairs=pairs, expand=False
+        )
+        assert not found.converged.any() and bool((found.outcome == Outcome.NOT_FINITE).all())
+
+    @pytest.mark.wide
+    def test_time_that_stands_still_under_a_rate(self) -> None:
+        model, rows = self.opening()
+        good = model.solve(rows, jacobian=True)
+        rows["separation"][1, 2] = torch.nan
+        rows["t~1"][3] = rows["t"][3]
+        for found in (model.solve(rows), model.solve(rows, jacobian=True)):
+            assert found.outcome.tolist() == [0, Outcome.NOT_FINITE, 0, Outcome.NOT_FINITE, 0]
+            for out, value in found.outputs.items():
+                assert bool(value[[1, 3]].isnan().all())
+                assert torch.equal(value[::2], good.outputs[out][::2])
+        for out, by in model.derivative_pairs:
+            assert torch.equal(found.blocks[out][by][::2], good.blocks[out][by][::2])
+            assert bool(found.blocks[out][by][[1, 3]].isnan().all())
+
+    @pytest.mark.wide
+    def test_derivative_fails_a_row_only_where_it_is_asked_for(self) -> None:
+        model, rows = self.opening()
+        # The rate is 1e199 or so, and its derivative by time 1e399.
+        rows["t"][2] = 1e-200
+        assert bool(model.solve(rows).converged.all())
+        assert bool(model.solve(rows, pairs=[("traction", "separation")]).converged.all())
+        found = model.solve(rows, pairs=[("traction", "separation"), ("separation_rate", "t")])
+        assert found.outcome.tolist() == [0, 0, Outcome.NOT_FINITE, 0, 0]
+
+    @pytest.mark.wide
+    def test_explicit_segment_behind_a_solve_that_converged(self) -> None:
+        case = references.case("rates")
+        model, rows = case.model, case.rows()
+        good = model.solve(rows, jacobian=True)
+        assert bool(good.converged.all())
+        rows["t"] = rows["t"].clone()
+        rows["t"][1] = rows["t~1"][1]
+        for found in (model.solve(rows), model.solve(rows, jacobian=True)):
+            assert found.outcome[1] == Outcome.NOT_FINITE and found.outcome.count_nonzero() == 1
+            assert bool(found.outputs["stress"][1].isnan().all())
+            others = torch.arange(len(found.outcome)) != 1
+            for out, value in found.outputs.items():
+                assert torch.equal(value[others], good.outputs[out][others])
+        # A step of no length changes nothing, and has no rate.
+        values = model.forward(rows)
+        assert torch.equal(values["stress"][1], rows["stress~1"][1]) and bool(values["stress_rate"][1].isnan())
+        with pytest.raises(ConvergenceError, match=r"row 1: not finite"):
+            model.jacobian(rows)
+
+    def opening(self) -> tuple[Model, Tensors]:
+        """A cohesive zone with five points that open."""
+        n = 5
+        separation = torch.rand((n, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        zeros = torch.zeros(n, dtype=torch.float64)
+        return references.case("cohesive").model, {
+            "separation": separation,
+            "separation~1": 0.5 * separation,
+            "t": zeros + 1.0,
+            "t~1": zeros,
+            "damage~1": zeros.clone(),
+        }
 
 
 class TestPairs:

@@ -221,7 +221,7 @@ def test_bad_points(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no strain; the model's inputs are strain, and the file has stress"):
         read_points(wrong, model)
     (tmp_path / "text.pt").write_text("no tensors")
-    with pytest.raises(InputError, match="cannot be read as tensors"):
+    with pytest.raises(InputError, match="is not a file with a tensor per input"):
         read_points(tmp_path / "text.pt", model)
     with pytest.raises(InputError, match="no input stress"):
         random_points(model, 2, 0, {"stress": 1.0})

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArtifactError
+from ..files import chunks, open_plain
 from .roots import ROOTS, allowed_roots, within
 from .telling import reason
 
@@ -40,10 +41,7 @@ ANY = Kind("file of an artifact", 1 << 31)
 
 AGAIN = "Copy it again, or compile the model again."
 
-_READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-# Without links, without waiting for a writer, and without a terminal that becomes this process's own.
-_FILE = _READ | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-_FOLDER = _READ | getattr(os, "O_DIRECTORY", 0)
+_FOLDER = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_DIRECTORY", 0)
 _INSIDE = _FOLDER | getattr(os, "O_NOFOLLOW", 0)
 _CHUNK = 1 << 20
 
@@ -64,7 +62,7 @@ def read_file(path: Path, kind: Kind, base: Path | None) -> bytes:
         ArtifactError: it lies elsewhere, is no regular file, is too large, or cannot be read.
     """
     with _opened(path, kind, base) as (handle, size):
-        parts = list(_chunks(handle, size, size))
+        parts = list(chunks(handle, size, size))
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -72,7 +70,7 @@ def digest_file(path: Path, kind: Kind, base: Path | None) -> str:
     """The SHA-256 of a file; the arguments and errors are those of `read_file`."""
     digest = hashlib.sha256()
     with _opened(path, kind, base) as (handle, size):
-        for chunk in _chunks(handle, size, _CHUNK):
+        for chunk in chunks(handle, size, _CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -92,7 +90,6 @@ def _opened(path: Path, kind: Kind, base: Path | None) -> Iterator[tuple[int, in
     try:
         handle = _open(path, base)
         status = os.fstat(handle)
-        _require_regular(path, status)
         if status.st_size > kind.limit:
             raise ArtifactError(f"{path}: larger than {kind.limit} bytes, which no {kind.name} is. {AGAIN}")
         yield handle, status.st_size
@@ -116,8 +113,7 @@ def _open(path: Path, base: Path | None) -> int:
     real = os.path.realpath(path)
     folder = os.path.dirname(real) if base is None else _folder_of(path, real, base)
     if os.open not in os.supports_dir_fd or os.stat not in os.supports_dir_fd:
-        _require_regular(path, os.stat(real))
-        return os.open(real, _FILE)
+        return open_plain(real)
     *between, name = os.path.relpath(real, folder).split(os.sep)
     handle = os.open(folder, _FOLDER)
     try:
@@ -125,9 +121,7 @@ def _open(path: Path, base: Path | None) -> int:
             below = os.open(part, _INSIDE, dir_fd=handle)
             os.close(handle)
             handle = below
-        # To open a device may do something already.
-        _require_regular(path, os.stat(name, dir_fd=handle, follow_symlinks=False))
-        return os.open(name, _FILE, dir_fd=handle)
+        return open_plain(name, handle)
     finally:
         os.close(handle)
 
@@ -149,28 +143,3 @@ def _folder_of(path: Path, real: str, base: Path) -> str:
         f"{path}: lies in {os.path.dirname(real)}, outside of the folders that {ROOTS} allows: {', '.join(roots)}. "
         f"Move the artifact there, or add its folder to {ROOTS}."
     )
-
-
-def _require_regular(path: Path, status: os.stat_result) -> None:
-    if stat.S_ISREG(status.st_mode):
-        return
-    kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-        stat.S_IFLNK: "a link",
-    }
-    raise ArtifactError(f"{path}: not a file but {kinds.get(stat.S_IFMT(status.st_mode), 'something else')}. {AGAIN}")
-
-
-def _chunks(handle: int, size: int, at_once: int) -> Iterator[bytes]:
-    """Read a file of a known size and no more: what the system makes up as it is read may have no end."""
-    left = size
-    while left:
-        chunk = os.read(handle, min(left, at_once))
-        if not chunk:
-            raise ValueError("the file became shorter while it was read")
-        left -= len(chunk)
-        yield chunk

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import ArtifactError, ArtifactNotFoundError
+from ..errors import ArtifactError, ArtifactNotFoundError, InputError
+from ..files import draft
 from . import files
 from .telling import named
 
@@ -46,12 +46,9 @@ def write_seal(root: Path) -> Path:
     lines = [f"{_digest_of(root, name)}  {name}\n" for name in sorted(_files(root))]
     target = seal_file(root)
     try:
-        handle, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=root.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as out:
-            out.writelines(lines)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, target)
-    except OSError as error:
+        with draft(target) as scratch:
+            scratch.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+    except InputError as error:
         raise ArtifactError(
             f"{target}: cannot write the seal ({error}). It must stand beside the artifact; make {root.parent} "
             "writable, or seal a copy elsewhere."

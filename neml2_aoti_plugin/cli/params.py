@@ -32,6 +32,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--from", "file", type=FILE, help="Begin with the values in this file instead of the artifact's.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a parameter another value.")
 @click.option("--out", type=FILE, help="Write the values to this file (.safetensors).")
+@click.option("--force", is_flag=True, help="Write over --out, whatever file it is.")
 @device_options
 @json_option
 def command(
@@ -40,6 +41,7 @@ def command(
     file: Path | None,
     given: tuple[str, ...],
     out: Path | None,
+    force: bool,
     device: str | None,
     dtype: str | None,
     as_json: bool,
@@ -47,7 +49,8 @@ def command(
     """Show the promoted parameters, and write values to a file that `Model(..., parameters=FILE)` takes.
 
     The artifact itself is never changed. A file is for one artifact, by the SHA-256 of its metadata: --from also takes
-    that of another artifact with the same parameters, and --out writes it for this one.
+    that of another artifact with the same parameters, and --out writes it for this one. A file that is there is
+    replaced if it holds parameters and is not that of --from; with --force in any case.
     """
     from ..workbench.params import parameters
     from ..workbench.target import find_target
@@ -55,7 +58,7 @@ def command(
     values = assignments(given, "--set")
     if given and out is None:
         raise click.UsageError("--set changes nothing by itself. Give a file to write as well: --out FILE.safetensors")
-    report = parameters(find_target(target, model), values, file, out, device, dtype)
+    report = parameters(find_target(target, model), values, file, out, device, dtype, force=force)
     return show("params", report, as_json, render)
 
 

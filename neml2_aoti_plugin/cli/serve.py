@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..workbench.target import Target
 
 TOKEN = "NEML2_AOTI_SERVE_TOKEN"
+TOKEN_BYTES = 1 << 16
 
 EPILOG = """\b
 Examples:
@@ -201,7 +202,11 @@ def _with_parameters(sources: list[Source], given: Sequence[str]) -> list[Source
 
 def _token(file: Path | None) -> str | None:
     """The token out of a file or the environment; never from the command line, which others on the machine can read."""
-    given = file.read_text(encoding="utf-8").strip() if file is not None else os.environ.get(TOKEN)
+    from ..files import read_plain
+
+    given = os.environ.get(TOKEN)
+    if file is not None:
+        given = read_plain(file, "a file that holds the token", TOKEN_BYTES).decode("utf-8", "replace").strip()
     if given is None:
         return None
     if not given or not given.isascii() or not given.isprintable() or " " in given:

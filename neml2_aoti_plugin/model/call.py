@@ -15,6 +15,7 @@ from ..artifact.schema import Metadata, Shape
 from ..program.program import Evaluation, Program
 from ..program.tangents import Columns
 from ..settings import NewtonSettings
+from ..solve.outcome import not_finite_rows
 from .admission import Boundary
 from .failure import convergence_error
 from .memory import require_unrecorded
@@ -105,12 +106,21 @@ class Caller:
                 call.state, call.parameters, call.rows, self._wanted, self.settings, tangents, by
             )
 
-    def require_convergence(self, found: Evaluation, call: Admitted) -> None:
-        """Raise `ConvergenceError` if a row has not converged."""
+    def require_convergence(self, found: Evaluation, call: Admitted, derivatives: Iterable[Tensor] = ()) -> None:
+        """Raise `ConvergenceError` if a row has not converged, or has a derivative that is not finite.
+
+        Args:
+            found: what was evaluated; a model without implicit segments never raises.
+            call: the admitted arguments.
+            derivatives: those that are asked for, `(*batch, ...)`.
+        """
         report = found.report
-        if report is not None and not report.all_converged:
+        if report is None:
+            return
+        lost = not_finite_rows(derivatives, call.batch)
+        if lost is not None or not report.all_converged:
             given = self.given(call)
-            raise convergence_error(report, call.batch, self.program, self.settings, self.metadata.aliases, given)
+            raise convergence_error(report, lost, call.batch, self.program, self.settings, self.metadata.aliases, given)
 
     def given(self, call: Admitted) -> Tensors:
         """Inputs, first iterates and parameters of a call by authored name, `(rows or 1, ...)`."""

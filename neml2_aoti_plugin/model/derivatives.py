@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 
 import torch
@@ -147,7 +147,6 @@ def linearise(
             parameters.append(authored)
         inside[kind, name] = (kind, authored)
     found = caller.evaluate(call, seeds, parameters) if bys else caller.evaluate(call)
-    caller.require_convergence(found, call)
     matrices = []
     for out, by in pairs:
         authored = caller.boundary.output_by_name[out].variable.name
@@ -156,6 +155,7 @@ def linearise(
         shape = (call.rows, *entries)
         matrix = value.new_zeros(shape) if column is None else column.expand(shape)
         matrices.append(caller.boundary.unflatten(matrix, call.batch))
+    caller.require_convergence(found, call, matrices)
     return caller.outputs(found.values, call.batch), matrices, call.batch
 
 
@@ -185,12 +185,12 @@ def jvp(
         variable = caller.boundary.by_name[name].variable
         seeds[variable.name] = {DIRECTION: flat.reshape((call.rows, variable.size, 1))}
     found = caller.evaluate(call, seeds)
-    caller.require_convergence(found, call)
     along = {}
     for out in outs:
         value, column = found.values[out], found.tangents[out].get(DIRECTION)
         flat = torch.zeros_like(value) if column is None else column.expand(call.rows, -1, -1).reshape(value.shape)
         along[caller.output_name(out)] = caller.boundary.unflatten(flat, call.batch)
+    caller.require_convergence(found, call, along.values())
     return caller.outputs(found.values, call.batch), along
 
 
@@ -271,11 +271,11 @@ def with_blocks(
         return outputs, blocks, None
     seeds: dict[str, Columns] = {wrt: {("input", wrt): None} for wrt in dict.fromkeys(i for _, i in pairs)}
     found = caller.evaluate(call, seeds)
-    if required:
-        caller.require_convergence(found, call)
     variables = {v.name: v for v in caller.metadata.inputs}
     names = caller.metadata.aliases.inputs
     blocks = blocks_of(caller, found, call.batch, pairs, "input", variables, names)
+    if required:
+        caller.require_convergence(found, call, tensors_of(blocks))
     return caller.outputs(found.values, call.batch), blocks, found.report
 
 
@@ -289,9 +289,9 @@ def param_jacobian(
     pairs = parameter_pairs(caller, params)
     call = caller.admit(inputs, overrides)
     evaluation = caller.evaluate(call, {}, dict.fromkeys(p for _, p in pairs))
-    caller.require_convergence(evaluation, call)
     variables = {p.name: Variable(p.name, p.base_shape) for p in caller.metadata.parameters}
     blocks = blocks_of(caller, evaluation, call.batch, pairs, "parameter", variables, caller.promoted.public)
+    caller.require_convergence(evaluation, call, tensors_of(blocks))
     return caller.outputs(evaluation.values, call.batch), blocks, call.in_force
 
 
@@ -325,6 +325,11 @@ def blocks_of(
         block = value.new_zeros(shape) if column is None else column.reshape(shape)
         blocks.setdefault(caller.output_name(out), {})[names.get(by, by)] = caller.boundary.unflatten(block, batch)
     return blocks
+
+
+def tensors_of(blocks: Blocks) -> Iterator[Tensor]:
+    """All blocks, whatever of and by."""
+    return (block for row in blocks.values() for block in row.values())
 
 
 def param_vjp(

@@ -15,7 +15,7 @@ from ..program.implicit import ImplicitSegment
 from ..program.program import Program
 from ..program.report import Report
 from ..settings import NewtonSettings
-from ..solve.outcome import Outcome, RowStatistics
+from ..solve.outcome import Outcome, RowStatistics, failed_where, statistics_of
 
 CAPTURE = "NEML2_CAPTURE_SOLVE_FAILURE"
 SHOWN = 5
@@ -24,6 +24,7 @@ _KINDS = {
     Outcome.DIVERGED: "diverged (non-finite residual)",
     Outcome.OUT_OF_ITERATIONS: "not converged",
     Outcome.SINGULAR: "stopped at a singular Jacobian",
+    Outcome.NOT_FINITE: "ended where derivatives are not finite",
 }
 
 
@@ -34,6 +35,7 @@ def capturing() -> bool:
 
 def convergence_error(
     report: Report,
+    lost: Tensor | None,
     batch: Shape,
     program: Program,
     settings: NewtonSettings | None,
@@ -44,6 +46,7 @@ def convergence_error(
 
     Args:
         report: of the evaluation.
+        lost: rows with a derivative that is not finite, `(*batch,)`; None for none.
         batch: the caller's batch shape.
         program: that was evaluated.
         settings: Newton settings in place of the artifact's.
@@ -54,6 +57,11 @@ def convergence_error(
         A `ConvergenceError` with `converged_mask` and `rows`; with `unknowns` too if failures are captured.
     """
     statistics, segments = report.statistics()
+    if lost is not None:
+        outcome = failed_where(statistics.outcome, lost.flatten())
+        last = program.segments.index(program.implicit[-1])
+        segments = segments.masked_fill(outcome == Outcome.NOT_FINITE, last)
+        statistics = statistics_of(outcome, statistics.iterations, statistics.norm, statistics.norm0, False)
     error = error_for(statistics, segments, batch, program, settings, aliases, given)
     if capturing():
         names = {**aliases.inputs, **aliases.outputs}

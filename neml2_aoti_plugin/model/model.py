@@ -206,10 +206,8 @@ class Model(CompiledModule):
         It must have been written for this artifact: one with the same metadata, for whatever device, dtype and machine;
         or, unless `same_artifact`, for one whose parameters have the same names and shapes. Else it is an `InputError`.
         """
-        found = parameter_file.read_parameters(path)
-        if same_artifact:
-            parameter_file.require_same(found, self._metadata.digest, str(path), str(self.artifact))
-        parameter_file.set_values(found, self._promoted, str(path))
+        digest = self._metadata.digest if same_artifact else None
+        parameter_file.load_parameters(path, self._promoted, digest, str(self.artifact))
 
     # -- solver settings --------------------------------------------------------------------------------------------
 
@@ -263,7 +261,8 @@ class Model(CompiledModule):
             param_overrides: values of promoted parameters for this call only, `(*batch, *base)`.
 
         Returns:
-            Outputs by name in the order of `outputs`, `(*batch, *sub_batch, *base)`.
+            Outputs by name in the order of `outputs`, `(*batch, *sub_batch, *base)`. As elsewhere in torch, NaN
+            in gives NaN out: what explicit segments make of it is returned; `solve` counts a row with it as failed.
 
         Raises:
             ConvergenceError: rows of an implicit segment did not converge.
@@ -330,10 +329,13 @@ class Model(CompiledModule):
     ) -> Solution:
         """Evaluate the outputs, and derivatives if asked for, of the rows that converge; the others never raise.
 
+        A row with an output, or a derivative that is asked for, that is NaN or infinite has failed as well, in a model
+        without implicit segments too; its outcome is `Outcome.NOT_FINITE`.
+
         Args:
             inputs: as for `forward`.
             param_overrides: as for `forward`.
-            jacobian: whether to evaluate derivative blocks too. A row with one that is not finite counts as failed.
+            jacobian: whether to evaluate derivative blocks too.
             pairs: as for `jacobian`, which they imply.
             expand: as for `jacobian`, but that blocks have the batch axes unless told otherwise.
 

@@ -7,15 +7,15 @@ input by the same neml2 on another machine.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnknownNameError
+from ..tensor_files import Header, read_tensors, write_tensors
 from .promoted import PromotedParameters
-from .tensor_file import TensorFile, read_tensors, write_tensors
 
 FILE_KIND = "parameters 1"
 WHAT = "a file of parameters (Model.save_parameters, or neml2-aoti params --out)"
@@ -42,51 +42,66 @@ def write_parameters(path: Path, model: str, digest: str, values: Mapping[str, T
     write_tensors(path, FILE_KIND, values, {MODEL: model, DIGEST: digest})
 
 
-def read_parameters(path: str | os.PathLike[str]) -> TensorFile:
-    """Read a file of parameters; see `read_tensors`."""
-    return read_tensors(path, FILE_KIND, WHAT)
-
-
-def require_same(found: TensorFile, digest: str, path: str, where: str) -> None:
-    """Refuse a file that was written for another artifact.
+def load_parameters(path: str | os.PathLike[str], promoted: PromotedParameters, digest: str | None, where: str) -> None:
+    """Set a model's parameters to the values in a file.
 
     Args:
-        found: what it holds.
-        digest: SHA-256 of this artifact's metadata file.
         path: of the file.
-        where: this artifact, for messages.
+        promoted: the parameters.
+        digest: SHA-256 of the metadata file that it must have been written for; None for any.
+        where: the artifact, for messages.
 
     Raises:
-        InputError: it was written for another.
+        InputError: there is no such file, it was written for another artifact, or it holds other parameters. None is
+            set then.
     """
-    if found.notes.get(DIGEST) != digest:
-        raise InputError(
-            f"{path}: holds parameters of another artifact (model {found.notes.get(MODEL)!r}), not of {where}. Take "
-            f"that artifact; or, if the values are meant for this one all the same: neml2-aoti params {where} --from "
-            f"{path} --out NEW.safetensors"
-        )
+
+    def check(header: Header) -> Iterable[str]:
+        header.require_kind(FILE_KIND, WHAT)
+        if digest is not None and header.notes.get(DIGEST) != digest:
+            raise InputError(
+                f"{path}: holds parameters of another artifact (model {header.notes.get(MODEL)!r}), not of {where}. "
+                f"Take that artifact; or, if the values are meant for this one all the same: neml2-aoti params {where} "
+                f"--from {path} --out NEW.safetensors"
+            )
+        if header.claims.keys() != promoted.specs.keys():
+            raise UnknownNameError(
+                f"{path}: holds {', '.join(sorted(header.claims)) or 'nothing'}, expected the model's promoted "
+                f"parameters {', '.join(sorted(promoted.specs)) or '(it has none)'}."
+            )
+        for name, spec in promoted.specs.items():
+            shape, base = header.claims[name].shape, spec.base_shape
+            if 0 in shape or shape[len(shape) - len(base) :] != base:
+                wanted = ", ".join(("*batch", *map(str, base)))
+                raise InputError(f"{path}: {name!r} has shape {shape}, expected ({wanted}), and no empty batch.")
+        return promoted.specs
+
+    values = {}
+    for name, value in read_tensors(path, WHAT, check).tensors.items():
+        own = promoted.values[name]
+        values[name] = value.to(own.device, own.dtype)
+        # A parameter may hold whole numbers, or fewer digits.
+        same = values[name].isfinite() if own.is_floating_point() else values[name].cpu().to(value.dtype) == value
+        if not bool(same.all()):
+            raise InputError(f"{path}: {name!r} holds numbers that {own.dtype} does not have.")
+    for name, value in values.items():
+        promoted.set(name, value)
 
 
-def set_values(found: TensorFile, promoted: PromotedParameters, path: str) -> None:
-    """Set a model's parameters to the values that a file holds, whichever artifact it was made for.
+def is_parameter_file(path: Path) -> bool:
+    """Whether a file is one of parameters, of whatever artifact."""
 
-    Raises:
-        InputError: its names or shapes are not those of the model's parameters.
-    """
-    there, wanted = set(found.tensors), set(promoted.specs)
-    if there != wanted:
-        raise UnknownNameError(
-            f"{path}: holds {', '.join(sorted(there)) or 'nothing'}, expected the model's promoted parameters "
-            f"{', '.join(sorted(wanted)) or '(it has none)'}."
-        )
-    for name, value in found.tensors.items():
-        present = promoted.values[name]
-        try:
-            promoted.set(name, value.to(present.device, present.dtype))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+    def check(header: Header) -> Iterable[str]:
+        header.require_kind(FILE_KIND, WHAT)
+        return ()
+
+    try:
+        read_tensors(path, WHAT, check)
+    except InputError:
+        return False
+    return True
 
 
 def detached(values: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copies of the parameters as they are now; float64 where they are numbers with a fraction."""
-    return {n: v.detach().to(torch.float64) if v.is_floating_point() else v.detach() for n, v in values.items()}
+    """Copies of the parameters as they are now, in float64."""
+    return {name: value.detach().to(torch.float64) for name, value in values.items()}

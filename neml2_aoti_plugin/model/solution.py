@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..artifact.schema import Shape
 from ..program.report import Report
-from ..solve.outcome import Outcome
+from ..solve.outcome import Outcome, failed_where, not_finite_rows
 from . import derivatives
 from .call import Caller, Tensors
 from .derivatives import Blocks
@@ -21,14 +21,16 @@ class Solution:
     """Outputs, and derivatives where they were asked for, with how each row fared.
 
     Args:
-        outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that did not converge.
-        converged: `(*batch,)`, bool.
+        outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that failed.
+        converged: rows whose solves converged and whose outputs and blocks are finite, `(*batch,)`, bool. All others
+            have failed.
         iterations: number of Newton updates that each row took until its residual passed the test, `(*batch,)`, each
             with a linearisation. Chord steps, the trials of a line search and the last step beyond the test are not
-            counted; those of several implicit segments and of subincrements are added. At most `miters - 1` in a solve;
-            0 for a model without implicit segments.
+            counted; those of several implicit segments, of subincrements and of a second solve without chord steps are
+            added. At most `miters - 1` in a solve; 0 for a model without implicit segments.
         outcome: an `Outcome` per row, int64, `(*batch,)`.
-        blocks: derivative blocks as `Model.jacobian` gives them; NaN in rows that did not converge.
+        blocks: derivative blocks as `Model.jacobian` gives them; NaN in rows that failed, but for blocks without batch
+            axes, which all rows share.
     """
 
     outputs: Tensors
@@ -56,21 +58,43 @@ def solve(
         outputs, report = caller.outputs(found.values, call.batch), found.report
     else:
         outputs, blocks, report = derivatives.with_blocks(caller, call, chosen, expand=expand)
-    outcome, iterations, all_converged = _fared(report, call.batch, caller.boundary.device)
+    # Blocks without batch axes count for all rows, and stay as they are.
+    shared = _without_batch(caller, blocks) if call.batch else set()
+    own = [x for out, row in blocks.items() for by, x in row.items() if (out, by) not in shared]
+    common = [blocks[out][by].expand(call.batch + blocks[out][by].shape) for out, by in shared]
+    lost = not_finite_rows([*outputs.values(), *own, *common], call.batch)
+    outcome, iterations = _fared(report, call.batch, caller.boundary.device)
+    outcome = failed_where(outcome, lost)
     converged = outcome == Outcome.CONVERGED
-    if not all_converged:
+    if lost is not None or (report is not None and not report.all_converged):
         outputs = {name: _masked(value, converged) for name, value in outputs.items()}
-        blocks = {out: {by: _masked(x, converged) for by, x in row.items()} for out, row in blocks.items()}
+        blocks = {
+            out: {by: x if (out, by) in shared else _masked(x, converged) for by, x in row.items()}
+            for out, row in blocks.items()
+        }
     return Solution(outputs, converged, iterations, outcome, blocks)
 
 
-def _fared(report: Report | None, batch: Shape, device: torch.device) -> tuple[Tensor, Tensor, bool]:
-    """Outcome and number of updates of each row, and whether all have converged."""
+def _without_batch(caller: Caller, blocks: Blocks) -> set[tuple[str, str]]:
+    """The pairs whose blocks have no batch axes, as only a plan gives them."""
+    found: set[tuple[str, str]] = set()
+    for out, row in blocks.items() if caller.plan is not None else ():
+        output = caller.boundary.output_by_name[out].variable
+        for by, block in row.items():
+            source = caller.boundary.by_name[by].variable
+            sites = output.sub_batch_shape or source.sub_batch_shape
+            if block.ndim == len(sites) + len(output.base_shape) + len(source.base_shape):
+                found.add((out, by))
+    return found
+
+
+def _fared(report: Report | None, batch: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Outcome and number of updates of each row."""
     if report is None:
         none = torch.zeros(batch, dtype=torch.int64, device=device)
-        return none, none.clone(), True
+        return none, none.clone()
     statistics, _ = report.statistics()
-    return statistics.outcome.reshape(batch), statistics.iterations.reshape(batch), report.all_converged
+    return statistics.outcome.reshape(batch), statistics.iterations.reshape(batch)
 
 
 def _masked(value: Tensor, converged: Tensor) -> Tensor:

@@ -266,12 +266,15 @@ class Points:
             other_artifact: whether it may be that of another artifact with the same variables.
 
         Raises:
-            InputError: it is a state of other points or of another artifact.
+            InputError: it is a state of other points or of another artifact, or not finite.
         """
         if not isinstance(state, PointsState):
             raise InputTypeError(f"the state is a {type(state).__name__}, expected what Points.state() gives.")
-        shapes = {name: self._roles.natural[variable] for name, variable in self._kept.items()}
-        states.require_same(state, self.model.digest, self.n, shapes, other=other_artifact)
+        shapes = {name: tuple(value.shape) for name, value in state.values.items()}
+        self._expected(other_artifact=other_artifact).require(state.digest, state.n, shapes)
+        for name, value in state.values.items():
+            if not value.is_floating_point() or not bool(value.isfinite().all()):
+                raise InputError(f"the state's {name!r} holds other than finite numbers ({value.dtype}).")
         dtype, device = self.model.dtype, self.model.device
         self._old = {name: state.values[name].to(device, dtype, copy=True) for name in self._kept}
         self._trial, self._begun = None, True
@@ -281,6 +284,9 @@ class Points:
 
         Args:
             path: of the file; `.npz` is the usual ending.
+
+        Raises:
+            InputError: the file cannot be written.
         """
         self.state().save(path)
 
@@ -292,12 +298,16 @@ class Points:
             other_artifact: as for `restore`.
 
         Raises:
-            ArtifactError: the file is absent, damaged or another one.
-            InputError: as for `restore`.
+            InputError: the file is absent, damaged or another one; or as for `restore`.
         """
-        self.restore(states.load(path), other_artifact=other_artifact)
+        state = states.load(path, self._expected(other_artifact=other_artifact))
+        self.restore(state, other_artifact=other_artifact)
 
     # -- checks -----------------------------------------------------------------------------------------------------
+
+    def _expected(self, *, other_artifact: bool) -> states.Expected:
+        shapes = {name: self._roles.natural[variable] for name, variable in self._kept.items()}
+        return states.Expected(None if other_artifact else self.model.digest, self.n, shapes)
 
     def _zeros(self, name: str) -> Tensor:
         shape = (self.n, *self._roles.natural[self._kept[name]])

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..errors import ArtifactError, ArtifactNotFoundError, InputError
+from ..errors import InputError
+from ..files import draft
+from ..tensor_files import Header, read_tensors
 
 FORMAT = "neml2-aoti-plugin points 1"
+WHAT = "a state of points (Points.save)"
+# Before the names of values in a file.
+_VALUE = "value/"
 
 
 @dataclass(frozen=True)
@@ -36,80 +41,81 @@ class PointsState:
 
         Args:
             path: of the file; `.npz` is the usual ending.
+
+        Raises:
+            InputError: the file cannot be written.
         """
-        path = Path(path)
-        arrays = {f"value/{name}": value.cpu().numpy() for name, value in self.values.items()}
-        # Beside the file, so that it can take its place as a whole.
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with beside.open("wb") as file:
-                np.savez(file, format=FORMAT, digest=self.digest, n=self.n, **arrays)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+        arrays = {f"{_VALUE}{name}": value.cpu().numpy() for name, value in self.values.items()}
+        with draft(Path(path)) as scratch, scratch.open("wb") as file:
+            np.savez(file, format=FORMAT, digest=self.digest, n=self.n, **arrays)  # type: ignore[arg-type]
 
 
-def load(path: str | os.PathLike[str]) -> PointsState:
+@dataclass(frozen=True)
+class Expected:
+    """What a state must be to be one of some points.
+
+    Args:
+        digest: of their model; None for that of any model with the same variables.
+        n: number of points.
+        shapes: of the kept values at one point, by name.
+    """
+
+    digest: str | None
+    n: int
+    shapes: dict[str, tuple[int, ...]]
+
+    def require(self, digest: str, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuse another state.
+
+        Args:
+            digest: of the artifact that it is a state of.
+            n: its number of points.
+            shapes: of its values, by name.
+
+        Raises:
+            InputError: it is another artifact's, of another number of points, or lacks a value.
+        """
+        if n != self.n:
+            raise InputError(f"the state is one of {n} points, expected {self.n}.")
+        absent = [name for name in self.shapes if name not in shapes]
+        unknown = [name for name in shapes if name not in self.shapes]
+        if absent or unknown:
+            raise InputError(
+                f"the state is not one of this model: missing {absent}, unknown {unknown}; it needs "
+                f"{', '.join(self.shapes)}."
+            )
+        for name, shape in self.shapes.items():
+            if shapes[name] != (n, *shape):
+                raise InputError(f"the state's {name!r} has shape {shapes[name]}, expected {(n, *shape)}.")
+        if self.digest is not None and digest != self.digest:
+            raise InputError(
+                f"the state is one of another artifact (digest {digest[:12]}..., here {self.digest[:12]}...). If it "
+                "was compiled anew from the same model, pass other_artifact=True."
+            )
+
+
+def load(path: str | os.PathLike[str], expected: Expected) -> PointsState:
     """Read a state that `PointsState.save` wrote.
 
     Args:
         path: of the file.
+        expected: what it must be; it is compared with what the file claims before its values are read.
 
     Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactError: it is not such a file, or damaged.
+        InputError: there is no such file, it is another one, damaged, or not what was expected.
     """
-    path = Path(path)
-    try:
-        # NumPy leaves a file open that it opened itself and that is damaged.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-            if str(found["format"]) != FORMAT:
-                raise ValueError(f"its format is {str(found['format'])!r}")
-            values = {
-                name.removeprefix("value/"): torch.from_numpy(found[name])
-                for name in found.files
-                if name.startswith("value/")
-            }
-            return PointsState(values, str(found["digest"]), int(found["n"]))
-    except FileNotFoundError:
-        raise ArtifactNotFoundError(f"{path} is not there; Points.save(path) writes such a file.") from None
-    except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ArtifactError(
-            f"{path} is not a state of points ({error}), which Points.save(path) writes ({FORMAT!r})."
-        ) from error
+    found: dict[str, Any] = {}
 
-
-def require_same(state: PointsState, digest: str, n: int, shapes: dict[str, tuple[int, ...]], *, other: bool) -> None:
-    """Refuse a state that is not one of these points.
-
-    Args:
-        state: that is to be restored.
-        digest: of the model.
-        n: number of points.
-        shapes: of the kept values at one point, by name.
-        other: whether the state may be of another artifact with the same variables.
-
-    Raises:
-        InputError: it is another artifact's, of another number of points, or lacks a value.
-    """
-    if state.n != n:
-        raise InputError(f"the state is one of {state.n} points, expected {n}.")
-    absent = [name for name in shapes if name not in state.values]
-    unknown = [name for name in state.values if name not in shapes]
-    if absent or unknown:
-        raise InputError(
-            f"the state is not one of this model: missing {absent}, unknown {unknown}; it needs {', '.join(shapes)}."
-        )
-    for name, shape in shapes.items():
-        if tuple(state.values[name].shape) != (n, *shape):
+    def check(header: Header) -> Iterable[str]:
+        form, digest, n = (header.notes.get(name) for name in ("format", "digest", "n"))
+        if form != FORMAT or digest is None or n is None:
             raise InputError(
-                f"the state's {name!r} has shape {tuple(state.values[name].shape)}, expected {(n, *shape)}."
+                f"{path}: is not {WHAT} (its format is {form!r}, expected {FORMAT!r} with a digest and n)."
             )
-    if state.digest != digest and not other:
-        raise InputError(
-            f"the state is one of another artifact (digest {state.digest[:12]}..., here {digest[:12]}...). If it was "
-            "compiled anew from the same model, pass other_artifact=True."
-        )
+        found.update(digest=digest, n=int(n))
+        values = [name for name in header.claims if name.startswith(_VALUE)]
+        expected.require(shapes={name.removeprefix(_VALUE): header.claims[name].shape for name in values}, **found)
+        return values
+
+    values = read_tensors(path, WHAT, check).tensors
+    return PointsState({name.removeprefix(_VALUE): value for name, value in values.items()}, **found)

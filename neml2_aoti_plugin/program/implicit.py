@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,7 @@ class ImplicitSegment:
     def __init__(
         self, spec: schema.ImplicitSegment, graph_of: GraphOf, device: torch.device, dtype: torch.dtype, lockstep: bool
     ) -> None:
-        self.spec = spec
+        self.spec, self._lockstep = spec, lockstep
         self.graphs = SystemGraphs(spec, graph_of, device, lockstep)
         self.unknowns, self._givens = Packing(spec.unknowns), Packing(spec.givens)
         self.predictor = graph_of(spec.predictor.file) if spec.predictor else None
@@ -138,12 +138,29 @@ class ImplicitSegment:
         speaks = log.enabled("newton", "info")
         if speaks:
             log.emit("newton", "info", "---- begin newton solve ----")
-        found = self._solve(first, givens, parameters, settings, small_steps)
+        found = self._solve_rows(first, givens, parameters, settings, small_steps)
         if speaks:
             log.emit("newton", "info", newton.outcome_line(found.statistics, settings))
             log.emit("newton", "info", "---- end newton solve ----")
         state.update(self.unknowns.unpack(found.unknowns))
         return Solved(found.unknowns, found.statistics, givens, parameters)
+
+    def _solve_rows(
+        self, first: Groups, givens: Groups, parameters: Sequence[Tensor], settings: NewtonSettings, small_steps: bool
+    ) -> newton.Solved:
+        """Solve all rows; those that fail with chord steps are solved again, by Newton's method alone."""
+        found = self._solve(first, givens, parameters, settings, small_steps)
+        if found.statistics.all_converged or self._lockstep or not settings.chord_steps:
+            return found
+        # Without an update there was no chord step, and the second solve would end as the first.
+        failed = ~found.statistics.converged & (found.statistics.iterations > 0)
+        rows = failed.nonzero().squeeze(-1)
+        if not len(rows):
+            return found
+        log.emit("newton", "debug", f"{len(rows)} row(s) failed with chord steps, and are solved again without them")
+        first, givens = ([x.index_select(0, rows) for x in groups] for groups in (first, givens))
+        again = self._solve(first, givens, parameters, replace(settings, chord_steps=False), small_steps)
+        return newton.put(found, rows, again)
 
     def carry(
         self, solved: Solved, values: Values, tangents: Tangents, parameters: frozenset[str], *, cut: bool = False

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 
 import torch
 from torch import Tensor
@@ -219,23 +218,7 @@ class Program:
         if carried is not None:
             found = {name: dense(carried.get(name, {}), state[name]) for name in wanted}
         report = Report(rows, [(None, outcomes)]) if outcomes else None
-        if report is not None:
-            spoiled = _not_finite(found, rows)
-            report.spoiled += [] if spoiled is None else [(None, spoiled)]
         return Evaluation({name: state[name] for name in wanted}, found, report)
-
-
-def _not_finite(found: Mapping[str, Mapping[Seed, Tensor]], rows: int) -> Tensor | None:
-    """Rows with a derivative that is not finite; None for none."""
-    spoiled: Tensor | None = None
-    for columns in found.values():
-        for column in columns.values():
-            # The sum answers for all entries at once, but for one that overflows.
-            if not column.shape[0] or isfinite(column.sum().item()):
-                continue
-            lost = ~column.isfinite().flatten(1).all(-1).expand(rows)
-            spoiled = lost if spoiled is None else spoiled | lost
-    return spoiled if spoiled is not None and bool(spoiled.any()) else None
 
 
 class _Room:
@@ -251,8 +234,7 @@ class _Room:
         self._lock = threading.Lock()
         self._values: dict[str, Tensor] = {}
         self._tangents: dict[str, dict[Seed, Tensor]] = {}
-        # One that has no solves has no reports.
-        self._reports: list[Report | None] = [None] * blocks
+        self._outcomes: list[tuple[Tensor | slice | None, list[SegmentOutcome]] | None] = [None] * blocks
 
     def write(self, number: int, index: Tensor | slice, part: Evaluation) -> None:
         """Put the results of a block in their places.
@@ -277,19 +259,11 @@ class _Room:
             for seed, column in columns.items():
                 put(self._tangents[name][seed], index, column)
         if part.report is not None:
-            report = part.report
-            self._reports[number] = Report(
-                self._rows,
-                [(index, outcomes) for _, outcomes in report.parts],
-                [(index, lost) for _, lost in report.spoiled],
-            )
+            ((_, outcomes),) = part.report.parts
+            self._outcomes[number] = index, outcomes
 
     def whole(self) -> Evaluation:
         """The results of all blocks."""
-        reports = [report for report in self._reports if report is not None]
-        merged = Report(self._rows) if reports else None
-        for report in reports:
-            assert merged is not None
-            merged.parts += report.parts
-            merged.spoiled += report.spoiled
-        return Evaluation(self._values, self._tangents, merged)
+        # A model without implicit segments has no outcomes.
+        outcomes = [one for one in self._outcomes if one is not None]
+        return Evaluation(self._values, self._tangents, Report(self._rows, outcomes) if outcomes else None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..solve.newton import Solved
-from ..solve.outcome import Outcome, RowStatistics, blank, first_failure
+from ..solve.outcome import RowStatistics, blank, first_failure
 from .packing import Packing
 
 
@@ -38,23 +38,20 @@ class Report:
     Args:
         rows: of the whole batch.
         parts: the outcomes of some rows, with the place of these in the batch; None for all of it.
-        spoiled: rows with derivatives that are not finite, by the same places; None for none.
     """
 
     rows: int
     parts: list[tuple[Tensor | slice | None, list[SegmentOutcome]]] = field(default_factory=list)
-    spoiled: list[tuple[Tensor | slice | None, Tensor]] = field(default_factory=list)
 
     @property
     def all_converged(self) -> bool:
         """Whether every segment converged for all rows."""
-        parts = (outcome.statistics.all_converged for _, outcomes in self.parts for outcome in outcomes)
-        return not self.spoiled and all(parts)
+        return all(outcome.statistics.all_converged for _, outcomes in self.parts for outcome in outcomes)
 
     def statistics(self) -> tuple[RowStatistics, Tensor]:
         """How each row fared over all segments, and the index of the segment that failed first, else -1, `(rows,)`."""
         place, outcomes = self.parts[0]
-        if place is None and len(outcomes) == 1 and not self.spoiled:
+        if place is None and len(outcomes) == 1:
             only = outcomes[0]
             return only.statistics, torch.where(only.statistics.converged, -1, only.segment)
         whole = blank(self.rows, outcomes[0].statistics.norm)
@@ -65,11 +62,6 @@ class Report:
             whole.record[where], whole.norms[where] = found.record, found.norms
             indices = torch.tensor([o.segment for o in outcomes] + [-1], device=index.device)
             segment[where] = indices[index]
-        last = self.parts[0][1][-1].segment
-        for place, rows in self.spoiled:
-            where = torch.arange(self.rows, device=rows.device)[slice(None) if place is None else place][rows]
-            where = where[whole.outcome[where] == Outcome.CONVERGED]
-            whole.outcome[where], segment[where] = int(Outcome.SINGULAR), last
         return whole, segment
 
     def tried(self) -> Tensor:

@@ -17,7 +17,6 @@ import os
 import pickle
 import pkgutil
 import sys
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -30,8 +29,12 @@ from numba.core import caching, compiler, serialize
 from numba.core.compiler_lock import global_compiler_lock
 
 from .. import log
+from ..errors import InputError
+from ..files import draft, read_plain
 from .undisturbed import undisturbed
 
+# Of one kernel; they have some 100 kB.
+_MOST_BYTES = 1 << 28
 _DIGEST = hashlib.sha256().digest_size
 # Kernels whose machine code no folder took.
 not_kept: list[str] = []
@@ -111,7 +114,7 @@ class _Files(caching.NullCache):
         file, key = self._file(sig, target_context.codegen())
         for folder in self._folders:
             with suppress(Exception):
-                kept = (folder / file).read_bytes()
+                kept = read_plain(folder / file, "machine code", _MOST_BYTES)
                 data = memoryview(kept)[_DIGEST:]
                 if kept[:_DIGEST] == self._digest(key, data):
                     return compiler.CompileResult._rebuild(target_context, *pickle.loads(data))
@@ -123,7 +126,7 @@ class _Files(caching.NullCache):
             file, key = self._file(sig, result.codegen)
             data = serialize.dumps(result._reduce())
             for folder in self._folders:
-                with suppress(OSError):
+                with suppress(OSError, InputError):
                     _write(folder / file, self._digest(key, data) + data)
                     return
         not_kept.append(self._name)
@@ -141,14 +144,8 @@ class _Files(caching.NullCache):
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
+    with draft(path) as scratch:
+        scratch.write_bytes(content)
 
 
 if hasattr(os, "register_at_fork"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+from torch import Tensor
 
 from .. import log
 from ..settings import NewtonSettings
@@ -100,6 +102,25 @@ def solve(rows: Rows, settings: NewtonSettings, tell: Tell | None = None) -> Sol
         rows.chord()
         rows.settle()
     return rows.finish()
+
+
+def put(whole: Solved, rows: Tensor, part: Solved) -> Solved:
+    """Put a second solve of some rows in the place of their first one.
+
+    Args:
+        whole: the first solve of all rows; its tensors are written to.
+        rows: indices of those that were solved again.
+        part: their second solve.
+
+    Returns:
+        The second solve of these rows and the first one of the others; the updates of both solves are added.
+    """
+    for groups, again in zip(whole.unknowns, part.unknowns, strict=True):
+        groups[rows] = again
+    statistics, second = whole.statistics, part.statistics
+    statistics.iterations[rows] += second.iterations
+    statistics.outcome[rows], statistics.norms[rows] = second.outcome, second.norms
+    return Solved(whole.unknowns, replace(statistics, all_converged=bool(statistics.converged.all())))
 
 
 def listener() -> Tell | None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 
 class Outcome(IntEnum):
-    """How the solve of a row ended."""
+    """How a row ended. `NOT_FINITE` is no verdict of a solve: the row has a result that is NaN or infinite."""
 
     CONVERGED = 0
     DIVERGED = 1
     OUT_OF_ITERATIONS = 2
     SINGULAR = 3
+    NOT_FINITE = 4
 
     @property
     def words(self) -> str:
@@ -29,7 +31,35 @@ _WORDS = {
     Outcome.DIVERGED: "diverged",
     Outcome.OUT_OF_ITERATIONS: "not converged",
     Outcome.SINGULAR: "singular Jacobian",
+    Outcome.NOT_FINITE: "not finite",
 }
+
+
+def not_finite_rows(values: Iterable[Tensor], batch: tuple[int, ...]) -> Tensor | None:
+    """Rows in which a value is NaN or infinite.
+
+    Args:
+        values: results, each `(*batch, ...)`.
+        batch: the batch shape.
+
+    Returns:
+        `(*batch,)`, bool; None where all is finite.
+    """
+    found: Tensor | None = None
+    for value in values:
+        # The sum answers for all entries at once, but for finite ones whose sum overflows.
+        if isfinite(value.sum().item()):
+            continue
+        rows = ~value.isfinite().reshape(*batch, -1).all(-1)
+        found = rows if found is None else found | rows
+    return found
+
+
+def failed_where(outcome: Tensor, rows: Tensor | None) -> Tensor:
+    """Outcomes in which those of `rows` that had converged have failed as not finite."""
+    if rows is None:
+        return outcome
+    return outcome.masked_fill(rows & (outcome == Outcome.CONVERGED), int(Outcome.NOT_FINITE))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UnknownNameError
-from ..writing import draft
+from ..files import draft
 from .points import defaults, load_driver
 from .results import Result, from_steps, require_format, write_result
 
@@ -88,7 +88,7 @@ def run(
         return _run(path, driver, values, parameters, overrides, device, dtype, on_step)[0]
     require_format(out)
     # Before the run, for it may take long.
-    with draft(out) as scratch:
+    with draft(out, [path, *([parameters] if parameters is not None else [])]) as scratch:
         report, result, flat = _run(path, driver, values, parameters, overrides, device, dtype, on_step)
         write_result(scratch, result, flat)
     return RunReport(**{**vars(report), "written": str(out)})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..writing import draft, require_writable
+from ..files import draft, require_writable
 
 if TYPE_CHECKING:
     from .verify import Verification

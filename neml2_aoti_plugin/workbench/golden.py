@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model import Model
-from ..model.tensor_file import read_tensors, write_tensors
+from ..tensor_files import Header, read_tensors, write_tensors
 from .points import Points, Tensors
 
 KIND = "golden 1"
@@ -71,25 +72,36 @@ def read_golden(path: Path, model: Model, name: str) -> Golden:
     Raises:
         InputError: it is no golden file, or that of another model.
     """
-    found = read_tensors(path, KIND, WHAT)
-    inputs = {n.removeprefix("input."): v for n, v in found.tensors.items() if n.startswith("input.")}
-    outputs = {n.removeprefix("output."): v for n, v in found.tensors.items() if n.startswith("output.")}
-    pairs = [tuple(pair) for pair in json.loads(found.notes.get("derivatives", "[]"))]
-    blocks = {(out, by): found.tensors[f"derivative.{number}"] for number, (out, by) in enumerate(pairs)}
-    differing = sorted(set(inputs) ^ set(model.inputs)) + sorted(set(outputs) ^ set(model.outputs))
-    if differing:
-        raise InputError(
-            f"{path}: is of another model ({found.notes.get('model')!r}), not of {name!r}: {', '.join(differing)} are "
-            "not in both. Give the golden file of this model."
-        )
-    for kind, given, variables in (("input", inputs, model.inputs), ("output", outputs, model.outputs)):
-        for of, value in given.items():
-            shape = variables[of].natural_shape
+    pairs: list[tuple[str, str]] = []
+
+    def check(header: Header) -> Iterable[str]:
+        header.require_kind(KIND, WHAT)
+        other = f"{path}: is of another model ({header.notes.get('model')!r})"
+        known = {f"{kind}.{n}": v.natural_shape for kind, of in variables.items() for n, v in of.items()}
+        blocks = [name for name in header.claims if name.startswith("derivative.")]
+        differing = sorted(name.partition(".")[2] for name in set(header.claims) - set(blocks) ^ known.keys())
+        if differing:
+            raise InputError(
+                f"{other}, not of {name!r}: {', '.join(differing)} are not in both. Give the golden file of this model."
+            )
+        pairs.extend((str(out), str(by)) for out, by in json.loads(header.notes.get("derivatives", "[]")))
+        unknown = [pair for pair in pairs if pair not in there]
+        if unknown or len(pairs) != len(blocks):
+            raise InputError(f"{other}: it holds the derivatives {pairs}, in {name!r} there are: {there or 'none'}.")
+        rows = {claim.shape[:1] for claim in header.claims.values()}
+        if len(rows) != 1 or rows & {(), (0,)}:
+            raise InputError(f"{path}: its tensors have different numbers of rows, or none. Give another golden file.")
+        for of, natural in known.items():
+            shape = header.claims[of].shape
             # Artifacts do not tell the sites of outputs.
-            if tuple(value.shape[value.ndim - len(shape) :]) != shape:
-                raise InputError(
-                    f"{path}: is of another model ({found.notes.get('model')!r}): the {kind} {of!r} has shape "
-                    f"{tuple(value.shape[1:])} a row, in {name!r} it is {shape}."
-                )
+            if shape[len(shape) - len(natural) :] != natural:
+                raise InputError(f"{other}: {of!r} has shape {shape[1:]} a row, in {name!r} it is {natural}.")
+        return header.claims
+
+    variables = {"input": model.inputs, "output": model.outputs}
+    there = [*model.derivative_pairs, *model.parameter_derivative_pairs]
+    found = read_tensors(path, WHAT, check)
+    inputs, outputs = ({name: found.tensors[f"{kind}.{name}"] for name in of} for kind, of in variables.items())
+    blocks = {pair: found.tensors[f"derivative.{number}"] for number, pair in enumerate(pairs)}
     points = Points({n: v.to(model.dtype) for n, v in inputs.items()}, path.name)
     return Golden(points, outputs, blocks, found.notes.get("metadata_sha256", ""))

@@ -19,6 +19,7 @@ from ..artifact.place import Place
 from ..artifact.rewrite import Rewritten, rewrite
 from ..artifact.upgrade import NEWEST
 from ..errors import AOTIError, ArtifactError, InputError
+from ..files import require_outside_artifacts
 from .describe import name_of, release_of
 from .target import AOTI_MODEL, Target, parse_input, places, require_block
 
@@ -88,6 +89,7 @@ def migrate(target: Target, out: Path, *, drop_derivatives: bool = False) -> Mig
         raise ArtifactError(f"{told} It runs with this plugin as it is. {cure}")
     folder, stub = out / target.model, out / f"{target.model}_aoti.i"
     for path in (folder, stub):
+        require_outside_artifacts(path)
         if os.path.lexists(path):
             raise InputError(f"{path}: is there already. Give another folder to --out, or move it away.")
     text = _stub(target)

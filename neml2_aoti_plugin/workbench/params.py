@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import InputError
+from ..files import require_writable
 from ..model import Model
+from ..model.parameter_file import is_parameter_file
 from .contents import ParameterReport
 from .target import Target
 
@@ -37,6 +40,8 @@ def parameters(
     out: Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    *,
+    force: bool = False,
 ) -> ParametersReport:
     """Tell an artifact's parameters, with other values for some, and write them to a file if asked for.
 
@@ -47,11 +52,14 @@ def parameters(
         out: file to write.
         device: of the leaf.
         dtype: of the leaf.
+        force: whether `out` may be written over whatever it is, `file` too; the artifact and its stub never are.
 
     Raises:
         InputError: the artifact has no such parameter, or a file cannot be read or written.
         ArtifactError: the artifact cannot run here.
     """
+    if out is not None:
+        _require_free(out, [*target.files(device, dtype), *([file] if file is not None and not force else [])], force)
     model = target.load(device, dtype)
     before = {name: value.detach().clone() for name, value in model.named_parameters().items()}
     if file is not None:
@@ -69,6 +77,13 @@ def parameters(
         changed=changed,
         written=None if out is None else str(out),
     )
+
+
+def _require_free(out: Path, inputs: list[Path], force: bool) -> None:
+    """Refuse to write over what the command reads, and, unless a person means it, over another file."""
+    require_writable(out, inputs)
+    if not force and out.exists() and not is_parameter_file(out):
+        raise InputError(f"{out}: is there, and holds no parameters. Give another name, or --force to write over it.")
 
 
 def reports(model: Model) -> tuple[ParameterReport, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ..errors import AOTIError, InputError, UnknownNameError
 from ..model import Model
+from ..tensor_files import Header, read_tensors
 from .names import lag
 from .target import AOTI_MODEL, Target, blocks, find_target, parse_input, require_block
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ..host.hit import AOTIModel
 
 Tensors = dict[str, Tensor]
@@ -28,6 +27,7 @@ SPREAD = 0.01
 # Of random numbers where there is no driver to tell what is usual.
 SCALE = 1e-3
 FORMATS = (".npz", ".pt", ".safetensors")
+WHAT = f"a file with a tensor per input ({', '.join(FORMATS)})"
 TIME = "t"
 
 
@@ -174,19 +174,7 @@ def read_points(path: Path, model: Model) -> Points:
     Raises:
         InputError: the file cannot be read, or does not hold the model's inputs.
     """
-    found = _tensors_in(path)
-    absent = [name for name in model.inputs if name not in found]
-    if absent:
-        raise InputError(
-            f"{path}: has no {', '.join(absent)}; the model's inputs are {', '.join(model.inputs)}, and the file has "
-            f"{', '.join(found) or 'nothing'}."
-        )
-    given = {name: found[name].to(model.dtype) for name in model.inputs}
-    for name, variable in model.inputs.items():
-        shape = variable.natural_shape
-        if tuple(given[name].shape[given[name].ndim - len(shape) :]) != shape or given[name].ndim < len(shape):
-            wanted = ", ".join(("rows", *map(str, shape)))
-            raise InputError(f"{path}: {name!r} has shape {tuple(given[name].shape)}, expected ({wanted}).")
+    given = {name: value.to(model.dtype) for name, value in _inputs_in(path, model).items()}
     try:
         return Points(flat(given, model), path.name)
     except RuntimeError:
@@ -259,26 +247,22 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _tensors_in(path: Path) -> Tensors:
+def _inputs_in(path: Path, model: Model) -> Tensors:
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file. Give a file with a tensor per input ({', '.join(FORMATS)}).")
-    try:
-        if path.suffix == ".npz":
-            import numpy as np
 
-            with np.load(path, allow_pickle=False) as file:
-                arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
-            return {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    def check(header: Header) -> Iterable[str]:
+        absent = [name for name in model.inputs if name not in header.claims]
+        if absent:
+            raise InputError(
+                f"{path}: has no {', '.join(absent)}; the model's inputs are {', '.join(model.inputs)}, and the file "
+                f"has {', '.join(header.claims) or 'nothing'}."
+            )
+        for name, variable in model.inputs.items():
+            shape, natural = header.claims[name].shape, variable.natural_shape
+            if shape[len(shape) - len(natural) :] != natural or 0 in shape:
+                wanted = ", ".join(("rows", *map(str, natural)))
+                raise InputError(f"{path}: {name!r} has shape {shape}, expected ({wanted}).")
+        return model.inputs
 
-            return dict(load_file(path))
-        found = torch.load(path, weights_only=True)
-    except Exception as error:
-        # What torch says of another file is how to run what is in it.
-        raise InputError(f"{path}: cannot be read as tensors ({type(error).__name__}).") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"{path}: holds no dict of tensors.")
-    return found
+    return read_tensors(path, WHAT, check).tensors

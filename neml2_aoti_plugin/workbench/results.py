@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..writing import draft
+from ..files import draft
 from .names import lag
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import perdevice
+from ..artifact.compatibility import files_of
 from ..artifact.files import is_there
 from ..artifact.locate import absolute, find_root, leaves, locate, root_of
 from ..artifact.parse import read_metadata
@@ -15,6 +16,7 @@ from ..artifact.place import Place
 from ..artifact.schema import Metadata
 from ..artifact.stub import read_stub
 from ..errors import ArtifactNotFoundError, InputError, UnknownNameError
+from ..files import require_plain
 from ..model import Model
 
 if TYPE_CHECKING:
@@ -55,6 +57,11 @@ class Target:
         """The metadata of a leaf; the arguments and errors are those of `place`."""
         place = self.place(device, dtype)
         return read_metadata(place.metadata, place.folder, solver=self.solver)
+
+    def files(self, device: str | None = None, dtype: str | None = None) -> list[Path]:
+        """The files that loading a leaf reads; the arguments and errors are those of `place`."""
+        place, names = self.place(device, dtype), files_of(self.metadata(device, dtype))
+        return [*([self.stub] if self.stub is not None else []), place.metadata, *(place.leaf / n for n in names)]
 
     def load(self, device: str | None = None, dtype: str | None = None, **options: Any) -> Model:
         """Load the model.
@@ -145,6 +152,7 @@ def parse_input(path: Path, overrides: tuple[str, ...] = ()) -> nmhit.Root:
         )
     if not is_there(path):
         raise InputError(f"{path}: no such file. Give an input file, such as the stub that neml2-compile wrote.")
+    require_plain(path, "an input file, such as the stub that neml2-compile wrote")
     try:
         return nmhit.parse_file(str(path), [], list(overrides))
     except (nmhit.Error, UnicodeDecodeError, OSError, ValueError) as error:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..artifact.locate import root_of
 from ..errors import InputError
+from ..files import require_writable
 from ..model import Model
-from ..writing import require_writable
 from . import differences
 from .comparison import Comparison, compare, derivative
 from .describe import name_of
@@ -98,7 +98,8 @@ def verify(
         ArtifactError: the artifact cannot run here.
     """
     if record is not None:
-        require_writable(record)
+        read = (wanted.against, wanted.golden, wanted.where.points)
+        require_writable(record, [*target.files(device, dtype), *(file for file in read if file is not None)])
     model = target.load(device, dtype)
     golden_file = wanted.golden or (_golden_beside(target, wanted) if record is None else None)
     golden = None if golden_file is None else read_golden(golden_file, model, target.model)

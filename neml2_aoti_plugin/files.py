@@ -1,0 +1,249 @@
+"""Files that users name: written whole or not at all, read within bounds, and variables in the names of files.
+
+Only plain files are read and written over. A pipe, a device or a link in the place of one is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedReader
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from .errors import AOTIError, InputError
+
+_READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# Without links, without waiting for a writer, and without a terminal that becomes this process's own.
+_PLAIN = _READ | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a link",
+}
+# What stands for itself in a file's name, besides letters, digits and `_.-~`.
+_IN_NAMES = "+@"
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def open_plain(path: str | os.PathLike[str], folder: int | None = None) -> int:
+    """Open a plain file to read it, without waiting for anybody.
+
+    Args:
+        path: of the file; a link in its place is refused.
+        folder: handle of the folder that a relative path starts from.
+
+    Returns:
+        Its handle.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file.
+    """
+    # To open a device may do something already.
+    _require_plain(os.stat(path, dir_fd=folder, follow_symlinks=False))
+    handle = os.open(path, _PLAIN, dir_fd=folder)
+    try:
+        _require_plain(os.fstat(handle))
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def chunks(handle: int, size: int, at_once: int) -> Iterator[bytes]:
+    """Read a file of a known size and no more: what the system makes up as it is read may have no end."""
+    left = size
+    while left:
+        chunk = os.read(handle, min(left, at_once))
+        if not chunk:
+            raise ValueError("the file became shorter while it was read")
+        left -= len(chunk)
+        yield chunk
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], what: str, limit: int) -> Iterator[BufferedReader]:
+    """Open a plain file that a user names; links to it are followed.
+
+    Args:
+        path: of the file.
+        what: what it should be, for messages.
+        limit: the largest size, in bytes.
+
+    Raises:
+        InputError: it cannot be opened, is no plain file, or is too large.
+    """
+    try:
+        handle = open_plain(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, what, error) from None
+    with os.fdopen(handle, "rb") as file:
+        if os.fstat(handle).st_size > limit:
+            raise InputError(f"{path}: larger than {limit} bytes. Give {what}.")
+        yield file
+
+
+def read_plain(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
+    """Read a plain file that a user names; the arguments and errors are those of `opened`."""
+    with opened(path, what, limit) as file:
+        try:
+            return file.read(limit)
+        except OSError as error:
+            raise unreadable(path, what, error) from None
+
+
+def require_plain(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse what is no plain file before somebody else opens it; see `opened`."""
+    with opened(path, what, 1 << 62):
+        pass
+
+
+def unreadable(path: str | os.PathLike[str], what: str, error: BaseException) -> InputError:
+    """The error for a file that cannot be read."""
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return InputError(f"{path}: cannot be read ({why}). Give {what}.")
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def require_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a file that cannot be written, ahead of long work; nothing is left. See `draft`."""
+    _mode_of(target, inputs)
+    scratch = _beside(target)
+    try:
+        _make(scratch)
+        scratch.unlink()
+    except OSError as error:
+        raise _unwritable(target, error) from None
+
+
+@contextmanager
+def draft(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Give a path beside a file to write to; it takes the file's place when the block ends without an error.
+
+    Entered before long work, it also tells ahead that the file cannot be written. A plain file that was there is
+    replaced and hands on its mode; a new one has that of the umask.
+
+    Args:
+        target: the file.
+        inputs: files that the same command reads, which it must not write over.
+
+    Raises:
+        InputError: the file cannot be written, is no plain file, is one of the inputs, or lies in an artifact.
+    """
+    mode = _mode_of(target, inputs)
+    scratch = _beside(target)
+    try:
+        made = _make(scratch)
+        yield scratch
+        scratch.chmod(made if mode is None else mode)
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.replace(target)
+    except AOTIError:
+        raise
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    finally:
+        with suppress(FileNotFoundError):
+            scratch.unlink()
+
+
+def require_outside_artifacts(target: Path) -> None:
+    """Refuse to write into the folder of an artifact.
+
+    Args:
+        target: the file or folder to write.
+
+    Raises:
+        InputError: it lies in one.
+    """
+    folder = Path(os.path.realpath(target.parent))
+    for above in (folder, *folder.parents[:2]):
+        if any(_is_artifact(above, above / device) for device in ("cpu", "cuda")):
+            raise InputError(f"{target}: lies in the artifact {above}, which is never changed. Give another folder.")
+
+
+def _is_artifact(folder: Path, device: Path) -> bool:
+    """Whether a folder is that of an artifact, of any release that has a folder per device."""
+    return device.is_dir() and ((folder / "metadata.json").is_file() or any(device.glob("*_meta.json")))
+
+
+def _mode_of(target: Path, inputs: Iterable[Path]) -> int | None:
+    """The mode of the file that is written over, if one is; what must not be written is refused."""
+    require_outside_artifacts(target)
+    try:
+        present = os.lstat(target)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unwritable(target, error) from None
+    if not stat.S_ISREG(present.st_mode):
+        raise InputError(f"{target}: is {_kind(present)}, expected the name of a file to write. Give another name.")
+    for other in inputs:
+        with suppress(OSError):
+            if os.path.samestat(present, os.stat(other)):
+                raise InputError(f"{target}: is read by the same command ({other}). Give another file to write.")
+    return stat.S_IMODE(present.st_mode) & 0o777
+
+
+def _beside(target: Path) -> Path:
+    """A name that nobody can foresee, with the same ending, by which matplotlib and NumPy tell the format."""
+    return target.with_name(f".{target.stem[:100]}-{secrets.token_hex(8)}{target.suffix}")
+
+
+def _make(scratch: Path) -> int:
+    """Make an empty file where there is nothing, and give the mode that the umask leaves it."""
+    handle = os.open(scratch, _NEW, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
+def _require_plain(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, f"not a file but {_kind(status)}")
+
+
+def _kind(status: os.stat_result) -> str:
+    return _KINDS.get(stat.S_IFMT(status.st_mode), "something else than a file")
+
+
+def _unwritable(target: Path, error: OSError | ValueError) -> InputError:
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return InputError(
+        f"{target}: cannot be written ({why}). Give a file in a folder that is there and can be written to."
+    )
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def file_name(variable: str) -> str:
+    """The name of a file, without its ending, for a variable.
+
+    Letters, digits and `_-~.+@` stand for themselves; everything else, and a dot at the beginning, is percent-encoded
+    UTF-8. So no name leads out of a folder, and `variable_of` gives the variable back.
+
+    Args:
+        variable: its name, such as `state/S`.
+    """
+    found = quote(variable, _IN_NAMES, errors="surrogatepass")
+    return f"%2E{found[1:]}" if found.startswith(".") else found
+
+
+def variable_of(name: str) -> str:
+    """The variable that a file's name without its ending stands for; see `file_name`."""
+    return unquote(name, errors="surrogatepass")
