@@ -20,6 +20,7 @@ from .blocks import LEAST_ROWS, block_rows, cut
 from .copies import put
 from .explicit import ExplicitSegment
 from .implicit import ImplicitSegment
+from .native_graph import NativeGraph
 from .parameters import Values
 from .report import Report, SegmentOutcome
 from .tangents import Columns, Seed, Tangents, dense, select
@@ -82,10 +83,12 @@ class Program:
         """The graph of a file of the leaf; one object however often it is named."""
         if file not in self._graphs:
             package = self._packages[file]
-            standard = self.batch_axes == (None,)
-            self._graphs[file] = (
-                Graph(package, self.device) if standard else PinnedGraph(package, self.device, self.batch_axes)
-            )
+            if self.batch_axes != (None,):
+                self._graphs[file] = PinnedGraph(package, self.device, self.batch_axes)
+            elif self.device.type == "cpu" and not self.lockstep:
+                self._graphs[file] = NativeGraph(package, self.device)
+            else:
+                self._graphs[file] = Graph(package, self.device)
         return self._graphs[file]
 
     def _trace_facts(self) -> None:
@@ -157,7 +160,9 @@ class Program:
             part = self._run(part_state, values.take(index, fixed), count, names, settings, part_tangents, seeds)
             room.write(number, index, part)
 
-        tasks = [partial(task, number, index, fixed) for number, (index, fixed) in enumerate(parts) if index is not None]
+        tasks = [
+            partial(task, number, index, fixed) for number, (index, fixed) in enumerate(parts) if index is not None
+        ]
         if self.block is not None and rows >= LEAST_ROWS * len(tasks):
             run_all(tasks)
         else:

@@ -46,6 +46,11 @@ class CompiledGraph(Protocol):
         ...
 
     @property
+    def outputs(self) -> int:
+        """How many tensors it returns."""
+        ...
+
+    @property
     def file(self) -> Path:
         """Its package, for messages."""
         ...

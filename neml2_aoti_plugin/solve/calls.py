@@ -13,7 +13,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-from .machine_code import inlined, inner
+from .machine_code import inlined, inner, kernel
 
 # Rows that a graph gets are filled up to a multiple of this: operators take two vectors at a time and the rest number
 # by number, which rounds otherwise. With AVX-512 a vector has 8 doubles.
@@ -128,23 +128,11 @@ integer_rows, number_rows = _array(types.int64, 2), _array(types.float64, 2)
 
 
 @inner
-def run(graph: Any, call: Any, u: Any, g: Any, rows: Any) -> Any:
-    """Run a graph for the first rows of unknowns and givens; tell whether it failed.
-
-    Rows behind them are written over by copies of the first, so that no row is rounded by how many there are.
-    """
-    filled = (rows + VECTOR - 1) // VECTOR * VECTOR
-    for k in range(rows, filled):
-        for i in range(u.shape[1]):
-            u[k, i] = u[0, i]
-        for i in range(g.shape[1]):
-            g[k, i] = g[0, i]
+def start(graph: Any, call: Any) -> Any:
+    """Run a graph on the tensors that the table of arguments tells of; tell whether it failed."""
     functions, arguments, handles = call.functions, call.arguments, call.handles
     count = len(arguments)
-    arguments[0, ADDRESS], arguments[1, ADDRESS] = u.ctypes.data, g.ctypes.data
     for k in range(count):
-        if k < 2:
-            integers(arguments[k, SIZES_AT], (1,))[0] = filled
         tensor = arguments[k]
         failed = _create(
             functions[CREATE],
@@ -170,35 +158,61 @@ def run(graph: Any, call: Any, u: Any, g: Any, rows: Any) -> Any:
 
 
 @inlined
+def filled(rows: Any) -> Any:
+    """Rows with those that fill them up to whole vectors."""
+    return (rows + VECTOR - 1) // VECTOR * VECTOR
+
+
+@inner
+def run(graph: Any, call: Any, u: Any, g: Any, rows: Any) -> Any:
+    """Run a graph for the first rows of unknowns and givens; tell whether it failed.
+
+    Rows behind them are written over by copies of the first, so that no row is rounded by how many there are.
+    """
+    for k in range(rows, filled(rows)):
+        for i in range(u.shape[1]):
+            u[k, i] = u[0, i]
+        for i in range(g.shape[1]):
+            g[k, i] = g[0, i]
+    arguments = call.arguments
+    arguments[0, ADDRESS], arguments[1, ADDRESS] = u.ctypes.data, g.ctypes.data
+    integers(arguments[0, SIZES_AT], (1,))[0] = integers(arguments[1, SIZES_AT], (1,))[0] = filled(rows)
+    return start(graph, call)
+
+
+@inlined
 def release(graph: Any, call: Any) -> None:
     """Delete the outputs of a graph that has run."""
     for k in range(graph.outputs):
         _delete(call.functions[DELETE], (call.handles[len(call.arguments) + k],))
 
 
+@inlined
+def look(call: Any, place: Any) -> Any:
+    """Ask an output for its axes, sizes, strides and memory, into `scratch`; tell whether it is one of float64."""
+    functions, found, handle = call.functions, call.scratch, call.handles[len(call.arguments) + place]
+    at = found.ctypes.data
+    _ask(functions[DTYPE], (handle, at))
+    # It has 32 bits.
+    sound = found[0] & 0xFFFFFFFF == functions[FLOAT64]
+    for k, question in enumerate((DIM, SIZES, STRIDES, DATA)):
+        sound = _ask(functions[question], (handle, at + 8 * k)) == 0 and sound
+    return sound
+
+
 @inner
 def output(call: Any, place: Any, rows: Any, n: Any, axes: Any) -> Any:
     """Look at an output `(rows or 1, n)` or `(rows or 1, n, n)`; its address is 0 if it is no such tensor."""
-    filled = (rows + VECTOR - 1) // VECTOR * VECTOR
-    functions, found, handle = call.functions, call.scratch, call.handles[len(call.arguments) + place]
-    at = found.ctypes.data
-    nothing = Output(0, 0, 0, 0)
-    _ask(functions[DTYPE], (handle, at))
-    # It has 32 bits.
-    if found[0] & 0xFFFFFFFF != functions[FLOAT64]:
-        return nothing
-    for k, question in enumerate((DIM, SIZES, STRIDES, DATA)):
-        if _ask(functions[question], (handle, at + 8 * k)) != 0:
-            return nothing
-    if found[0] != axes:
+    nothing, found = Output(0, 0, 0, 0), call.scratch
+    if not look(call, place) or found[0] != axes:
         return nothing
     sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
     for k in range(1, axes):
         if sizes[k] != n:
             return nothing
-    if sizes[0] != filled and sizes[0] != 1:
+    if sizes[0] != filled(rows) and sizes[0] != 1:
         return nothing
-    return Output(found[3], strides[0] if sizes[0] == filled else 0, strides[1], strides[2] if axes > 2 else 0)
+    return Output(found[3], strides[0] if sizes[0] == filled(rows) else 0, strides[1], strides[2] if axes > 2 else 0)
 
 
 @inlined
@@ -212,3 +226,103 @@ def take(x: Any, row: Any, target: Any, place: Any) -> None:
     """Copy a row of an output to a place in an array."""
     for i in range(target.shape[1]):
         target[place, i] = entry(x, row, i, 0)
+
+
+# What `call_graph` is given: the graph, tables of its arguments and its outputs, rows, and room for filled-up copies.
+RUN, CONTAINER, EXECUTOR, FUNCTIONS, ARGUMENTS, ARGUMENTS_AT, OUTPUTS, OUTPUTS_AT, HANDLES, ROWS, ROOM, FIELDS = range(
+    12
+)
+# Columns of its table of arguments behind those above: entries of a row, 0 for what all rows share.
+WIDTH, GRAPH_ARGUMENT = ARGUMENT, ARGUMENT + 1
+# Columns of its table of outputs: where its rows go, the number of axes, and the sizes of these; then the most axes.
+TARGET, OUTPUT_AXES, OUTPUT_SIZES, MOST_AXES = 0, 1, 2, 10
+OUTPUT = OUTPUT_SIZES + MOST_AXES
+# What a call comes to: done, failed, or outputs of other shapes than the table tells, which it tells now.
+CALLED, FAILED, OTHER, UNREADABLE = range(4)
+
+
+@kernel
+def call_graph(table: Any) -> Any:
+    """Run a graph for rows of any number, filled up to whole vectors by copies of the first one.
+
+    Args:
+        table: address of the integers from `RUN` to `ROOM`.
+
+    Returns:
+        `CALLED`, and the outputs of the rows are at their targets, one after the other; or what was wrong. An output
+        that is the same for all rows has one row.
+    """
+    t = integers(table, (FIELDS,))
+    count, outputs, rows = t[ARGUMENTS], t[OUTPUTS], t[ROWS]
+    arguments, told = (
+        integer_rows(t[ARGUMENTS_AT], (count, GRAPH_ARGUMENT)),
+        integer_rows(t[OUTPUTS_AT], (outputs, OUTPUT)),
+    )
+    room = t[ROOM]
+    for k in range(count):
+        width = arguments[k, WIDTH]
+        if width == 0:
+            continue
+        integers(arguments[k, SIZES_AT], (1,))[0] = filled(rows)
+        if filled(rows) != rows:
+            source, copies = number_rows(arguments[k, ADDRESS], (rows, width)), number_rows(room, (filled(rows), width))
+            for row in range(filled(rows)):
+                for i in range(width):
+                    copies[row, i] = source[row if row < rows else 0, i]
+            arguments[k, ADDRESS] = room
+            room += 8 * filled(rows) * width
+    handles = t[HANDLES]
+    call = Call(
+        integers(t[FUNCTIONS], (8,)),
+        arguments,
+        integers(handles, (count + outputs,)),
+        integers(handles + 8 * (count + outputs), (4,)),
+    )
+    graph = Graph(t[RUN], t[CONTAINER], t[EXECUTOR], outputs)
+    if start(graph, call):
+        return FAILED
+    found = CALLED
+    for place in range(outputs):
+        found = max(found, _fetch(call, place, told[place], rows))
+    release(graph, call)
+    return found
+
+
+@inner
+def _fetch(call: Any, place: Any, told: Any, rows: Any) -> Any:
+    """Copy an output to its target, if it has the axes and sizes that the table tells; else tell them there."""
+    found = call.scratch
+    if not look(call, place) or found[0] < 1 or found[0] > MOST_AXES:
+        return UNREADABLE
+    axes = found[0]
+    sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
+    same, once = told[OUTPUT_AXES] == axes, sizes[0] == 1
+    if not once and sizes[0] != filled(rows):
+        return UNREADABLE
+    told[OUTPUT_AXES], width, dense = axes, 1, True
+    for k in range(axes - 1, -1, -1):
+        # The first one tells whether there is a row for each.
+        size = sizes[k] if k > 0 else (1 if once else 0)
+        same = same and told[OUTPUT_SIZES + k] == size
+        told[OUTPUT_SIZES + k] = size
+        if k > 0:
+            dense = dense and (strides[k] == width or size == 1)
+            width *= size
+    if not same or told[TARGET] == 0:
+        return OTHER
+    count = 1 if once else rows
+    target = number_rows(told[TARGET], (count, width))
+    for row in range(count):
+        at = found[3] + 8 * row * strides[0]
+        if dense:
+            source = numbers(at, (width,))
+            for i in range(width):
+                target[row, i] = source[i]
+            continue
+        for i in range(width):
+            rest, offset = i, 0
+            for k in range(axes - 1, 0, -1):
+                offset += rest % sizes[k] * strides[k]
+                rest //= sizes[k]
+            target[row, i] = numbers(at + 8 * offset, (1,))[0]
+    return CALLED

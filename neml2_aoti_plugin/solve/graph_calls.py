@@ -1,0 +1,138 @@
+"""Graphs called from Python by their C interface: without the interpreter, and with the same bits for any rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import AOTIError, ArtifactError
+from . import calls
+from .block import CompiledGraph, Container
+
+
+class GraphCaller:
+    """Calls a graph for rows of any number, by any thread.
+
+    Args:
+        graph: to be called.
+        functions: addresses of the functions for tensors, see `calls.CREATE`.
+        executor: address of its proxy executor.
+    """
+
+    def __init__(self, graph: CompiledGraph, functions: np.ndarray, executor: int) -> None:
+        self._graph, self._functions, self._executor = graph, functions, executor
+        self._free: list[_Frame] = []
+
+    def __call__(self, arguments: Sequence[Tensor], batched: Sequence[bool]) -> list[Tensor]:
+        """Run the graph.
+
+        Args:
+            arguments: in its order, each contiguous, float64 and on the CPU; the rows lead, at least one.
+            batched: of each, whether it has rows.
+
+        Returns:
+            Its outputs, each `(rows, ...)`, or `(1, ...)` where it is the same for all rows.
+
+        Raises:
+            AOTIError: the graph failed.
+            ArtifactError: its outputs are no such tensors.
+        """
+        try:
+            frame = self._free.pop()
+        except IndexError:
+            frame = _Frame(self._graph.container(), self._functions, self._executor, self._graph.outputs)
+        try:
+            outputs = frame.call(arguments, batched)
+        finally:
+            self._free.append(frame)
+        if isinstance(outputs, list):
+            return outputs
+        file = self._graph.file
+        if outputs == calls.FAILED:
+            raise AOTIError(f"{file}: the compiled graph failed: {self._graph.last_error()}")
+        raise ArtifactError(
+            f"{file}: returned tensors that are not of float64 with the rows leading. The package and the metadata do "
+            "not belong together: copy the whole artifact folder, or compile again."
+        )
+
+
+class _Frame:
+    """What one thread calls a graph with: a container, and tables for the machine code.
+
+    Args:
+        container: of the graph.
+        functions: as for `GraphCaller`.
+        executor: as for `GraphCaller`.
+        outputs: number of its outputs.
+    """
+
+    def __init__(self, container: Container, functions: np.ndarray, executor: int, outputs: int) -> None:
+        self._container, self._functions = container, functions
+        self._outputs = np.zeros((outputs, calls.OUTPUT), np.int64)
+        # Trailing shape of each output, and whether it comes once; as the last call has told.
+        self._told: list[tuple[bool, tuple[int, ...]]] | None = None
+        self._shapes: list[tuple[int, ...]] = []
+        self._room = np.empty(0)
+        self._table = np.zeros(calls.FIELDS, np.int64)
+        table = self._table
+        table[calls.RUN], table[calls.CONTAINER] = container.run, container.handle
+        table[calls.EXECUTOR], table[calls.FUNCTIONS] = executor, functions.ctypes.data
+        table[calls.OUTPUTS], table[calls.OUTPUTS_AT] = outputs, self._outputs.ctypes.data
+        self._at = table.ctypes.data
+
+    def call(self, arguments: Sequence[Tensor], batched: Sequence[bool]) -> list[Tensor] | int:
+        """Run the graph; give its outputs, or what was wrong."""
+        rows = next(len(x) for x, has in zip(arguments, batched, strict=True) if has)
+        shapes = [tuple(x.shape[1:]) if has else (-1, *x.shape) for x, has in zip(arguments, batched, strict=True)]
+        if shapes != self._shapes:
+            self._take(shapes)
+        self._arguments[:, calls.ADDRESS] = [x.data_ptr() for x in arguments]
+        self._table[calls.ROWS] = rows
+        if rows % calls.VECTOR:
+            needed = self._width * (rows + calls.VECTOR)
+            if self._room.size < needed:
+                self._room = np.empty(needed)
+                self._table[calls.ROOM] = self._room.ctypes.data
+        outputs = self._targets(rows)
+        fault = calls.call_graph(self._at)
+        if fault == calls.OTHER:
+            # The first call, or one with sites of another number: now their shapes are known.
+            self._told = [
+                (bool(row[calls.OUTPUT_SIZES]), tuple(row[calls.OUTPUT_SIZES + 1 : calls.OUTPUT_SIZES + axes].tolist()))
+                for row, axes in zip(self._outputs, self._outputs[:, calls.OUTPUT_AXES].tolist(), strict=True)
+            ]
+            self._arguments[:, calls.ADDRESS] = [x.data_ptr() for x in arguments]
+            outputs = self._targets(rows)
+            fault = calls.call_graph(self._at)
+        return outputs if fault == calls.CALLED else int(fault)
+
+    def _take(self, shapes: list[tuple[int, ...]]) -> None:
+        """Make the table of arguments; the first size of one with rows is filled in at each call."""
+        self._shapes, self._width = shapes, 0
+        self._arguments = np.zeros((len(shapes), calls.GRAPH_ARGUMENT), np.int64)
+        self._handles = np.zeros(len(shapes) + len(self._outputs) + 4, np.int64)
+        self._extents = []
+        for row, shape in zip(self._arguments, shapes, strict=True):
+            has_rows = not shape or shape[0] != -1
+            sizes = (0, *shape) if has_rows else shape[1:]
+            strides = [prod(sizes[k + 1 :]) for k in range(len(sizes))]
+            extents = np.array([*sizes, *strides], np.int64)
+            self._extents.append(extents)
+            width = prod(shape) if has_rows else 0
+            row[:] = 0, len(sizes), extents.ctypes.data, extents.ctypes.data + 8 * len(sizes), width
+            self._width += width
+        table = self._table
+        table[calls.ARGUMENTS], table[calls.ARGUMENTS_AT] = len(shapes), self._arguments.ctypes.data
+        table[calls.HANDLES] = self._handles.ctypes.data
+
+    def _targets(self, rows: int) -> list[Tensor]:
+        """New tensors for the outputs; none while their shapes are not known."""
+        if self._told is None:
+            return []
+        found = [torch.empty((1 if once else rows, *shape), dtype=torch.float64) for once, shape in self._told]
+        self._outputs[:, calls.TARGET] = [x.data_ptr() for x in found]
+        return found
