@@ -19,9 +19,7 @@ from neml2_aoti_plugin.solve.block import System
 from neml2_aoti_plugin.solve.calls import CREATE, DATA, DELETE, DIM, SIZES, STRIDES
 
 # The types of the C functions; all of them return an error code.
-_Create = ctypes.CFUNCTYPE(
-    c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p
-)
+_Create = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p)
 _Delete = ctypes.CFUNCTYPE(c_int32, c_void_p)
 _Ask = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p)
 _Run = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
@@ -62,7 +60,8 @@ class Handles:
         self.alive.remove(handle)
         lent, spoiled = self._lent.pop(handle, (None, False))
         if lent is not None and spoiled:
-            lent.untyped_storage().fill_(255)
+            memory = lent.untyped_storage()
+            ctypes.memset(memory.data_ptr(), 255, memory.nbytes())
         return int(self._drop(handle))
 
     def read(self, handle: int) -> Tensor:
@@ -104,12 +103,15 @@ class HandMadeGraph:
     Args:
         function: takes the arguments of the graph, and gives its outputs.
         handles: of the tensors.
+        outputs: number of outputs.
         name: in messages.
         keeps: whether it gives the same memory again in other calls, as a graph does with its constants.
     """
 
-    def __init__(self, function: Function, handles: Handles, name: str = "graph", *, keeps: bool = False) -> None:
-        self.file = Path(f"{name}.pt2")
+    def __init__(
+        self, function: Function, handles: Handles, outputs: int, name: str = "graph", *, keeps: bool = False
+    ) -> None:
+        self.file, self.outputs = Path(f"{name}.pt2"), outputs
         self.calls = 0
         # The containers that were in a call, each with the threads.
         self.users: dict[int, set[int]] = {}
@@ -138,8 +140,8 @@ class HandMadeGraph:
             self.calls += 1
             found = self._function(*map(self._handles.read, handles))
             assert len(found) == given
-            of = [self._handles.of(x, spoiled=not self._keeps) for x in found]
-            (c_int64 * given).from_address(outputs)[:] = of
+            for k, x in enumerate(found):
+                c_int64.from_address(outputs + 8 * k).value = self._handles.of(x, spoiled=not self._keeps)
         except Exception as error:
             self._told.text = str(error)
             return 1
@@ -164,8 +166,27 @@ def system_of(
         keeps: see `HandMadeGraph`.
     """
     handles = Handles()
-    graphs = (
-        HandMadeGraph(residual, handles, "residual", keeps=keeps),
-        HandMadeGraph(jacobian, handles, "jacobian", keeps=keeps),
-    )
-    return System(*graphs, handles.functions, 0, n, q, most=1024), handles, *graphs
+    one = HandMadeGraph(residual, handles, 1, "residual", keeps=keeps)
+    two = HandMadeGraph(jacobian, handles, 2, "jacobian", keeps=keeps)
+    return System(one, two, handles.functions, 0, n, q, most=1024), handles, one, two
+
+
+# Forms of an output.
+
+
+def once(x: Tensor) -> Tensor:
+    return x[:1].contiguous()
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:1].expand_as(x)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """All strides in another order."""
+    return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
+
+
+def strided(x: Tensor) -> Tensor:
+    """Every third number of an array, from the second on."""
+    return torch.stack([torch.full_like(x, torch.nan), x, torch.full_like(x, torch.nan)], -1)[..., 1]
