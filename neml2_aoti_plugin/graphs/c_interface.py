@@ -32,6 +32,8 @@ TENSOR_FUNCTIONS = (
     "aoti_torch_get_dtype",
 )
 _FLOAT64 = "aoti_torch_dtype_float64"
+# With these a library has kernels on several threads: calls to begin a region of GNU's and of LLVM's OpenMP.
+_FORKS = (b"GOMP_parallel", b"__kmpc_fork_call")
 _PREFIX = "AOTInductorModelContainer"
 _LIBRARIES = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 
@@ -104,6 +106,9 @@ class Library:
 
     def __init__(self, path: Path, file: Path) -> None:
         self.file = file
+        content = path.read_bytes()
+        if any(name in content for name in _FORKS):
+            raise Unavailable("it has kernels on several threads")
         try:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:

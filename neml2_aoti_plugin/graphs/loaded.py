@@ -65,6 +65,7 @@ class Loaded:
             if self._library is None:
                 try:
                     self._library = load_library(self.file, self._read())
+                    forks.note_use()
                 except Unavailable as error:
                     self._library = str(error)
         if isinstance(self._library, str):

@@ -25,7 +25,7 @@ from .blocks import MAX_ROWS
 from .packing import Packing
 from .parameters import Values
 from .sensitivity import Sensitivity, sensitivity_of
-from .systems import GraphOf, SystemGraphs, check_arity, require_arity
+from .systems import GraphOf, SystemGraphs, check_arity
 from .tangents import Columns, Tangents, add, times
 
 # A solve of a segment from packed unknowns and givens; the flag asks for small last steps (`substep_del_tol`).
@@ -268,8 +268,6 @@ class _Native:
             log.emit("model", "info", f"{graphs.residual.file.name}: solved by torch's operations, since {error}")
             self._by_tensors = True
             return
-        for graph, library, outputs in ((graphs.residual, residual, 1), (graphs.jacobian, jacobian, 2)):
-            require_arity(graph, library.outputs, outputs)
         self._system = self._machine.System(residual, jacobian, functions, executor, *self._sizes, MAX_ROWS)
 
 

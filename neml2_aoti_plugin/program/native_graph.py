@@ -42,14 +42,19 @@ class NativeGraph(Graph):
         if self._caller is None:
             self._caller = self._find_caller()
         arguments = [*batched, *common, *behind]
-        if not self._caller or not batched or not len(batched[0]) or any(x.dtype != torch.float64 for x in arguments):
+        rows = batched[0].shape[0] if batched else 0
+        if not self._caller or not rows:
             return super().__call__(batched, common, behind, order)
-        has_rows = [*[True] * len(batched), *[False] * len(common), *[True] * len(behind)]
+        has_rows = [True] * len(batched) + [False] * len(common) + [True] * len(behind)
         if order is not None:
             arguments, has_rows = [arguments[i] for i in order], [has_rows[i] for i in order]
-        arguments = [x if x.is_contiguous() else x.contiguous() for x in arguments]
+        for k, x in enumerate(arguments):
+            if x.dtype != torch.float64:
+                return super().__call__(batched, common, behind, order)
+            if not x.is_contiguous():
+                arguments[k] = x.contiguous()
         self.require(arguments)
-        found: list[Tensor] = self._caller(arguments, has_rows)
+        found: list[Tensor] = self._caller(arguments, has_rows, rows)
         return found
 
     def _find_caller(self) -> Any:

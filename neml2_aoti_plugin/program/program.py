@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ from .native_graph import NativeGraph
 from .parameters import Values
 from .report import Report, SegmentOutcome
 from .tangents import Columns, Seed, Tangents, dense, select
-from .threads import run_all
+from .threads import one_thread, run_all
 
 
 @dataclass
@@ -150,7 +151,9 @@ class Program:
         names, seeds = list(wanted), frozenset(by)
         parts = list(self.parts(values, rows))
         if len(parts) == 1 and parts[0][0] is None:
-            return self._run(dict(state), values, rows, names, settings, tangents, seeds)
+            # An operator of few rows stays in this thread in any case.
+            with one_thread() if self.block is not None and rows >= LEAST_ROWS else nullcontext():
+                return self._run(dict(state), values, rows, names, settings, tangents, seeds)
         room = _Room(rows, len(parts))
 
         def task(number: int, index: Tensor | slice, fixed: dict[str, Tensor]) -> None:

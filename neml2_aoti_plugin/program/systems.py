@@ -243,15 +243,10 @@ def jacobian(graphs: SystemGraphs, u: Groups, g: Groups, parameters: Sequence[Te
 
 
 def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int, role: str = "") -> None:
-    """Refuse a graph that returned another number of tensors than the metadata tells."""
-    require_arity(graph, len(outputs), expected, role)
-
-
-def require_arity(graph: Graph, returned: int, expected: int, role: str = "") -> None:
     """Refuse a graph that returns another number of tensors than the metadata tells."""
-    if returned != expected:
+    if len(outputs) != expected:
         raise ArtifactError(
-            f"{graph.file}: {role}returned {returned} outputs, expected {expected}. The package belongs to another "
+            f"{graph.file}: {role}returned {len(outputs)} outputs, expected {expected}. The package belongs to another "
             "model or to another compile; compile the model again with neml2-compile."
         )
 

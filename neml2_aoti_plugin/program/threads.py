@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
+
+from ..graphs.c_interface import Unavailable, function, libtorch
 
 Task = Callable[[], None]
 
@@ -32,8 +34,9 @@ def run_all(tasks: Sequence[Task]) -> None:
     """
     helpers = min(torch.get_num_threads(), len(tasks)) - 1
     if helpers < 1:
-        for task in tasks:
-            task()
+        with one_thread():
+            for task in tasks:
+                task()
         return
     left = iter(tasks)
     failures: list[BaseException] = []
@@ -49,7 +52,7 @@ def run_all(tasks: Sequence[Task]) -> None:
 
     def help_out() -> None:
         try:
-            with torch.inference_mode(inference), torch.no_grad():
+            with torch.inference_mode(inference), torch.no_grad(), one_thread():
                 work()
         except BaseException as error:
             failures.append(error)
@@ -60,7 +63,8 @@ def run_all(tasks: Sequence[Task]) -> None:
         with suppress(RuntimeError):
             pool = _threads(helpers)
             others.extend(pool.submit(help_out) for _ in range(helpers))
-        work()
+        with one_thread():
+            work()
     except BaseException as error:
         failures.append(error)
         raise
@@ -70,6 +74,23 @@ def run_all(tasks: Sequence[Task]) -> None:
         wait(others)
     if failures:
         raise failures[0]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch's operators stay in this thread: no threads inside of threads, and the same bits with any number."""
+    number = torch.get_num_threads()
+    _set_threads(1)
+    try:
+        yield
+    finally:
+        _set_threads(number)
+
+
+def _set_threads(number: int) -> None:
+    # torch.set_num_threads would set the number of all threads that are yet to come.
+    with suppress(Unavailable):
+        function(libtorch(), "omp_set_num_threads")(number)
 
 
 def _threads(helpers: int) -> ThreadPoolExecutor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +16,7 @@ from . import elimination, native
 from .calls import ARGUMENT, VECTOR
 from .criteria import criteria_of
 from .newton import ITERATION, TRIALS, Solved, Tell
-from .outcome import Outcome, RowStatistics
+from .outcome import RowStatistics
 
 
 class Container(Protocol):
@@ -43,6 +42,11 @@ class CompiledGraph(Protocol):
 
     def last_error(self) -> str:
         """What the last call in this thread that failed says of itself."""
+        ...
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors it takes."""
         ...
 
     @property
@@ -178,10 +182,13 @@ class _Workspace:
             self._table[field] = value
         self._at = self._table.ctypes.data
         self._shapes: list[tuple[int, ...]] = []
+        self._settled: tuple[NewtonSettings, bool] | None = None
         self._take_arguments([(0, n), (0, q)])
 
     def _take_arguments(self, shapes: list[tuple[int, ...]]) -> None:
         """Make the table of the graphs' arguments; the machine code fills in what changes with the rows."""
+        for graph, outputs in ((self._system.residual, 1), (self._system.jacobian, 2)):
+            require_counts(graph, len(shapes), outputs)
         self._shapes = shapes
         self._arguments = np.zeros((len(shapes), ARGUMENT), np.int64)
         self._handles = np.zeros(len(shapes) + native.OUTPUTS + native.SCRATCH, np.int64)
@@ -212,23 +219,32 @@ class _Workspace:
             if shapes != self._shapes[2:]:
                 self._take_arguments([*self._shapes[:2], *shapes])
             self._arguments[2:, 0] = [x.data_ptr() for x in parameters]
-        limits = _limits(settings, small_steps)
+        table = self._table
+        if (settings, small_steps) != self._settled:
+            self._settle(settings, small_steps)
         unknowns, norms = torch.empty(rows, n, dtype=torch.float64), torch.empty(rows, 2, dtype=torch.float64)
         record = torch.empty(rows, 2, dtype=torch.int64)
-        lines = (settings.updates + 1) * (settings.cuts + 2) if tell is not None else 0
-        history = np.full((lines, native.HISTORY_COLUMNS), -1.0)
-        table = self._table
-        table[native.ROWS], table[native.UPDATES], table[native.CUTS] = rows, settings.updates, settings.cuts
-        table[native.LIMITS] = limits.ctypes.data
+        history = None
+        if tell is not None:
+            history = np.full(((settings.updates + 1) * (settings.cuts + 2), native.HISTORY_COLUMNS), -1.0)
+        table[native.ROWS] = rows
         table[native.FIRST_GUESS], table[native.FIRST_GIVENS] = guess.data_ptr(), givens.data_ptr()
         table[native.NORMS], table[native.RECORD] = norms.data_ptr(), record.data_ptr()
         table[native.SOLUTION] = unknowns.data_ptr()
-        table[native.HISTORY] = history.ctypes.data if lines else 0
+        table[native.HISTORY] = 0 if history is None else history.ctypes.data
         self._require_done(native.solve_block(self._at))
-        if tell is not None:
+        if tell is not None and history is not None:
             _tell(history, settings, tell)
-        converged = record[:, 0] == int(Outcome.CONVERGED)
-        return Solved([unknowns], RowStatistics(record, norms, bool(converged.all())))
+        return Solved([unknowns], RowStatistics(record, norms, bool(table[native.FAILED] == 0)))
+
+    def _settle(self, settings: NewtonSettings, small_steps: bool) -> None:
+        """Put the settings of a solve into the table."""
+        criteria = criteria_of(settings, small_steps=small_steps)
+        self._limits = np.array([float(value) for value in criteria])
+        table = self._table
+        table[native.UPDATES], table[native.CUTS] = settings.updates, settings.cuts
+        table[native.LIMITS] = self._limits.ctypes.data
+        self._settled = settings, small_steps
 
     def _require_done(self, fault: int) -> None:
         if fault == native.DONE:
@@ -243,10 +259,23 @@ class _Workspace:
         )
 
 
-@lru_cache(maxsize=64)
-def _limits(settings: NewtonSettings, small_steps: bool) -> np.ndarray:
-    """The criteria as one array."""
-    return np.array([float(value) for value in criteria_of(settings, small_steps=small_steps)])
+def require_counts(graph: CompiledGraph, inputs: int, outputs: int | None = None) -> None:
+    """Refuse a graph that takes or returns another number of tensors; called so it would end the process.
+
+    Args:
+        graph: that is to be called.
+        inputs: number of tensors that it is given.
+        outputs: number of tensors that it is to return; None for any.
+
+    Raises:
+        ArtifactError: it is another number.
+    """
+    if graph.inputs != inputs or outputs not in (None, graph.outputs):
+        raise ArtifactError(
+            f"{graph.file}: takes {graph.inputs} tensors and returns {graph.outputs}; the metadata gives it {inputs}"
+            + (f" and expects {outputs}" if outputs is not None else "")
+            + ". The package and the metadata do not belong together: copy the whole artifact folder, or compile again."
+        )
 
 
 def _tell(history: np.ndarray, settings: NewtonSettings, tell: Tell) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import AOTIError, ArtifactError
 from . import calls
-from .block import CompiledGraph, Container
+from .block import CompiledGraph, require_counts
 
 
 class GraphCaller:
@@ -27,12 +27,13 @@ class GraphCaller:
         self._graph, self._functions, self._executor = graph, functions, executor
         self._free: list[_Frame] = []
 
-    def __call__(self, arguments: Sequence[Tensor], batched: Sequence[bool]) -> list[Tensor]:
+    def __call__(self, arguments: Sequence[Tensor], batched: Sequence[bool], rows: int) -> list[Tensor]:
         """Run the graph.
 
         Args:
-            arguments: in its order, each contiguous, float64 and on the CPU; the rows lead, at least one.
+            arguments: in its order, each contiguous, float64 and on the CPU; the rows lead.
             batched: of each, whether it has rows.
+            rows: how many, at least one.
 
         Returns:
             Its outputs, each `(rows, ...)`, or `(1, ...)` where it is the same for all rows.
@@ -44,9 +45,9 @@ class GraphCaller:
         try:
             frame = self._free.pop()
         except IndexError:
-            frame = _Frame(self._graph.container(), self._functions, self._executor, self._graph.outputs)
+            frame = _Frame(self._graph, self._functions, self._executor)
         try:
-            outputs = frame.call(arguments, batched)
+            outputs = frame.call(arguments, batched, rows)
         finally:
             self._free.append(frame)
         if isinstance(outputs, list):
@@ -64,33 +65,36 @@ class _Frame:
     """What one thread calls a graph with: a container, and tables for the machine code.
 
     Args:
-        container: of the graph.
+        graph: as for `GraphCaller`.
         functions: as for `GraphCaller`.
         executor: as for `GraphCaller`.
-        outputs: number of its outputs.
     """
 
-    def __init__(self, container: Container, functions: np.ndarray, executor: int, outputs: int) -> None:
-        self._container, self._functions = container, functions
+    def __init__(self, graph: CompiledGraph, functions: np.ndarray, executor: int) -> None:
+        self._graph, self._functions = graph, functions
+        self._container, outputs = graph.container(), graph.outputs
         self._outputs = np.zeros((outputs, calls.OUTPUT), np.int64)
         # Trailing shape of each output, and whether it comes once; as the last call has told.
         self._told: list[tuple[bool, tuple[int, ...]]] | None = None
-        self._shapes: list[tuple[int, ...]] = []
+        self._shapes: list[Sequence[int]] = []
         self._room = np.empty(0)
         self._table = np.zeros(calls.FIELDS, np.int64)
         table = self._table
-        table[calls.RUN], table[calls.CONTAINER] = container.run, container.handle
+        table[calls.RUN], table[calls.CONTAINER] = self._container.run, self._container.handle
         table[calls.EXECUTOR], table[calls.FUNCTIONS] = executor, functions.ctypes.data
         table[calls.OUTPUTS], table[calls.OUTPUTS_AT] = outputs, self._outputs.ctypes.data
         self._at = table.ctypes.data
 
-    def call(self, arguments: Sequence[Tensor], batched: Sequence[bool]) -> list[Tensor] | int:
+    def call(self, arguments: Sequence[Tensor], batched: Sequence[bool], rows: int) -> list[Tensor] | int:
         """Run the graph; give its outputs, or what was wrong."""
-        rows = next(len(x) for x, has in zip(arguments, batched, strict=True) if has)
-        shapes = [tuple(x.shape[1:]) if has else (-1, *x.shape) for x, has in zip(arguments, batched, strict=True)]
+        shapes: list[Sequence[int]] = []
+        addresses = []
+        for x, has in zip(arguments, batched, strict=True):
+            shapes.append(x.shape[1:] if has else (-1, *x.shape))
+            addresses.append(x.data_ptr())
         if shapes != self._shapes:
             self._take(shapes)
-        self._arguments[:, calls.ADDRESS] = [x.data_ptr() for x in arguments]
+        self._arguments[:, calls.ADDRESS] = addresses
         self._table[calls.ROWS] = rows
         if rows % calls.VECTOR:
             needed = self._width * (rows + calls.VECTOR)
@@ -105,13 +109,14 @@ class _Frame:
                 (bool(row[calls.OUTPUT_SIZES]), tuple(row[calls.OUTPUT_SIZES + 1 : calls.OUTPUT_SIZES + axes].tolist()))
                 for row, axes in zip(self._outputs, self._outputs[:, calls.OUTPUT_AXES].tolist(), strict=True)
             ]
-            self._arguments[:, calls.ADDRESS] = [x.data_ptr() for x in arguments]
+            self._arguments[:, calls.ADDRESS] = addresses
             outputs = self._targets(rows)
             fault = calls.call_graph(self._at)
         return outputs if fault == calls.CALLED else int(fault)
 
-    def _take(self, shapes: list[tuple[int, ...]]) -> None:
+    def _take(self, shapes: list[Sequence[int]]) -> None:
         """Make the table of arguments; the first size of one with rows is filled in at each call."""
+        require_counts(self._graph, len(shapes))
         self._shapes, self._width = shapes, 0
         self._arguments = np.zeros((len(shapes), calls.GRAPH_ARGUMENT), np.int64)
         self._handles = np.zeros(len(shapes) + len(self._outputs) + 4, np.int64)

@@ -85,8 +85,9 @@ DONE, RESIDUAL_FAILED, JACOBIAN_FAILED, RESIDUAL_IS_OTHER, JACOBIAN_IS_OTHER = r
     RECORD,
     SOLUTION,
     HISTORY,
+    FAILED,
     FIELDS,
-) = range(31)
+) = range(32)
 # Entries of `handles` beside those of inputs: outputs of a graph, and what is asked of one.
 OUTPUTS, SCRATCH = 2, 4
 
@@ -187,7 +188,7 @@ def solve_block(table: Any) -> Any:
     """Solve the rows of a block from their first iterates.
 
     Args:
-        table: address of the integers from `ROWS` to `HISTORY`.
+        table: address of the integers from `ROWS` to `FAILED`; the number of rows that failed is put there.
 
     Returns:
         `DONE`, or what is wrong with a graph.
@@ -211,7 +212,9 @@ def solve_block(table: Any) -> Any:
     for row in range(rows):
         copy(guess, row, s.u, row)
         copy(givens, row, s.g, row)
+    t[FAILED] = 0
     if rows == 0:
+        _note_iteration(s, 0, 0, 0)
         return DONE
     fault, a = _linearise(jacobian, call, s, rows)
     if fault != DONE:
@@ -240,6 +243,9 @@ def solve_block(table: Any) -> Any:
         copy(s.u, k, s.solution, row)
         s.record[row, OUTCOME], s.record[row, UPDATE] = OUT_OF_ITERATIONS, update
         s.norms[row, LAST] = s.numbers[k, NORM]
+    for row in range(rows):
+        if s.record[row, OUTCOME] != CONVERGED and s.record[row, OUTCOME] != WAITING:
+            t[FAILED] += 1
     return _take_last_steps(jacobian, call, s, givens)
 
 
@@ -353,8 +359,8 @@ def _try(residual: Any, call: Any, s: Any, live: Any, cuts: Any, line: Any, crit
     for k in range(live):
         s.numbers[k, TRIAL_NORM] = norm_of(s.b, k)
         s.indices[k, TRIED] = k
-    refused = _shorten(live, s, criteria) if fault == DONE and cuts > 0 else 0
     line = _note_trials(s, line, 1, live, criteria)
+    refused = _shorten(live, s, criteria) if fault == DONE and cuts > 0 else 0
     cut = 0
     while fault == DONE and refused > 0:
         cut += 1
@@ -364,8 +370,8 @@ def _try(residual: Any, call: Any, s: Any, live: Any, cuts: Any, line: Any, crit
             copy(s.further, i, s.trial, k)
             copy(s.further_b, i, s.b, k)
             s.numbers[k, TRIAL_NORM] = norm_of(s.b, k)
-        refused = _shorten(refused, s, criteria) if cut < cuts else 0
         line = _note_trials(s, line, cut + 1, live, criteria)
+        refused = _shorten(refused, s, criteria) if cut < cuts else 0
     followed = _set_chord_steps(live, s, criteria) if fault == DONE and criteria.chord_steps else 0
     if followed > 0:
         fault = _evaluate(residual, call, s.further, s.further_g, s.further_b, followed)

@@ -210,6 +210,12 @@ class TensorRows(TensorSteps):
         self.live = len(staying)
         self._system = self._system.take(staying)
 
+    def worst(self) -> tuple[float, float]:
+        """See `newton.Rows`; those of all rows where none is live."""
+        if self.live:
+            return super().worst()
+        return _largest(self._statistics.norm), _largest(self._statistics.norm0)
+
     def finish(self) -> Solved:
         """See `newton.Rows`."""
         if self.live:
