@@ -300,6 +300,37 @@ class TestNames:
         assert not found[0]["@failed"].any() and not np.load(tmp_path / "out" / "@failed.npy").any()
 
 
+class TestRowsThatAreNotFinite:
+    """They have failed, in models that solve nothing too, and no other row has."""
+
+    def test_an_input(self, slashes: Model, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        strain = 1e-3 * np.random.default_rng(3).standard_normal((200, 6))
+        strain[70, 2], strain[199, 0] = np.nan, np.inf
+        assert quiet(slashes, {"forces/E": strain}, tmp_path / "out", executor=threads).failed.tolist() == [70, 199]
+        found = results(tmp_path / "out")
+        stress, failed = found["%2E.%2F..%2Fstate%2FS"], found["@failed"]
+        assert np.flatnonzero(failed).tolist() == [70, 199] == found["@failed_rows"].tolist()
+        assert np.isnan(stress[failed]).all() and np.allclose(stress[~failed], hooke(strain[~failed]), rtol=1e-12)
+
+    @pytest.mark.wide
+    def test_a_step_of_no_length(self, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        """Of a rate; a cohesive zone."""
+        separation = np.random.default_rng(5).random((100, 3))
+        given = {
+            "separation": separation,
+            "separation~1": 0.5 * separation,
+            "t": np.where(np.arange(100) == 33, 1.0, 3.0),
+            "t~1": np.ones(()),
+            "damage~1": np.zeros(()),
+        }
+        model = references.case("cohesive").model
+        assert quiet(model, given, tmp_path / "out", executor=threads).failed.tolist() == [33]
+        found = results(tmp_path / "out")
+        others = np.arange(100) != 33
+        assert all(np.isnan(found[name][33]).all() and np.isfinite(found[name][others]).all() for name in model.outputs)
+        assert np.allclose(found["separation_rate"][others], 0.25 * separation[others], rtol=1e-12)
+
+
 class TestSourcesAmongTheResults:
     """Refused, by whatever path they are named, and left as they are."""
 
