@@ -55,7 +55,7 @@ def expected(case: Case, arrays: Arrays) -> Arrays:
     found = case.model.solve({name: torch.from_numpy(value) for name, value in arrays.items()}, jacobian=True)
     assert (~found.converged).nonzero().flatten().tolist() == FAILING
     values = {name: value.numpy() for name, value in found.outputs.items()}
-    return {**values, "stress@strain": found.blocks["stress"]["strain"].numpy(), "failed": ~found.converged.numpy()}
+    return {**values, "stress@strain": found.blocks["stress"]["strain"].numpy(), "@failed": ~found.converged.numpy()}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def assert_results(found: dict[str, Any], expected: Arrays, names: tuple[str, ...] = ()) -> None:
-    names = names or ("stress", "equivalent_plastic_strain", "failed")
+    names = names or ("stress", "equivalent_plastic_strain", "@failed")
     assert set(names) <= set(found)
     for name in names:
         mine, theirs = np.asarray(found[name]), expected[name]
@@ -105,7 +105,7 @@ class TestForms:
         )
         assert (done.rows, done.evaluated, done.failed.tolist()) == (ROWS, ROWS, FAILING)
         assert_results(results(tmp_path / "out"), expected)
-        assert np.load(tmp_path / "out" / "failed_rows.npy").tolist() == FAILING
+        assert np.load(tmp_path / "out" / "@failed_rows.npy").tolist() == FAILING
         assert sorted(told) == told and told[-1] == (ROWS, ROWS)
         assert leftovers(os.getpid()) == [] or all("sem.loky" in name for name in leftovers(os.getpid()))
 
@@ -145,7 +145,7 @@ class TestForms:
         found: list[Arrays] = []
         done = quiet(case.model, blocks(arrays), found.append, executor=threads)
         assert done.rows == ROWS and done.failed.tolist() == FAILING
-        assert [len(block["t"]) for block in blocks(arrays)] == [len(block["failed"]) for block in found]
+        assert [len(block["t"]) for block in blocks(arrays)] == [len(block["@failed"]) for block in found]
         whole = {name: np.concatenate([block[name] for block in found]) for name in found[0]}
         assert_results(whole, expected)
 
@@ -170,7 +170,7 @@ class TestForms:
             assert quiet(case.model, given, sink, executor=threads).failed.tolist() == FAILING
             found = zarr.open_group(str(sink), mode="r")
             assert_results({name: found[name][...] for name in expected if name in found}, expected)
-            assert found["failed_rows"][...].tolist() == FAILING
+            assert found["@failed_rows"][...].tolist() == FAILING
             assert found["stress"].chunks == (64, 6)
             assert quiet(case.model, given, sink, executor=threads).evaluated == 0
 
@@ -238,6 +238,162 @@ def blocks(arrays: Arrays) -> list[Arrays]:
     ]
 
 
+# Names of files that lead elsewhere if they are taken as they are.
+ELASTIC = {"strain": "forces/E", "stress": "../../state/S"}
+
+
+@pytest.fixture(scope="module")
+def slashes(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Elasticity by names that are no names of files."""
+    return _elasticity(tmp_path_factory.mktemp("slashes"), ELASTIC["stress"])
+
+
+def _elasticity(folder: Path, stress: str) -> Model:
+    def rename(metadata: dict[str, Any]) -> None:
+        metadata["boundary_aliases"] = {"inputs": {"strain": ELASTIC["strain"]}, "outputs": {"stress": stress}}
+
+    return Model(references.edited(references.case("elasticity"), folder, rename))
+
+
+def hooke(strain: np.ndarray) -> np.ndarray:
+    """The stress of stubs/elasticity.i."""
+    young, poisson = 205000.0, 0.29
+    trace = strain[:, :3].sum(1, keepdims=True) * np.array([1.0, 1, 1, 0, 0, 0])
+    found: np.ndarray = young / (1 + poisson) * (strain + poisson / (1 - 2 * poisson) * trace)
+    return found
+
+
+class TestNames:
+    """What variables are called does not matter to the files, nor to what is ours among them."""
+
+    STRAIN = 1e-3 * np.random.default_rng(2).standard_normal((20, 6))
+
+    def test_a_folder_of_files(self, slashes: Model, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        (tmp_path / "a" / "in").mkdir(parents=True)
+        np.save(tmp_path / "a" / "in" / "forces%2FE.npy", self.STRAIN)
+        out = tmp_path / "a" / "b" / "out"
+        quiet(slashes, tmp_path / "a" / "in", out, executor=threads, operation="jacobian")
+        stress = "%2E.%2F..%2Fstate%2FS"
+        names = {stress, f"{stress}@forces%2FE", "@failed", "@failed_rows"}
+        assert set(results(out)) == names and {file.name for file in tmp_path.iterdir()} == {"a"}
+        assert np.allclose(np.load(out / f"{stress}.npy"), hooke(self.STRAIN), rtol=1e-12)
+
+    def test_zarr(self, slashes: Model, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        zarr = pytest.importorskip("zarr")
+        group = zarr.open_group(str(tmp_path / "in.zarr"), mode="w")
+        group.create_array("forces%2FE", data=self.STRAIN)
+        out = tmp_path / "a" / "out.zarr"
+        quiet(slashes, tmp_path / "in.zarr", out, executor=threads)
+        found = zarr.open_group(str(out), mode="r")
+        assert sorted(found) == ["%2E.%2F..%2Fstate%2FS", "@failed", "@failed_rows"]
+        assert np.allclose(found["%2E.%2F..%2Fstate%2FS"][...], hooke(self.STRAIN), rtol=1e-12)
+
+    @pytest.mark.parametrize("name", ["failed", "failed_rows"])
+    def test_an_output_of_the_name_of_a_mask(self, name: str, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        model = _elasticity(tmp_path / "model", name)
+        found: list[Arrays] = []
+        for sink in (tmp_path / "out", found.append):
+            done = quiet(model, {"forces/E": self.STRAIN}, sink, executor=threads)
+            assert done.failed.tolist() == []
+        for stress in (np.load(tmp_path / "out" / f"{name}.npy"), found[0][name]):
+            assert np.allclose(stress, hooke(self.STRAIN), rtol=1e-12)
+        assert not found[0]["@failed"].any() and not np.load(tmp_path / "out" / "@failed.npy").any()
+
+
+class TestRowsThatAreNotFinite:
+    """They have failed, in models that solve nothing too, and no other row has."""
+
+    def test_an_input(self, slashes: Model, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        strain = 1e-3 * np.random.default_rng(3).standard_normal((200, 6))
+        strain[70, 2], strain[199, 0] = np.nan, np.inf
+        assert quiet(slashes, {"forces/E": strain}, tmp_path / "out", executor=threads).failed.tolist() == [70, 199]
+        found = results(tmp_path / "out")
+        stress, failed = found["%2E.%2F..%2Fstate%2FS"], found["@failed"]
+        assert np.flatnonzero(failed).tolist() == [70, 199] == found["@failed_rows"].tolist()
+        assert np.isnan(stress[failed]).all() and np.allclose(stress[~failed], hooke(strain[~failed]), rtol=1e-12)
+
+    @pytest.mark.wide
+    def test_a_step_of_no_length(self, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        """Of a rate; a cohesive zone."""
+        separation = np.random.default_rng(5).random((100, 3))
+        given = {
+            "separation": separation,
+            "separation~1": 0.5 * separation,
+            "t": np.where(np.arange(100) == 33, 1.0, 3.0),
+            "t~1": np.ones(()),
+            "damage~1": np.zeros(()),
+        }
+        model = references.case("cohesive").model
+        assert quiet(model, given, tmp_path / "out", executor=threads).failed.tolist() == [33]
+        found = results(tmp_path / "out")
+        others = np.arange(100) != 33
+        assert all(np.isnan(found[name][33]).all() and np.isfinite(found[name][others]).all() for name in model.outputs)
+        assert np.allclose(found["separation_rate"][others], 0.25 * separation[others], rtol=1e-12)
+
+
+class TestSourcesAmongTheResults:
+    """Refused, by whatever path they are named, and left as they are."""
+
+    @pytest.mark.parametrize("way", ["itself", "link", "hard link", "memory map", "a view of a memory map"])
+    def test_a_file(self, way: str, case: Case, arrays: Arrays, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        result = out / "stress.npy"
+        np.save(result, arrays["strain"])
+        before = result.read_bytes()
+        given: Any = result
+        if way == "link":
+            given = tmp_path / "given.npy"
+            given.symlink_to(result)
+        elif way == "hard link":
+            given = tmp_path / "given.npy"
+            os.link(result, given)
+        elif "memory map" in way:
+            given = np.load(result, mmap_mode="r")
+            given = np.asarray(given)[:] if "view" in way else given
+        with pytest.raises(InputError, match=r"out/stress\.npy: the source .* is the same file"):
+            quiet(case.model, {**arrays, "strain": given}, out, executor=threads, resume=False)
+        assert result.read_bytes() == before and list(out.iterdir()) == [result]
+
+    def test_zarr(self, case: Case, arrays: Arrays, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        zarr = pytest.importorskip("zarr")
+        group = zarr.open_group(str(tmp_path / "both.zarr"), mode="w")
+        for name, value in arrays.items():
+            group.create_array(name, data=value)
+        (tmp_path / "both.zarr" / "stress").symlink_to(tmp_path / "both.zarr" / "strain")
+        (tmp_path / "link.zarr").symlink_to(tmp_path / "both.zarr")
+        for sink in ("both.zarr", "link.zarr"):
+            with pytest.raises(InputError, match=r"stress: the source .* is the same file"):
+                quiet(case.model, tmp_path / "both.zarr", tmp_path / sink, executor=threads, resume=False)
+        assert (group["strain"][...] == arrays["strain"])[~np.isnan(arrays["strain"])].all()
+
+    @pytest.mark.parametrize("name", ["stress.npy", "@failed_rows.npy", "journal.jsonl"])
+    def test_a_link_in_the_sink_is_not_followed(
+        self, name: str, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor
+    ) -> None:
+        foreign = tmp_path / "foreign"
+        foreign.write_bytes(b"")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / name).symlink_to(foreign)
+        with pytest.raises(InputError, match=name.replace(".", r"\.")):
+            quiet(case.model, source, tmp_path / "out", executor=threads, resume=False)
+        assert foreign.read_bytes() == b"" and (tmp_path / "out" / name).is_symlink()
+
+    def test_a_pipe_in_the_place_of_the_journal(self, case: Case, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        os.mkfifo(tmp_path / "out" / "journal.jsonl")
+        with pytest.raises(InputError, match="no plain file"):
+            quiet(case.model, source, tmp_path / "out")
+
+    def test_an_artifact_is_not_written_into(self, case: Case, source: Path, tmp_path: Path) -> None:
+        artifact = references.edited(case, tmp_path, lambda _: None)
+        before = sorted(artifact.rglob("*"))
+        for sink in (artifact, artifact / "out", artifact / "cpu" / "x.zarr"):
+            with pytest.raises(InputError, match="lies in the artifact"):
+                quiet(case.model, source, sink)
+        assert sorted(artifact.rglob("*")) == before
+
+
 class TestBadInput:
     """Refused before any work; no result is there that a later run would take for one."""
 
@@ -267,6 +423,35 @@ class TestBadInput:
         (source / "t.npy").write_bytes((source / "t.npy").read_bytes()[:200])
         with pytest.raises(InputError, match=r"t\.npy: cannot be read as a \.npy file"):
             quiet(case.model, source, tmp_path / "out")
+
+    @pytest.mark.parametrize("what", ["header", "pipe", "npz", "objects", "device"])
+    def test_what_is_no_npy_file(self, what: str, case: Case, source: Path, tmp_path: Path) -> None:
+        file = source / "t.npy"
+        file.unlink()
+        if what == "header":
+            text = b"(" * 9000
+            file.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+        elif what == "pipe":
+            os.mkfifo(file)
+        elif what == "npz":
+            with file.open("wb") as out:
+                np.savez(out, t=np.ones(ROWS))
+        elif what == "objects":
+            np.save(file, np.array([{}] * ROWS))
+        else:
+            file.symlink_to("/dev/zero")
+        with pytest.raises(InputError, match=r"t\.npy: cannot be read as a \.npy file"):
+            quiet(case.model, source, tmp_path / "out")
+
+    @pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", '{"zarr_format": 3, "node_type": "array"}'])
+    def test_a_zarr_array_that_is_damaged(self, text: str, case: Case, arrays: Arrays, tmp_path: Path) -> None:
+        zarr = pytest.importorskip("zarr")
+        group = zarr.open_group(str(tmp_path / "in.zarr"), mode="w")
+        for name, value in arrays.items():
+            group.create_array(name, data=value)
+        (tmp_path / "in.zarr" / "t" / "zarr.json").write_text(text)
+        with pytest.raises(InputError, match=r"in\.zarr: (cannot be read as a Zarr group|missing t)"):
+            quiet(case.model, tmp_path / "in.zarr", tmp_path / "out")
 
     def test_what_is_no_source_or_sink(self, case: Case, source: Path, tmp_path: Path) -> None:
         for given in (3, tmp_path / "nothing", [], [1]):
@@ -399,7 +584,7 @@ class TestJournal:
             model = case.load()
             model.set_solver(miters=30)
         elif change == "source":
-            np.save(source / "t.npy", np.load(source / "t.npy") + 1.0)
+            np.save(source / "stress~1.npy", np.zeros((ROWS, 6)))
         else:
             artifact = references.edited(case, tmp_path / "other", lambda _: None)
             model = Model(artifact)
@@ -417,6 +602,43 @@ class TestJournal:
         with pytest.raises(InputError, match="is no journal"):
             quiet(case.model, source, tmp_path / "out", resume=resume)
         assert list(file.parent.iterdir()) == [file] and file.read_text() == text
+
+    def test_nested_deeper_than_python_reads(self, case: Case, source: Path, tmp_path: Path, threads: Any) -> None:
+        out = tmp_path / "out"
+        quiet(case.model, source, out, executor=threads)
+        journal = out / "journal.jsonl"
+        whole = journal.read_bytes()
+        deep = b"[" * 100_000 + b"\n"
+        journal.write_bytes(deep + whole)
+        with pytest.raises(InputError, match="is no journal"):
+            quiet(case.model, source, out, executor=threads)
+        assert journal.read_bytes() == deep + whole
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            pytest.param(b"[" * 100_000 + b"\n", id="nested"),
+            pytest.param(b'{"start": 0, "stop": 64, "x": "\xff\xfe"}\n', id="not UTF-8"),
+            pytest.param(b'{"start": 0, "stop": 1e999}\n', id="infinite"),
+            pytest.param(b'{"start": 0, "stop": ' + b"9" * 9999 + b"}\n", id="huge"),
+            pytest.param(b'{"start": 0, "stop": true}\n', id="bool"),
+            pytest.param(b"\0" * 4096, id="zeros"),
+            pytest.param(b'{"start": 0, "x": "' + b" " * (2 << 20) + b'", "stop": 64}\n', id="long"),
+        ],
+    )
+    def test_a_line_that_is_damaged_and_what_follows_count_for_nothing(
+        self, line: bytes, case: Case, source: Path, tmp_path: Path, expected: Arrays, threads: Any
+    ) -> None:
+        out = tmp_path / "out"
+        quiet(case.model, source, out, executor=threads)
+        journal = out / "journal.jsonl"
+        lines = journal.read_bytes().splitlines(keepends=True)
+        journal.write_bytes(b"".join([*lines[:4], line, *lines[4:]]))
+        kept = sum(record["stop"] - record["start"] for record in map(json.loads, lines[2:4]))
+        assert quiet(case.model, source, out, executor=threads).evaluated == ROWS - kept
+        assert_results(results(out), expected)
+        again = journal.read_bytes().splitlines(keepends=True)
+        assert again[:4] == lines[:4] and sorted(again) == sorted(lines)
 
     def test_results_that_are_gone(self, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
         quiet(case.model, source, tmp_path / "out", executor=threads)
@@ -471,6 +693,76 @@ class TestJournal:
             again = quiet(case.model, source, out, executor=fresh)
         assert 0 < again.evaluated <= ROWS - 128
         assert_results(results(out), expected)
+
+
+class TestSourcesThatChange:
+    """Rows are told by what they are, not by their files' sizes and times; old and new ones are never mixed."""
+
+    @staticmethod
+    def put(form: str, folder: Path, arrays: Arrays) -> object:
+        if form == "arrays":
+            return arrays
+        if form == "zarr":
+            group = pytest.importorskip("zarr").open_group(str(folder / "in.zarr"), mode="w")
+            for name, value in arrays.items():
+                group.create_array(name, data=value)
+            return folder / "in.zarr"
+        (folder / "in").mkdir(exist_ok=True)
+        for name, value in arrays.items():
+            np.save(folder / "in" / f"{name}.npy", value)
+            os.utime(folder / "in" / f"{name}.npy", (1e9, 1e9))
+        return folder / "in"
+
+    @staticmethod
+    def stopped(model: Model, source: object, out: Path, threads: ThreadPoolExecutor) -> int:
+        """Rows that are done in a run that is stopped."""
+
+        def stop(done: int, total: int | None) -> None:
+            if done >= 128:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quiet(model, source, out, executor=threads, progress=stop)
+        lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[2:]]
+        return sum(line["stop"] - line["start"] for line in lines)
+
+    @pytest.mark.parametrize("common", [False, True])
+    @pytest.mark.parametrize("form", ["files", "zarr", "arrays"])
+    def test_rows_that_are_done(
+        self, form: str, common: bool, case: Case, arrays: Arrays, tmp_path: Path, threads: ThreadPoolExecutor
+    ) -> None:
+        out = tmp_path / "out"
+        assert 128 <= self.stopped(case.model, self.put(form, tmp_path, arrays), out, threads) < ROWS
+        start = json.loads((out / "journal.jsonl").read_text().splitlines()[2])["start"]
+        before = {file.name: file.read_bytes() for file in out.iterdir()}
+        changed = {name: value.copy() for name, value in arrays.items()}
+        if common:
+            changed["stress~1"][0] = 1e-9
+        else:
+            changed["t"][start + 6] += 1e-9
+        # No row is evaluated before that is found.
+        with pytest.raises(InputError, match=rf"rows {'.*' if common else start} to .* not those of the run"):
+            quiet(case.model, self.put(form, tmp_path, changed), out, executor=threads)
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+    @pytest.mark.parametrize("form", ["files", "zarr", "arrays"])
+    def test_rows_that_are_not_done(
+        self, form: str, case: Case, arrays: Arrays, tmp_path: Path, threads: ThreadPoolExecutor
+    ) -> None:
+        """Which are evaluated as they are now."""
+        out = tmp_path / "out"
+        done = self.stopped(case.model, self.put(form, tmp_path, arrays), out, threads)
+        changed = {**arrays, "t": arrays["t"] + 0.25 * (np.arange(ROWS) >= 448)}
+        again = quiet(case.model, self.put(form, tmp_path, changed), out, executor=threads)
+        assert again.evaluated == ROWS - done
+        whole = case.model.solve({name: torch.from_numpy(value) for name, value in changed.items()})
+        assert_results(results(out), {name: value.numpy() for name, value in whole.outputs.items()}, ("stress",))
+
+    def test_that_move(self, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+        quiet(case.model, source, tmp_path / "out", executor=threads)
+        moved = source.rename(tmp_path / "elsewhere")
+        os.utime(moved / "t.npy", (1e9, 1e9))
+        assert quiet(case.model, moved, tmp_path / "out", executor=threads).evaluated == 0
 
 
 def _lost(text: str, cut: int) -> list[dict[str, Any]]:
@@ -533,7 +825,7 @@ class TestRunsThatAreKilled:
         model = Model(case.artifact)
         whole = model.solve({n: torch.from_numpy(np.load(many / f"{n}.npy")) for n in _names(source)})
         values = {name: value.numpy() for name, value in whole.outputs.items()}
-        assert_results(results(out), {**values, "failed": ~whole.converged.numpy()})
+        assert_results(results(out), {**values, "@failed": ~whole.converged.numpy()})
 
     @pytest.mark.long
     def test_a_worker_that_is_killed(self, case: Case, source: Path, tmp_path: Path, expected: Arrays) -> None:

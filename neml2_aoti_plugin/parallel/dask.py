@@ -101,7 +101,7 @@ def map_blocks(
         operation: as for `map_rows`.
 
     Returns:
-        A Dask array for each result, cut as the inputs are: outputs, NaN in rows that failed, and `failed`.
+        A Dask array for each result, cut as the inputs are: outputs, NaN in rows that failed, and `@failed`.
 
     Raises:
         InputError: names, shapes, dtypes or cuts do not fit.

@@ -111,6 +111,8 @@ class Foreign:
         finally:
             for future in running:
                 future.cancel()
+            # What has begun still writes to the sink, which is the next run's afterwards.
+            wait(running)
 
 
 def _workers_of(executor: object) -> int:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import InputError
 
 if sys.platform != "win32":
     import fcntl
 
-FORM = 1
-READY = json.dumps({"ready": True}) + "\n"
+FORM = 2
+READY = json.dumps({"ready": True}).encode() + b"\n"
+# A link is not followed, and a pipe not waited for.
+FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+# Of a line; what is longer is none of ours.
+LONGEST = 1 << 20
 
 
 class Journal:
@@ -34,19 +39,20 @@ class Journal:
 
     def __init__(self, file: Path, run: Mapping[str, Any], *, resume: bool) -> None:
         self.file = file
-        self.header = json.dumps({"form": FORM, **run}, sort_keys=True) + "\n"
+        self.header = json.dumps({"form": FORM, **run}, sort_keys=True).encode() + b"\n"
         self.done: dict[tuple[int, int], dict[str, Any]] = {}
         self.resumed = False
-        self._waiting: list[str] = []
+        self._waiting: list[bytes] = []
         try:
-            self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._handle = os.open(file, FLAGS, 0o666)
         except OSError as error:
             raise InputError(f"sink {file}: cannot be written ({error.strerror}). Give another sink.") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._handle).st_mode):
+                raise InputError(f"sink {file}: is no plain file. Give another sink.")
             self._lock()
-            lines = self._lines()
-            if resume and lines:
-                self._read(lines)
+            with open(os.dup(self._handle), "rb") as lines:
+                self._read(lines, resume=resume)
             if not self.resumed:
                 os.ftruncate(self._handle, 0)
                 self._append(self.header)
@@ -61,7 +67,19 @@ class Journal:
     def note(self, start: int, stop: int, **more: Any) -> None:
         """Note rows that are done; they are written by the next `flush`."""
         self.done[start, stop] = more
-        self._waiting.append(json.dumps({"start": start, "stop": stop, **more}, sort_keys=True) + "\n")
+        self._waiting.append(json.dumps({"start": start, "stop": stop, **more}, sort_keys=True).encode() + b"\n")
+
+    def require_same_rows(self, start: int, stop: int, digest: str) -> None:
+        """Refuse rows of a source that are not those that were evaluated.
+
+        Raises:
+            InputError: they are others.
+        """
+        if self.done[start, stop].get("digest") != digest:
+            raise InputError(
+                f"rows {start} to {stop - 1} of the source are not those of the run in {self.file}. Give the same "
+                "source, or resume=False to start anew."
+            )
 
     @property
     def is_behind(self) -> bool:
@@ -70,7 +88,7 @@ class Journal:
 
     def flush(self) -> None:
         """Write what was noted."""
-        lines, self._waiting = "".join(self._waiting), []
+        lines, self._waiting = b"".join(self._waiting), []
         self._append(lines)
 
     def close(self) -> None:
@@ -92,37 +110,32 @@ class Journal:
             # Some network file systems have no locks.
             return
 
-    def _lines(self) -> list[str]:
-        """The lines that are there; none where a process was killed before the first one was whole.
+    def _read(self, lines: BinaryIO, *, resume: bool) -> None:
+        """Find what is done; nothing where a process was killed before the sink was ready.
 
         Raises:
-            InputError: the file is no journal, and so is not ours to write over.
+            InputError: the file is no journal, and so is not ours to write over; or that of another run.
         """
-        with open(self.file, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines(keepends=True)
-        if not lines or (self.header.startswith(lines[0]) and not lines[0].endswith("\n")):
-            return []
-        if _header(lines[0]) is None:
-            raise InputError(f"{self.file} is no journal of map_rows. Give another sink.")
-        return lines
-
-    def _read(self, lines: list[str]) -> None:
-        self._require_same(lines[0])
-        if lines[1:2] != [READY]:
+        first = lines.readline(LONGEST)
+        if not first or (self.header.startswith(first) and not first.endswith(b"\n")):
             return
-        whole = len(lines[0].encode()) + len(READY)
-        for line in lines[2:]:
-            record = _record(line)
-            if record is None:
-                # The last line, cut off when the process was killed.
-                break
+        if _header(first) is None:
+            raise InputError(f"{self.file} is no journal of map_rows. Give another sink.")
+        if not resume:
+            return
+        self._require_same(first)
+        if lines.readline(LONGEST) != READY:
+            return
+        whole = lines.tell()
+        # Up to the last line, cut off when the process was killed, or one that is damaged.
+        while (record := _record(lines.readline(LONGEST))) is not None:
             start, stop = record.pop("start"), record.pop("stop")
             self.done[start, stop] = record
-            whole += len(line.encode())
+            whole = lines.tell()
         os.ftruncate(self._handle, whole)
         self.resumed = True
 
-    def _require_same(self, line: str) -> None:
+    def _require_same(self, line: bytes) -> None:
         if line == self.header:
             return
         there, here = _header(line) or {}, json.loads(self.header)
@@ -132,8 +145,8 @@ class Journal:
             "resume=False to start anew there."
         )
 
-    def _append(self, text: str) -> None:
-        rest = memoryview(text.encode())
+    def _append(self, text: bytes) -> None:
+        rest = memoryview(text)
         try:
             os.lseek(self._handle, 0, os.SEEK_END)
             while rest:
@@ -145,22 +158,22 @@ class Journal:
             ) from error
 
 
-def _header(line: str) -> dict[str, Any] | None:
+def _header(line: bytes) -> dict[str, Any] | None:
     """What a run is, out of the first line of its journal; None where it is none."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and "form" in found else None
+    found = _document(line)
+    return found if "form" in found else None
 
 
-def _record(line: str) -> dict[str, Any] | None:
+def _record(line: bytes) -> dict[str, Any] | None:
     """A line that tells rows that are done; None where it is none."""
-    if not line.endswith("\n"):
-        return None
+    found = _document(line) if line.endswith(b"\n") else {}
+    return found if all(type(found.get(name)) is int for name in ("start", "stop")) else None
+
+
+def _document(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; empty where there is none, however it is damaged."""
     try:
         found = json.loads(line)
-    except ValueError:
-        return None
-    whole = isinstance(found, dict) and all(isinstance(found.get(name), int) for name in ("start", "stop"))
-    return found if whole else None
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

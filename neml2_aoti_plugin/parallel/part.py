@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from zlib import crc32
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..model import Model
 from .remote import ModelRef, model_of
 from .sinks import Writable
-from .sources import Readable, Rows
+from .sources import FAILED, Readable, Rows
 
 OPERATIONS = ("forward", "jacobian")
 
@@ -45,12 +45,14 @@ class Done:
     """What a part gave.
 
     Args:
+        digest: of the rows of the source.
         failed: number of rows that failed.
         results: where there is no sink.
     """
 
-    failed: int
-    results: Rows | None
+    digest: str
+    failed: int = 0
+    results: Rows | None = None
 
 
 def evaluate_part(part: Part) -> Done:
@@ -60,42 +62,50 @@ def evaluate_part(part: Part) -> Done:
         ArtifactError: the model is not the same here.
         InputError: the rows cannot be read or written.
     """
-    rows = part.rows
-    if rows is None:
-        assert part.source is not None
-        try:
-            rows = part.source.read(part.start, part.stop)
-        except (OSError, KeyError, ValueError) as error:
-            raise InputError(
-                f"a worker cannot read rows {part.start} to {part.stop - 1} of the source ({error}). It must lie on a "
-                "file system that all workers share, under the same path, and stay as it is."
-            ) from error
+    rows = _rows(part)
+    same = digest(rows)
     found = evaluate_rows(model_of(part.model), part.operation, rows, part.stop - part.start)
-    failed = int(found["failed"].sum())
+    failed = int(found[FAILED].sum())
     if part.sink is None:
-        return Done(failed, found)
+        return Done(same, failed, found)
     part.sink.write(part.start, found)
-    return Done(failed, None)
+    return Done(same, failed)
+
+
+def read_part(part: Part) -> Done:
+    """Read the rows of a part without evaluating them, to see whether they are still the same.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    return Done(digest(_rows(part)))
+
+
+def _rows(part: Part) -> Rows:
+    if part.rows is not None:
+        return part.rows
+    assert part.source is not None
+    try:
+        return part.source.read(part.start, part.stop)
+    except InputError as error:
+        raise InputError(
+            f"a worker cannot read rows {part.start} to {part.stop - 1}: {error} The source must lie on a file system "
+            "that all workers share, under the same path, and stay as it is."
+        ) from error
 
 
 def require_visible(part: Part) -> Done:
     """Refuse a process that lacks the model, the source or the sink of a run; rows are not evaluated."""
     model_of(part.model)
     if part.source is not None:
-        try:
-            part.source.read(part.start, part.start + 1)
-        except (OSError, KeyError, ValueError) as error:
-            raise InputError(
-                f"a worker does not see the source ({error}). It must lie on a file system that all workers share, "
-                "under the same path."
-            ) from error
+        _rows(part)
     if part.sink is not None:
         part.sink.require_visible()
-    return Done(0, None)
+    return Done("")
 
 
 def evaluate_rows(model: Model, operation: str, rows: Rows, count: int) -> Rows:
-    """Results of rows by name, NaN in those that fail; and `failed`, which these are.
+    """Results of rows by name, NaN in those that fail; and `@failed`, which these are.
 
     Args:
         model: to evaluate.
@@ -108,13 +118,14 @@ def evaluate_rows(model: Model, operation: str, rows: Rows, count: int) -> Rows:
     results = {name: value.numpy() for name, value in found.outputs.items()}
     for out, row in found.blocks.items():
         results.update({f"{out}@{by}": block.numpy() for by, block in row.items()})
-    results["failed"] = (~found.converged).numpy()
+    results[FAILED] = (~found.converged).numpy()
     return {name: np.broadcast_to(array, (count, *array.shape[1:])) for name, array in results.items()}
 
 
-def checksum(rows: Rows) -> int:
-    """A number that tells blocks of rows apart."""
-    found = 0
+def digest(rows: Rows) -> str:
+    """What tells rows from others, by their content."""
+    found = blake2b(digest_size=16)
     for name in sorted(rows):
-        found = crc32(np.ascontiguousarray(rows[name]).data, crc32(name.encode(), found))
-    return found
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(rows[name]).data)
+    return found.hexdigest()

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,10 @@ from ..model import Model
 from . import chunks
 from .executors import Runner, require_executor, runner_for
 from .journal import Journal
-from .part import OPERATIONS, Done, Part, checksum, evaluate_part, evaluate_rows, require_visible
+from .part import OPERATIONS, Done, Part, digest, evaluate_part, evaluate_rows, read_part, require_visible
 from .recipes import loaded_model, recipe
 from .remote import ModelRef
-from .sinks import Fields, FileSink, FunctionSink, Writable, open_sink
+from .sinks import Fields, FileSink, FunctionSink, Writable, is_used, open_sink, require_apart
 from .sources import Rows, Source, open_source
 from .tries import Chunk
 
@@ -65,7 +65,7 @@ def map_rows(
 ) -> Mapped:
     """Evaluate rows from files and write what they give to files, on all cores or many machines.
 
-    Rows that fail are NaN in the results, true in `failed`, and raise nothing. A run that was killed goes on where it
+    Rows that fail are NaN in the results, true in `@failed`, and raise nothing. A run that was killed goes on where it
     was when it is called again with the same arguments.
 
     Args:
@@ -73,8 +73,8 @@ def map_rows(
         source: a folder with a file `INPUT.npy` for each input; a Zarr group or its path; a dict from name of the input
             to an array or the path of a `.npy` file; or an iterable of such dicts, each a block of rows. An array is
             `(rows, *sub_batch, *base)`, or without the first axis for a value that all rows have in common.
-        sink: a folder for files `OUTPUT.npy`, `failed.npy` and `failed_rows.npy`; the path of a Zarr group (`*.zarr`);
-            or a function that takes the results as dicts of arrays, in the order of the rows.
+        sink: a folder for files `OUTPUT.npy`, `@failed.npy` and `@failed_rows.npy`; the path of a Zarr group
+            (`*.zarr`); or a function that takes the results as dicts of arrays, in the order of the rows.
         executor: any with `submit` in the way of concurrent.futures, or a `dask.distributed.Client`; its workers must
             see the artifact, the source and the sink under the same paths. Processes of this machine if not given.
         workers: number of these; one per core that this process may use, if not given.
@@ -114,7 +114,13 @@ def map_rows(
             run.go(runner, None, None, tell)
             failed = np.concatenate([*target.numbers, np.empty(0, np.int64)])
         else:
-            journal = _journal(target, _identity(loaded, operation, given, size, fields), resume=resume)
+            require_apart(target, given.files, fields)
+            if resume and is_used(target, fields) and not os.path.lexists(target.journal):
+                raise InputError(
+                    f"sink {target.folder}: there are results, but no journal of a run. Give another sink, or "
+                    "resume=False to replace them."
+                )
+            journal = Journal(target.journal, _identity(loaded, operation, given, size, fields), resume=resume)
             stack.callback(journal.close)
             target.prepare(fields, given.rows, size, anew=not journal.resumed)
             if not journal.resumed:
@@ -145,6 +151,9 @@ class _Run:
         probe = Part(self.model, self._operation, 0, 1, source.readable, None, results)
         # Before any work: does a worker see the model, the source and the sink?
         runner.run(require_visible, [Chunk(slice(0, 1), lambda _: probe, lambda _: None)])
+        if journal is not None and source.blocks is None:
+            # And are the rows that are done still the same?
+            runner.run(read_part, self._known(journal))
         runner.run(evaluate_part, self._chunks(journal, results, tell))
         if source.rows >= 0 and self.rows != source.rows:
             raise InputError(f"source gave {self.rows} rows, expected {source.rows} (rows=).")
@@ -156,28 +165,34 @@ class _Run:
             journal.flush()
         self._synced = time.monotonic()
 
+    def _known(self, journal: Journal) -> Iterator[Chunk[Done]]:
+        for start, stop, rows in self._parts():
+            if (start, stop) in journal.done:
+
+                def compare(found: Done, start: int = start, stop: int = stop) -> None:
+                    journal.require_same_rows(start, stop, found.digest)
+
+                part = Part(self.model, self._operation, start, stop, self._source.readable, rows, None)
+                yield Chunk(slice(start, stop), lambda _, part=part: part, compare)  # type: ignore[misc]
+
     def _chunks(self, journal: Journal | None, results: Writable | None, tell: Progress) -> Iterator[Chunk[Done]]:
         total = self._source.rows if self._source.rows >= 0 else None
         done = 0
         for start, stop, rows in self._parts():
             self.rows = stop
-            more = {} if rows is None else {"checksum": checksum(rows)}
             if journal is not None and (start, stop) in journal.done:
-                if more and journal.done[start, stop].get("checksum") != more["checksum"]:
-                    raise InputError(
-                        f"rows {start} to {stop - 1} of the source are not those of the run in {journal.file}. Give "
-                        "the same source, or resume=False to start anew."
-                    )
+                if self._source.blocks is not None and rows is not None:
+                    journal.require_same_rows(start, stop, digest(rows))
                 done += stop - start
                 tell(done, total)
                 continue
 
-            def finish(found: Done, start: int = start, stop: int = stop, more: dict[str, int] = more) -> None:
+            def finish(found: Done, start: int = start, stop: int = stop) -> None:
                 nonlocal done
                 done += stop - start
                 self.evaluated += stop - start
                 if journal is not None and not isinstance(self._sink, FunctionSink):
-                    journal.note(start, stop, failed=found.failed, **more)
+                    journal.note(start, stop, failed=found.failed, digest=found.digest)
                     if time.monotonic() - self._synced > SYNC:
                         self.sync(journal, self._sink)
                 elif isinstance(self._sink, FunctionSink) and found.results is not None:
@@ -201,15 +216,6 @@ class _Run:
                 raise InputError(f"source gives more than {source.rows} rows (rows=).")
             yield start, stop, block
             start = stop
-
-
-def _journal(sink: FileSink, run: Mapping[str, Any], *, resume: bool) -> Journal:
-    if resume and sink.is_used() and not sink.journal.exists():
-        raise InputError(
-            f"sink {sink.folder}: there are results, but no journal of a run. Give another sink, or resume=False to "
-            "replace them."
-        )
-    return Journal(sink.journal, run, resume=resume)
 
 
 def _identity(model: Model, operation: str, source: Source, size: int, fields: Fields) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -13,13 +13,16 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from ..errors import AOTIError, InputError, InputTypeError
+from ..files import draft, file_name, require_outside_artifacts, require_writable
 from . import exchange
-from .sources import Rows, import_zarr
+from .sources import FAILED, Rows, import_zarr, open_npy
 
 # What each row of a result is: dtype and shape.
 Fields = dict[str, tuple[str, tuple[int, ...]]]
 
 JOURNAL = "journal.jsonl"
+# The numbers of the rows that failed, beside the mask.
+FAILED_ROWS = "@failed_rows"
 
 
 class Writable(Protocol):
@@ -44,19 +47,19 @@ class NpyResults:
 
     folder: str
     offsets: tuple[tuple[str, int], ...]
-    journal: tuple[str, str]
+    journal: tuple[str, bytes]
 
     def write(self, start: int, rows: Rows) -> None:
         """See `Writable.write`."""
         offsets = dict(self.offsets)
         for name, array in rows.items():
             array = np.ascontiguousarray(array)
-            file = os.path.join(self.folder, f"{name}.npy")
+            file = _npy(self.folder, name)
             try:
-                with open(file, "r+b", buffering=0) as out:
+                with open(file, "r+b", buffering=0, opener=_open_no_link) as out:
                     exchange.write_at(out.fileno(), array, offsets[name] + start * (array.nbytes // len(array)))
             except OSError as error:
-                raise _unwritable(file, error) from error
+                raise _unwritable(str(file), error) from error
 
     def require_visible(self) -> None:
         """See `Writable.require_visible`."""
@@ -73,16 +76,16 @@ class ZarrResults:
     """
 
     group: str
-    journal: tuple[str, str]
+    journal: tuple[str, bytes]
 
     def write(self, start: int, rows: Rows) -> None:
         """See `Writable.write`."""
         group = import_zarr().open_group(self.group, mode="r+")
         for name, array in rows.items():
             try:
-                group[name][start : start + len(array)] = array
+                group[file_name(name)][start : start + len(array)] = array
             except OSError as error:
-                raise _unwritable(f"{self.group}/{name}", error) from error
+                raise _unwritable(f"{self.group}/{file_name(name)}", error) from error
 
     def require_visible(self) -> None:
         """See `Writable.require_visible`."""
@@ -100,6 +103,10 @@ class FolderSink:
         self.folder = folder.absolute()
         self.journal = self.folder / JOURNAL
 
+    def place(self, name: str) -> Path:
+        """The file of a result."""
+        return _npy(self.folder, name)
+
     def prepare(self, fields: Fields, rows: int, chunk: int, *, anew: bool) -> None:
         """Have the files there, with room for all rows.
 
@@ -112,45 +119,42 @@ class FolderSink:
         Raises:
             InputError: they cannot be made, or are there and others; nothing is left that was made.
         """
-        self._offsets: dict[str, int] = {}
-        made: list[Path] = []
-        for name, (dtype, tail) in fields.items():
-            file = self.folder / f"{name}.npy"
-            if not anew:
-                self._offsets[name] = _check_npy(file, np.dtype(dtype), (rows, *tail))
-                continue
-            try:
-                with file.open("wb") as out:
-                    # Only what could be opened is ours to remove.
-                    made.append(file)
-                    self._offsets[name] = _make_npy(out, np.dtype(dtype), (rows, *tail))
-            except OSError as error:
-                for one in made:
-                    one.unlink(missing_ok=True)
-                raise _unwritable(str(file), error) from error
+        shapes = {name: (np.dtype(dtype), (rows, *tail)) for name, (dtype, tail) in fields.items()}
+        if not anew:
+            self._offsets = {name: _check_npy(self.place(name), *shape) for name, shape in shapes.items()}
+            return
+        self._offsets = {}
+        require_writable(self.place(FAILED_ROWS))
+        with ExitStack() as stack:
+            drafts = {name: stack.enter_context(draft(self.place(name))) for name in shapes}
+            # What was there would be replaced; the room that it takes may be needed.
+            for name in (*shapes, FAILED_ROWS):
+                self.place(name).unlink(missing_ok=True)
+            for name, scratch in drafts.items():
+                try:
+                    with scratch.open("r+b") as out:
+                        self._offsets[name] = _make_npy(out, *shapes[name])
+                except OSError as error:
+                    raise _unwritable(str(self.place(name)), error) from error
 
-    def results(self, header: str) -> NpyResults:
+    def results(self, header: bytes) -> NpyResults:
         """What processes write to."""
         return NpyResults(str(self.folder), tuple(self._offsets.items()), (str(self.journal), header))
 
     def sync(self) -> None:
         """Have on disk what was written."""
         for name in self._offsets:
-            with open(self.folder / f"{name}.npy", "r+b") as file:
+            with self.place(name).open("r+b") as file:
                 os.fsync(file.fileno())
 
     def failed(self) -> np.ndarray:
         """The mask of rows that failed."""
-        found: np.ndarray = np.load(self.folder / "failed.npy", mmap_mode="r")
-        return found
+        return open_npy(self.place(FAILED))
 
     def finish(self, numbers: np.ndarray) -> None:
         """Write the numbers of the rows that failed."""
-        np.save(self.folder / "failed_rows.npy", numbers)
-
-    def is_used(self) -> bool:
-        """Whether there are results already."""
-        return any(self.folder.glob("*.npy"))
+        with draft(self.place(FAILED_ROWS)) as scratch, scratch.open("wb") as out:
+            np.save(out, numbers)
 
 
 class ZarrSink:
@@ -165,22 +169,27 @@ class ZarrSink:
         self.folder = self.path.parent
         self.journal = self.path.with_name(f"{self.path.name}.{JOURNAL}")
 
+    def place(self, name: str) -> Path:
+        """The folder of a result."""
+        return self.path / file_name(name)
+
     def prepare(self, fields: Fields, rows: int, chunk: int, *, anew: bool) -> None:
         """See `FolderSink.prepare`; a chunk of rows is a chunk of each array, so that processes write apart."""
         zarr = import_zarr()
         try:
             group = zarr.open_group(str(self.path), mode="a")
             for name, (dtype, tail) in fields.items():
+                key, shape = file_name(name), (rows, *tail)
+                if anew and key not in group and os.path.lexists(self.place(name)):
+                    raise InputError(f"sink {self.place(name)}: is no Zarr array to replace. Give another sink.")
                 if anew:
-                    group.create_array(
-                        name, shape=(rows, *tail), chunks=(min(chunk, rows), *tail), dtype=dtype, overwrite=True
-                    )
-                elif name not in group or group[name].shape != (rows, *tail) or str(group[name].dtype) != dtype:
-                    raise InputError(f"sink {self.path}: has no array {name!r} as its journal tells. Use another sink.")
+                    group.create_array(key, shape=shape, chunks=(min(chunk, rows), *tail), dtype=dtype, overwrite=True)
+                elif key not in group or group[key].shape != shape or str(group[key].dtype) != dtype:
+                    raise InputError(f"sink {self.path}: has no array {key!r} as its journal tells. Use another sink.")
         except OSError as error:
             raise _unwritable(str(self.path), error) from error
 
-    def results(self, header: str) -> ZarrResults:
+    def results(self, header: bytes) -> ZarrResults:
         """What processes write to."""
         return ZarrResults(str(self.path), (str(self.journal), header))
 
@@ -189,16 +198,12 @@ class ZarrSink:
 
     def failed(self) -> np.ndarray:
         """The mask of rows that failed."""
-        return np.asarray(import_zarr().open_group(str(self.path), mode="r")["failed"][...])
+        return np.asarray(import_zarr().open_group(str(self.path), mode="r")[FAILED][...])
 
     def finish(self, numbers: np.ndarray) -> None:
         """Write the numbers of the rows that failed."""
         group = import_zarr().open_group(str(self.path), mode="r+")
-        group.create_array("failed_rows", data=numbers, overwrite=True)
-
-    def is_used(self) -> bool:
-        """Whether there are results already."""
-        return (self.path / "failed").exists()
+        group.create_array(FAILED_ROWS, data=numbers, overwrite=True)
 
 
 class FunctionSink:
@@ -219,8 +224,8 @@ class FunctionSink:
         self._waiting[start] = rows
         while self._next in self._waiting:
             found = self._waiting.pop(self._next)
-            self.numbers.append(self._next + np.flatnonzero(found["failed"]))
-            self._next += len(found["failed"])
+            self.numbers.append(self._next + np.flatnonzero(found[FAILED]))
+            self._next += len(found[FAILED])
             self._function(found)
 
 
@@ -249,6 +254,7 @@ def open_sink(given: object) -> FileSink | FunctionSink:
             f"sink is a {type(given).__name__}, expected a folder for .npy files, the path of a Zarr group (*.zarr), "
             "or a function that takes a dict of arrays."
         )
+    require_outside_artifacts(sink.journal)
     try:
         sink.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -256,15 +262,44 @@ def open_sink(given: object) -> FileSink | FunctionSink:
     return sink
 
 
-def require_same_journal(journal: str, header: str) -> None:
+def require_apart(sink: FileSink, files: Iterable[Path], fields: Fields) -> None:
+    """Refuse a sink whose results would take the place of what the source is read from.
+
+    Args:
+        sink: that nothing was written to yet.
+        files: the files and folders of the source.
+        fields: of the results.
+
+    Raises:
+        InputError: one of them is a result of the sink, or lies in one; by whatever path.
+    """
+    real = {file: Path(os.path.realpath(file)) for file in files}
+    read = {_inode(place): file for file, path in real.items() for place in (path, *path.parents)}
+    for name in (*fields, FAILED_ROWS):
+        place = sink.place(name)
+        if place.exists() and (file := read.get(_inode(place))) is not None:
+            raise InputError(f"sink {place}: the source {file} is the same file. Give another sink.")
+
+
+def _inode(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
+
+
+def is_used(sink: FileSink, fields: Fields) -> bool:
+    """Whether something is in the places of the results already."""
+    return any(os.path.lexists(sink.place(name)) for name in (*fields, FAILED_ROWS))
+
+
+def require_same_journal(journal: str, header: bytes) -> None:
     """Refuse a process that does not see the sink of this run.
 
     Raises:
         AOTIError: the journal is not there, or another one.
     """
     try:
-        with open(journal, encoding="utf-8") as file:
-            same = file.readline() == header
+        with open(journal, "rb") as file:
+            same = file.readline(len(header)) == header
     except OSError:
         same = False
     if not same:
@@ -296,15 +331,23 @@ def _make_npy(out: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> int:
 def _check_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> int:
     """The place of the first row in a `.npy` file that must be one of such an array."""
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        array = open_npy(file)
+    except InputError:
         array = None
-    if array is None or array.dtype != dtype or array.shape != shape or not isinstance(array, np.memmap):
+    if array is None or array.dtype != dtype or array.shape != shape:
         raise InputError(
             f"sink {file}: is not there as the journal beside it tells, so the run cannot go on. Give resume=False to "
             "start anew, or another sink."
         )
     return int(array.offset)
+
+
+def _npy(folder: str | Path, name: str) -> Path:
+    return Path(folder) / f"{file_name(name)}.npy"
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
 def _unwritable(file: str, error: OSError) -> InputError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,16 +13,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import AOTIError, InputError, InputTypeError
+from ..files import file_name
 from ..model import Model
 
 Rows = dict[str, np.ndarray]
+# The mask of rows that failed, among results by the names of variables; no variable's name begins so.
+FAILED = "@failed"
 
 
 class Readable(Protocol):
     """What another process can read rows from."""
 
     def read(self, start: int, stop: int) -> Rows:
-        """The rows by name of the input; one that has no row axis is the same for all."""
+        """The rows by name of the input; one that has no row axis is the same for all.
+
+        Raises:
+            InputError: they cannot be read.
+        """
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class NpyFiles:
         """See `Readable.read`."""
         found = {}
         for name, file in self.files:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = open_npy(Path(file))
             found[name] = np.array(array if name in self.common else array[start:stop])
         return found
 
@@ -61,8 +69,10 @@ class ZarrArrays:
 
     def read(self, start: int, stop: int) -> Rows:
         """See `Readable.read`."""
-        group = import_zarr().open_group(self.group, mode="r")
-        return {n: np.asarray(group[n][...] if n in self.common else group[n][start:stop]) for n in self.names}
+        with zarr_errors(f"source {self.group}"):
+            group = import_zarr().open_group(self.group, mode="r")
+            arrays = {name: group[file_name(name)] for name in self.names}
+            return {n: np.asarray(a[...] if n in self.common else a[start:stop]) for n, a in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ class Source:
     Args:
         rows: how many.
         first: the first of them, to try the model on.
-        identity: what tells this source from another one, for the journal.
+        identity: what it consists of, for the journal, which has the digests of its rows beside it.
+        files: the files and folders that it is read from.
         readable: where processes read from; None where they are sent the rows.
         arrays: in memory, where they are.
         blocks: of rows, where they come one after the other.
@@ -82,6 +93,7 @@ class Source:
     rows: int
     first: Rows
     identity: dict[str, Any]
+    files: tuple[Path, ...] = ()
     readable: Readable | None = None
     arrays: Mapping[str, np.ndarray] | None = None
     blocks: Iterator[Rows] | None = None
@@ -125,9 +137,8 @@ def _from_path(path: Path, model: Model) -> Source:
         raise InputError(f"source {path}: there is no such folder. Give a folder of .npy files, or a Zarr group.")
     if path.suffix == ".zarr" or (path / "zarr.json").is_file() or (path / ".zgroup").is_file():
         return _from_zarr(path, model)
-    known = [*model.inputs, *model.first_iterates]
-    files = {name: path / f"{name}.npy" for name in known if (path / f"{name}.npy").is_file()}
-    return _from_mapping(files, model, str(path))
+    files = {name: path / f"{file_name(name)}.npy" for name in (*model.inputs, *model.first_iterates)}
+    return _from_mapping({name: file for name, file in files.items() if file.exists()}, model, str(path))
 
 
 def _from_mapping(given: Mapping[Any, Any], model: Model, where: str = "source") -> Source:
@@ -138,22 +149,42 @@ def _from_mapping(given: Mapping[Any, Any], model: Model, where: str = "source")
         if file is None:
             arrays[name] = _as_array(value, name)
             continue
-        try:
-            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"source {file}: cannot be read as a .npy file ({error}). Write it with numpy.save."
-            ) from None
+        arrays[name] = open_npy(file)
         files[name] = file.absolute()
     rows, common = _checked(arrays, model, where)
     first = {n: np.array(a if n in common else a[:1]) for n, a in arrays.items()}
+    behind = (*files.values(), *(file for array in arrays.values() for file in _files_behind(array)))
     if len(files) < len(arrays):
-        shapes = {n: [list(a.shape), a.dtype.name] for n, a in sorted(arrays.items())}
-        return Source(rows, first, {"arrays": shapes}, arrays=arrays, common=common)
-    stats = {n: (str(f), f.stat()) for n, f in sorted(files.items())}
-    identity = {"files": {n: [f, s.st_size, s.st_mtime_ns] for n, (f, s) in stats.items()}}
+        return Source(rows, first, _identity(arrays), behind, arrays=arrays, common=common)
     readable = NpyFiles(tuple((n, str(f)) for n, f in files.items()), common)
-    return Source(rows, first, identity, readable)
+    return Source(rows, first, _identity(arrays), behind, readable)
+
+
+def _identity(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {"arrays": {name: [list(array.shape), str(array.dtype)] for name, array in sorted(arrays.items())}}
+
+
+def open_npy(file: Path) -> np.memmap[Any, Any]:
+    """The array of a `.npy` file as a memory map.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        if not file.is_file():
+            raise ValueError("there is no such file, or it is no plain file")
+        return np.lib.format.open_memmap(file, mode="r")
+    # NumPy parses the header as Python; a damaged one raises errors of many kinds.
+    except Exception as error:
+        raise InputError(f"source {file}: cannot be read as a .npy file ({error}). Write it with numpy.save.") from None
+
+
+def _files_behind(array: object) -> Iterator[Path]:
+    """The files that an array is a view of."""
+    while array is not None:
+        if isinstance(array, np.memmap) and array.filename is not None:
+            yield Path(str(array.filename))
+        array = getattr(array, "base", None)
 
 
 def _file_of(value: object) -> Path | None:
@@ -179,17 +210,14 @@ def _as_array(value: object, name: str) -> np.ndarray:
 
 
 def _from_zarr(path: Path, model: Model) -> Source:
-    zarr = import_zarr()
-    try:
-        group = zarr.open_group(str(path), mode="r")
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"source {path}: cannot be read as a Zarr group ({error}).") from None
-    names = [name for name in (*model.inputs, *model.first_iterates) if name in group]
-    arrays = {name: group[name] for name in names}
+    with zarr_errors(f"source {path}"):
+        group = import_zarr().open_group(str(path), mode="r")
+        names = [name for name in (*model.inputs, *model.first_iterates) if file_name(name) in group]
+        arrays = {name: group[file_name(name)] for name in names}
     rows, common = _checked(arrays, model, str(path))
     readable = ZarrArrays(str(path.absolute()), tuple(names), common)
-    shapes = {n: [list(a.shape), str(a.dtype)] for n, a in sorted(arrays.items())}
-    return Source(rows, readable.read(0, 1), {"zarr": str(path.absolute()), "arrays": shapes}, readable)
+    folders = tuple(path.absolute() / file_name(name) for name in names)
+    return Source(rows, readable.read(0, 1), _identity(arrays), folders, readable)
 
 
 def _path_of_group(group: Any) -> Path:
@@ -254,6 +282,17 @@ def _checked(arrays: Mapping[str, Any], model: Model, where: str) -> tuple[int, 
     if not rows or not next(iter(rows.values())):
         raise InputError(f"{where}: there are no rows. Give at least one input with the shape (rows, *base).")
     return next(iter(rows.values())), frozenset(arrays) - frozenset(rows)
+
+
+@contextmanager
+def zarr_errors(where: str) -> Iterator[None]:
+    """Tell of a group that cannot be read as what it is: damaged metadata and chunks raise errors of many kinds."""
+    try:
+        yield
+    except (AOTIError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{where}: cannot be read as a Zarr group ({type(error).__name__}: {error}).") from error
 
 
 def import_zarr() -> Any:
