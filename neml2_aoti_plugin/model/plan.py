@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Blocks = dict[str, dict[str, Tensor]]
 
+# Up to so many rows torch's runner, which looks at nothing, is the shortest way.
+SHORT = 1 << 16
+
 # Of a block: the boundary names, its place among the graph's outputs, whether it comes once for all rows, and whether
 # it is to be made contiguous.
 Way = tuple[str, str, int, bool, bool]
@@ -129,7 +132,7 @@ class ForwardPlan:
         rows = self._boundary.plain(inputs)
         if not rows:
             return None
-        outputs = self._value.again(inputs if self._as_given else [inputs[place] for place in taken])
+        outputs = self._call(self._value, inputs if self._as_given else [inputs[place] for place in taken], rows)
         return outputs if rows in self._settled_values else self._settle_values(outputs, rows)
 
     def jacobian(self, inputs: Mapping[str, Tensor]) -> tuple[Tensors, Blocks] | None:
@@ -148,7 +151,7 @@ class ForwardPlan:
         rows = self._boundary.plain(given)
         if not rows:
             return None
-        outputs = self._both.again(given if self._as_given else [given[place] for place in taken])
+        outputs = self._call(self._both, given if self._as_given else [given[place] for place in taken], rows)
         settled = self._settled.get(rows)
         if settled is None:
             return self._settle(outputs, rows)
@@ -214,6 +217,11 @@ class ForwardPlan:
         if tuple(given.shape) != ((1 if once else rows), *known.base):
             return None
         return known.out, known.wrt, known.place, once, not (given[0] if once else given).is_contiguous()
+
+    @staticmethod
+    def _call(graph: Graph, arguments: list[Tensor], rows: int) -> list[Tensor]:
+        """Call a graph with plain inputs: few rows by the shortest way, many in blocks."""
+        return graph.again(arguments) if rows <= SHORT else graph(arguments)
 
     def _run(self, graph: Graph, call: Admitted) -> list[Tensor]:
         """What a graph gives for all rows; in parts where it takes a parameter once that differs from row to row."""

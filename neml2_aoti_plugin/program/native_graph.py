@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from ..graphs.c_interface import Unavailable, tensor_functions
 from ..graphs.graph import Graph
 from ..graphs.power import power_executor
 from ..solve import choice
+from .blocks import cut
+from .copies import put
+from .threads import run_all
+
+# Rows that a graph is called for at a time. Blocks of an implicit segment have fewer.
+GRAPH_ROWS = 1 << 14
 
 
 class NativeGraph(Graph):
@@ -54,8 +61,35 @@ class NativeGraph(Graph):
             if not x.is_contiguous():
                 arguments[k] = x.contiguous()
         self.require(arguments)
+        if rows > GRAPH_ROWS:
+            return self._in_blocks(arguments, has_rows, rows)
         found: list[Tensor] = self._caller(arguments, has_rows, rows)
         return found
+
+    def _in_blocks(self, arguments: list[Tensor], has_rows: list[bool], rows: int) -> list[Tensor]:
+        """Run the graph for blocks of rows, on all threads; the first block tells the shapes of the outputs."""
+        first, *rest = cut(rows, GRAPH_ROWS)
+
+        def run(block: slice, into: list[Tensor] | None = None) -> list[Tensor]:
+            some = [x[block] if has else x for x, has in zip(arguments, has_rows, strict=True)]
+            found: list[Tensor] = self._caller(some, has_rows, block.stop - block.start, into)
+            return found
+
+        begun = run(first)
+        # What is the same for all rows comes once; a block has more than one row.
+        once = [x.shape[0] == 1 for x in begun]
+        whole = [x if one else x.new_empty((rows, *x.shape[1:])) for x, one in zip(begun, once, strict=True)]
+
+        def write(block: slice) -> None:
+            run(block, [torch.empty_like(x) if one else x[block] for x, one in zip(whole, once, strict=True)])
+
+        def copy() -> None:
+            for x, into, one in zip(begun, whole, once, strict=True):
+                if not one:
+                    put(into, first, x)
+
+        run_all([copy, *(partial(write, block) for block in rest)])
+        return whole
 
     def _find_caller(self) -> Any:
         reason = choice.machine()[1]

@@ -27,13 +27,20 @@ class GraphCaller:
         self._graph, self._functions, self._executor = graph, functions, executor
         self._free: list[_Frame] = []
 
-    def __call__(self, arguments: Sequence[Tensor], batched: Sequence[bool], rows: int) -> list[Tensor]:
+    def __call__(
+        self,
+        arguments: Sequence[Tensor],
+        batched: Sequence[bool],
+        rows: int,
+        into: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Run the graph.
 
         Args:
             arguments: in its order, each contiguous, float64 and on the CPU; the rows lead.
             batched: of each, whether it has rows.
             rows: how many, at least one.
+            into: where the outputs go, each contiguous, of the shapes that an earlier call gave.
 
         Returns:
             Its outputs, each `(rows, ...)`, or `(1, ...)` where it is the same for all rows.
@@ -47,7 +54,7 @@ class GraphCaller:
         except IndexError:
             frame = _Frame(self._graph, self._functions, self._executor)
         try:
-            outputs = frame.call(arguments, batched, rows)
+            outputs = frame.call(arguments, batched, rows, into)
         finally:
             self._free.append(frame)
         if isinstance(outputs, list):
@@ -85,7 +92,9 @@ class _Frame:
         table[calls.OUTPUTS], table[calls.OUTPUTS_AT] = outputs, self._outputs.ctypes.data
         self._at = table.ctypes.data
 
-    def call(self, arguments: Sequence[Tensor], batched: Sequence[bool], rows: int) -> list[Tensor] | int:
+    def call(
+        self, arguments: Sequence[Tensor], batched: Sequence[bool], rows: int, into: Sequence[Tensor] | None
+    ) -> list[Tensor] | int:
         """Run the graph; give its outputs, or what was wrong."""
         shapes: list[Sequence[int]] = []
         addresses = []
@@ -101,7 +110,7 @@ class _Frame:
             if self._room.size < needed:
                 self._room = np.empty(needed)
                 self._table[calls.ROOM] = self._room.ctypes.data
-        outputs = self._targets(rows)
+        outputs = self._targets(rows, into)
         fault = calls.call_graph(self._at)
         if fault == calls.OTHER:
             # The first call, or one with sites of another number: now their shapes are known.
@@ -110,7 +119,7 @@ class _Frame:
                 for row, axes in zip(self._outputs, self._outputs[:, calls.OUTPUT_AXES].tolist(), strict=True)
             ]
             self._arguments[:, calls.ADDRESS] = addresses
-            outputs = self._targets(rows)
+            outputs = self._targets(rows, into)
             fault = calls.call_graph(self._at)
         return outputs if fault == calls.CALLED else int(fault)
 
@@ -134,10 +143,13 @@ class _Frame:
         table[calls.ARGUMENTS], table[calls.ARGUMENTS_AT] = len(shapes), self._arguments.ctypes.data
         table[calls.HANDLES] = self._handles.ctypes.data
 
-    def _targets(self, rows: int) -> list[Tensor]:
-        """New tensors for the outputs; none while their shapes are not known."""
+    def _targets(self, rows: int, into: Sequence[Tensor] | None) -> list[Tensor]:
+        """Where the outputs go: to new tensors if no others are given; nowhere while their shapes are not known."""
         if self._told is None:
             return []
-        found = [torch.empty((1 if once else rows, *shape), dtype=torch.float64) for once, shape in self._told]
+        shapes = [(1 if once else rows, *shape) for once, shape in self._told]
+        if into is not None and [tuple(x.shape) for x in into] != shapes:
+            raise AOTIError(f"{self._graph.file}: returns tensors of another shape for some rows than for others.")
+        found = [torch.empty(shape, dtype=torch.float64) for shape in shapes] if into is None else list(into)
         self._outputs[:, calls.TARGET] = [x.data_ptr() for x in found]
         return found
