@@ -7,8 +7,12 @@ JOBS ?= 2
 # Windows keeps a virtual environment's programs elsewhere.
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
+# The machine code of solves, which an install compiles.
+CODE := neml2_aoti_plugin/solve/machine_code.bc
+SOURCES := $(wildcard neml2_aoti_plugin/solve/machine/*.py) $(addprefix neml2_aoti_plugin/solve/,criteria.py tables.py)
+READY := $(INSTALLED) $(CODE)
 
-.PHONY: help demo calibrate plate test test-wide long legacy lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix
+.PHONY: help machine-code demo calibrate plate test test-wide long legacy lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
@@ -22,6 +26,7 @@ help:
 	@echo "make format  mend style and format where a tool can"
 	@echo "make docs    build the documentation in build/docs; a warning or a broken link within it is an error"
 	@echo "make docs-links  try the links that lead out of the documentation, which takes the network"
+	@echo "make machine-code  compile the machine code of solves again, after a change of its sources"
 	@echo "make wheel   build the wheel in dist/"
 	@echo "make compare-native  compare lockstep mode with neml2's C++ binding; writes docs/lockstep.md"
 	@echo "make benchmark    measure against neml2's C++ runtime and others, for an hour; writes docs/performance.md"
@@ -40,28 +45,34 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dask,parallel,serve]' --group dev
 	@touch $@
 
-demo: $(INSTALLED)
+$(CODE): $(SOURCES) | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+machine-code: $(CODE)
+
+demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-calibrate: $(INSTALLED)
+calibrate: $(READY)
 	$(BIN)/python examples/calibrate.py
 
-plate: $(INSTALLED)
+plate: $(READY)
 	$(BIN)/python examples/plate.py
 
-test: $(INSTALLED)
+test: $(READY)
 	$(BIN)/python -m stubs.build --jobs $(JOBS)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_ARGS)
 
-test-wide: $(INSTALLED)
+test-wide: $(READY)
 	$(BIN)/python -m stubs.build --all --jobs $(JOBS)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m 'wide and not long and not legacy' $(PYTEST_ARGS)
 
-long: $(INSTALLED)
+long: $(READY)
 	$(BIN)/python -m stubs.build --all --jobs $(JOBS)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m long --timeout 2000 $(PYTEST_ARGS)
 
-legacy: $(INSTALLED)
+legacy: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m legacy --timeout 3600 $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
@@ -74,39 +85,39 @@ format: $(INSTALLED)
 	$(BIN)/python -m ruff format .
 
 # DOCS_FLAGS="-t online" adds links into the documentation of Python, NumPy, torch and neml2.
-docs: $(INSTALLED)
+docs: $(READY)
 	$(BIN)/python -m sphinx --fresh-env -q -W --keep-going -c docs $(DOCS_FLAGS) . build/docs
 	@echo "The documentation is build/docs/docs/index.html."
 
 docs-links: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -c docs -t online -b linkcheck . build/docs-links
 
-wheel: $(INSTALLED)
+wheel: $(READY)
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	$(BIN)/python -m pytest --quiet tests/test_package.py -k wheel
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CODE) dist build .mypy_cache .pytest_cache .ruff_cache
 
 # Lockstep mode against neml2's C++ binding, in an environment of its own with the last torch that the binding runs on.
-compare-native: $(INSTALLED)
+compare-native: $(READY)
 	$(BIN)/python tools/compare_native.py --compile-with $(BIN)/python
 
 # Times and memory, in the same environment. BENCHMARK_ARGS="--quick" tries it in minutes; "--help" tells the rest.
-benchmark: $(INSTALLED)
+benchmark: $(READY)
 	$(BIN)/python -m benchmarks $(BENCHMARK_ARGS)
 
 # The ratios to the C++ runtime on few rows beside the stored ones. BENCHMARK_ARGS="--write-reference" with "make
 # benchmark", or with --quick, stores new ones.
-benchmark-check: $(INSTALLED)
+benchmark-check: $(READY)
 	$(BIN)/python -m benchmarks --check $(BENCHMARK_ARGS)
 
 # The service under load, by wrk, and a long run whose answers are compared; writes its part of docs/service.md.
-benchmark-service: $(INSTALLED)
+benchmark-service: $(READY)
 	$(BIN)/python -m benchmarks.service $(BENCHMARK_ARGS)
 
 # The wheel under several releases of torch, each in an environment of its own. TORCHES="2.14.1 2.15.0" takes these alone.
 # MATRIX_ARGS="--pythons python3.12 python3.13" runs the tests under these Pythons instead.
-torch-matrix: $(INSTALLED)
+torch-matrix: $(READY)
 	$(BIN)/python -m tools.torch_matrix --jobs $(JOBS) $(MATRIX_ARGS) $(TORCHES)

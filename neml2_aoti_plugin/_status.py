@@ -41,7 +41,7 @@ class Status:
         python: Python's version.
         native_on_disk: Whether neml2's own binding is installed; None without neml2.
         native_binding: What neml2's own binding would do with this torch.
-        kernels: What the Newton loop runs on, "numba" or "torch", and why.
+        kernels: What the Newton loop runs on, "native" or "torch", and why.
     """
 
     active: bool

@@ -1,4 +1,4 @@
-"""`neml2-aoti warm`: compile the kernels of the Newton loop ahead, as in the build of a container."""
+"""`neml2-aoti warm`: make the machine code of solves ahead, as in the build of a container."""
 
 from __future__ import annotations
 
@@ -16,55 +16,51 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   neml2-aoti warm
-  NUMBA_CACHE_DIR=/opt/kernels neml2-aoti warm
+  NEML2_AOTI_PLUGIN_CACHE=/opt/cache neml2-aoti warm
 """
 
 
 @dataclass(frozen=True)
 class WarmReport:
-    """The machine code of the kernels.
+    """The machine code of solves.
 
     Args:
-        implementation: what the Newton loop runs on, `numba` or `torch`.
+        implementation: what solves are done by, `native` or `torch`.
         reason: why.
-        files: number of files of machine code that there are.
-        folders: where they are.
+        file: where the machine code is kept; empty where it is not.
     """
 
     implementation: str
     reason: str
-    files: int
-    folders: tuple[str, ...]
+    file: str
 
 
-@click.command(epilog=EPILOG, short_help="Compile the kernels of the Newton loop ahead.")
+@click.command(epilog=EPILOG, short_help="Make the machine code of solves ahead.")
 @json_option
 def command(as_json: bool) -> int:
-    """Compile the kernels of the Newton loop and keep their machine code, so that no first solve waits for it.
+    """Make machine code for this processor and keep it, so that no first solve waits for it.
 
-    The folder is numba's cache; NUMBA_CACHE_DIR names another one. Exit status 1 if no folder can be written to.
+    NEML2_AOTI_PLUGIN_CACHE names another folder than the user's cache folder. Exit status 1 if it cannot be kept.
     """
     from ..solve import choice
 
-    arrays, reason = choice.machine()
-    if arrays is None:
-        return show("warm", WarmReport(choice.TORCH, reason, 0, ()), as_json, render, FINE)
-    from ..solve import warm
-
-    warm.compile_all()
-    found = warm.files()
-    report = WarmReport(choice.NUMBA, reason, len(found), tuple(sorted({str(file.parent) for file in found})))
-    return show("warm", report, as_json, render, FINE if found else SHORT)
+    code, reason = choice.machine()
+    if code is None:
+        return show("warm", WarmReport(choice.TORCH, reason, ""), as_json, render, FINE)
+    report = WarmReport(choice.NATIVE, reason, str(code.kept or ""))
+    return show("warm", report, as_json, render, FINE if code.kept else SHORT)
 
 
 def render(report: WarmReport, console: Console) -> None:
-    """Print how many files there are, and where."""
+    """Print where the machine code is."""
     from rich.markup import escape
 
-    if report.implementation != "numba":
-        text = f"nothing to compile: the Newton loop runs on torch's operations ({report.reason})"
-    elif report.files:
-        text = f"{report.files} files of machine code in {' and '.join(report.folders)}"
+    if report.implementation == "torch":
+        text = f"nothing to make: solves are done by torch's operations ({report.reason})"
+    elif report.file:
+        text = f"machine code is kept in {report.file}"
     else:
-        text = "the machine code cannot be kept: no folder can be written to. Name one in NUMBA_CACHE_DIR."
+        text = (
+            "the machine code cannot be kept. Name a folder that only you can write to: NEML2_AOTI_PLUGIN_CACHE=FOLDER"
+        )
     console.print(escape(text), soft_wrap=True)

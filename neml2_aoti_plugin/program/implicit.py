@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from ..artifact import schema
 from ..graphs.c_interface import Unavailable, tensor_functions
 from ..graphs.power import power_executor
 from ..settings import NewtonSettings
-from ..solve import choice, newton
+from ..solve import block, choice, newton
 from ..solve.criteria import criteria_of
 from ..solve.lockstep import FrozenRows, LockstepRows
+from ..solve.machine_code import MachineCode
 from ..solve.outcome import RowStatistics
 from ..solve.system import Groups
 from ..solve.tensors import TensorRows
@@ -212,12 +212,12 @@ def _solver(
         return partial(_by_tensors, graphs), "torch (not one dense group on a CPU in float64)"
     if len(spec.givens) != 1 or not graphs.residual.takes_one_batch_axis:
         return partial(_by_tensors, graphs), "torch (not one group of givens, or pinned batch axes)"
-    machine, reason = choice.machine()
-    if machine is None:
+    code, reason = choice.machine()
+    if code is None:
         return partial(_by_tensors, graphs), f"torch ({reason})"
     n = sum(v.size for v in spec.unknown_variables)
     q = sum(v.size for g in spec.givens for v in g.variables)
-    return _Native(graphs, machine, n, q), f"native ({reason})"
+    return _Native(graphs, code, n, q), f"native ({reason})"
 
 
 class _Native:
@@ -225,14 +225,14 @@ class _Native:
 
     Args:
         graphs: of the segment.
-        machine: the module that solves blocks.
+        code: the machine code.
         n: number of unknowns.
         q: number of entries of the givens.
     """
 
-    def __init__(self, graphs: SystemGraphs, machine: Any, n: int, q: int) -> None:
-        self._graphs, self._machine, self._sizes = graphs, machine, (n, q)
-        self._system: Any = None
+    def __init__(self, graphs: SystemGraphs, code: MachineCode, n: int, q: int) -> None:
+        self._graphs, self._code, self._sizes = graphs, code, (n, q)
+        self._system: block.System | None = None
         self._by_tensors = False
 
     def __call__(
@@ -248,15 +248,14 @@ class _Native:
         assert graphs.jacobian is not None
         if self._system is None and not self._by_tensors:
             self._load()
-        if self._by_tensors or any(p.dtype != torch.float64 or not p.is_contiguous() for p in parameters):
+        if self._system is None or any(p.dtype != torch.float64 or not p.is_contiguous() for p in parameters):
             return _by_tensors(graphs, first, givens, parameters, settings, small_steps)
         arguments = [first[0], givens[0], *parameters]
         graphs.residual.require(arguments)
         graphs.jacobian.require(arguments)
-        found: newton.Solved = self._system.solve(
+        return self._system.solve(
             first[0], givens[0], parameters, settings, small_steps=small_steps, tell=newton.listener()
         )
-        return found
 
     def _load(self) -> None:
         graphs = self._graphs
@@ -268,7 +267,7 @@ class _Native:
             log.emit("model", "info", f"{graphs.residual.file.name}: solved by torch's operations, since {error}")
             self._by_tensors = True
             return
-        self._system = self._machine.System(residual, jacobian, functions, executor, *self._sizes, MAX_ROWS)
+        self._system = block.System(residual, jacobian, functions, executor, self._code, *self._sizes, 2 * MAX_ROWS)
 
 
 def _by_tensors(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from ..graphs.c_interface import Unavailable, tensor_functions
 from ..graphs.graph import Graph
 from ..graphs.power import power_executor
 from ..solve import choice
+from ..solve.graph_calls import GraphCaller
 from .blocks import cut
 from .copies import put
 from .threads import run_all
@@ -35,8 +35,9 @@ class NativeGraph(Graph):
 
     def __init__(self, package: Package, device: torch.device) -> None:
         super().__init__(package, device)
-        # What calls it; None before the first call, False where there is nothing.
-        self._caller: Any = None
+        # What calls it, once it has been looked for; None where there is nothing.
+        self._caller: GraphCaller | None = None
+        self._looked_for = False
 
     def __call__(
         self,
@@ -46,11 +47,12 @@ class NativeGraph(Graph):
         order: tuple[int, ...] | None = None,
     ) -> list[Tensor]:
         """Run the graph; see `Graph.__call__`."""
-        if self._caller is None:
-            self._caller = self._find_caller()
+        if not self._looked_for:
+            self._caller, self._looked_for = self._find_caller(), True
         arguments = [*batched, *common, *behind]
         rows = batched[0].shape[0] if batched else 0
-        if not self._caller or not rows:
+        caller = self._caller
+        if caller is None or not rows:
             return super().__call__(batched, common, behind, order)
         has_rows = [True] * len(batched) + [False] * len(common) + [True] * len(behind)
         if order is not None:
@@ -62,43 +64,40 @@ class NativeGraph(Graph):
                 arguments[k] = x.contiguous()
         self.require(arguments)
         if rows > GRAPH_ROWS:
-            return self._in_blocks(arguments, has_rows, rows)
-        found: list[Tensor] = self._caller(arguments, has_rows, rows)
-        return found
+            return _in_blocks(caller, arguments, has_rows, rows)
+        return caller(arguments, has_rows, rows)
 
-    def _in_blocks(self, arguments: list[Tensor], has_rows: list[bool], rows: int) -> list[Tensor]:
-        """Run the graph for blocks of rows, on all threads; the first block tells the shapes of the outputs."""
-        first, *rest = cut(rows, GRAPH_ROWS)
-
-        def run(block: slice, into: list[Tensor] | None = None) -> list[Tensor]:
-            some = [x[block] if has else x for x, has in zip(arguments, has_rows, strict=True)]
-            found: list[Tensor] = self._caller(some, has_rows, block.stop - block.start, into)
-            return found
-
-        begun = run(first)
-        # What is the same for all rows comes once; a block has more than one row.
-        once = [x.shape[0] == 1 for x in begun]
-        whole = [x if one else x.new_empty((rows, *x.shape[1:])) for x, one in zip(begun, once, strict=True)]
-
-        def write(block: slice) -> None:
-            run(block, [torch.empty_like(x) if one else x[block] for x, one in zip(whole, once, strict=True)])
-
-        def copy() -> None:
-            for x, into, one in zip(begun, whole, once, strict=True):
-                if not one:
-                    put(into, first, x)
-
-        run_all([copy, *(partial(write, block) for block in rest)])
-        return whole
-
-    def _find_caller(self) -> Any:
-        reason = choice.machine()[1]
-        if choice.machine()[0] is not None:
+    def _find_caller(self) -> GraphCaller | None:
+        code, reason = choice.machine()
+        if code is not None:
             try:
-                from ..solve.graph_calls import GraphCaller
-
-                return GraphCaller(self.library(), tensor_functions(), power_executor())
+                return GraphCaller(self.library(), tensor_functions(), power_executor(), code)
             except Unavailable as error:
                 reason = str(error)
         log.emit("model", "info", f"{self.file.name}: run by torch's runner, since {reason}")
-        return False
+        return None
+
+
+def _in_blocks(caller: GraphCaller, arguments: list[Tensor], has_rows: list[bool], rows: int) -> list[Tensor]:
+    """Run the graph for blocks of rows, on all threads; the first block tells the shapes of the outputs."""
+    first, *rest = cut(rows, GRAPH_ROWS)
+
+    def run(block: slice, into: list[Tensor] | None = None) -> list[Tensor]:
+        some = [x[block] if has else x for x, has in zip(arguments, has_rows, strict=True)]
+        return caller(some, has_rows, block.stop - block.start, into)
+
+    begun = run(first)
+    # What is the same for all rows comes once; a block has more than one row.
+    once = [x.shape[0] == 1 for x in begun]
+    whole = [x if one else x.new_empty((rows, *x.shape[1:])) for x, one in zip(begun, once, strict=True)]
+
+    def write(block: slice) -> None:
+        run(block, [torch.empty_like(x) if one else x[block] for x, one in zip(whole, once, strict=True)])
+
+    def copy() -> None:
+        for x, into, one in zip(begun, whole, once, strict=True):
+            if not one:
+                put(into, first, x)
+
+    run_all([copy, *(partial(write, block) for block in rest)])
+    return whole

@@ -20,6 +20,7 @@ from ..artifact.schema import (
 from ..errors import AOTIError, DerivativeNotCompiledError
 from ..settings import KrylovSettings
 from ..solve import choice
+from ..solve.block import columns
 from ..solve.krylov import solve_linear
 from ..solve.system import Groups
 from .copies import contiguous, joined
@@ -55,7 +56,7 @@ class Sensitivity:
             self._solve_ift = graph_of(by_given.solve)
         # A dense system is solved here, for the columns that the compiled pairs need alone.
         self._dense = graphs.factored and self._all_dense
-        self._machine = choice.machine()[0] if self._dense else None
+        self._code = choice.machine()[0] if self._dense else None
         self._offsets = _offsets(spec.unknowns), _offsets(spec.givens)
         self._dr_dparam = self._solve_param = None
         if isinstance(by_parameter, (DirectParameterSensitivity, KrylovParameterSensitivity)):
@@ -201,9 +202,8 @@ class Sensitivity:
 
     def _columns(self, a: Tensor, b: Tensor, chosen: list[int]) -> Tensor:
         """`-A^-1 B` for chosen columns of `B`, `(rows, n, len(chosen))`; NaN in rows whose matrix is singular."""
-        if self._machine is not None and a.dtype == torch.float64:
-            found: Tensor = self._machine.columns(contiguous(a), contiguous(b), chosen)
-            return found
+        if self._code is not None and a.dtype == torch.float64:
+            return columns(self._code, contiguous(a), contiguous(b), chosen)
         factors, pivots, info = torch.linalg.lu_factor_ex(a)
         x: Tensor = -torch.linalg.lu_solve(factors, pivots, b[..., chosen])
         return x.masked_fill((info != 0)[:, None, None], torch.nan)

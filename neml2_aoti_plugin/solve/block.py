@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ..errors import AOTIError, ArtifactError
 from ..settings import NewtonSettings
-from . import elimination, native
-from .calls import ARGUMENT, VECTOR
+from . import tables
 from .criteria import criteria_of
+from .machine_code import MachineCode
 from .newton import ITERATION, TRIALS, Solved, Tell
 from .outcome import RowStatistics
+from .tables import ARGUMENT, VECTOR, Columns
+from .tables import Solve as Table
 
 
 class Container(Protocol):
@@ -66,8 +68,9 @@ class System:
     Args:
         residual: takes unknowns, givens and parameters, and gives `-r`.
         jacobian: takes the same, and gives the Jacobian and `-r`.
-        functions: addresses of the functions for tensors, see `calls.CREATE`.
+        functions: addresses of the functions for tensors, see `tables.CREATE`.
         executor: address of the proxy executor of the graphs.
+        code: the machine code.
         n: number of unknowns.
         q: number of entries of the givens.
         most: rows of the largest workspace that is kept.
@@ -79,12 +82,13 @@ class System:
         jacobian: CompiledGraph,
         functions: np.ndarray,
         executor: int,
+        code: MachineCode,
         n: int,
         q: int,
         most: int,
     ) -> None:
         self.residual, self.jacobian = residual, jacobian
-        self.functions, self.executor = functions, executor
+        self.functions, self.executor, self.code = functions, executor, code
         self.n, self.q, self._most = n, q, most
         self._free: list[_Workspace] = []
 
@@ -148,36 +152,37 @@ class _Workspace:
         self._graphs: tuple[Container, Container] = (
             smaller._graphs if smaller else (system.residual.container(), system.jacobian.container())
         )
-        lu, pivots = elimination.room_for(capacity, n)
+        lu = np.empty(tables.factors_size(capacity, n))
+        pivots = np.empty(tables.pivots_size(capacity, n), np.int64)
         self._kept = [
-            np.empty((native.VECTOR_KINDS, capacity, n)),
-            np.empty((native.GIVEN_KINDS, capacity, q)),
-            np.empty((capacity, native.NUMBER_COLUMNS)),
-            np.empty((capacity, native.INDEX_COLUMNS), np.int64),
+            np.empty((tables.VECTOR_KINDS, capacity, n)),
+            np.empty((tables.GIVEN_KINDS, capacity, q)),
+            np.empty((capacity, tables.NUMBER_COLUMNS)),
+            np.empty((capacity, tables.INDEX_COLUMNS), np.int64),
             lu,
             pivots,
         ]
         vectors, givens, numbers, indices, *_ = self._kept
-        self._table = np.zeros(native.FIELDS, np.int64)
+        self._table = np.zeros(Table.FIELDS, np.int64)
         residual, jacobian = self._graphs
         for field, value in {
-            native.CAPACITY: capacity,
-            native.N: n,
-            native.Q: q,
-            native.RESIDUAL: residual.run,
-            native.RESIDUAL_CONTAINER: residual.handle,
-            native.JACOBIAN: jacobian.run,
-            native.JACOBIAN_CONTAINER: jacobian.handle,
-            native.EXECUTOR: system.executor,
-            native.FUNCTIONS: system.functions.ctypes.data,
-            native.VECTORS: vectors.ctypes.data,
-            native.GIVENS: givens.ctypes.data,
-            native.NUMBERS: numbers.ctypes.data,
-            native.INDICES: indices.ctypes.data,
-            native.FACTORS: lu.ctypes.data,
-            native.FACTORS_SIZE: lu.size,
-            native.PIVOTS: pivots.ctypes.data,
-            native.PIVOTS_SIZE: pivots.size,
+            Table.CAPACITY: capacity,
+            Table.N: n,
+            Table.Q: q,
+            Table.RESIDUAL: residual.run,
+            Table.RESIDUAL_CONTAINER: residual.handle,
+            Table.JACOBIAN: jacobian.run,
+            Table.JACOBIAN_CONTAINER: jacobian.handle,
+            Table.EXECUTOR: system.executor,
+            Table.FUNCTIONS: system.functions.ctypes.data,
+            Table.VECTORS: vectors.ctypes.data,
+            Table.GIVENS: givens.ctypes.data,
+            Table.NUMBERS: numbers.ctypes.data,
+            Table.INDICES: indices.ctypes.data,
+            Table.FACTORS: lu.ctypes.data,
+            Table.FACTORS_SIZE: lu.size,
+            Table.PIVOTS: pivots.ctypes.data,
+            Table.PIVOTS_SIZE: pivots.size,
         }.items():
             self._table[field] = value
         self._at = self._table.ctypes.data
@@ -191,7 +196,7 @@ class _Workspace:
             require_counts(graph, len(shapes), outputs)
         self._shapes = shapes
         self._arguments = np.zeros((len(shapes), ARGUMENT), np.int64)
-        self._handles = np.zeros(len(shapes) + native.OUTPUTS + native.SCRATCH, np.int64)
+        self._handles = np.zeros(len(shapes) + tables.OUTPUTS + tables.SCRATCH, np.int64)
         # Of each argument the sizes of its axes, and behind them their strides.
         self._extents = [
             np.array([*shape, *(int(np.prod(shape[k + 1 :], dtype=np.int64)) for k in range(len(shape)))], np.int64)
@@ -200,8 +205,8 @@ class _Workspace:
         for row, shape, extents in zip(self._arguments, shapes, self._extents, strict=True):
             row[:] = 0, len(shape), extents.ctypes.data, extents.ctypes.data + 8 * len(shape)
         table = self._table
-        table[native.ARGUMENTS] = len(shapes)
-        table[native.ARGUMENTS_AT], table[native.HANDLES] = self._arguments.ctypes.data, self._handles.ctypes.data
+        table[Table.ARGUMENTS] = len(shapes)
+        table[Table.ARGUMENTS_AT], table[Table.HANDLES] = self._arguments.ctypes.data, self._handles.ctypes.data
 
     def solve(
         self,
@@ -226,32 +231,32 @@ class _Workspace:
         record = torch.empty(rows, 2, dtype=torch.int64)
         history = None
         if tell is not None:
-            history = np.full(((settings.updates + 1) * (settings.cuts + 2), native.HISTORY_COLUMNS), -1.0)
-        table[native.ROWS] = rows
-        table[native.FIRST_GUESS], table[native.FIRST_GIVENS] = guess.data_ptr(), givens.data_ptr()
-        table[native.NORMS], table[native.RECORD] = norms.data_ptr(), record.data_ptr()
-        table[native.SOLUTION] = unknowns.data_ptr()
-        table[native.HISTORY] = 0 if history is None else history.ctypes.data
-        self._require_done(native.solve_block(self._at))
+            history = np.full(((settings.updates + 1) * (settings.cuts + 2), tables.HISTORY_COLUMNS), -1.0)
+        table[Table.ROWS] = rows
+        table[Table.FIRST_GUESS], table[Table.FIRST_GIVENS] = guess.data_ptr(), givens.data_ptr()
+        table[Table.NORMS], table[Table.RECORD] = norms.data_ptr(), record.data_ptr()
+        table[Table.SOLUTION] = unknowns.data_ptr()
+        table[Table.HISTORY] = 0 if history is None else history.ctypes.data
+        self._require_done(self._system.code.solve_block(self._at))
         if tell is not None and history is not None:
             _tell(history, settings, tell)
-        return Solved([unknowns], RowStatistics(record, norms, bool(table[native.FAILED] == 0)))
+        return Solved([unknowns], RowStatistics(record, norms, bool(table[Table.FAILED] == 0)))
 
     def _settle(self, settings: NewtonSettings, small_steps: bool) -> None:
         """Put the settings of a solve into the table."""
         criteria = criteria_of(settings, small_steps=small_steps)
         self._limits = np.array([float(value) for value in criteria])
         table = self._table
-        table[native.UPDATES], table[native.CUTS] = settings.updates, settings.cuts
-        table[native.LIMITS] = self._limits.ctypes.data
+        table[Table.UPDATES], table[Table.CUTS] = settings.updates, settings.cuts
+        table[Table.LIMITS] = self._limits.ctypes.data
         self._settled = settings, small_steps
 
     def _require_done(self, fault: int) -> None:
-        if fault == native.DONE:
+        if fault == tables.DONE:
             return
         system = self._system
-        graph = system.residual if fault in (native.RESIDUAL_FAILED, native.RESIDUAL_IS_OTHER) else system.jacobian
-        if fault in (native.RESIDUAL_FAILED, native.JACOBIAN_FAILED):
+        graph = system.residual if fault in (tables.RESIDUAL_FAILED, tables.RESIDUAL_IS_OTHER) else system.jacobian
+        if fault in (tables.RESIDUAL_FAILED, tables.JACOBIAN_FAILED):
             raise AOTIError(f"{graph.file}: the compiled graph failed: {graph.last_error()}")
         raise ArtifactError(
             f"{graph.file}: returned tensors of other shapes than the metadata tells. The package belongs to another "
@@ -287,19 +292,27 @@ def _tell(history: np.ndarray, settings: NewtonSettings, tell: Tell) -> None:
             tell(TRIALS.format(int(number), *figures))
 
 
-def columns(a: Tensor, b: Tensor, chosen: Sequence[int]) -> Tensor:
+def columns(code: MachineCode, a: Tensor, b: Tensor, chosen: Sequence[int]) -> Tensor:
     """Solve `A X = -B` row by row for chosen columns of `B`.
 
     Args:
-        a: `(rows, n, n)`.
-        b: `(rows, n, q)`.
+        code: the machine code.
+        a: `(rows, n, n)`, contiguous and float64.
+        b: `(rows, n, q)`, contiguous and float64.
         chosen: indices of columns.
 
     Returns:
         `(rows, n, len(chosen))`; NaN in rows whose matrix is singular.
     """
-    rows, n = a.shape[:2]
-    found = np.empty((rows, len(chosen), n))
-    lu, pivots = elimination.room_for(1, n)
-    native.solve_columns(a.numpy(), b.numpy(), np.asarray(chosen, np.int64), lu, pivots, found)
-    return torch.from_numpy(found).transpose(1, 2)
+    rows, n, q = b.shape
+    found = torch.empty(rows, len(chosen), n, dtype=torch.float64)
+    lu, pivots = np.empty(tables.factors_size(1, n)), np.empty(tables.pivots_size(1, n), np.int64)
+    indices = np.array(chosen, np.int64)
+    table = np.zeros(Columns.FIELDS, np.int64)
+    table[Columns.ROWS], table[Columns.N], table[Columns.Q], table[Columns.COUNT] = rows, n, q, len(chosen)
+    table[Columns.MATRICES], table[Columns.SIDES], table[Columns.FOUND] = a.data_ptr(), b.data_ptr(), found.data_ptr()
+    table[Columns.CHOSEN] = indices.ctypes.data
+    table[Columns.FACTORS], table[Columns.FACTORS_SIZE] = lu.ctypes.data, lu.size
+    table[Columns.PIVOTS], table[Columns.PIVOTS_SIZE] = pivots.ctypes.data, pivots.size
+    code.solve_columns(table.ctypes.data)
+    return found.transpose(1, 2)

@@ -1,6 +1,6 @@
 """By what a Newton solve decides about a row: each criterion once, for numbers and tensors alike.
 
-The functions hold arithmetic, comparisons and `&`, `|` only, so that Python numbers, tensors and numba's kernels take
+The functions hold arithmetic, comparisons and `&`, `|` only, so that Python numbers, tensors and machine code take
 the same lines. A row's criteria see numbers of that row alone.
 """
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import AOTIError, ArtifactError
-from . import calls
+from . import tables
 from .block import CompiledGraph, require_counts
+from .machine_code import MachineCode
+from .tables import Call as Table
 
 
 class GraphCaller:
@@ -19,12 +21,13 @@ class GraphCaller:
 
     Args:
         graph: to be called.
-        functions: addresses of the functions for tensors, see `calls.CREATE`.
+        functions: addresses of the functions for tensors, see `tables.CREATE`.
         executor: address of its proxy executor.
+        code: the machine code.
     """
 
-    def __init__(self, graph: CompiledGraph, functions: np.ndarray, executor: int) -> None:
-        self._graph, self._functions, self._executor = graph, functions, executor
+    def __init__(self, graph: CompiledGraph, functions: np.ndarray, executor: int, code: MachineCode) -> None:
+        self._graph, self._functions, self._executor, self._code = graph, functions, executor, code
         self._free: list[_Frame] = []
 
     def __call__(
@@ -52,7 +55,7 @@ class GraphCaller:
         try:
             frame = self._free.pop()
         except IndexError:
-            frame = _Frame(self._graph, self._functions, self._executor)
+            frame = _Frame(self._graph, self._functions, self._executor, self._code)
         try:
             outputs = frame.call(arguments, batched, rows, into)
         finally:
@@ -60,7 +63,7 @@ class GraphCaller:
         if isinstance(outputs, list):
             return outputs
         file = self._graph.file
-        if outputs == calls.FAILED:
+        if outputs == tables.FAILED:
             raise AOTIError(f"{file}: the compiled graph failed: {self._graph.last_error()}")
         raise ArtifactError(
             f"{file}: returned tensors that are not of float64 with the rows leading. The package and the metadata do "
@@ -75,21 +78,22 @@ class _Frame:
         graph: as for `GraphCaller`.
         functions: as for `GraphCaller`.
         executor: as for `GraphCaller`.
+        code: as for `GraphCaller`.
     """
 
-    def __init__(self, graph: CompiledGraph, functions: np.ndarray, executor: int) -> None:
-        self._graph, self._functions = graph, functions
+    def __init__(self, graph: CompiledGraph, functions: np.ndarray, executor: int, code: MachineCode) -> None:
+        self._graph, self._functions, self._code = graph, functions, code
         self._container, outputs = graph.container(), graph.outputs
-        self._outputs = np.zeros((outputs, calls.OUTPUT), np.int64)
+        self._outputs = np.zeros((outputs, tables.OUTPUT), np.int64)
         # Trailing shape of each output, and whether it comes once; as the last call has told.
         self._told: list[tuple[bool, tuple[int, ...]]] | None = None
         self._shapes: list[Sequence[int]] = []
         self._room = np.empty(0)
-        self._table = np.zeros(calls.FIELDS, np.int64)
+        self._table = np.zeros(Table.FIELDS, np.int64)
         table = self._table
-        table[calls.RUN], table[calls.CONTAINER] = self._container.run, self._container.handle
-        table[calls.EXECUTOR], table[calls.FUNCTIONS] = executor, functions.ctypes.data
-        table[calls.OUTPUTS], table[calls.OUTPUTS_AT] = outputs, self._outputs.ctypes.data
+        table[Table.RUN], table[Table.CONTAINER] = self._container.run, self._container.handle
+        table[Table.EXECUTOR], table[Table.FUNCTIONS] = executor, functions.ctypes.data
+        table[Table.OUTPUTS], table[Table.OUTPUTS_AT] = outputs, self._outputs.ctypes.data
         self._at = table.ctypes.data
 
     def call(
@@ -103,32 +107,35 @@ class _Frame:
             addresses.append(x.data_ptr())
         if shapes != self._shapes:
             self._take(shapes)
-        self._arguments[:, calls.ADDRESS] = addresses
-        self._table[calls.ROWS] = rows
-        if rows % calls.VECTOR:
-            needed = self._width * (rows + calls.VECTOR)
+        self._arguments[:, tables.ADDRESS] = addresses
+        self._table[Table.ROWS] = rows
+        if rows % tables.VECTOR:
+            needed = self._width * (rows + tables.VECTOR)
             if self._room.size < needed:
                 self._room = np.empty(needed)
-                self._table[calls.ROOM] = self._room.ctypes.data
+                self._table[Table.ROOM] = self._room.ctypes.data
         outputs = self._targets(rows, into)
-        fault = calls.call_graph(self._at)
-        if fault == calls.OTHER:
+        fault = self._code.call_graph(self._at)
+        if fault == tables.OTHER:
             # The first call, or one with sites of another number: now their shapes are known.
             self._told = [
-                (bool(row[calls.OUTPUT_SIZES]), tuple(row[calls.OUTPUT_SIZES + 1 : calls.OUTPUT_SIZES + axes].tolist()))
-                for row, axes in zip(self._outputs, self._outputs[:, calls.OUTPUT_AXES].tolist(), strict=True)
+                (
+                    bool(row[tables.OUTPUT_SIZES]),
+                    tuple(row[tables.OUTPUT_SIZES + 1 : tables.OUTPUT_SIZES + axes].tolist()),
+                )
+                for row, axes in zip(self._outputs, self._outputs[:, tables.OUTPUT_AXES].tolist(), strict=True)
             ]
-            self._arguments[:, calls.ADDRESS] = addresses
+            self._arguments[:, tables.ADDRESS] = addresses
             outputs = self._targets(rows, into)
-            fault = calls.call_graph(self._at)
-        return outputs if fault == calls.CALLED else int(fault)
+            fault = self._code.call_graph(self._at)
+        return outputs if fault == tables.CALLED else int(fault)
 
     def _take(self, shapes: list[Sequence[int]]) -> None:
         """Make the table of arguments; the first size of one with rows is filled in at each call."""
         require_counts(self._graph, len(shapes))
         self._shapes, self._width = shapes, 0
-        self._arguments = np.zeros((len(shapes), calls.GRAPH_ARGUMENT), np.int64)
-        self._handles = np.zeros(len(shapes) + len(self._outputs) + 4, np.int64)
+        self._arguments = np.zeros((len(shapes), tables.GRAPH_ARGUMENT), np.int64)
+        self._handles = np.zeros(len(shapes) + len(self._outputs) + tables.SCRATCH, np.int64)
         self._extents = []
         for row, shape in zip(self._arguments, shapes, strict=True):
             has_rows = not shape or shape[0] != -1
@@ -140,8 +147,8 @@ class _Frame:
             row[:] = 0, len(sizes), extents.ctypes.data, extents.ctypes.data + 8 * len(sizes), width
             self._width += width
         table = self._table
-        table[calls.ARGUMENTS], table[calls.ARGUMENTS_AT] = len(shapes), self._arguments.ctypes.data
-        table[calls.HANDLES] = self._handles.ctypes.data
+        table[Table.ARGUMENTS], table[Table.ARGUMENTS_AT] = len(shapes), self._arguments.ctypes.data
+        table[Table.HANDLES] = self._handles.ctypes.data
 
     def _targets(self, rows: int, into: Sequence[Tensor] | None) -> list[Tensor]:
         """Where the outputs go: to new tensors if no others are given; nowhere while their shapes are not known."""
@@ -151,5 +158,5 @@ class _Frame:
         if into is not None and [tuple(x.shape) for x in into] != shapes:
             raise AOTIError(f"{self._graph.file}: returns tensors of another shape for some rows than for others.")
         found = [torch.empty(shape, dtype=torch.float64) for shape in shapes] if into is None else list(into)
-        self._outputs[:, calls.TARGET] = [x.data_ptr() for x in found]
+        self._outputs[:, tables.TARGET] = [x.data_ptr() for x in found]
         return found

@@ -1,158 +1,250 @@
-"""Compile kernels with numba, and keep their machine code on disk where that can be done.
+"""Machine code for the processor at hand, made from the code that comes with the package by llvmlite alone.
 
-The folders are those of numba's own cache: the one that `NUMBA_CACHE_DIR` names, and no other; else `__pycache__`
-beside this module and the user's cache folder. A file is read from the first of them that has it, also where the
-folder cannot be written, and is written to the first that takes it. Where none does, each process compiles.
-
-A file holds one kernel for one form of its arguments and one processor. It begins with a digest of what it is, what it
-was compiled from, and its content; unless that is right, nothing in it is unpickled. So a file that is damaged, old or
-another's is compiled anew and written over. There is no index, which processes that write at once could spoil.
+What llvmlite has made is kept as an object file, so that the next process need not: in a folder that is this user's
+alone, under the digest of all that it depends on, and behind a digest of its own. A file is written whole or not at
+all; one whose digest is wrong is made anew. Where there is no such folder, each process makes it for itself.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-import marshal
 import os
-import pickle
-import pkgutil
+import stat
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import llvmlite
-import numba
-from numba.core import caching, compiler, serialize
-from numba.core.compiler_lock import global_compiler_lock
 
 from .. import log
 from ..errors import InputError
 from ..files import draft, read_plain
-from .undisturbed import undisturbed
+from . import code_file
+from .code_file import Unusable
 
-# Of one kernel; they have some 100 kB.
-_MOST_BYTES = 1 << 28
+# A folder to keep object files in, in place of the user's cache folder.
+VARIABLE = "NEML2_AOTI_PLUGIN_CACHE"
 _DIGEST = hashlib.sha256().digest_size
-# Kernels whose machine code no folder took.
-not_kept: list[str] = []
+_MOST_BYTES = 1 << 26
+# When a user is told what the first call waits for, in seconds.
+_PATIENCE = 0.5
+# numba's way to call: status = function(result, exception, argument).
+_Function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """A function as machine code, compiled at its first call for each form of its arguments.
-
-    Args:
-        function: arithmetic and loops over arrays, of a module in this package.
-    """
-    compiled: Any = _compiled(function)
-    if numba.config.DISABLE_JIT:
-        return compiled
-    # With a numba of another make it compiles in each process.
-    with suppress(Exception):
-        compiled._cache = _Files(function.__name__)
-    # A compile that a signal handler ends may leave numba unable to compile anything; see also `choice`.
-    compile_now = compiled.compile
-    compiled.compile = lambda sig: undisturbed(lambda: compile_now(sig))
-    return compiled
-
-
-def inner(function: Callable[..., Any]) -> Any:
-    """A function that only kernels call, whose machine code is kept with theirs."""
-    return _compiled(function, no_cpython_wrapper=True)
-
-
-def inlined(function: Callable[..., Any]) -> Any:
-    """A short function that only kernels call, compiled as if its lines stood there."""
-    return _compiled(function, no_cpython_wrapper=True, inline="always")
-
-
-def _compiled(function: Callable[..., Any], **options: Any) -> Any:
-    return numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)(function)
-
-
-@cache
-def folders() -> tuple[Path, ...]:
-    """Where machine code is looked for, in this order."""
-    here = os.path.abspath(__file__)
-    kinds = [caching.UserProvidedCacheLocator]
-    if not numba.config.CACHE_DIR:
-        kinds = [caching.InTreeCacheLocator, caching.UserWideCacheLocator]
-    paths = [Path(kind(_write, here).get_cache_path()) for kind in kinds]
-    # For a user without a home, numba's folder is `~` in the current one, where anybody may have put anything.
-    return tuple(path for path in paths if path.is_absolute())
-
-
-@cache
-def _origin() -> bytes:
-    """What machine code is made of: the compiler, and the code of this package.
-
-    It is the code as Python runs it. A source that has changed while its size and time have not is not run either.
-    """
-    found = hashlib.sha256(repr((sys.version, numba.__version__, llvmlite.__version__)).encode())
-    for module in pkgutil.iter_modules([os.path.dirname(os.path.abspath(__file__))]):
-        loader: Any = module.module_finder.find_spec(module.name, None).loader  # type: ignore[union-attr]
-        # In version 2 of the format the bytes do not depend on which objects happen to be shared.
-        found.update(marshal.dumps(loader.get_code(module.name), 2))
-    return found.digest()
-
-
-class _Files(caching.NullCache):
-    """The files of one kernel, as numba asks for them.
+@dataclass(frozen=True)
+class MachineCode:
+    """The functions, each of which takes the address of a table and gives an integer, without the interpreter.
 
     Args:
-        name: of the kernel.
+        solve_block: see `machine/newton.py`.
+        solve_columns: see `machine/newton.py`.
+        call_graph: see `machine/calls.py`.
+        kept: the object file that the code was read from or written to; None where none could be.
+        engine: what holds the code.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name, self._folders, self._from = name, folders(), _origin()
+    solve_block: Callable[[int], int]
+    solve_columns: Callable[[int], int]
+    call_graph: Callable[[int], int]
+    kept: Path | None
+    engine: Any
 
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The code for these argument types; None where none is whole and current."""
-        target_context.refresh()
-        file, key = self._file(sig, target_context.codegen())
-        for folder in self._folders:
-            with suppress(Exception):
-                kept = read_plain(folder / file, "machine code", _MOST_BYTES)
-                data = memoryview(kept)[_DIGEST:]
-                if kept[:_DIGEST] == self._digest(key, data):
-                    return compiler.CompileResult._rebuild(target_context, *pickle.loads(data))
+
+_lock = threading.Lock()
+_found: MachineCode | None = None
+
+
+def load() -> MachineCode:
+    """The machine code of this process, made or read when it is first asked for.
+
+    Raises:
+        Unusable: llvmlite is not there, or cannot make code for this processor.
+    """
+    global _found
+    if _found is None:
+        with _lock:
+            if _found is None:
+                _found = _load()
+    return _found
+
+
+def folder() -> Path | None:
+    """Where object files are kept, whether or not it is there; None where that would be nowhere safe."""
+    given = os.environ.get(VARIABLE, "").strip()
+    if given:
+        path = Path(given)
+    elif sys.platform == "win32":
+        path = Path(os.environ.get("LOCALAPPDATA", "")) / "neml2-aoti-plugin"
+    elif sys.platform == "darwin":
+        path = Path("~/Library/Caches/neml2-aoti-plugin")
+    else:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "neml2-aoti-plugin"
+    with suppress(RuntimeError):
+        path = path.expanduser() / "machine-code"
+        return path if path.is_absolute() else None
+    return None
+
+
+def files() -> list[Path]:
+    """The object files that are kept."""
+    where = folder()
+    return sorted(where.glob("*.o")) if where is not None else []
+
+
+def _load() -> MachineCode:
+    begun = time.perf_counter()
+    code = code_file.read()
+    try:
+        import llvmlite
+        from llvmlite import binding
+    except Exception as error:
+        raise Unusable(
+            f"llvmlite cannot be imported ({type(error).__name__}: {error}). pip install -U llvmlite"
+        ) from None
+    if tuple(binding.llvm_version_info) < code.llvm:
+        raise Unusable(
+            f"llvmlite {llvmlite.__version__} has LLVM {binding.llvm_version_info[0]}, which does not read the code of "
+            f"LLVM {code.llvm[0]}. pip install -U llvmlite"
+        )
+    try:
+        return _make(code, binding, llvmlite.__version__, begun)
+    except (RuntimeError, ValueError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unusable(f"LLVM makes no code for this processor ({lines[0]})") from error
+
+
+def _make(code: code_file.Code, binding: Any, version: str, begun: float) -> MachineCode:
+    """Take the object file that is kept, or make it; load it."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    triple, cpu = binding.get_process_triple(), binding.get_host_cpu_name()
+    features = binding.get_host_cpu_features().flatten()
+    machine = target_machine(binding, triple, cpu, features)
+    depends = repr((code.digest, version, binding.llvm_version_info, triple, cpu, features)).encode()
+    key = hashlib.sha256(depends).hexdigest()
+    kept, object_file = _read_kept(key)
+    if object_file is None:
+        object_file = emit(binding, code.bitcode, machine)
+        kept = _keep(key, object_file)
+        took = time.perf_counter() - begun
+        if took > _PATIENCE:
+            where = f"kept in {kept.parent}" if kept else f"kept nowhere; {VARIABLE} names a folder"
+            print(f"neml2-aoti-plugin: made machine code for this processor in {took:.1f} s ({where})", file=sys.stderr)
+    empty = binding.parse_assembly("")
+    empty.triple = triple
+    engine = binding.create_mcjit_compiler(empty, machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(object_file))
+    engine.finalize_object()
+    return MachineCode(
+        solve_block=_function(engine, "solve_block"),
+        solve_columns=_function(engine, "solve_columns"),
+        call_graph=_function(engine, "call_graph"),
+        kept=kept,
+        engine=engine,
+    )
+
+
+def target_machine(binding: Any, triple: str, cpu: str, features: str) -> Any:
+    """LLVM's description of a processor."""
+    target = binding.Target.from_triple(triple)
+    return target.create_target_machine(cpu=cpu, features=features, opt=2, reloc="pic", codemodel="small", jit=True)
+
+
+def emit(binding: Any, bitcode: bytes, machine: Any) -> bytes:
+    """Make an object file.
+
+    Args:
+        binding: llvmlite's module.
+        bitcode: the code.
+        machine: of the processor.
+
+    Raises:
+        RuntimeError: the code is not valid for it.
+    """
+    module = binding.parse_bitcode(bitcode)
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    module.verify()
+    made: bytes = machine.emit_object(module)
+    return made
+
+
+def _function(engine: Any, name: str) -> Callable[[int], int]:
+    """A function of the machine code; ctypes lets go of the interpreter while it runs."""
+    at = engine.get_function_address(name)
+    if not at:
+        raise RuntimeError(f"the machine code has no function {name}")
+    function = _Function(at)
+
+    def call(table: int) -> int:
+        result, exception = ctypes.c_int64(), ctypes.c_void_p()
+        function(ctypes.byref(result), ctypes.byref(exception), table)
+        return result.value
+
+    return call
+
+
+def _read_kept(key: str) -> tuple[Path | None, bytes | None]:
+    """The object file for a key, with its path; None where none is kept that can be trusted."""
+    where = folder()
+    if where is None or not _is_safe(where):
+        return None, None
+    path = where / f"{key}.o"
+    with suppress(InputError, FileNotFoundError, OSError):
+        content = read_plain(path, "an object file", _MOST_BYTES)
+        digest, made = content[:_DIGEST], content[_DIGEST:]
+        if digest == _digest(key, made):
+            return path, made
+    return None, None
+
+
+def _keep(key: str, made: bytes) -> Path | None:
+    """Keep an object file for other processes, if that can be done; give its path."""
+    where = folder()
+    if where is None:
         return None
-
-    def save_overload(self, sig: Any, result: Any) -> None:
-        """Keep machine code, if it can be kept."""
-        with suppress(Exception):
-            file, key = self._file(sig, result.codegen)
-            data = serialize.dumps(result._reduce())
-            for folder in self._folders:
-                with suppress(OSError, InputError):
-                    _write(folder / file, self._digest(key, data) + data)
-                    return
-        not_kept.append(self._name)
-        log.emit("model", "info", f"machine code of {self._name} cannot be kept and is compiled in each process")
-
-    def _file(self, sig: Any, codegen: Any) -> tuple[str, bytes]:
-        """The name of a file, and all that its content depends on besides `_origin`."""
-        key = repr((self._name, sig, codegen.magic_tuple())).encode()
-        return f"{self._name}.{sys.implementation.cache_tag}.{hashlib.sha256(key).hexdigest()[:16]}.nbc", key
-
-    def _digest(self, key: bytes, data: bytes | memoryview) -> bytes:
-        return hashlib.sha256(b"".join([self._from, hashlib.sha256(key).digest(), data])).digest()
+    with suppress(OSError, InputError):
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.mkdir(mode=0o700, exist_ok=True)
+        if _is_safe(where):
+            with draft(where / f"{key}.o") as scratch:
+                scratch.write_bytes(_digest(key, made) + made)
+            return where / f"{key}.o"
+    log.emit("model", "info", "machine code cannot be kept, and is made in each process")
+    return None
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with draft(path) as scratch:
-        scratch.write_bytes(content)
+def _digest(key: str, made: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + made).digest()
+
+
+def _is_safe(where: Path) -> bool:
+    """Whether a folder is this user's alone, and lies where nobody else can put another in its place."""
+    if sys.platform == "win32":
+        return where.is_dir()
+    with suppress(OSError):
+        status = os.lstat(where)
+        mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+        return mine and all(_is_guarded(os.stat(parent)) for parent in where.resolve().parents)
+    return False
+
+
+def _is_guarded(status: os.stat_result) -> bool:
+    """Whether only this user and root can exchange what lies in a folder."""
+    mine = sys.platform != "win32" and status.st_uid in (0, os.getuid())
+    # In one with the sticky bit, as /tmp, others cannot exchange what is not theirs.
+    return mine and (not status.st_mode & 0o022 or bool(status.st_mode & stat.S_ISVTX))
+
+
+def _in_child() -> None:
+    """A thread that held the lock is not there in a forked process."""
+    global _lock
+    _lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    # A fork waits until another thread has compiled: the new process could not, with that thread's lock and its half of
-    # the work.
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
-    )
+    os.register_at_fork(after_in_child=_in_child)

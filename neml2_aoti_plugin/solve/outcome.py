@@ -10,14 +10,16 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from . import tables
+
 
 class Outcome(IntEnum):
     """How a row ended. `NOT_FINITE` is no verdict of a solve: the row has a result that is NaN or infinite."""
 
-    CONVERGED = 0
-    DIVERGED = 1
-    OUT_OF_ITERATIONS = 2
-    SINGULAR = 3
+    CONVERGED = tables.CONVERGED
+    DIVERGED = tables.DIVERGED
+    OUT_OF_ITERATIONS = tables.OUT_OF_ITERATIONS
+    SINGULAR = tables.SINGULAR
     NOT_FINITE = 4
 
     @property

@@ -23,7 +23,7 @@ VARIABLES = (
     *("NEML2_AOTI_PLUGIN_BLOCK_ROWS", "NEML2_AOTI_PLUGIN_KERNELS", "TORCH_DEVICE_BACKEND_AUTOLOAD", "NEML2_LOGS"),
     *("NEML2_CAPTURE_SOLVE_FAILURE", "NUMBA_CACHE_DIR", "TMPDIR", machine.THREADS),
 )
-PACKAGES = ("neml2", "torch", "numba", "numpy", "safetensors", "matplotlib")
+PACKAGES = ("neml2", "torch", "llvmlite", "numpy", "safetensors", "matplotlib")
 
 
 @dataclass(frozen=True)

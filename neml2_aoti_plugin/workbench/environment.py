@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Literal
 
 from ..errors import AOTIError
-from ..solve import choice
+from ..solve import choice, machine_code
 from . import machine
 
 Level = Literal["fine", "advice", "problem"]
@@ -38,15 +38,15 @@ class KernelsReport:
     """What the Newton loop runs on.
 
     Args:
-        implementation: `numba` or `torch`; empty where the environment variable holds another word.
+        implementation: `native` or `torch`; empty where the environment variable holds another word.
         reason: why.
-        folders: where machine code of kernels is looked for.
-        files: how many files of machine code there are.
+        folder: where machine code is kept; empty where there is no such place.
+        files: how many files of machine code are kept there.
     """
 
     implementation: str
     reason: str
-    folders: tuple[str, ...]
+    folder: str
     files: int
 
 
@@ -95,30 +95,29 @@ def of_torch(version: str) -> Finding:
 def newton_loop() -> KernelsReport:
     """What the Newton loop runs on here."""
     try:
-        # It imports numba, which may be there and not work.
-        arrays, reason = choice.machine()
+        # It imports llvmlite, which may be there and not work.
+        code, reason = choice.machine()
     except AOTIError as error:
-        return KernelsReport("", str(error), (), 0)
-    if arrays is None:
-        return KernelsReport(choice.TORCH, reason, (), 0)
-    from ..solve import machine_code, warm
-
-    return KernelsReport(choice.NUMBA, reason, tuple(map(str, machine_code.folders())), len(warm.files()))
+        return KernelsReport("", str(error), "", 0)
+    if code is None:
+        return KernelsReport(choice.TORCH, reason, "", 0)
+    return KernelsReport(choice.NATIVE, reason, str(code.kept.parent) if code.kept else "", len(machine_code.files()))
 
 
 def of_kernels(kernels: KernelsReport) -> Finding:
-    """Does it run on kernels, and are they compiled?"""
+    """Are solves done by machine code, and is it kept?"""
     if not kernels.implementation:
         return Finding("Newton loop", "problem", kernels.reason, f"unset {choice.VARIABLE}")
     if kernels.implementation == choice.TORCH:
         asked_for = kernels.reason == f"{choice.VARIABLE}={choice.TORCH}"
-        cure = f"unset {choice.VARIABLE}" if asked_for else "pip install -U numba"
-        says = f"on torch's operations ({kernels.reason}); kernels are faster for models of one dense group on a CPU"
+        cure = f"unset {choice.VARIABLE}" if asked_for else "pip install -U llvmlite"
+        says = f"by torch's operations ({kernels.reason}); machine code is faster for models of one group on a CPU"
         return Finding("Newton loop", "advice", says, cure)
-    if not kernels.files:
-        says = "on numba's kernels, none of which is compiled yet: the first solve waits for that"
-        return Finding("Newton loop", "advice", says, "neml2-aoti warm")
-    return Finding("Newton loop", "fine", f"on numba's kernels; {kernels.files} files of machine code are there")
+    if not kernels.folder:
+        says = "by machine code, which cannot be kept: each process makes it anew, which takes a second"
+        cure = f"Name a folder that only you can write to: {machine_code.VARIABLE}=FOLDER"
+        return Finding("Newton loop", "advice", says, cure)
+    return Finding("Newton loop", "fine", f"by machine code, which is kept in {kernels.folder}")
 
 
 def of_compiler(compiler: machine.CompilerReport) -> Finding:

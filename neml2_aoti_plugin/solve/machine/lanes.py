@@ -1,24 +1,22 @@
-"""Arithmetic on eight rows at a time, as vector instructions, for the kernels.
+"""Arithmetic on eight rows at a time, as vector instructions.
 
 In an array of lanes the same number of eight rows lie side by side; an offset is that of the first lane. A loop over
 them would not become vector instructions, since the compiler cannot tell that two arrays do not overlap. So each
-operation is written twice: as what it means, which runs where numba's compiler is switched off, and in LLVM's language,
-which splits a vector for processors with shorter ones. Nothing is contracted or reordered: the bits of a row do not
-depend on its lane.
+operation is written in LLVM's language, which splits a vector for processors with shorter ones. Nothing is contracted
+or reordered: the bits of a row do not depend on its lane.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
-import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-LANES: Final = 8
+from ..tables import LANES
 
 _DOUBLE = ir.DoubleType()
 _VECTOR = ir.VectorType(_DOUBLE, LANES)
@@ -28,15 +26,13 @@ _VECTOR = ir.VectorType(_DOUBLE, LANES)
 Emit = Callable[[Any, Callable[[Any], Any], Any], None]
 
 
-def _operation(meaning: Callable[..., None], emit: Emit) -> Callable[..., None]:
+def _operation(emit: Emit, offsets: int) -> Any:
     """An operation on one array, with integers for all else.
 
     Args:
-        meaning: what it does.
-        emit: the same as vector instructions.
+        emit: its instructions.
+        offsets: number of integers.
     """
-    if numba.config.DISABLE_JIT:
-        return meaning
 
     # numba takes no variable number of arguments here.
     def with_two(context: Any, x: Any, i: Any, j: Any) -> Any:
@@ -57,41 +53,7 @@ def _operation(meaning: Callable[..., None], emit: Emit) -> Callable[..., None]:
         emit(builder, vector_at, arguments[1:])
         return context.get_dummy_value()
 
-    typed = {3: with_two, 4: with_three, 5: with_four}[meaning.__code__.co_argcount]
-    found: Callable[..., None] = intrinsic(typed)
-    return found
-
-
-def _larger(x: Any, at: Any, index: Any, peak: Any) -> None:
-    """Where `|x|` is larger than the peak so far, it is the new one; behind the peaks lie the indices of theirs."""
-    for lane in range(LANES):
-        size = abs(x[at + lane])
-        if size > x[peak + lane]:
-            x[peak + lane], x[peak + LANES + lane] = size, index
-
-
-def _divide(x: Any, at: Any, by: Any) -> None:
-    """`x /= y`; `by` is the offset of `y` in the same array."""
-    for lane in range(LANES):
-        x[at + lane] /= x[by + lane]
-
-
-def _multiply(x: Any, at: Any, by: Any) -> None:
-    """`x *= y`; `by` is the offset of `y` in the same array."""
-    for lane in range(LANES):
-        x[at + lane] *= x[by + lane]
-
-
-def _subtract_multiple(x: Any, at: Any, source: Any, count: Any, factor: Any) -> None:
-    """`x -= f y` for so many vectors one after the other; `source` and `factor` are the offsets of `y` and `f`."""
-    for i in range(count * LANES):
-        x[at + i] -= x[factor + i % LANES] * x[source + i]
-
-
-def _subtract_products(x: Any, at: Any, left: Any, right: Any, count: Any) -> None:
-    """`x -= sum(y z)` over so many vectors, one after the other; `left` and `right` are the offsets of `y` and `z`."""
-    for i in range(count * LANES):
-        x[at + i % LANES] -= x[left + i] * x[right + i]
+    return intrinsic({2: with_two, 3: with_three, 4: with_four}[offsets])
 
 
 def _load(builder: Any, pointer: Any) -> Any:
@@ -150,8 +112,15 @@ def _emit_subtract_products(builder: Any, vector_at: Any, arguments: Any) -> Non
     _store(builder, builder.load(total), vector_at(at))
 
 
-larger = _operation(_larger, _emit_larger)
-divide = _operation(_divide, _emit_divide)
-multiply = _operation(_multiply, _emit_multiply)
-subtract_multiple = _operation(_subtract_multiple, _emit_subtract_multiple)
-subtract_products = _operation(_subtract_products, _emit_subtract_products)
+# `larger(x, at, index, peak)`: where `|x|` is larger than the peak so far, it is the new one; behind the peaks lie the
+# indices of theirs.
+larger = _operation(_emit_larger, 3)
+# `divide(x, at, by)`: `x /= y`, and `multiply`: `x *= y`; `by` is the offset of `y` in the same array.
+divide = _operation(_emit_divide, 2)
+multiply = _operation(_emit_multiply, 2)
+# `subtract_multiple(x, at, source, count, factor)`: `x -= f y` for so many vectors one after the other; `source` and
+# `factor` are the offsets of `y` and `f`.
+subtract_multiple = _operation(_emit_subtract_multiple, 4)
+# `subtract_products(x, at, left, right, count)`: `x -= sum(y z)` over so many vectors, one after the other; `left` and
+# `right` are the offsets of `y` and `z`.
+subtract_products = _operation(_emit_subtract_products, 4)

@@ -13,16 +13,36 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-from .machine_code import inlined, inner, kernel
-
-# Rows that a graph gets are filled up to a multiple of this: operators take two vectors at a time and the rest number
-# by number, which rounds otherwise. With AVX-512 a vector has 8 doubles.
-VECTOR = 16
-
-# Places in the table of functions; behind them torch's number for float64.
-CREATE, DELETE, DATA, DIM, SIZES, STRIDES, DTYPE, FLOAT64 = range(8)
-# Columns of the table of arguments: address, number of axes, address of their sizes, of their strides.
-ADDRESS, AXES, SIZES_AT, STRIDES_AT, ARGUMENT = range(5)
+from ..tables import (
+    ADDRESS,
+    AXES,
+    CALLED,
+    CREATE,
+    DATA,
+    DELETE,
+    DIM,
+    DTYPE,
+    FAILED,
+    FLOAT64,
+    FUNCTIONS,
+    GRAPH_ARGUMENT,
+    MOST_AXES,
+    OTHER,
+    OUTPUT,
+    OUTPUT_AXES,
+    OUTPUT_SIZES,
+    SCRATCH,
+    SIZES,
+    SIZES_AT,
+    STRIDES,
+    STRIDES_AT,
+    TARGET,
+    UNREADABLE,
+    VECTOR,
+    WIDTH,
+)
+from ..tables import Call as Table
+from .compiled import entry, inlined, inner
 
 
 class Graph(NamedTuple):
@@ -216,7 +236,7 @@ def output(call: Any, place: Any, rows: Any, n: Any, axes: Any) -> Any:
 
 
 @inlined
-def entry(x: Any, row: Any, i: Any, j: Any) -> Any:
+def entry_of(x: Any, row: Any, i: Any, j: Any) -> Any:
     """One number of an output."""
     return numbers(x.address + 8 * (row * x.row + i * x.first + j * x.second), (1,))[0]
 
@@ -225,40 +245,27 @@ def entry(x: Any, row: Any, i: Any, j: Any) -> Any:
 def take(x: Any, row: Any, target: Any, place: Any) -> None:
     """Copy a row of an output to a place in an array."""
     for i in range(target.shape[1]):
-        target[place, i] = entry(x, row, i, 0)
+        target[place, i] = entry_of(x, row, i, 0)
 
 
-# What `call_graph` is given: the graph, tables of its arguments and its outputs, rows, and room for filled-up copies.
-RUN, CONTAINER, EXECUTOR, FUNCTIONS, ARGUMENTS, ARGUMENTS_AT, OUTPUTS, OUTPUTS_AT, HANDLES, ROWS, ROOM, FIELDS = range(
-    12
-)
-# Columns of its table of arguments behind those above: entries of a row, 0 for what all rows share.
-WIDTH, GRAPH_ARGUMENT = ARGUMENT, ARGUMENT + 1
-# Columns of its table of outputs: where its rows go, the number of axes, and the sizes of these; then the most axes.
-TARGET, OUTPUT_AXES, OUTPUT_SIZES, MOST_AXES = 0, 1, 2, 10
-OUTPUT = OUTPUT_SIZES + MOST_AXES
-# What a call comes to: done, failed, or outputs of other shapes than the table tells, which it tells now.
-CALLED, FAILED, OTHER, UNREADABLE = range(4)
-
-
-@kernel
+@entry
 def call_graph(table: Any) -> Any:
     """Run a graph for rows of any number, filled up to whole vectors by copies of the first one.
 
     Args:
-        table: address of the integers from `RUN` to `ROOM`.
+        table: address of the integers of `tables.Call`.
 
     Returns:
         `CALLED`, and the outputs of the rows are at their targets, one after the other; or what was wrong. An output
         that is the same for all rows has one row.
     """
-    t = integers(table, (FIELDS,))
-    count, outputs, rows = t[ARGUMENTS], t[OUTPUTS], t[ROWS]
+    t = integers(table, (Table.FIELDS,))
+    count, outputs, rows = t[Table.ARGUMENTS], t[Table.OUTPUTS], t[Table.ROWS]
     arguments, told = (
-        integer_rows(t[ARGUMENTS_AT], (count, GRAPH_ARGUMENT)),
-        integer_rows(t[OUTPUTS_AT], (outputs, OUTPUT)),
+        integer_rows(t[Table.ARGUMENTS_AT], (count, GRAPH_ARGUMENT)),
+        integer_rows(t[Table.OUTPUTS_AT], (outputs, OUTPUT)),
     )
-    room = t[ROOM]
+    room = t[Table.ROOM]
     for k in range(count):
         width = arguments[k, WIDTH]
         if width == 0:
@@ -271,14 +278,14 @@ def call_graph(table: Any) -> Any:
                     copies[row, i] = source[row if row < rows else 0, i]
             arguments[k, ADDRESS] = room
             room += 8 * filled(rows) * width
-    handles = t[HANDLES]
+    handles = t[Table.HANDLES]
     call = Call(
-        integers(t[FUNCTIONS], (8,)),
+        integers(t[Table.FUNCTIONS], (FUNCTIONS,)),
         arguments,
         integers(handles, (count + outputs,)),
-        integers(handles + 8 * (count + outputs), (4,)),
+        integers(handles + 8 * (count + outputs), (SCRATCH,)),
     )
-    graph = Graph(t[RUN], t[CONTAINER], t[EXECUTOR], outputs)
+    graph = Graph(t[Table.RUN], t[Table.CONTAINER], t[Table.EXECUTOR], outputs)
     if start(graph, call):
         return FAILED
     found = CALLED

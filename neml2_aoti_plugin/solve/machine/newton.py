@@ -10,12 +10,53 @@ from __future__ import annotations
 from math import inf, isfinite, nan, sqrt
 from typing import Any, Final, NamedTuple
 
-from . import criteria as by
-from .calls import (
+from .. import criteria as by
+from ..tables import (
+    ALPHA,
     ARGUMENT,
+    CONVERGED,
+    DIVERGED,
+    DONE,
+    FIRST,
+    FUNCTIONS,
+    FURTHER,
+    FURTHER_B,
+    FURTHER_OWN,
+    HISTORY_COLUMNS,
+    INDEX_COLUMNS,
+    JACOBIAN_FAILED,
+    JACOBIAN_IS_OTHER,
+    LANES,
+    LAST,
+    NORM,
+    NUMBER_COLUMNS,
+    OUT_OF_ITERATIONS,
+    OUTCOME,
+    OUTPUTS,
+    OWN,
+    PLACE,
+    RESIDUAL_FAILED,
+    RESIDUAL_IS_OTHER,
+    SCRATCH,
+    SINGULAR,
+    SLOPE,
+    SLOT,
+    SOURCE,
+    STEP,
+    TRIAL,
+    TRIAL_NORM,
+    TRIED,
+    UPDATE,
+    B,
+    Columns,
+    Solve,
+    U,
+)
+from .calls import (
     Call,
     Graph,
     Output,
+    entry_of,
     integer_rows,
     integers,
     number_rows,
@@ -25,6 +66,7 @@ from .calls import (
     run,
     take,
 )
+from .compiled import entry, inlined, inner
 from .elimination import (
     clear_sides,
     copy,
@@ -39,72 +81,10 @@ from .elimination import (
     substitute_one,
     take_side,
 )
-from .lanes import LANES
-from .machine_code import inlined, inner, kernel
-from .outcome import Outcome
 
-CONVERGED: Final = int(Outcome.CONVERGED)
-DIVERGED: Final = int(Outcome.DIVERGED)
-OUT_OF_ITERATIONS: Final = int(Outcome.OUT_OF_ITERATIONS)
-SINGULAR: Final = int(Outcome.SINGULAR)
 # In `record` of a row that has converged and waits for a last step with a linearisation of its own.
 WAITING: Final = -1
-
-# What a solve comes to: done, or what is wrong with a graph.
-DONE, RESIDUAL_FAILED, JACOBIAN_FAILED, RESIDUAL_IS_OTHER, JACOBIAN_IS_OTHER = range(5)
-
-# What `solve_block` is given: sizes, limits, graphs (the function and the container of each), addresses of arrays.
-(
-    ROWS,
-    CAPACITY,
-    N,
-    Q,
-    UPDATES,
-    CUTS,
-    RESIDUAL,
-    RESIDUAL_CONTAINER,
-    JACOBIAN,
-    JACOBIAN_CONTAINER,
-    EXECUTOR,
-    ARGUMENTS,
-    FUNCTIONS,
-    ARGUMENTS_AT,
-    HANDLES,
-    VECTORS,
-    GIVENS,
-    NUMBERS,
-    INDICES,
-    FACTORS,
-    FACTORS_SIZE,
-    PIVOTS,
-    PIVOTS_SIZE,
-    LIMITS,
-    FIRST_GUESS,
-    FIRST_GIVENS,
-    NORMS,
-    RECORD,
-    SOLUTION,
-    HISTORY,
-    FAILED,
-    FIELDS,
-) = range(32)
-# Entries of `handles` beside those of inputs: outputs of a graph, and what is asked of one.
-OUTPUTS, SCRATCH = 2, 4
-
-# Kinds of vectors: unknowns, direction, trial, `-r`; further trials of some rows. Then of givens.
-U, STEP, TRIAL, B, FURTHER, FURTHER_B, VECTOR_KINDS = range(7)
-OWN, FURTHER_OWN, GIVEN_KINDS = range(3)
-# Columns of `numbers`, of the live rows: residual norm, that of the trial, slope over squared norm, step length.
-NORM, TRIAL_NORM, SLOPE, ALPHA, NUMBER_COLUMNS = range(5)
-# Columns of `indices`: place of a live row in the batch, its row in the linearisation, the slot of its factors; the
-# live row of a further trial.
-PLACE, SOURCE, SLOT, TRIED, INDEX_COLUMNS = range(5)
-# Columns of `norms` and of `record`, of all rows: last and first residual norm; outcome and updates.
-LAST, FIRST = range(2)
-OUTCOME, UPDATE = range(2)
 CRITERIA: Final = len(by.Criteria._fields)
-# Columns of `history`, a line each: 0 for an iteration and 1 for trials, its number, and its figures.
-HISTORY_COLUMNS: Final = 5
 
 _converged, _small_step, _accepted = inlined(by.converged), inlined(by.small_step), inlined(by.accepted)
 _gains, _carries, _followed = inlined(by.gains), inlined(by.carries), inlined(by.followed)
@@ -159,10 +139,10 @@ def _unpacked(p: Any) -> Any:
 @inlined
 def _space(t: Any) -> Any:
     """The arrays that a table names."""
-    rows, capacity, n, q = t[ROWS], t[CAPACITY], t[N], t[Q]
-    vectors, givens = t[VECTORS], t[GIVENS]
+    rows, capacity, n, q = t[Solve.ROWS], t[Solve.CAPACITY], t[Solve.N], t[Solve.Q]
+    vectors, givens = t[Solve.VECTORS], t[Solve.GIVENS]
     size, given = 8 * capacity * n, 8 * capacity * q
-    lines = (t[UPDATES] + 1) * (t[CUTS] + 2) if t[HISTORY] else 0
+    lines = (t[Solve.UPDATES] + 1) * (t[Solve.CUTS] + 2) if t[Solve.HISTORY] else 0
     return Space(
         number_rows(vectors + U * size, (capacity, n)),
         number_rows(vectors + STEP * size, (capacity, n)),
@@ -172,47 +152,47 @@ def _space(t: Any) -> Any:
         number_rows(vectors + FURTHER_B * size, (capacity, n)),
         number_rows(givens + OWN * given, (capacity, q)),
         number_rows(givens + FURTHER_OWN * given, (capacity, q)),
-        number_rows(t[NUMBERS], (capacity, NUMBER_COLUMNS)),
-        integer_rows(t[INDICES], (capacity, INDEX_COLUMNS)),
-        numbers(t[FACTORS], (t[FACTORS_SIZE],)),
-        integers(t[PIVOTS], (t[PIVOTS_SIZE],)),
-        number_rows(t[NORMS], (rows, 2)),
-        integer_rows(t[RECORD], (rows, 2)),
-        number_rows(t[SOLUTION], (rows, n)),
-        number_rows(t[HISTORY], (lines, HISTORY_COLUMNS)),
+        number_rows(t[Solve.NUMBERS], (capacity, NUMBER_COLUMNS)),
+        integer_rows(t[Solve.INDICES], (capacity, INDEX_COLUMNS)),
+        numbers(t[Solve.FACTORS], (t[Solve.FACTORS_SIZE],)),
+        integers(t[Solve.PIVOTS], (t[Solve.PIVOTS_SIZE],)),
+        number_rows(t[Solve.NORMS], (rows, 2)),
+        integer_rows(t[Solve.RECORD], (rows, 2)),
+        number_rows(t[Solve.SOLUTION], (rows, n)),
+        number_rows(t[Solve.HISTORY], (lines, HISTORY_COLUMNS)),
     )
 
 
-@kernel
+@entry
 def solve_block(table: Any) -> Any:
     """Solve the rows of a block from their first iterates.
 
     Args:
-        table: address of the integers from `ROWS` to `FAILED`; the number of rows that failed is put there.
+        table: address of the integers of `tables.Solve`; the number of rows that failed is put there.
 
     Returns:
         `DONE`, or what is wrong with a graph.
     """
-    t = integers(table, (FIELDS,))
+    t = integers(table, (Solve.FIELDS,))
     s = _space(t)
-    criteria = _unpacked(numbers(t[LIMITS], (CRITERIA,)))
-    count = t[ARGUMENTS]
-    handles, scratch = t[HANDLES], t[HANDLES] + 8 * (count + OUTPUTS)
+    criteria = _unpacked(numbers(t[Solve.LIMITS], (CRITERIA,)))
+    count = t[Solve.ARGUMENTS]
+    handles, scratch = t[Solve.HANDLES], t[Solve.HANDLES] + 8 * (count + OUTPUTS)
     call = Call(
-        integers(t[FUNCTIONS], (8,)),
-        integer_rows(t[ARGUMENTS_AT], (count, ARGUMENT)),
+        integers(t[Solve.FUNCTIONS], (FUNCTIONS,)),
+        integer_rows(t[Solve.ARGUMENTS_AT], (count, ARGUMENT)),
         integers(handles, (count + OUTPUTS,)),
         integers(scratch, (SCRATCH,)),
     )
-    residual = Graph(t[RESIDUAL], t[RESIDUAL_CONTAINER], t[EXECUTOR], 1)
-    jacobian = Graph(t[JACOBIAN], t[JACOBIAN_CONTAINER], t[EXECUTOR], 2)
-    rows, n, updates, cuts = t[ROWS], t[N], t[UPDATES], t[CUTS]
-    givens = number_rows(t[FIRST_GIVENS], (rows, t[Q]))
-    guess = number_rows(t[FIRST_GUESS], (rows, n))
+    residual = Graph(t[Solve.RESIDUAL], t[Solve.RESIDUAL_CONTAINER], t[Solve.EXECUTOR], 1)
+    jacobian = Graph(t[Solve.JACOBIAN], t[Solve.JACOBIAN_CONTAINER], t[Solve.EXECUTOR], 2)
+    rows, n, updates, cuts = t[Solve.ROWS], t[Solve.N], t[Solve.UPDATES], t[Solve.CUTS]
+    givens = number_rows(t[Solve.FIRST_GIVENS], (rows, t[Solve.Q]))
+    guess = number_rows(t[Solve.FIRST_GUESS], (rows, n))
     for row in range(rows):
         copy(guess, row, s.u, row)
         copy(givens, row, s.g, row)
-    t[FAILED] = 0
+    t[Solve.FAILED] = 0
     if rows == 0:
         _note_iteration(s, 0, 0, 0)
         return DONE
@@ -245,7 +225,7 @@ def solve_block(table: Any) -> Any:
         s.norms[row, LAST] = s.numbers[k, NORM]
     for row in range(rows):
         if s.record[row, OUTCOME] != CONVERGED and s.record[row, OUTCOME] != WAITING:
-            t[FAILED] += 1
+            t[Solve.FAILED] += 1
     return _take_last_steps(jacobian, call, s, givens)
 
 
@@ -531,24 +511,37 @@ def _note_trials(s: Any, line: Any, trial: Any, live: Any, criteria: Any) -> Any
     return line + 1
 
 
-@kernel
-def solve_columns(a: Any, b: Any, chosen: Any, lu: Any, pivots: Any, found: Any) -> None:
-    """Solve `A X = -B` for chosen columns of `B`, row by row; NaN where a matrix is singular."""
-    n, rows = a.shape[1], len(a)
-    side, matrices = side_in(lu, n), Output(a.ctypes.data, n * n, n, 1)
+@entry
+def solve_columns(table: Any) -> Any:
+    """Solve `A X = -B` for chosen columns of `B`, row by row; NaN where a matrix is singular.
+
+    Args:
+        table: address of the integers of `tables.Columns`.
+
+    Returns:
+        `DONE`.
+    """
+    t = integers(table, (Columns.FIELDS,))
+    rows, n, q, count = t[Columns.ROWS], t[Columns.N], t[Columns.Q], t[Columns.COUNT]
+    a, b = Output(t[Columns.MATRICES], n * n, n, 1), Output(t[Columns.SIDES], n * q, q, 1)
+    chosen, found = integers(t[Columns.CHOSEN], (count,)), number_rows(t[Columns.FOUND], (rows * count, n))
+    lu = numbers(t[Columns.FACTORS], (t[Columns.FACTORS_SIZE],))
+    pivots = integers(t[Columns.PIVOTS], (t[Columns.PIVOTS_SIZE],))
+    side = side_in(lu, n)
     for start in range(0, rows, LANES):
-        count = min(LANES, rows - start)
-        for lane in range(count):
-            load(matrices, start + lane, lu, lane, n)
-        fill_up(lu, count, n)
+        lanes = min(LANES, rows - start)
+        for lane in range(lanes):
+            load(a, start + lane, lu, lane, n)
+        fill_up(lu, lanes, n)
         factor(lu, pivots, 0, n)
-        for c in range(len(chosen)):
+        for c in range(count):
             for lane in range(LANES):
-                row = start + min(lane, count - 1)
+                row = start + min(lane, lanes - 1)
                 for i in range(n):
-                    lu[side + i * LANES + lane] = -b[row, i, chosen[c]]
+                    lu[side + i * LANES + lane] = -entry_of(b, row, i, chosen[c])
             substitute(lu, pivots, 0, n)
-            for lane in range(count):
+            for lane in range(lanes):
                 sound = had_pivots(lu, lane, n)
                 for i in range(n):
-                    found[start + lane, c, i] = lu[side + i * LANES + lane] if sound else nan
+                    found[(start + lane) * count + c, i] = lu[side + i * LANES + lane] if sound else nan
+    return DONE

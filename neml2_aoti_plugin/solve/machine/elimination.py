@@ -1,4 +1,4 @@
-"""Small dense linear algebra as numba kernels: norms of rows; elimination and substitution, eight rows at a time.
+"""Small dense linear algebra as machine code: norms of rows; elimination and substitution, eight rows at a time.
 
 The factors of a batch lie in one flat array, `lu`: those of eight rows are a group, whose number `i, j` has a vector of
 eight lanes at `group + (i n + j) LANES`. At its end there is room for what is worked on: `n` vectors of a right-hand
@@ -11,21 +11,11 @@ from __future__ import annotations
 from math import inf, isfinite, nan, sqrt
 from typing import Any
 
-import numpy as np
-
-from .calls import entry
-from .criteria import LEAST_SQUARES, MOST_SQUARES
-from .lanes import LANES, divide, larger, multiply, subtract_multiple, subtract_products
-from .machine_code import inlined, inner
-
-# Vectors at the end of `lu` beside those of the right-hand side: peaks, their places, and whether there was one.
-PEAK, BEST, SOUND, EXTRA = range(4)
-
-
-def room_for(rows: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays for the factors and the pivots of so many rows."""
-    groups = -(-rows // LANES)
-    return np.empty((groups * n * n + n + EXTRA) * LANES), np.empty(groups * n * LANES, np.int64)
+from ..criteria import LEAST_SQUARES, MOST_SQUARES
+from ..tables import BEST, EXTRA, LANES, SOUND
+from .calls import entry_of
+from .compiled import inlined, inner
+from .lanes import divide, larger, multiply, subtract_multiple, subtract_products
 
 
 @inlined
@@ -69,7 +59,7 @@ def load(a: Any, row: Any, lu: Any, slot: Any, n: Any) -> None:
     at = (slot // LANES) * n * n * LANES + slot % LANES
     for i in range(n):
         for j in range(n):
-            lu[at] = entry(a, row, i, j)
+            lu[at] = entry_of(a, row, i, j)
             at += LANES
 
 

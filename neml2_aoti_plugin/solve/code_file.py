@@ -1,0 +1,68 @@
+"""The file of machine code that comes with the package, for no processor in particular, and what it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PATH = HERE / "machine_code.bc"
+# What it is compiled from.
+SOURCES = (
+    "criteria.py",
+    "tables.py",
+    *(f"machine/{name}.py" for name in ("calls", "compiled", "elimination", "emit", "lanes", "newton")),
+)
+REBUILD = (
+    "In a checkout: make machine-code. Else install the package again: pip install --force-reinstall neml2-aoti-plugin"
+)
+
+
+class Unusable(Exception):
+    """The machine code cannot be used; the text says why, and what mends it."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """Machine code as LLVM's bitcode.
+
+    Args:
+        bitcode: the code.
+        digest: SHA-256 of the whole file.
+        llvm: version of the LLVM that wrote it, which an older one may not be able to read.
+    """
+
+    bitcode: bytes
+    digest: str
+    llvm: tuple[int, ...]
+
+
+def sources() -> str:
+    """SHA-256 of what the code is compiled from, whichever way its lines end."""
+    found = hashlib.sha256()
+    for name in SOURCES:
+        content = (HERE / name).read_bytes().replace(b"\r\n", b"\n")
+        found.update(hashlib.sha256(content).digest())
+    return found.hexdigest()
+
+
+def read() -> Code:
+    """Read the file.
+
+    Raises:
+        Unusable: it is not there, damaged, or older than its sources.
+    """
+    try:
+        content = PATH.read_bytes()
+        head, _, bitcode = content.partition(b"\n")
+        told = json.loads(head)
+        made_of, llvm = str(told["sources"]), tuple(int(number) for number in told["llvm"])
+    except FileNotFoundError:
+        raise Unusable(f"{PATH.name} is not there. {REBUILD}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Unusable(f"{PATH.name} is damaged ({type(error).__name__}). {REBUILD}") from None
+    if made_of != sources():
+        raise Unusable(f"{PATH.name} is older than its sources. {REBUILD}")
+    return Code(bitcode, hashlib.sha256(content).hexdigest(), llvm)
