@@ -103,15 +103,23 @@ class HandMadeGraph:
     Args:
         function: takes the arguments of the graph, and gives its outputs.
         handles: of the tensors.
+        inputs: number of arguments.
         outputs: number of outputs.
         name: in messages.
         keeps: whether it gives the same memory again in other calls, as a graph does with its constants.
     """
 
     def __init__(
-        self, function: Function, handles: Handles, outputs: int, name: str = "graph", *, keeps: bool = False
+        self,
+        function: Function,
+        handles: Handles,
+        inputs: int,
+        outputs: int,
+        name: str = "graph",
+        *,
+        keeps: bool = False,
     ) -> None:
-        self.file, self.outputs = Path(f"{name}.pt2"), outputs
+        self.file, self.inputs, self.outputs = Path(f"{name}.pt2"), inputs, outputs
         self.calls = 0
         # The containers that were in a call, each with the threads.
         self.users: dict[int, set[int]] = {}
@@ -139,7 +147,7 @@ class HandMadeGraph:
             self.users.setdefault(container, set()).add(threading.get_ident())
             self.calls += 1
             found = self._function(*map(self._handles.read, handles))
-            assert len(found) == given
+            assert (taken, given, len(found)) == (self.inputs, self.outputs, self.outputs)
             for k, x in enumerate(found):
                 c_int64.from_address(outputs + 8 * k).value = self._handles.of(x, spoiled=not self._keeps)
         except Exception as error:
@@ -154,7 +162,7 @@ class HandMadeGraph:
 
 
 def system_of(
-    residual: Function, jacobian: Function, n: int, q: int, *, keeps: bool = False
+    residual: Function, jacobian: Function, n: int, q: int, *, parameters: int = 0, keeps: bool = False
 ) -> tuple[System, Handles, HandMadeGraph, HandMadeGraph]:
     """A system whose graphs are functions, its handles, and its graphs.
 
@@ -163,11 +171,12 @@ def system_of(
         jacobian: of the same; gives the Jacobian and `-r`.
         n: number of unknowns.
         q: number of entries of the givens.
+        parameters: number of parameters.
         keeps: see `HandMadeGraph`.
     """
     handles = Handles()
-    one = HandMadeGraph(residual, handles, 1, "residual", keeps=keeps)
-    two = HandMadeGraph(jacobian, handles, 2, "jacobian", keeps=keeps)
+    one = HandMadeGraph(residual, handles, 2 + parameters, 1, "residual", keeps=keeps)
+    two = HandMadeGraph(jacobian, handles, 2 + parameters, 2, "jacobian", keeps=keeps)
     return System(one, two, handles.functions, 0, n, q, most=1024), handles, one, two
 
 

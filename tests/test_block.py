@@ -100,6 +100,7 @@ def test_parameters_of_any_shape_reach_both_graphs() -> None:
         lambda u, g, p, q: [(2.0 * p * u + q.sum()).unsqueeze(-1), g - p * u * u - q.sum() * u],
         1,
         1,
+        parameters=2,
     )
     g = SQUARES.unsqueeze(-1)
     for p, q in ((1.0, [1.0, 2.0]), (3.0, [0.5, 0.25]), (2.0, [1.0, 2.0, 3.0])):
@@ -364,6 +365,9 @@ class TestLog:
         right: list[str] = []
         by_machine_code(equations, u, g, settings, found.append, **options)
         by_tensors(equations, u, g, settings, right.append, **options)
+        if settings.ls_max_iters == 2:
+            # Its one trial stands in any case: tensors do not compute what would be accepted.
+            found, right = ([line.partition(", min(||Rc||)")[0] for line in lines] for lines in (found, right))
         assert found == right
         return found
 

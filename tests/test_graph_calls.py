@@ -16,9 +16,9 @@ from neml2_aoti_plugin.solve.graph_calls import GraphCaller
 ROWS = (1, 2, 15, 16, 17, 40)
 
 
-def caller_of(function: Function, outputs: int) -> tuple[GraphCaller, Handles, HandMadeGraph]:
+def caller_of(function: Function, inputs: int, outputs: int) -> tuple[GraphCaller, Handles, HandMadeGraph]:
     handles = Handles()
-    graph = HandMadeGraph(function, handles, outputs)
+    graph = HandMadeGraph(function, handles, inputs, outputs)
     return GraphCaller(graph, handles.functions, 0), handles, graph
 
 
@@ -40,23 +40,36 @@ def plain(x: Tensor, p: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("form", [torch.clone, transposed, strided])
 def test_outputs_of_any_form(form: Callable[[Tensor], Tensor], rows: int) -> None:
-    caller, handles, graph = caller_of(lambda *given: [form(x) for x in plain(*given)], 4)
+    caller, handles, graph = caller_of(lambda *given: [form(x) for x in plain(*given)], 4, 4)
     for sites in (3, 3, 5, 1, 3):
         given = arguments(rows, sites)
         kept = [x.clone() for x in given]
-        found = caller(given, BATCHED)
+        found = caller(given, BATCHED, rows)
         assert all(torch.equal(x, y) and x.is_contiguous() for x, y in zip(found, plain(*given), strict=True))
         assert all(torch.equal(x, y) for x, y in zip(given, kept, strict=True))
         assert not handles.alive and not handles.strays
     assert len(graph.users) == 1
 
 
+def test_outputs_go_where_the_caller_says() -> None:
+    caller, handles, _ = caller_of(lambda *given: [strided(x) for x in plain(*given)], 4, 4)
+    given = arguments(40)
+    whole = [x.fill_(torch.nan) for x in caller(given, BATCHED, 40)]
+    for start, end in ((0, 16), (16, 33), (33, 40)):
+        rows = [x[start:end] if has else x for x, has in zip(given, BATCHED, strict=True)]
+        into = [x[start:end] for x in whole]
+        found = caller(rows, BATCHED, end - start, into)
+        assert all(x.data_ptr() == y.data_ptr() for x, y in zip(found, into, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(whole, plain(*given), strict=True))
+    assert not handles.alive and not handles.strays
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_outputs_that_are_the_same_for_all_rows(rows: int) -> None:
-    caller, handles, _ = caller_of(lambda x, p: [once(p.expand(4, 6)), expanded(p.expand(len(x), 2)), x], 3)
+    caller, handles, _ = caller_of(lambda x, p: [once(p.expand(4, 6)), expanded(p.expand(len(x), 2)), x], 2, 3)
     for value in (1.0, 2.0):
         given = [torch.ones(rows, 6, dtype=torch.float64), torch.tensor(value, dtype=torch.float64)]
-        first, second, third = caller(given, [True, False])
+        first, second, third = caller(given, [True, False], rows)
         assert torch.equal(first, torch.full((1, 6), value, dtype=torch.float64))
         assert torch.equal(second, torch.full((rows, 2), value, dtype=torch.float64))
         assert torch.equal(third, given[0])
@@ -70,10 +83,10 @@ def test_rows_that_fill_a_call_up_are_copies_of_the_first() -> None:
         seen.append(x)
         return [x.clone()]
 
-    caller, *_ = caller_of(note, 1)
+    caller, *_ = caller_of(note, 1, 1)
     for rows in (40, 5, 16):
         (x, *_) = arguments(rows)
-        caller([x], [True])
+        caller([x], [True], len(x))
         called = seen[-1]
         assert torch.equal(called[:rows], x) and len(called) == -(-rows // 16) * 16
         assert torch.equal(called[rows:], x[:1].expand(len(called) - rows, 6))
@@ -99,18 +112,18 @@ def test_outputs_that_are_no_rows_of_numbers(other: Callable[[Tensor], Tensor], 
         calls.append(1)
         return [x, other(x) if len(calls) > call else x]
 
-    caller, handles, graph = caller_of(wrong, 2)
+    caller, handles, graph = caller_of(wrong, 1, 2)
     (x, *_) = arguments(17)
     for _ in range(3):
         try:
-            found = caller([x], [True])
+            found = caller([x], [True], len(x))
         except ArtifactError as error:
             assert str(error).startswith("graph.pt2: returned tensors that are not")
         else:
             assert len(calls) <= call and all(torch.equal(y, x) for y in found)
         assert not handles.alive and not handles.strays
     with pytest.raises(ArtifactError):
-        caller([x], [True])
+        caller([x], [True], len(x))
     assert len(graph.users) == 1
 
 
@@ -123,12 +136,12 @@ def test_a_graph_that_fails() -> None:
             raise RuntimeError("every third time")
         return plain(*given)
 
-    caller, handles, _ = caller_of(perhaps, 4)
+    caller, handles, _ = caller_of(perhaps, 4, 4)
     failed = 0
     for _ in range(60):
         given = arguments(17)
         try:
-            found = caller(given, BATCHED)
+            found = caller(given, BATCHED, 17)
             assert all(torch.equal(x, y) for x, y in zip(found, plain(*given), strict=True))
         except AOTIError as error:
             assert str(error) == "graph.pt2: the compiled graph failed: every third time"
@@ -139,15 +152,25 @@ def test_a_graph_that_fails() -> None:
 
 def test_threads_have_containers_of_their_own() -> None:
     """That no container is in two calls at once is looked at in each call."""
-    caller, handles, graph = caller_of(plain, 4)
+    caller, handles, graph = caller_of(plain, 4, 4)
 
     def work(rows: int) -> None:
         given = arguments(rows)
         for _ in range(100):
-            found = caller(given, BATCHED)
+            found = caller(given, BATCHED, rows)
             assert all(torch.equal(x, y) for x, y in zip(found, plain(*given), strict=True))
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(work, (5, 16, 40)))
     assert len(graph.users) <= 3 and graph.calls >= 300
     assert not handles.alive and not handles.strays
+
+
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_another_number_of_arguments_is_refused(given: int) -> None:
+    """A compiled graph would end the process."""
+    caller, handles, graph = caller_of(lambda x, y: [x, y], 2, 2)
+    (x, *_) = arguments(3)
+    with pytest.raises(ArtifactError, match=r"^graph\.pt2: takes 2 tensors"):
+        caller([x] * given, [True] * given, 3)
+    assert graph.calls == handles.made == 0

@@ -166,7 +166,7 @@ class Trace(TorchDispatchMode):
         return f(*args, **(kwargs or {{}}))
 
 with {within}:
-    assert native._same_as_torch(torch.device("cpu"))
+    assert native.same_as_torch(torch.device("cpu"))
 call()
 """,
         references.case("calibration").artifact,
