@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # The note that tells what a safetensors file is.
 KIND = "neml2-aoti"
-# Of a file, and of the tensors that are read from one: a small npz file may claim much more than its own size.
-MOST_BYTES = 1 << 34
+# Of a file; and of the tensors in one that are more than it is itself, since an npz file may be compressed.
+MOST_BYTES, MOST_COMPRESSED_BYTES = 1 << 36, 1 << 30
 # Of what describes the tensors, and of all texts and numbers beside them.
 _HEADER_BYTES, _NOTE_BYTES = 1 << 24, 1 << 20
 _NUMBERS = {"F64": "float64", "F32": "float32"}
@@ -95,10 +95,13 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], notes: M
         notes: text by key.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or a tensor is not finite, which could not be read again.
     """
     from safetensors.torch import save
 
+    lost = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if lost:
+        raise InputError(f"{path}: is not written, since {', '.join(lost)} would hold NaN or infinite numbers.")
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with draft(path) as scratch:
         scratch.write_bytes(save(plain, {KIND: kind, **notes}))
@@ -128,8 +131,9 @@ def read_tensors(path: str | os.PathLike[str], what: str, check: Callable[[Heade
         names = list(check(header))
         for name in names:
             _require_numbers(header, name)
-        if sum(math.prod(header.claims[name].shape) for name in names) * 8 > MOST_BYTES:
-            raise InputError(f"{path}: claims tensors of more than {MOST_BYTES} bytes. Give {what}.")
+        claimed = sum(_bytes(header.claims[name]) for name in names)
+        if claimed > max(MOST_COMPRESSED_BYTES, os.fstat(file.fileno()).st_size):
+            raise InputError(f"{path}: claims tensors of {claimed} bytes, much more than it has itself. Give {what}.")
         tensors = {}
         for name in names:
             array = reader.read(name)

@@ -22,6 +22,7 @@ import torch
 import references
 from neml2_aoti_plugin import InputError, Model, Points, cli
 from neml2_aoti_plugin.files import draft, file_name, require_writable, variable_of
+from neml2_aoti_plugin.workbench.points import read_points
 from stubs.build import compiled
 
 
@@ -369,6 +370,23 @@ def test_what_a_small_file_claims_is_refused_before_it_is_read(
             points.load(file)
         assert tracemalloc.get_traced_memory()[1] < 3_000_000
         tracemalloc.stop()
+
+
+def test_compressed_points_that_claim_more_than_is_sensible_are_refused(promoted: Path, tmp_path: Path) -> None:
+    """Their header and the archive's own list agree; there is nothing to compare them with but the size of the file."""
+    rows, file = 30_000_000, tmp_path / "points.npz"
+    head = header(form(f"({rows}, 6)"))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("strain.npy", head)
+    data = bytearray(file.read_bytes())
+    listed = data.rindex(b"PK\x01\x02")
+    data[listed + 24 : listed + 28] = struct.pack("<I", len(head) + 48 * rows)
+    file.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="claims tensors of 1440000000 bytes, much more than it has itself"):
+        read_points(file, Model(promoted))
+    assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    tracemalloc.stop()
 
 
 # -- pipes and devices -------------------------------------------------------------------------------------------------
