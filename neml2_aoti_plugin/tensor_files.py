@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # The note that tells what a safetensors file is.
 KIND = "neml2-aoti"
-# Of a file, and of the tensors that are read from one: a small npz file may claim much more than its own size.
-MOST_BYTES = 1 << 34
+# Of a file; and of the tensors in one that are more than it is itself, since an npz file may be compressed.
+MOST_BYTES, MOST_COMPRESSED_BYTES = 1 << 36, 1 << 30
 # Of what describes the tensors, and of all texts and numbers beside them.
 _HEADER_BYTES, _NOTE_BYTES = 1 << 24, 1 << 20
 _NUMBERS = {"F64": "float64", "F32": "float32"}
@@ -95,10 +95,13 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], notes: M
         notes: text by key.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or a tensor is not finite, which could not be read again.
     """
     from safetensors.torch import save
 
+    lost = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if lost:
+        raise InputError(f"{path}: is not written, since {', '.join(lost)} would hold NaN or infinite numbers.")
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with draft(path) as scratch:
         scratch.write_bytes(save(plain, {KIND: kind, **notes}))
@@ -128,8 +131,9 @@ def read_tensors(path: str | os.PathLike[str], what: str, check: Callable[[Heade
         names = list(check(header))
         for name in names:
             _require_numbers(header, name)
-        if sum(math.prod(header.claims[name].shape) for name in names) * 8 > MOST_BYTES:
-            raise InputError(f"{path}: claims tensors of more than {MOST_BYTES} bytes. Give {what}.")
+        claimed = sum(_bytes(header.claims[name]) for name in names)
+        if claimed > max(MOST_COMPRESSED_BYTES, os.fstat(file.fileno()).st_size):
+            raise InputError(f"{path}: claims tensors of {claimed} bytes, much more than it has itself. Give {what}.")
         tensors = {}
         for name in names:
             array = reader.read(name)
@@ -137,6 +141,10 @@ def read_tensors(path: str | os.PathLike[str], what: str, check: Callable[[Heade
                 raise InputError(f"{path}: {name!r} holds NaN or infinite numbers. Give a file of finite ones.")
             tensors[name] = torch.from_numpy(array)
     return TensorFile(tensors, header.notes)
+
+
+class _DamagedError(Exception):
+    """A file does not hold what its form says."""
 
 
 @contextmanager
@@ -149,8 +157,9 @@ def _damage_told(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     except MemoryError:
         raise InputError(f"{path}: does not fit into memory. Give {what} that does.") from None
     except Exception as error:
-        # zipfile, NumPy and JSON raise errors of a dozen types, as RuntimeError, zlib.error and TokenError.
-        raise InputError(f"{path}: is not {what} ({type(error).__name__}: {error}). Give another file.") from None
+        # zipfile, NumPy and JSON raise errors of a dozen types, some of which show what was read.
+        why = str(error) if isinstance(error, _DamagedError) else type(error).__name__
+        raise InputError(f"{path}: is not {what} ({why}). Give another file.") from None
 
 
 def _require_numbers(header: Header, name: str) -> None:
@@ -179,7 +188,7 @@ class _Safetensors:
         self._file, size = file, os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, _HEADER_BYTES):
-            raise ValueError("no safetensors file, or cut off")
+            raise _DamagedError("no safetensors file, or cut off")
         document = json.loads(file.read(length))
         self.notes = {str(key): str(value) for key, value in document.pop("__metadata__", {}).items()}
         self.claims: dict[str, Claim] = {}
@@ -188,9 +197,9 @@ class _Safetensors:
             (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
             claim = Claim(_NUMBERS.get(entry["dtype"], str(entry["dtype"])), shape)
             if not all(type(count) is int and count >= 0 for count in (start, stop, *shape)):
-                raise ValueError(f"{name!r} has no place in it")
+                raise _DamagedError(f"{name!r} has no place in it")
             if stop > size - 8 - length or (claim.dtype in _NUMBERS.values() and stop - start != _bytes(claim)):
-                raise ValueError(f"{name!r} is cut off, or of another size than it says")
+                raise _DamagedError(f"{name!r} is cut off, or of another size than it says")
             self.claims[name], self._places[name] = claim, 8 + length + start
 
     def read(self, name: str) -> Any:
@@ -201,7 +210,7 @@ class _Safetensors:
         found = bytearray(_bytes(claim))
         self._file.seek(self._places[name])
         if self._file.readinto(found) != len(found):
-            raise ValueError(f"{name!r} is cut off")
+            raise _DamagedError(f"{name!r} is cut off")
         little = np.frombuffer(found, np.dtype(claim.dtype).newbyteorder("<"))
         return little.astype(claim.dtype, copy=False).reshape(claim.shape)
 
@@ -218,7 +227,7 @@ class _Npz:
         for member in self._archive.infolist():
             name = member.filename.removesuffix(".npy")
             if name in self.claims:
-                raise ValueError(f"{name!r} is there twice")
+                raise _DamagedError(f"{name!r} is there twice")
             shape, dtype = self._header(member)
             self.claims[name], self._members[name] = Claim(dtype.name, shape), member
             if not shape and dtype.kind in "Uiu" and dtype.itemsize <= room:
@@ -235,7 +244,7 @@ class _Npz:
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(start)
         if not dtype.hasobject and member.file_size != start.tell() + math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{member.filename} is of another size than it says")
+            raise _DamagedError(f"{member.filename} is of another size than it says")
         return shape, dtype
 
     def read(self, name: str) -> Any:
@@ -256,22 +265,20 @@ class _Pt:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise ValueError("compressed, which torch does not do")
+                    raise _DamagedError("compressed, which torch does not do")
         file.seek(0)
         try:
             self._tensors = torch.load(file, weights_only=True, map_location="cpu")
         except Exception as error:
             # What torch says of another file is how to run what is in it.
-            raise ValueError(type(error).__name__) from None
+            raise _DamagedError(type(error).__name__) from None
         if not isinstance(self._tensors, dict) or not all(isinstance(x, torch.Tensor) for x in self._tensors.values()):
-            raise ValueError("it holds no dict of tensors")
+            raise _DamagedError("it holds no dict of tensors")
         self.notes: dict[str, str] = {}
-        self.claims = {
-            str(name): Claim(
-                str(value.dtype if value.layout == torch.strided else value.layout)[6:], tuple(value.shape)
-            )
-            for name, value in self._tensors.items()
-        }
+        self.claims: dict[str, Claim] = {}
+        for name, value in self._tensors.items():
+            form = value.dtype if value.layout == torch.strided else value.layout
+            self.claims[str(name)] = Claim(str(form).removeprefix("torch."), tuple(value.shape))
 
     def read(self, name: str) -> Any:
         """The tensor as an array."""

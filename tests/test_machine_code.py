@@ -270,7 +270,7 @@ class TestAtOnce:
             found = list(pool.map(lambda _: small(tmp_path), range(8)))
         assert all(hits + misses == 3 and not_kept == 0 for hits, misses, not_kept in found)
         names = [file.name.partition(".")[0] for file in files_in(tmp_path)]
-        assert names == ["begin", "columns", "settle"] and not list(tmp_path.rglob("*.tmp"))
+        assert names == ["begin", "columns", "settle"] and not list(tmp_path.rglob(".*"))
         assert small(tmp_path) == [3, 0, 0]
 
     @pytest.mark.long
@@ -279,7 +279,7 @@ class TestAtOnce:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda _: called(artifact, right, tmp_path, 1200), range(8)))
         assert all(not_kept == 0 for *_, not_kept in found)
-        assert not list(tmp_path.rglob("*.tmp"))
+        assert not list(tmp_path.rglob(".*"))
         assert called(artifact, right, tmp_path)[1:] == [0, 0]
 
     @pytest.mark.long
@@ -371,7 +371,7 @@ class TestDamage:
         found, compiled, not_kept = small(warm)
         assert (found, compiled, not_kept) == ((0, 3, 0) if damage is of_another_version else (2, 1, 0))
         assert small(warm) == [3, 0, 0]
-        assert not list(warm.rglob("*.tmp"))
+        assert not list(warm.rglob(".*"))
 
     @pytest.mark.wide
     def test_a_model_with_one_of_each(self, artifact: str, right: list[float], warm: Path) -> None:
@@ -381,10 +381,11 @@ class TestDamage:
         assert called(artifact, right, warm)[1:] == [4, 0]
         assert called(artifact, right, warm)[1:] == [0, 0]
 
-    def test_a_folder_in_the_place_of_a_file(self, warm: Path) -> None:
+    @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+    def test_something_else_in_the_place_of_a_file(self, make: Callable[[Path], None], warm: Path) -> None:
         file = of(warm, "begin")
         file.unlink()
-        file.mkdir()
+        make(file)
         assert small(warm) == [2, 1, 1]
 
     def test_code_of_another_processor_is_not_used(self, warm: Path) -> None:
@@ -533,7 +534,7 @@ for delay in np.geomspace(1e-3, 1.0, 12):
             limit=250,
         )
         assert out.count("rang") > 3
-        assert not list(warm.rglob("*.tmp"))
+        assert not list(warm.rglob(".*"))
 
 
 REPORT = (

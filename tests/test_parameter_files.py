@@ -136,6 +136,9 @@ def test_what_cannot_be_written(promoted: Model, tmp_path: Path) -> None:
         promoted.save_parameters(tmp_path)
     with pytest.raises(InputError, match=r"no promoted parameters to write.*-p PARAMETER"):
         Model(compiled("elasticity") / "elasticity").save_parameters(tmp_path / "a.safetensors")
+    promoted.set_parameter("promoted.E", torch.tensor([1.0, torch.inf], dtype=torch.float64))
+    with pytest.raises(InputError, match=r"is not written, since promoted.E would hold NaN or infinite"):
+        promoted.save_parameters(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -319,6 +319,16 @@ class TestFailedPoints:
         # It can still be committed.
         points.commit(found.converged)
 
+    def test_those_of_a_model_that_solves_nothing_too(self) -> None:
+        points, strain = Points(references.case("elasticity").model, 3), strains(1e-3, 3)
+        strain[1, 4] = np.nan
+        found = points.update(strain=strain)
+        assert found.failed == [1] and found.step_factor == 0.5
+        assert list(found.outcome) == [Outcome.CONVERGED, Outcome.NOT_FINITE, Outcome.CONVERGED]
+        with pytest.raises(AOTIError, match="1 of 3 points failed in the last update and can't be committed: 1"):
+            points.commit()
+        points.commit(found.converged)
+
     @pytest.mark.parametrize("kind", ["mask", "indices", "torch"])
     def test_others_may_be_committed(self, points: Points, found: PointsResult, kind: str) -> None:
         before = {name: points.committed(name) for name in ("stress", "strain", "t")}

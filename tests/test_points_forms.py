@@ -351,6 +351,15 @@ class TestTold:
         points.initial()
         assert points.update(strain=np.zeros(6), t=1.0).tangent == {}
 
+    def test_a_point_whose_plane_derivative_is_not_finite_has_failed(self) -> None:
+        model = references.case("promoted").load()
+        # Without stiffness any strain through the thickness will do.
+        model.set_parameter("promoted.E", torch.tensor([1e5, 0.0], dtype=torch.float64))
+        points = Points(model, 2, dimension="plane stress")
+        found = points.update(strain=np.array([1e-3, 0.0, 0.0]))
+        assert found.failed == [1] and list(found.outcome) == [Outcome.CONVERGED, Outcome.NOT_FINITE]
+        assert np.isnan(found.outputs["stress"][1]).all() and np.isfinite(found.tangent["stress"]["strain"][0]).all()
+
     def test_plane_stress_of_which_pair(self) -> None:
         model = references.case("substepping").model
         with pytest.raises(InputError, match=r"stress_strain= names \('stress', 'strain'\).*there are: \[\('plastic_"):

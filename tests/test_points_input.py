@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import zipfile
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.autograd import forward_ad
 
 import references
 from neml2_aoti_plugin import (
@@ -21,6 +23,7 @@ from neml2_aoti_plugin import (
     DerivativeNotCompiledError,
     InputError,
     InputTypeError,
+    Model,
     Points,
     UnknownNameError,
 )
@@ -75,7 +78,8 @@ class TestArrays:
         one, other = begun(), begun()
         expected = one.update(strain=2 * strains(), t=2.0)
         strain = torch.from_numpy(2 * strains()).requires_grad_()
-        found = other.update(strain=strain, t=2)
+        with torch.no_grad():
+            found = other.update(strain=strain, t=2)
         for value in (found.outputs["stress"], found.tangent["stress"]["strain"], found.converged, found.outcome):
             assert isinstance(value, torch.Tensor) and not value.requires_grad
         assert np.array_equal(found.outputs["stress"].numpy(), expected.outputs["stress"])
@@ -138,6 +142,17 @@ class TestArrays:
             tensor.fill_(7.0)
         assert torch.equal(points.state().values["stress~1"], before.values["stress~1"])
 
+    def test_results_in_parts_of_one_array(self) -> None:
+        points, whole = begun(), np.full((N, 44), 7.0)
+        out: dict[Any, Any] = {"stress": whole[:, 37:43], ("stress", "strain"): whole[:, :36].reshape(N, 6, 6)}
+        out["equivalent_plastic_strain"] = torch.from_numpy(whole)[:, 36]
+        found = points.update(strain=2 * strains(), t=2.0, out=out)
+        expected = begun().update(strain=2 * strains(), t=2.0)
+        assert np.array_equal(whole[:, 37:43], expected.outputs["stress"])
+        assert np.array_equal(whole[:, 36], expected.outputs["equivalent_plastic_strain"])
+        assert np.array_equal(found.tangent["stress"]["strain"], expected.tangent["stress"]["strain"])
+        assert (whole[:, 43] == 7.0).all()
+
     @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda x: _Exported(torch.from_numpy(x))])
     def test_out(self, kind: Callable[[Array], Any]) -> None:
         points, stress = begun(), np.full((N, 6), 7.0)
@@ -164,9 +179,9 @@ class TestArrays:
 
 
 class _Exported:
-    """What is neither an array of NumPy nor of torch, and has DLPack."""
+    """What is neither an array of NumPy nor of torch, and has DLPack; of a read-only array as JAX has them."""
 
-    def __init__(self, value: torch.Tensor) -> None:
+    def __init__(self, value: Any) -> None:
         self._value = value
 
     def __dlpack__(self, **options: Any) -> Any:
@@ -180,6 +195,30 @@ def _read_only(value: Array) -> Array:
     value = value.copy()
     value.flags.writeable = False
     return value
+
+
+def _as_strided(strides: tuple[int, int]) -> Array:
+    found: Array = np.lib.stride_tricks.as_strided(np.zeros(50), (N, 6), strides)
+    return found
+
+
+def _at_inference() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.zeros(N, 6, dtype=torch.float64)
+
+
+def _dual(points: Points) -> None:
+    with forward_ad.dual_level():
+        points.update(strain=forward_ad.make_dual(torch.zeros(N, 6), torch.ones(N, 6)), t=2.0)
+
+
+class _Tracer:
+    """What has DLPack, and raises what it likes."""
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise AttributeError("a tracer")
+
+    __dlpack_device__ = __dlpack__
 
 
 def tensor_of(entry: float) -> Array:
@@ -215,13 +254,15 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[Points], Any], type[Exception],
         {"notation": "tensor"},
         lambda p: p.update(strain=ZERO, t=2.0),
         InputError,
-        r"'strain' has shape \(4, 6\), expected \(4, 3, 3\).*symmetric tensors in components.*notation=",
+        r"'strain' has shape \(4, 6\), expected \(4, 3, 3\).*symmetric tensors in components"
+        r".*notation.convert\(strain, 'mandel', 'tensor'\).*notation=",
     ),
     "tensors where Voigt was said": (
         {"notation": "voigt"},
         lambda p: p.update(strain=np.zeros((N, 3, 3)), t=2.0),
         InputError,
-        r"\(4, 3, 3\), expected \(4, 6\).*xx, yy, zz, yz, xz, xy in the form 'voigt strain'",
+        r"\(4, 3, 3\), expected \(4, 6\).*xx, yy, zz, yz, xz, xy in the form 'voigt strain'"
+        r".*neml2_aoti_plugin.notation.convert\(strain, 'tensor', 'voigt strain'\)",
     ),
     "three dimensions in the plane": (
         {"dimension": "plane strain"},
@@ -299,7 +340,127 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[Points], Any], type[Exception],
         {},
         lambda p: p.update(strain=ZERO, t=2.0, out={"stress": _read_only(ZERO)}),
         InputError,
-        r"out\[stress\] is read-only",
+        r"out\[stress\] is a ndarray that is read-only",
+    ),
+    "array of another library that must not be written to": (
+        {},
+        lambda p: p.update(strain=ZERO, t=2.0, out={"stress": _Exported(_read_only(ZERO))}),
+        InputError,
+        r"out\[stress\] is a _Exported that is read-only",
+    ),
+    "one number for all points as a result": (
+        {},
+        lambda p: p.update(strain=ZERO, t=2.0, out={"stress": _as_strided((0, 8))}),
+        InputError,
+        r"out\[stress\] has entries that share memory",
+    ),
+    "tensor of torch with one number for all points": (
+        {},
+        lambda p: p.update(strain=ZERO, t=2.0, out={"stress": torch.zeros(6, dtype=torch.float64).expand(N, 6)}),
+        InputError,
+        r"out\[stress\] has entries that share memory",
+    ),
+    "rows that overlap": (
+        {},
+        lambda p: p.update(strain=ZERO, t=2.0, out={"stress": _as_strided((16, 8))}),
+        InputError,
+        r"out\[stress\] has entries that share memory",
+    ),
+    "one array for two results": (
+        {},
+        lambda p: p.update(
+            strain=ZERO, t=2.0, out={"stress": (x := np.zeros((N, 6))), "equivalent_plastic_strain": x[:, 5]}
+        ),
+        InputError,
+        r"out\[stress\] and out\[equivalent_plastic_strain\] share memory",
+    ),
+    "result that requires grad": (
+        {},
+        lambda p: p.update(strain=ZERO, t=2.0, out={"stress": torch.from_numpy(ZERO).clone().requires_grad_()}),
+        InputError,
+        r"out\[stress\] requires grad and must not be written to",
+    ),
+    "result made at inference": (
+        {},
+        lambda p: p.update(strain=ZERO, t=2.0, out={"stress": _at_inference()}),
+        InputError,
+        r"out\[stress\] was made under torch.inference_mode",
+    ),
+    "result whose memory is not its values": (
+        {},
+        lambda p: p.update(strain=ZERO, t=2.0, out={"stress": torch.zeros(N, 6, dtype=torch.complex128).conj().imag}),
+        InputError,
+        r"out\[stress\] is a view whose memory does not hold its values",
+    ),
+    "sparse result": (
+        {},
+        lambda p: p.update(strain=ZERO, t=2.0, out={"stress": torch.from_numpy(ZERO).to_sparse()}),
+        InputTypeError,
+        r"'out\[stress\]' has the layout torch.sparse_coo",
+    ),
+    "masked array": (
+        {},
+        lambda p: p.update(strain=np.ma.masked_array(ZERO, ZERO == 0), t=2.0),
+        InputTypeError,
+        r"'strain' is a masked array.*strain.filled\(",
+    ),
+    "masked number": ({}, lambda p: p.update(strain=ZERO, t=np.ma.masked), InputTypeError, "'t' is a masked array"),
+    "masked array for a result": (
+        {},
+        lambda p: p.update(strain=ZERO, t=2.0, out={"stress": np.ma.masked_array(ZERO.copy(), ZERO == 0)}),
+        InputTypeError,
+        r"'out\[stress\]' is a masked array",
+    ),
+    "masked points": (
+        {},
+        lambda p: committed(p, ZERO, np.ma.masked_array(np.ones(N, bool), [True, False, False, False])),
+        InputTypeError,
+        "'keep' is a masked array",
+    ),
+    "points that are no array": ({}, lambda p: committed(p, ZERO, [[0], [1, 2]]), InputError, "keep is no array"),
+    "input that requires grad": (
+        {},
+        lambda p: p.update(strain=torch.from_numpy(ZERO).clone().requires_grad_(), t=2.0),
+        InputError,
+        r"'strain' requires grad, and autograd does not follow Points.*torch.no_grad\(\)",
+    ),
+    "initial value that requires grad": (
+        {},
+        lambda p: p.initial(stress=torch.zeros(6, dtype=torch.float64, requires_grad=True)),
+        InputError,
+        "'stress' requires grad",
+    ),
+    "input with a forward-mode tangent": ({}, _dual, InputError, "'strain' carries a forward-mode tangent"),
+    "input in a transform of torch.func": (
+        {},
+        lambda p: torch.func.vmap(lambda x: p.update(strain=x, t=2.0).outputs["stress"])(torch.zeros(1, N, 6).double()),
+        InputTypeError,
+        "'strain' is a value inside torch.vmap",
+    ),
+    "value of a tracer": (
+        {},
+        lambda p: p.update(strain=_Tracer(), t=2.0),
+        InputTypeError,
+        r"'strain' is a _Tracer, which DLPack does not hand over \(AttributeError: a tracer\)",
+    ),
+    "number without an end": (
+        {},
+        lambda p: p.update(strain=ZERO, t=10**400),
+        InputError,
+        "'t' is a whole number larger",
+    ),
+    "truth for a number": ({}, lambda p: p.update(strain=ZERO, t=True), InputTypeError, "'t' is a bool"),
+    "state that is not finite": (
+        {},
+        lambda p: p.restore(PointsState({n: x * np.nan for n, x in p.state().values.items()}, p.model.digest, N)),
+        InputError,
+        "holds other than finite numbers",
+    ),
+    "state of truths": (
+        {},
+        lambda p: p.restore(PointsState({n: x > 0 for n, x in p.state().values.items()}, p.model.digest, N)),
+        InputError,
+        r"holds other than finite numbers \(torch.bool\)",
     ),
     "single precision for a result": (
         {},
@@ -441,8 +602,10 @@ class TestConstruction:
             ({"n": True}, InputTypeError, "n is True"),
             ({"notation": "Voigt"}, InputError, "notation is 'Voigt', expected one of mandel, voigt, tensor"),
             ({"dimension": 2}, InputError, "dimension is 2, expected one of 3, 'plane strain', 'plane stress'"),
-            ({"pairs": [("stress", "t")]}, DerivativeNotCompiledError, r"pairs= names \('stress', 't'\).*-d OUT:IN"),
-            ({"pairs": [("stress", "strain~1")]}, DerivativeNotCompiledError, "by a driven input"),
+            ({"pairs": [("stress", "t")]}, DerivativeNotCompiledError, r"d\(stress\)/d\(t\) was not.*-d stress:t"),
+            ({"pairs": [("stress", "strain~1")]}, DerivativeNotCompiledError, "'strain~1' is kept.* by a driven input"),
+            ({"pairs": [("stress", "strian")]}, UnknownNameError, "'strian' is no input"),
+            ({"pairs": ("stress", "strain")}, InputTypeError, "pairs hold 'stress', expected pairs of names"),
             ({"model": 3}, InputTypeError, "model is a int, expected a Model or the path"),
             ({"model": "/nowhere/at/all"}, ArtifactNotFoundError, "nowhere"),
         ],
@@ -451,6 +614,69 @@ class TestConstruction:
         given = {"model": references.case("viscoplasticity").model, "n": N, **options}
         with pytest.raises(error, match=words):
             Points(given.pop("model"), given.pop("n"), **given)
+
+    def test_a_derivative_by_a_parameter_is_told_where_it_is(self) -> None:
+        with pytest.raises(DerivativeNotCompiledError, match=r"'promoted.E' is a promoted.*Model.param_jacobian"):
+            Points(references.case("promoted").model, N, pairs=[("stress", "promoted.E")])
+
+
+def test_a_parameter_that_requires_grad_is_refused() -> None:
+    model = references.case("promoted").load()
+    points, strain = Points(model, N), strains()
+    expected = points.update(strain=strain).outputs["stress"]
+    model.get_parameter("promoted.E").requires_grad_()
+    with pytest.raises(InputError, match=r"the parameter 'promoted.E' requires grad"):
+        points.update(strain=strain)
+    with torch.no_grad():
+        assert np.array_equal(points.update(strain=strain).outputs["stress"], expected)
+
+
+class TestTangentThatIsNotThere:
+    def test_without_derivatives_the_tangent_gives_the_command(self, tmp_path: Path) -> None:
+        def without(metadata: dict[str, Any]) -> None:
+            metadata["derivatives"] = []
+
+        model = Model(references.edited(references.case("viscoplasticity"), tmp_path, without))
+        points = Points(model, N)
+        points.initial()
+        found = points.update(strain=strains(), t=1.0)
+        with pytest.raises(DerivativeNotCompiledError) as expected:
+            model.jacobian({name: torch.zeros(v.base_shape).double() for name, v in model.inputs.items()})
+        with pytest.raises(DerivativeNotCompiledError) as raised:
+            found.tangent["stress"]
+        assert str(raised.value) == str(expected.value) and "neml2-compile INPUT.i" in str(raised.value)
+        assert found.tangent == {} and found.tangent.get("stress") is None and "stress" not in found.tangent
+
+    @pytest.mark.parametrize(
+        ("options", "update", "out", "by", "error", "words"),
+        [
+            ({}, {}, "stress", "t", DerivativeNotCompiledError, r"d\(stress\)/d\(t\) was not.*-d stress:t"),
+            (
+                {},
+                {},
+                "equivalent_plastic_strain",
+                None,
+                DerivativeNotCompiledError,
+                "-d equivalent_plastic_strain:strain",
+            ),
+            ({}, {}, "stress", "strain~1", DerivativeNotCompiledError, "'strain~1' is kept by the points"),
+            ({}, {}, "sress", None, UnknownNameError, "'sress' is no output"),
+            ({}, {}, "stress", "strian", UnknownNameError, "'strian' is no input"),
+            ({"pairs": []}, {}, "stress", None, InputError, r"Points\(..., pairs=\[\('stress', 'strain'\)\]\)"),
+            ({}, {"tangent": False}, "stress", None, InputError, r"Call update\(..., tangent=True\)"),
+        ],
+    )
+    def test_is_told_why(
+        self, options: Any, update: Any, out: str, by: str | None, error: type[Exception], words: str
+    ) -> None:
+        tangent = begun(**options).update(strain=strains(), t=2.0, **update).tangent
+        with pytest.raises(error, match=words):
+            tangent[out][by] if by is not None else tangent[out]
+
+    def test_results_can_be_copied_and_pickled(self) -> None:
+        found = begun().update(strain=strains(), t=2.0)
+        for again in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+            assert np.array_equal(again.tangent["stress"]["strain"], found.tangent["stress"]["strain"])
 
 
 class TestFiles:

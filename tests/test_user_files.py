@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
 import stat
+import struct
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from neml2_aoti_plugin import InputError
+import references
+from neml2_aoti_plugin import InputError, Model, Points, cli
 from neml2_aoti_plugin.files import draft, file_name, require_writable, variable_of
+from neml2_aoti_plugin.workbench.points import read_points
+from stubs.build import compiled
 
 
 @pytest.mark.parametrize(
@@ -103,3 +117,428 @@ class TestWritten:
             with pytest.raises(InputError, match=r"lies in the artifact .*law, which is never changed"):
                 require_writable(tmp_path / folder / place)
         require_writable(tmp_path / "a.txt")
+
+
+# -- what commands and calls write -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def promoted(tmp_path: Path) -> Path:
+    """A copy of an artifact with its stub."""
+    shutil.copytree(compiled("promoted"), tmp_path, dirs_exist_ok=True)
+    return tmp_path / "promoted"
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): (path.stat().st_mode, path.read_bytes()) for path in found}
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("promoted/metadata.json", "lies in the artifact"),
+        ("promoted/cpu/float64/promoted.pt2", "lies in the artifact"),
+        ("promoted/new.safetensors", "lies in the artifact"),
+        ("promoted_aoti.i", "is read by the same command"),
+        ("link", "is a link"),
+        ("pipe", "is a pipe"),
+        ("/dev/null", "is a device"),
+    ],
+)
+def test_params_writes_over_nothing_else(
+    out: str, said: str, force: list[str], promoted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = promoted.parent
+    (folder / "link").symlink_to(promoted / "metadata.json")
+    os.mkfifo(folder / "pipe")
+    before = snapshot(folder)
+    stub = str(folder / "promoted_aoti.i")
+    assert cli.main(["params", stub, "--set", "promoted.E=1", "--out", str(folder / out), *force]) == 2
+    assert said in capsys.readouterr().err
+    assert snapshot(folder) == before and (folder / "pipe").is_fifo() and (folder / "link").is_symlink()
+
+
+def test_params_replaces_parameters_and_with_force_any_file(promoted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new, notes = promoted.parent / "new.safetensors", promoted.parent / "notes.txt"
+    command = ["params", str(promoted), "--set", "promoted.E=1"]
+    assert cli.main([*command, "--out", str(new)]) == 0
+    new.chmod(0o600)
+    assert cli.main([*command, "--set", "promoted.nu=0.1", "--out", str(new)]) == 0
+    assert stat.S_IMODE(new.stat().st_mode) == 0o600
+    assert Model(promoted, parameters=new).named_parameters()["promoted.nu"].item() == 0.1
+    notes.write_text("mine")
+    capsys.readouterr()
+    for arguments, said in (
+        (["--out", str(notes)], "is there, and holds no parameters. Give another name, or --force"),
+        (["--from", str(new), "--out", str(new)], "is read by the same command"),
+    ):
+        assert cli.main([*command, *arguments]) == 2 and said in capsys.readouterr().err
+        assert notes.read_text() == "mine"
+        assert cli.main([*command, *arguments, "--force"]) == 0
+        notes.write_text("mine")
+    assert Model(promoted, parameters=new).named_parameters()["promoted.E"].item() == 1.0
+
+
+def test_migrate_writes_nothing_into_the_artifact(promoted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(promoted.parent)
+    for out in (promoted, promoted / "cpu", promoted / "cpu/float64"):
+        assert cli.main(["migrate", str(promoted), "--out", str(out)]) == 2
+        assert "lies in the artifact" in capsys.readouterr().err
+    assert snapshot(promoted.parent) == before
+
+
+def test_record_and_results_are_not_written_over_what_is_read(
+    promoted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, stub = promoted.parent, str(promoted.parent / "promoted_aoti.i")
+    points, params = folder / "points.npz", folder / "params.npz"
+    np.savez(points, strain=np.full((2, 6), 1e-3))
+    Model(promoted).save_parameters(params)
+    before = snapshot(folder)
+    for command in (
+        ["verify", stub, "--points", str(points), "--record", str(points)],
+        ["verify", stub, "--record", stub],
+        ["run", stub, "driver", "--parameters", str(params), "--out", str(params)],
+    ):
+        assert cli.main(command) == 2 and "is read by the same command" in capsys.readouterr().err
+    assert snapshot(folder) == before
+
+
+# -- integration points ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def points() -> Points:
+    """Four points with a state."""
+    found = Points(references.case("viscoplasticity").model, 4)
+    found.initial()
+    found.update(strain=np.full((4, 6), 1e-3), t=1.0)
+    found.commit()
+    return found
+
+
+def test_a_planted_link_is_not_followed_by_save(points: Points, tmp_path: Path) -> None:
+    file, other = tmp_path / "state.npz", tmp_path / "other"
+    other.write_text("other")
+    # The name by which it could have been foreseen.
+    (tmp_path / f".{file.name}.{os.getpid()}").symlink_to(other)
+    points.save(file)
+    points.load(file)
+    assert other.read_text() == "other" and not file.is_symlink()
+
+
+def test_a_file_that_threads_save_to_is_whole(points: Points, tmp_path: Path) -> None:
+    file, mode = tmp_path / "state.npz", 0o600
+    points.save(file)
+    file.chmod(mode)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in pool.map(lambda _: points.save(file), range(30)):
+            points.load(file)
+    assert os.listdir(tmp_path) == ["state.npz"] and stat.S_IMODE(file.stat().st_mode) == mode
+
+
+@pytest.fixture
+def content(points: Points, tmp_path: Path) -> dict[str, Any]:
+    """What the file of their state holds."""
+    points.save(tmp_path / "state.npz")
+    with np.load(tmp_path / "state.npz") as found:
+        return dict(found)
+
+
+STRESS = "value/stress~1"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({STRESS: lambda x: np.where(x == x.max(), np.nan, x)}, r"'value/stress~1' holds NaN or infinite numbers"),
+        ({STRESS: lambda x: np.full_like(x, -np.inf)}, r"'value/stress~1' holds NaN or infinite numbers"),
+        ({STRESS: lambda x: x != 0}, "'value/stress~1' has dtype bool, expected float64 or float32"),
+        ({STRESS: lambda x: x.astype(complex)}, "has dtype complex128, expected"),
+        ({STRESS: lambda x: x.astype(np.int32)}, "has dtype int32, expected"),
+        ({STRESS: lambda x: x.astype(np.float16)}, "has dtype float16, expected"),
+        ({STRESS: lambda x: x.astype("U9")}, "has dtype str288, expected"),
+        ({STRESS: lambda x: x[0]}, r"the state's 'stress~1' has shape \(6,\), expected \(4, 6\)"),
+        ({STRESS: lambda x: x[:0]}, r"has shape \(0, 6\), expected \(4, 6\)"),
+        ({"value/more": lambda _: np.zeros(4)}, r"unknown \['more'\]"),
+        ({"n": lambda _: 5.7}, "with a digest and n"),
+        ({"n": lambda _: True}, "with a digest and n"),
+        ({"n": lambda _: "four"}, r"is not a state of points \(Points.save\) \(ValueError\)"),
+        ({"n": lambda _: 2**40}, "is one of 1099511627776 points, expected 4"),
+        ({"digest": lambda _: 1.0}, "with a digest and n"),
+    ],
+)
+def test_a_state_of_other_than_finite_numbers_is_refused(
+    changed: dict[str, Callable[[Any], Any]], said: str, points: Points, content: dict[str, Any], tmp_path: Path
+) -> None:
+    before = points.state().values
+    np.savez(tmp_path / "bad.npz", **{**content, **{n: change(content.get(n)) for n, change in changed.items()}})
+    with pytest.raises(InputError, match=said):
+        points.load(tmp_path / "bad.npz")
+    assert all(torch.equal(value, before[name]) for name, value in points.state().values.items())
+
+
+def test_states_of_either_precision_and_order_of_bytes_are_taken(
+    points: Points, content: dict[str, Any], tmp_path: Path
+) -> None:
+    stress = points.state().values["stress~1"]
+    for form in ("<f8", ">f8", "<f4"):
+        other = {STRESS: np.asfortranarray(content[STRESS].astype(form)), "value/t~1": content["value/t~1"]}
+        np.savez_compressed(tmp_path / "other.npz", **{**content, **other})
+        points.load(tmp_path / "other.npz")
+        assert torch.allclose(points.state().values["stress~1"], stress, rtol=1e-6 if "4" in form else 0, atol=0)
+
+
+def header(form: str, version: bytes = b"\x01\x00") -> bytes:
+    """The beginning of an array in an npz file, with a header of this text."""
+    return b"\x93NUMPY" + version + struct.pack("<H" if version == b"\x01\x00" else "<I", len(form)) + form.encode()
+
+
+def form(shape: str, dtype: str = "'<f8'") -> str:
+    return f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n"
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        header(form("(4, 6)")),
+        header(form("(4, 6, 99999999999999999999999)")),
+        header(form("(1 << 62, 1 << 62)")),
+        header(form("(-4, -6)")) + bytes(192),
+        header(form("(4.0, 6)")) + bytes(192),
+        header(form("(4, 6)", "'|O'")) + bytes(192),
+        header(form("(4, 6)", "'<f999999999999999999999'")),
+        header("{'descr': '"),
+        header("(" * 5000 + "\n"),
+        header("\x00" * 100),
+        header(form("(4, 6)"), b"\x02\x00")[:10] + b"\xff\xff\xff\xff",
+        header(form("(4, 6)"), b"\x09\x09") + bytes(192),
+        b"",
+        b"\x80\x04N.",
+    ],
+)
+def test_damaged_arrays_are_told(array: bytes, points: Points, content: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "bad.npz"
+    np.savez(file, **{name: value for name, value in content.items() if name != STRESS})
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(f"{STRESS}.npy", array)
+    with pytest.raises(InputError, match=r"is not a state of points|has shape|has dtype object"):
+        points.load(file)
+
+
+def test_archives_that_python_cannot_open_are_told(points: Points, content: dict[str, Any], tmp_path: Path) -> None:
+    whole = (tmp_path / "state.npz").read_bytes()
+    (entry,) = [info for info in zipfile.ZipFile(tmp_path / "state.npz").infolist() if STRESS in info.filename]
+    listed = whole.rindex(b"PK\x01\x02", 0, whole.rindex(STRESS.encode()))
+
+    def changed(*changes: tuple[int, bytes]) -> bytes:
+        found = bytearray(whole)
+        for place, data in changes:
+            found[place : place + len(data)] = data
+        return bytes(found)
+
+    for data in (
+        # Encrypted, of an unknown way to compress, of an unknown version, with other numbers, and at another place.
+        changed((entry.header_offset + 6, b"\x01\x00"), (listed + 8, b"\x01\x00")),
+        changed((entry.header_offset + 8, b"\x63\x00"), (listed + 10, b"\x63\x00")),
+        changed((listed + 6, b"\xff\xff")),
+        changed((entry.header_offset + 200, b"\x41")),
+        changed((listed + 42, b"\x7f\xff\xff\x7f")),
+    ):
+        (tmp_path / "bad.npz").write_bytes(data)
+        with pytest.raises(InputError, match=r"is not a state of points"):
+            points.load(tmp_path / "bad.npz")
+
+
+def test_what_a_small_file_claims_is_refused_before_it_is_read(
+    points: Points, content: dict[str, Any], tmp_path: Path
+) -> None:
+    """29 MB of zeros in 130 kB, as the stress of four points; and the same as a note, and behind a right header."""
+    rows, file = 600_000, tmp_path / "bad.npz"
+    said = r"has shape \(600000, 6\), expected \(4, 6\)|of another size|digest and n"
+    right, zeros = header(form("(4, 6)")), bytes(48 * rows)
+    wrong = header(form(f"({rows}, 6)"))
+    for name, head in ((STRESS, wrong), (STRESS, right), ("digest", header(form("()", "'<U48000000'")))):
+        np.savez(file, **{entry: value for entry, value in content.items() if entry != name})
+        with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            archive.writestr(f"{name}.npy", head + zeros)
+        assert file.stat().st_size < 200_000
+        tracemalloc.start()
+        with pytest.raises(InputError, match=said):
+            points.load(file)
+        assert tracemalloc.get_traced_memory()[1] < 3_000_000
+        tracemalloc.stop()
+
+
+def test_compressed_points_that_claim_more_than_is_sensible_are_refused(promoted: Path, tmp_path: Path) -> None:
+    """Their header and the archive's own list agree; there is nothing to compare them with but the size of the file."""
+    rows, file = 30_000_000, tmp_path / "points.npz"
+    head = header(form(f"({rows}, 6)"))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("strain.npy", head)
+    data = bytearray(file.read_bytes())
+    listed = data.rindex(b"PK\x01\x02")
+    data[listed + 24 : listed + 28] = struct.pack("<I", len(head) + 48 * rows)
+    file.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="claims tensors of 1440000000 bytes, much more than it has itself"):
+        read_points(file, Model(promoted))
+    assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    tracemalloc.stop()
+
+
+# -- pipes and devices -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_wait() -> Iterator[None]:
+    """End a read that waits for ever."""
+
+    def ring(*_: object) -> None:
+        raise AssertionError("waits for a writer")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(params=["pipe", "device"])
+def endless(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A pipe without a writer, and a link to /dev/zero."""
+    path = tmp_path / "endless.npz"
+    os.mkfifo(path) if request.param == "pipe" else path.symlink_to("/dev/zero")
+    return path
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_pipes_and_devices_are_refused_at_once(
+    endless: Path, points: Points, promoted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for call in (points.load, Model(promoted).load_parameters):
+        with pytest.raises(InputError, match=r"cannot be read \(not a file but a (pipe|device)\)"):
+            call(endless)
+    stub, file = str(promoted.parent / "promoted_aoti.i"), str(endless)
+    for command in (
+        ["params", stub, "--from", file],
+        ["verify", stub, "--golden", file],
+        ["verify", stub, "--points", file],
+        ["verify", stub, "--against", file],
+        ["run", stub, "driver", "--parameters", file],
+        ["run", file, "driver"],
+        ["inspect", file],
+        ["plot", file, "--out", "a.png"],
+        ["serve", stub, "--check", "--token-file", file],
+        ["serve", stub, "--check", "--parameters", f"promoted={file}"],
+    ):
+        assert cli.main(command) in (1, 2)
+        told = capsys.readouterr().err
+        assert "endless.npz" in told and "Traceback" not in told, command
+
+
+# -- golden files and points -------------------------------------------------------------------------------------------
+
+
+def test_golden_files_of_other_than_finite_numbers_are_refused(
+    promoted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    file = promoted.parent / "a.golden.safetensors"
+    command = ["verify", str(promoted), "--golden", str(file)]
+    assert cli.main(["verify", str(promoted), "--rows", "3", "--record", str(file)]) == 0 == cli.main(command)
+    with safe_open(file, "pt") as opened:
+        notes, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    capsys.readouterr()
+    stress = "output.stress"
+    renamed = notes["derivatives"].replace('"strain"', '"t"')
+    for changes, more, said in (
+        ({stress: tensors[stress].log()}, {}, "'output.stress' holds NaN or infinite numbers"),
+        ({"input.strain": torch.full((3, 6), torch.inf)}, {}, "'input.strain' holds NaN or infinite numbers"),
+        ({stress: tensors[stress].bool()}, {}, "'output.stress' has dtype BOOL"),
+        ({stress: tensors[stress].long()}, {}, "'output.stress' has dtype I64"),
+        ({stress: tensors[stress].to(torch.complex64)}, {}, "'output.stress' has dtype C64"),
+        ({stress: tensors[stress].to(torch.float8_e5m2)}, {}, "'output.stress' has dtype F8_E5M2"),
+        ({stress: tensors[stress][:2]}, {}, "different numbers of rows"),
+        ({name: value[:0] for name, value in tensors.items()}, {}, "different numbers of rows, or none"),
+        (
+            {stress: tensors[stress][:, :5].contiguous()},
+            {},
+            "'output.stress' has shape (5,) a row, in 'promoted' it is (6,)",
+        ),
+        ({}, {"derivatives": renamed}, "it holds the derivatives [('stress', 't')"),
+        ({}, {"derivatives": "[]"}, "it holds the derivatives []"),
+        ({}, {"derivatives": "[" * 100_000}, "is not a golden file (neml2-aoti verify --record) (RecursionError)"),
+        ({}, {"derivatives": "5"}, "is not a golden file (neml2-aoti verify --record) (TypeError)"),
+        ({}, {"derivatives": "[5]"}, "is not a golden file (neml2-aoti verify --record) (TypeError)"),
+    ):
+        save_file({**tensors, **changes}, file, {**notes, **more})
+        assert cli.main(command) == 2
+        told = capsys.readouterr().err
+        assert said in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+def test_points_of_other_than_finite_numbers_are_refused(
+    suffix: str, promoted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / f"points{suffix}"
+    write = {
+        ".npz": lambda found: np.savez(file, **{name: value.numpy() for name, value in found.items()}),
+        ".safetensors": lambda found: save_file(found, file),
+        ".pt": lambda found: torch.save(found, file),
+    }[suffix]
+    for value, said in (
+        (torch.full((2, 6), torch.nan), "'strain' holds NaN or infinite numbers"),
+        (torch.ones(2, 6, dtype=torch.complex64), "'strain' has dtype"),
+        (torch.ones(2, 6, dtype=torch.bool), "'strain' has dtype"),
+        (torch.ones(2, 6, dtype=torch.int64), "'strain' has dtype"),
+        (torch.ones(0, 6), "'strain' has shape (0, 6), expected (rows, 6)"),
+    ):
+        write({"strain": value})  # type: ignore[no-untyped-call]
+        assert cli.main(["verify", str(promoted), "--points", str(file)]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "True", "1j", ""])
+def test_values_on_the_command_line_are_finite_numbers(
+    text: str, promoted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new.safetensors"
+    assert cli.main(["params", str(promoted), "--set", f"promoted.E={text}", "--out", str(out)]) == 2
+    assert "is not NAME=VALUE with a finite number as the value" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"a": {"dtype": "F64", "shape": [2], "data_offsets": [0, 99]}},
+        {"a": {"dtype": "F64", "shape": [3], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F64", "shape": [2.0], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F64", "shape": [-2], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F64", "shape": [10**30, 10**30], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F64", "shape": 2, "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F64", "shape": [2]}},
+        {"a": 5},
+        {"__metadata__": 5},
+        [],
+        None,
+    ],
+)
+def test_damaged_safetensors_files_are_told(document: Any, promoted: Path, tmp_path: Path) -> None:
+    """As safetensors itself refuses them."""
+    from safetensors import SafetensorError, deserialize
+
+    text = json.dumps(document).encode()
+    data = struct.pack("<Q", len(text)) + text + bytes(16)
+    with pytest.raises(SafetensorError):
+        deserialize(data)  # type: ignore[no-untyped-call]
+    (tmp_path / "bad").write_bytes(data)
+    with pytest.raises(InputError, match="is not a file of parameters"):
+        Model(promoted, parameters=tmp_path / "bad")

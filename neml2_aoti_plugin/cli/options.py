@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import click
 
 
 def assignments(given: Sequence[str], option: str) -> dict[str, float]:
-    """Read `NAME=VALUE` with a number as the value.
+    """Read `NAME=VALUE` with a finite number as the value.
 
     Args:
         given: what was given, one string each.
@@ -23,10 +24,11 @@ def assignments(given: Sequence[str], option: str) -> dict[str, float]:
         try:
             number = float(value)
         except ValueError:
-            mark = ""
-            number = 0.0
-        if not mark or not name:
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE with a number as the value.", param_hint=option)
+            number = math.nan
+        if not mark or not name or not math.isfinite(number):
+            raise click.BadParameter(
+                f"{text!r} is not NAME=VALUE with a finite number as the value.", param_hint=option
+            )
         if name in found:
             raise click.BadParameter(f"{name!r} is given twice.", param_hint=option)
         found[name] = number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,7 +80,7 @@ class Evaluator:
 
         strain = constraint.start(driven[constraint.strain], old, trial.values if trial else None)
         found, strain = constraint.solve(at, strain, self.iterates)
-        return replace(found, blocks=constraint.condensed(found, pairs)), {**driven, constraint.strain: strain}
+        return constraint.condensed(found, pairs), {**driven, constraint.strain: strain}
 
     def _usable(self, name: str, value: Tensor, old: Tensors, rows: Tensor | None = None) -> Tensor:
         """A first iterate that is finite: at points that have failed, the value before the step, or zero."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,9 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError, UnknownNameError
 from ..model import Solution
-from ..notation import ORDER
-from .arrays import Array, Arrays, to_caller
-from .forms import IN_PLANE, Forms
+from ..notation import ORDER, Form
+from .arrays import Array, Arrays, require_unmasked, share_memory, to_caller
+from .forms import IN_PLANE, SYMMETRIC, Forms
 from .roles import Base, Pair
 
 
@@ -24,7 +26,8 @@ class PointsResult:
 
     Args:
         outputs: by name, `(n, *sub_batch, *base)` in the caller's notation; NaN at points that failed.
-        tangent: derivatives of outputs by driven inputs, `tangent[out][by]`, `(n, *out base, *by base)`.
+        tangent: derivatives of outputs by driven inputs, `tangent[out][by]`, `(n, *out base, *by base)`. To ask for
+            one that was not compiled is a `DerivativeNotCompiledError` with the command that compiles it.
         converged: `(n,)`, bool.
         iterations: Newton updates at each point, `(n,)`; in plane stress those of the hardest of its solves.
         outcome: how each point's solve ended, an `Outcome`, `(n,)`.
@@ -95,7 +98,10 @@ class Interface:
             return f"{wanted}: there are {self.n} points."
         parts = ", ".join(ORDER[k] for k in (IN_PLANE if one[-1] == len(IN_PLANE) else range(6)))
         kind = "symmetric tensors in components" if form == "tensor" else f"{parts} in the form {form!r}"
-        return f"{wanted}: {kind}. Points(..., notation=...) says how tensors are written, dimension=... how many axes."
+        return (
+            f"{wanted}: {kind}.{_conversion(name, shape, one, form)} Points(..., notation=...) says how tensors are "
+            "written, dimension=... how many axes."
+        )
 
     def shown(self, name: str, value: Tensor, *, torch_kind: bool = False) -> Array:
         """A copy of a variable's value in the caller's notation, in three dimensions."""
@@ -126,6 +132,9 @@ class Interface:
                     f"{', '.join(map(repr, [*outputs, *pairs]))}."
                 )
             found[key] = self.arrays.target(value, shape, str(key))
+        for (key, value), (other, more) in combinations(found.items(), 2):
+            if share_memory(value, more):
+                raise InputError(f"out[{key}] and out[{other}] share memory; pass an array of its own for each result.")
         return found
 
     def results(self, found: Solution, pairs: Sequence[Pair], targets: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
@@ -138,8 +147,37 @@ class Interface:
         return results
 
 
+def _conversion(name: str, shape: Base, one: Base, form: Form) -> str:
+    """The call that writes what was given as it was expected, where there is one."""
+    source = "tensor" if shape[-2:] == (3, 3) and one == SYMMETRIC else "mandel"
+    if source == "mandel" and (shape[-1:] != SYMMETRIC or one != (3, 3)):
+        return ""
+    return f" neml2_aoti_plugin.notation.convert({name}, {source!r}, {form!r}) writes it so."
+
+
+class _Tangent(dict[str, Any]):
+    """A dict that says of an entry which is not there why; a copy or a pickle of it is a dict."""
+
+    def __init__(self, entries: Mapping[str, Any], refuse: Callable[[str], object]) -> None:
+        super().__init__(entries)
+        self._refuse = refuse
+
+    def __missing__(self, name: str) -> Any:
+        self._refuse(name)
+        raise KeyError(name)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
 def result_of(
-    results: Mapping[Any, Tensor], found: Solution, pairs: Sequence[Pair], factor: float, *, torch_kind: bool
+    results: Mapping[Any, Tensor],
+    found: Solution,
+    pairs: Sequence[Pair],
+    factor: float,
+    refuse: Callable[[str, str | None], object],
+    *,
+    torch_kind: bool,
 ) -> PointsResult:
     """Put a result together.
 
@@ -148,15 +186,17 @@ def result_of(
         found: how the points fared.
         pairs: of the tangent.
         factor: for the step.
+        refuse: raises for a derivative that is not there, of an output by an input or by any.
         torch_kind: whether arrays are torch's.
     """
-    tangent: dict[str, dict[str, Array]] = {}
+    rows: dict[str, dict[str, Array]] = {}
     for out, by in pairs:
-        tangent.setdefault(out, {})[by] = to_caller(results[out, by], torch_kind=torch_kind)
+        rows.setdefault(out, {})[by] = to_caller(results[out, by], torch_kind=torch_kind)
+    tangent = {out: _Tangent(row, partial(refuse, out)) for out, row in rows.items()}
     outputs = {name: to_caller(results[name], torch_kind=torch_kind) for name in found.outputs}
     return PointsResult(
         outputs,
-        tangent,
+        _Tangent(tangent, lambda out: refuse(out, None)),
         to_caller(found.converged, torch_kind=torch_kind),
         to_caller(found.iterations, torch_kind=torch_kind),
         to_caller(found.outcome, torch_kind=torch_kind),
@@ -174,7 +214,11 @@ def mask_of(keep: Array, n: int) -> Tensor:
     Raises:
         InputError: it is neither.
     """
-    given = np.asarray(keep.detach().cpu() if isinstance(keep, Tensor) else keep)
+    require_unmasked(keep, "keep")
+    try:
+        given = np.asarray(keep.detach().cpu() if isinstance(keep, Tensor) else keep)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"keep is no array of points ({error}), expected a mask ({n},), or indices.") from None
     if given.dtype == np.bool_ and given.shape == (n,):
         return torch.from_numpy(given.copy())
     mask = np.zeros(n, dtype=np.bool_)

@@ -152,14 +152,17 @@ class PlaneStress:
             hardest[live] = torch.maximum(hardest[live], part.iterations)
         stuck = torch.zeros_like(found.converged)
         stuck[live] = True
-        return replace(failed(found, stuck & found.converged), iterations=hardest), strain
+        return replace(failed(found, stuck & found.converged, Outcome.OUT_OF_ITERATIONS), iterations=hardest), strain
 
-    def condensed(self, found: Solution, pairs: Sequence[Pair]) -> dict[str, dict[str, Tensor]]:
-        """Derivatives at vanishing stress out of the plane; by the strain, those out of the plane are zero.
+    def condensed(self, found: Solution, pairs: Sequence[Pair]) -> Solution:
+        """The solution with derivatives at vanishing stress out of the plane; by the strain, those out of it are zero.
 
         Args:
             found: a solution with the blocks of `needed`.
             pairs: which to give.
+
+        Returns:
+            The solution, in which points with a derivative that is not finite have failed.
         """
         stiffness = found.blocks[self.stress][self.strain]
         c = stiffness[:, OUT_OF_PLANE][:, :, OUT_OF_PLANE]
@@ -168,11 +171,13 @@ class PlaneStress:
             rows = self._flat(found, self.stress, by)[:, OUT_OF_PLANE]
             follows[by], _ = torch.linalg.solve_ex(c, rows)
         condensed: dict[str, dict[str, Tensor]] = {}
+        lost = torch.zeros_like(found.converged)
         for out, by in pairs:
             by_strain = self._flat(found, out, self.strain)[:, :, OUT_OF_PLANE]
             block = self._flat(found, out, by) - by_strain @ follows[by]
             condensed.setdefault(out, {})[by] = block.reshape(found.blocks[out][by].shape)
-        return condensed
+            lost = lost | ~block.isfinite().flatten(1).all(-1)
+        return failed(replace(found, blocks=condensed), lost & found.converged, Outcome.NOT_FINITE)
 
     def _flat(self, found: Solution, out: str, by: str) -> Tensor:
         """A block as a matrix per point."""
@@ -180,12 +185,13 @@ class PlaneStress:
         return block.reshape(block.shape[0], -1, prod(self.bases[by]))
 
 
-def failed(found: Solution, rows: Tensor) -> Solution:
+def failed(found: Solution, rows: Tensor, outcome: Outcome) -> Solution:
     """A solution in which further points have failed.
 
     Args:
         found: the solution.
         rows: bool, which.
+        outcome: of theirs.
     """
 
     def without(value: Tensor) -> Tensor:
@@ -196,7 +202,7 @@ def failed(found: Solution, rows: Tensor) -> Solution:
         outputs={name: without(value) for name, value in found.outputs.items()},
         blocks={out: {by: without(x) for by, x in row.items()} for out, row in found.blocks.items()},
         converged=found.converged & ~rows,
-        outcome=found.outcome.masked_fill(rows, int(Outcome.OUT_OF_ITERATIONS)),
+        outcome=found.outcome.masked_fill(rows, int(outcome)),
     )
 
 

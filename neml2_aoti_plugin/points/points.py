@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from ..errors import AOTIError, InputError, InputTypeError, UnknownNameError
 from ..model import Model
 from . import state as states
-from .arrays import Array, Arrays
+from .arrays import Array, Arrays, require_not_followed
 from .evaluation import Evaluator, Tensors, Trial, advanced, loaded
 from .forms import DIMENSIONS, Dimension, Notation, forms_of
 from .interface import Interface, PointsResult, mask_of, result_of
 from .plane_stress import plane_stress_of
-from .roles import Pair, earlier, pairs_of, roles_of
+from .roles import Pair, earlier, pairs_of, require_in_tangent, roles_of
 from .state import PointsState
 from .stepping import step_factor
 
@@ -161,10 +162,13 @@ class Points:
         Raises:
             AOTIError: there is no state to step from.
             UnknownNameError: a driven input is absent, or a name is not that of one.
-            InputError: an array has another shape, is not symmetric, or can't be written to.
-            InputTypeError: an array has another dtype or device, or is none.
+            InputError: an array has another shape, is not symmetric, can't be written to, or shares memory with another
+                result; or an array or a parameter requires grad, which an update would drop (but under torch.no_grad).
+            InputTypeError: an array has another dtype or device, masked entries, or is none.
         """
         given = _named(values, named)
+        for name, parameter in self.model.named_parameters().items():
+            require_not_followed(parameter, f"the parameter {name!r}")
         if not self._begun:
             raise AOTIError(
                 f"these points have no state yet, and the model needs {', '.join(self._roles.lagged)}. Call initial() "
@@ -187,7 +191,9 @@ class Points:
                 kept[name] = value.clone() if value is results[name] else value
         self._trial = Trial(kept, found.converged.clone(), hardest)
         torch_kind = any(isinstance(value, Tensor) for value in given.values())
-        return result_of(results, found, pairs, step_factor(hardest, failed=not fine), torch_kind=torch_kind)
+        factor = step_factor(hardest, failed=not fine)
+        refuse = partial(require_in_tangent, self.model, self.driven, pairs if tangent else None)
+        return result_of(results, found, pairs, factor, refuse, torch_kind=torch_kind)
 
     def commit(self, keep: Array | None = None) -> None:
         """Make the values of the last update the state.

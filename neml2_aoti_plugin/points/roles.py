@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import DerivativeNotCompiledError, InputError, UnknownNameError
 from ..model import Model
+from ..model.derivatives import input_pairs
 
 _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
 
@@ -134,14 +135,46 @@ def pairs_of(model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None) 
 
     Raises:
         DerivativeNotCompiledError: one was not compiled, or is not by a driven input.
+        UnknownNameError: a name is not that of an output or input.
     """
-    there = [(out, by) for out, by in model.derivative_pairs if by in driven]
     if pairs is None:
-        return tuple(there)
+        return tuple((out, by) for out, by in model.derivative_pairs if by in driven)
     for pair in pairs:
-        if tuple(pair) not in there:
-            raise DerivativeNotCompiledError(
-                f"pairs= names {pair!r}, which {model.artifact} has no derivative of an output by a driven input for; "
-                f"there are: {there or 'none'}. Compile it: neml2-compile INPUT --model NAME -d OUT:IN."
-            )
+        require_pair(model, driven, pair)
     return tuple((out, by) for out, by in dict.fromkeys(map(tuple, pairs)))
+
+
+def require_pair(model: Model, driven: Sequence[str], pair: Pair) -> None:
+    """Refuse what cannot be in the tangent; the arguments and errors are those of `pairs_of`."""
+    by = pair[-1] if isinstance(pair, tuple | list) and pair else None
+    others = f"the tangent of points is by a driven input: {', '.join(driven)}."
+    if by in model.named_parameters():
+        raise DerivativeNotCompiledError(f"{by!r} is a promoted parameter; {others} Call Model.param_jacobian.")
+    if by in model.inputs and by not in driven:
+        raise DerivativeNotCompiledError(f"{by!r} is kept by the points; {others} Or Points(..., driven=[{by!r}]).")
+    input_pairs(model._caller, [pair])
+
+
+def require_in_tangent(
+    model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None, out: str, by: str | None
+) -> None:
+    """Say why a derivative is not in a tangent.
+
+    Args:
+        model: the model.
+        driven: its driven inputs.
+        pairs: of the tangent; None where it was not evaluated.
+        out: the output.
+        by: the input; None for any.
+
+    Raises:
+        DerivativeNotCompiledError: it was not compiled, or is not by a driven input.
+        InputError: it was compiled, and the caller left it out; or a name is not that of an output or input.
+    """
+    if pairs is None:
+        raise InputError("this update left derivatives out. Call update(..., tangent=True).")
+    if not model.derivative_pairs:
+        input_pairs(model._caller)
+    pair = (out, by if by is not None else driven[0])
+    require_pair(model, driven, pair)
+    raise InputError(f"the tangent has the pairs {list(pairs)} only. Name the others: Points(..., pairs=[{pair!r}]).")
