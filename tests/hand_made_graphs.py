@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from neml2_aoti_plugin.graphs.c_interface import address, function, libtorch, tensor_functions
+from neml2_aoti_plugin.solve import machine_code
 from neml2_aoti_plugin.solve.block import System
-from neml2_aoti_plugin.solve.calls import CREATE, DATA, DELETE, DIM, SIZES, STRIDES
+from neml2_aoti_plugin.solve.tables import CREATE, DATA, DELETE, DIM, SIZES, STRIDES
 
 # The types of the C functions; all of them return an error code.
 _Create = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p)
@@ -177,7 +178,7 @@ def system_of(
     handles = Handles()
     one = HandMadeGraph(residual, handles, 2 + parameters, 1, "residual", keeps=keeps)
     two = HandMadeGraph(jacobian, handles, 2 + parameters, 2, "jacobian", keeps=keeps)
-    return System(one, two, handles.functions, 0, n, q, most=1024), handles, one, two
+    return System(one, two, handles.functions, 0, machine_code.load(), n, q, most=1024), handles, one, two
 
 
 # Forms of an output.

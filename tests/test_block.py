@@ -20,6 +20,7 @@ from neml2_aoti_plugin.errors import AOTIError, ArtifactError
 from neml2_aoti_plugin.graphs.c_interface import tensor_functions
 from neml2_aoti_plugin.graphs.power import power_executor
 from neml2_aoti_plugin.settings import NewtonSettings
+from neml2_aoti_plugin.solve import machine_code
 from neml2_aoti_plugin.solve.block import System
 from neml2_aoti_plugin.solve.newton import Solved
 from test_newton import SQUARES, Equations, by_machine_code, by_tensors, coupled, double_roots, square_roots
@@ -303,7 +304,7 @@ class TestCompiledGraphsThatFail:
         residual, jacobian = segment.graphs.residual.library(), segment.graphs.jacobian.library()
         fails, executor = failing
         sizes = u.shape[1], g.shape[1]
-        system = System(residual, jacobian, tensor_functions(), executor, *sizes, most=1024)
+        system = System(residual, jacobian, tensor_functions(), executor, machine_code.load(), *sizes, most=1024)
         settings = replace(TIGHT, atol=1e-8, rtol=1e-8)
         right = system.solve(u, g, [], settings)
         before = 0

@@ -33,7 +33,7 @@ COUNT = 65
 SUBSTEPPED = {"substepping": 12}
 
 
-@pytest.fixture(params=["numba", "torch"])
+@pytest.fixture(params=["native", "torch"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both implementations of the loop's operations."""
     monkeypatch.setenv(VARIABLE, request.param)
@@ -182,11 +182,11 @@ def test_what_is_left_comes_from_the_vector_tails_of_the_graphs(tolerance: float
 def test_implementations_agree(name: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     case, rows = references.case(name), uneven(name)
     found = {}
-    for implementation in ("numba", "torch"):
+    for implementation in ("native", "torch"):
         monkeypatch.setenv(VARIABLE, implementation)
         model = loaded(case, tolerance)
         assert all(s.implementation.startswith(implementation) for s in model._caller.program.implicit) or (
-            implementation == "numba" and name in OTHERS
+            implementation == "native" and name in OTHERS
         )
         found[implementation] = model.solve(rows)
     kernels, tensors = found.values()

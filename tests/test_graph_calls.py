@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hand_made_graphs import Function, Handles, HandMadeGraph, expanded, once, strided, transposed
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
+from neml2_aoti_plugin.solve import machine_code
 from neml2_aoti_plugin.solve.graph_calls import GraphCaller
 
 ROWS = (1, 2, 15, 16, 17, 40)
@@ -19,7 +20,7 @@ ROWS = (1, 2, 15, 16, 17, 40)
 def caller_of(function: Function, inputs: int, outputs: int) -> tuple[GraphCaller, Handles, HandMadeGraph]:
     handles = Handles()
     graph = HandMadeGraph(function, handles, inputs, outputs)
-    return GraphCaller(graph, handles.functions, 0), handles, graph
+    return GraphCaller(graph, handles.functions, 0, machine_code.load()), handles, graph
 
 
 def arguments(rows: int, sites: int = 3) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hand_made_graphs import system_of
 from neml2_aoti_plugin.settings import NewtonSettings
-from neml2_aoti_plugin.solve import block, newton
+from neml2_aoti_plugin.solve import block, machine_code, newton
 from neml2_aoti_plugin.solve.criteria import FINE, criteria_of
 from neml2_aoti_plugin.solve.groups import Group
 from neml2_aoti_plugin.solve.newton import Solved
@@ -432,7 +432,7 @@ def test_columns_of_small_systems(n: int) -> None:
     a = torch.randn(9, n, n, dtype=torch.float64, generator=generator) + 3.0 * torch.eye(n, dtype=torch.float64)
     b = torch.randn(9, n, 4, dtype=torch.float64, generator=generator)
     a[5, 0] = 0.0
-    found = block.columns(a, b, [2, 0])
+    found = block.columns(machine_code.load(), a, b, [2, 0])
     good = torch.arange(9) != 5
     torch.testing.assert_close(found[good], -torch.linalg.solve(a[good], b[good][..., [2, 0]]), rtol=1e-10, atol=1e-12)
     assert bool(found[5].isnan().all())

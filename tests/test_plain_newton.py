@@ -15,7 +15,7 @@ from references import Case, Tensors
 UPDATES = 24
 
 
-@pytest.fixture(params=["numba", "torch"])
+@pytest.fixture(params=["native", "torch"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both implementations of the loop's operations."""
     monkeypatch.setenv(VARIABLE, request.param)

@@ -36,7 +36,7 @@ for call in (model.forward, model.jacobian):
 
 
 @pytest.mark.parametrize("mode", ["rowwise", "lockstep"])
-@pytest.mark.parametrize("implementation", ["numba", "torch"])
+@pytest.mark.parametrize("implementation", ["native", "torch"])
 @pytest.mark.parametrize("name", ["viscoplasticity", "cross_group"])
 def test_diverging_rows_print_nothing(name: str, mode: str, implementation: str) -> None:
     # What it prints on either stream comes back.
@@ -59,7 +59,7 @@ class Spoiled:
         return outputs
 
 
-@pytest.mark.parametrize("implementation", ["numba", "torch"])
+@pytest.mark.parametrize("implementation", ["native", "torch"])
 def test_a_row_without_derivatives_fails_by_name(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, implementation)
     case = references.case("viscoplasticity")
@@ -73,7 +73,7 @@ def test_a_row_without_derivatives_fails_by_name(implementation: str, monkeypatc
     assert bool(model.solve(rows).converged.all())
 
 
-@pytest.mark.parametrize("implementation", ["numba", "torch"])
+@pytest.mark.parametrize("implementation", ["native", "torch"])
 def test_a_singular_matrix_at_the_solution_gives_no_number(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,9 @@ from .outcome import RowStatistics
 from .tables import ARGUMENT, VECTOR, Columns
 from .tables import Solve as Table
 
+# Lines for the log that a solve notes at most.
+LINES = 4096
+
 
 class Container(Protocol):
     """A compiled graph for one thread at a time."""
@@ -91,6 +94,8 @@ class System:
         self.functions, self.executor, self.code = functions, executor, code
         self.n, self.q, self._most = n, q, most
         self._free: list[_Workspace] = []
+        # The number of parameters for which it is known that the graphs take them.
+        self._counted = -1
 
     def solve(
         self,
@@ -119,6 +124,10 @@ class System:
             AOTIError: a graph failed.
         """
         rows = guess.shape[0]
+        if self._counted != len(parameters):
+            require_counts(self.residual, 2 + len(parameters), 1)
+            require_counts(self.jacobian, 2 + len(parameters), 2)
+            self._counted = len(parameters)
         space = self._borrow(rows)
         try:
             return space.solve(guess.contiguous(), givens.contiguous(), parameters, settings, small_steps, tell)
@@ -192,8 +201,6 @@ class _Workspace:
 
     def _take_arguments(self, shapes: list[tuple[int, ...]]) -> None:
         """Make the table of the graphs' arguments; the machine code fills in what changes with the rows."""
-        for graph, outputs in ((self._system.residual, 1), (self._system.jacobian, 2)):
-            require_counts(graph, len(shapes), outputs)
         self._shapes = shapes
         self._arguments = np.zeros((len(shapes), ARGUMENT), np.int64)
         self._handles = np.zeros(len(shapes) + tables.OUTPUTS + tables.SCRATCH, np.int64)
@@ -230,8 +237,11 @@ class _Workspace:
         unknowns, norms = torch.empty(rows, n, dtype=torch.float64), torch.empty(rows, 2, dtype=torch.float64)
         record = torch.empty(rows, 2, dtype=torch.int64)
         history = None
+        table[Table.HISTORY_LINES] = 0
         if tell is not None:
-            history = np.full(((settings.updates + 1) * (settings.cuts + 2), tables.HISTORY_COLUMNS), -1.0)
+            lines = min((settings.updates + 1) * (settings.cuts + 2), LINES)
+            history = np.full((lines, tables.HISTORY_COLUMNS), -1.0)
+            table[Table.HISTORY_LINES] = lines
         table[Table.ROWS] = rows
         table[Table.FIRST_GUESS], table[Table.FIRST_GIVENS] = guess.data_ptr(), givens.data_ptr()
         table[Table.NORMS], table[Table.RECORD] = norms.data_ptr(), record.data_ptr()
@@ -290,6 +300,8 @@ def _tell(history: np.ndarray, settings: NewtonSettings, tell: Tell) -> None:
             tell(ITERATION.format(int(number), *figures[:2]))
         elif kind == 1.0 and settings.ls_max_iters > 1:
             tell(TRIALS.format(int(number), *figures))
+    if len(history) == LINES and history[-1, 0] >= 0.0:
+        tell(f"... lines beyond {LINES} of this solve are left out")
 
 
 def columns(code: MachineCode, a: Tensor, b: Tensor, chosen: Sequence[int]) -> Tensor:

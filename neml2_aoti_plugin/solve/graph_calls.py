@@ -87,7 +87,7 @@ class _Frame:
         self._outputs = np.zeros((outputs, tables.OUTPUT), np.int64)
         # Trailing shape of each output, and whether it comes once; as the last call has told.
         self._told: list[tuple[bool, tuple[int, ...]]] | None = None
-        self._shapes: list[Sequence[int]] = []
+        self._shapes: list[Sequence[int]] | None = None
         self._room = np.empty(0)
         self._table = np.zeros(Table.FIELDS, np.int64)
         table = self._table

@@ -76,18 +76,17 @@ def load() -> MachineCode:
 def folder() -> Path | None:
     """Where object files are kept, whether or not it is there; None where that would be nowhere safe."""
     given = os.environ.get(VARIABLE, "").strip()
+    home = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""
     if given:
         path = Path(given)
     elif sys.platform == "win32":
         path = Path(os.environ.get("LOCALAPPDATA", "")) / "neml2-aoti-plugin"
     elif sys.platform == "darwin":
-        path = Path("~/Library/Caches/neml2-aoti-plugin")
+        path = Path(home, "Library/Caches/neml2-aoti-plugin")
     else:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "neml2-aoti-plugin"
-    with suppress(RuntimeError):
-        path = path.expanduser() / "machine-code"
-        return path if path.is_absolute() else None
-    return None
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "neml2-aoti-plugin"
+    # For a user without a home it would lie in the current folder, where anybody may have put anything.
+    return path / "machine-code" if path.is_absolute() else None
 
 
 def files() -> list[Path]:
@@ -113,7 +112,7 @@ def _load() -> MachineCode:
         )
     try:
         return _make(code, binding, llvmlite.__version__, begun)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise Unusable(f"LLVM makes no code for this processor ({lines[0]})") from error
 
@@ -135,8 +134,20 @@ def _make(code: code_file.Code, binding: Any, version: str, begun: float) -> Mac
         if took > _PATIENCE:
             where = f"kept in {kept.parent}" if kept else f"kept nowhere; {VARIABLE} names a folder"
             print(f"neml2-aoti-plugin: made machine code for this processor in {took:.1f} s ({where})", file=sys.stderr)
+    return loaded(binding, object_file, machine, kept)
+
+
+def loaded(binding: Any, object_file: bytes, machine: Any, kept: Path | None) -> MachineCode:
+    """Load an object file.
+
+    Args:
+        binding: llvmlite's module.
+        object_file: its content.
+        machine: the processor that it was made for.
+        kept: where it is kept.
+    """
     empty = binding.parse_assembly("")
-    empty.triple = triple
+    empty.triple = machine.triple
     engine = binding.create_mcjit_compiler(empty, machine)
     engine.add_object_file(binding.ObjectFileRef.from_data(object_file))
     engine.finalize_object()

@@ -68,6 +68,7 @@ class _Solve(NamedTuple):
     RECORD: int
     SOLUTION: int
     HISTORY: int
+    HISTORY_LINES: int
     FAILED: int
     FIELDS: int
 
@@ -107,7 +108,7 @@ class _Columns(NamedTuple):
     FIELDS: int
 
 
-Solve = _Solve(*range(32))
+Solve = _Solve(*range(33))
 Call = _Call(*range(12))
 Columns = _Columns(*range(13))
 

@@ -54,7 +54,7 @@ class TensorSteps:
         b, self._linear = self._system.linearise(self._u)
         self._du = self._direction(self._linear.solve(b))
         self._alpha = torch.ones_like(self._norm)
-        if self._criteria.searching and not self._criteria.strong_wolfe:
+        if not self._criteria.strong_wolfe:
             b, du = self._scaled(self._b, self._of_r), self._scaled(self._du, self._of_u)
             self._slope = row_dots(b, du, self._of_r, self._of_u)
         else:

@@ -145,8 +145,8 @@ def main() -> int:
     package = next(copy.rglob("*.pt2"))
     for place in (copy.parent, copy, copy / "cpu"):
         shutil.copy(package, place / "outside.pt2")
-    # The machine code of our own kernels is read or written when the first row is solved.
-    watch = Watch(copy, *machine_code.folders())
+    # Machine code is read or written when the first model is loaded.
+    watch = Watch(copy, *filter(None, [machine_code.folder()]))
     run = damage_metadata if kind == "metadata" else damage_archives
     trial = run(copy, int(number), int(count))
     escapes = [p for p in watch.outside if not p.endswith(".py")]

@@ -142,7 +142,6 @@ def _space(t: Any) -> Any:
     rows, capacity, n, q = t[Solve.ROWS], t[Solve.CAPACITY], t[Solve.N], t[Solve.Q]
     vectors, givens = t[Solve.VECTORS], t[Solve.GIVENS]
     size, given = 8 * capacity * n, 8 * capacity * q
-    lines = (t[Solve.UPDATES] + 1) * (t[Solve.CUTS] + 2) if t[Solve.HISTORY] else 0
     return Space(
         number_rows(vectors + U * size, (capacity, n)),
         number_rows(vectors + STEP * size, (capacity, n)),
@@ -159,7 +158,7 @@ def _space(t: Any) -> Any:
         number_rows(t[Solve.NORMS], (rows, 2)),
         integer_rows(t[Solve.RECORD], (rows, 2)),
         number_rows(t[Solve.SOLUTION], (rows, n)),
-        number_rows(t[Solve.HISTORY], (lines, HISTORY_COLUMNS)),
+        number_rows(t[Solve.HISTORY], (t[Solve.HISTORY_LINES], HISTORY_COLUMNS)),
     )
 
 
@@ -482,7 +481,7 @@ def _take_last_steps(jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
 @inner
 def _note_iteration(s: Any, line: Any, update: Any, live: Any) -> Any:
     """Note the largest residual norm of the live rows and their largest first one; of all rows where none is live."""
-    if len(s.history) == 0:
+    if line >= len(s.history):
         return line
     worst = worst0 = 0.0
     for k in range(live if live > 0 else len(s.norms)):
@@ -498,7 +497,7 @@ def _note_iteration(s: Any, line: Any, update: Any, live: Any) -> Any:
 @inner
 def _note_trials(s: Any, line: Any, trial: Any, live: Any, criteria: Any) -> Any:
     """Note the least step length, the largest trial norm and the least that would be accepted."""
-    if len(s.history) == 0:
+    if line >= len(s.history):
         return line
     alpha, worst, least = 1.0, 0.0, inf if live > 0 else 0.0
     for k in range(live):
