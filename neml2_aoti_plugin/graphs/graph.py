@@ -97,7 +97,7 @@ class Graph:
             self._compared.add(ranks)
 
     def _first(self, arguments: list[Tensor]) -> list[Tensor]:
-        outputs = self(arguments)
+        outputs = Graph.__call__(self, arguments)
         self.again = self._loaded.run
         return outputs
 
