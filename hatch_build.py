@@ -14,10 +14,10 @@ FILE = "neml2_aoti_plugin/solve/code_file.py"
 
 
 class MachineCodeHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Has the file of machine code there, for wheels and editable installs."""
+    """Has the file of machine code there, for wheels, sdists and editable installs."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Make the file if it is not there or older than its sources; the wheel takes it."""
+        """Make the file if it is not there or older than its sources; what is built holds it."""
         code_file = _load(Path(self.root) / FILE)
         try:
             code_file.read()

@@ -147,7 +147,7 @@ def test_a_healthy_environment() -> None:
     diagnosis = diagnose(find_target(references.case("viscoplasticity").file))
     assert diagnosis.healthy and diagnosis.plugin.active
     assert diagnosis.artifact is not None and diagnosis.artifact.runs and not diagnosis.artifact.sealed
-    assert diagnosis.versions.keys() >= {"neml2", "torch", "numba", "neml2-aoti-plugin", "Python"}
+    assert diagnosis.versions.keys() >= {"neml2", "torch", "llvmlite", "neml2-aoti-plugin", "Python"}
     assert all(finding.cure for finding in diagnosis.findings if finding.level != "fine")
 
 
@@ -165,12 +165,12 @@ BROKEN: list[tuple[dict[str, str], dict[str, tuple[str, str, str]]]] = [
         {
             "NEML2_LOGS": "bogus=info",
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-            "PYTHONPATH": "with a numba that fails",
+            "PYTHONPATH": "with an llvmlite that fails",
             "NEML2_AOTI_PLUGIN_KERNELS": "",
         },
         {
             "neml2": ("problem", "cannot be imported", "NEML2_LOGS"),
-            "Newton loop": ("advice", "ImportError: broken on purpose", "pip install -U numba"),
+            "Newton loop": ("advice", "ImportError: broken on purpose", "pip install -U llvmlite"),
             "torch": ("advice", "loads no entry points", "import neml2_aoti_plugin"),
         },
     ),
@@ -182,8 +182,8 @@ def test_broken_environments(
     variables: dict[str, str], spoilt: dict[str, tuple[str, str, str]], tmp_path: Path
 ) -> None:
     if "PYTHONPATH" in variables:
-        (tmp_path / "numba").mkdir()
-        (tmp_path / "numba/__init__.py").write_text("raise ImportError('broken on purpose')")
+        (tmp_path / "llvmlite").mkdir()
+        (tmp_path / "llvmlite/__init__.py").write_text("raise ImportError('broken on purpose')")
         variables = {**variables, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "neml2_aoti_plugin", "doctor", "--json"]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)

@@ -41,7 +41,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     assert at_run_time == {
         "click": "<9,>=8.1",
         "neml2": "<4,>=3.1",
-        "numba": ">=0.61",
+        "llvmlite": ">=0.46",
         "rich": "<17,>=13.7",
         "safetensors": "<1,>=0.4.3",
         "torch": ">=2.10",

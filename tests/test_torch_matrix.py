@@ -9,7 +9,7 @@ PAGE = "# torch releases\n\nAll of it.\n\n## Tests\n\n| a |\n|---|\n\n## What fa
 
 
 def measured(python: str, passed: int, **failed: str) -> Measured:
-    versions = {"Python": python, "torch": "2.13.0", "numba": "0.68.1"}
+    versions = {"Python": python, "torch": "2.13.0", "llvmlite": "0.68.1"}
     name = f"2.13.0-python{python}"
     return Measured(name, "2026-11-27", commit="abc", versions=versions, passed=passed, failed=failed, test_seconds=9.0)
 

@@ -266,7 +266,7 @@ def environment() -> Path:
         print(f"making {NATIVE_VENV} ...", flush=True)
         venv.create(NATIVE_VENV, with_pip=True)
         wanted = [f"{name}=={version}" for name, version in REQUIRED.items()]
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted, "filelock", "numba"], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted, "filelock", "llvmlite"], check=True)
     return python
 
 

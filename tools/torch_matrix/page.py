@@ -119,7 +119,7 @@ def pythons_section(pythons: Sequence[Measured]) -> Iterator[str]:
     if pythons:
         yield "## Pythons"
         yield wrapped(UNDER_PYTHONS.format(torch=PYTHON_TORCH))
-        head = ("Python", "measured", "torch", "numba", "stubs", "passed", "failed", "skipped", "test run")
+        head = ("Python", "measured", "torch", "llvmlite", "stubs", "passed", "failed", "skipped", "test run")
         yield table(head, [python_row(found) for found in pythons], left=4)
 
 
@@ -139,7 +139,7 @@ def with_pythons(page: str, pythons: Sequence[Measured]) -> str:
 
 def python_row(found: Measured) -> tuple[str, ...]:
     """Give one row of the table of Pythons."""
-    versions = [found.versions.get(name, "") for name in ("torch", "numba")]
+    versions = [found.versions.get(name, "") for name in ("torch", "llvmlite")]
     python = found.versions.get("Python") or found.torch.partition("-python")[2]
     return python, f"{found.day}, {found.commit}", *versions, str(found.cached), *row(found.torch, found)[-4:]
 

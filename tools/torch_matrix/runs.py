@@ -14,7 +14,7 @@ from .environments import GIB, StepError, Workshop, commit, install, say
 from .results import Crossing, Measured, numbers_of, read_loaded, write_loaded
 
 # Distributions whose versions the page tells.
-TOLD = ("torch", "neml2", "nmhit", "numpy", "scipy", "pytest", "numba")
+TOLD = ("torch", "neml2", "nmhit", "numpy", "scipy", "pytest", "llvmlite")
 
 
 def measure(shop: Workshop, torch: str) -> Measured:
