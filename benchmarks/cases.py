@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PLUGIN, NATIVE, EAGER, COMPILED = "plugin", "C++", "eager", "neml2.compile"
-# The graphs that one call of the plugin calls, on as many rows, with nothing between them.
-FLOOR = "bare graphs"
 COPY = "copy"
 # The plugin with `torch.set_num_threads(2)`, beside itself with one thread.
 TWO_THREADS = "plugin, 2 threads"
 
 # Peers without which a case says nothing; the others are left out where they would take too long.
-ESSENTIAL = (PLUGIN, NATIVE, FLOOR, COPY, TWO_THREADS)
+ESSENTIAL = (PLUGIN, NATIVE, COPY, TWO_THREADS)
 
 HETEROGENEOUS, HOMOGENEOUS = "heterogeneous", "homogeneous"
 ROWS = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 QUICK_ROWS = (1, 10, 100, 1_000)
-THREADS_ROWS = (10_000, 100_000)
+THREADS_ROWS = (100, 1_000, 4_096, 10_000, 100_000, 1_000_000)
 # neml2.compile compiles anew for each number of rows, which takes minutes for an implicit model: two models only.
 COMPILED_ROWS = {"elasticity": (1, 10_000), "viscoplasticity": (10_000,)}
 # About what a case costs besides its calls, in seconds, and how often its calls are made at least.
@@ -40,7 +38,7 @@ class Subject:
         most_homogeneous: largest number of rows that are all the same.
         most_jacobian: largest number of rows for derivatives; 0 where none were compiled.
         once: further quantities, at one row.
-        threads: whether it is also timed on two threads.
+        threads: numbers of rows at which it is also timed on two threads.
     """
 
     name: str
@@ -51,7 +49,7 @@ class Subject:
     most_homogeneous: int = 10_000
     most_jacobian: int = 0
     once: tuple[str, ...] = ()
-    threads: bool = False
+    threads: tuple[int, ...] = ()
 
 
 SUBJECTS = {
@@ -65,6 +63,7 @@ SUBJECTS = {
             most_homogeneous=1_000_000,
             most_jacobian=1_000_000,
             once=("typed",),
+            threads=(1_000, 100_000, 1_000_000),
         ),
         Subject(
             "viscoplasticity",
@@ -73,7 +72,7 @@ SUBJECTS = {
             most_homogeneous=1_000_000,
             most_jacobian=1_000_000,
             once=("typed", "driver"),
-            threads=True,
+            threads=THREADS_ROWS[:-1],
         ),
         Subject("chaboche", "implicit, 19 unknowns", 2.4e-4, most=100_000, most_homogeneous=100_000),
         Subject("composed", "forward, implicit (7 unknowns), forward", 5.5e-5, most_jacobian=1_000_000),
@@ -109,7 +108,7 @@ class Case:
         """The peers that it is measured on, the plugin first."""
         if self.quantity == "forward":
             compiled = self.batch == HETEROGENEOUS and self.rows in COMPILED_ROWS.get(self.model, ())
-            return (PLUGIN, NATIVE, FLOOR, COPY, EAGER, *((COMPILED,) if compiled else ()))
+            return (PLUGIN, NATIVE, COPY, EAGER, *((COMPILED,) if compiled else ()))
         if self.quantity == "threads":
             return (PLUGIN, TWO_THREADS)
         return (PLUGIN, NATIVE) if self.quantity in ("typed", "memory") else (PLUGIN, NATIVE, EAGER)
@@ -135,7 +134,7 @@ def cases_of(name: str, batch: str, rows: tuple[int, ...]) -> list[Case]:
     if batch == HETEROGENEOUS:
         found += [Case(name, batch, "jacobian", n) for n in rows if n <= subject.most_jacobian]
         found += [Case(name, batch, quantity, 1) for quantity in subject.once]
-        found += [Case(name, batch, "threads", n) for n in THREADS_ROWS if n in rows and subject.threads]
+        found += [Case(name, batch, "threads", n) for n in THREADS_ROWS if n in subject.threads and n <= max(rows)]
     return found
 
 

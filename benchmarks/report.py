@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .agreement import DERIVATIVE_TOLERANCE, EAGER_TOLERANCE, TOLERANCE
-from .cases import COMPILED, COPY, EAGER, FLOOR, HETEROGENEOUS, HOMOGENEOUS, NATIVE, PLUGIN, ROWS, SUBJECTS, Case
+from .cases import COMPILED, COPY, EAGER, HETEROGENEOUS, HOMOGENEOUS, NATIVE, PLUGIN, ROWS, SUBJECTS, Case
 from .markdown import duration, mib, table
 from .results import Found, Store
-from .targets import MET, MISSED, MISSING, MOONSHOT, NOT_PART, UNDECIDED, Judged, judge, moonshot, targets
+from .targets import MET, MISSED, MISSING, NOT_PART, UNDECIDED, Judged, judge, targets
 
 # Written by hand: what limits what, and what was tried. Its text goes into the page as it is.
 NOTES = Path(__file__).resolve().parent / "notes.md"
@@ -25,7 +25,7 @@ def page(store: Store, picture: str) -> str:
     judged = [one for target in targets() for one in judge(store, target)]
     parts = [
         "# Performance",
-        _summary(store, judged),
+        _summary(judged),
         _overview(judged),
         f"![Ratio to the C++ runtime against rows, a panel for each model]({picture})",
         "## How it was measured",
@@ -35,7 +35,6 @@ def page(store: Store, picture: str) -> str:
         *_section(
             "Times for outputs",
             *(_times(store, name, batch) for name in SUBJECTS for batch in (HETEROGENEOUS, HOMOGENEOUS)),
-            _graphs(store),
         ),
         *_section("Times for outputs and derivatives", *(_derivatives(store, name) for name in SUBJECTS)),
         *_section("One row: typed call and driver", _once(store)),
@@ -82,20 +81,15 @@ round; the tables have its median over the rounds, and *Each target* also has it
   *Homogeneous* rows are all one state of it.
 - *{NATIVE}* is neml2's own runtime, *{EAGER}* is neml2 without compiling. *{COMPILED}* is eager neml2 after that call;
   of an implicit model it compiles the residual.
-- *{FLOOR}* are the graphs that one call of the plugin calls, on as many rows each, called one after the other by
-  torch's runner with nothing between them. The plugin's linear solves are not graphs, and not in it.
 - *{COPY}* copies inputs and outputs once."""
 
 
-def _summary(store: Store, judged: list[Judged]) -> str:
+def _summary(judged: list[Judged]) -> str:
     count = {verdict: sum(one.verdict == verdict for one in judged) for verdict in (MET, MISSED, UNDECIDED, MISSING)}
-    reached, measured = moonshot(store)
     return (
         f"Of {len(judged)} targets {count[MET]} are met, {count[MISSED]} are not, {count[UNDECIDED]} are undecided, "
         f"and {count[MISSING]} were not measured. A target is undecided where the quartiles of the measured ratio are "
-        "further apart than its median is from the target. In the long run, outputs of heterogeneous rows of implicit "
-        f"models should take at most {MOONSHOT} of the C++ runtime's time at any number of rows: they do in {reached} "
-        f"of {measured} cases."
+        "further apart than its median is from the target."
     )
 
 
@@ -104,12 +98,13 @@ def _overview(judged: list[Judged]) -> str:
     lines: dict[tuple[str, str], dict[int, Judged]] = {}
     for one in judged:
         lines.setdefault((one.target.title, one.target.model), {})[one.rows] = one
-    rows = [(*what, *(_mark(found.get(n)) for n in ROWS)) for what, found in lines.items()]
+    counts = sorted({one.rows for one in judged})
+    rows = [(*what, *(_mark(found.get(n)) for n in counts)) for what, found in lines.items()]
     told = (
         "Each cell is the measured ratio and its target: **bold** where the target is met, with `?` where it is "
         "undecided, `-` where nothing was measured."
     )
-    head = ("ratio", "model", *(f"{n:,} row{'s' if n > 1 else ''}" for n in ROWS))
+    head = ("ratio", "model", *(f"{n:,} row{'s' if n > 1 else ''}" for n in counts))
     return f"{table(head, rows)}\n\n{told}"
 
 
@@ -127,14 +122,13 @@ def _targets(judged: list[Judged]) -> str:
     rows = [
         (one.target.title, one.target.model, f"{one.rows:,}", f"{one.limit:.2f}", *_verdict(one)) for one in told_of
     ]
-    told = f"The column *{FLOOR}* is their own ratio to the same peer: no runtime that makes these calls is below it."
-    head = ("ratio", "model", "rows", "target", "median", "minimum", "quartiles", FLOOR, "")
-    return f"{told}\n\n{table(head, rows)}" if rows else ""
+    head = ("ratio", "model", "rows", "target", "median", "minimum", "quartiles", "")
+    return table(head, rows) if rows else ""
 
 
-def _verdict(one: Judged) -> tuple[str, str, str, str, str]:
+def _verdict(one: Judged) -> tuple[str, str, str, str]:
     if one.ratio is None:
-        return "-", "", "", "", f"{MISSING}: {one.reason}"
+        return "-", "", "", f"{MISSING}: {one.reason}"
     least, quartiles = "", ""
     if one.ratios is not None:
         least, quartiles = f"{one.ratios.least:.2f}", f"{one.ratios.low:.2f} to {one.ratios.high:.2f}"
@@ -144,7 +138,7 @@ def _verdict(one: Judged) -> tuple[str, str, str, str, str]:
         MISSED: f"**{gap:.2f} over**",
         UNDECIDED: f"{UNDECIDED}, {abs(gap):.2f} {'over' if gap > 0 else 'under'}",
     }
-    return f"{one.ratio:.2f}", least, quartiles, "" if one.floor is None else f"{one.floor:.2f}", told[one.verdict]
+    return f"{one.ratio:.2f}", least, quartiles, told[one.verdict]
 
 
 def _notes() -> str:
@@ -160,30 +154,13 @@ def _times(store: Store, name: str, batch: str) -> str:
     found = _found(store, name, batch, "forward")
     if not found:
         return ""
-    peers = _timed(found, NATIVE, FLOOR, COPY, EAGER, COMPILED)
-    head = ("rows", "updates", PLUGIN, f"/ {NATIVE}", f"/ {FLOOR}", *peers)
+    peers = _timed(found, NATIVE, COPY, EAGER, COMPILED)
+    head = ("rows", "updates", PLUGIN, f"/ {NATIVE}", *peers)
     rows = []
     for n, one in found:
-        ratios = (ratio(one, NATIVE), ratio(one, FLOOR))
-        rows.append((f"{n:,}", _updates(one), duration(one.time(PLUGIN)), *ratios, *(cell(one, p) for p in peers)))
+        times = duration(one.time(PLUGIN)), ratio(one, NATIVE), *(cell(one, peer) for peer in peers)
+        rows.append((f"{n:,}", _updates(one), *times))
     return f"### {name} ({SUBJECTS[name].title}), {batch}\n\n{table(head, rows)}"
-
-
-def _graphs(store: Store) -> str:
-    """How often each graph is called, at the most rows that were measured."""
-    rows = []
-    for name in SUBJECTS:
-        for batch in (HETEROGENEOUS, HOMOGENEOUS):
-            counted = [(n, one) for n, one in _found(store, name, batch, "forward") if one.graphs]
-            for n, one in counted[-1:]:
-                calls = [f"{graph} {of / n:.1f} ({many:,})" for graph, (many, of) in one.graphs.items()]
-                rows.append((name, batch, f"{n:,}", ", ".join(calls)))
-    told = (
-        "Graphs that one call calls: how often for each row, on average, and in brackets the number of calls, each of "
-        "which takes many rows."
-    )
-    head = ("model", "batch", "rows", "graphs")
-    return f"### Graph calls\n\n{told}\n\n{table(head, rows)}" if rows else ""
 
 
 def _timed(found: Sequence[tuple[int, Found]], *peers: str) -> tuple[str, ...]:

@@ -46,7 +46,6 @@ class Found:
         judged: rows that the C++ runtime had left at its tolerance, and that it solved again with a tighter one.
         stable: whether two calls of the plugin gave the same bits; None if that was not asked.
         updates: number of rows with 0, 1, 2, ... Newton updates.
-        graphs: number of calls of each graph in one call of the plugin, and of rows in all of them.
         growth: bytes by which the peak memory of a fresh process grew in one call, by peer.
         size: bytes of inputs and of outputs.
         trouble: why there is nothing.
@@ -59,7 +58,6 @@ class Found:
     judged: int = 0
     stable: bool | None = None
     updates: list[int] = field(default_factory=list)
-    graphs: dict[str, list[int]] = field(default_factory=dict)
     growth: dict[str, int] = field(default_factory=dict)
     size: dict[str, int] = field(default_factory=dict)
     trouble: str = ""

@@ -24,8 +24,7 @@ from stubs.catalogue import CATALOGUE
 from . import machine, timing
 from .agreement import DERIVATIVE_TOLERANCE, EAGER_TOLERANCE, TOLERANCE, compare, deviations
 from .batches import make_pools, taken
-from .cases import COMPILED, COPY, ESSENTIAL, FLOOR, NATIVE, PLUGIN, SUBJECTS, TWO_THREADS, Case
-from .floor import Recorder
+from .cases import COMPILED, COPY, ESSENTIAL, NATIVE, PLUGIN, SUBJECTS, TWO_THREADS, Case
 from .peers import Loaded
 from .results import Found, Orders, median
 
@@ -56,11 +55,6 @@ class Worker:
         self.known: dict[tuple[str, str], tuple[int, float]] = {(q, p): (n, s) for q, p, n, s in orders.known}
         self.compile_seconds: float | None = None
 
-    @functools.cached_property
-    def recorder(self) -> Recorder:
-        """What tells which graphs the plugin calls."""
-        return Recorder(self.loaded.artifact)
-
     def run(self, case: Case, seconds: float) -> Found:
         """Check and time one case."""
         begun = time.monotonic()
@@ -72,7 +66,7 @@ class Worker:
         took: dict[str, float] = {}
         compiling = 0.0
         for peer in case.peers:
-            if peer in (FLOOR, COPY):
+            if peer == COPY:
                 continue
             reason = self.reason_to_skip(case, peer, seconds)
             if reason:
@@ -99,7 +93,7 @@ class Worker:
         if found.trouble:
             return found
         if case.quantity == "forward":
-            self._add_bounds(case, found, inputs, results[PLUGIN], calls)
+            self._add_copy(case, found, inputs, results[PLUGIN], calls)
         del results
         # What compiling took is not taken from the rounds; some time is left for them in any case.
         left = max(seconds - (time.monotonic() - begun - compiling), LEAST_PART * seconds)
@@ -168,7 +162,7 @@ class Worker:
                 found.skipped[peer] = f"differs from the plugin by {found.deviations[peer]:.1e}"
                 del calls[peer]
 
-    def _add_bounds(
+    def _add_copy(
         self,
         case: Case,
         found: Found,
@@ -176,18 +170,11 @@ class Worker:
         outputs: dict[str, Tensor],
         calls: dict[str, Callable[[], object]],
     ) -> None:
-        """Add what no runtime can be faster than: the bare graphs, and the copy of inputs and outputs."""
+        """Add what no runtime can be faster than: the copy of inputs and outputs."""
         iterations = self.loaded.plugin.solve(inputs).iterations
         found.updates = [int(n) for n in torch.bincount(iterations)]
         both = [*inputs.values(), *(value.contiguous() for value in outputs.values())]
         calls[COPY] = lambda: [value.clone() for value in both]
-        try:
-            floor = self.recorder.floor(inputs)
-            floor()
-        except Exception as error:
-            found.skipped[FLOOR] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            return
-        found.graphs, calls[FLOOR] = floor.counts, floor
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic: targets, what is undecided, what has become slower, and which graphs a call calls."""
+"""The benchmark's own arithmetic: targets, what is undecided, what has become slower, and what the page shows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-import references
 from benchmarks import check, report, timing
-from benchmarks.cases import FLOOR, HETEROGENEOUS, NATIVE, PLUGIN, QUICK_ROWS, ROWS, SUBJECTS, TWO_THREADS, Case
-from benchmarks.floor import Recorder
+from benchmarks.cases import COPY, HETEROGENEOUS, NATIVE, PLUGIN, QUICK_ROWS, ROWS, SUBJECTS, TWO_THREADS, Case
 from benchmarks.results import Found, Ratios, Store
 from benchmarks.run import all_cases
-from benchmarks.targets import MET, MISSED, MISSING, UNDECIDED, judge, moonshot, targets
-from neml2_aoti_plugin import Model
+from benchmarks.targets import MET, MISSED, MISSING, UNDECIDED, judge, targets
 
 ONE = Case("viscoplasticity", HETEROGENEOUS, "forward", 1000)
 
@@ -47,11 +43,11 @@ def verdict_of(store: Store, case: Case, peers: tuple[str, str]) -> str:
 @pytest.mark.parametrize(
     ("rounds", "verdict"),
     [
-        ((0.40, 0.41, 0.42), MET),
+        ((0.35, 0.36, 0.37), MET),
         ((0.60, 0.61, 0.62), MISSED),
-        # The limit is 0.45: quartiles that are further apart than the median is from it decide nothing.
-        ((0.40, 0.44, 0.48), UNDECIDED),
-        ((0.40, 0.46, 0.48), UNDECIDED),
+        # The limit is 0.40: quartiles that are further apart than the median is from it decide nothing.
+        ((0.35, 0.39, 0.43), UNDECIDED),
+        ((0.35, 0.41, 0.43), UNDECIDED),
     ],
 )
 def test_a_target_is_met_or_missed_or_left_open_by_the_noise(
@@ -73,7 +69,7 @@ def test_two_threads_are_held_against_one(tmp_path: Path) -> None:
     case, peers = Case("viscoplasticity", HETEROGENEOUS, "threads", 100_000), (TWO_THREADS, PLUGIN)
     file = tmp_path / "results.json"
     assert verdict_of(store_of(file, 6.0, 6.1, 6.2, peers=peers, case=case), case, peers) == MISSED
-    assert verdict_of(store_of(file, 0.8, 0.8, 0.8, peers=peers, case=case), case, peers) == MET
+    assert verdict_of(store_of(file, 0.5, 0.5, 0.5, peers=peers, case=case), case, peers) == MET
 
 
 def test_each_target_has_a_case_that_measures_it() -> None:
@@ -89,15 +85,14 @@ def test_the_page_begins_with_the_targets_and_the_plot(tmp_path: Path) -> None:
     store = store_of(tmp_path / "results.json", 0.30, 0.31, 0.32)
     lines = report.page(store, "performance.png").splitlines()
     line = next(line for line in lines if line.startswith("| outputs, to the C++ runtime | viscoplasticity |"))
-    assert "| **0.31** / 0.45 |" in line
+    assert "| **0.31** / 0.40 |" in line
     assert lines.index(line) < next(i for i, text in enumerate(lines) if "performance.png" in text) < 40
-    assert moonshot(store) == (1, 1)
 
 
 def test_quartiles_and_minimum_are_those_of_ratios_in_the_same_round(tmp_path: Path) -> None:
     found = Found("", {PLUGIN: [1.0, 4.0, 3.0, 8.0, 5.0], NATIVE: [1.0, 2.0, 1.0, 2.0, 1.0]})
     assert found.ratios(PLUGIN, NATIVE) == Ratios(median=3.0, least=1.0, low=2.0, high=4.0)
-    assert found.ratios(PLUGIN, FLOOR) is None
+    assert found.ratios(PLUGIN, COPY) is None
 
 
 def test_each_call_is_made_before_the_one_that_is_timed() -> None:
@@ -154,32 +149,3 @@ def test_stored_reference_covers_the_quick_run() -> None:
         pytest.skip("no reference is stored")
     known = {case.key for case in all_cases(SUBJECTS, QUICK_ROWS, memory=False)}
     assert set(json.loads(check.FILE.read_text(encoding="utf-8"))["ratios"]) <= known
-
-
-def test_floor_calls_the_graphs_that_a_solve_calls() -> None:
-    case = references.case("viscoplasticity")
-    model = Model(case.artifact)
-    inputs = case.rows()
-    # Rows that take from one to five updates.
-    longer = 1.0 + torch.linspace(0.0, 2.0, len(inputs["t"]), dtype=torch.float64).unsqueeze(-1)
-    inputs = {**inputs, "strain": inputs["strain~1"] + (inputs["strain"] - inputs["strain~1"]) * longer}
-    report_of = model.solve(inputs)
-    rows = len(report_of.iterations)
-    floor = Recorder(case.artifact).floor(inputs)
-    residual, jacobian = (floor.counts[f"{case.stub.model}_{kind}"] for kind in ("residual", "jacobian"))
-    # A row needs a Jacobian for each update, and a residual at the end of each.
-    updates = int(report_of.iterations.sum())
-    assert len(set(report_of.iterations.tolist())) > 2
-    assert updates <= jacobian[1] <= updates + rows
-    assert residual[1] >= updates
-    # The solve itself is the plugin's own, so that no graph of it is called.
-    assert not any("solve" in name for name in floor.counts)
-    called = []
-    for run, arguments in floor._calls:
-        outputs = run(arguments)
-        called.append(len(arguments[0]))
-        assert all(torch.isfinite(x).all() for x in outputs)
-    assert sum(called) == sum(of for _, of in floor.counts.values())
-    floor()
-    # The model that is timed has graphs of its own, which note nothing.
-    assert model.forward(inputs).keys() == Model(case.artifact).forward(inputs).keys()

@@ -46,7 +46,10 @@ def test_the_sdist_holds_the_tree_and_nothing_else(sdist: Path) -> None:
         timeout=60,
     )
     # The machine code, so that a build needs no compiler where its sources are as they were.
-    assert found - {"PKG-INFO", ".gitignore"} == {*listed.stdout.splitlines(), "neml2_aoti_plugin/solve/machine_code.bc"}
+    assert found - {"PKG-INFO", ".gitignore"} == {
+        *listed.stdout.splitlines(),
+        "neml2_aoti_plugin/solve/machine_code.bc",
+    }
 
 
 def test_the_sdist_gives_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
