@@ -238,6 +238,13 @@ _ENTRIES = (
     ),
     replace(
         ELASTICITY,
+        name="elasticity_stiff",
+        flags=(*ALL_PAIRS, "--dtype", "float32", "Models/elasticity/coefficients:='410000 0.29'"),
+        purpose="A leaf of another source with the same metadata, which it would stand beside without a trace.",
+        wide=True,
+    ),
+    replace(
+        ELASTICITY,
         name="elasticity_static",
         flags=(*ALL_PAIRS, "--no-dynamic-batch", "--example-batch-shape", "(3,)"),
         purpose="Graphs that are pinned to the batch size of the example, 3, which the metadata do not tell.",

@@ -14,6 +14,7 @@ from torch import nn
 
 import references
 from neml2_aoti_plugin import AOTIModel, ArtifactNotFoundError, Model
+from neml2_aoti_plugin.workbench.target import find_target
 from references import Case, difference
 from stubs.catalogue import CATALOGUE
 
@@ -43,6 +44,19 @@ class TestLoading:
         monkeypatch.chdir(tmp_path)
         model = neml2.load_model("moved/elasticity_aoti.i", "elasticity")
         assert model._inner.artifact == folder / "elasticity"
+
+    def test_a_stub_that_is_included_from_another_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = Path(shutil.copytree(references.case("elasticity").folder, tmp_path / "compiled"))
+        (tmp_path / "inputs").mkdir()
+        main = tmp_path / "inputs" / "main.i"
+        main.write_text("!include ../compiled/elasticity_aoti.i\n")
+        monkeypatch.chdir(tmp_path)
+        for path in (main, Path("inputs/main.i")):
+            assert neml2.load_model(path, "elasticity")._inner.artifact == folder / "elasticity"
+            assert find_target(path).artifact == folder / "elasticity"
+        # What is beside the including file alone is found too, as before.
+        (tmp_path / "compiled" / "elasticity").rename(tmp_path / "inputs" / "elasticity")
+        assert neml2.load_model(main, "elasticity")._inner.artifact == tmp_path / "inputs" / "elasticity"
 
     def test_absolute_path(self, tmp_path: Path) -> None:
         artifact = references.case("elasticity").artifact

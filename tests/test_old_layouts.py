@@ -1,6 +1,6 @@
 """Artifacts and stubs of old releases found from every entry; nothing is evaluated here.
 
-The folders hold metadata that the real compilers wrote and no graphs: finding a leaf takes no more.
+The folders hold metadata that the real compilers wrote, and no graphs but empty files: finding a leaf takes no more.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import neml2
 import pytest
 import torch
 
+from neml2_aoti_plugin import Model
 from neml2_aoti_plugin.artifact.locate import locate
 from neml2_aoti_plugin.artifact.stub import Stub, find, read_stub
 from neml2_aoti_plugin.errors import ArtifactError, ArtifactNotFoundError, InputError
@@ -46,6 +47,7 @@ def shared(tmp_path: Path) -> Path:
     root = tmp_path / "aoti" / "bar"
     for leaf in ("cpu/float64", "cpu/float32", "cuda/float64"):
         (root / leaf).mkdir(parents=True)
+        (root / leaf / "bar.pt2").touch()
     shutil.copy(DATA / "3.0.7-multi.json", root / "metadata.json")
     return root
 
@@ -101,6 +103,18 @@ def test_an_artifact_compiled_again_is_the_new_one_unless_the_old_is_named(share
     shutil.copy(DATA / "3.0.6-multi.json", shared / "cpu" / "bar_meta.json")
     assert locate(shared).metadata.name == "metadata.json"
     assert locate(shared / "cpu" / "bar_meta.json").metadata.name == "bar_meta.json"
+
+
+def test_a_leaf_that_is_not_there_is_told_before_the_metadata_is_judged(shared: Path) -> None:
+    (shared / "metadata.json").write_text('{"schema_version": 10}')
+    for leaf in ("cpu/float64", "cuda/float64"):
+        (shared / leaf / "bar.pt2").unlink()
+    # What is left is float32, which is taken where no dtype is asked for.
+    (shared / "cpu/float32/bar.pt2").unlink()
+    with pytest.raises(
+        ArtifactNotFoundError, match=r"no compiled artifact for device 'cpu'.*without a graph: cpu/float32"
+    ):
+        Model(shared)
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

@@ -456,6 +456,12 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[Points], Any], type[Exception],
         InputError,
         "holds other than finite numbers",
     ),
+    "state that is not finite in a file": (
+        {},
+        lambda p: PointsState({"t~1": torch.tensor([torch.inf])}, p.model.digest, 1).save("state.npz"),
+        InputError,
+        "'t~1' holds other than finite numbers",
+    ),
     "state of truths": (
         {},
         lambda p: p.restore(PointsState({n: x > 0 for n, x in p.state().values.items()}, p.model.digest, N)),

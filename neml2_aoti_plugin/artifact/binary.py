@@ -1,4 +1,4 @@
-"""Look over the shared library of a graph without loading it."""
+"""Look over the shared library of a graph without loading it: what speaks against it, and the constants in it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .processor import machine
 ELF_MACHINES = {3: "i686", 21: "ppc64le", 22: "s390x", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 
 _SHARED, _LOAD = 3, 1
+# Where torch puts a graph's constants: those that are only read, and those that the graph may change.
+_CONSTANTS = (b".lrodata", b".ldata")
 _AGAIN = "Copy the package again, or compile the model again."
 
 
@@ -34,6 +36,31 @@ def library_fault(data: bytes | memoryview) -> str:
         return _elf_fault(data)
     except struct.error:
         return f"its shared library is cut off within its header. {_AGAIN}"
+
+
+def constants_in(data: bytes | memoryview) -> bytes:
+    """The tensors that torch put into a shared library, as bytes one after the other.
+
+    Args:
+        data: the library's bytes.
+
+    Returns:
+        The bytes of its sections of constants; none where there are none, or where it is no ELF file.
+    """
+    try:
+        if bytes(data[:6]) != b"\x7fELF\2\1":
+            return b""
+        start = struct.unpack_from("<Q", data, 40)[0]
+        size, count, names = struct.unpack_from("<HHH", data, 58)
+        table = [struct.unpack_from("<II8xQQQ", data, start + i * size) for i in range(count)]
+        texts = table[names][3]
+        found = b""
+        for name, _, _, offset, length in table:
+            label = bytes(data[texts + name : texts + name + 16]).partition(b"\0")[0]
+            found += bytes(data[offset : offset + length]) if label in _CONSTANTS else b""
+        return found
+    except (struct.error, IndexError):
+        return b""
 
 
 def _elf_fault(data: bytes | memoryview) -> str:

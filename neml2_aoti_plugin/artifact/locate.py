@@ -121,6 +121,8 @@ def choose(
     model = root.name or root.resolve().name
     if (wanted.type, precision) not in present:
         found = ", ".join(f"{a}/{b}" for a, b in present) or "(none)"
+        empty = ", ".join(f"{a}/{b}" for a, b in leaves(root, empty=True))
+        found += f"; folders without a graph: {empty}" if empty else ""
         raise ArtifactNotFoundError(
             f"no compiled artifact for device '{wanted.type}' and dtype '{precision}' in {root}; compiled leaves: "
             f"{found}. Load one of these (device=, dtype=), or compile the one you need: "
@@ -150,15 +152,15 @@ def find_root(path: Path) -> tuple[Path, tuple[str, ...]] | None:
     return None
 
 
-def leaves(root: Path) -> list[tuple[str, str]]:
-    """List the leaves of an artifact as (device, dtype)."""
+def leaves(root: Path, *, empty: bool = False) -> list[tuple[str, str]]:
+    """List the leaves of an artifact as (device, dtype): the folders that hold packages, or those that hold none."""
     try:
         return sorted(
             (family.name, leaf.name)
             for family in root.iterdir()
             if family.is_dir() and family.name in DEVICES
             for leaf in family.iterdir()
-            if leaf.is_dir() and leaf.name in DTYPES
+            if leaf.is_dir() and leaf.name in DTYPES and any(leaf.glob("*.pt2")) != empty
         )
     except OSError as error:
         raise ArtifactError(f"{error.filename}: cannot be read ({reason(error)}). {AGAIN}") from None

@@ -125,8 +125,8 @@ def read_package(file: Path, folder: Folder) -> Contents:
         return folder.read(file, files.PACKAGE)
     except FileNotFoundError:
         raise ArtifactNotFoundError(
-            f"{file}: no such file, although the metadata names it. Copy the whole artifact folder, or compile the "
-            "model again."
+            f"{file}: no such file, although the metadata names it; a leaf of an earlier compile may have been left "
+            "without it. Copy the whole artifact folder, or compile the model again."
         ) from None
 
 

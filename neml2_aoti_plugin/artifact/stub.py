@@ -54,7 +54,8 @@ def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmh
 
     Args:
         block: of type `AOTIModel`.
-        folder: of the input file.
+        folder: of the input file; a path is relative to the file that the option itself is in, which this one may
+            include, or to this one.
         solver_block: gives the block of a name in the file's `[Solvers]`.
 
     Returns:
@@ -71,7 +72,7 @@ def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmh
             f"{' and '.join(given) or 'no artifact'} given, expected one of artifact_path (the folder that "
             "neml2-compile wrote) and meta (the metadata file, in stubs of neml2 3.0.0 to 3.0.3)."
         )
-    artifact = find(options[given[0]], folder)
+    artifact = find(options[given[0]], *_folders(block, given[0], folder))
     name = options["solver"]
     if not name:
         return Stub(artifact)
@@ -81,12 +82,21 @@ def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmh
     return Stub(artifact, read_solver(node))
 
 
-def find(given: str, folder: Path) -> Path:
+def _folders(block: nmhit.Node, option: str, folder: Path) -> list[Path]:
+    """The folder of the file that an option is in, and that of the input file, each once."""
+    field = block.find(option)
+    own = field.filename if field is not None else None
+    # Overrides count as written in the input file; a text that was no file has no name.
+    found = [Path(own).parent] if own is not None and str(own) else []
+    return list(dict.fromkeys([*found, folder]))
+
+
+def find(given: str, *folders: Path) -> Path:
     """Find what a path in a stub leads to.
 
     Args:
-        given: the path; relative to the stub's folder or absolute.
-        folder: the stub's folder.
+        given: the path; relative to a folder or absolute.
+        folders: where the stub may be, the likeliest first.
 
     Returns:
         The path; where it is absolute and the artifact has moved together with the stub, the path beside the stub.
@@ -95,16 +105,21 @@ def find(given: str, folder: Path) -> Path:
         ArtifactNotFoundError: the path is absolute, and there is nothing, nor beside the stub.
     """
     path = Path(given)
-    if not path.is_absolute():
-        return folder / path
-    moved = [folder.joinpath(*path.parts[-depth:]) for depth in range(1, len(path.parts))]
-    for candidate in (path, *moved):
+    if path.is_absolute():
+        depths = range(1, len(path.parts))
+        candidates = [path, *(folder.joinpath(*path.parts[-depth:]) for folder in folders for depth in depths)]
+    else:
+        candidates = [folder / path for folder in folders]
+    for candidate in candidates:
         # Unlike Path.exists, this raises nothing for a path that is too long.
         if os.path.exists(candidate):
             return candidate
+    if not path.is_absolute():
+        return candidates[0]
+    beside = (*candidates[1:], folders[0])[0]
     raise ArtifactNotFoundError(
-        f"there is neither {path}, which the stub names, nor {moved[0] if moved else folder} beside the stub. Put the "
-        "artifact back there, or correct the path; it may be relative to the stub."
+        f"there is neither {path}, which the stub names, nor {beside} beside the stub. Put the artifact back there, or "
+        "correct the path; it may be relative to the stub."
     )
 
 

@@ -21,12 +21,14 @@ class Wire:
         role: what it is for; a package has one.
         shapes: of its arguments.
         optional: how many of the last arguments it may do without.
+        returns: how many tensors are taken from it; None where the metadata does not tell.
     """
 
     file: str
     role: str
     shapes: Shapes
     optional: int = 0
+    returns: int | None = None
 
 
 def wires(metadata: s.Metadata) -> list[Wire]:
@@ -51,24 +53,26 @@ def wires(metadata: s.Metadata) -> list[Wire]:
 
 def _forward(part: s.ForwardSegment, known: dict[str, s.Shape]) -> Iterator[Wire]:
     shapes = tuple(known.get(name) for name in part.taken)
-    yield Wire(part.value, "value", shapes)
-    if part.jacobian is not None:
-        yield Wire(part.jacobian.file, "jacobian", shapes)
-    if part.parameter_jacobian is not None:
-        yield Wire(part.parameter_jacobian.file, "parameter jacobian", shapes)
+    yield Wire(part.value, "value", shapes, returns=len(part.outputs))
+    for role, of in (("jacobian", part.jacobian), ("parameter jacobian", part.parameter_jacobian)):
+        if of is not None:
+            blocks = max((pair.output + 1 for pair in of.pairs), default=0)
+            yield Wire(of.file, role, shapes, returns=of.skip + blocks)
     if part.parameter_vjp is not None:
-        yield Wire(part.parameter_vjp.file, "parameter vjp", (*shapes, *(None for _ in part.parameter_vjp.outputs)))
+        of_outputs = (None for _ in part.parameter_vjp.outputs)
+        gradients = len(part.parameter_vjp.parameters)
+        yield Wire(part.parameter_vjp.file, "parameter vjp", (*shapes, *of_outputs), returns=gradients)
 
 
 def _implicit(part: s.ImplicitSegment, known: dict[str, s.Shape]) -> Iterator[Wire]:
     u, g = (tuple(_packed(group) for group in groups) for groups in (part.unknowns, part.givens))
     p: Shapes = (None,) * len(part.parameters)
     r, blocks = len(part.residuals), len(part.residuals) * len(part.unknowns)
-    yield Wire(part.residual, "residual", u + g + p)
+    yield Wire(part.residual, "residual", u + g + p, returns=r)
     step, by_given, by_parameter = part.step, part.sensitivity, part.parameter_sensitivity
     if isinstance(step, s.DirectStep):
-        yield Wire(step.jacobian, "jacobian", u + g + p)
-        yield Wire(step.solve, "solve", (None,) * (blocks + r))
+        yield Wire(step.jacobian, "jacobian", u + g + p, returns=blocks + r)
+        yield Wire(step.solve, "solve", (None,) * (blocks + r), returns=len(u))
     elif isinstance(step, s.FusedStep):
         yield Wire(step.file, "step", u + g + p)
     else:
@@ -113,10 +117,18 @@ def wire_fault(wire: Wire, signature: Signature | None) -> str:
     """
     if signature is None:
         return ""
-    cure = "It belongs to another model, or the metadata was edited: copy the whole artifact folder, or compile again."
+    cure = (
+        "It belongs to another model, or to an earlier compile of this one, or the metadata was edited: copy the whole "
+        "artifact folder, or compile again."
+    )
     given, taken = len(wire.shapes), len(signature.arguments)
     if not given - wire.optional <= taken <= given:
         return f"takes {taken} tensors, where the metadata gives it {given} as the {wire.role}. {cure}"
+    if wire.returns not in (None, signature.outputs):
+        return (
+            f"gives {signature.outputs} tensors, where the metadata takes {wire.returns} from it as the {wire.role}. "
+            f"{cure}"
+        )
     for i, (shape, argument) in enumerate(zip(wire.shapes, signature.arguments, strict=False)):
         rank = len(argument.extents)
         if shape is None:

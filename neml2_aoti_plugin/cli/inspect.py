@@ -48,7 +48,15 @@ def render(report: ArtifactReport, console: Console) -> None:
     leaves = tree.add("leaves")
     for leaf in report.leaves:
         mark = " (told of here)" if f"{leaf.device}/{leaf.dtype}" == report.leaf and len(report.leaves) > 1 else ""
-        leaves.add(f"{leaf.device}/{leaf.dtype}  {size(leaf.bytes)}  {escape(leaf.built_for)}{mark}")
+        branch = leaves.add(f"{leaf.device}/{leaf.dtype}  {size(leaf.bytes)}  {escape(leaf.built_for)}{mark}")
+        for colour, text in (
+            ("red", leaf.fault),
+            ("yellow", leaf.doubt),
+            ("red", f"missing: {', '.join(leaf.absent)}" if leaf.absent else ""),
+            ("dim", f"not named by the metadata: {', '.join(leaf.left)}" if leaf.left else ""),
+        ):
+            if text:
+                branch.add(f"[{colour}]{escape(text)}[/]")
     for title, variables in (("inputs", report.inputs), ("outputs", report.outputs)):
         branch = tree.add(title)
         for variable in variables:

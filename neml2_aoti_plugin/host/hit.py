@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from neml2.schema import HitSchema, option
+from neml2.schema import option
 from neml2.types import TensorWrapper
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from ..model.promoted import PromotedParameters
 from ..parallel.sharing import pool_over, workers_for
 from ..settings import NewtonSettings
 from . import chain, typed
+from .overrides import OpenSchema, parameter_values
 
 if TYPE_CHECKING:
     import nmhit
@@ -64,7 +65,7 @@ class AOTIModel(CompiledModule):
     SUPPORTS_SECOND_ORDER = False
     output_priorities: Mapping[str, str | None] = {}
 
-    hit = HitSchema(
+    hit = OpenSchema(
         option(
             "artifact_path",
             str,
@@ -93,12 +94,21 @@ class AOTIModel(CompiledModule):
         """
         declared = {name for name in getattr(factory.settings, "example_batch_shape", None) or {} if name != "*"}
         try:
-            stub = read_stub(node, Path(factory._path).parent, lambda name: factory._find_in_section("Solvers", name))
-            artifact = stub.artifact.resolve()
-            workers = node.param_optional_int("workers", 0) or None
-            return cls(
-                artifact, factory._device, factory._dtype, declared=declared, solver=stub.solver, workers=workers
-            )
+            try:
+                stub = read_stub(node, Path(factory._path).parent, lambda n: factory._find_in_section("Solvers", n))
+                artifact = stub.artifact.resolve()
+                workers = node.param_optional_int("workers", 0) or None
+                model = cls(
+                    artifact, factory._device, factory._dtype, declared=declared, solver=stub.solver, workers=workers
+                )
+            except (ArtifactError, InputError):
+                # An option that is misspelt may be why.
+                cls.hit.require_known(node)
+                raise
+            for name, value in parameter_values(node, factory, cls.hit, model._promoted.specs).items():
+                own = isinstance(value, Tensor)
+                model.set_parameter(name, value.to(model._promoted.values[name]) if own else value)
+            return model
         except (ArtifactError, InputError) as error:
             error.args = (f"[Models/{node.path()}] in {factory._path}: {error}",)
             raise

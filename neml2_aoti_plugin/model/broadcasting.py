@@ -32,13 +32,13 @@ def warn_of_columns(named: Sequence[tuple[str, Shape]], common: Shape) -> None:
                     f"{name}.reshape(({batch[0]}, *base)). If a grid is meant, ignore this warning with "
                     "warnings.filterwarnings, or expand one of the two to the common batch shape.",
                     UserWarning,
-                    stacklevel=_callers_level(),
+                    stacklevel=callers_level(),
                 )
                 return
 
 
-def _callers_level() -> int:
-    """The stack level, as `warn_of_columns` must name it, of the line that called this package."""
+def callers_level() -> int:
+    """The stack level, as the caller must give it to `warnings.warn`, of the line that called this package."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
         frame, level = frame.f_back, level + 1

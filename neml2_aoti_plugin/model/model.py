@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor
 
 from ..artifact.compatibility import check
+from ..artifact.kinship import kinship
 from ..artifact.locate import absolute, locate
 from ..artifact.parse import read_metadata
 from ..artifact.schema import ImplicitSegment, Shape
-from ..errors import InputError
+from ..errors import ArtifactError, InputError
 from ..program.program import Program
 from ..settings import NewtonSettings, changed_settings, newton_settings
 from . import autograd, derivatives, parameter_file, recipe, solution
 from .admission import Boundary
+from .broadcasting import callers_level
 from .call import Caller, Tensors
 from .derivatives import Blocks, By
 from .module import CompiledModule
@@ -67,7 +70,8 @@ class Model(CompiledModule):
 
     Raises:
         ArtifactNotFoundError: there is no artifact, or none for that device and dtype.
-        ArtifactError: the artifact is damaged, of an unknown schema, or made for another machine.
+        ArtifactError: the artifact is damaged, of an unknown schema, or made for another machine, or the leaf is of an
+            earlier compile of another source.
         InputError: an argument has no such value, or the file of parameters is that of another artifact.
     """
 
@@ -99,6 +103,11 @@ class Model(CompiledModule):
         place = locate(self._given, device, dtype)
         metadata = read_metadata(place.metadata, place.folder, solver=self._solver)
         packages = check(metadata, place)
+        kin = kinship(metadata, place)
+        if kin.fault:
+            raise ArtifactError(kin.fault)
+        if kin.doubt:
+            warnings.warn(kin.doubt, UserWarning, stacklevel=callers_level())
         origin = recipe.origin(place, metadata, packages.values())
         if made is not None:
             recipe.require_same(made, origin)

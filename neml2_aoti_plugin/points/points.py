@@ -278,9 +278,7 @@ class Points:
             raise InputTypeError(f"the state is a {type(state).__name__}, expected what Points.state() gives.")
         shapes = {name: tuple(value.shape) for name, value in state.values.items()}
         self._expected(other_artifact=other_artifact).require(state.digest, state.n, shapes)
-        for name, value in state.values.items():
-            if not value.is_floating_point() or not bool(value.isfinite().all()):
-                raise InputError(f"the state's {name!r} holds other than finite numbers ({value.dtype}).")
+        state.require_finite()
         dtype, device = self.model.dtype, self.model.device
         self._old = {name: state.values[name].to(device, dtype, copy=True) for name in self._kept}
         self._trial, self._begun = None, True

@@ -43,11 +43,18 @@ class PointsState:
             path: of the file; `.npz` is the usual ending.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: the file cannot be written, or a value is not finite, which could not be loaded again.
         """
+        self.require_finite()
         arrays = {f"{_VALUE}{name}": value.cpu().numpy() for name, value in self.values.items()}
         with draft(Path(path)) as scratch, scratch.open("wb") as file:
             np.savez(file, format=FORMAT, digest=self.digest, n=self.n, **arrays)  # type: ignore[arg-type]
+
+    def require_finite(self) -> None:
+        """Refuse values that are no finite numbers."""
+        for name, value in self.values.items():
+            if not value.is_floating_point() or not bool(value.isfinite().all()):
+                raise InputError(f"the state's {name!r} holds other than finite numbers ({value.dtype}).")
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,10 @@ class LeafReport:
         folder: of the packages.
         bytes: of all its packages.
         built_for: platform, processor and instruction sets, as the packages record them; empty where they do not.
+        fault: why it does not belong to the metadata, with the cure; empty if it does for all that can be told.
+        doubt: why it may not belong to it, with the cure; empty if there is no doubt.
+        left: packages in it that the metadata does not name; an earlier compile left them.
+        absent: packages that the metadata names and it does not have.
     """
 
     device: str
@@ -110,6 +114,10 @@ class LeafReport:
     folder: str
     bytes: int
     built_for: str
+    fault: str
+    doubt: str
+    left: tuple[str, ...]
+    absent: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..artifact import schema as s
 from ..artifact.archive import open_archive
 from ..artifact.compatibility import files_of
+from ..artifact.kinship import kinship
 from ..artifact.package import build_in, read_package
 from ..artifact.parse import read_metadata
 from ..artifact.place import DTYPES, Place
@@ -44,7 +45,7 @@ def describe(target: Target, device: str | None = None, dtype: str | None = None
         schema=metadata.schema,
         release=release_of(metadata.schema),
         sealed=place.folder.sealed is not None,
-        leaves=tuple(_leaf(p, metadata) for p in there),
+        leaves=tuple(_leaf(p) for p in there),
         leaf=f"{place.device.type}/{name_of(place)}",
         inputs=tuple(_input(v, metadata) for v in metadata.inputs),
         outputs=tuple(_output(v, metadata) for v in metadata.outputs),
@@ -149,10 +150,15 @@ def _alone(part: s.Segment, metadata: s.Metadata) -> s.Metadata:
     return s.Metadata(metadata.inputs, metadata.outputs, (), (part,), (), ())
 
 
-def _leaf(place: Place, metadata: s.Metadata) -> LeafReport:
+def _leaf(place: Place) -> LeafReport:
+    # Before neml2 3.0.7 each has its own.
+    metadata = read_metadata(place.metadata, place.folder)
     sizes = [_size(place.leaf / name) for name in sorted(files_of(metadata))]
     total = sum(size for size in sizes if size is not None)
-    return LeafReport(place.device.type, name_of(place), str(place.leaf), total, _built_for(place, metadata))
+    built_for = _built_for(place, metadata)
+    return LeafReport(
+        place.device.type, name_of(place), str(place.leaf), total, built_for, **vars(kinship(metadata, place))
+    )
 
 
 def _built_for(place: Place, metadata: s.Metadata) -> str:

@@ -10,12 +10,13 @@ import torch
 
 from .._status import Status, status
 from ..artifact.compatibility import check
+from ..artifact.kinship import kinship
 from ..artifact.parse import read_metadata
 from ..errors import AOTIError
 from . import environment, machine, native
 from .describe import name_of, release_of
-from .environment import Finding, KernelsReport
-from .target import Target
+from .environment import Finding, KernelsReport, Level
+from .target import Target, places
 
 # What an environment may hold that changes how models load or run.
 VARIABLES = (
@@ -150,7 +151,8 @@ def _of_artifact(
         lines = str(error).splitlines()
         listed = [line.removeprefix("- ") for line in lines[1:]] if len(lines) > 1 else lines
         findings = [_problem(line) for line in listed]
-    runs = not findings
+    runs = not findings and not kinship(found, place).fault
+    findings += _of_leaves(target)
     if runs:
         findings.append(Finding("artifact", "fine", f"{target.model} ({leaf}, schema {found.schema}) can run here"))
     if sealed:
@@ -163,13 +165,28 @@ def _of_artifact(
     return report, tuple(findings)
 
 
-def _problem(message: str) -> Finding:
+def _of_leaves(target: Target) -> list[Finding]:
+    """Whether all leaves of an artifact are of one compile; files that nobody reads."""
+    findings = []
+    try:
+        there = [(place, kinship(read_metadata(place.metadata, place.folder), place)) for place in places(target)]
+    except AOTIError:
+        # A leaf that cannot be looked at is told when it is the one that is asked for.
+        return []
+    for place, kin in there:
+        findings += [_problem(text) for text in (kin.fault,) if text]
+        findings += [_problem(text, "advice") for text in (kin.doubt,) if text]
+        if kin.left:
+            says = f"{place.leaf}: holds {', '.join(kin.left)}, which the metadata does not name: of an earlier compile"
+            findings.append(Finding("artifact", "advice", says, "Nobody reads them; remove them"))
+    return findings
+
+
+def _problem(message: str, level: Level = "problem") -> Finding:
     """What is wrong with an artifact; the end of our errors says what mends it."""
     # Of several lines the last one does.
     says, _, cure = message.strip().rstrip(".").rpartition("\n" if "\n" in message else ". ")
-    return Finding(
-        "artifact", "problem", says or cure, cure if says else "Copy the artifact again, or compile it again"
-    )
+    return Finding("artifact", level, says or cure, cure if says else "Copy the artifact again, or compile it again")
 
 
 def _version(name: str) -> str | None:

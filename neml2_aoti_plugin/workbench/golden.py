@@ -78,15 +78,14 @@ def read_golden(path: Path, model: Model, name: str) -> Golden:
         header.require_kind(KIND, WHAT)
         other = f"{path}: is of another model ({header.notes.get('model')!r})"
         known = {f"{kind}.{n}": v.natural_shape for kind, of in variables.items() for n, v in of.items()}
-        blocks = [name for name in header.claims if name.startswith("derivative.")]
-        differing = sorted(name.partition(".")[2] for name in set(header.claims) - set(blocks) ^ known.keys())
+        blocks = {name for name in header.claims if name.startswith("derivative.")}
+        differing = sorted(name.partition(".")[2] for name in (header.claims.keys() - blocks) ^ known.keys())
         if differing:
             raise InputError(
                 f"{other}, not of {name!r}: {', '.join(differing)} are not in both. Give the golden file of this model."
             )
         pairs.extend((str(out), str(by)) for out, by in json.loads(header.notes.get("derivatives", "[]")))
-        unknown = [pair for pair in pairs if pair not in there]
-        if unknown or len(pairs) != len(blocks):
+        if not set(pairs) <= set(there) or blocks != {f"derivative.{number}" for number in range(len(pairs))}:
             raise InputError(f"{other}: it holds the derivatives {pairs}, in {name!r} there are: {there or 'none'}.")
         rows = {claim.shape[:1] for claim in header.claims.values()}
         if len(rows) != 1 or rows & {(), (0,)}:

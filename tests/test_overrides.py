@@ -1,0 +1,119 @@
+"""Overrides of a compiled model's input file: taken as for the source input, or refused with what can be changed."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import neml2
+import pytest
+import torch
+from neml2.cli.run import main as neml2_run
+
+import references
+from neml2_aoti_plugin import InputError, cli
+from neml2_aoti_plugin.workbench.drive import run
+
+
+@functools.cache
+def stress_of_the_source(name: str, override: str) -> tuple[int, torch.Tensor]:
+    """The last step of the driver's run and the stress there, by neml2's eager model of the source input."""
+    stub = references.case(name).stub
+    with references.default_dtype(torch.float64):
+        driver = neml2.load_input(stub.path, additional_args=[override]).get_driver(stub.driver)
+        driver.run()
+    last = driver.nsteps - 1
+    return last, driver.result()[f"output.{last}.stress"].detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "source"),
+    [
+        ("calibration", "Models/hardening/hardening_modulus", "Models/hardening/hardening_modulus"),
+        ("calibration", "Models/hardening/K", "Models/hardening/hardening_modulus"),
+        ("calibration", "Models/viscoplasticity/residual.hardening.K", "Models/hardening/hardening_modulus"),
+        ("promoted_implicit", "Models/creep/reference_stress", "Models/creep/reference_stress"),
+    ],
+)
+def test_an_override_of_a_promoted_parameter_does_what_it_does_to_the_source(
+    tmp_path: Path, name: str, path: str, source: str
+) -> None:
+    case = references.case(name)
+    run(case.file, "driver", values={}, out=tmp_path / "result.pt", overrides=(f"{path}:=2500",))
+    found = torch.load(tmp_path / "result.pt")
+    last, wanted = stress_of_the_source(name, f"{source}:=2500")
+    torch.testing.assert_close(found[f"output.{last}.stress"], wanted, rtol=1e-6, atol=1e-6)
+    run(case.file, "driver", values={}, out=tmp_path / "plain.pt")
+    assert not torch.allclose(torch.load(tmp_path / "plain.pt")[f"output.{last}.stress"], wanted, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("Models/flow_direction/yield_function:=f", "What can be changed here is its promoted parameters"),
+        ("Models/viscoplasticity/K:=3", "the options artifact_path, meta, solver, workers"),
+        ("Models/hardening/K:=soft", "expected 1 finite number(s)"),
+        ("Models/hardening/K:=1e999", "expected 1 finite number(s)"),
+        ("Models/hardening:=3", "Models/hardening is 3, which nobody reads"),
+        ("Solvers/newton/max_its:=2", "'Models/viscoplasticity/solver:=newton' 'Solvers/newton/type:=Newton'"),
+        ("EquationSystems/system/model:=other", "What the model 'viscoplasticity' was made of is compiled"),
+        ("Drivers/other/save_as:=x.pt", "In [Drivers] there are: driver"),
+        ("Tensors/times/exp:='1'", "[Tensors/times] of type Python has no such option"),
+        ("Tensors/more/expr:='1'", "In [Tensors] there are: "),
+        ("Settings/dynamic:=false", "which nobody reads"),
+        ("Model/hardening/K:=3", "which nobody reads"),
+        ("K:=3", "which nobody reads"),
+    ],
+)
+def test_an_override_that_nobody_reads_is_refused_with_what_can_be_changed(
+    override: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = references.case("calibration").file
+    assert cli.main(["run", str(stub), "driver", override]) == 2
+    told = capsys.readouterr().err
+    assert said in told and override.partition(":=")[0] in told and "Traceback" not in told
+    with pytest.raises(InputError, match=r"nobody reads|finite number"):
+        neml2.load_input(stub, additional_args=[override]).get_model("viscoplasticity")
+
+
+def test_an_override_that_is_refused_ends_neml2_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with references.default_dtype(torch.float64):
+        status = neml2_run([str(references.case("calibration").file), "driver", "Solvers/newton/max_its:=2"])
+    torch.set_default_device(None)
+    assert status == 1 and "which nobody reads" in capsys.readouterr().err
+
+
+def test_a_solver_that_is_added_and_named_is_read() -> None:
+    stub = references.case("calibration").file
+    solver = ["Models/viscoplasticity/solver:=newton", "Solvers/newton/type:=Newton", "Solvers/newton/max_its:=7"]
+    assert neml2.load_input(stub, additional_args=solver).get_model("viscoplasticity").solver.miters == 7
+
+
+def test_what_a_file_itself_holds_is_not_judged(tmp_path: Path) -> None:
+    """Blocks that nothing builds, and sections of others, are in files that load today."""
+    stub = tmp_path / "mine.i"
+    artifact = references.case("promoted").artifact
+    more = "[Mine]\n a = 1\n[]\n[Solvers]\n [left]\n  max_its = 3\n []\n[]\n"
+    stub.write_text(references.case("promoted").file.read_text() + more)
+    where = f"Models/promoted/artifact_path:='{artifact}'"
+    assert neml2.load_input(stub, additional_args=[where, "Mine/a:=2"]).get_model("promoted").input_spec
+    text = (
+        references.case("promoted")
+        .file.read_text()
+        .replace("artifact_path = 'promoted'", f"artifact_path = '{artifact}'")
+    )
+    assert neml2.load_string(text).get_model("promoted").input_spec
+
+
+def test_an_override_of_another_compiled_model_of_the_file(tmp_path: Path) -> None:
+    stub = tmp_path / "two.i"
+    blocks = "".join(
+        f" [{name}]\n  type = AOTIModel\n  artifact_path = '{references.case(name).artifact}'\n []\n"
+        for name in ("promoted", "viscoplasticity")
+    )
+    calibration = references.case("calibration").artifact
+    stub.write_text(f"[Models]\n{blocks} [soft]\n  type = AOTIModel\n  artifact_path = '{calibration}'\n []\n[]\n")
+    file = neml2.load_input(stub, additional_args=["Models/hardening/K:=7", "Models/promoted/E:=5"])
+    assert file.get_model("viscoplasticity").named_parameters() is not None
+    assert dict(file.get_model("soft").named_parameters())["residual.hardening.K"].item() == 7
+    assert dict(file.get_model("promoted").named_parameters())["promoted.E"].item() == 5
