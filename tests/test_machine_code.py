@@ -155,7 +155,7 @@ SHOW = LOAD + "    show()\n"
 
 def kept(folder: Path | str, source: str = SHOW, **variables: str) -> str:
     """What such a process prints: where the object file is, or `None`."""
-    return children.run(source, NEML2_AOTI_PLUGIN_CACHE=str(folder), **variables).strip()
+    return children.start(source, NEML2_AOTI_PLUGIN_CACHE=str(folder), **variables).finish(60).strip()
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,12 @@ def test_what_is_no_plain_file_is_left_alone(what: str, cache: Path, tmp_path: P
     file = only(cache)
     elsewhere = tmp_path / "elsewhere.o"
     file.rename(elsewhere)
-    {"fifo": lambda: os.mkfifo(file), "link": lambda: file.symlink_to(elsewhere), "folder": file.mkdir}[what]()
+    make: dict[str, Callable[[], None]] = {
+        "fifo": lambda: os.mkfifo(file),
+        "link": lambda: file.symlink_to(elsewhere),
+        "folder": file.mkdir,
+    }
+    make[what]()
     before = elsewhere.read_bytes()
     assert kept(cache) in ("None", str(file))
     assert elsewhere.read_bytes() == before
@@ -366,10 +371,10 @@ def test_without_machine_code_torch_solves_and_the_reason_is_told(why: str, tmp_
     (tmp_path / "llvmlite.py").write_text("raise ImportError('broken on purpose')")
     source = MODEL.format(before=TROUBLES[why])
     # What is there before is a warning in the log.
-    told, numbers = children.run(source, case.artifact, tmp_path, **variables).strip().splitlines()[-2:]
+    told, numbers = children.start(source, case.artifact, tmp_path, **variables).finish(60).strip().splitlines()[-2:]
     assert told.startswith("torch (") and why in told
     variables["NEML2_AOTI_PLUGIN_KERNELS"] = "torch"
-    _, right = children.run(MODEL.format(before=""), case.artifact, **variables).strip().splitlines()
+    _, right = children.start(MODEL.format(before=""), case.artifact, **variables).finish(60).strip().splitlines()
     assert numbers == right
 
 
