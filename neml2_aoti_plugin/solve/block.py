@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -129,11 +129,21 @@ class System:
             require_counts(self.jacobian, 2 + len(parameters), 2)
             self._counted = len(parameters)
         space = self._borrow(rows)
-        try:
-            return space.solve(guess.contiguous(), givens.contiguous(), parameters, settings, small_steps, tell)
-        finally:
-            if space.capacity <= self._most:
-                self._free.append(space)
+        found = space.solve(guess.contiguous(), givens.contiguous(), parameters, settings, small_steps, tell)
+        # One in which an exception has ended a call may be half made, and is dropped.
+        if space.capacity <= self._most:
+            self._free.append(space)
+        return found if isinstance(found, Solved) else self._complain(found)
+
+    def _complain(self, fault: int) -> NoReturn:
+        """Raise what is wrong with a graph."""
+        graph = self.residual if fault in (tables.RESIDUAL_FAILED, tables.RESIDUAL_IS_OTHER) else self.jacobian
+        if fault in (tables.RESIDUAL_FAILED, tables.JACOBIAN_FAILED):
+            raise AOTIError(f"{graph.file}: the compiled graph failed: {graph.last_error()}")
+        raise ArtifactError(
+            f"{graph.file}: returned tensors of other shapes than the metadata tells. The package belongs to another "
+            "model or to another compile; compile the model again with neml2-compile."
+        )
 
     def _borrow(self, rows: int) -> _Workspace:
         """A workspace for so many rows at least, which no other thread has."""
@@ -223,8 +233,8 @@ class _Workspace:
         settings: NewtonSettings,
         small_steps: bool,
         tell: Tell | None,
-    ) -> Solved:
-        """See `System.solve`."""
+    ) -> Solved | int:
+        """Solve for the unknowns of all rows, or give what is wrong with a graph; see `System.solve`."""
         rows, n = guess.shape
         if parameters:
             shapes = [tuple(x.shape) for x in parameters]
@@ -247,7 +257,9 @@ class _Workspace:
         table[Table.NORMS], table[Table.RECORD] = norms.data_ptr(), record.data_ptr()
         table[Table.SOLUTION] = unknowns.data_ptr()
         table[Table.HISTORY] = 0 if history is None else history.ctypes.data
-        self._require_done(self._system.code.solve_block(self._at))
+        fault = self._system.code.solve_block(self._at)
+        if fault != tables.DONE:
+            return fault
         if tell is not None and history is not None:
             _tell(history, settings, tell)
         return Solved([unknowns], RowStatistics(record, norms, bool(table[Table.FAILED] == 0)))
@@ -260,18 +272,6 @@ class _Workspace:
         table[Table.UPDATES], table[Table.CUTS] = settings.updates, settings.cuts
         table[Table.LIMITS] = self._limits.ctypes.data
         self._settled = settings, small_steps
-
-    def _require_done(self, fault: int) -> None:
-        if fault == tables.DONE:
-            return
-        system = self._system
-        graph = system.residual if fault in (tables.RESIDUAL_FAILED, tables.RESIDUAL_IS_OTHER) else system.jacobian
-        if fault in (tables.RESIDUAL_FAILED, tables.JACOBIAN_FAILED):
-            raise AOTIError(f"{graph.file}: the compiled graph failed: {graph.last_error()}")
-        raise ArtifactError(
-            f"{graph.file}: returned tensors of other shapes than the metadata tells. The package belongs to another "
-            "model or to another compile; compile the model again with neml2-compile."
-        )
 
 
 def require_counts(graph: CompiledGraph, inputs: int, outputs: int | None = None) -> None:

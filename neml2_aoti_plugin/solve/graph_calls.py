@@ -56,10 +56,9 @@ class GraphCaller:
             frame = self._free.pop()
         except IndexError:
             frame = _Frame(self._graph, self._functions, self._executor, self._code)
-        try:
-            outputs = frame.call(arguments, batched, rows, into)
-        finally:
-            self._free.append(frame)
+        outputs = frame.call(arguments, batched, rows, into)
+        # One in which an exception has ended a call may be half made, and is dropped.
+        self._free.append(frame)
         if isinstance(outputs, list):
             return outputs
         file = self._graph.file
