@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..artifact.package import Argument, Package
 from ..errors import AOTIError, ArtifactError
+from . import forks
 from .c_interface import Library, Unavailable
 from .loaded import loaded
 
@@ -90,7 +91,10 @@ class Graph:
 
         Raises:
             ArtifactError: the graph does not take such arguments.
+            AOTIError: the process was forked, and torch would wait for threads that it does not have.
         """
+        if forks.forked_after_use:
+            forks.require_one_thread(self.file)
         ranks = tuple([a.ndim for a in arguments])
         if ranks not in self._compared:
             self._compare(arguments)
