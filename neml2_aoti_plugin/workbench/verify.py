@@ -117,7 +117,9 @@ def verify(
     comparisons: list[Comparison] = []
     not_compared: list[str] = []
     if source is not None:
-        comparisons += _with_source(source, found, wanted.rtol)
+        with_source, cannot = _with_source(source, found, wanted.rtol)
+        comparisons += with_source
+        not_compared += cannot
     if golden is not None:
         comparisons += _with_golden(golden, found, points, wanted.rtol)
     if source is None and golden is None:
@@ -153,20 +155,17 @@ def _golden_beside(target: Target, wanted: Wanted) -> Path | None:
     return found if found.is_file() else None
 
 
-def _with_source(source: Source, found: Evaluated, rtol: float) -> list[Comparison]:
+def _with_source(source: Source, found: Evaluated, rtol: float) -> tuple[list[Comparison], list[str]]:
+    """What the source gives is compared, quantity by quantity; of the rest it is said why not."""
     inputs = {name: value.cpu() for name, value in found.points.inputs.items()}
     values = source.outputs(inputs)
     comparisons = [compare(n, "source", found.outputs[n], values[n], rtol) for n in found.outputs]
-    by_inputs = [pair for pair in found.blocks if pair[1] in inputs]
-    by_parameters = [pair for pair in found.blocks if pair[1] not in inputs]
-    blocks = source.jacobian(inputs, by_inputs) if by_inputs else {}
-    if by_parameters:
-        blocks |= source.parameter_jacobian(inputs, list(dict.fromkeys(by for _, by in by_parameters)))
+    blocks, missing = source.blocks(inputs, list(found.blocks))
     for pair, block in found.blocks.items():
         if pair in blocks:
             scale = found.scale(pair, blocks[pair])
             comparisons.append(compare(derivative(*pair), "source", block, blocks[pair], rtol, scale=scale))
-    return comparisons
+    return comparisons, [f"{derivative(*pair)} with the source: {why}" for pair, why in missing.items()]
 
 
 def _with_golden(golden: Golden, found: Evaluated, points: Points, rtol: float) -> list[Comparison]:
