@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import StringIO
 
 import click
 
 from .. import __version__, errors
 from . import FINE, INTERRUPTED, SHORT, WRONG_USE, output
+from .streams import say
 
 COMMANDS = ("doctor", "inspect", "verify", "bench", "run", "plot", "params", "seal", "warm", "migrate", "serve")
 
@@ -61,10 +62,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app.main(list(arguments), prog_name="neml2-aoti", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = StringIO()
+        error.show(shown)
+        say(shown.getvalue().rstrip())
         return _failed(arguments, "UsageError", error.format_message(), WRONG_USE)
     except (click.Abort, KeyboardInterrupt):
-        print("Interrupted.", file=sys.stderr)
+        say("Interrupted.")
         return INTERRUPTED
     except ModuleNotFoundError as error:
         message = output.missing(error.name)
@@ -87,7 +90,7 @@ def _status_of(error: errors.AOTIError) -> int:
 
 
 def _told(arguments: Sequence[str], kind: str, message: str, status: int) -> int:
-    print(f"neml2-aoti: {message}", file=sys.stderr)
+    say(f"neml2-aoti: {message}")
     return _failed(arguments, kind, message, status)
 
 

@@ -94,7 +94,7 @@ def command(
             on_measured=on_measured,
         )
     if picture is not None:
-        draw(report, picture)
+        report = draw(report, picture)
     return show("bench", report, as_json, render)
 
 
@@ -111,6 +111,8 @@ def render(report: BenchReport, console: Console) -> None:
     for found in report.measurements:
         table.add_row(str(found.threads), str(found.rows), duration(found.seconds), f"{found.rows_per_second:.3g}")
     console.print(table)
+    if report.picture is not None:
+        console.print(escape(f"written: {report.picture}"), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -86,7 +86,7 @@ def command(
     wanted = Wanted(against, source_model, golden, where, rtol, difference_rtol)
     report = verify(find_target(target, model), wanted, device, dtype, record=record)
     if picture is not None:
-        draw_errors(report, picture)
+        report = draw_errors(report, picture)
     return show("verify", report, as_json, render, FINE if report.passed else SHORT)
 
 
@@ -119,5 +119,6 @@ def render(report: Verification, console: Console) -> None:
         console.print("(-N): so many points were left out, because the two steps of the differences disagree there")
     for text in report.not_compared:
         console.print(f"[yellow]not compared[/] {escape(text)}")
-    if report.recorded is not None:
-        console.print(escape(f"written: {report.recorded}"), soft_wrap=True)
+    for file in (report.recorded, report.picture):
+        if file is not None:
+            console.print(escape(f"written: {file}"), soft_wrap=True)

@@ -125,13 +125,20 @@ def _read(path: Path, wanted: Sequence[str]) -> Result:
     if len(readings) == 1:
         return readings[0]
     if not wanted:
-        unsure = [name for name in readings[0].types if len({found.types[name] for found in readings}) > 1]
-        told = (f"{', '.join(f'{n} {r.types[n]}' for n in unsure)} at {r.points} point(s)" for r in readings)
+        unsure = [name for name in readings[0].series if len({read.series[name].shape for read in readings}) > 1]
+        told = (", ".join(_in_words(read, name) for name in unsure) for read in readings)
         raise InputError(
             f"{path}: a .pt file tells no types, and this one may hold {', or '.join(told)}. Name what to draw (--y "
             "NAME of a scalar, --y NAME.PART of a tensor), or draw a .npz or .csv file."
         )
     return next((found for found in readings if _has(found, wanted)), readings[0])
+
+
+def _in_words(result: Result, name: str) -> str:
+    sites = result.sub_batch(name)
+    return f"{name} as {result.types[name]} at {result.series[name].shape[1]} point(s)" + (
+        f" with sites {list(sites)}" if sites else ""
+    )
 
 
 def _has(result: Result, wanted: Sequence[str]) -> bool:

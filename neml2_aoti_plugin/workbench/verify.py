@@ -38,6 +38,7 @@ class Verification:
         not_compared: quantities without a reference, and why.
         recorded: the golden file that was written; null if none was, as when a comparison failed.
         passed: whether all comparisons passed.
+        picture: the file that was drawn; null if none was.
     """
 
     artifact: str
@@ -50,6 +51,7 @@ class Verification:
     not_compared: tuple[str, ...]
     recorded: str | None
     passed: bool
+    picture: str | None = None
 
 
 @dataclass(frozen=True)
