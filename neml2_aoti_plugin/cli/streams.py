@@ -25,21 +25,26 @@ def guarded(work: Callable[[], int]) -> int:
         That status; that of a closed pipe, where nobody reads on, or of wrong use where the output cannot be written.
     """
     _open_closed()
+    stdout = sys.stdout
     try:
         status = work()
-        sys.stdout.flush()
+        stdout.flush()
     except KeyboardInterrupt:
         say("Interrupted.")
         return INTERRUPTED
-    except (OSError, SystemExit) as error:
-        # click itself ends a program whose pipe is closed.
-        found = error.__context__ if isinstance(error, SystemExit) else error
-        if not isinstance(found, OSError) or found.errno not in LOST or found.filename is not None:
+    except SystemExit as error:
+        # rich and click end a program whose pipe is closed themselves; click puts another stream in its place.
+        if not isinstance(error.__context__, BrokenPipeError) and sys.stdout is stdout:
             raise
-        _let_go(sys.stdout)
-        if isinstance(found, BrokenPipeError):
+        _let_go(stdout)
+        return CLOSED
+    except OSError as error:
+        if error.errno not in LOST or error.filename is not None:
+            raise
+        _let_go(stdout)
+        if isinstance(error, BrokenPipeError):
             return CLOSED
-        say(f"neml2-aoti: the output cannot be written ({found.strerror}). Give another place for it.")
+        say(f"neml2-aoti: the output cannot be written ({error.strerror}). Give another place for it.")
         return WRONG_USE
     return status
 
