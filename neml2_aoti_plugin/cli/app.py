@@ -14,6 +14,9 @@ from .streams import say
 
 COMMANDS = ("doctor", "inspect", "verify", "bench", "run", "plot", "params", "seal", "warm", "migrate", "serve")
 
+# In what torch says, of a CPU and of a GPU.
+NO_MEMORY = ("can't allocate memory", "out of memory")
+
 HELP = """Look at, check and run compiled NEML2 models.
 
 ARTIFACT is the folder that neml2-compile wrote, and STUB the input file beside it, MODEL_aoti.i. Each command tells
@@ -76,11 +79,14 @@ def run(arguments: Sequence[str]) -> int:
         return _told(arguments, "MissingPackage", message, WRONG_USE)
     except errors.AOTIError as error:
         return _told(arguments, type(error).__name__, str(error), _status_of(error))
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         # neml2's own class where neml2 came first, ours else.
-        if type(error).__name__ != "ConvergenceError":
+        if type(error).__name__ == "ConvergenceError":
+            return _told(arguments, "ConvergenceError", str(error), SHORT)
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in NO_MEMORY):
             raise
-        return _told(arguments, "ConvergenceError", str(error), SHORT)
+        message = f"this takes more memory than there is ({str(error)[:200] or 'MemoryError'}). Take fewer rows."
+        return _told(arguments, "MemoryError", message, WRONG_USE)
     return status if isinstance(status, int) else FINE
 
 

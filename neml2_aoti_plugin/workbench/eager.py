@@ -128,7 +128,7 @@ class Source:
     def _by_parameters(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
         """One output at a time: neml2's `param_jacobian` gives none where one output depends on no parameter."""
         own = {by: self._parameter(by) for _, by in pairs}
-        missing = {pair: "the source has no parameter of that name" for pair in pairs if own[pair[1]] is None}
+        missing = {pair: "it has no parameter of that name" for pair in pairs if own[pair[1]] is None}
         wanted: dict[str, list[str]] = {}
         for out, by in pairs:
             if own[by] is not None:
@@ -182,7 +182,7 @@ class Source:
 
 
 def _failing(error: Exception) -> str:
-    return f"the source fails ({first_line(error)})"
+    return f"it fails ({first_line(error)})"
 
 
 class _Within(nn.Module):

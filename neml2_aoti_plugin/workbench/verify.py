@@ -33,7 +33,8 @@ class Verification:
         leaf: as `device/dtype`.
         points: where they come from, in words.
         rows: how many there are.
-        not_converged: at how many of them the compiled model did not converge; they are left out.
+        not_converged: at how many of them the compiled model did not converge, or gave what is not finite; they are
+            left out.
         comparisons: one for each quantity and reference.
         not_compared: quantities without a reference, and why.
         recorded: the golden file that was written; null if none was, as when a comparison failed.
@@ -111,11 +112,6 @@ def verify(
     metadata = target.metadata(device, dtype)
     if wanted.against is not None:
         source = Source(wanted.against, wanted.source_model or target.model, model, metadata.aliases)
-    if source is None and golden is None and record is None and not found.blocks:
-        raise InputError(
-            f"{target.model} has no compiled derivatives, so there is nothing to compare. Name its source (--against "
-            "INPUT.i) or a golden file (--golden FILE), or record one (--record FILE)."
-        )
     comparisons: list[Comparison] = []
     not_compared: list[str] = []
     if source is not None:
@@ -131,6 +127,11 @@ def verify(
     more, cannot = _with_differences(model, found, left, wanted.difference_rtol)
     comparisons += more
     not_compared += cannot
+    if not comparisons and record is None:
+        raise InputError(
+            f"there is nothing to compare of {target.model}: {'; '.join(not_compared)}. Name its source (--against "
+            "INPUT.i) or a golden file (--golden FILE), or record one (--record FILE)."
+        )
     passed = all(comparison.passed for comparison in comparisons)
     if record is not None and passed:
         write_golden(record, target.model, Golden(found.points, found.outputs, found.blocks, metadata.digest))
