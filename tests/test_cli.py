@@ -337,6 +337,20 @@ def test_an_interrupt_that_was_dropped_is_heeded_later() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are others there")
+def test_sigterm_ends_a_block_as_an_exit_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned: list[bool] = []
+    with pytest.raises(SystemExit) as ended, heeded() as heed:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            heed()
+        finally:
+            cleaned.append(True)
+    assert ended.value.code == 128 + signal.SIGTERM and cleaned
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are others there")
 def test_who_handles_interrupts_keeps_handling_them() -> None:
     came: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
@@ -351,7 +365,10 @@ def test_who_handles_interrupts_keeps_handling_them() -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="signals are others there")
-def test_an_interrupted_run_leaves_nothing_behind(environment: Environment, place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status", "said"), [("SIGINT", 130, "Interrupted."), ("SIGTERM", 143, "")])
+def test_an_interrupted_run_leaves_nothing_behind(
+    number: str, status: int, said: str, environment: Environment, place: Path, tmp_path: Path
+) -> None:
     # Far more steps than it gets to take.
     steps = "Tensors/times/expr:='Scalar(torch.linspace(0.0, 1.0, 1000001, dtype=torch.float64))'"
     strains = "Tensors/strains/expr:='SR2(torch.zeros(1000001, 1, 6, dtype=torch.float64))'"
@@ -362,7 +379,7 @@ def test_an_interrupted_run_leaves_nothing_behind(environment: Environment, plac
             time.sleep(0.05)
         # The draft is there; the driver runs now, or is about to.
         time.sleep(1.0)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, number))
         _, told = process.communicate(timeout=200)
-    assert process.returncode == 130 and told.strip().endswith("Interrupted.")
+    assert process.returncode == status and told.strip().endswith(said)
     assert not list(tmp_path.iterdir())
