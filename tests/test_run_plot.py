@@ -237,8 +237,9 @@ def test_sites_are_kept_apart_from_points(ending: str, tmp_path: Path) -> None:
     drawn = plot([out], tmp_path / "branches.svg", "strain.xx", ["branch_strain.xx"])
     last = {(line.row, line.site): line.y_last for line in drawn.lines}
     assert last.keys() == {(row, (site,)) for row in range(2) for site in range(3)}
-    for (row, site), value in last.items():
-        assert value == pytest.approx(float(wanted["output.20.branch_strain"][row, site[0], 0]), rel=1e-12)
+    for (point, site), found_there in last.items():
+        value = wanted["output.20.branch_strain"][point, site[0], 0]
+        assert found_there == pytest.approx(float(value), rel=1e-12)
     (one,) = plot([out], tmp_path / "one.svg", "branch_strain[1].xx", ["branch_strain[2].vonmises"], rows=[1]).lines
     assert (one.row, one.site) == (1, ())
 

@@ -129,8 +129,7 @@ def test_a_derivative_that_the_source_does_not_give_is_told_and_compared_otherwi
     source = more(tmp_path / "more.i", "hooke")
     report = verify(stub_of("promoted"), Wanted(against=source, source_model="more", where=Where(rows=4)))
     assert report.passed and report.not_compared == tuple(
-        f"d(stress)/d(promoted.{name}) with the source: it has no parameter of that name"
-        for name in ("E", "nu")
+        f"d(stress)/d(promoted.{name}) with the source: it has no parameter of that name" for name in ("E", "nu")
     )
     assert [c.reference for c in report.comparisons] == ["source", "source", "differences", "differences"]
 
