@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import joblib
 import matplotlib.image
 import neml2
@@ -160,11 +162,20 @@ class TestMoves:
 
 
 def copies(model: Any) -> dict[str, Any]:
-    return {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+    file = io.BytesIO()
+    joblib.dump(model, file)
+    file.seek(0)
+    return {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        # As ray, loky and Dask do it.
+        "cloudpickle": cloudpickle.loads(cloudpickle.dumps(model)),
+        "joblib": joblib.load(file),
+    }
 
 
 class TestCopies:
-    @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "cloudpickle", "joblib"])
     def test_are_equal_and_independent(self, model: Any, how: str) -> None:
         model.set_parameter(E, 100000.0)
         model.requires_grad_()
