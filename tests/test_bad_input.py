@@ -297,6 +297,11 @@ INPUTS: dict[str, tuple[Callable[[Tensors], Any], type[Exception], list[str]]] =
         InputError,
         ["'strain'", "(9, 5)", "(*batch, 6)", "SR2"],
     ),
+    "components 3 x 3": (
+        lambda x: {**x, "strain": x["strain"].new_zeros(9, 3, 3)},
+        InputError,
+        ["'strain'", "(9, 3, 3)", "neml2_aoti_plugin.notation.convert(value, 'tensor', 'mandel')"],
+    ),
     "base shape lost": (lambda x: {**x, "stress~1": x["stress~1"][0, 0]}, InputError, ["'stress~1'", "()", "6"]),
     "scalar with an axis too many": (
         lambda x: {**x, "t": x["t"][:, None].expand(9, 6).contiguous()},

@@ -78,6 +78,24 @@ class TestParameters:
         with pytest.raises(UnknownNameError, match=r"promoted\.E, promoted\.nu"):
             model.set_parameter("promoted.G", 1.0)
 
+    @pytest.mark.parametrize("how", ["load", "set", "copy"])
+    def test_made_under_inference_mode_is_set_and_trained_outside(self, how: str) -> None:
+        case = references.case("promoted")
+        outside = case.load()
+        with torch.inference_mode():
+            model = case.load() if how == "load" else copy.deepcopy(outside) if how == "copy" else outside
+            if how == "set":
+                model.set_parameter(E, torch.full((6,), 71000.0, dtype=torch.float64))
+            inside = stress(model).clone()
+        assert torch.equal(stress(model), inside) and torch.equal(stress(model), stress(case.model))
+        value = model.get_parameter(E)
+        model.set_parameter(E, torch.full_like(value, 142000.0))
+        assert model.get_parameter(E) is value and difference(stress(model), 2.0 * inside) < 1e-14
+        model.requires_grad_()
+        stress(model).square().sum().backward()
+        torch.optim.SGD(model.parameters(), lr=1e-3).step()
+        assert bool((value != 142000.0).all())
+
     def test_typed_value(self) -> None:
         case = references.case("promoted")
         loaded = neml2.load_model(case.file, case.stub.model)

@@ -17,7 +17,7 @@ from ..model import Model
 from ..model.admission import FIRST_ITERATE
 from ..model.call import Tensors
 from ..model.derivatives import Blocks
-from ..model.module import CompiledModule, opaque
+from ..model.module import CompiledModule, public
 from ..model.promoted import PromotedParameters
 from ..parallel.sharing import pool_over, workers_for
 from ..settings import NewtonSettings
@@ -166,7 +166,7 @@ class AOTIModel(CompiledModule):
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
-    @opaque
+    @public
     def forward(self, *args: Value, v: Any = None, v2: Any = None, vh: Any = None) -> tuple[Any, ...]:
         """Evaluate the outputs, and their tangents if asked for.
 
@@ -213,7 +213,7 @@ class AOTIModel(CompiledModule):
         by_pair = dict(zip(pairs, matrices, strict=True))
         return (*wrapped.values(), chain.push_forward(v, by_pair, self._inner.inputs, wrapped))
 
-    @opaque
+    @public
     def call_by_name(self, state: Mapping[str, Value]) -> dict[str, TensorWrapper]:
         """Evaluate the outputs for inputs by name.
 
@@ -259,7 +259,7 @@ class AOTIModel(CompiledModule):
 
     # -- derivatives ------------------------------------------------------------------------------------------------
 
-    @opaque
+    @public
     def jvp(
         self,
         inputs: Mapping[str, Value],
@@ -274,7 +274,7 @@ class AOTIModel(CompiledModule):
         rank = self._batch_rank(plain)
         return typed.wrap(outputs, self.output_spec, rank), typed.wrap(along, self.output_spec, rank)
 
-    @opaque
+    @public
     def jacobian(
         self, inputs: Mapping[str, Value], param_overrides: Mapping[str, Tensor] | None = None
     ) -> tuple[Mapping[str, Value], Mapping[str, Mapping[str, Any]]]:
@@ -287,7 +287,7 @@ class AOTIModel(CompiledModule):
         wrapped = typed.wrap_blocks(blocks, self.input_spec, self.output_spec, rank)
         return typed.wrap(outputs, self.output_spec, rank), wrapped
 
-    @opaque
+    @public
     def param_jacobian(
         self,
         inputs: Mapping[str, Value],
@@ -302,7 +302,7 @@ class AOTIModel(CompiledModule):
         overrides, names = _overrides_and_names(param_overrides, params)
         return self._rows.param_jacobian(self._raw(inputs), overrides, params=names)
 
-    @opaque
+    @public
     def param_vjp(
         self,
         inputs: Mapping[str, Value],

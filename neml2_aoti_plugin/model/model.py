@@ -25,7 +25,7 @@ from .admission import Boundary
 from .broadcasting import callers_level
 from .call import Caller, Tensors
 from .derivatives import Blocks, By
-from .module import CompiledModule, opaque
+from .module import CompiledModule, public
 from .plan import forward_plan
 from .promoted import PromotedParameters
 from .solution import Solution
@@ -262,7 +262,7 @@ class Model(CompiledModule):
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
-    @opaque
+    @public
     def forward(self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None) -> Tensors:
         """Evaluate the outputs.
 
@@ -284,7 +284,7 @@ class Model(CompiledModule):
                 return found
         return self.forward_with_batch(inputs, param_overrides)[0]
 
-    @opaque
+    @public
     def forward_with_batch(
         self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensors, Shape]:
@@ -298,7 +298,7 @@ class Model(CompiledModule):
             self._caller.require_convergence(found, call)
             return self._caller.outputs(found.values, call.batch), call.batch
 
-    @opaque
+    @public
     def linearise(
         self,
         inputs: Mapping[str, Tensor],
@@ -321,16 +321,14 @@ class Model(CompiledModule):
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
+        derivatives.input_pairs(self._caller, pairs)
         wanted: list[tuple[str, By]] = [(out, ("input", name)) for out, name in pairs]
-        for out, by in wanted:
-            if not derivatives.compiled(self._caller, out, by):
-                raise derivatives.not_compiled(self._caller, out, by)
         if autograd.is_followed(self._caller, inputs, param_overrides):
             return autograd.linearise(self._caller, inputs, param_overrides, wanted)
         with torch.no_grad():
             return derivatives.linearise(self._caller, inputs, param_overrides, wanted)
 
-    @opaque
+    @public
     def solve(
         self,
         inputs: Mapping[str, Tensor],
@@ -362,7 +360,7 @@ class Model(CompiledModule):
         with torch.no_grad():
             return solution.solve(self._caller, inputs, param_overrides, jacobian=jacobian, pairs=pairs, expand=expand)
 
-    @opaque
+    @public
     def jvp(
         self,
         inputs: Mapping[str, Tensor],
@@ -382,7 +380,7 @@ class Model(CompiledModule):
         with torch.no_grad():
             return derivatives.jvp(self._caller, inputs, tangents, param_overrides)
 
-    @opaque
+    @public
     def jacobian(
         self,
         inputs: Mapping[str, Tensor],
@@ -417,7 +415,7 @@ class Model(CompiledModule):
         with torch.no_grad():
             return derivatives.jacobian(self._caller, inputs, param_overrides, pairs, expand=expand)
 
-    @opaque
+    @public
     def param_jacobian(
         self,
         inputs: Mapping[str, Tensor],
@@ -437,7 +435,7 @@ class Model(CompiledModule):
             outputs, blocks, _ = derivatives.param_jacobian(self._caller, inputs, param_overrides, params)
         return outputs, blocks
 
-    @opaque
+    @public
     def param_vjp(
         self,
         inputs: Mapping[str, Tensor],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..errors import InputError
+from ..errors import AOTIError, InputError
 from .promoted import PromotedParameters
 from .shown import USEFUL, Concise
 
@@ -19,16 +19,26 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def opaque(call: Callable[P, R]) -> Callable[P, R]:
-    """A call that `torch.compile` does not look into: it breaks its graph there and runs the call as it is.
+def public(call: Callable[P, R]) -> Callable[P, R]:
+    """A call that users make, guarded against where it cannot be made.
 
-    That is `torch.compiler.disable`, but asked for only where torch compiles, since it imports the whole compiler.
+    `torch.compile` does not look into it: it breaks its graph there and runs the call as it is. That is what
+    `torch.compiler.disable` does, but it is asked for only where torch compiles, since it imports the whole compiler.
+
+    While the interpreter ends, the call is refused: torch aborts the process if the last name of a tensor goes while a
+    view of it is left, as happens in most calls.
     """
+    ends = sys.is_finalizing
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if is_dynamo_compiling():
             found: R = torch.compiler.disable(call)(*args, **kwargs)
             return found
+        if ends():
+            raise AOTIError(
+                "a compiled model was called while the interpreter ends, as from a finalizer (__del__) of what is left "
+                "over. torch cannot be used then. Call it before: in a with block, or by atexit.register."
+            )
         return call(*args, **kwargs)
 
     # torch compiles a code object a few times, and then looks into what it calls: each call has its own.

@@ -146,7 +146,6 @@ class SpreadCall:
             call.batch,
             caller.program,
             self._settings,
-            caller.metadata.aliases,
             caller.given(call),
         )
 
