@@ -159,6 +159,14 @@ class TestMetadata:
                 ["segments[0].package", "is a str", "bare name of a .pt2"],
             ),
             (lambda d: d["segments"][0].update(inputs=["eps"]), ["eps"]),
+            (
+                lambda d: d["outputs"][0].update(name="@failed"),
+                ["outputs[0].name is '@failed'", "begin with @", "another name in the input file"],
+            ),
+            (
+                lambda d: d.update(boundary_aliases={"inputs": {"strain": "@step"}}),
+                ["boundary_aliases.inputs.strain is '@step'", "begin with @"],
+            ),
         ],
     )
     def test_damage_is_told_by_its_key(

@@ -90,7 +90,7 @@ class PromotedParameters:
         there = ", ".join(self.specs) or "none"
         raise UnknownNameError(
             f"{name!r} is not a promoted parameter of {self._boundary.where}; there are: {there}. Only parameters "
-            "promoted at compile time can be set: neml2-compile INPUT --model NAME -p PARAMETER."
+            "promoted at compile time can be set: neml2-compile ... -p PARAMETER."
         )
 
     def admit(self, name: str, value: object) -> Tensor:
