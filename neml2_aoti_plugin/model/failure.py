@@ -192,6 +192,4 @@ def error_for(
     error.converged_mask = statistics.converged.reshape(batch)  # type: ignore[attr-defined]
     error.outcome = statistics.outcome.reshape(batch)  # type: ignore[attr-defined]
     error.rows = failed  # type: ignore[attr-defined]
-    # What a pool of processes makes one error of, for rows that were evaluated apart.
-    error._fared = (statistics, segments)  # type: ignore[attr-defined]
     return error

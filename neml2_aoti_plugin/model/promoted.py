@@ -18,7 +18,7 @@ RESERVED = frozenset(
     {
         *("artifact", "first_iterates", "inputs", "mode", "outputs", "input_spec", "input_sub_batch", "output_spec"),
         *("_boundary", "_caller", "_given", "_metadata", "_origin", "_plan", "_solver"),
-        *("_declared", "_hit_name", "_inner", "_iterate_spec", "_output_wrappers", "_workers", "_wrappers"),
+        *("_declared", "_hit_name", "_inner", "_iterate_spec", "_output_wrappers", "_wrappers"),
     }
 )
 
