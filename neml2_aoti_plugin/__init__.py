@@ -21,7 +21,6 @@ __all__ = [
     "InputTypeError",
     "Model",
     "Points",
-    "Pool",
     "UnknownNameError",
     "__version__",
     "map_rows",
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from neml2_aoti_plugin.errors import UnknownNameError as UnknownNameError
     from neml2_aoti_plugin.host.hit import AOTIModel as AOTIModel
     from neml2_aoti_plugin.model import Model as Model
-    from neml2_aoti_plugin.parallel import Pool as Pool
     from neml2_aoti_plugin.parallel import map_rows as map_rows
     from neml2_aoti_plugin.points import Points as Points
     from neml2_aoti_plugin.sealing import seal as seal
@@ -52,7 +50,6 @@ _HOME = {
     "AOTIModel": "host.hit",
     "Model": "model",
     "Points": "points",
-    "Pool": "parallel",
     "map_rows": "parallel",
     "seal": "sealing",
     "status": "_status",

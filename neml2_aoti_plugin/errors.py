@@ -50,9 +50,9 @@ def _neml2_convergence_error() -> type[RuntimeError] | None:
 class _ConvergenceError(RuntimeError):
     """A nonlinear solve did not converge; a smaller step may.
 
-    One that a compiled model raises carries `converged_mask` (bool, of the caller's batch shape) and `rows` (int64, the
-    flat indices of the rows that failed); with `NEML2_CAPTURE_SOLVE_FAILURE` set also `unknowns` (dict of the last
-    iterates by unknown name).
+    One that a compiled model raises carries `converged_mask` (bool) and `outcome` (an `Outcome` for each row), both of
+    the caller's batch shape, and `rows` (int64, the flat indices of the rows that failed); with
+    `NEML2_CAPTURE_SOLVE_FAILURE` set also `unknowns` (dict of the last iterates by unknown name).
     """
 
 

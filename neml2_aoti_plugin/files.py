@@ -97,7 +97,8 @@ def read_plain(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
     """Read a plain file that a user names; the arguments and errors are those of `opened`."""
     with opened(path, what, limit) as file:
         try:
-            return file.read(limit)
+            # Of the file's own size: room for the limit itself may not be there.
+            return file.read(os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise unreadable(path, what, error) from None
 

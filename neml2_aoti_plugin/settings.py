@@ -165,9 +165,9 @@ def newton_settings(**values: Any) -> NewtonSettings:
         try:
             checked[name] = read(value)
         except TypeError as error:
-            raise InputTypeError(f"{name} is {_shown(value)}, expected {wanted}.") from error
+            raise InputTypeError(f"{name} is {shown_value(value)}, expected {wanted}.") from error
         except (ValueError, OverflowError) as error:
-            raise InputError(f"{name} is {_shown(value)}, expected {wanted}.") from error
+            raise InputError(f"{name} is {shown_value(value)}, expected {wanted}.") from error
     return NewtonSettings(**checked)
 
 
@@ -195,7 +195,7 @@ def changed_settings(present: NewtonSettings | None, changes: Mapping[str, Any],
     return newton_settings(**{**vars(present), **changes})
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value for a message; Python does not write out ints of thousands of digits."""
     huge = isinstance(value, int) and value.bit_length() > 256
     return f"an int of {value.bit_length()} bits" if huge else repr(value)

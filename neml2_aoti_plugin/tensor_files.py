@@ -107,20 +107,23 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], notes: M
         scratch.write_bytes(save(plain, {KIND: kind, **notes}))
 
 
-def read_tensors(path: str | os.PathLike[str], what: str, check: Callable[[Header], Iterable[str]]) -> TensorFile:
-    """Read tensors of finite numbers from a file.
+def read_tensors(
+    path: str | os.PathLike[str], what: str, check: Callable[[Header], Iterable[str]], *, finite: bool = True
+) -> TensorFile:
+    """Read tensors of numbers from a file.
 
     Args:
         path: of the file; safetensors or npz, as its first bytes tell, or torch's where it ends with `.pt`.
         what: what it should be, for messages.
         check: is given the header before anything else is read, raises if it is not what was expected, and returns the
             names of the tensors to read.
+        finite: whether all numbers must be finite.
 
     Returns:
         The tensors, float64 or float32.
 
     Raises:
-        InputError: there is no such plain file, it is another one or damaged, or a tensor does not hold finite numbers.
+        InputError: there is no such plain file, it is another one or damaged, or a tensor does not hold such numbers.
     """
     import numpy as np
     import torch
@@ -137,7 +140,7 @@ def read_tensors(path: str | os.PathLike[str], what: str, check: Callable[[Heade
         tensors = {}
         for name in names:
             array = reader.read(name)
-            if not np.isfinite(array).all():
+            if finite and not np.isfinite(array).all():
                 raise InputError(f"{path}: {name!r} holds NaN or infinite numbers. Give a file of finite ones.")
             tensors[name] = torch.from_numpy(array)
     return TensorFile(tensors, header.notes)

@@ -143,7 +143,7 @@ _ENTRIES = (
         file="rates.i",
         model="rates",
         flags=ALL_PAIRS,
-        purpose="An implicit segment, and an explicit one after it that divides by the time step.",
+        purpose="Two implicit segments, and an explicit one after them that divides by the time step.",
         wide=True,
     ),
     Stub(

@@ -1,6 +1,7 @@
-# A bar held at a fixed strain relaxes by Norton creep, and tells how fast. Stress in MPa, time in s.
+# A bar held at a fixed strain relaxes by Norton creep, wears under its stress, and tells how fast it relaxes. MPa, s.
 #
-# An implicit segment with one scalar unknown, the stress; then an explicit one divides by the time step, which may be zero.
+# Two implicit segments with one scalar unknown each, the stress and then the wear; then an explicit one divides by the
+# time step, which may be zero.
 
 [Tensors]
   # 20 steps of growing length, for three bars with different stress at the start.
@@ -62,13 +63,39 @@
     solver = 'newton'
     predictor = 'guess'
   []
+  [load]
+    type = ScalarLinearCombination
+    from = 'stress wear'
+    to = 'load'
+    weights = '1 -200'
+  []
+  [grinding]
+    type = PerzynaPlasticFlowRate
+    yield_function = 'load'
+    flow_rate = 'wear_rate'
+    reference_stress = 300
+    exponent = 3
+  []
+  [wear_step]
+    type = ScalarBackwardEulerTimeIntegration
+    variable = 'wear'
+  []
+  [wear_residual]
+    type = ComposedModel
+    models = 'load grinding wear_step'
+  []
+  [wear_update]
+    type = ImplicitUpdate
+    equation_system = 'abrasion'
+    solver = 'newton'
+  []
   [speed]
     type = ScalarVariableRate
     variable = 'stress'
   []
   [rates]
     type = ComposedModel
-    models = 'update speed'
+    models = 'update wear_update speed'
     additional_outputs = 'stress'
   []
 []
@@ -78,6 +105,11 @@
     type = NonlinearSystem
     model = 'residual'
     unknowns = 'stress'
+  []
+  [abrasion]
+    type = NonlinearSystem
+    model = 'wear_residual'
+    unknowns = 'wear'
   []
 []
 

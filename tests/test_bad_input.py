@@ -159,6 +159,14 @@ class TestMetadata:
                 ["segments[0].package", "is a str", "bare name of a .pt2"],
             ),
             (lambda d: d["segments"][0].update(inputs=["eps"]), ["eps"]),
+            (
+                lambda d: d["outputs"][0].update(name="@failed"),
+                ["outputs[0].name is '@failed'", "begin with @", "another name in the input file"],
+            ),
+            (
+                lambda d: d.update(boundary_aliases={"inputs": {"strain": "@step"}}),
+                ["boundary_aliases.inputs.strain is '@step'", "begin with @"],
+            ),
         ],
     )
     def test_damage_is_told_by_its_key(
@@ -296,6 +304,11 @@ INPUTS: dict[str, tuple[Callable[[Tensors], Any], type[Exception], list[str]]] =
         lambda x: {**x, "strain": x["strain"][:, :5]},
         InputError,
         ["'strain'", "(9, 5)", "(*batch, 6)", "SR2"],
+    ),
+    "components 3 x 3": (
+        lambda x: {**x, "strain": x["strain"].new_zeros(9, 3, 3)},
+        InputError,
+        ["'strain'", "(9, 3, 3)", "neml2_aoti_plugin.notation.convert(value, 'tensor', 'mandel')"],
     ),
     "base shape lost": (lambda x: {**x, "stress~1": x["stress~1"][0, 0]}, InputError, ["'stress~1'", "()", "6"]),
     "scalar with an axis too many": (

@@ -162,6 +162,12 @@ def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place
         (["inspekt"], "No such command 'inspekt'"),
         (["seal", "aoti/elasticity", "gone"], "there is no such folder"),
         (["bench", "aoti/elasticity", "--rows", "1,x"], "is not a list of whole numbers"),
+        (["bench", "aoti/elasticity", "--rows", "1" + "0" * 30], "is not a list of whole numbers from 1 to"),
+        (["bench", "aoti/elasticity", "--rows", "1" + "0" * 15], "takes more memory than there is"),
+        (["bench", "aoti/elasticity", "--seconds", "1e999"], "'1e999' is not a finite number"),
+        (["verify", "aoti/elasticity", "--rtol", "nan"], "'nan' is not a finite number"),
+        (["verify", "aoti/elasticity", "--seed", "1" + "0" * 30], "is not in the range"),
+        (["params", "aoti/promoted", "--set", "promoted.E=1e999"], "is not NAME=VALUE with a finite number"),
         (["doctor", "gone.i"], "gone.i"),
     ],
 )
@@ -264,6 +270,57 @@ def test_the_doctor_without_neml2(shared_folder: Path, wheel: Path, place: Path)
     assert done.returncode == 2 and done.stderr.strip().endswith("pip install neml2")
 
 
+# What a shell makes of the streams; $1 is the command, and what is behind it its arguments.
+STREAMS = {
+    "full": ('exec "$@" >/dev/full', 2, "the output cannot be written (No space left on device)"),
+    "nobody reads": ('{ "$@"; echo $? >status; } | true; exit $(cat status)', 141, ""),
+    "closed": ('exec "$@" >&- 2>&- <&-', 0, ""),
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is full")
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered", "streams"),
+    [
+        (["--help"], "1", "full"),
+        (["--help"], "", "nobody reads"),
+        (["--help"], "1", "closed"),
+        (["inspect", "aoti/elasticity"], "1", "nobody reads"),
+        (["inspect", "aoti/elasticity", "--json"], "", "full"),
+        pytest.param(["inspect", "aoti/elasticity"], "", "full", marks=pytest.mark.wide),
+        pytest.param(["inspect", "aoti/elasticity", "--json"], "1", "nobody reads", marks=pytest.mark.wide),
+        pytest.param(["inspect", "aoti/elasticity"], "", "closed", marks=pytest.mark.wide),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_traceback(
+    arguments: list[str], unbuffered: str, streams: str, environment: Environment, place: Path, tmp_path: Path
+) -> None:
+    line, status, said = STREAMS[streams]
+    words = [str(place / word) if word.startswith("aoti/") else word for word in arguments]
+    done = environment.start(
+        ["-c", line, "sh", str(environment.command), *words],
+        program=Path("/bin/sh"),
+        cwd=tmp_path,
+        variables={"PYTHONUNBUFFERED": unbuffered},
+    )
+    assert (done.returncode, done.stdout) == (status, "")
+    assert said in done.stderr and len(done.stderr.splitlines()) == (1 if said else 0)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is full")
+def test_an_error_that_cannot_be_told_keeps_its_status(environment: Environment, tmp_path: Path) -> None:
+    for arguments, redirected in (
+        (["inspekt"], "2>/dev/full"),
+        (["inspect"], "2>&-"),
+        (["bench", "gone", "--rows", "0"], "2>/dev/full"),
+    ):
+        line = f'exec "$@" {redirected}'
+        done = environment.start(
+            ["-c", line, "sh", str(environment.command), *arguments], program=Path("/bin/sh"), cwd=tmp_path
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals are others there")
 def test_an_interrupt_that_was_dropped_is_heeded_later() -> None:
     before = signal.getsignal(signal.SIGINT)
@@ -275,6 +332,20 @@ def test_an_interrupt_that_was_dropped_is_heeded_later() -> None:
         assert signal.getsignal(signal.SIGINT) is not before
         heed()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are others there")
+def test_sigterm_ends_a_block_as_an_exit_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned: list[bool] = []
+    with pytest.raises(SystemExit) as ended, heeded() as heed:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            heed()
+        finally:
+            cleaned.append(True)
+    assert ended.value.code == 128 + signal.SIGTERM and cleaned
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are others there")
@@ -292,7 +363,10 @@ def test_who_handles_interrupts_keeps_handling_them() -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="signals are others there")
-def test_an_interrupted_run_leaves_nothing_behind(environment: Environment, place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status", "said"), [("SIGINT", 130, "Interrupted."), ("SIGTERM", 143, "")])
+def test_an_interrupted_run_leaves_nothing_behind(
+    number: str, status: int, said: str, environment: Environment, place: Path, tmp_path: Path
+) -> None:
     # Far more steps than it gets to take.
     steps = "Tensors/times/expr:='Scalar(torch.linspace(0.0, 1.0, 1000001, dtype=torch.float64))'"
     strains = "Tensors/strains/expr:='SR2(torch.zeros(1000001, 1, 6, dtype=torch.float64))'"
@@ -303,7 +377,7 @@ def test_an_interrupted_run_leaves_nothing_behind(environment: Environment, plac
             time.sleep(0.05)
         # The draft is there; the driver runs now, or is about to.
         time.sleep(1.0)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, number))
         _, told = process.communicate(timeout=200)
-    assert process.returncode == 130 and told.strip().endswith("Interrupted.")
+    assert process.returncode == status and told.strip().endswith(said)
     assert not list(tmp_path.iterdir())

@@ -144,6 +144,8 @@ class TestParameters:
             ("promoted.E", torch.tensor(1), InputTypeError, ["promoted.E", "torch.int64", "torch.float64"]),
             ("promoted.E", torch.ones((), device="meta", dtype=torch.float64), InputTypeError, ["meta", "cpu"]),
             ("promoted.E", "stiff", InputTypeError, ["promoted.E", "str"]),
+            pytest.param("promoted.E", 10**400, InputError, ["promoted.E", "1329 bits", "torch.float64"], id="huge"),
+            pytest.param("promoted.E", -(10**5000), InputError, ["promoted.E", "16610 bits"], id="unprintable"),
         ],
     )
     def test_set_parameter_checks(
@@ -154,6 +156,13 @@ class TestParameters:
             promoted.set_parameter(name, value)
         assert all(word in str(raised.value) for word in words), str(raised.value)
         assert torch.equal(promoted.forward(strains(4))["stress"], before)
+        for call in (promoted.forward, promoted.jacobian, promoted.solve):
+            with pytest.raises(error):
+                call(strains(4), {name: value})
+
+    def test_number_that_only_a_float_can_hold(self, promoted: Model) -> None:
+        promoted.set_parameter("promoted.E", 2**70)
+        assert promoted.get_parameter("promoted.E").item() == 2.0**70
 
     def test_override_holds_for_one_call(self, promoted: Model) -> None:
         before = promoted.forward(strains(4))["stress"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import joblib
 import matplotlib.image
 import neml2
@@ -75,6 +77,24 @@ class TestParameters:
     def test_unknown_name(self, model: Any) -> None:
         with pytest.raises(UnknownNameError, match=r"promoted\.E, promoted\.nu"):
             model.set_parameter("promoted.G", 1.0)
+
+    @pytest.mark.parametrize("how", ["load", "set", "copy"])
+    def test_made_under_inference_mode_is_set_and_trained_outside(self, how: str) -> None:
+        case = references.case("promoted")
+        outside = case.load()
+        with torch.inference_mode():
+            model = case.load() if how == "load" else copy.deepcopy(outside) if how == "copy" else outside
+            if how == "set":
+                model.set_parameter(E, torch.full((6,), 71000.0, dtype=torch.float64))
+            inside = stress(model).clone()
+        assert torch.equal(stress(model), inside) and torch.equal(stress(model), stress(case.model))
+        value = model.get_parameter(E)
+        model.set_parameter(E, torch.full_like(value, 142000.0))
+        assert model.get_parameter(E) is value and difference(stress(model), 2.0 * inside) < 1e-14
+        model.requires_grad_()
+        stress(model).square().sum().backward()
+        torch.optim.SGD(model.parameters(), lr=1e-3).step()
+        assert bool((value != 142000.0).all())
 
     def test_typed_value(self) -> None:
         case = references.case("promoted")
@@ -160,11 +180,20 @@ class TestMoves:
 
 
 def copies(model: Any) -> dict[str, Any]:
-    return {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+    file = io.BytesIO()
+    joblib.dump(model, file)
+    file.seek(0)
+    return {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        # As ray, loky and Dask do it.
+        "cloudpickle": cloudpickle.loads(cloudpickle.dumps(model)),
+        "joblib": joblib.load(file),
+    }
 
 
 class TestCopies:
-    @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "cloudpickle", "joblib"])
     def test_are_equal_and_independent(self, model: Any, how: str) -> None:
         model.set_parameter(E, 100000.0)
         model.requires_grad_()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import neml2
 import numpy as np
 import pytest
 import torch
@@ -111,7 +113,7 @@ class TestMapRows:
         done = map_rows(case.model, source, tmp_path / "out", executor=client, chunk=20, progress=kill)
         assert killed and done.evaluated == ROWS and done.failed.tolist() == FAILING
         assert_results({file.stem: np.load(file) for file in (tmp_path / "out").glob("*.npy")}, expected)
-        # It has come again, and has loaded the model before any work, on one thread and with memory that stays.
+        # It has come again, and has loaded the model before any work; on one thread, as Dask has it.
         client.wait_for_workers(2)
         after = workers_of(client)
         assert killed[0] not in after.values()
@@ -145,11 +147,89 @@ class TestMapRows:
                 map_rows(model, source, tmp_path / "out", executor=client, chunk=100, progress=False)
 
 
+def load(path: Path) -> Model:
+    return Model(path)
+
+
+@pytest.mark.long
+class TestClient:
+    """Models as values of a cluster: sent to its workers, and given back by tasks."""
+
+    def test_scattered_model(self, client: Any, case: Case, arrays: Arrays) -> None:
+        inputs = {
+            name: torch.from_numpy(value[10:20] if value.ndim and len(value) == ROWS else value)
+            for name, value in arrays.items()
+        }
+        wanted = case.model.forward(inputs)["stress"]
+        for hashed in (True, False):
+            scattered = client.scatter(case.model, broadcast=True, hash=hashed)
+            assert torch.equal(client.submit(evaluated, scattered, inputs, pure=False).result(), wanted)
+
+    def test_task_that_gives_a_model_back(self, client: Any, case: Case) -> None:
+        future = client.submit(load, case.artifact)
+        assert future.result().digest == case.model.digest
+        # From one task to another, on whichever worker.
+        assert client.submit(digest, future).result() == case.model.digest
+
+
+def evaluated(model: Model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model.forward(inputs)["stress"]
+
+
+def digest(model: Model) -> str:
+    return model.digest
+
+
+class Holder(torch.nn.Module):
+    """A module of a user with a compiled model in it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize("kind", ["raw", "typed", "held"])
+def test_dask_sends_a_model_with_its_parameters(kind: str) -> None:
+    from distributed.protocol import deserialize, serialize
+
+    case = references.case("promoted")
+    model = case.load() if kind != "typed" else neml2.load_model(case.file, case.stub.model)
+    model.set_parameter("promoted.E", 1234.0)
+    given = Holder(model) if kind == "held" else model
+    found = deserialize(*serialize(given, on_error="raise"))
+    there = found.model if kind == "held" else found
+    assert type(there) is type(model) and there is not model
+    assert there.get_parameter("promoted.E").item() == 1234.0
+    # What torch has as its parameter is what calls take.
+    with torch.no_grad():
+        there.get_parameter("promoted.E").mul_(2.0)
+    raw = {name: value for name, value in case.rows().items()}
+    stress = there.jvp(raw, {"strain": raw["strain"]})[1]["stress"]
+    assert torch.allclose(stress, 2.0 * model.jvp(raw, {"strain": raw["strain"]})[1]["stress"])
+
+
+PROGRAM = """
+import sys
+from neml2_aoti_plugin import Model
+model = Model(sys.argv[1])
+from dask.tokenize import tokenize
+from distributed.protocol import deserialize, serialize
+tokenize(model)
+assert deserialize(*serialize(model, on_error="raise")).digest == model.digest
+"""
+
+
+def test_dask_that_is_imported_after_the_model_was_made() -> None:
+    case = references.case("promoted")
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(case.artifact)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def loaded() -> tuple[int, int]:
     """Of a worker, the number of models it has loaded, and torch's threads."""
-    from neml2_aoti_plugin.parallel import remote
+    from neml2_aoti_plugin.parallel import part
 
-    return len(remote._models), torch.get_num_threads()
+    return part._unpickled.cache_info().currsize, torch.get_num_threads()
 
 
 class TestDaskArrays:
@@ -188,9 +268,3 @@ class TestDaskArrays:
             map_blocks(case.model, {**arrays, "strain": da.from_array(arrays["strain"], chunks=(100, 3))})
         with pytest.raises(InputError, match="missing strain"):
             map_blocks(case.model, {name: value for name, value in cut.items() if name != "strain"})
-
-
-def test_memory_stays_with_the_process() -> None:
-    from neml2_aoti_plugin.parallel.malloc import keep_freed_memory
-
-    assert keep_freed_memory()

@@ -19,10 +19,10 @@ import torch
 import references
 from neml2_aoti_plugin import AOTIError, ArtifactError, InputError, InputTypeError, Model, map_rows
 from neml2_aoti_plugin.parallel import Mapped
-from processes import Program, descendants, is_alive, leftovers, wait_until
+from processes import Program
 from references import Case
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes in /proc")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and file systems of Linux")
 
 ROWS = 500
 FAILING = [7, 123, 499]
@@ -96,28 +96,21 @@ def quiet(model: Any, source: object, sink: object, **options: Any) -> Mapped:
 
 
 class TestForms:
-    def test_from_a_folder_to_a_folder_on_processes(
-        self, case: Case, source: Path, tmp_path: Path, expected: Arrays
-    ) -> None:
+    def test_from_a_folder_to_a_folder(self, case: Case, source: Path, tmp_path: Path, expected: Arrays) -> None:
         told: list[tuple[int, int | None]] = []
-        done = quiet(
-            case.model, source, tmp_path / "out", workers=1, progress=lambda done, total: told.append((done, total))
-        )
+        done = quiet(case.model, source, tmp_path / "out", progress=lambda done, total: told.append((done, total)))
         assert (done.rows, done.evaluated, done.failed.tolist()) == (ROWS, ROWS, FAILING)
         assert_results(results(tmp_path / "out"), expected)
         assert np.load(tmp_path / "out" / "@failed_rows.npy").tolist() == FAILING
         assert sorted(told) == told and told[-1] == (ROWS, ROWS)
-        assert leftovers(os.getpid()) == [] or all("sem.loky" in name for name in leftovers(os.getpid()))
 
-    def test_with_derivatives(
-        self, case: Case, source: Path, tmp_path: Path, expected: Arrays, threads: ThreadPoolExecutor
-    ) -> None:
-        quiet(case.model, source, tmp_path / "out", executor=threads, operation="jacobian")
+    def test_with_derivatives(self, case: Case, source: Path, tmp_path: Path, expected: Arrays) -> None:
+        quiet(case.model, source, tmp_path / "out", operation="jacobian")
         assert_results(results(tmp_path / "out"), expected, tuple(expected))
 
     @pytest.mark.parametrize("form", ["arrays", "tensors", "files", "memory maps"])
     def test_from_a_dict(
-        self, form: str, case: Case, source: Path, arrays: Arrays, expected: Arrays, tmp_path: Path, threads: Any
+        self, form: str, case: Case, source: Path, arrays: Arrays, expected: Arrays, tmp_path: Path
     ) -> None:
         forms: dict[str, Callable[[str], Any]] = {
             "arrays": lambda name: arrays[name],
@@ -125,7 +118,7 @@ class TestForms:
             "files": lambda name: source / f"{name}.npy",
             "memory maps": lambda name: np.load(source / f"{name}.npy", mmap_mode="r"),
         }
-        quiet(case.model, {n: forms[form](n) for n in arrays}, tmp_path / "out", executor=threads)
+        quiet(case.model, {n: forms[form](n) for n in arrays}, tmp_path / "out")
         assert_results(results(tmp_path / "out"), expected)
 
     def test_from_a_part_of_a_memory_map(self, case: Case, source: Path, arrays: Arrays, tmp_path: Path) -> None:
@@ -133,55 +126,41 @@ class TestForms:
         given: dict[str, Any] = dict(arrays)
         given["strain"] = np.load(source / "strain.npy", mmap_mode="r")[10:20]
         given["t"] = np.load(source / "t.npy", mmap_mode="r")[10:20]
-        with ThreadPoolExecutor(1) as executor:
-            quiet(case.model, given, tmp_path / "out", executor=executor)
+        quiet(case.model, given, tmp_path / "out")
         rows = {**{n: torch.from_numpy(a) for n, a in arrays.items()}}
         rows.update({name: rows[name][10:20] for name in ("strain", "t")})
         assert np.allclose(np.load(tmp_path / "out" / "stress.npy"), case.model.forward(rows)["stress"], rtol=1e-12)
 
-    def test_from_blocks_to_a_function(
-        self, case: Case, arrays: Arrays, expected: Arrays, threads: ThreadPoolExecutor
-    ) -> None:
+    def test_from_blocks_to_a_function(self, case: Case, arrays: Arrays, expected: Arrays) -> None:
         found: list[Arrays] = []
-        done = quiet(case.model, blocks(arrays), found.append, executor=threads)
+        done = quiet(case.model, blocks(arrays), found.append)
         assert done.rows == ROWS and done.failed.tolist() == FAILING
         assert [len(block["t"]) for block in blocks(arrays)] == [len(block["@failed"]) for block in found]
         whole = {name: np.concatenate([block[name] for block in found]) for name in found[0]}
         assert_results(whole, expected)
 
-    def test_from_blocks_to_a_folder(
-        self, case: Case, arrays: Arrays, expected: Arrays, tmp_path: Path, threads: ThreadPoolExecutor
-    ) -> None:
-        quiet(case.model, blocks(arrays), tmp_path / "out", executor=threads, rows=ROWS)
+    def test_from_blocks_to_a_folder(self, case: Case, arrays: Arrays, expected: Arrays, tmp_path: Path) -> None:
+        quiet(case.model, blocks(arrays), tmp_path / "out", rows=ROWS)
         assert_results(results(tmp_path / "out"), expected)
-        again = quiet(case.model, blocks(arrays), tmp_path / "out", executor=threads, rows=ROWS)
+        again = quiet(case.model, blocks(arrays), tmp_path / "out", rows=ROWS)
         assert again.evaluated == 0 and again.failed.tolist() == FAILING
         changed = [{**block, "t": block["t"] + (i == 2)} for i, block in enumerate(blocks(arrays))]
         with pytest.raises(InputError, match=r"rows 200 to 299 .* not those of the run"):
-            quiet(case.model, changed, tmp_path / "out", executor=threads, rows=ROWS)
+            quiet(case.model, changed, tmp_path / "out", rows=ROWS)
 
-    def test_zarr(self, case: Case, arrays: Arrays, expected: Arrays, tmp_path: Path, threads: Any) -> None:
+    def test_zarr(self, case: Case, arrays: Arrays, expected: Arrays, tmp_path: Path) -> None:
         zarr = pytest.importorskip("zarr")
         group = zarr.open_group(str(tmp_path / "in.zarr"), mode="w")
         for name, value in arrays.items():
             group.create_array(name, data=value)
         for given in (tmp_path / "in.zarr", group):
             sink = tmp_path / f"out-{type(given).__name__}.zarr"
-            assert quiet(case.model, given, sink, executor=threads).failed.tolist() == FAILING
+            assert quiet(case.model, given, sink).failed.tolist() == FAILING
             found = zarr.open_group(str(sink), mode="r")
             assert_results({name: found[name][...] for name in expected if name in found}, expected)
             assert found["@failed_rows"][...].tolist() == FAILING
             assert found["stress"].chunks == (64, 6)
-            assert quiet(case.model, given, sink, executor=threads).evaluated == 0
-
-    @pytest.mark.long
-    def test_a_process_pool_of_the_standard_library(
-        self, case: Case, source: Path, tmp_path: Path, expected: Arrays
-    ) -> None:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-            quiet(case.artifact, source, tmp_path / "out", executor=executor)
-        loose = Model(case.artifact).solve({n: torch.from_numpy(np.load(source / f"{n}.npy")) for n in _names(source)})
-        assert_results(results(tmp_path / "out"), {n: v.numpy() for n, v in loose.outputs.items()}, ("stress",))
+            assert quiet(case.model, given, sink).evaluated == 0
 
     @pytest.mark.long
     def test_memory_stays_flat(self, tmp_path: Path, case: Case) -> None:
@@ -194,10 +173,31 @@ class TestForms:
                 peaks.append(int(out.split()[-1]))
         assert peaks[1] - peaks[0] < 10 << 10, peaks
 
+    @pytest.mark.wide
+    def test_in_a_daemonic_process(self, case: Case, source: Path, tmp_path: Path, expected: Arrays) -> None:
+        """Which must have no processes of its own, as those of multiprocessing's pools."""
+        with Program(DAEMONIC, case.artifact, source, tmp_path / "out") as program:
+            status, out, err = program.finish(100)
+        assert (status, out) == (0, "0\n"), err
+        assert results(tmp_path / "out")["@failed_rows"].tolist() == FAILING
+
+
+DAEMONIC = """
+import multiprocessing, sys
+
+def work():
+    from neml2_aoti_plugin import map_rows
+    assert multiprocessing.current_process().daemon
+    map_rows(*sys.argv[1:], progress=False)
+
+process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+process.start()
+process.join()
+print(process.exitcode)
+"""
 
 FLAT = """
 import resource, sys
-from concurrent.futures import Future
 import numpy as np, torch
 from pathlib import Path
 from neml2_aoti_plugin import map_rows
@@ -213,16 +213,8 @@ for name, shape in shapes.items():
     np.lib.format.open_memmap(folder / "in" / f"{name}.npy", "w+", np.float64, shape)
 np.save(folder / "in" / "t~1.npy", np.array(-1.0))
 
-class Here:
-    _max_workers = 1
-
-    def submit(self, function, *arguments):
-        found = Future()
-        found.set_result(function(*arguments))
-        return found
-
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-map_rows(artifact, folder / "in", folder / "out", executor=Here(), progress=False)
+map_rows(artifact, folder / "in", folder / "out", progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -231,10 +223,10 @@ def _names(source: Path) -> list[str]:
     return [file.name.removesuffix(".npy") for file in source.glob("*.npy")]
 
 
-def blocks(arrays: Arrays) -> list[Arrays]:
+def blocks(arrays: Arrays, size: int = 100) -> list[Arrays]:
     return [
-        {n: a[start : start + 100] if len(a.shape) and len(a) == ROWS else a for n, a in arrays.items()}
-        for start in range(0, ROWS, 100)
+        {n: a[start : start + size] if len(a.shape) and len(a) == ROWS else a for n, a in arrays.items()}
+        for start in range(0, ROWS, size)
     ]
 
 
@@ -268,32 +260,32 @@ class TestNames:
 
     STRAIN = 1e-3 * np.random.default_rng(2).standard_normal((20, 6))
 
-    def test_a_folder_of_files(self, slashes: Model, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    def test_a_folder_of_files(self, slashes: Model, tmp_path: Path) -> None:
         (tmp_path / "a" / "in").mkdir(parents=True)
         np.save(tmp_path / "a" / "in" / "forces%2FE.npy", self.STRAIN)
         out = tmp_path / "a" / "b" / "out"
-        quiet(slashes, tmp_path / "a" / "in", out, executor=threads, operation="jacobian")
+        quiet(slashes, tmp_path / "a" / "in", out, operation="jacobian")
         stress = "%2E.%2F..%2Fstate%2FS"
         names = {stress, f"{stress}@forces%2FE", "@failed", "@failed_rows"}
         assert set(results(out)) == names and {file.name for file in tmp_path.iterdir()} == {"a"}
         assert np.allclose(np.load(out / f"{stress}.npy"), hooke(self.STRAIN), rtol=1e-12)
 
-    def test_zarr(self, slashes: Model, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    def test_zarr(self, slashes: Model, tmp_path: Path) -> None:
         zarr = pytest.importorskip("zarr")
         group = zarr.open_group(str(tmp_path / "in.zarr"), mode="w")
         group.create_array("forces%2FE", data=self.STRAIN)
         out = tmp_path / "a" / "out.zarr"
-        quiet(slashes, tmp_path / "in.zarr", out, executor=threads)
+        quiet(slashes, tmp_path / "in.zarr", out)
         found = zarr.open_group(str(out), mode="r")
         assert sorted(found) == ["%2E.%2F..%2Fstate%2FS", "@failed", "@failed_rows"]
         assert np.allclose(found["%2E.%2F..%2Fstate%2FS"][...], hooke(self.STRAIN), rtol=1e-12)
 
     @pytest.mark.parametrize("name", ["failed", "failed_rows"])
-    def test_an_output_of_the_name_of_a_mask(self, name: str, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    def test_an_output_of_the_name_of_a_mask(self, name: str, tmp_path: Path) -> None:
         model = _elasticity(tmp_path / "model", name)
         found: list[Arrays] = []
         for sink in (tmp_path / "out", found.append):
-            done = quiet(model, {"forces/E": self.STRAIN}, sink, executor=threads)
+            done = quiet(model, {"forces/E": self.STRAIN}, sink)
             assert done.failed.tolist() == []
         for stress in (np.load(tmp_path / "out" / f"{name}.npy"), found[0][name]):
             assert np.allclose(stress, hooke(self.STRAIN), rtol=1e-12)
@@ -303,17 +295,17 @@ class TestNames:
 class TestRowsThatAreNotFinite:
     """They have failed, in models that solve nothing too, and no other row has."""
 
-    def test_an_input(self, slashes: Model, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    def test_an_input(self, slashes: Model, tmp_path: Path) -> None:
         strain = 1e-3 * np.random.default_rng(3).standard_normal((200, 6))
         strain[70, 2], strain[199, 0] = np.nan, np.inf
-        assert quiet(slashes, {"forces/E": strain}, tmp_path / "out", executor=threads).failed.tolist() == [70, 199]
+        assert quiet(slashes, {"forces/E": strain}, tmp_path / "out").failed.tolist() == [70, 199]
         found = results(tmp_path / "out")
         stress, failed = found["%2E.%2F..%2Fstate%2FS"], found["@failed"]
         assert np.flatnonzero(failed).tolist() == [70, 199] == found["@failed_rows"].tolist()
         assert np.isnan(stress[failed]).all() and np.allclose(stress[~failed], hooke(strain[~failed]), rtol=1e-12)
 
     @pytest.mark.wide
-    def test_a_step_of_no_length(self, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    def test_a_step_of_no_length(self, tmp_path: Path) -> None:
         """Of a rate; a cohesive zone."""
         separation = np.random.default_rng(5).random((100, 3))
         given = {
@@ -324,7 +316,7 @@ class TestRowsThatAreNotFinite:
             "damage~1": np.zeros(()),
         }
         model = references.case("cohesive").model
-        assert quiet(model, given, tmp_path / "out", executor=threads).failed.tolist() == [33]
+        assert quiet(model, given, tmp_path / "out").failed.tolist() == [33]
         found = results(tmp_path / "out")
         others = np.arange(100) != 33
         assert all(np.isnan(found[name][33]).all() and np.isfinite(found[name][others]).all() for name in model.outputs)
@@ -335,7 +327,7 @@ class TestSourcesAmongTheResults:
     """Refused, by whatever path they are named, and left as they are."""
 
     @pytest.mark.parametrize("way", ["itself", "link", "hard link", "memory map", "a view of a memory map"])
-    def test_a_file(self, way: str, case: Case, arrays: Arrays, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    def test_a_file(self, way: str, case: Case, arrays: Arrays, tmp_path: Path) -> None:
         out = tmp_path / "out"
         out.mkdir()
         result = out / "stress.npy"
@@ -352,10 +344,10 @@ class TestSourcesAmongTheResults:
             given = np.load(result, mmap_mode="r")
             given = np.asarray(given)[:] if "view" in way else given
         with pytest.raises(InputError, match=r"out/stress\.npy: the source .* is the same file"):
-            quiet(case.model, {**arrays, "strain": given}, out, executor=threads, resume=False)
+            quiet(case.model, {**arrays, "strain": given}, out, resume=False)
         assert result.read_bytes() == before and list(out.iterdir()) == [result]
 
-    def test_zarr(self, case: Case, arrays: Arrays, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    def test_zarr(self, case: Case, arrays: Arrays, tmp_path: Path) -> None:
         zarr = pytest.importorskip("zarr")
         group = zarr.open_group(str(tmp_path / "both.zarr"), mode="w")
         for name, value in arrays.items():
@@ -364,19 +356,17 @@ class TestSourcesAmongTheResults:
         (tmp_path / "link.zarr").symlink_to(tmp_path / "both.zarr")
         for sink in ("both.zarr", "link.zarr"):
             with pytest.raises(InputError, match=r"stress: the source .* is the same file"):
-                quiet(case.model, tmp_path / "both.zarr", tmp_path / sink, executor=threads, resume=False)
+                quiet(case.model, tmp_path / "both.zarr", tmp_path / sink, resume=False)
         assert (group["strain"][...] == arrays["strain"])[~np.isnan(arrays["strain"])].all()
 
     @pytest.mark.parametrize("name", ["stress.npy", "@failed_rows.npy", "journal.jsonl"])
-    def test_a_link_in_the_sink_is_not_followed(
-        self, name: str, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor
-    ) -> None:
+    def test_a_link_in_the_sink_is_not_followed(self, name: str, case: Case, source: Path, tmp_path: Path) -> None:
         foreign = tmp_path / "foreign"
         foreign.write_bytes(b"")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / name).symlink_to(foreign)
         with pytest.raises(InputError, match=name.replace(".", r"\.")):
-            quiet(case.model, source, tmp_path / "out", executor=threads, resume=False)
+            quiet(case.model, source, tmp_path / "out", resume=False)
         assert foreign.read_bytes() == b"" and (tmp_path / "out" / name).is_symlink()
 
     def test_a_pipe_in_the_place_of_the_journal(self, case: Case, source: Path, tmp_path: Path) -> None:
@@ -450,7 +440,7 @@ class TestBadInput:
         for name, value in arrays.items():
             group.create_array(name, data=value)
         (tmp_path / "in.zarr" / "t" / "zarr.json").write_text(text)
-        with pytest.raises(InputError, match=r"in\.zarr: (cannot be read as a Zarr group|missing t)"):
+        with pytest.raises(InputError, match=r"in\.zarr/t: cannot be read as a Zarr array"):
             quiet(case.model, tmp_path / "in.zarr", tmp_path / "out")
 
     def test_what_is_no_source_or_sink(self, case: Case, source: Path, tmp_path: Path) -> None:
@@ -468,9 +458,7 @@ class TestBadInput:
             ({"operation": "jvp"}, "operation is 'jvp', expected one of forward, jacobian"),
             ({"chunk": 0}, "chunk is 0"),
             ({"rows": 0}, "rows is 0"),
-            ({"workers": 0}, "workers is 0"),
             ({"executor": 3}, "executor is a int, expected one with submit"),
-            ({"executor": ThreadPoolExecutor(1), "workers": 2}, "one of the two"),
         ],
     )
     def test_options(self, case: Case, source: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
@@ -478,11 +466,9 @@ class TestBadInput:
             quiet(case.model, source, tmp_path / "out", **options)
 
     @pytest.mark.parametrize("rows", [ROWS - 1, ROWS + 1])
-    def test_blocks_of_other_numbers_of_rows(
-        self, case: Case, arrays: Arrays, tmp_path: Path, rows: int, threads: ThreadPoolExecutor
-    ) -> None:
+    def test_blocks_of_other_numbers_of_rows(self, case: Case, arrays: Arrays, tmp_path: Path, rows: int) -> None:
         with pytest.raises(InputError, match=r"\(rows=\)"):
-            quiet(case.model, blocks(arrays), tmp_path / "out", rows=rows, executor=threads)
+            quiet(case.model, blocks(arrays), tmp_path / "out", rows=rows)
 
     def test_a_sink_that_is_a_file_or_read_only(self, case: Case, source: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
@@ -507,8 +493,7 @@ class TestBadInput:
         assert "InputError" in told and "cannot be written (File too large). Make room" in told
         assert [file.name for file in out.iterdir()] == ["journal.jsonl"]
         # With room, the same call begins.
-        with ThreadPoolExecutor(1) as executor:
-            assert quiet(case.artifact, source, out, executor=executor).evaluated == ROWS
+        assert quiet(case.artifact, source, out).evaluated == ROWS
 
     def test_a_small_file_system(self, case: Case, source: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
@@ -545,34 +530,30 @@ def _endless(source: Path) -> Iterator[Arrays]:
 
 
 class TestJournal:
-    def test_nothing_is_evaluated_twice(
-        self, case: Case, source: Path, tmp_path: Path, expected: Arrays, threads: ThreadPoolExecutor
-    ) -> None:
+    def test_nothing_is_evaluated_twice(self, case: Case, source: Path, tmp_path: Path, expected: Arrays) -> None:
         out = tmp_path / "out"
-        assert quiet(case.model, source, out, executor=threads).evaluated == ROWS
-        assert quiet(case.model, source, out, executor=threads).evaluated == 0
-        assert quiet(case.model, source, out, executor=threads, resume=False).evaluated == ROWS
+        assert quiet(case.model, source, out).evaluated == ROWS
+        assert quiet(case.model, source, out).evaluated == 0
+        assert quiet(case.model, source, out, resume=False).evaluated == ROWS
         assert_results(results(out), expected)
 
     @pytest.mark.parametrize("cut", [1, 30, 100])
     def test_a_line_that_was_cut_off_counts_for_nothing(
-        self, case: Case, source: Path, tmp_path: Path, expected: Arrays, threads: ThreadPoolExecutor, cut: int
+        self, case: Case, source: Path, tmp_path: Path, expected: Arrays, cut: int
     ) -> None:
         out = tmp_path / "out"
-        quiet(case.model, source, out, executor=threads)
+        quiet(case.model, source, out)
         journal = out / "journal.jsonl"
         text = journal.read_text()
         journal.write_text(text[:-cut])
         lost = sum(64 if line["stop"] < ROWS else ROWS % 64 for line in _lost(text, cut))
-        assert quiet(case.model, source, out, executor=threads).evaluated == lost > 0
+        assert quiet(case.model, source, out).evaluated == lost > 0
         assert [json.loads(line) for line in journal.read_text().splitlines()]
 
     @pytest.mark.parametrize("change", ["operation", "chunk", "solver", "source", "model"])
-    def test_that_of_another_run(
-        self, change: str, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor
-    ) -> None:
+    def test_that_of_another_run(self, change: str, case: Case, source: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        quiet(case.model, source, out, executor=threads)
+        quiet(case.model, source, out)
         before = {file.name: file.read_bytes() for file in out.iterdir()}
         model = case.model
         options: dict[str, Any] = {}
@@ -590,7 +571,7 @@ class TestJournal:
             model = Model(artifact)
             model.set_solver_config(**case.newton)
         with pytest.raises(InputError, match=rf"journal of another run: .*{change}.* differ"):
-            quiet(model, source, out, executor=threads, **options)
+            quiet(model, source, out, **options)
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
     @pytest.mark.parametrize("resume", [True, False])
@@ -603,15 +584,15 @@ class TestJournal:
             quiet(case.model, source, tmp_path / "out", resume=resume)
         assert list(file.parent.iterdir()) == [file] and file.read_text() == text
 
-    def test_nested_deeper_than_python_reads(self, case: Case, source: Path, tmp_path: Path, threads: Any) -> None:
+    def test_nested_deeper_than_python_reads(self, case: Case, source: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        quiet(case.model, source, out, executor=threads)
+        quiet(case.model, source, out)
         journal = out / "journal.jsonl"
         whole = journal.read_bytes()
         deep = b"[" * 100_000 + b"\n"
         journal.write_bytes(deep + whole)
         with pytest.raises(InputError, match="is no journal"):
-            quiet(case.model, source, out, executor=threads)
+            quiet(case.model, source, out)
         assert journal.read_bytes() == deep + whole
 
     @pytest.mark.parametrize(
@@ -627,36 +608,69 @@ class TestJournal:
         ],
     )
     def test_a_line_that_is_damaged_and_what_follows_count_for_nothing(
-        self, line: bytes, case: Case, source: Path, tmp_path: Path, expected: Arrays, threads: Any
+        self, line: bytes, case: Case, source: Path, tmp_path: Path, expected: Arrays
     ) -> None:
         out = tmp_path / "out"
-        quiet(case.model, source, out, executor=threads)
+        quiet(case.model, source, out)
         journal = out / "journal.jsonl"
         lines = journal.read_bytes().splitlines(keepends=True)
         journal.write_bytes(b"".join([*lines[:4], line, *lines[4:]]))
         kept = sum(record["stop"] - record["start"] for record in map(json.loads, lines[2:4]))
-        assert quiet(case.model, source, out, executor=threads).evaluated == ROWS - kept
+        assert quiet(case.model, source, out).evaluated == ROWS - kept
         assert_results(results(out), expected)
         again = journal.read_bytes().splitlines(keepends=True)
         assert again[:4] == lines[:4] and sorted(again) == sorted(lines)
 
-    def test_results_that_are_gone(self, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
-        quiet(case.model, source, tmp_path / "out", executor=threads)
+    def test_results_that_are_gone(self, case: Case, source: Path, tmp_path: Path) -> None:
+        quiet(case.model, source, tmp_path / "out")
         (tmp_path / "out" / "stress.npy").unlink()
         with pytest.raises(InputError, match=r"stress\.npy: is not there as the journal"):
-            quiet(case.model, source, tmp_path / "out", executor=threads)
+            quiet(case.model, source, tmp_path / "out")
 
-    def test_two_runs_at_once(self, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    def test_two_runs_at_once(self, case: Case, source: Path, tmp_path: Path) -> None:
         refused: list[str] = []
 
         def again(done: int, total: int | None) -> None:
             if not refused:
                 with pytest.raises(InputError, match="another process is writing") as raised:
-                    quiet(case.model, source, tmp_path / "out", executor=threads)
+                    quiet(case.model, source, tmp_path / "out")
                 refused.append(str(raised.value))
 
-        quiet(case.model, source, tmp_path / "out", executor=threads, progress=again)
+        quiet(case.model, source, tmp_path / "out", progress=again)
         assert refused
+
+
+class TestExecutors:
+    def test_threads(self, case: Case, source: Path, tmp_path: Path, expected: Arrays, threads: Any) -> None:
+        quiet(case.model, source, tmp_path / "out", executor=threads)
+        assert_results(results(tmp_path / "out"), expected)
+
+    def test_a_function_gets_rows_in_their_order(
+        self, case: Case, arrays: Arrays, expected: Arrays, threads: ThreadPoolExecutor
+    ) -> None:
+        found: list[Arrays] = []
+        assert quiet(case.model, arrays, found.append, executor=threads).failed.tolist() == FAILING
+        assert_results({name: np.concatenate([block[name] for block in found]) for name in found[0]}, expected)
+
+    def test_blocks_that_share_a_chunk_of_zarr(
+        self, case: Case, arrays: Arrays, expected: Arrays, tmp_path: Path, threads: ThreadPoolExecutor
+    ) -> None:
+        """Which two workers must not write at once: each would undo what the other one has written."""
+        zarr = pytest.importorskip("zarr")
+        given = blocks(arrays, 10)
+        quiet(case.model, given, tmp_path / "out.zarr", executor=threads, rows=ROWS, chunk=ROWS)
+        found = zarr.open_group(str(tmp_path / "out.zarr"), mode="r")
+        assert found["stress"].chunks == (ROWS, 6)
+        assert_results({name: found[name][...] for name in expected if name in found}, expected)
+
+    @pytest.mark.long
+    def test_a_process_pool_of_the_standard_library(
+        self, case: Case, source: Path, tmp_path: Path, expected: Arrays
+    ) -> None:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+            quiet(case.artifact, source, tmp_path / "out", executor=executor)
+        loose = Model(case.artifact).solve({n: torch.from_numpy(np.load(source / f"{n}.npy")) for n in _names(source)})
+        assert_results(results(tmp_path / "out"), {n: v.numpy() for n, v in loose.outputs.items()}, ("stress",))
 
     def test_an_artifact_that_workers_do_not_see(self, source: Path, tmp_path: Path, case: Case) -> None:
         artifact = references.edited(case, tmp_path / "here", lambda _: None)
@@ -689,8 +703,7 @@ class TestJournal:
 
             with pytest.raises(AOTIError, match="call map_rows again with a new executor"):
                 quiet(case.model, source, out, executor=executor, progress=kill)
-        with ThreadPoolExecutor(1) as fresh:
-            again = quiet(case.model, source, out, executor=fresh)
+        again = quiet(case.model, source, out)
         assert 0 < again.evaluated <= ROWS - 128
         assert_results(results(out), expected)
 
@@ -714,7 +727,7 @@ class TestSourcesThatChange:
         return folder / "in"
 
     @staticmethod
-    def stopped(model: Model, source: object, out: Path, threads: ThreadPoolExecutor) -> int:
+    def stopped(model: Model, source: object, out: Path) -> int:
         """Rows that are done in a run that is stopped."""
 
         def stop(done: int, total: int | None) -> None:
@@ -722,17 +735,15 @@ class TestSourcesThatChange:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            quiet(model, source, out, executor=threads, progress=stop)
+            quiet(model, source, out, progress=stop)
         lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[2:]]
         return sum(line["stop"] - line["start"] for line in lines)
 
     @pytest.mark.parametrize("common", [False, True])
     @pytest.mark.parametrize("form", ["files", "zarr", "arrays"])
-    def test_rows_that_are_done(
-        self, form: str, common: bool, case: Case, arrays: Arrays, tmp_path: Path, threads: ThreadPoolExecutor
-    ) -> None:
+    def test_rows_that_are_done(self, form: str, common: bool, case: Case, arrays: Arrays, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        assert 128 <= self.stopped(case.model, self.put(form, tmp_path, arrays), out, threads) < ROWS
+        assert 128 <= self.stopped(case.model, self.put(form, tmp_path, arrays), out) < ROWS
         start = json.loads((out / "journal.jsonl").read_text().splitlines()[2])["start"]
         before = {file.name: file.read_bytes() for file in out.iterdir()}
         changed = {name: value.copy() for name, value in arrays.items()}
@@ -742,27 +753,25 @@ class TestSourcesThatChange:
             changed["t"][start + 6] += 1e-9
         # No row is evaluated before that is found.
         with pytest.raises(InputError, match=rf"rows {'.*' if common else start} to .* not those of the run"):
-            quiet(case.model, self.put(form, tmp_path, changed), out, executor=threads)
+            quiet(case.model, self.put(form, tmp_path, changed), out)
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
     @pytest.mark.parametrize("form", ["files", "zarr", "arrays"])
-    def test_rows_that_are_not_done(
-        self, form: str, case: Case, arrays: Arrays, tmp_path: Path, threads: ThreadPoolExecutor
-    ) -> None:
+    def test_rows_that_are_not_done(self, form: str, case: Case, arrays: Arrays, tmp_path: Path) -> None:
         """Which are evaluated as they are now."""
         out = tmp_path / "out"
-        done = self.stopped(case.model, self.put(form, tmp_path, arrays), out, threads)
+        done = self.stopped(case.model, self.put(form, tmp_path, arrays), out)
         changed = {**arrays, "t": arrays["t"] + 0.25 * (np.arange(ROWS) >= 448)}
-        again = quiet(case.model, self.put(form, tmp_path, changed), out, executor=threads)
+        again = quiet(case.model, self.put(form, tmp_path, changed), out)
         assert again.evaluated == ROWS - done
         whole = case.model.solve({name: torch.from_numpy(value) for name, value in changed.items()})
         assert_results(results(out), {name: value.numpy() for name, value in whole.outputs.items()}, ("stress",))
 
-    def test_that_move(self, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor) -> None:
-        quiet(case.model, source, tmp_path / "out", executor=threads)
+    def test_that_move(self, case: Case, source: Path, tmp_path: Path) -> None:
+        quiet(case.model, source, tmp_path / "out")
         moved = source.rename(tmp_path / "elsewhere")
         os.utime(moved / "t.npy", (1e9, 1e9))
-        assert quiet(case.model, moved, tmp_path / "out", executor=threads).evaluated == 0
+        assert quiet(case.model, moved, tmp_path / "out").evaluated == 0
 
 
 def _lost(text: str, cut: int) -> list[dict[str, Any]]:
@@ -782,7 +791,7 @@ from neml2_aoti_plugin import map_rows
 import neml2_aoti_plugin.parallel.rows as rows
 rows.SYNC = 0.05
 try:
-    map_rows(*sys.argv[1:4], workers=1, chunk=64, progress=lambda done, total: print(done, flush=True))
+    map_rows(*sys.argv[1:4], chunk=64, progress=lambda done, total: print(done, flush=True))
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
@@ -793,10 +802,8 @@ TIMES = 20
 
 
 class TestRunsThatAreKilled:
-    @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-    def test_it_goes_on_where_it_was(
-        self, number: signal.Signals, case: Case, source: Path, tmp_path: Path, threads: ThreadPoolExecutor
-    ) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+    def test_it_goes_on_where_it_was(self, number: signal.Signals, case: Case, source: Path, tmp_path: Path) -> None:
         out, many = tmp_path / "out", tmp_path / "many"
         many.mkdir()
         for name in _names(source):
@@ -807,7 +814,6 @@ class TestRunsThatAreKilled:
         with Program(LONG_RUN, case.artifact, many, out) as program:
             while int(program.line()) < 2000:
                 pass
-            started = descendants(program.pid)
             if number == signal.SIGINT:
                 program.signal_group(number)
                 status, told, err = program.finish(30)
@@ -815,30 +821,12 @@ class TestRunsThatAreKilled:
             else:
                 os.kill(program.pid, number)
                 program.finish(30)
-            assert wait_until(lambda: not any(map(is_alive, started)))
-            assert wait_until(lambda: not leftovers(program.pid)), leftovers(program.pid)
         lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[2:] if line[-1] == "}"]
         done = sum(line["stop"] - line["start"] for line in lines)
         assert 0 < done < TIMES * ROWS
-        again = quiet(case.artifact, many, out, executor=threads)
+        again = quiet(case.artifact, many, out)
         assert 0 < again.evaluated <= TIMES * ROWS - done + 64
         model = Model(case.artifact)
         whole = model.solve({n: torch.from_numpy(np.load(many / f"{n}.npy")) for n in _names(source)})
         values = {name: value.numpy() for name, value in whole.outputs.items()}
         assert_results(results(out), {**values, "@failed": ~whole.converged.numpy()})
-
-    @pytest.mark.long
-    def test_a_worker_that_is_killed(self, case: Case, source: Path, tmp_path: Path, expected: Arrays) -> None:
-        killed: list[int] = []
-
-        def kill(done: int, total: int | None) -> None:
-            if done >= 64 and not killed:
-                for pid in descendants(os.getpid()):
-                    if b"popen_loky" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                        killed.append(pid)
-                        os.kill(pid, signal.SIGKILL)
-                        break
-
-        quiet(case.model, source, tmp_path / "out", workers=1, chunk=16, progress=kill)
-        assert killed
-        assert_results(results(tmp_path / "out"), expected)

@@ -296,6 +296,37 @@ if __name__ == "__main__":
         assert all(abs(float(x) - right) < 1e-9 for x in done.stdout.split())
 
 
+FINALIZER = """
+import sys
+import torch
+from neml2_aoti_plugin import Model
+
+class Left:
+    def __init__(self, path, call):
+        self.model, self.write = Model(path), sys.stdout.write
+        self.inputs = {n: torch.ones((2, *v.natural_shape), dtype=torch.float64) for n, v in self.model.inputs.items()}
+        self.call = getattr(self.model, call)
+        self.call(self.inputs)
+
+    def __del__(self):
+        self.call(self.inputs)
+        self.write("evaluated\\n")
+
+left = [Left(path, call) for path, call in zip(sys.argv[1::2], sys.argv[2::2])]
+"""
+
+
+def test_finalizer_at_the_end_of_the_interpreter_is_refused() -> None:
+    """torch aborts the process there, where a view outlives its base; without the plugin too."""
+    calls = [("calibration", "solve"), ("elasticity", "jacobian"), ("elasticity", "forward")]
+    arguments = [word for name, call in calls for word in (str(references.case(name).artifact), call)]
+    done = subprocess.run(
+        [sys.executable, "-c", FINALIZER, *arguments], env=environment(), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr.count("called while the interpreter ends") == len(calls), done.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what a process has mapped")
 def test_a_process_that_loads_again_and_again_does_not_grow(artifact: str) -> None:
     out = run(

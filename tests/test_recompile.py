@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def test_what_was_compiled_comes_again() -> None:
     model = Model(compiled("viscoplasticity") / "viscoplasticity")
     inputs = {**zeros(model), "t": torch.ones(1, dtype=torch.float64)}
     words = command_in(lambda: model.jvp(inputs, {"t": inputs["t"]}))
-    assert words[:4] == ["neml2-compile", "INPUT.i", "--model", "viscoplasticity"]
+    assert words[:4] == ["neml2-compile", "INPUT.i", "--driver", "driver"]
     assert flags(words, "-d") == ["stress:strain", "stress:t"]
     assert flags(words, "--output-dir") == [str(compiled("viscoplasticity"))]
     words = command_in(lambda: model.param_jacobian(inputs))
@@ -88,10 +89,31 @@ def test_renames_come_again(tmp_path: Path) -> None:
     assert renames == {"input": ["strain:eps"], "output": ["stress:sigma"], "parameter": ["promoted.E:youngs"]}
 
 
+def test_the_driver_of_the_stub_is_kept(tmp_path: Path) -> None:
+    model = edited("promoted", tmp_path, derivatives=[])
+    # Without a stub there is nothing to lose.
+    assert command_in(lambda: model.jacobian(zeros(model)))[2:4] == ["--model", "promoted"]
+    stub = tmp_path / "promoted_aoti.i"
+    shutil.copy(references.case("promoted").file, stub)
+    words = command_in(lambda: model.jacobian(zeros(model)))
+    assert words[2:4] == ["--driver", "driver"] and "--model" not in words
+    stub.write_text(stub.read_text().replace("model = 'promoted'", "model = 'another'"))
+    assert command_in(lambda: model.jacobian(zeros(model)))[2:4] == ["--model", "promoted"]
+
+
+def test_a_driver_that_was_added_to_the_stub_of_a_renamed_model_is_left_alone(tmp_path: Path) -> None:
+    model = edited("promoted", tmp_path, boundary_aliases={"inputs": {"strain": "eps"}}, derivatives=[])
+    assert "--no-stub" not in command_in(lambda: model.jacobian(zeros(model)))
+    shutil.copy(references.case("promoted").file, tmp_path / "promoted_aoti.i")
+    words = command_in(lambda: model.jacobian(zeros(model)))
+    assert words[2:4] == ["--model", "promoted"] and "--no-stub" in words
+
+
 @pytest.mark.long
 def test_the_command_works(tmp_path: Path) -> None:
     """Run as it stands, with the input file in place of INPUT.i, it mends what the error was about."""
     model = edited("promoted", tmp_path / "aoti", derivatives=[])
+    shutil.copy(references.case("promoted").file, tmp_path / "aoti")
     words = command_in(lambda: model.jacobian(zeros(model)))
     assert Path(flags(words, "--output-dir")[0]) == tmp_path / "aoti"
     words = [str(CATALOGUE["promoted"].path) if word == "INPUT.i" else word for word in words]
@@ -100,6 +122,7 @@ def test_the_command_works(tmp_path: Path) -> None:
     again = Model(tmp_path / "aoti/promoted")
     assert again.jacobian(zeros(again))[1]["stress"]["strain"].shape == (1, 6, 6)
     assert again.parameter_derivative_pairs == [("stress", "promoted.E"), ("stress", "promoted.nu")]
+    assert "[Drivers]" in (tmp_path / "aoti/promoted_aoti.i").read_text()
 
 
 def _quick() -> dict[str, str]:

@@ -272,6 +272,18 @@ class TestPairs:
         with pytest.raises(DerivativeNotCompiledError, match=r"d\(stress\)/d\(t\) was not compiled.*-d stress:t"):
             visco.model.solve(visco.rows(), pairs=[("stress", "t")])
 
+    def test_parameter_among_them_leads_to_its_own_call(self, model: Model, rows: Tensors) -> None:
+        name = "residual.hardening.K"
+        told = rf"'{name}' is a promoted parameter: call param_jacobian\(inputs, params=\['{name}'\]\)"
+        for call in (model.jacobian, model.solve):
+            with pytest.raises(UnknownNameError, match=told):
+                call(rows, pairs=[("stress", name)])
+        with pytest.raises(UnknownNameError, match=told):
+            model.jvp(rows, {name: rows["t"]})
+        assert set(model.param_jacobian(rows, params=[name])[1]["stress"]) == {name}
+        with pytest.raises(UnknownNameError, match=r"'strain', which is an input of .*Call jacobian"):
+            model.param_jacobian(rows, params=["strain"])
+
     @pytest.mark.wide
     def test_model_without_derivatives(self) -> None:
         case = references.case("chaboche")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,81 @@ def test_bad_sources(tmp_path: Path) -> None:
     binary.write_bytes(b"\x00\xff[Models]\n")
     with pytest.raises(InputError, match=r"binary\.i"):
         verify(target, Wanted(against=binary))
+
+
+MORE = """
+[Models]
+  [{leaf}]
+    type = LinearIsotropicElasticity
+    strain = 'strain'
+    stress = 'stress'
+    coefficients = '{coefficients}'
+    coefficient_types = 'YOUNGS_MODULUS POISSONS_RATIO'
+  []
+  [volume]
+    type = SR2Invariant
+    invariant_type = I1
+    tensor = 'strain'
+    invariant = 'volume'
+  []
+  [more]
+    type = ComposedModel
+    models = '{leaf} volume'
+  []
+[]
+"""
+
+
+def more(path: Path, leaf: str) -> Path:
+    """A source of the stub `promoted` that gives a quantity more, which depends on no parameter."""
+    line = next(line for line in source_of("promoted").read_text().splitlines() if "coefficients =" in line)
+    path.write_text(MORE.format(leaf=leaf, coefficients=line.split("'")[1]))
+    return path
+
+
+def test_an_output_that_depends_on_no_parameter_does_not_end_the_comparison(tmp_path: Path) -> None:
+    source = more(tmp_path / "more.i", "promoted")
+    report = verify(stub_of("promoted"), Wanted(against=source, source_model="more", where=Where(rows=4)))
+    compared = {c.quantity: (c.reference, c.passed) for c in report.comparisons}
+    names = ("stress", "d(stress)/d(strain)", "d(stress)/d(promoted.E)", "d(stress)/d(promoted.nu)")
+    assert report.passed and compared == dict.fromkeys(names, ("source", True))
+
+
+def test_a_derivative_that_the_source_does_not_give_is_told_and_compared_otherwise(tmp_path: Path) -> None:
+    source = more(tmp_path / "more.i", "hooke")
+    report = verify(stub_of("promoted"), Wanted(against=source, source_model="more", where=Where(rows=4)))
+    assert report.passed and report.not_compared == tuple(
+        f"d(stress)/d(promoted.{name}) with the source: it has no parameter of that name" for name in ("E", "nu")
+    )
+    assert [c.reference for c in report.comparisons] == ["source", "source", "differences", "differences"]
+
+
+@pytest.mark.parametrize(
+    "shape", ["(-1, 1) * torch.ones(6)", "(-1, 1, 1, 1) * torch.ones(2, 3, 6)", "(-1, 1, 1) * torch.ones(1, 6)"]
+)
+def test_drivers_with_any_number_of_batch_axes(shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub = copy("elasticity", tmp_path)
+    before = re.search(r"\(-1, 1, 1\) \* torch\.tensor\(.*?\]\]\)", stub.read_text())
+    assert before is not None
+    stub.write_text(stub.read_text().replace(before[0], shape))
+    source = source_of("elasticity")
+    points = 10 * (6 if "2, 3" in shape else 1)
+    report = verify(find_target(stub), Wanted(against=source, where=Where(rows=100)))
+    assert report.passed and report.rows == points + 100
+    assert cli.main(["bench", str(stub), "--rows", "1,7", "--seconds", "0", "--json"]) == 0
+    assert [m["rows"] for m in json.loads(capsys.readouterr().out)["result"]["measurements"]] == [1, 7]
+
+
+def test_pictures_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub = copy("elasticity", tmp_path)
+    for command, more in (("verify", ["--rows", "2"]), ("bench", ["--rows", "1,2", "--seconds", "0"])):
+        picture = tmp_path / f"{command}.svg"
+        assert cli.main([command, str(stub), *more, "--plot", str(picture)]) == 0
+        assert capsys.readouterr().out.rstrip().endswith(f"written: {picture}") and picture.is_file()
+        assert cli.main([command, str(stub), *more, "--plot", str(picture), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["result"]["picture"] == str(picture)
+        assert cli.main([command, str(stub), *more, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["result"]["picture"] is None
 
 
 # -- against finite differences ------------------------------------------------------------------------------------

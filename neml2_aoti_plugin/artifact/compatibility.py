@@ -192,7 +192,7 @@ def gpu_fault(built_for: str, have: tuple[int, int], portable: bool) -> str:
         return ""
     return (
         f"compiled for compute capability {wanted}, the device has {here}. Compile it here: "
-        "neml2-compile INPUT --model NAME --device cuda."
+        "neml2-compile ... --device cuda."
     )
 
 
@@ -274,7 +274,7 @@ def _of_cpu(build: Build, place: Place) -> str:
     built_for = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
     return (
         f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop with an "
-        "illegal instruction. Compile the model here: neml2-compile INPUT --model NAME."
+        "illegal instruction. Compile the model here with neml2-compile."
     )
 
 

@@ -125,8 +125,8 @@ def choose(
         found += f"; folders without a graph: {empty}" if empty else ""
         raise ArtifactNotFoundError(
             f"no compiled artifact for device '{wanted.type}' and dtype '{precision}' in {root}; compiled leaves: "
-            f"{found}. Load one of these (device=, dtype=), or compile the one you need: "
-            f"neml2-compile INPUT --model {model} --device {wanted.type} --dtype {precision}"
+            f"{found}. Load one of these (device=, dtype=), or compile the one you need, with the options of the "
+            f"others: neml2-compile ... --device {wanted.type} --dtype {precision}"
         )
     return Place(model, root / METADATA, root / wanted.type / precision, wanted, DTYPES[precision], folder)
 

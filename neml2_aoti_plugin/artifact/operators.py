@@ -32,12 +32,12 @@ def operator_fault(names: tuple[str, ...]) -> str:
     if all(name.startswith("neml2::") for name in absent):
         return (
             f"calls {listed}, which neml2 {_version('neml2')} does not register. Install the neml2 that compiled the "
-            "model, or compile the model again: neml2-compile INPUT --model NAME."
+            "model, or compile the model again with neml2-compile."
         )
     if all(name.startswith("aten::") for name in absent):
         return (
             f"calls {listed}, which torch {torch.__version__} does not have. Install the torch that the model was "
-            "compiled with, or compile it again here: neml2-compile INPUT --model NAME."
+            "compiled with, or compile it again here with neml2-compile."
         )
     return f"calls {listed}, which nothing has registered. Import the Python package that defines it before loading."
 

@@ -123,6 +123,19 @@ def find(given: str, *folders: Path) -> Path:
     )
 
 
+def drivers_of(stub: Path, model: str) -> list[str]:
+    """Names of the drivers of a model in its stub; none where there is no stub, or it cannot be read."""
+    import nmhit
+
+    try:
+        root = nmhit.parse_file(stub)
+    except (nmhit.Error, OSError, ValueError, RuntimeError):
+        return []
+    section = nmhit.NodeType.Section
+    found = (block for top in root.children(section) if top.path() == "Drivers" for block in top.children(section))
+    return [block.path() for block in found if block.param_optional_str("model", "") == model]
+
+
 def read_solver(block: nmhit.Node) -> dict[str, Any]:
     """Read a Newton solver's block; absent options take the defaults of the release that wrote it.
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import StringIO
 
 import click
 
 from .. import __version__, errors
 from . import FINE, INTERRUPTED, SHORT, WRONG_USE, output
+from .streams import say
 
 COMMANDS = ("doctor", "inspect", "verify", "bench", "run", "plot", "params", "seal", "warm", "migrate", "serve")
+
+# In what torch says, of a CPU and of a GPU.
+NO_MEMORY = ("can't allocate memory", "out of memory")
 
 HELP = """Look at, check and run compiled NEML2 models.
 
@@ -61,10 +65,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app.main(list(arguments), prog_name="neml2-aoti", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = StringIO()
+        error.show(shown)
+        say(shown.getvalue().rstrip())
         return _failed(arguments, "UsageError", error.format_message(), WRONG_USE)
     except (click.Abort, KeyboardInterrupt):
-        print("Interrupted.", file=sys.stderr)
+        say("Interrupted.")
         return INTERRUPTED
     except ModuleNotFoundError as error:
         message = output.missing(error.name)
@@ -73,11 +79,14 @@ def run(arguments: Sequence[str]) -> int:
         return _told(arguments, "MissingPackage", message, WRONG_USE)
     except errors.AOTIError as error:
         return _told(arguments, type(error).__name__, str(error), _status_of(error))
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         # neml2's own class where neml2 came first, ours else.
-        if type(error).__name__ != "ConvergenceError":
+        if type(error).__name__ == "ConvergenceError":
+            return _told(arguments, "ConvergenceError", str(error), SHORT)
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in NO_MEMORY):
             raise
-        return _told(arguments, "ConvergenceError", str(error), SHORT)
+        message = f"this takes more memory than there is ({str(error)[:200] or 'MemoryError'}). Take fewer rows."
+        return _told(arguments, "MemoryError", message, WRONG_USE)
     return status if isinstance(status, int) else FINE
 
 
@@ -87,7 +96,7 @@ def _status_of(error: errors.AOTIError) -> int:
 
 
 def _told(arguments: Sequence[str], kind: str, message: str, status: int) -> int:
-    print(f"neml2-aoti: {message}", file=sys.stderr)
+    say(f"neml2-aoti: {message}")
     return _failed(arguments, kind, message, status)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .interrupt import heeded
-from .options import counts
+from .options import MOST_ROWS, MOST_THREADS, Finite, counts
 from .output import device_options, json_option, progress, show
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ FILE = click.Path(path_type=Path)
     show_default=True,
     help="Method of the model to time.",
 )
-@click.option("--seconds", type=click.FloatRange(0.0), default=0.5, show_default=True, help="For each measurement.")
+@click.option("--seconds", type=Finite(0.0), default=0.5, show_default=True, help="For each measurement.")
 @click.option("--points", type=FILE, help="Evaluate at these points; see verify.")
 @click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
 @click.option("--plot", "picture", type=FILE, help="Draw rows per second over batch size to this file.")
@@ -62,8 +62,8 @@ def command(
 
     The points are those of verify, repeated to fill a batch. Other programs on the machine disturb the measurement.
     """
-    sizes = counts(rows, "--rows")
-    numbers = counts(threads, "--threads") if threads is not None else None
+    sizes = counts(rows, "--rows", MOST_ROWS)
+    numbers = counts(threads, "--threads", MOST_THREADS) if threads is not None else None
 
     import torch
 
@@ -94,7 +94,7 @@ def command(
             on_measured=on_measured,
         )
     if picture is not None:
-        draw(report, picture)
+        report = draw(report, picture)
     return show("bench", report, as_json, render)
 
 
@@ -111,6 +111,8 @@ def render(report: BenchReport, console: Console) -> None:
     for found in report.measurements:
         table.add_row(str(found.threads), str(found.rows), duration(found.seconds), f"{found.rows_per_second:.3g}")
     console.print(table)
+    if report.picture is not None:
+        console.print(escape(f"written: {report.picture}"), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

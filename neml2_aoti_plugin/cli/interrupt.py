@@ -1,4 +1,4 @@
-"""Ctrl-C that is heeded also where Python loses it.
+"""Ctrl-C that is heeded also where Python loses it, and SIGTERM that leaves nothing half-written.
 
 Python raises `KeyboardInterrupt` wherever the program is. In a callback of a weak reference, of which imports make
 many, or in a bare `except` of some package, the exception is dropped and the program goes on.
@@ -11,32 +11,36 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 @contextmanager
 def heeded() -> Iterator[Callable[[], None]]:
-    """Give a function to call now and then, which raises `KeyboardInterrupt` again where Ctrl-C came and was dropped.
+    """Clean up where Ctrl-C or SIGTERM ends the block.
 
-    Nothing changes where somebody else handles Ctrl-C, or where the program was started to ignore it.
+    Gives a function to call now and then, which raises again where the signal came and its exception was dropped:
+    `KeyboardInterrupt`, or `SystemExit` with the status of a program that SIGTERM ends. Nothing changes where somebody
+    else handles a signal, or where the program was started to ignore it.
     """
-    came = False
+    came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        signal.default_int_handler(number, frame)
+        came.append(number)
+        heed()
 
     def heed() -> None:
         if came:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if came[-1] == signal.SIGINT else SystemExit(128 + came[-1])
 
+    ours: dict[int, Any] = {}
     # Only the main thread may set handlers.
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield heed
-        return
-    signal.signal(signal.SIGINT, note)
+    if threading.current_thread() is threading.main_thread():
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield heed
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in ours.items():
+            signal.signal(number, handler)

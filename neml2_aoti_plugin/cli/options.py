@@ -1,11 +1,28 @@
-"""Options that take NAME=VALUE, a count or a list, read with an error that says what was expected."""
+"""Options that take NAME=VALUE, a number or a list, read with an error that says what was expected."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import click
+
+# More than any machine holds or has; above, numbers overflow in torch.
+MOST_ROWS, MOST_THREADS = 10**15, 4096
+SEED = click.IntRange(0, 2**63 - 1)
+
+
+class Finite(click.FloatRange):
+    """A number that is neither NaN nor infinite, in a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; fails with what is wrong with it."""
+        found = float(super().convert(value, param, ctx))
+        # A range takes NaN, which is neither below nor above it.
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return found
 
 
 def assignments(given: Sequence[str], option: str) -> dict[str, float]:
@@ -35,18 +52,23 @@ def assignments(given: Sequence[str], option: str) -> dict[str, float]:
     return found
 
 
-def counts(text: str, option: str) -> tuple[int, ...]:
+def counts(text: str, option: str, most: int) -> tuple[int, ...]:
     """Read whole numbers with commas between, such as `1,100,10000`.
 
+    Args:
+        text: what was given.
+        option: name of the option, for the error.
+        most: the largest one.
+
     Raises:
-        BadParameter: one is no whole number above zero.
+        BadParameter: one is no whole number from 1 to `most`.
     """
     try:
         found = tuple(int(word) for word in text.split(","))
     except ValueError:
         found = ()
-    if not found or min(found) < 1:
+    if not found or min(found) < 1 or max(found) > most:
         raise click.BadParameter(
-            f"{text!r} is not a list of whole numbers above zero, such as 1,100.", param_hint=option
+            f"{text!r} is not a list of whole numbers from 1 to {most}, such as 1,100.", param_hint=option
         )
     return found

@@ -69,7 +69,7 @@ def render(report: ParametersReport, console: Console) -> None:
     from rich.table import Table
 
     if not report.parameters:
-        cure = f"Promote some: neml2-compile INPUT.i --model {report.model} -p NAME"
+        cure = "Promote some: neml2-compile ... -p NAME"
         console.print(escape(f"{report.model} has no promoted parameters. {cure}"))
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

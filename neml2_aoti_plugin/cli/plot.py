@@ -18,7 +18,7 @@ EPILOG = """\b
 Examples:
   neml2-aoti plot result.npz --out curve.png
   neml2-aoti plot result.npz --x strain.xx --y stress.xx --row 0 --out uniaxial.svg
-  neml2-aoti plot stiff.npz soft.npz --x t --y stress.vonmises --out both.png
+  neml2-aoti plot stiff.npz soft.npz --x @time --y stress.vonmises --out both.png
 """
 
 FILE = click.Path(path_type=Path)
@@ -36,8 +36,9 @@ def command(
 ) -> int:
     """Draw results that `neml2-aoti run --out` or neml2-run have written, several into one picture.
 
-    NAME is a scalar such as t, a component such as stress.xy, or an invariant of a symmetric tensor: .vonmises,
-    .equivalent (of a strain, the square root of 2/3 of its deviator's product with itself), .norm, .trace, .mean.
+    NAME is a scalar such as temperature, a component such as stress.xy, or an invariant of a symmetric tensor:
+    .vonmises, .equivalent (of a strain, the square root of 2/3 of its deviator's product with itself), .norm, .trace,
+    .mean. @time and @step are there in any case. Each site of a sub-batch is a line; stress[2].xy is one of them.
     """
     from ..workbench.plot import plot
 
@@ -49,6 +50,8 @@ def render(report: PlotReport, console: Console) -> None:
     from rich.markup import escape
 
     for line in report.lines:
-        text = f"  {line.y} over {line.x}, point {line.row} of {line.result}: {line.steps} steps, to {line.y_last:.6g}"
+        site = f", site {', '.join(map(str, line.site))}" if line.site else ""
+        where = f"point {line.row}{site} of {line.result}"
+        text = f"  {line.y} over {line.x}, {where}: {line.steps} steps, to {line.y_last:.6g}"
         console.print(escape(text), soft_wrap=True)
     console.print(escape(f"written: {report.written}"), soft_wrap=True)

@@ -95,5 +95,6 @@ def render(report: RunReport, console: Console) -> None:
     )
     for found in report.variables:
         console.print(escape(f"  {found.name}  {found.type} {list(found.shape)}"), soft_wrap=True)
-    if report.written is not None:
-        console.print(escape(f"written: {report.written}"), soft_wrap=True)
+    for file in (report.saved, report.written):
+        if file is not None:
+            console.print(escape(f"written: {file}"), soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import FINE
+from .options import MOST_THREADS
 from .output import device_options, json_option, show
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def limit_options(function: _Function) -> _Function:
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 for any free one.")
 @click.option("--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
 @click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Number of processes.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch in each.")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), default=1, show_default=True, help="Threads of torch in each."
+)
 @click.option("--token-file", type=FILE, help=f"Holds the token; else the environment variable {TOKEN} does.")
 @click.option("--no-token", is_flag=True, help="Listen beyond this machine without a token.")
 @click.option("--allow-unsealed", is_flag=True, help="Listen beyond this machine with artifacts without a seal.")

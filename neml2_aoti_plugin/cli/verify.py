@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import FINE, SHORT
-from .options import assignments
+from .options import MOST_ROWS, SEED, Finite, assignments
 from .output import device_options, json_option, show
 
 if TYPE_CHECKING:
@@ -37,12 +37,14 @@ FILE = click.Path(path_type=Path)
 )
 @click.option("--points", type=FILE, help="Evaluate at these points: .npz, .pt or .safetensors, a tensor per input.")
 @click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
-@click.option("--rows", type=click.IntRange(1), default=16, show_default=True, help="Points of each kind.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random points.")
+@click.option("--rows", type=click.IntRange(1, MOST_ROWS), default=16, show_default=True, help="Points of each kind.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random points.")
 @click.option("--scale", multiple=True, metavar="NAME=VALUE", help="Standard deviation of an input's random entries.")
-@click.option("--rtol", type=float, default=1e-6, show_default=True, help="Tolerance against source and golden file.")
 @click.option(
-    "--difference-rtol", type=float, default=1e-5, show_default=True, help="Tolerance against finite differences."
+    "--rtol", type=Finite(0.0), default=1e-6, show_default=True, help="Tolerance against source and golden file."
+)
+@click.option(
+    "--difference-rtol", type=Finite(0.0), default=1e-5, show_default=True, help="Tolerance against finite differences."
 )
 @click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png or .svg).")
 @device_options
@@ -86,7 +88,7 @@ def command(
     wanted = Wanted(against, source_model, golden, where, rtol, difference_rtol)
     report = verify(find_target(target, model), wanted, device, dtype, record=record)
     if picture is not None:
-        draw_errors(report, picture)
+        report = draw_errors(report, picture)
     return show("verify", report, as_json, render, FINE if report.passed else SHORT)
 
 
@@ -96,7 +98,11 @@ def render(report: Verification, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    apart = f"; {report.not_converged} did not converge and are left out" if report.not_converged else ""
+    apart = (
+        f"; {report.not_converged} did not converge, or are not finite, and are left out"
+        if report.not_converged
+        else ""
+    )
     console.print(escape(f"{report.model} ({report.leaf}) at {report.rows} points ({report.points}){apart}"))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     # Only the names of quantities may be broken, in a narrow terminal.
@@ -119,5 +125,6 @@ def render(report: Verification, console: Console) -> None:
         console.print("(-N): so many points were left out, because the two steps of the differences disagree there")
     for text in report.not_compared:
         console.print(f"[yellow]not compared[/] {escape(text)}")
-    if report.recorded is not None:
-        console.print(escape(f"written: {report.recorded}"), soft_wrap=True)
+    for file in (report.recorded, report.picture):
+        if file is not None:
+            console.print(escape(f"written: {file}"), soft_wrap=True)

@@ -1,10 +1,9 @@
 """Private folders: each of one process, gone when it is done with, and swept up after a process that was killed.
 
-A package is unpacked to one, and rows pass through one between processes.
-
-They lie in a folder of this user alone in the temporary folder. Nothing is ever removed but what this module made: a
-folder of its name form in that parent, of this user and closed to others, that holds a marker and plain files only, and
-that no living process has locked. Where the parent may be somebody else's, there is no parent and no sweep.
+A package is unpacked to one. They lie in a folder of this user alone in the temporary folder. Nothing is ever removed
+but what this module made: a folder of its name form in that parent, of this user and closed to others, that holds a
+marker and plain files only, and that no living process has locked. Where the parent may be somebody else's, there is no
+parent and no sweep.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ if sys.platform != "win32":
 PARENT = "neml2-aoti-plugin"
 MARKER = ".neml2-aoti-plugin-unpacked"
 MARK = b"This folder was made by neml2-aoti-plugin for one process. It may be removed once no process uses it.\n"
-UNPACKED, ROWS = "unpacked", "rows"
-FORM = re.compile(rf"(?:{UNPACKED}|{ROWS})-[0-9]{{1,10}}-[0-9a-f]{{32}}")
+FORM = re.compile(r"unpacked-[0-9]{1,10}-[0-9a-f]{32}")
 
 # Folders that could not be removed while their library is loaded, as on Windows.
 _kept: set[str] = set()
@@ -103,7 +101,7 @@ def scratch_folder(file: Path) -> Iterator[Scratch]:
         AOTIError: no folder can be made.
     """
     try:
-        folder, lock = make(tempfile.gettempdir(), UNPACKED)
+        folder, lock = _made(tempfile.gettempdir())
     except OSError as error:
         raise AOTIError(f"{file}: cannot make a folder to unpack it to: {error}. {_cure(error)}") from error
     try:
@@ -114,12 +112,11 @@ def scratch_folder(file: Path) -> Iterator[Scratch]:
             os.close(lock)
 
 
-def make(temporary: str, kind: str) -> tuple[Scratch, int | None]:
+def _made(temporary: str) -> tuple[Scratch, int | None]:
     """Make a folder; it is the caller's to remove, and then to close the handle.
 
     Args:
         temporary: the folder for temporary files to make it in.
-        kind: what it is for, `UNPACKED` or `ROWS`.
 
     Returns:
         The folder, with the handle that holds its lock, if there are locks.
@@ -134,7 +131,7 @@ def make(temporary: str, kind: str) -> tuple[Scratch, int | None]:
         if temporary not in _swept:
             _swept.add(temporary)
             sweep(parent)
-        path = os.path.join(parent, f"{kind}-{os.getpid()}-{secrets.token_hex(16)}")
+        path = os.path.join(parent, f"unpacked-{os.getpid()}-{secrets.token_hex(16)}")
         try:
             os.mkdir(path, 0o700)
         except FileNotFoundError:

@@ -17,17 +17,14 @@ from ..model import Model
 from ..model.admission import FIRST_ITERATE
 from ..model.call import Tensors
 from ..model.derivatives import Blocks
-from ..model.module import CompiledModule
+from ..model.module import CompiledModule, public
 from ..model.promoted import PromotedParameters
-from ..parallel.sharing import pool_over, workers_for
 from ..settings import NewtonSettings
 from . import chain, typed
 from .overrides import OpenSchema, parameter_values
 
 if TYPE_CHECKING:
     import nmhit
-
-    from ..parallel import Pool
 
 Value: TypeAlias = TensorWrapper | Tensor
 
@@ -52,13 +49,11 @@ class AOTIModel(CompiledModule):
         dtype: `float64` or `float32`; if not given, float64 where compiled, else the only one compiled.
         declared: names of variables inside the model that the input file declares shapes for.
         solver: Newton settings in place of the artifact's own, by the field names of `NewtonSettings`.
-        workers: processes that share the rows of large batches of an implicit model on a CPU, see `parallel.Pool`; the
-            environment variable `NEML2_AOTI_PLUGIN_WORKERS` if not given, else this process alone.
 
     Raises:
         ArtifactNotFoundError: there is no artifact, or none for that device and dtype.
         ArtifactError: the artifact is damaged, of an unknown schema, or made for another machine.
-        InputError: there is no such number of workers, or the model cannot be spread.
+        InputError: a setting has no such value.
     """
 
     SECTION = "Models"
@@ -75,13 +70,6 @@ class AOTIModel(CompiledModule):
         ),
         option("meta", str, "In place of artifact_path: the metadata file, from neml2 3.0.0 to 3.0.3.", default=""),
         option("solver", str, "Block in [Solvers] whose settings take the place of the artifact's own.", default=""),
-        option(
-            "workers",
-            int,
-            "Processes that share the rows of large batches of an implicit model on a CPU. 0 takes the environment "
-            "variable NEML2_AOTI_PLUGIN_WORKERS, and without it this process alone.",
-            default=0,
-        ),
     )
 
     @classmethod
@@ -97,10 +85,7 @@ class AOTIModel(CompiledModule):
             try:
                 stub = read_stub(node, Path(factory._path).parent, lambda n: factory._find_in_section("Solvers", n))
                 artifact = stub.artifact.resolve()
-                workers = node.param_optional_int("workers", 0) or None
-                model = cls(
-                    artifact, factory._device, factory._dtype, declared=declared, solver=stub.solver, workers=workers
-                )
+                model = cls(artifact, factory._device, factory._dtype, declared=declared, solver=stub.solver)
             except (ArtifactError, InputError):
                 # An option that is misspelt may be why.
                 cls.hit.require_known(node)
@@ -121,7 +106,6 @@ class AOTIModel(CompiledModule):
         *,
         declared: set[str] | None = None,
         solver: Mapping[str, Any] | None = None,
-        workers: int | None = None,
     ) -> None:
         super().__init__()
         self._inner: Model
@@ -130,7 +114,6 @@ class AOTIModel(CompiledModule):
         self.__dict__["_inner"] = Model(artifact, device, dtype, solver=solver)
         self.__dict__["_parameters"] = self._inner._parameters
         self.__dict__["_modules"] = self._inner._modules
-        self._workers = workers_for(self._inner, workers)
         self.input_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.inputs.items()}
         self._wrappers = tuple(self.input_spec.values())
         self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.outputs.items()}
@@ -159,13 +142,9 @@ class AOTIModel(CompiledModule):
         """What `repr` tells of the model."""
         return repr(self._inner)
 
-    @property
-    def _rows(self) -> Model | Pool:
-        """What evaluates batches: the model, or processes that share their rows."""
-        return self._inner if self._workers == 1 else pool_over(self._inner, self._workers)
-
     # -- evaluation -------------------------------------------------------------------------------------------------
 
+    @public
     def forward(self, *args: Value, v: Any = None, v2: Any = None, vh: Any = None) -> tuple[Any, ...]:
         """Evaluate the outputs, and their tangents if asked for.
 
@@ -207,11 +186,12 @@ class AOTIModel(CompiledModule):
                 f"v= has tangents of {', '.join(unknown)}; the inputs are: {', '.join(self.input_spec)}."
             )
         pairs = [(out, name) for out in self.output_spec for name in chain.seeded(v, self._inner.inputs)]
-        outputs, matrices, batch = self._rows.linearise(inputs, pairs)
+        outputs, matrices, batch = self._inner.linearise(inputs, pairs)
         wrapped = typed.wrap(outputs, self.output_spec, len(batch))
         by_pair = dict(zip(pairs, matrices, strict=True))
         return (*wrapped.values(), chain.push_forward(v, by_pair, self._inner.inputs, wrapped))
 
+    @public
     def call_by_name(self, state: Mapping[str, Value]) -> dict[str, TensorWrapper]:
         """Evaluate the outputs for inputs by name.
 
@@ -236,7 +216,7 @@ class AOTIModel(CompiledModule):
 
     def _evaluate(self, inputs: Mapping[str, Tensor]) -> dict[str, TensorWrapper]:
         """Typed outputs for raw inputs, and first iterates, by name."""
-        outputs, batch = self._rows.forward_with_batch(inputs)
+        outputs, batch = self._inner.forward_with_batch(inputs)
         return typed.wrap(outputs, self.output_spec, len(batch))
 
     # -- a part of other models -------------------------------------------------------------------------------------
@@ -257,6 +237,7 @@ class AOTIModel(CompiledModule):
 
     # -- derivatives ------------------------------------------------------------------------------------------------
 
+    @public
     def jvp(
         self,
         inputs: Mapping[str, Value],
@@ -265,24 +246,26 @@ class AOTIModel(CompiledModule):
     ) -> tuple[Mapping[str, Value], Mapping[str, Value]]:
         """Outputs and their derivative along a direction; see `Model.jvp`."""
         plain = self._raw(inputs)
-        outputs, along = self._rows.jvp(plain, self._raw(tangents, "tangent"), param_overrides)
+        outputs, along = self._inner.jvp(plain, self._raw(tangents, "tangent"), param_overrides)
         if not (typed.has_typed(inputs) or typed.has_typed(tangents)):
             return outputs, along
         rank = self._batch_rank(plain)
         return typed.wrap(outputs, self.output_spec, rank), typed.wrap(along, self.output_spec, rank)
 
+    @public
     def jacobian(
         self, inputs: Mapping[str, Value], param_overrides: Mapping[str, Tensor] | None = None
     ) -> tuple[Mapping[str, Value], Mapping[str, Mapping[str, Any]]]:
         """Outputs and compiled derivative blocks; see `Model.jacobian`. Typed blocks are `neml2.types.Tensor`."""
         plain = self._raw(inputs)
-        outputs, blocks = self._rows.jacobian(plain, param_overrides)
+        outputs, blocks = self._inner.jacobian(plain, param_overrides)
         if not typed.has_typed(inputs):
             return outputs, blocks
         rank = self._batch_rank(plain)
         wrapped = typed.wrap_blocks(blocks, self.input_spec, self.output_spec, rank)
         return typed.wrap(outputs, self.output_spec, rank), wrapped
 
+    @public
     def param_jacobian(
         self,
         inputs: Mapping[str, Value],
@@ -295,8 +278,9 @@ class AOTIModel(CompiledModule):
         In the second place it also takes the names of parameters, as neml2's eager models do.
         """
         overrides, names = _overrides_and_names(param_overrides, params)
-        return self._rows.param_jacobian(self._raw(inputs), overrides, params=names)
+        return self._inner.param_jacobian(self._raw(inputs), overrides, params=names)
 
+    @public
     def param_vjp(
         self,
         inputs: Mapping[str, Value],
@@ -311,7 +295,7 @@ class AOTIModel(CompiledModule):
         """
         overrides, names = _overrides_and_names(param_overrides, params)
         plain = {n: c.data if isinstance(c, TensorWrapper) else c for n, c in cotangents.items()}
-        return self._rows.param_vjp(self._raw(inputs), plain, overrides, params=names)
+        return self._inner.param_vjp(self._raw(inputs), plain, overrides, params=names)
 
     def set_parameter(self, name: str, value: Value | float) -> None:
         """Set the value of a promoted parameter; see `Model.set_parameter`."""

@@ -288,4 +288,6 @@ class Boundary:
             fault = "its trailing axes are not the base shape"
         else:
             fault = f"its axes before the base are not the sub-batch shape {sub}"
+        if base == (6,) and shape[-2:] == (3, 3):
+            fault += "; Mandel's notation is expected: neml2_aoti_plugin.notation.convert(value, 'tensor', 'mandel')"
         return f"{kind} {name!r} has shape {tuple(shape)}, expected {expected}: {kind_of}{parts}; {fault}."

@@ -17,7 +17,7 @@ from ..program.tangents import Columns
 from ..settings import NewtonSettings
 from ..solve.outcome import not_finite_rows
 from .admission import Boundary
-from .failure import convergence_error
+from .failure import Given, convergence_error
 from .memory import require_unrecorded
 
 if TYPE_CHECKING:
@@ -122,12 +122,14 @@ class Caller:
             given = self.given(call)
             raise convergence_error(report, lost, call.batch, self.program, self.settings, self.metadata.aliases, given)
 
-    def given(self, call: Admitted) -> Tensors:
-        """Inputs, first iterates and parameters of a call by authored name, `(rows or 1, ...)`."""
-        specs = self.metadata.parameters
-        common = {p.name for p in specs if call.parameters[p.name].ndim == len(p.base_shape)}
-        parameters = {n: x.unsqueeze(0) if n in common else x for n, x in call.parameters.items()}
-        return {**call.state, **parameters}
+    def given(self, call: Admitted) -> Given:
+        """What the rows of a call were given."""
+        inputs = {self.input_name(name): value for name, value in call.state.items()}
+        parameters = {}
+        for name, spec in self.promoted.specs.items():
+            value = call.parameters[spec.name]
+            parameters[name] = value.unsqueeze(0) if value.ndim == len(spec.base_shape) else value
+        return Given(inputs, parameters)
 
     def outputs(self, values: Mapping[str, Tensor], batch: Shape) -> Tensors:
         """Outputs by boundary name in the caller's batch shape and dtype."""

@@ -61,12 +61,19 @@ def input_pairs(caller: Caller, chosen: Sequence[tuple[str, str]] | None = None)
             if name not in known:
                 raise UnknownNameError(
                     f"pairs hold {pair!r}, but {name!r} is no {kind} of {caller.boundary.where}; the {kind}s are: "
-                    f"{', '.join(known)}."
+                    f"{', '.join(known)}.{_by_parameter(caller, name)}"
                 )
         if not compiled(caller, out, ("input", by)):
             raise not_compiled(caller, out, ("input", by))
         found.append((caller.boundary.output_by_name[out].variable.name, caller.boundary.by_name[by].variable.name))
     return tuple(dict.fromkeys(found))
+
+
+def _by_parameter(caller: Caller, name: str) -> str:
+    """Where to find derivatives by what is no input but a promoted parameter."""
+    if name not in caller.promoted.specs:
+        return ""
+    return f" {name!r} is a promoted parameter: call param_jacobian(inputs, params=[{name!r}]), or param_vjp."
 
 
 def parameter_pairs(caller: Caller, params: Sequence[str] | None = None) -> Pairs:
@@ -85,6 +92,11 @@ def parameter_pairs(caller: Caller, params: Sequence[str] | None = None) -> Pair
         return pairs
     chosen: list[tuple[str, str]] = []
     for name in params:
+        if name in caller.boundary.by_name:
+            raise UnknownNameError(
+                f"params hold {name!r}, which is an input of {caller.boundary.where}. Call jacobian for derivatives by "
+                "inputs."
+            )
         caller.promoted.require(name)
         found = [(o, p) for o, p in pairs if p == caller.promoted.specs[name].name]
         if not found:
@@ -220,7 +232,7 @@ def _check_directions(caller: Caller, tangents: Iterable[str], outs: Iterable[st
         if port is None:
             raise UnknownNameError(
                 f"tangent {name!r} is not an input of {caller.boundary.where}; the inputs are: "
-                f"{', '.join(caller.boundary.by_name)}."
+                f"{', '.join(caller.boundary.by_name)}.{_by_parameter(caller, name)}"
             )
         for out in outs:
             if (out, port.variable.name) not in compiled:

@@ -1,9 +1,10 @@
-"""Tell which rows did not converge, and hand on their iterates where that is asked for."""
+"""Why rows failed, in words, and the error for them; iterates are handed on where that is asked for."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -20,6 +21,9 @@ from ..solve.outcome import Outcome, RowStatistics, failed_where, statistics_of
 CAPTURE = "NEML2_CAPTURE_SOLVE_FAILURE"
 SHOWN = 5
 
+# What the time is called, with its value before the step; rates divide by their difference.
+TIMES = tuple((name, f"{name}~1") for name in ("t", "time"))
+
 _KINDS = {
     Outcome.DIVERGED: "diverged (non-finite residual)",
     Outcome.OUT_OF_ITERATIONS: "not converged",
@@ -28,9 +32,73 @@ _KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class Given:
+    """What rows were given, by boundary name.
+
+    Args:
+        inputs: and initial guesses, `(rows or 1, ...)`.
+        parameters: `(rows or 1, ...)`.
+    """
+
+    inputs: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor]
+
+
 def capturing() -> bool:
     """Whether failed solves hand on their iterates; read anew at each failure."""
     return os.environ.get(CAPTURE, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def reasons(outcome: Tensor, given: Given, *, step: str = "the time step") -> list[str]:
+    """Why rows failed, as far as their outcomes and what they were given tell, and what helps.
+
+    Args:
+        outcome: an `Outcome` of each row, `(rows,)`; one of them at least has failed.
+        given: what the rows were given.
+        step: what to reduce.
+
+    Returns:
+        Sentences, for whoever made the call, by whatever way.
+    """
+    failed = (outcome != Outcome.CONVERGED).nonzero().squeeze(-1)
+    outcome = outcome[failed]
+    # Rows whose cause is found need no advice about the solver.
+    open_ = torch.ones_like(failed, dtype=torch.bool)
+    lines = []
+    for values in (given.inputs, given.parameters):
+        for name, value in values.items():
+            if not value.is_floating_point() or bool(value.isfinite().all()):
+                continue
+            lost = _of(~value.isfinite().reshape(value.shape[0], -1).all(-1), failed)
+            if bool(lost.any()):
+                lines.append(f"{name!r} is not finite (NaN or infinite) in {int(lost.sum())} of these rows.")
+                open_ &= ~lost
+    if lines:
+        lines[-1] += " Give finite values; no solver setting mends this."
+    broken = open_ & ((outcome == Outcome.DIVERGED) | (outcome == Outcome.NOT_FINITE))
+    for now, before in TIMES:
+        if bool(broken.any()) and {now, before} <= given.inputs.keys():
+            still = broken & _of((given.inputs[now] == given.inputs[before]).reshape(-1), failed)
+            if bool(still.any()):
+                lines.append(
+                    f"{now!r} equals {before!r} in {int(still.sum())} of these rows: rates divide by a step of no "
+                    "length. Give a later time."
+                )
+                open_, broken = open_ & ~still, broken & ~still
+    if bool((broken & (outcome == Outcome.NOT_FINITE)).any()):
+        lines.append(
+            "An output or a derivative is NaN or infinite although what was given is finite: look at the state of "
+            "these rows, and ask only for the derivatives that you need."
+        )
+    if bool((open_ & (outcome != Outcome.NOT_FINITE)).any()):
+        lines.append(f"Try a better predictor, a line search, or reduce {step}.")
+    return lines
+
+
+def _of(flags: Tensor, rows: Tensor) -> Tensor:
+    """Flags `(rows or 1,)` of some rows."""
+    return flags[rows] if flags.shape[0] > 1 else flags.expand(len(rows))
 
 
 def convergence_error(
@@ -40,7 +108,7 @@ def convergence_error(
     program: Program,
     settings: NewtonSettings | None,
     aliases: Aliases,
-    given: Mapping[str, Tensor],
+    given: Given,
 ) -> RuntimeError:
     """The error for an evaluation in which rows did not converge.
 
@@ -51,10 +119,10 @@ def convergence_error(
         program: that was evaluated.
         settings: Newton settings in place of the artifact's.
         aliases: names at the boundary.
-        given: inputs and parameters of the call by authored name, `(rows or 1, ...)`.
+        given: what the rows were given.
 
     Returns:
-        A `ConvergenceError` with `converged_mask` and `rows`; with `unknowns` too if failures are captured.
+        A `ConvergenceError` with `converged_mask`, `outcome` and `rows`; with `unknowns` too if failures are captured.
     """
     statistics, segments = report.statistics()
     if lost is not None:
@@ -62,7 +130,7 @@ def convergence_error(
         last = program.segments.index(program.implicit[-1])
         segments = segments.masked_fill(outcome == Outcome.NOT_FINITE, last)
         statistics = statistics_of(outcome, statistics.iterations, statistics.norm, statistics.norm0, False)
-    error = error_for(statistics, segments, batch, program, settings, aliases, given)
+    error = error_for(statistics, segments, batch, program, settings, given)
     if capturing():
         names = {**aliases.inputs, **aliases.outputs}
         # Of the first try, as the iterates are, before steps were cut.
@@ -80,8 +148,7 @@ def error_for(
     batch: Shape,
     program: Program,
     settings: NewtonSettings | None,
-    aliases: Aliases,
-    given: Mapping[str, Tensor],
+    given: Given,
 ) -> RuntimeError:
     """The error for rows that fared so, at least one of which has failed.
 
@@ -91,71 +158,38 @@ def error_for(
         batch: as for `convergence_error`.
         program: as for `convergence_error`.
         settings: as for `convergence_error`.
-        aliases: as for `convergence_error`.
         given: as for `convergence_error`.
 
     Returns:
-        A `ConvergenceError` with `converged_mask` and `rows`.
+        A `ConvergenceError` with `converged_mask`, `outcome` and `rows`.
     """
     failed = (~statistics.converged).nonzero().squeeze(-1)
     first = failed[:SHOWN]
-    index = int(segments[first[0]])
-    segment = program.segments[index]
-    assert isinstance(segment, ImplicitSegment), "only implicit segments fail to converge"
-    used = settings or segment.spec.newton
-    total = prod(batch)
+    indices = [int(index) for index in segments[failed].unique()]
+    solved = [part for i, part in enumerate(program.segments) if i in indices and isinstance(part, ImplicitSegment)]
+    used = settings or solved[0].spec.newton
+    level = max(part.spec.max_substepping_level for part in solved)
     kinds = {Outcome(int(code)) for code in statistics.outcome[failed].unique()}
     kind = _KINDS[kinds.pop()] if len(kinds) == 1 else "not converged"
     steps = int(statistics.iterations[failed].max())
-    level = segment.spec.max_substepping_level
     lines = [
-        f"Newton solve {kind}: {len(failed)} of {total} row(s) failed after at most {steps} iteration(s) "
+        f"Newton solve {kind}: {len(failed)} of {prod(batch)} row(s) failed after at most {steps} iteration(s) "
         f"(miters={used.miters}, atol={used.atol:.1e}, rtol={used.rtol:.1e}"
         + (f", max_substepping_level={level}" if level else "")
-        + f", segment {index})."
+        + f", segment{'s' * (len(indices) > 1)} {', '.join(map(str, indices))})."
     ]
-    columns = (statistics.norm, statistics.norm0, statistics.iterations, statistics.outcome)
-    for row, norm, norm0, count, code in zip(first.tolist(), *(x[first].tolist() for x in columns), strict=True):
+    columns = (statistics.norm, statistics.norm0, statistics.iterations, statistics.outcome, segments)
+    for row, norm, norm0, count, code, index in zip(first.tolist(), *(x[first].tolist() for x in columns), strict=True):
         place = [int(k) for k in torch.unravel_index(torch.tensor(row), batch)] if len(batch) > 1 else row
+        where = f" in segment {index}" if len(indices) > 1 else ""
         words = Outcome(code).words
-        lines.append(f"  row {place}: {words} at iteration {count}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
+        lines.append(f"  row {place}: {words}{where} at iteration {count}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
     if len(failed) > SHOWN:
         lines.append(f"  ... and {len(failed) - SHOWN} more")
-    shown, explained = not_finite(given, failed, {**aliases.parameters, **aliases.inputs})
-    lines += shown
-    if not explained:
-        remedy = "reduce the outer step" if level else "reduce the time step"
-        lines.append(f"Try a better predictor, a line search, or {remedy}; Model.solve returns the rows that converge.")
+    lines += reasons(statistics.outcome, given, step="the outer step" if level else "the time step")
+    lines[-1] += " Model.solve returns the rows that converge."
     error = errors.ConvergenceError("\n".join(lines))
     error.converged_mask = statistics.converged.reshape(batch)  # type: ignore[attr-defined]
+    error.outcome = statistics.outcome.reshape(batch)  # type: ignore[attr-defined]
     error.rows = failed  # type: ignore[attr-defined]
-    # What a pool of processes makes one error of, for rows that were evaluated apart.
-    error._fared = (statistics, segments)  # type: ignore[attr-defined]
     return error
-
-
-def not_finite(given: Mapping[str, Tensor], failed: Tensor, names: Mapping[str, str]) -> tuple[list[str], bool]:
-    """Name what was given with NaN or infinite entries to rows that failed; looked for only when a solve has failed.
-
-    Args:
-        given: inputs and parameters by authored name, `(rows or 1, ...)`.
-        failed: indices of the failed rows.
-        names: boundary names, where they differ.
-
-    Returns:
-        A line for each, and whether they explain the failure of all these rows.
-    """
-    lines, explained = [], torch.zeros_like(failed, dtype=torch.bool)
-    for name, value in given.items():
-        if not value.is_floating_point() or bool(value.isfinite().all()):
-            continue
-        lost = ~value.isfinite().reshape(value.shape[0], -1).all(-1)
-        lost = lost[failed] if value.shape[0] > 1 else lost.expand(len(failed))
-        if bool(lost.any()):
-            lines.append(
-                f"{names.get(name, name)!r} is not finite (NaN or infinite) in {int(lost.sum())} of these rows."
-            )
-            explained = explained | lost
-    if lines:
-        lines[-1] += " Give finite values; no solver setting mends this. Model.solve returns the rows that converge."
-    return lines, bool(explained.all())

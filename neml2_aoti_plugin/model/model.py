@@ -25,7 +25,7 @@ from .admission import Boundary
 from .broadcasting import callers_level
 from .call import Caller, Tensors
 from .derivatives import Blocks, By
-from .module import CompiledModule
+from .module import CompiledModule, public
 from .plan import forward_plan
 from .promoted import PromotedParameters
 from .solution import Solution
@@ -137,7 +137,7 @@ class Model(CompiledModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: where the artifact is, which leaf, the options and the parameters; not what was loaded."""
-        state = {name: value for name, value in self.__dict__.items() if name not in _LOADED}
+        state = {name: value for name, value in super().__getstate__().items() if name not in _LOADED}
         recipe.require_unchanged(self._origin)
         digests = self._origin.by_name
         made = recipe.Recipe(self._given, self.device, self.dtype, self._caller.settings, digests)
@@ -147,7 +147,7 @@ class Model(CompiledModule):
         """Load the leaf anew, if the artifact is the same."""
         made: recipe.Recipe = state["_recipe"]
         kept = {name: value for name, value in state.items() if name != "_recipe"}
-        super().__setstate__(kept)  # type: ignore[no-untyped-call]
+        super().__setstate__(kept)
         self._load(made.device, made.dtype, made)
         self._caller.settings = made.settings
 
@@ -262,6 +262,7 @@ class Model(CompiledModule):
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
+    @public
     def forward(self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None) -> Tensors:
         """Evaluate the outputs.
 
@@ -283,6 +284,7 @@ class Model(CompiledModule):
                 return found
         return self.forward_with_batch(inputs, param_overrides)[0]
 
+    @public
     def forward_with_batch(
         self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensors, Shape]:
@@ -296,6 +298,7 @@ class Model(CompiledModule):
             self._caller.require_convergence(found, call)
             return self._caller.outputs(found.values, call.batch), call.batch
 
+    @public
     def linearise(
         self,
         inputs: Mapping[str, Tensor],
@@ -318,15 +321,14 @@ class Model(CompiledModule):
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
+        derivatives.input_pairs(self._caller, pairs)
         wanted: list[tuple[str, By]] = [(out, ("input", name)) for out, name in pairs]
-        for out, by in wanted:
-            if not derivatives.compiled(self._caller, out, by):
-                raise derivatives.not_compiled(self._caller, out, by)
         if autograd.is_followed(self._caller, inputs, param_overrides):
             return autograd.linearise(self._caller, inputs, param_overrides, wanted)
         with torch.no_grad():
             return derivatives.linearise(self._caller, inputs, param_overrides, wanted)
 
+    @public
     def solve(
         self,
         inputs: Mapping[str, Tensor],
@@ -358,6 +360,7 @@ class Model(CompiledModule):
         with torch.no_grad():
             return solution.solve(self._caller, inputs, param_overrides, jacobian=jacobian, pairs=pairs, expand=expand)
 
+    @public
     def jvp(
         self,
         inputs: Mapping[str, Tensor],
@@ -377,6 +380,7 @@ class Model(CompiledModule):
         with torch.no_grad():
             return derivatives.jvp(self._caller, inputs, tangents, param_overrides)
 
+    @public
     def jacobian(
         self,
         inputs: Mapping[str, Tensor],
@@ -411,6 +415,7 @@ class Model(CompiledModule):
         with torch.no_grad():
             return derivatives.jacobian(self._caller, inputs, param_overrides, pairs, expand=expand)
 
+    @public
     def param_jacobian(
         self,
         inputs: Mapping[str, Tensor],
@@ -430,6 +435,7 @@ class Model(CompiledModule):
             outputs, blocks, _ = derivatives.param_jacobian(self._caller, inputs, param_overrides, params)
         return outputs, blocks
 
+    @public
     def param_vjp(
         self,
         inputs: Mapping[str, Tensor],

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any, overload
+from functools import wraps
+from typing import Any, NoReturn, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from ..errors import InputError
+from ..errors import AOTIError, InputError
 from .promoted import PromotedParameters
 from .shown import USEFUL, Concise
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def public(call: Callable[P, R]) -> Callable[P, R]:
+    """A call that users make, guarded against where it cannot be made.
+
+    `torch.compile` does not look into it: it breaks its graph there and runs the call as it is. That is what
+    `torch.compiler.disable` does, but it is asked for only where torch compiles, since it imports the whole compiler.
+
+    While the interpreter ends, the call is refused: torch aborts the process if the last name of a tensor goes while a
+    view of it is left, as happens in most calls.
+    """
+    ends = sys.is_finalizing
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if is_dynamo_compiling():
+            found: R = torch.compiler.disable(call)(*args, **kwargs)
+            return found
+        if ends():
+            raise AOTIError(
+                "a compiled model was called while the interpreter ends, as from a finalizer (__del__) of what is left "
+                "over. torch cannot be used then. Call it before: in a with block, or by atexit.register."
+            )
+        return call(*args, **kwargs)
+
+    # torch compiles a code object a few times, and then looks into what it calls: each call has its own.
+    run.__code__ = run.__code__.replace(co_name=call.__name__)
+    return wraps(call)(run)
 
 
 class CompiledModule(nn.Module, metaclass=Concise):
@@ -18,6 +51,18 @@ class CompiledModule(nn.Module, metaclass=Concise):
 
     They are frozen until `requires_grad_()` is called, so that a call costs nothing for derivatives that nobody wants.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _let_dask_pickle(type(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        _let_dask_pickle(type(self))
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _let_dask_pickle(type(self))
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *USEFUL})  # type: ignore[no-untyped-call]
@@ -100,6 +145,22 @@ class CompiledModule(nn.Module, metaclass=Concise):
         if probe.dtype != dtype or probe.device != torch.empty(0, device=device).device:
             self._move(probe.device, probe.dtype)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _let_dask_pickle(kind: type[CompiledModule]) -> None:
+    """Have Dask pickle models of a class, where it is imported; it takes other torch modules apart by their attributes.
+
+    Dask asks for it where it sends a value. A model is made, or pickled for its token, before that.
+    """
+    protocol = sys.modules.get("distributed.protocol")
+    registry = getattr(protocol, "dask_serialize", None)
+    if registry is not None:
+        registry.register(kind, _pickle_it)
+
+
+def _pickle_it(model: CompiledModule) -> NoReturn:
+    """What Dask takes for: try the next serializer, which is pickle."""
+    raise NotImplementedError(type(model).__name__)
 
 
 def _first_line(error: BaseException) -> str:

@@ -36,8 +36,8 @@ def write_parameters(path: Path, model: str, digest: str, values: Mapping[str, T
     """
     if not values:
         raise InputError(
-            f"the model {model!r} has no promoted parameters to write. Promote them at compile time: neml2-compile "
-            f"INPUT --model {model} -p PARAMETER."
+            f"the model {model!r} has no promoted parameters to write. Promote them at compile time: "
+            "neml2-compile ... -p PARAMETER."
         )
     write_tensors(path, FILE_KIND, values, {MODEL: model, DIGEST: digest})
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..artifact.schema import Metadata, Parameter, Shape
 from ..errors import ArtifactError, InputError, UnknownNameError
+from ..settings import shown_value
 from .admission import Boundary
 from .memory import with_memory
 
@@ -17,7 +18,7 @@ RESERVED = frozenset(
     {
         *("artifact", "first_iterates", "inputs", "mode", "outputs", "input_spec", "input_sub_batch", "output_spec"),
         *("_boundary", "_caller", "_given", "_metadata", "_origin", "_plan", "_solver"),
-        *("_declared", "_hit_name", "_inner", "_iterate_spec", "_output_wrappers", "_workers", "_wrappers"),
+        *("_declared", "_hit_name", "_inner", "_iterate_spec", "_output_wrappers", "_wrappers"),
     }
 )
 
@@ -47,9 +48,14 @@ class PromotedParameters:
         self._homes = {name: _home(owner, name) for name in self.specs}
         for name, spec in self.specs.items():
             node, leaf = self._homes[name]
-            if leaf not in node._parameters:
-                value = _stored(spec, boundary.dtype, boundary.device)
-                node._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            present = node._parameters.get(leaf)
+            # A parameter outlives the block that it was made in: one of torch.inference_mode could not be set outside.
+            with torch.inference_mode(False):
+                if leaf not in node._parameters:
+                    value = _stored(spec, boundary.dtype, boundary.device)
+                    node._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                elif present is not None and present.is_inference():
+                    node._parameters[leaf] = nn.Parameter(present.clone(), requires_grad=present.requires_grad)
 
     @property
     def values(self) -> dict[str, nn.Parameter]:
@@ -74,7 +80,8 @@ class PromotedParameters:
                 present.copy_(admitted)
             return
         node, leaf = self._homes[name]
-        node._parameters[leaf] = nn.Parameter(admitted.clone(), requires_grad=present.requires_grad)
+        with torch.inference_mode(False):
+            node._parameters[leaf] = nn.Parameter(admitted.clone(), requires_grad=present.requires_grad)
 
     def require(self, name: str) -> None:
         """Refuse a name that no promoted parameter has."""
@@ -83,14 +90,21 @@ class PromotedParameters:
         there = ", ".join(self.specs) or "none"
         raise UnknownNameError(
             f"{name!r} is not a promoted parameter of {self._boundary.where}; there are: {there}. Only parameters "
-            "promoted at compile time can be set: neml2-compile INPUT --model NAME -p PARAMETER."
+            "promoted at compile time can be set: neml2-compile ... -p PARAMETER."
         )
 
     def admit(self, name: str, value: object) -> Tensor:
         """Check a value: `(*batch, *base)` of the stored dtype, or a number for all entries."""
         spec, own = self.specs[name], self.values[name].dtype
         if isinstance(value, (bool, int, float)):
-            return torch.full(spec.base_shape, value, dtype=own, device=self._boundary.device)
+            try:
+                number = float(value) if own.is_floating_point else value
+                return torch.full(spec.base_shape, number, dtype=own, device=self._boundary.device)
+            except (OverflowError, RuntimeError):
+                # Python says the one, and torch the other.
+                raise InputError(
+                    f"parameter {name!r} was given {shown_value(value)}, which is too large for {own}."
+                ) from None
         if isinstance(value, Tensor) and value.dtype == own and not own.is_floating_point:
             value = with_memory(value, name, "parameter")
         else:

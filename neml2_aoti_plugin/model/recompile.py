@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..artifact.schema import Metadata
+from ..artifact.stub import drivers_of
 from .admission import Boundary
 
 Pair = tuple[str, str]
@@ -24,9 +25,18 @@ def compile_command(metadata: Metadata, boundary: Boundary, missing: Iterable[Pa
         missing: (output, input or parameter) by authored name; a parameter need not be promoted yet.
 
     Returns:
-        A line for a shell; the input file, which the artifact does not name, is `INPUT.i`.
+        A line for a shell; the input file, which the artifact does not name, is `INPUT.i`. It keeps what the stub has:
+        a driver of the model is named in place of the model, and where neml2-compile would not take one, because names
+        are changed at the boundary, the stub is left alone.
     """
     model = boundary.model
+    # In the layout of schema 7 the metadata is in a folder of the device.
+    folder = Path(boundary.where).parent if metadata.schema == QUALIFIED else Path(boundary.where)
+    # Up to schema 3 the stub is beside the metadata.
+    stubs = (folder.parent / f"{model}_aoti.i", folder / f"{model}_aoti.i")
+    driver = next((name for stub in stubs for name in drivers_of(stub, model)), None)
+    aliases = metadata.aliases
+    renamed = bool(aliases.inputs or aliases.outputs or aliases.parameters)
     inputs = [variable.name for variable in metadata.inputs]
     outputs = [variable.name for variable in metadata.outputs]
     wanted = set(missing)
@@ -34,7 +44,7 @@ def compile_command(metadata: Metadata, boundary: Boundary, missing: Iterable[Pa
     promoted += sorted({by for _, by in wanted} - {*inputs, *promoted})
     pairs = {*metadata.derivatives, *(pair for pair in wanted if pair[1] in inputs)}
     by_parameter = {*metadata.parameter_derivatives, *(pair for pair in wanted if pair[1] not in inputs)}
-    command = ["neml2-compile", "INPUT.i", "--model", model]
+    command = ["neml2-compile", "INPUT.i", *(["--driver", driver] if driver and not renamed else ["--model", model])]
     for name in promoted:
         command += ["-p", _qualified(name, metadata, model)]
     for text in _input_flags(pairs, outputs, inputs):
@@ -44,18 +54,17 @@ def compile_command(metadata: Metadata, boundary: Boundary, missing: Iterable[Pa
             if (out, name) in by_parameter:
                 command += ["-d", f"{out}:{_qualified(name, metadata, model)}"]
     for option, names in (
-        ("--rename-input", metadata.aliases.inputs),
-        ("--rename-output", metadata.aliases.outputs),
-        ("--rename-parameter", metadata.aliases.parameters),
+        ("--rename-input", aliases.inputs),
+        ("--rename-output", aliases.outputs),
+        ("--rename-parameter", aliases.parameters),
     ):
         for inside, outside in names.items():
             command += [option, f"{inside}:{outside}"]
     dtype = str(boundary.dtype).removeprefix("torch.")
     command += ["--device", boundary.device.type] if boundary.device.type != "cpu" else []
     command += ["--dtype", dtype] if dtype != "float64" else []
-    # In the layout of schema 7 the metadata is in a folder of the device.
-    model_folder = Path(boundary.where).parent if metadata.schema == QUALIFIED else Path(boundary.where)
-    return shlex.join([*command, "--output-dir", str(model_folder.parent)])
+    command += ["--no-stub"] if driver and renamed else []
+    return shlex.join([*command, "--output-dir", str(folder.parent)])
 
 
 def _input_flags(pairs: set[Pair], outputs: list[str], inputs: list[str]) -> list[str]:

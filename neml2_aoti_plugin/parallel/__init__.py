@@ -1,6 +1,5 @@
-"""Many rows on all cores, and on many machines: rows are independent, so they are spread over processes."""
+"""Many rows: more than memory holds, from files to files, here or on many machines."""
 
-from .pool import Pool
 from .rows import Mapped, map_rows
 
-__all__ = ["Mapped", "Pool", "map_rows"]
+__all__ = ["Mapped", "map_rows"]

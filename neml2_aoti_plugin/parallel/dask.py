@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -12,10 +14,7 @@ import numpy as np
 
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
-from .malloc import keep_freed_memory
-from .part import OPERATIONS, evaluate_rows
-from .recipes import loaded_model, recipe
-from .remote import ModelRef, model_of
+from .part import OPERATIONS, evaluate_rows, loaded_model, model_of
 
 try:
     from distributed import KilledWorker, WorkerPlugin
@@ -27,30 +26,28 @@ RETRIES = 2
 
 
 class LoadModel(WorkerPlugin):
-    """Has each worker load a model, once and before any work, and keep freed memory.
+    """Has each worker load a model, once and before any work.
 
     Args:
-        model: to load.
+        recipe: the pickled model.
     """
 
-    def __init__(self, model: ModelRef) -> None:
-        self.model = model
-        self.name = f"neml2-aoti-plugin-{model.key}"
+    def __init__(self, recipe: bytes) -> None:
+        self.recipe = recipe
+        self.name = f"neml2-aoti-plugin-{hashlib.sha256(recipe).hexdigest()}"
 
     def setup(self, worker: Any) -> None:
         """Load it; raises where its artifact is not there, or differs."""
-        # Dask has it given back after each graph; docs/scaling.md has what that costs.
-        keep_freed_memory()
-        model_of(self.model)
+        model_of(self.recipe)
 
 
 @contextmanager
-def cluster(client: Any, model: ModelRef) -> Iterator[tuple[Any, int]]:
+def cluster(client: Any, recipe: bytes) -> Iterator[tuple[Any, int]]:
     """The workers of a client, with a model loaded.
 
     Args:
         client: a `distributed.Client`.
-        model: that they need.
+        recipe: the pickled model.
 
     Yields:
         An executor in the way of concurrent.futures, and the number of threads of all workers.
@@ -59,7 +56,7 @@ def cluster(client: Any, model: ModelRef) -> Iterator[tuple[Any, int]]:
         ArtifactError: a worker does not see the artifact, or has another one there.
         AOTIError: there are no workers, or a chunk kills them.
     """
-    register(client, model)
+    register(client, recipe)
     executor = client.get_executor(pure=False, retries=RETRIES)
     try:
         yield executor, max(sum(client.nthreads().values()), 1)
@@ -72,7 +69,7 @@ def cluster(client: Any, model: ModelRef) -> Iterator[tuple[Any, int]]:
         executor.shutdown(wait=False)
 
 
-def register(client: Any, model: ModelRef) -> None:
+def register(client: Any, recipe: bytes) -> None:
     """Have all workers load a model, those that come later too.
 
     Raises:
@@ -81,7 +78,7 @@ def register(client: Any, model: ModelRef) -> None:
     """
     if not client.nthreads():
         raise AOTIError("the client has no workers. Start some, and wait for them with client.wait_for_workers(1).")
-    client.register_plugin(LoadModel(model))
+    client.register_plugin(LoadModel(recipe))
 
 
 def map_blocks(
@@ -111,13 +108,13 @@ def map_blocks(
 
     if operation not in OPERATIONS:
         raise InputError(f"operation is {operation!r}, expected one of {', '.join(OPERATIONS)}.")
-    loaded = loaded_model(model, {})
+    loaded = loaded_model(model)
     along = {name: value for name, value in inputs.items() if isinstance(value, da.Array)}
     _require_fitting(loaded, inputs, along)
     common = {name: np.asarray(value) for name, value in inputs.items() if name not in along}
-    ref = recipe(loaded)
+    recipe = pickle.dumps(loaded)
     if client is not None:
-        register(client, ref)
+        register(client, recipe)
     first = {name: np.zeros((1, *value.shape[1:]), value.dtype) for name, value in along.items()}
     fields = {
         name: (array.dtype, array.shape[1:])
@@ -137,7 +134,7 @@ def map_blocks(
         concatenate=True,
         dtype=np.float64,
         meta=np.empty((0, 0)),
-        ref=ref,
+        recipe=recipe,
         operation=operation,
         names=names,
         common=common,
@@ -150,11 +147,11 @@ def map_blocks(
     return found
 
 
-def _block(*arrays: np.ndarray, ref: ModelRef, operation: str, names: list[str], common: dict[str, np.ndarray]) -> Any:
+def _block(*arrays: np.ndarray, recipe: bytes, operation: str, names: list[str], common: dict[str, np.ndarray]) -> Any:
     """The results of a block side by side: one array, so that they are evaluated once whichever are asked for."""
     rows = {**dict(zip(names, arrays, strict=True)), **common}
     count = len(arrays[0])
-    found = evaluate_rows(model_of(ref), operation, rows, count)
+    found = evaluate_rows(model_of(recipe), operation, rows, count)
     return np.concatenate([array.reshape(count, -1).astype(np.float64) for array in found.values()], 1)
 
 
@@ -163,7 +160,7 @@ def _require_fitting(model: Model, inputs: Mapping[str, Any], along: Mapping[str
 
     _checked(inputs, model, "inputs")
     if not along:
-        raise InputTypeError("inputs hold no Dask array. Use Model or Pool for arrays in memory.")
+        raise InputTypeError("inputs hold no Dask array. Use Model for arrays in memory.")
     first = next(iter(along))
     for name, value in along.items():
         if value.chunks[0] != along[first].chunks[0]:

@@ -1,108 +1,60 @@
-"""Executors that users bring: anything with `submit` in the way of concurrent.futures, and Dask's client."""
+"""What has the chunks of a long run done: this process, executors that users bring, or Dask's client."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from ..errors import AOTIError, InputTypeError
-from .count import require_joblib, require_workers
-from .remote import ModelRef
-from .tries import Chunk
-from .workers import AHEAD, Workers
+from ..model import Model
 
+T = TypeVar("T")
 R = TypeVar("R")
 
-# Of an executor that does not tell how many workers it has.
-UNKNOWN = 64
+# Chunks that are sent ahead for each worker, so that none waits for the caller; and of how many workers, where an
+# executor does not tell.
+AHEAD, UNKNOWN = 2, 64
 
 
-class Runner(Protocol):
-    """What has chunks done."""
-
-    def run(self, function: Callable[[Any], R], chunks: Iterable[Chunk[R]]) -> None:
-        """See `Workers.run`."""
-
-
-def require_executor(executor: object, workers: int | None) -> None:
-    """Refuse what has no chunks done, before anything is written.
-
-    Args:
-        executor: as for `map_rows`.
-        workers: as for `map_rows`.
-
-    Raises:
-        InputTypeError: it is no executor.
-        InputError: there is no such number of workers.
-        AOTIError: a package is not installed.
-    """
-    if executor is None:
-        require_joblib()
-        require_workers(workers)
-        return
-    if workers is not None:
-        raise InputTypeError("workers= is for processes of this machine; an executor has its own. Give one of the two.")
-    if not callable(getattr(executor, "submit", None)):
-        raise InputTypeError(
-            f"executor is a {type(executor).__name__}, expected one with submit() in the way of concurrent.futures, or "
-            "a dask.distributed.Client."
-        )
-
-
-@contextmanager
-def runner_for(executor: object, workers: int | None, model: ModelRef) -> Iterator[Runner]:
-    """What has the chunks of a long run done.
-
-    Args:
-        executor: as for `map_rows`.
-        workers: as for `map_rows`.
-        model: that the workers will need.
-    """
-    if executor is None:
-        own = Workers(require_workers(workers))
-        try:
-            yield own
-        finally:
-            own.close()
-        return
-    if type(executor).__module__.partition(".")[0] == "distributed" and hasattr(executor, "get_executor"):
-        from .dask import cluster
-
-        with cluster(executor, model) as (found, count):
-            yield Foreign(found, AHEAD * count)
-        return
-    yield Foreign(executor, AHEAD * _workers_of(executor))
-
-
-class Foreign:
-    """Chunks on an executor that somebody else started, and will end.
+@dataclass(frozen=True)
+class Runner:
+    """Chunks on an executor.
 
     Args:
         executor: with a `submit` that gives futures of concurrent.futures.
         most: chunks in flight.
+        model: as `Part` has it.
     """
 
-    def __init__(self, executor: Any, most: int) -> None:
-        self._executor, self._most = executor, most
+    executor: Any
+    most: int
+    model: Model | bytes
 
-    def run(self, function: Callable[[Any], R], chunks: Iterable[Chunk[R]]) -> None:
-        """See `Workers.run`; whether chunks are tried again is for the executor to say.
+    def run(self, function: Callable[[T], R], chunks: Iterable[tuple[T, Callable[[R], None]]]) -> None:
+        """Have all chunks done; whether one is tried again is for the executor to say.
+
+        Args:
+            function: of this package, called with the first part of each chunk.
+            chunks: what to call it with, and what takes the result; taken one after the other as there is room.
 
         Raises:
             AOTIError: the executor has broken.
+            Exception: what `function` or a chunk raised first; then nothing of these chunks is going on.
         """
-        running: dict[Future[R], Chunk[R]] = {}
+        running: dict[Future[R], Callable[[R], None]] = {}
         coming = iter(chunks)
         try:
             while True:
-                while len(running) < self._most and (chunk := next(coming, None)) is not None:
-                    running[self._executor.submit(function, chunk.order(0))] = chunk
+                while len(running) < self.most and (chunk := next(coming, None)) is not None:
+                    running[self.executor.submit(function, chunk[0])] = chunk[1]
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    running.pop(future).finish(future.result())
+                    running.pop(future)(future.result())
         except BrokenExecutor as error:
             raise AOTIError(
                 f"the executor has lost a worker and takes no more work ({error}). What was done is kept: call "
@@ -113,6 +65,45 @@ class Foreign:
                 future.cancel()
             # What has begun still writes to the sink, which is the next run's afterwards.
             wait(running)
+
+
+class _Here:
+    """An executor that is the calling thread."""
+
+    def submit(self, function: Callable[[T], R], given: T) -> Future[R]:
+        found: Future[R] = Future()
+        found.set_result(function(given))
+        return found
+
+
+@contextmanager
+def runner_for(executor: object, model: Model) -> Iterator[Runner]:
+    """What has the chunks of a long run done.
+
+    Args:
+        executor: as for `map_rows`.
+        model: that they are for.
+
+    Raises:
+        InputTypeError: it is no executor.
+        ArtifactError: the artifact is no longer what was loaded.
+    """
+    if executor is None:
+        yield Runner(_Here(), 1, model)
+        return
+    if not callable(getattr(executor, "submit", None)):
+        raise InputTypeError(
+            f"executor is a {type(executor).__name__}, expected one with submit() in the way of concurrent.futures, or "
+            "a dask.distributed.Client."
+        )
+    recipe = pickle.dumps(model)
+    if type(executor).__module__.partition(".")[0] == "distributed" and hasattr(executor, "get_executor"):
+        from .dask import cluster
+
+        with cluster(executor, recipe) as (found, count):
+            yield Runner(found, AHEAD * count, recipe)
+        return
+    yield Runner(executor, AHEAD * _workers_of(executor), recipe)
 
 
 def _workers_of(executor: object) -> int:

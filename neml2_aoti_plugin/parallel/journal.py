@@ -26,7 +26,8 @@ LONGEST = 1 << 20
 class Journal:
     """A file of JSON lines: what the run is, that its sink is ready, and then the rows that are done.
 
-    A line for rows is written after their results are on disk, so what it tells is there.
+    A line for rows is written after their results are on disk, so what it tells is there. Lines that are `waiting` are
+    written by the next `flush`.
 
     Args:
         file: of the journal.
@@ -40,9 +41,9 @@ class Journal:
     def __init__(self, file: Path, run: Mapping[str, Any], *, resume: bool) -> None:
         self.file = file
         self.header = json.dumps({"form": FORM, **run}, sort_keys=True).encode() + b"\n"
-        self.done: dict[tuple[int, int], dict[str, Any]] = {}
+        self.done: dict[tuple[int, int], str | None] = {}
         self.resumed = False
-        self._waiting: list[bytes] = []
+        self.waiting: list[bytes] = []
         try:
             self._handle = os.open(file, FLAGS, 0o666)
         except OSError as error:
@@ -64,10 +65,10 @@ class Journal:
         """Note that the sink is ready to take rows."""
         self._append(READY)
 
-    def note(self, start: int, stop: int, **more: Any) -> None:
-        """Note rows that are done; they are written by the next `flush`."""
-        self.done[start, stop] = more
-        self._waiting.append(json.dumps({"start": start, "stop": stop, **more}, sort_keys=True).encode() + b"\n")
+    def note(self, start: int, stop: int, digest: str) -> None:
+        """Note rows that are done, and a digest of what they are."""
+        self.done[start, stop] = digest
+        self.waiting.append(json.dumps({"start": start, "stop": stop, "digest": digest}).encode() + b"\n")
 
     def require_same_rows(self, start: int, stop: int, digest: str) -> None:
         """Refuse rows of a source that are not those that were evaluated.
@@ -75,20 +76,15 @@ class Journal:
         Raises:
             InputError: they are others.
         """
-        if self.done[start, stop].get("digest") != digest:
+        if self.done[start, stop] != digest:
             raise InputError(
                 f"rows {start} to {stop - 1} of the source are not those of the run in {self.file}. Give the same "
                 "source, or resume=False to start anew."
             )
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether rows are noted that are not written yet."""
-        return bool(self._waiting)
-
     def flush(self) -> None:
         """Write what was noted."""
-        lines, self._waiting = b"".join(self._waiting), []
+        lines, self.waiting = b"".join(self.waiting), []
         self._append(lines)
 
     def close(self) -> None:
@@ -119,7 +115,7 @@ class Journal:
         first = lines.readline(LONGEST)
         if not first or (self.header.startswith(first) and not first.endswith(b"\n")):
             return
-        if _header(first) is None:
+        if "form" not in _document(first):
             raise InputError(f"{self.file} is no journal of map_rows. Give another sink.")
         if not resume:
             return
@@ -128,9 +124,11 @@ class Journal:
             return
         whole = lines.tell()
         # Up to the last line, cut off when the process was killed, or one that is damaged.
-        while (record := _record(lines.readline(LONGEST))) is not None:
-            start, stop = record.pop("start"), record.pop("stop")
-            self.done[start, stop] = record
+        while (line := lines.readline(LONGEST)).endswith(b"\n"):
+            record = _document(line)
+            if not all(type(record.get(name)) is int for name in ("start", "stop")):
+                break
+            self.done[record["start"], record["stop"]] = record.get("digest")
             whole = lines.tell()
         os.ftruncate(self._handle, whole)
         self.resumed = True
@@ -138,7 +136,7 @@ class Journal:
     def _require_same(self, line: bytes) -> None:
         if line == self.header:
             return
-        there, here = _header(line) or {}, json.loads(self.header)
+        there, here = _document(line), json.loads(self.header)
         differing = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
         raise InputError(
             f"{self.file} is the journal of another run: {', '.join(differing)} differ. Give another sink, or "
@@ -156,18 +154,6 @@ class Journal:
             raise InputError(
                 f"sink {self.file}: cannot be written ({error.strerror}). Make room, and call again."
             ) from error
-
-
-def _header(line: bytes) -> dict[str, Any] | None:
-    """What a run is, out of the first line of its journal; None where it is none."""
-    found = _document(line)
-    return found if "form" in found else None
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    """A line that tells rows that are done; None where it is none."""
-    found = _document(line) if line.endswith(b"\n") else {}
-    return found if all(type(found.get(name)) is int for name in ("start", "stop")) else None
 
 
 def _document(line: bytes) -> dict[str, Any]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
 from dataclasses import dataclass
-from hashlib import blake2b
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, InputTypeError
 from ..model import Model
-from .remote import ModelRef, model_of
-from .sinks import Writable
-from .sources import FAILED, Readable, Rows
+from .sinks import FileSink, require_same_journal
+from .sources import FAILED, Arrays, Rows
 
 OPERATIONS = ("forward", "jacobian")
+# Models that a process keeps.
+KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -22,22 +26,20 @@ class Part:
     """Some rows of a long run.
 
     Args:
-        model: to evaluate.
+        model: to evaluate; for another process its recipe, the pickled model.
         operation: of `OPERATIONS`.
         start: the first row.
         stop: one behind the last.
-        source: where to read them; None where they are `rows`.
-        rows: the rows themselves.
+        rows: the rows themselves, or where to read them.
         sink: where to write what they give; None where it is to be sent back.
     """
 
-    model: ModelRef
+    model: Model | bytes
     operation: str
     start: int
     stop: int
-    source: Readable | None
-    rows: Rows | None
-    sink: Writable | None
+    rows: Arrays | Rows
+    sink: FileSink | None
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,56 @@ class Done:
 
     Args:
         digest: of the rows of the source.
-        failed: number of rows that failed.
         results: where there is no sink.
     """
 
     digest: str
-    failed: int = 0
     results: Rows | None = None
+
+
+def loaded_model(model: Model | str | os.PathLike[str]) -> Model:
+    """A model that rows can be mapped over.
+
+    Args:
+        model: a model, or the path of its artifact.
+
+    Raises:
+        InputTypeError: it is neither.
+        InputError: it is on a GPU, or its rows depend on each other.
+        ArtifactError: as for `Model`.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        model = Model(model, device="cpu")
+    if not isinstance(model, Model):
+        raise InputTypeError(
+            f"model is a {type(model).__name__}, expected a neml2_aoti_plugin.Model or the path of an artifact."
+        )
+    if model.device.type != "cpu":
+        raise InputError(
+            f"{model.artifact} was loaded for {model.device}; rows from files are evaluated on a CPU. Load it with "
+            "device='cpu', or give the rows to the model as it is: a GPU takes all of them at once."
+        )
+    if model.mode != "rowwise":
+        raise InputError(
+            f"{model.artifact} was loaded with mode={model.mode!r}, in which the iterates of a row depend on the "
+            "others. Only with mode='rowwise' can rows be evaluated chunk by chunk."
+        )
+    return model
+
+
+def model_of(given: Model | bytes) -> Model:
+    """The model that is meant; out of its recipe it is loaded at its first use in this process.
+
+    Raises:
+        ArtifactError: the artifact is not there, or differs from the caller's.
+    """
+    return given if isinstance(given, Model) else _unpickled(given)
+
+
+@lru_cache(KEPT)
+def _unpickled(recipe: bytes) -> Model:
+    found: Model = pickle.loads(recipe)
+    return found
 
 
 def evaluate_part(part: Part) -> Done:
@@ -65,11 +110,10 @@ def evaluate_part(part: Part) -> Done:
     rows = _rows(part)
     same = digest(rows)
     found = evaluate_rows(model_of(part.model), part.operation, rows, part.stop - part.start)
-    failed = int(found[FAILED].sum())
     if part.sink is None:
-        return Done(same, failed, found)
+        return Done(same, found)
     part.sink.write(part.start, found)
-    return Done(same, failed)
+    return Done(same)
 
 
 def read_part(part: Part) -> Done:
@@ -82,26 +126,28 @@ def read_part(part: Part) -> Done:
 
 
 def _rows(part: Part) -> Rows:
-    if part.rows is not None:
+    if not isinstance(part.rows, Arrays):
         return part.rows
-    assert part.source is not None
     try:
-        return part.source.read(part.start, part.stop)
+        return part.rows.read(part.start, part.stop)
     except InputError as error:
         raise InputError(
-            f"a worker cannot read rows {part.start} to {part.stop - 1}: {error} The source must lie on a file system "
-            "that all workers share, under the same path, and stay as it is."
+            f"rows {part.start} to {part.stop - 1} cannot be read: {error} The source must stay as it is, and lie on a "
+            "file system that all workers share, under the same path."
         ) from error
 
 
-def require_visible(part: Part) -> Done:
-    """Refuse a process that lacks the model, the source or the sink of a run; rows are not evaluated."""
+def require_visible(header: bytes, part: Part) -> Done:
+    """Refuse a process that lacks the model, the source or the sink of a run; rows are not evaluated.
+
+    Args:
+        header: how the journal begins.
+        part: one row.
+    """
     model_of(part.model)
-    if part.source is not None:
-        _rows(part)
     if part.sink is not None:
-        part.sink.require_visible()
-    return Done("")
+        require_same_journal(part.sink.journal, header)
+    return read_part(part)
 
 
 def evaluate_rows(model: Model, operation: str, rows: Rows, count: int) -> Rows:
@@ -114,17 +160,18 @@ def evaluate_rows(model: Model, operation: str, rows: Rows, count: int) -> Rows:
         count: number of rows.
     """
     inputs = {name: torch.from_numpy(np.require(array, requirements=("C", "W"))) for name, array in rows.items()}
-    found = model.solve(inputs, jacobian=operation == "jacobian")
+    with torch.no_grad():
+        found = model.solve(inputs, jacobian=operation == "jacobian")
     results = {name: value.numpy() for name, value in found.outputs.items()}
-    for out, row in found.blocks.items():
-        results.update({f"{out}@{by}": block.numpy() for by, block in row.items()})
+    # No name of a variable holds an @.
+    results.update({f"{out}@{by}": block.numpy() for out, row in found.blocks.items() for by, block in row.items()})
     results[FAILED] = (~found.converged).numpy()
     return {name: np.broadcast_to(array, (count, *array.shape[1:])) for name, array in results.items()}
 
 
 def digest(rows: Rows) -> str:
     """What tells rows from others, by their content."""
-    found = blake2b(digest_size=16)
+    found = hashlib.sha256()
     for name in sorted(rows):
         found.update(name.encode())
         found.update(np.ascontiguousarray(rows[name]).data)

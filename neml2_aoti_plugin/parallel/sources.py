@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,58 +21,34 @@ Rows = dict[str, np.ndarray]
 FAILED = "@failed"
 
 
-class Readable(Protocol):
-    """What another process can read rows from."""
+@dataclass(frozen=True)
+class Arrays:
+    """Where the arrays of a source are.
+
+    Args:
+        places: by name of the input: a `.npy` file, the folder of a Zarr array, or an array in memory.
+        common: names of those that have no row axis.
+    """
+
+    places: Mapping[str, Path | np.ndarray]
+    common: frozenset[str]
+
+    @property
+    def are_stored(self) -> bool:
+        """Whether another process can read them."""
+        return all(isinstance(place, Path) for place in self.places.values())
 
     def read(self, start: int, stop: int) -> Rows:
-        """The rows by name of the input; one that has no row axis is the same for all.
+        """Rows by name of the input; one that has no row axis is the same for all.
 
         Raises:
             InputError: they cannot be read.
         """
-
-
-@dataclass(frozen=True)
-class NpyFiles:
-    """Arrays in `.npy` files.
-
-    Args:
-        files: path by name of the input.
-        common: names of those that have no row axis.
-    """
-
-    files: tuple[tuple[str, str], ...]
-    common: frozenset[str]
-
-    def read(self, start: int, stop: int) -> Rows:
-        """See `Readable.read`."""
         found = {}
-        for name, file in self.files:
-            array = open_npy(Path(file))
-            found[name] = np.array(array if name in self.common else array[start:stop])
+        for name, place in self.places.items():
+            with _as_input_errors(place):
+                found[name] = np.array(_opened(place)[... if name in self.common else slice(start, stop)])
         return found
-
-
-@dataclass(frozen=True)
-class ZarrArrays:
-    """Arrays in a Zarr group on disk.
-
-    Args:
-        group: its path.
-        names: of the inputs.
-        common: names of those that have no row axis.
-    """
-
-    group: str
-    names: tuple[str, ...]
-    common: frozenset[str]
-
-    def read(self, start: int, stop: int) -> Rows:
-        """See `Readable.read`."""
-        with zarr_errors(f"source {self.group}"):
-            group = import_zarr().open_group(self.group, mode="r")
-            arrays = {name: group[file_name(name)] for name in self.names}
-            return {n: np.asarray(a[...] if n in self.common else a[start:stop]) for n, a in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -80,30 +56,41 @@ class Source:
     """Rows to evaluate.
 
     Args:
-        rows: how many.
+        rows: how many; -1 where that is not known.
         first: the first of them, to try the model on.
-        identity: what it consists of, for the journal, which has the digests of its rows beside it.
-        files: the files and folders that it is read from.
-        readable: where processes read from; None where they are sent the rows.
-        arrays: in memory, where they are.
+        arrays: where they are, if they are arrays.
         blocks: of rows, where they come one after the other.
-        common: names of inputs that have no row axis.
+        files: the files and folders that it is read from.
     """
 
     rows: int
     first: Rows
-    identity: dict[str, Any]
+    arrays: Arrays | None = None
+    blocks: Iterable[Rows] = ()
     files: tuple[Path, ...] = ()
-    readable: Readable | None = None
-    arrays: Mapping[str, np.ndarray] | None = None
-    blocks: Iterator[Rows] | None = None
-    common: frozenset[str] = frozenset()
 
-    def part(self, start: int, stop: int) -> Rows | None:
-        """Rows that are sent to a process; None where it reads them itself."""
-        if self.arrays is None:
-            return None
-        return {n: np.asarray(a if n in self.common else a[start:stop]) for n, a in self.arrays.items()}
+    def parts(self, size: int) -> Iterator[tuple[int, int, Arrays | Rows]]:
+        """The chunks: the first row, one behind the last, and the rows, or where a process reads them itself.
+
+        Args:
+            size: rows of each, where they are not given as blocks.
+
+        Raises:
+            InputError: there are more or fewer rows than there should be.
+        """
+        stop = 0
+        if self.arrays is not None:
+            for start in range(0, self.rows, size):
+                stop = min(start + size, self.rows)
+                yield start, stop, self.arrays if self.arrays.are_stored else self.arrays.read(start, stop)
+            return
+        for block in self.blocks:
+            start, stop = stop, stop + len(next(iter(block.values())))
+            if 0 <= self.rows < stop:
+                raise InputError(f"source gives more than {self.rows} rows (rows=).")
+            yield start, stop, block
+        if 0 <= self.rows != stop:
+            raise InputError(f"source gave {stop} rows, expected {self.rows} (rows=).")
 
 
 def open_source(given: object, model: Model, rows: int | None) -> Source:
@@ -123,7 +110,7 @@ def open_source(given: object, model: Model, rows: int | None) -> Source:
     if isinstance(given, Mapping):
         return _from_mapping(given, model)
     if hasattr(given, "arrays") and hasattr(given, "store"):
-        return _from_zarr(_path_of_group(given), model)
+        return _from_path(path_of_group(given), model)
     if isinstance(given, Iterable):
         return _from_blocks(given, model, rows)
     raise InputTypeError(
@@ -135,33 +122,23 @@ def open_source(given: object, model: Model, rows: int | None) -> Source:
 def _from_path(path: Path, model: Model) -> Source:
     if not path.is_dir():
         raise InputError(f"source {path}: there is no such folder. Give a folder of .npy files, or a Zarr group.")
-    if path.suffix == ".zarr" or (path / "zarr.json").is_file() or (path / ".zgroup").is_file():
-        return _from_zarr(path, model)
-    files = {name: path / f"{file_name(name)}.npy" for name in (*model.inputs, *model.first_iterates)}
+    zarr = path.suffix == ".zarr" or (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
+    names = (*model.inputs, *model.first_iterates)
+    files = {name: path / f"{file_name(name)}{'' if zarr else '.npy'}" for name in names}
     return _from_mapping({name: file for name, file in files.items() if file.exists()}, model, str(path))
 
 
 def _from_mapping(given: Mapping[Any, Any], model: Model, where: str = "source") -> Source:
-    files: dict[str, Path] = {}
-    arrays: dict[str, np.ndarray] = {}
+    places: dict[str, Path | np.ndarray] = {}
+    opened: dict[str, Any] = {}
     for name, value in given.items():
-        file = _file_of(value)
-        if file is None:
-            arrays[name] = _as_array(value, name)
-            continue
-        arrays[name] = open_npy(file)
-        files[name] = file.absolute()
-    rows, common = _checked(arrays, model, where)
-    first = {n: np.array(a if n in common else a[:1]) for n, a in arrays.items()}
-    behind = (*files.values(), *(file for array in arrays.values() for file in _files_behind(array)))
-    if len(files) < len(arrays):
-        return Source(rows, first, _identity(arrays), behind, arrays=arrays, common=common)
-    readable = NpyFiles(tuple((n, str(f)) for n, f in files.items()), common)
-    return Source(rows, first, _identity(arrays), behind, readable)
-
-
-def _identity(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {"arrays": {name: [list(array.shape), str(array.dtype)] for name, array in sorted(arrays.items())}}
+        place = places[name] = _file_of(value) or _as_array(value, name)
+        with _as_input_errors(place):
+            opened[name] = _opened(place)
+    rows, common = _checked(opened, model, where)
+    arrays = Arrays(places, common)
+    files = tuple(file for place in places.values() for file in _files_behind(place))
+    return Source(rows, arrays.read(0, 1), arrays, files=files)
 
 
 def open_npy(file: Path) -> np.memmap[Any, Any]:
@@ -170,17 +147,40 @@ def open_npy(file: Path) -> np.memmap[Any, Any]:
     Raises:
         InputError: it cannot be read.
     """
-    try:
+    with _as_input_errors(file):
         if not file.is_file():
             raise ValueError("there is no such file, or it is no plain file")
         return np.lib.format.open_memmap(file, mode="r")
-    # NumPy parses the header as Python; a damaged one raises errors of many kinds.
+
+
+def _opened(place: Path | np.ndarray) -> Any:
+    """An array of which nothing is read yet."""
+    if not isinstance(place, Path):
+        return place
+    return import_zarr().open_array(str(place), mode="r") if place.is_dir() else open_npy(place)
+
+
+@contextmanager
+def _as_input_errors(place: Path | np.ndarray) -> Iterator[None]:
+    """Tell of a file that cannot be read as what it is: damaged headers and chunks raise errors of many kinds."""
+    try:
+        yield
+    except (AOTIError, MemoryError):
+        raise
     except Exception as error:
-        raise InputError(f"source {file}: cannot be read as a .npy file ({error}). Write it with numpy.save.") from None
+        if not isinstance(place, Path):
+            raise
+        kind, cure = ("Zarr array", "zarr") if place.is_dir() else (".npy file", "numpy.save")
+        raise InputError(
+            f"source {place}: cannot be read as a {kind} ({error or type(error).__name__}). Write it with {cure}."
+        ) from error
 
 
-def _files_behind(array: object) -> Iterator[Path]:
-    """The files that an array is a view of."""
+def _files_behind(place: Path | np.ndarray) -> Iterator[Path]:
+    """The file itself, or those that an array is a view of."""
+    array: Any = place
+    if isinstance(place, Path):
+        yield place
     while array is not None:
         if isinstance(array, np.memmap) and array.filename is not None:
             yield Path(str(array.filename))
@@ -190,9 +190,9 @@ def _files_behind(array: object) -> Iterator[Path]:
 def _file_of(value: object) -> Path | None:
     """The file that a value is, or that it is the whole memory map of."""
     if isinstance(value, (str, os.PathLike)):
-        return Path(value)
+        return Path(value).absolute()
     if isinstance(value, np.memmap) and not isinstance(value.base, np.ndarray) and value.filename is not None:
-        file = Path(str(value.filename))
+        file = Path(str(value.filename)).absolute()
         if file.suffix == ".npy" and value.mode in ("r", "r+") and value.flags.c_contiguous:
             return file
     return None
@@ -209,18 +209,12 @@ def _as_array(value: object, name: str) -> np.ndarray:
     )
 
 
-def _from_zarr(path: Path, model: Model) -> Source:
-    with zarr_errors(f"source {path}"):
-        group = import_zarr().open_group(str(path), mode="r")
-        names = [name for name in (*model.inputs, *model.first_iterates) if file_name(name) in group]
-        arrays = {name: group[file_name(name)] for name in names}
-    rows, common = _checked(arrays, model, str(path))
-    readable = ZarrArrays(str(path.absolute()), tuple(names), common)
-    folders = tuple(path.absolute() / file_name(name) for name in names)
-    return Source(rows, readable.read(0, 1), _identity(arrays), folders, readable)
+def path_of_group(group: Any) -> Path:
+    """The folder of a Zarr group.
 
-
-def _path_of_group(group: Any) -> Path:
+    Raises:
+        InputTypeError: it is in none.
+    """
     root = getattr(group.store, "root", None) or getattr(group.store, "path", None)
     if root is None:
         raise InputTypeError("the Zarr group is not in a folder of this machine. Give one that is, by its path.")
@@ -228,25 +222,16 @@ def _path_of_group(group: Any) -> Path:
 
 
 def _from_blocks(given: Iterable[Any], model: Model, rows: int | None) -> Source:
-    blocks = iter(given)
-    first = next(blocks, None)
+    checked = (_block(block, model, number) for number, block in enumerate(given))
+    first = next(checked, None)
     if first is None:
         raise InputError("source gives no block of rows.")
-    return Source(
-        -1 if rows is None else rows,
-        {n: a[:1] for n, a in checked_block(first, model, 0).items()},
-        {"blocks": True},
-        blocks=(checked_block(b, model, i) for i, b in enumerate(itertools.chain([first], blocks))),
-    )
+    row = {name: array[:1] for name, array in first.items()}
+    return Source(-1 if rows is None else rows, row, blocks=itertools.chain([first], checked))
 
 
-def checked_block(block: object, model: Model, number: int) -> Rows:
-    """Check a block of an iterable; all its arrays have the row axis afterwards.
-
-    Raises:
-        InputTypeError: it is no dict of arrays.
-        InputError: names, shapes or numbers of rows do not fit.
-    """
+def _block(block: object, model: Model, number: int) -> Rows:
+    """A block of an iterable; all its arrays have the row axis."""
     where = f"block {number} of the source"
     if not isinstance(block, Mapping):
         raise InputTypeError(f"{where} is a {type(block).__name__}, expected a dict from name of the input to array.")
@@ -282,17 +267,6 @@ def _checked(arrays: Mapping[str, Any], model: Model, where: str) -> tuple[int, 
     if not rows or not next(iter(rows.values())):
         raise InputError(f"{where}: there are no rows. Give at least one input with the shape (rows, *base).")
     return next(iter(rows.values())), frozenset(arrays) - frozenset(rows)
-
-
-@contextmanager
-def zarr_errors(where: str) -> Iterator[None]:
-    """Tell of a group that cannot be read as what it is: damaged metadata and chunks raise errors of many kinds."""
-    try:
-        yield
-    except (AOTIError, MemoryError):
-        raise
-    except Exception as error:
-        raise InputError(f"{where}: cannot be read as a Zarr group ({type(error).__name__}: {error}).") from error
 
 
 def import_zarr() -> Any:

@@ -73,7 +73,7 @@ class PlaneStress:
             elif chosen:
                 raise DerivativeNotCompiledError(
                     f"in plane stress d({out})/d({by}) takes d({missing[0][0]})/d({missing[0][1]}) too, which was not "
-                    f"compiled into {model.artifact}. Compile it: neml2-compile INPUT --model NAME -d "
+                    f"compiled into {model.artifact}. Compile it: neml2-compile ... -d "
                     f"{missing[0][0]}:{missing[0][1]}."
                 )
         return tuple(found)
@@ -226,13 +226,13 @@ def plane_stress_of(
         if tuple(told) not in fitting:
             raise InputError(
                 f"{where}: stress_strain= names {told!r}, which is no compiled derivative of a symmetric tensor by a "
-                f"driven one; there are: {fitting or 'none'}. Compile it: neml2-compile INPUT --model NAME -d OUT:IN."
+                f"driven one; there are: {fitting or 'none'}. Compile it: neml2-compile ... -d OUT:IN."
             )
         return PlaneStress(*told, bases)
     if not fitting:
         raise InputError(
             f"{where}: plane stress needs the derivative of the stress by the strain, which was not compiled. Compile "
-            "it: neml2-compile INPUT --model NAME -d stress:strain."
+            "it: neml2-compile ... -d stress:strain."
         )
     if len(fitting) > 1 and ("stress", "strain") not in fitting:
         raise InputError(

@@ -115,8 +115,7 @@ class Sensitivity:
         if self._given is None or not self._all_dense:
             raise DerivativeNotCompiledError(
                 f"the derivative of a step that was cut into substeps leads through {', '.join(sorted(reached))}, by "
-                "which the derivatives of the unknowns were not compiled. Compile them: "
-                "neml2-compile INPUT --model NAME -d :."
+                "which the derivatives of the unknowns were not compiled. Compile them: neml2-compile ... -d :."
             )
         rows, u = solved.unknowns[0].shape[0], solved.unknowns
         widths = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -53,6 +53,7 @@ class BenchReport:
         call: the method that was timed.
         points: where it was called, in words; they are repeated to fill a batch.
         measurements: one for each batch size and number of threads.
+        picture: the file that was drawn; null if none was.
     """
 
     artifact: str
@@ -61,6 +62,7 @@ class BenchReport:
     call: str
     points: str
     measurements: tuple[Measurement, ...]
+    picture: str | None = None
 
 
 def bench(
@@ -112,12 +114,15 @@ def bench(
     return BenchReport(str(target.artifact), target.model, leaf, call, points.source, tuple(measurements))
 
 
-def draw(report: BenchReport, path: Path) -> None:
+def draw(report: BenchReport, path: Path) -> BenchReport:
     """Draw rows per second over the batch size, a line for each number of threads.
 
     Args:
         report: what was measured.
         path: of the picture.
+
+    Returns:
+        The report, with the picture.
     """
     with figure(path) as axes:
         for threads in dict.fromkeys(found.threads for found in report.measurements):
@@ -130,6 +135,7 @@ def draw(report: BenchReport, path: Path) -> None:
         axes.set_ylabel("rows per second")
         axes.set_title(f"{report.model} ({report.leaf}), {report.call}")
         axes.legend(frameon=False)
+    return replace(report, picture=str(path))
 
 
 def _measure(model: Model, points: Points, rows: int, threads: int, call: str, seconds: float) -> Measurement:

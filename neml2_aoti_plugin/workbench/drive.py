@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..errors import UnknownNameError
+from ..errors import InputError, UnknownNameError
 from ..files import draft
 from .points import defaults, load_driver
-from .results import Result, from_steps, require_format, write_result
+from .result_files import require_format, write_result
+from .results import from_driver
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SeriesReport:
     Args:
         name: of the variable.
         type: neml2's name of its type.
-        shape: `(steps, rows, *base)`.
+        shape: `(steps, rows, *sub_batch, *base)`; with one row where all have the same value.
     """
 
     name: str
@@ -43,6 +43,7 @@ class RunReport:
         seconds: that the run took, without loading.
         variables: what was recorded.
         written: the file that was written; null if none was.
+        saved: the file that the driver's own `save_as` names; null if it names none.
     """
 
     input: str
@@ -52,6 +53,7 @@ class RunReport:
     seconds: float
     variables: tuple[SeriesReport, ...]
     written: str | None
+    saved: str | None
 
 
 def run(
@@ -84,60 +86,71 @@ def run(
         ArtifactError: the compiled model cannot run here.
         ConvergenceError: a step failed; nothing is written.
     """
-    if out is None:
-        return _run(path, driver, values, parameters, overrides, device, dtype, on_step)[0]
-    require_format(out)
-    # Before the run, for it may take long.
-    with draft(out, [path, *([parameters] if parameters is not None else [])]) as scratch:
-        report, result, flat = _run(path, driver, values, parameters, overrides, device, dtype, on_step)
-        write_result(scratch, result, flat)
-    return RunReport(**{**vars(report), "written": str(out)})
-
-
-def _run(
-    path: Path,
-    driver: str,
-    values: Mapping[str, float],
-    parameters: Path | None,
-    overrides: tuple[str, ...],
-    device: str | None,
-    dtype: str,
-    on_step: Callable[[int, int], None] | None,
-) -> tuple[RunReport, Result, dict[str, Any]]:
-    with defaults(device, dtype):
+    if out is not None:
+        require_format(out)
+    # What is to be written is begun before the run, which may take long, so that what cannot be written is told now.
+    with contextlib.ExitStack() as drafts, defaults(device, dtype):
+        read = [path, *([parameters] if parameters is not None else [])]
+        written = None if out is None else drafts.enter_context(draft(out, read))
         built = load_driver(path, driver, overrides, device=device, dtype=dtype)
+        _require_transient(built, driver, path)
         _set(built.model, values, parameters)
-        last = built.nsteps - 1
-        done = 0
+        # The driver itself would write without a look ahead, at the end.
+        save_as, built.save_as = built.save_as, ""
+        saved = drafts.enter_context(draft(Path(save_as), read)) if save_as else None
+        seconds = _steps(built, f"[Drivers/{driver}] in {path}", on_step)
+        result = from_driver(built)
+        if saved is not None:
+            built.save_result(saved)
+        if written is not None:
+            write_result(written, built)
+    return RunReport(
+        input=str(path),
+        driver=driver,
+        steps=built.nsteps,
+        rows=result.points,
+        seconds=seconds,
+        variables=tuple(SeriesReport(n, result.types[n], v.shape) for n, v in result.series.items()),
+        written=None if out is None else str(out),
+        saved=save_as or None,
+    )
 
-        def count(*_: object) -> None:
-            nonlocal done
-            done += 1
-            if on_step is not None:
-                on_step(done, last)
 
-        handle = built.model.register_forward_hook(count)
-        start = time.perf_counter()
-        try:
-            built.run()
-        except RuntimeError as error:
-            if type(error).__name__ == "ConvergenceError":
-                error.args = (f"step {done + 1} of {last} of [Drivers/{driver}] in {path}: {error}", *error.args[1:])
-            raise
-        finally:
-            handle.remove()
-        seconds = time.perf_counter() - start
-    flat = built.result()
-    types = {name: kind.__name__ for name, kind in {**built.model.input_spec, **built.model.output_spec}.items()}
-    result = from_steps(flat, {name: kind for name, kind in types.items() if "~" not in name})
-    # A driver records the time only where the model takes it.
-    time_name = getattr(built, "time_name", "")
-    if time_name and time_name not in result.series:
-        times = built.prescribed_time.data.detach().cpu().to(torch.float64).numpy().reshape(built.nsteps, -1)
-        result = Result({time_name: times, **result.series}, {time_name: "Scalar", **result.types})
-    variables = tuple(SeriesReport(n, result.types[n], v.shape) for n, v in result.series.items())
-    report = RunReport(str(path), driver, built.nsteps, result.rows, seconds, variables, None)
-    return report, result, flat
+def _require_transient(built: Any, driver: str, path: Path) -> None:
+    """Refuse what steps through no time, or has variables whose names are ours in files."""
+    from neml2.drivers import TransientDriver
+
+    if not isinstance(built, TransientDriver):
+        raise InputError(f"[Drivers/{driver}] in {path} is of type {type(built).__name__}, expected a TransientDriver.")
+    ours = [name for name in (*built.model.input_spec, *built.model.output_spec) if name.startswith("@")]
+    if ours:
+        raise InputError(
+            f"the model of [Drivers/{driver}] in {path} has variables {', '.join(ours)}; names that begin with @ are "
+            "those of the result itself. Give them other names."
+        )
+
+
+def _steps(built: Any, where: str, on_step: Callable[[int, int], None] | None) -> float:
+    """Run a driver; gives the seconds that it took."""
+    last, done = built.nsteps - 1, 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done, last)
+
+    handle = built.model.register_forward_hook(count)
+    start = time.perf_counter()
+    try:
+        built.run()
+    except RuntimeError as error:
+        if type(error).__name__ == "ConvergenceError":
+            error.args = (f"step {done + 1} of {last} of {where}: {error}", *error.args[1:])
+        raise
+    finally:
+        handle.remove()
+    return time.perf_counter() - start
 
 
 def _set(model: Any, values: Mapping[str, float], parameters: Path | None) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..artifact.schema import Aliases
 from ..errors import AOTIError, InputError
@@ -18,7 +17,8 @@ from .points import defaults, first_line
 from .target import AOTI_MODEL, parse_input, require_block
 
 Tensors = dict[str, Tensor]
-Blocks = dict[tuple[str, str], Tensor]
+Pair = tuple[str, str]
+Blocks = dict[Pair, Tensor]
 
 
 class Source:
@@ -60,77 +60,116 @@ class Source:
             )
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> Tensors:
-        """Values for inputs `(rows, *sub_batch, *base)` by boundary name; some may have no axis of rows."""
-        with self._named():
+        """Values for inputs `(rows, *sub_batch, *base)` by boundary name; some may have no axis of rows.
+
+        Raises:
+            InputError: the source model itself fails there.
+        """
+        try:
             found = self._model(*self._typed(inputs).values())
+        except Exception as error:
+            raise InputError(
+                f"{self._where}: the source model itself fails at these points ({first_line(error)}). Give others "
+                "(--points FILE, --driver NAME, or --scale NAME=VALUE)."
+            ) from error
         values = dict(zip(self._model.output_spec, found if isinstance(found, tuple) else (found,), strict=True))
         return {name: values[self._inside.get(name, name)].data.detach() for name in self._compiled.outputs}
 
-    def jacobian(self, inputs: Mapping[str, Tensor], pairs: Iterable[tuple[str, str]]) -> Blocks:
-        """Derivatives by inputs, `(rows, *out_base, *in_base)`, for pairs of boundary names.
+    def blocks(self, inputs: Mapping[str, Tensor], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
+        """Derivatives, as far as the eager model gives them.
 
-        Those by inputs with a sub-batch are left out, for which neml2 and compiled models have blocks of other forms.
+        Args:
+            inputs: as for `outputs`.
+            pairs: outputs with an input or a parameter, by boundary names.
+
+        Returns:
+            Blocks `(rows, *out_base, *by_base)` by pair, and for the other pairs why there is none. Pairs with an input
+            that has a sub-batch are in neither: neml2 and compiled models have blocks of other forms for them.
         """
+        by_inputs = [
+            (o, i) for o, i in pairs if i in self._compiled.inputs and not self._compiled.inputs[i].sub_batch_shape
+        ]
+        by_parameters = [pair for pair in pairs if pair[1] not in self._compiled.inputs]
+        found: Blocks = {}
+        missing: dict[Pair, str] = {}
         typed = self._typed(inputs)
-        wanted = [pair for pair in pairs if not self._compiled.inputs[pair[1]].sub_batch_shape]
-        if any(value.sub_batch_ndim for value in typed.values()):
-            return self._by_columns(typed, wanted)
-        with self._named():
-            _, blocks = self._model.jacobian(typed)
-        inside = self._inside
-        return {(o, i): blocks[inside.get(o, o)][inside.get(i, i)].data.detach() for o, i in wanted}
+        for pairs, take in ((by_inputs, self._by_inputs), (by_parameters, self._by_parameters)):
+            try:
+                more, cannot = take(typed, pairs)
+            except Exception as error:
+                more, cannot = {}, dict.fromkeys(pairs, _failing(error))
+            found |= more
+            missing |= cannot
+        return found, missing
 
-    def _by_columns(self, typed: dict[str, Any], pairs: list[tuple[str, str]]) -> Blocks:
+    def _by_inputs(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
+        if not pairs:
+            return {}, {}
+        if any(value.sub_batch_ndim for value in typed.values()):
+            return self._by_columns(typed, pairs), {}
+        _, blocks = self._model.jacobian(typed)
+        inside = self._inside
+        return {(o, i): blocks[inside.get(o, o)][inside.get(i, i)].data.detach() for o, i in pairs}, {}
+
+    def _by_columns(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> Blocks:
         """Along one direction at a time: neml2's `jacobian` does not take inputs with a sub-batch."""
         found: Blocks = {}
         for by in dict.fromkeys(by for _, by in pairs):
             name, base = self._inside.get(by, by), tuple(self._compiled.inputs[by].base_shape)
             value, columns = typed[name].data, []
             for direction in torch.eye(prod(base), dtype=torch.float64).reshape(-1, *base):
-                with self._named():
-                    _, along = self._model.jvp(typed, {name: direction.expand(value.shape).contiguous()})
+                _, along = self._model.jvp(typed, {name: direction.expand(value.shape).contiguous()})
                 columns.append(along)
             for out in (out for out, of in pairs if of == by):
                 stacked = torch.stack([along[self._inside.get(out, out)].data.detach() for along in columns], -1)
                 found[out, by] = stacked.reshape(*stacked.shape[:-1], *base)
         return found
 
-    def parameter_jacobian(self, inputs: Mapping[str, Tensor], parameters: list[str]) -> Blocks:
-        """Derivatives by parameters of these boundary names, `(rows, *out_base, *parameter_base)`, by pair.
+    def _by_parameters(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
+        """One output at a time: neml2's `param_jacobian` gives none where one output depends on no parameter."""
+        own = {by: self._parameter(by) for _, by in pairs}
+        missing = {pair: "it has no parameter of that name" for pair in pairs if own[pair[1]] is None}
+        wanted: dict[str, list[str]] = {}
+        for out, by in pairs:
+            if own[by] is not None:
+                wanted.setdefault(out, []).append(by)
+        if not wanted:
+            return {}, missing
+        found: Blocks = {}
+        leaves = self._leaves(own, rows=next(iter(typed.values())).data.shape[0])
+        spec = list(self._model.output_spec)
 
-        Those that the eager model has by another name are left out.
-        """
-        present = dict(self._model.named_parameters())
-        inside: dict[str, str] = {}
-        authored = {new: old for old, new in self._aliases.parameters.items()}
-        for name in parameters:
-            own = authored.get(name, name)
-            # A lone model is not named in the names of its own parameters.
-            for candidate in (own, own.partition(".")[2]):
-                if candidate in present:
-                    inside[candidate] = name
-                    break
-        if not inside:
-            return {}
-        with self._named():
-            _, blocks = self._model.param_jacobian(self._typed(inputs), list(inside))
-        names = self._aliases.outputs
+        def differentiate() -> None:
+            values = self._model(*typed.values())
+            values = values if isinstance(values, tuple) else (values,)
+            for out, bys in wanted.items():
+                value = values[spec.index(self._inside.get(out, out))].data
+                try:
+                    found.update(_gradients(out, value, {by: leaves[by] for by in bys}))
+                except Exception as error:
+                    missing.update({(out, by): _failing(error) for by in bys})
+
+        # neml2 reads the parameters again on the way back through an implicit update, so all of it is done inside.
+        stand_ins = {f"model.{own[by]}": leaf for by, leaf in leaves.items()}
+        torch.func.functional_call(_Within(self._model), stand_ins, (differentiate,))
+        return found, missing
+
+    def _leaves(self, own: Mapping[str, str | None], rows: int) -> Tensors:
+        """A value for each row of each parameter, so that the derivatives of the rows are not added up."""
+        values = dict(self._model.named_parameters())
+        shapes = {by: (rows, *self._compiled.parameter_base_shapes[by]) for by in own}
         return {
-            (names.get(out, out), inside[parameter]): block.detach()
-            for out, row in blocks.items()
-            for parameter, block in row.items()
+            by: values[name].detach().expand(shapes[by]).clone().requires_grad_()
+            for by, name in own.items()
+            if name is not None
         }
 
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Say of an error that it is the eager model's."""
-        try:
-            yield
-        except Exception as error:
-            raise InputError(
-                f"{self._where}: the source model itself fails at these points ({first_line(error)}). Give others "
-                "(--points FILE, --driver NAME, or --scale NAME=VALUE)."
-            ) from error
+    def _parameter(self, name: str) -> str | None:
+        """The eager model's own name of a parameter; None where it has another one."""
+        own = next((old for old, new in self._aliases.parameters.items() if new == name), name)
+        present = dict(self._model.named_parameters())
+        # A lone model is not named in the names of its own parameters.
+        return next((found for found in (own, own.partition(".")[2]) if found in present), None)
 
     def _typed(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Inputs as the eager model takes them, by its names and in its order."""
@@ -140,6 +179,38 @@ class Source:
             given, variable = variables[name]
             found[name] = wrapper(inputs[given].to(torch.float64), sub_batch_ndim=len(variable.sub_batch_shape))
         return found
+
+
+def _failing(error: Exception) -> str:
+    return f"it fails ({first_line(error)})"
+
+
+class _Within(nn.Module):
+    """A model, and work to do while `functional_call` has its parameters exchanged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], None]) -> None:
+        work()
+
+
+def _gradients(out: str, value: Tensor, leaves: Mapping[str, Tensor]) -> Blocks:
+    """Derivatives of an output by parameters with a value for each row; zero where it does not depend on one."""
+    rows = next(iter(leaves.values())).shape[0]
+    columns: dict[str, list[Tensor]] = {by: [] for by in leaves}
+    flat = value.expand(rows, *value.shape[1:]).reshape(rows, -1)
+    for entry in flat.unbind(1):
+        given: Sequence[Tensor | None] = (None,) * len(leaves)
+        if entry.requires_grad:
+            given = torch.autograd.grad(entry.sum(), [*leaves.values()], retain_graph=True, allow_unused=True)
+        for (by, leaf), gradient in zip(leaves.items(), given, strict=True):
+            columns[by].append(torch.zeros_like(leaf) if gradient is None else gradient)
+    return {
+        (out, by): torch.stack(entries, 1).reshape(*value.shape, *leaves[by].shape[1:])
+        for by, entries in columns.items()
+    }
 
 
 def _tighten(model: Any) -> None:

@@ -79,13 +79,14 @@ def evaluate(model: Model, points: Points) -> tuple[Evaluated, int]:
     """Evaluate a model with all its derivatives where it converges.
 
     Returns:
-        What it gives, and the number of points where it does not converge.
+        What it gives, and the number of points where it does not converge or gives what is not finite.
 
     Raises:
         InputError: it converges nowhere.
     """
     on_device = Points({n: v.to(model.device) for n, v in points.inputs.items()}, points.source)
-    converged = model.solve(on_device.inputs).converged
+    solution = model.solve(on_device.inputs, jacobian=bool(model.derivative_pairs))
+    converged = solution.converged
     rows = int(converged.sum())
     if rows == 0:
         raise InputError(
@@ -93,22 +94,9 @@ def evaluate(model: Model, points: Points) -> tuple[Evaluated, int]:
             "(--points FILE, or a stub with a driver), or a scale for its inputs (--scale NAME=VALUE)."
         )
     kept = on_device.at(converged)
-    outputs = model.forward(kept.inputs)
-    blocks: Blocks = {}
-    if model.derivative_pairs:
-        blocks |= _pairs(model.jacobian(kept.inputs)[1], model, rows)
+    outputs = {name: value[converged] for name, value in solution.outputs.items()}
+    blocks = {(out, by): block[converged] for out, row in solution.blocks.items() for by, block in row.items()}
     if model.parameter_derivative_pairs:
-        blocks |= _pairs(model.param_jacobian(kept.inputs)[1], model, rows)
+        found = model.param_jacobian(kept.inputs)[1]
+        blocks |= {(out, by): block for out, row in found.items() for by, block in row.items()}
     return Evaluated(kept, outputs, blocks, dict(model.named_parameters())), points.rows - rows
-
-
-def _pairs(blocks: Mapping[str, Mapping[str, Tensor]], model: Model, rows: int) -> Blocks:
-    """Blocks by pair, each with its batch axis."""
-    found: Blocks = {}
-    for out, row in blocks.items():
-        for by, block in row.items():
-            known = model.inputs.get(by)
-            base = tuple(known.base_shape) if known is not None else tuple(model.parameter_base_shapes[by])
-            constant = len(model.outputs[out].base_shape) + len(base)
-            found[out, by] = block.expand(rows, *block.shape) if block.ndim == constant else block
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +61,15 @@ def figure(path: Path, width: float = 6.4, height: float = 4.6) -> Iterator[Any]
         drawn.savefig(scratch, dpi=DPI, format=path.suffix.lower().removeprefix("."))
 
 
-def draw_errors(report: Verification, path: Path) -> None:
+def draw_errors(report: Verification, path: Path) -> Verification:
     """Draw the worst error of each quantity, and its tolerance.
 
     Args:
         report: of a verification.
         path: of the picture.
+
+    Returns:
+        The report, with the picture.
     """
     shown = report.comparisons[::-1]
     places = range(len(shown))
@@ -84,3 +88,4 @@ def draw_errors(report: Verification, path: Path) -> None:
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.set_xlabel("largest error over the largest entry (bars: tolerance)")
         axes.set_title(f"{report.model} ({report.leaf}), {report.rows} points")
+    return replace(report, picture=str(path))

@@ -163,7 +163,7 @@ def flat(inputs: Mapping[str, Tensor], model: Model) -> Tensors:
     batches = [tuple(inputs[n].shape[: inputs[n].ndim - len(shape)]) for n, shape in natural.items()]
     common = torch.broadcast_shapes(*batches)
     return {
-        name: inputs[name].detach().expand(*common, *shape).reshape(-1, *shape).clone()
+        name: inputs[name].detach().expand((*common, *shape)).reshape((-1, *shape)).clone()
         for name, shape in natural.items()
     }
 

@@ -1,42 +1,46 @@
-"""Results of a driver's run: series over its steps, written to and read from .pt, .npz and .csv files.
-
-Symmetric tensors are in Mandel notation, `xx yy zz yz xz xy` with the last three times the square root of 2, in .pt and
-.npz files as in neml2; a .csv file has tensor components.
-"""
+"""Results of a driver's run: series over its steps, and their components by name."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 
-from ..errors import InputError
-from ..files import draft
+from ..errors import InputError, UnknownNameError
 from .names import lag
+from .shapes import BASES, Layout, layouts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+    # By name and step, each with its number of sub-batch axes.
+    Values = dict[str, dict[int, tuple[Array, int]]]
 
-FORMATS = (".pt", ".npz", ".csv")
-# The entry of a .npz file that tells the types, as JSON.
-TYPES = "__types__"
-BASE_SHAPES: dict[str, tuple[int, ...]] = {"SR2": (6,), "R2": (3, 3), "Vec": (3,), "SSR4": (6, 6), "Scalar": ()}
-SAME_SHAPE = {"WR2": "Vec", "MRP": "Vec", "MillerIndex": "Vec"}
-COMPONENTS = {
-    "SR2": ("xx", "yy", "zz", "yz", "xz", "xy"),
-    "Vec": ("x", "y", "z"),
-    "R2": ("xx", "xy", "xz", "yx", "yy", "yz", "zx", "zy", "zz"),
+# Names of ours, which no variable has; the types are the entry of a .npz file that tells them, as JSON.
+TIME, STEP, POINT, TYPES = "@time", "@step", "@point", "@types"
+BASE_SHAPES: dict[str, tuple[int, ...]] = {
+    **{"Scalar": (), "SR2": (6,), "R2": (3, 3), "SSR4": (6, 6), "Quaternion": (4,)},
+    **dict.fromkeys(("Vec", "WR2", "MRP", "MillerIndex"), (3,)),
+}
+COMPONENTS: dict[tuple[int, ...], tuple[str, ...]] = {
+    (): ("",),
+    (6,): ("xx", "yy", "zz", "yz", "xz", "xy"),
+    (3,): ("x", "y", "z"),
+    (3, 3): ("xx", "xy", "xz", "yx", "yy", "yz", "zx", "zy", "zz"),
+    (6, 6): tuple(map(str, range(36))),
+    (4,): tuple(map(str, range(4))),
 }
 MANDEL = np.array([1.0, 1.0, 1.0, *(math.sqrt(2.0),) * 3])
-WHAT = "a result (neml2-aoti run --out, neml2-run with save_as)"
+# The names of tensors in what a driver saves.
+KEY = re.compile(r"(input|output)\.(\d+)\.(.+)", re.ASCII | re.DOTALL)
+# A variable, one of its sites, and a part of it, such as `stress[2].xy`.
+_COLUMN = re.compile(r"(?P<name>[^.\[\]]+)(?P<site>(?:\[\d+\])*)(?:\.(?P<part>\w+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Result:
     """The variables of a run.
 
     Args:
-        series: by name, `(steps, rows, *base)`; NaN where a step has no value.
+        series: by name, `(steps, points, *sub_batch, *base)`; NaN where a step has no value. What is the same for all
+            points has one.
         types: neml2's names of the types, by name of variable.
     """
 
@@ -57,200 +62,193 @@ class Result:
         return next((len(values) for values in self.series.values()), 0)
 
     @property
-    def rows(self) -> int:
-        """Number of points; sub-batch axes count as points."""
+    def points(self) -> int:
+        """Number of points."""
         return max((values.shape[1] for values in self.series.values()), default=0)
 
+    def sub_batch(self, name: str) -> tuple[int, ...]:
+        """The sub-batch shape of a variable."""
+        shape = self.series[name].shape
+        return shape[2 : len(shape) - len(base_shape(self.types[name]))]
 
-def from_steps(flat: Mapping[str, Any], types: Mapping[str, str]) -> Result:
-    """Series from what a driver returns.
+
+@dataclass(frozen=True)
+class Column:
+    """What the name of a column says, such as `branch_stress[2].xy`.
+
+    Args:
+        name: of the variable.
+        site: one site of its sub-batch; empty for all, or where it has none.
+        part: a component or an invariant; empty for a scalar.
+    """
+
+    name: str
+    site: tuple[int, ...] = ()
+    part: str = ""
+
+    def __str__(self) -> str:
+        # What would be read as the next part of the name is percent-encoded.
+        name = re.sub(r"[.\[\]%]", lambda found: f"%{ord(found[0]):02X}", self.name)
+        return name + "".join(f"[{index}]" for index in self.site) + (f".{self.part}" if self.part else "")
+
+
+def column_of(text: str) -> Column:
+    """Read the name of a column.
+
+    Raises:
+        UnknownNameError: it is none.
+    """
+    found = _COLUMN.fullmatch(text)
+    if found is None:
+        raise UnknownNameError(f"{text!r} is not the name of a variable, NAME, NAME.PART or NAME[SITE].PART.")
+    site = tuple(int(index) for index in re.findall(r"\d+", found["site"]))
+    return Column(unquote(found["name"]), site, found["part"] or "")
+
+
+def from_driver(driver: Any) -> Result:
+    """The result of a transient driver that has run."""
+    values: Values = {}
+    types: dict[str, str] = {}
+    states = set()
+    for side in (driver.result_in, driver.result_out):
+        for step, found in enumerate(side):
+            for name, value in found.items():
+                if lag(name)[1]:
+                    states.add(lag(name)[0])
+                    continue
+                types[name] = type(value).__name__
+                values.setdefault(name, {})[step] = (to_array(value.data), value.sub_batch_ndim)
+    outputs = {name for found in driver.result_out for name in found}
+    # A driver records the time only where the model takes it.
+    values = {TIME: {step: (to_array(at), 0) for step, at in enumerate(driver.prescribed_time.data)}, **values}
+    return _result(values, {TIME: "Scalar", **types}, driver.nsteps, states & outputs)
+
+
+def from_tensors(flat: Mapping[str, Any]) -> list[Result]:
+    """The result that a driver has saved, which tells no types: as its shapes can be read, see `layouts`.
 
     Args:
         flat: tensors by `input.<step>.<name>` and `output.<step>.<name>`.
-        types: names of types, as far as they are known; the others are told by their shapes.
 
     Raises:
         InputError: the keys are others.
     """
-    by_name: dict[str, dict[int, Array]] = {}
-    steps = 0
-    outputs, lagged = set(), set()
+    arrays: dict[str, dict[int, Array]] = {}
+    steps, states, outputs = 0, set(), set()
     for key, value in flat.items():
-        side, _, rest = key.partition(".")
-        number, _, name = rest.partition(".")
-        if side not in ("input", "output") or not number.isdigit() or not name:
+        entry = KEY.fullmatch(key)
+        if entry is None:
             raise InputError(f"has an entry {key!r}, expected input.<step>.<name> and output.<step>.<name>.")
+        side, number, name = entry.groups()
         steps = max(steps, int(number) + 1)
         if lag(name)[1]:
-            lagged.add(lag(name)[0])
+            states.add(lag(name)[0])
             continue
         if side == "output":
             outputs.add(name)
-        by_name.setdefault(name, {})[int(number)] = np.asarray(value.detach().cpu().numpy(), dtype=np.float64)
-    told = guessed_types({name: list(values.values()) for name, values in by_name.items()}) | dict(types)
-    series = {}
-    for name, values in by_name.items():
-        # A driver starts from zero state where no initial condition is given.
-        start = 0.0 if name in outputs and name in lagged else math.nan
-        series[name] = _series(values, steps, base_shape(told[name]), start)
-    return Result(series, {name: told[name] for name in series})
-
-
-def guessed_types(found: Mapping[str, Iterable[Array]]) -> dict[str, str]:
-    """Types from shapes `(*batch, *base)`, where nothing tells them.
-
-    A last axis of 6 is a symmetric tensor, of 3 a vector; but if other variables show that there is a batch, an array
-    of that many axes is a batch of scalars.
-    """
-    ranks = {name: max(array.ndim for array in arrays) for name, arrays in found.items()}
-    shapes = {name: max((array.shape for array in arrays), key=len) for name, arrays in found.items()}
-    batch = max((ranks[n] - 1 for n, shape in shapes.items() if len(shape) > 1 and shape[-1] == 6), default=0)
-    told = {}
-    for name, shape in shapes.items():
-        if len(shape) <= batch or not shape:
-            told[name] = "Scalar"
-        elif shape[-2:] == (3, 3):
-            told[name] = "R2"
-        else:
-            told[name] = {6: "SR2", 3: "Vec"}.get(shape[-1], "Scalar")
-    return told
+        arrays.setdefault(name, {})[int(number)] = to_array(value)
+    if not arrays:
+        raise InputError("holds no variables.")
+    if steps > len(flat):
+        raise InputError(f"has {steps} steps and {len(flat)} entries, expected some for each step.")
+    shapes = {name: max((array.shape for array in by_step.values()), key=len) for name, by_step in arrays.items()}
+    return [
+        _result(
+            {n: {k: (a, _sites_in(a.shape, shapes[n], read[n])) for k, a in v.items()} for n, v in arrays.items()},
+            {name: layout.type for name, layout in read.items()},
+            steps,
+            states & outputs,
+        )
+        for read in layouts(shapes, outputs)
+    ]
 
 
 def base_shape(kind: str) -> tuple[int, ...]:
     """Base shape of a type; that of a scalar for one that is not known."""
-    return BASE_SHAPES.get(SAME_SHAPE.get(kind, kind), ())
+    return BASE_SHAPES.get(kind, ())
 
 
-def require_format(path: Path) -> None:
-    """Refuse a file name whose ending names no format.
-
-    Raises:
-        InputError: so it is.
-    """
-    if path.suffix not in FORMATS:
-        raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
+def parts(kind: str) -> tuple[str, ...]:
+    """What the components of a type are called; an empty name for a scalar."""
+    return COMPONENTS[base_shape(kind)]
 
 
-def write_result(path: Path, result: Result, flat: Mapping[str, Any]) -> None:
-    """Write a result; into a path that the caller has made with `draft`.
+def component(values: Array, kind: str, part: str) -> Array:
+    """A component of a tensor without the factors of Mandel's notation.
 
     Args:
-        path: of the file; its ending says which format.
-        result: the series.
-        flat: what the driver returned; a .pt file holds that, as neml2's own does.
+        values: `(..., *base)`.
+        kind: its type.
+        part: one of `parts`.
     """
-    if path.suffix == ".pt":
-        import torch
-
-        torch.save({key: value.detach().clone() for key, value in flat.items()}, path)
-    elif path.suffix == ".npz":
-        arrays: dict[str, Any] = {**result.series, TYPES: np.array(json.dumps(result.types))}
-        with path.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-    else:
-        _write_csv(path, result)
+    base = base_shape(kind)
+    index = parts(kind).index(part)
+    found = values.reshape((*values.shape[: values.ndim - len(base)], math.prod(base)))[..., index]
+    return found / MANDEL[index] if kind == "SR2" else found
 
 
-def save_result(path: Path, result: Result, flat: Mapping[str, Any]) -> None:
-    """Write a result whole or not at all; see `write_result`."""
-    require_format(path)
-    with draft(path) as scratch:
-        write_result(scratch, result, flat)
+def at_site(values: Array, site: tuple[int, ...]) -> Array:
+    """Values `(steps, points, *sub_batch, ...)` at one site, as a view."""
+    index: tuple[Any, ...] = (slice(None), slice(None), *site)
+    found: Array = values[index]
+    return found
 
 
-def read_result(path: Path) -> Result:
-    """Read a result.
-
-    Raises:
-        InputError: there is no such file, or it is something else.
-    """
-    require_format(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file. Give {WHAT}.")
-    try:
-        return {".pt": _read_pt, ".npz": _read_npz, ".csv": _read_csv}[path.suffix](path)
-    except InputError as error:
-        raise InputError(f"{path}: is not {WHAT}: {error}") from None
-    except Exception as error:
-        # What torch, numpy and zipfile raise for files of another kind is of many types; torch says how to run them.
-        raise InputError(f"{path}: is not {WHAT} ({type(error).__name__} as it was read).") from None
+def columns(result: Result) -> dict[str, Array]:
+    """The components of all variables at all sites by name, such as `stress[2].xy`, each `(steps, points)`."""
+    return {
+        str(Column(name, site, part)): at_site(component(values, result.types[name], part), site)
+        for name, values in result.series.items()
+        for site in np.ndindex(result.sub_batch(name))
+        for part in parts(result.types[name])
+    }
 
 
-def _series(values: Mapping[int, Array], steps: int, base: tuple[int, ...], start: float) -> Array:
-    """One array over all steps, its batch axes folded onto one."""
-    batch = np.broadcast_shapes(*(array.shape[: array.ndim - len(base)] for array in values.values()))
-    found = np.full((steps, *batch, *base), math.nan)
+def to_array(value: Any) -> Array:
+    """A tensor as an array of numbers in double precision."""
+    return np.asarray(value.detach().cpu().numpy(), dtype=np.float64)
+
+
+def _sites_in(shape: tuple[int, ...], widest: tuple[int, ...], layout: Layout) -> int:
+    """The sub-batch axes of a value at one step: all of the variable, or none where it stands for all sites."""
+    base, sites = len(BASES[layout.type]), layout.sites
+    own = shape[len(shape) - base - sites : len(shape) - base]
+    wanted = widest[len(widest) - base - sites : len(widest) - base]
+    return sites if len(own) == sites and all(a in (1, b) for a, b in zip(own, wanted, strict=True)) else 0
+
+
+def _result(values: Values, types: dict[str, str], steps: int, states: Collection[str]) -> Result:
+    """Series of values `(*batch, *sub_batch, *base)`."""
+    inner: dict[str, int] = {}
+    wide: dict[str, dict[int, Array]] = {}
+    for name, by_step in values.items():
+        base = len(base_shape(types[name]))
+        sites = max(own for _, own in by_step.values())
+        inner[name] = sites + base
+        wide[name] = {step: _with_sites(array, own, sites, base) for step, (array, own) in by_step.items()}
+    batch = np.broadcast_shapes(*(a.shape[: a.ndim - inner[name]] for name, v in wide.items() for a in v.values()))
+    # A driver starts from zero state where no initial condition is given.
+    series = {
+        name: _series(by_step, steps, batch, inner[name], 0.0 if name in states else math.nan)
+        for name, by_step in wide.items()
+    }
+    return Result(series, {name: types[name] for name in series})
+
+
+def _with_sites(array: Array, own: int, sites: int, base: int) -> Array:
+    """A value with as many sub-batch axes as the variable has at other steps."""
+    at = array.ndim - base - own
+    return array.reshape((*array.shape[:at], *(1,) * (sites - own), *array.shape[at:]))
+
+
+def _series(values: Mapping[int, Array], steps: int, batch: tuple[int, ...], inner: int, start: float) -> Array:
+    """One array over all steps, its batch axes folded onto one; of one point if the value is the same for all."""
+    lead = np.broadcast_shapes(*(array.shape[: array.ndim - inner] for array in values.values()))
+    lead = lead if math.prod(lead) == 1 else batch
+    shape = np.broadcast_shapes(*(array.shape[array.ndim - inner :] for array in values.values()))
+    found = np.full((steps, *lead, *shape), math.nan)
     for step, array in values.items():
         found[step] = array
     if 0 not in values:
         found[0] = start
-    return found.reshape(steps, -1, *base)
-
-
-def _read_pt(path: Path) -> Result:
-    import torch
-
-    flat = torch.load(path, weights_only=True, map_location="cpu")
-    if not isinstance(flat, dict) or not flat:
-        raise InputError("it holds no dict of tensors.")
-    return from_steps(flat, {})
-
-
-def _read_npz(path: Path) -> Result:
-    with np.load(path, allow_pickle=False) as file:
-        if TYPES not in file.files:
-            raise InputError(f"it has no entry {TYPES!r}.")
-        types = {str(name): str(kind) for name, kind in json.loads(str(file[TYPES])).items()}
-        return Result({name: np.asarray(file[name], dtype=np.float64) for name in types}, types)
-
-
-def columns(result: Result) -> dict[str, Array]:
-    """Tensor components of all variables by name, such as `stress.xy`, each `(steps, rows)`."""
-    found: dict[str, Array] = {}
-    for name, values in result.series.items():
-        kind = result.types[name]
-        if not base_shape(kind):
-            found[name] = values.reshape(*values.shape[:2], -1)[:, :, 0]
-            continue
-        flat = values.reshape(*values.shape[:2], -1)
-        if kind == "SR2":
-            flat = flat / MANDEL
-        labels = COMPONENTS.get(SAME_SHAPE.get(kind, kind)) or tuple(map(str, range(flat.shape[-1])))
-        found |= {f"{name}.{label}": flat[:, :, i] for i, label in enumerate(labels)}
-    return found
-
-
-def _write_csv(path: Path, result: Result) -> None:
-    wide = {name: np.broadcast_to(v, (result.steps, result.rows)) for name, v in columns(result).items()}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "row", *wide])
-        for step in range(result.steps):
-            for row in range(result.rows):
-                writer.writerow([step, row, *(repr(float(values[step, row])) for values in wide.values())])
-
-
-def _read_csv(path: Path) -> Result:
-    with path.open(newline="", encoding="utf-8") as file:
-        head, *lines = list(csv.reader(file))
-    if head[:2] != ["step", "row"] or not lines:
-        raise InputError("its first columns are not step and row.")
-    table = np.array(lines, dtype=np.float64)
-    steps, rows = int(table[:, 0].max()) + 1, int(table[:, 1].max()) + 1
-    wide = {name: table[:, i].reshape(steps, rows) for i, name in enumerate(head) if i > 1}
-    series, types = {}, {}
-    for name in dict.fromkeys(name.partition(".")[0] if _component(name, wide) else name for name in wide):
-        kind = next((k for k in ("SR2", "R2", "Vec") if all(f"{name}.{c}" in wide for c in COMPONENTS[k])), "Scalar")
-        if kind == "Scalar":
-            series[name] = wide[name]
-        else:
-            stacked = np.stack([wide[f"{name}.{label}"] for label in COMPONENTS[kind]], -1)
-            series[name] = stacked * MANDEL if kind == "SR2" else stacked.reshape(steps, rows, *BASE_SHAPES[kind])
-        types[name] = kind
-    return Result(series, types)
-
-
-def _component(name: str, wide: Mapping[str, Array]) -> bool:
-    """Whether a column is a component of a tensor, and not a scalar with a dot in its name."""
-    stem, _, label = name.rpartition(".")
-    return any(label in labels and all(f"{stem}.{c}" in wide for c in labels) for labels in COMPONENTS.values())
+    return found.reshape((steps, math.prod(lead), *shape))

@@ -33,11 +33,13 @@ class Verification:
         leaf: as `device/dtype`.
         points: where they come from, in words.
         rows: how many there are.
-        not_converged: at how many of them the compiled model did not converge; they are left out.
+        not_converged: at how many of them the compiled model did not converge, or gave what is not finite; they are
+            left out.
         comparisons: one for each quantity and reference.
         not_compared: quantities without a reference, and why.
         recorded: the golden file that was written; null if none was, as when a comparison failed.
         passed: whether all comparisons passed.
+        picture: the file that was drawn; null if none was.
     """
 
     artifact: str
@@ -50,6 +52,7 @@ class Verification:
     not_compared: tuple[str, ...]
     recorded: str | None
     passed: bool
+    picture: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,15 +112,12 @@ def verify(
     metadata = target.metadata(device, dtype)
     if wanted.against is not None:
         source = Source(wanted.against, wanted.source_model or target.model, model, metadata.aliases)
-    if source is None and golden is None and record is None and not found.blocks:
-        raise InputError(
-            f"{target.model} has no compiled derivatives, so there is nothing to compare. Name its source (--against "
-            "INPUT.i) or a golden file (--golden FILE), or record one (--record FILE)."
-        )
     comparisons: list[Comparison] = []
     not_compared: list[str] = []
     if source is not None:
-        comparisons += _with_source(source, found, wanted.rtol)
+        with_source, cannot = _with_source(source, found, wanted.rtol)
+        comparisons += with_source
+        not_compared += cannot
     if golden is not None:
         comparisons += _with_golden(golden, found, points, wanted.rtol)
     if source is None and golden is None:
@@ -127,6 +127,11 @@ def verify(
     more, cannot = _with_differences(model, found, left, wanted.difference_rtol)
     comparisons += more
     not_compared += cannot
+    if not comparisons and record is None:
+        raise InputError(
+            f"there is nothing to compare of {target.model}: {'; '.join(not_compared)}. Name its source (--against "
+            "INPUT.i) or a golden file (--golden FILE), or record one (--record FILE)."
+        )
     passed = all(comparison.passed for comparison in comparisons)
     if record is not None and passed:
         write_golden(record, target.model, Golden(found.points, found.outputs, found.blocks, metadata.digest))
@@ -153,20 +158,17 @@ def _golden_beside(target: Target, wanted: Wanted) -> Path | None:
     return found if found.is_file() else None
 
 
-def _with_source(source: Source, found: Evaluated, rtol: float) -> list[Comparison]:
+def _with_source(source: Source, found: Evaluated, rtol: float) -> tuple[list[Comparison], list[str]]:
+    """What the source gives is compared, quantity by quantity; of the rest it is said why not."""
     inputs = {name: value.cpu() for name, value in found.points.inputs.items()}
     values = source.outputs(inputs)
     comparisons = [compare(n, "source", found.outputs[n], values[n], rtol) for n in found.outputs]
-    by_inputs = [pair for pair in found.blocks if pair[1] in inputs]
-    by_parameters = [pair for pair in found.blocks if pair[1] not in inputs]
-    blocks = source.jacobian(inputs, by_inputs) if by_inputs else {}
-    if by_parameters:
-        blocks |= source.parameter_jacobian(inputs, list(dict.fromkeys(by for _, by in by_parameters)))
+    blocks, missing = source.blocks(inputs, list(found.blocks))
     for pair, block in found.blocks.items():
         if pair in blocks:
             scale = found.scale(pair, blocks[pair])
             comparisons.append(compare(derivative(*pair), "source", block, blocks[pair], rtol, scale=scale))
-    return comparisons
+    return comparisons, [f"{derivative(*pair)} with the source: {why}" for pair, why in missing.items()]
 
 
 def _with_golden(golden: Golden, found: Evaluated, points: Points, rtol: float) -> list[Comparison]:

@@ -186,7 +186,7 @@ def install(shop: Workshop, torch: str) -> None:
     # Dependency groups are known to pip from 25.1 on.
     shop.run(torch, "packages", [*pip, "pip>=25.1"], log="pip")
     test = ["--group", f"{ROOT / 'pyproject.toml'}:test"]
-    shop.run(torch, "packages", [*pip, "--constraint", str(constraints), f"{shop.wheel}[dask,parallel,serve]", *test])
+    shop.run(torch, "packages", [*pip, "--constraint", str(constraints), f"{shop.wheel}[dask,serve]", *test])
     shop.run(torch, "packages", [*pip, "--no-deps", "--force-reinstall", str(shop.wheel)], log="wheel")
 
 

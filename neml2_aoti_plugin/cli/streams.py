@@ -1,0 +1,79 @@
+"""Standard streams that are closed or full end a command with an exit status and a line at most, and no traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
+
+from . import CLOSED, INTERRUPTED, WRONG_USE
+
+# What writing to stdout may raise. Files that a command writes have errors of their own, see `files.draft`.
+LOST = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run a command whose output may have nowhere to go.
+
+    Args:
+        work: the command; returns its exit status.
+
+    Returns:
+        That status; that of a closed pipe, where nobody reads on, or of wrong use where the output cannot be written.
+    """
+    _open_closed()
+    stdout = sys.stdout
+    try:
+        status = work()
+        stdout.flush()
+    except KeyboardInterrupt:
+        say("Interrupted.")
+        return INTERRUPTED
+    except SystemExit as error:
+        # rich and click end a program whose pipe is closed themselves; click puts another stream in its place.
+        if not isinstance(error.__context__, BrokenPipeError) and sys.stdout is stdout:
+            raise
+        _let_go(stdout)
+        return CLOSED
+    except OSError as error:
+        if error.errno not in LOST or error.filename is not None:
+            raise
+        _let_go(stdout)
+        if isinstance(error, BrokenPipeError):
+            return CLOSED
+        say(f"neml2-aoti: the output cannot be written ({error.strerror}). Give another place for it.")
+        return WRONG_USE
+    return status
+
+
+def say(text: str) -> None:
+    """Print a line to stderr, as far as that can be written to."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _let_go(sys.stderr)
+
+
+def _open_closed() -> None:
+    """Have something behind each standard stream: a file that is opened later would take the place of a closed one."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+    with suppress(AttributeError):
+        # A name that the terminal has no letters for is no reason to lose a result.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _let_go(stream: TextIO) -> None:
+    """Let what is still to be written go nowhere; Python's own flush at the end would fail as well."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
