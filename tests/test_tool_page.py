@@ -73,7 +73,7 @@ def test_examples_of_help_run(place: Path) -> None:
         run(line)
     for name in ("bench", "migrate", "warm"):
         for line in by_command[name]:
-            assert line.startswith(("neml2-aoti ", "NUMBA_CACHE_DIR=/opt/kernels neml2-aoti "))
+            assert line.startswith(("neml2-aoti ", "NEML2_AOTI_PLUGIN_CACHE=/opt/cache neml2-aoti "))
 
 
 def test_tables_are_the_forms() -> None:
