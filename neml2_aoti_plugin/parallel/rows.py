@@ -35,7 +35,7 @@ from .sources import Arrays, Rows, Source, open_source
 # How often what is done is written to disk and to the journal, in seconds.
 SYNC = 5.0
 # Rows of a chunk: so many blocks, which a model that solves something cuts rows into; and of one that solves nothing.
-BLOCKS, EXPLICIT = 4, 1 << 16
+BLOCKS, EXPLICIT = 16, 1 << 16
 
 # Some rows, and what takes what they gave.
 Chunk = tuple[Part, Callable[[Done], None]]
