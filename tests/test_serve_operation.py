@@ -511,6 +511,16 @@ def test_an_application_for_another_server() -> None:
     asyncio.run(use())
 
 
+def test_an_application_takes_stubs_by_the_names_of_their_models() -> None:
+    application = app([artifact("elasticity").with_name("elasticity_aoti.i")])
+
+    async def use() -> None:
+        async with started_by_a_server(application):
+            assert (await exchange(application, "GET", "/v2/models/elasticity"))[0] == 200
+
+    asyncio.run(use())
+
+
 @pytest.mark.parametrize(
     ("models", "limits", "said"),
     [

@@ -13,7 +13,7 @@ from time import perf_counter
 from starlette.routing import Router
 
 from ..errors import InputError
-from ..model import Model
+from ..model import Model, name_at
 from .asgi import App
 from .bodies import Bodies
 from .event_log import EventLog
@@ -39,7 +39,7 @@ def app(
     processes has its own.
 
     Args:
-        models: artifacts, or loaded models, by name; or artifacts alone, which take the names of their folders.
+        models: paths of artifacts or stubs, or loaded models, by name; or paths alone, whose models keep their names.
         token: that requests must have, but for those that ask whether the service is there.
         limits: fields of `neml2_aoti_plugin.serve.limits.Limits`.
 
@@ -125,7 +125,7 @@ def _sources(models: Mapping[str, Path_ | Model] | Iterable[Path_ | Source]) -> 
             found.append((name, _itself(given) if isinstance(given, Model) else Source(name, Path(given)).load))
     else:
         for one in models:
-            source = one if isinstance(one, Source) else Source(Path(one).name, Path(one))
+            source = one if isinstance(one, Source) else Source(name_at(one), Path(one))
             found.append((source.name, source.load))
     if not found:
         raise InputError("there is no model to serve. Give one artifact or more.")
