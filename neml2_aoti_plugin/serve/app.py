@@ -78,7 +78,6 @@ def build(
             models.failure = error
             event_log.error("not loaded", error)
             raise
-        event_log.write("ready", models=list(models.infers), process=os.getpid())
         sweep = asyncio.create_task(_sweep(models))
         try:
             yield
@@ -88,8 +87,8 @@ def build(
             event_log.write("stopped", process=os.getpid())
 
     # Starlette's router alone: what its application wraps around it is the business of Front.
-    router = Router(routes(models, metrics, gate), lifespan=lifespan)
-    return Front(router, models.direct, gate, event_log, metrics), models
+    router = Router(routes(models, metrics, gate, limits), lifespan=lifespan)
+    return Front(router, gate, event_log, metrics), models
 
 
 def _load(
