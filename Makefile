@@ -12,7 +12,7 @@ CODE := neml2_aoti_plugin/solve/machine_code.bc
 SOURCES := $(wildcard neml2_aoti_plugin/solve/machine/*.py) $(addprefix neml2_aoti_plugin/solve/,criteria.py tables.py)
 READY := $(INSTALLED) $(CODE)
 
-.PHONY: help machine-code demo calibrate plate test test-wide long legacy lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix
+.PHONY: help machine-code demo calibrate plate test test-wide long legacy lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix lowest
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
@@ -32,6 +32,7 @@ help:
 	@echo "make benchmark    measure against neml2's C++ runtime and others, for an hour; writes docs/performance.md"
 	@echo "make benchmark-check    tell in minutes what has become slower since benchmarks/reference.json was written"
 	@echo "make benchmark-service    load the service with requests, for some minutes; writes its part of docs/service.md"
+	@echo "make lowest  test the service with the lowest releases that pyproject.toml allows, for some minutes"
 	@echo "make torch-matrix    test under several torch releases and cross-load; hours, 40 GB; writes docs/compatibility.md"
 	@echo "make clean   remove the virtual environment and what was built"
 
@@ -121,3 +122,8 @@ benchmark-service: $(READY)
 # MATRIX_ARGS="--pythons python3.12 python3.13" runs the tests under these Pythons instead.
 torch-matrix: $(READY)
 	$(BIN)/python -m tools.torch_matrix --jobs $(JOBS) $(MATRIX_ARGS) $(TORCHES)
+
+# The service with the lowest releases of what it is made of, in the environment build/lowest.
+lowest: $(READY)
+	$(BIN)/python -m stubs.build --jobs $(JOBS)
+	$(BIN)/python -m tools.lowest $(PYTEST_ARGS)

@@ -178,7 +178,7 @@ def started(
     Args:
         folder: for its log.
         arguments: of the command.
-        ready: number of processes to wait for; 0 waits until it listens only.
+        ready: number of processes that must listen; 0 waits until it has an address only.
         variables: of its environment.
         options: of `subprocess.Popen`.
     """
@@ -192,14 +192,14 @@ def started(
         )
     service = Service(process, log, "")
     try:
-        service.address = service.wait_for("listening")[0]["address"]
+        service.address = service.wait_for("starting")[0]["address"]
         kind, _, rest = service.address.partition(":")
         if kind == "unix":
             service.path = rest
         else:
             service.host, _, port = rest.removeprefix("//").partition(":")
             service.port = int(port)
-        service.wait_for("ready", ready)
+        service.wait_for("listening", ready)
         yield service
     finally:
         if process.poll() is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ import references
 from attacks import secrets
 from attacks.archives import changed, edited, extra
 from attacks.children import run
-from neml2_aoti_plugin import AOTIError, ArtifactError, ArtifactNotFoundError, InputError, Model, seal
+from neml2_aoti_plugin import AOTIError, ArtifactError, ArtifactNotFoundError, InputError, Model, UnknownNameError, seal
 from neml2_aoti_plugin.artifact import files, parse
 from neml2_aoti_plugin.artifact.reading import Node
 from neml2_aoti_plugin.artifact.roots import ROOTS
 from neml2_aoti_plugin.artifact.telling import named, shown
 from neml2_aoti_plugin.artifact.upgrade import upgrade
+from neml2_aoti_plugin.parallel import map_rows
+from neml2_aoti_plugin.points import Points
 
 DATA = Path(__file__).parent / "data"
 INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
@@ -378,11 +382,59 @@ class TestPaths:
         assert "the working directory is gone" in told and "absolute path" in told
         assert shape == "torch.Size([6])"
 
-    def test_a_stub_is_told_what_to_do_with_it(self) -> None:
-        stub = references.case("elasticity").file
-        text = refusal(stub, ArtifactNotFoundError)
-        assert "it is a file" in text and f"neml2.load_model({str(stub)!r}, NAME)" in text
-        assert "no such folder" not in text
+    def test_a_graph_is_told_what_it_belongs_to(self, artifact: Path) -> None:
+        text = refusal(artifact / "cpu/float64/elasticity.pt2", ArtifactNotFoundError)
+        assert f"it is a file, a graph. It belongs to the artifact {artifact}: give that" in text
+        graph = shutil.copy(artifact / "cpu/float64/elasticity.pt2", artifact.parent / "alone.pt2")
+        assert "Give the artifact's folder" in refusal(Path(graph), ArtifactNotFoundError)
+
+    def test_a_file_that_is_no_stub(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("[Models\n")
+        assert "cannot be read as an input file" in refusal(tmp_path / "notes.txt", InputError)
+        (tmp_path / "empty.i").write_text("")
+        assert "has no compiled model" in refusal(tmp_path / "empty.i", InputError)
+
+
+class TestStub:
+    """Whatever takes a model takes the path of a stub."""
+
+    STRAIN = torch.tensor([[1e-3, 0.0, 0.0, 0.0, 0.0, 0.0]] * 3, dtype=torch.float64)
+
+    def test_model_points_and_map_rows(self) -> None:
+        case = references.case("elasticity")
+        wanted = case.model.forward({"strain": self.STRAIN})["stress"]
+        model = Model(str(case.file))
+        assert (model.artifact, model.digest) == (case.artifact, case.model.digest)
+        assert torch.equal(model.forward({"strain": self.STRAIN})["stress"], wanted)
+        assert torch.equal(pickle.loads(pickle.dumps(model)).forward({"strain": self.STRAIN})["stress"], wanted)
+        assert torch.equal(Points(case.file, 3).update({"strain": self.STRAIN}).outputs["stress"], wanted)
+        found: list[Any] = []
+        with ThreadPoolExecutor(1) as executor:
+            map_rows(case.file, {"strain": self.STRAIN.numpy()}, found.append, executor=executor, progress=False)
+        assert torch.equal(torch.tensor(found[0]["stress"]), wanted)
+
+    def test_its_solver_is_the_models(self, tmp_path: Path) -> None:
+        """Stubs of neml2 3.0.4 to 3.0.6 hold the settings; the caller's own come first."""
+        stub = tmp_path / "stub.i"
+        artifact = references.case("viscoplasticity").artifact
+        block = f"[v]\n type = AOTIModel\n artifact_path = '{artifact}'\n solver = mine\n []\n"
+        solver = "[mine]\n type = Newton\n max_its = 9\n abs_tol = 1e-5\n []\n"
+        stub.write_text(f"[Models]\n{block}[]\n[Solvers]\n{solver}[]\n")
+        settings = Model(stub, solver={"atol": 1e-6}).solver
+        assert settings is not None and (settings.miters, settings.atol) == (9, 1e-6)
+
+    def test_of_several_models_one_is_named(self, tmp_path: Path) -> None:
+        stub = tmp_path / "two.i"
+        blocks = "".join(
+            f" [{name}]\n  type = AOTIModel\n  artifact_path = '{references.case(of).artifact}'\n []\n"
+            for name, of in (("soft", "elasticity"), ("hard", "viscoplasticity"))
+        )
+        stub.write_text(f"[Models]\n{blocks}[]\n")
+        assert Model(stub, name="hard").input_names == references.case("viscoplasticity").model.input_names
+        assert "has several compiled models: soft, hard" in refusal(stub, InputError)
+        assert "has no compiled model 'other'; there are: soft, hard" in refusal(stub, UnknownNameError, name="other")
+        artifact = references.case("elasticity").artifact
+        assert "holds the model 'elasticity', not 'other'" in refusal(artifact, UnknownNameError, name="other")
 
 
 class TestLeafBeforeMetadata:

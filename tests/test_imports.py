@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"model"},
     "host": {"artifact", "model", "program", "solve"},
     "points": {"model"},
-    "serve": {"model"},
+    "serve": {"model", "solve"},
     "workbench": {"artifact", "host", "model", "solve", "_status"},
     "cli": {"sealing", "serve", "solve", "workbench"},
 }

@@ -190,7 +190,9 @@ def test_it_fits_a_phone_and_asks_nobody_else(page: Any, service: Service) -> No
 
 
 def test_a_step_that_fails_is_told(page: Any) -> None:
-    assert re.match(r"step \d+ did not converge", put(page, model="few", history="ramp", amplitude=-2))
+    assert re.match(
+        r"step \d+ failed: not converged; take more steps", put(page, model="few", history="ramp", amplitude=-2)
+    )
     assert page.find_element("id", "status").get_attribute("class") == "bad"
     # What came before it is shown.
     assert 0 < len(curve(page, "stress", 0)) < 60

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +23,7 @@ import pytest
 
 from neml2_aoti_plugin import InputError, Model, cli, seal
 from neml2_aoti_plugin.serve import app
-from serving import Answer, Service, close, encode, started
+from serving import PATIENCE, SCRIPT, Answer, Service, close, encode, started
 from test_serve import artifact, step, strain
 
 TOKEN = "of-the-test-9d1f"
@@ -259,10 +262,15 @@ def test_it_starts_and_stops_under_load(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     arguments = [artifact("viscoplasticity"), "--uds", path, "--quiet"]
     with started(tmp_path, arguments, ready=0) as service:
-        while not service.lines("ready"):
-            with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
-                service.connect()
-            time.sleep(0.1)
+        while True:
+            listening = service.lines("listening")
+            try:
+                service.connect().close()
+                break
+            except (ConnectionRefusedError, FileNotFoundError):
+                assert not listening
+                time.sleep(0.1)
+        assert service.wait_for("listening")[0]["models"] == ["viscoplasticity"] and service.lines("loaded")
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
         assert service.get("/v2/health/ready") == {"ready": True}
         assert service.metric("neml2_rows_total") == 0
@@ -320,10 +328,136 @@ def strict_stop(tmp_path: Path) -> Iterator[Service]:
         yield running
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.wide)])
+def test_a_signal_before_it_listens_ends_it_at_once(workers: int, tmp_path: Path) -> None:
+    """Without a traceback, which `started` would find; and the socket is removed."""
+    path = tmp_path / "socket"
+    arguments = [artifact("viscoplasticity"), "--uds", path, "--workers", workers]
+    with started(tmp_path, arguments, ready=0) as service:
+        begin = time.monotonic()
+        assert service.stop() == 0 and time.monotonic() - begin < 20
+        assert not service.lines("listening") and not service.lines("not loaded")
+    assert not path.exists()
+
+
+def test_a_service_leaves_the_socket_of_the_next_one(tmp_path: Path) -> None:
+    """As on a restart: the old one still has a request to answer when the new one listens on the same path."""
+    path = tmp_path / "socket"
+    arguments = [artifact("elasticity"), "--uds", path, "--receive-seconds", 60]
+    with started(tmp_path / "old", arguments) as old, old.connect() as held:
+        held.sendall(raw(b"x" * 1000, path="/v2/models/elasticity/infer")[:-10])
+        time.sleep(0.2)
+        old.process.send_signal(signal.SIGTERM)
+        while True:
+            try:
+                old.connect().close()
+            except ConnectionRefusedError:
+                break
+        with started(tmp_path / "new", arguments) as new:
+            held.close()
+            assert old.process.wait(30) == 0
+            assert new.infer("elasticity", strain(1)).status == 200
+            assert new.stop() == 0
+            assert not path.exists()
+
+
+# -- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_that_nobody_reads_keeps_nobody(tmp_path: Path) -> None:
+    """Requests are answered all the same; what found no room is counted, and told once somebody reads again."""
+    arguments = [str(SCRIPT), "serve", str(artifact("elasticity")), "--port", "0"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        first = json.loads(process.stdout.readline())
+        while json.loads(process.stdout.readline())["event"] != "listening":
+            pass
+        host, port = first["address"].removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=30)
+        # Lines of 20 kB: the pipe and the memory for lines are soon full.
+        asked = 150
+        for place in range(asked):
+            connection.request("GET", f"/{place}-{'x' * 20000}")
+            answer = connection.getresponse()
+            assert answer.status == 404 and answer.read()
+        lines: list[dict[str, Any]] = []
+        while sum(line["count"] if line["event"] == "lines lost" else 1 for line in lines) < asked:
+            lines.append(json.loads(process.stdout.readline()))
+        lost = [line["count"] for line in lines if line["event"] == "lines lost"]
+        assert 0 < sum(lost) < asked
+        places = [int(line["path"][1:].partition("-")[0]) for line in lines if line["event"] == "request"]
+        assert places == sorted(places) and len(places) == asked - sum(lost)
+        connection.request("GET", "/v2")
+        assert connection.getresponse().read()
+        assert json.loads(process.stdout.readline())["path"] == "/v2"
+        connection.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.wide
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are Linux's")
+def test_the_log_goes_on_after_a_full_disk(tmp_path: Path) -> None:
+    import resource
+
+    with started(tmp_path, [artifact("elasticity")]) as service:
+        # What comes beyond this size fails, as on a disk without room.
+        unlimited = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE)
+        size = service.log.stat().st_size + 1000
+        resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
+        for _ in range(50):
+            assert service.get("/v2")
+        time.sleep(0.3)
+        assert service.log.stat().st_size == size
+        resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, unlimited)
+        answer = service.request("GET", "/v2", headers={"X-Request-Id": "the-next"})
+        assert answer.status == 200
+        time.sleep(0.3)
+        whole, torn = [], 0
+        for text in service.log.read_text(encoding="utf-8").splitlines():
+            try:
+                whole.append(json.loads(text))
+            except ValueError:
+                torn += 1
+        assert torn == 1 and whole[-1]["id"] == "the-next"
+        (lost,) = [line["count"] for line in whole if line["event"] == "lines lost"]
+        assert len([line for line in whole if line["event"] == "request"]) + lost == 51
+        assert service.stop() == 0
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("where", ["/dev/full", None], ids=["full", "closed"])
+def test_without_a_log_it_serves(where: str | None, tmp_path: Path) -> None:
+    path, errors = tmp_path / "socket", tmp_path / "errors.txt"
+    command = f"exec {SCRIPT} serve {artifact('elasticity')} --uds {path} {'>' + where if where else '>&-'} 2> {errors}"
+    process = subprocess.Popen(["sh", "-c", command])
+    service = Service(process, tmp_path, "", path=str(path))
+    try:
+        end = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(OSError):
+                assert service.infer("elasticity", strain(1)).status == 200
+                break
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        assert service.stop() == 0
+        assert errors.read_text(encoding="utf-8") == ""
+    finally:
+        process.kill()
+        process.wait()
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
 def test_several_processes(tmp_path: Path) -> None:
     """One that is killed comes back; what is counted is counted over all; all end together."""
     with started(tmp_path, [artifact("elasticity"), "--workers", "2"], ready=2) as service:
-        processes = {line["process"] for line in service.lines("ready")}
+        processes = {line["process"] for line in service.lines("listening")}
         assert len(processes) == 2 and service.process.pid not in processes
         given = strain(3)
         wanted = service.infer("elasticity", given).arrays["stress"]
@@ -336,7 +470,7 @@ def test_several_processes(tmp_path: Path) -> None:
         assert (died["process"], died["exitcode"]) == (killed, -signal.SIGKILL)
         # The other one goes on meanwhile.
         close(service.infer("elasticity", given).arrays["stress"], wanted)
-        new = service.wait_for("ready", 3)[-1]["process"]
+        new = service.wait_for("listening", 3)[-1]["process"]
         assert new not in processes
         # Neither what the dead one had counted is lost, nor is its queue there for ever.
         assert service.metric("neml2_requests_total", operation="forward", status="200") == 22
@@ -351,7 +485,7 @@ def test_several_processes(tmp_path: Path) -> None:
 def test_processes_end_with_the_one_that_has_started_them(tmp_path: Path) -> None:
     arguments = [artifact("elasticity"), "--workers", "2"]
     with started(tmp_path, arguments, ready=2, variables={"TMPDIR": str(tmp_path)}) as service:
-        processes = [line["process"] for line in service.lines("ready")]
+        processes = [line["process"] for line in service.lines("listening")]
         service.process.kill()
         service.process.wait(10)
         end = time.monotonic() + 30
@@ -383,6 +517,7 @@ def _runs(process: int) -> bool:
         (["ARTIFACT", "--parameters", "steel=FILE"], "there is no model 'steel'; there are elasticity"),
         (["--name", "a/b=ARTIFACT"], "'a/b', which no address can have"),
         (["ARTIFACT", "--request-rows", "100000"], "Raise queue_rows, or lower request_rows"),
+        (["ARTIFACT", "--body-bytes", "300000000"], "bodies_bytes (--bodies-bytes) is 268435456"),
         (["ARTIFACT", "--json"], "--json goes with --check"),
         (["ARTIFACT", "--host", "0.0.0.0"], "0.0.0.0 is reached from other machines, and there is no token"),
         (["ARTIFACT", "--host", "0.0.0.0", "--no-token"], "there is no seal of"),
@@ -423,9 +558,6 @@ def test_beyond_loopback_a_token_and_a_seal_are_enough(
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     """The process ends with an error, and several do not start again for ever."""
     import shutil
-    import subprocess
-
-    from serving import SCRIPT
 
     copied = tmp_path / "elasticity"
     shutil.copytree(artifact("elasticity"), copied)
@@ -511,13 +643,23 @@ def test_an_application_for_another_server() -> None:
     asyncio.run(use())
 
 
+def test_an_application_takes_stubs_by_the_names_of_their_models() -> None:
+    application = app([artifact("elasticity").with_name("elasticity_aoti.i")])
+
+    async def use() -> None:
+        async with started_by_a_server(application):
+            assert (await exchange(application, "GET", "/v2/models/elasticity"))[0] == 200
+
+    asyncio.run(use())
+
+
 @pytest.mark.parametrize(
     ("models", "limits", "said"),
     [
         ([], {}, "there is no model to serve"),
         (["a", "b/a"], {}, "two models have the name 'a'"),
-        (["a"], {"queue_rows": 0}, "queue_rows is 0, expected a number, 1 or more"),
-        (["a"], {"wait_ms": float("nan")}, "wait_ms is nan"),
+        (["a"], {"queue_rows": 0}, r"queue_rows \(--queue-rows\) is 0, expected a number, 1 or more"),
+        (["a"], {"wait_ms": float("nan")}, r"wait_ms \(--wait-ms\) is nan"),
     ],
 )
 def test_an_application_that_cannot_be(models: list[str], limits: dict[str, Any], said: str) -> None:

@@ -79,8 +79,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, workers: int)
     while process.poll() is None and time.monotonic() < end:
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         events = [json.loads(line) for line in lines if line.endswith("\n")]
-        if sum(told["event"] == "ready" for told in events) == workers:
-            found: dict[str, str] = next(told for told in events if told["event"] == "listening")
-            return found
+        listening: list[dict[str, str]] = [told for told in events if told["event"] == "listening"]
+        if len(listening) == workers:
+            return listening[0]
         time.sleep(0.05)
     raise RuntimeError(f"the service does not start; see {log}")

@@ -195,10 +195,10 @@ def _missing(path: Path) -> str:
         return f"no metadata.json in {path}{f', but artifacts below it: {_few(inside)}' if inside else ''}. {cure}"
     folder = path.parent
     if is_there(path) and path.suffix != ".json":
-        return (
-            f"no metadata.json in {path}: it is a file. If it is an input file that neml2-compile wrote, load it with "
-            f"neml2.load_model({str(path)!r}, NAME), or give the folder that it names. {cure}"
-        )
+        found = find_root(path.parent)
+        above = perdevice.root_of(path.parent) if found is None else found[0]
+        whole = f" It belongs to the artifact {above}: give that." if above and path.suffix == ".pt2" else ""
+        return f"no metadata.json in {path}: it is a file{', a graph' if path.suffix == '.pt2' else ''}.{whole} {cure}"
     if path.suffix == ".json":
         return f"{path}: no such metadata file.{_beside(folder)} {cure}"
     return f"no metadata.json in {path}: there is no such folder.{_beside(folder)} {cure}"

@@ -111,9 +111,9 @@ def text(node: Node) -> str:
     """A name, without the spaces and odd characters that would make a riddle of each error that quotes it."""
     if isinstance(node.value, str) and node.value[:1] == "@" and NAME.fullmatch(node.value[1:]):
         raise ArtifactError(
-            f"{node.file}: {node.path} is {node.value!r}. Names that begin with @ are those that this plugin puts beside "
-            "the variables, in files and answers. Give it another name in the input file, and compile the model again "
-            "with neml2-compile."
+            f"{node.file}: {node.path} is {node.value!r}. Names that begin with @ are those that this plugin puts "
+            "beside the variables, in files and answers. Give it another name in the input file, and compile the model "
+            "again with neml2-compile."
         )
     if not isinstance(node.value, str) or not NAME.fullmatch(node.value):
         raise node.fail("a name")

@@ -1,4 +1,4 @@
-"""Read the options of a stub's `AOTIModel` block, whichever release of neml2-compile wrote it.
+"""Read a stub: which compiled model it has, and the options of its block, whichever neml2-compile wrote it.
 
 Since neml2 3.0.4 the artifact is an `artifact_path`, before it was the metadata file, `meta`. The stubs of 3.0.4 to
 3.0.6 name a `solver` besides, because their artifacts do not hold its settings.
@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArtifactNotFoundError, InputError
+from ..errors import ArtifactNotFoundError, InputError, UnknownNameError
+from ..files import require_plain
+from .files import is_there
+from .locate import root_of
 
 if TYPE_CHECKING:
     import nmhit
+
+AOTI_MODEL = "AOTIModel"
 
 # Option of a solver block: how to read it, and the field of `NewtonSettings` it is; None for one that changes nothing.
 NEWTON: dict[str, tuple[str, str | None]] = {
@@ -47,6 +52,87 @@ class Stub:
 
     artifact: Path
     solver: dict[str, Any] | None = None
+
+
+def is_input_file(path: Path) -> bool:
+    """Whether a path leads to a file that may be an input file: none of an artifact."""
+    return is_there(path) and path.suffix not in (".json", ".pt2")
+
+
+def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = ()) -> tuple[str, Stub]:
+    """Find a compiled model in a stub.
+
+    Args:
+        path: of the stub.
+        model: name of the model; not needed where there is one.
+        overrides: HIT overrides.
+
+    Returns:
+        Its name, and what its block asks for, with the path of the artifact resolved.
+
+    Raises:
+        InputError: it is no input file, has no such model, or the model's artifact is not there.
+    """
+    root = parse_input(path, overrides)
+    found = blocks(root, "Models")
+    compiled = {name: block for name, block in found.items() if block.param_optional_str("type", "") == AOTI_MODEL}
+    if model is None:
+        if not compiled:
+            raise InputError(
+                f"{path} has no compiled model (no block in [Models] of type {AOTI_MODEL}). Give the stub that "
+                "neml2-compile wrote, MODEL_aoti.i, or the artifact's folder."
+            )
+        if len(compiled) > 1:
+            raise InputError(
+                f"{path} has several compiled models: {', '.join(compiled)}. Give the name of one: behind the path in "
+                f"a command, or Model(..., name={next(iter(compiled))!r})."
+            )
+        (model,) = compiled
+    elif model not in compiled:
+        there = ", ".join(compiled) or "none"
+        raise UnknownNameError(f"{path} has no compiled model {model!r}; there are: {there}.")
+    try:
+        stub = read_stub(compiled[model], path.parent, lambda name: blocks(root, "Solvers").get(name))
+        artifact = stub.artifact.resolve()
+        root_of(artifact)
+    except (ArtifactNotFoundError, InputError) as error:
+        raise InputError(f"[Models/{model}] in {path}: {error}") from None
+    return model, Stub(artifact, stub.solver)
+
+
+def parse_input(path: Path, overrides: tuple[str, ...] = ()) -> nmhit.Root:
+    """Parse an input file, without building anything from it.
+
+    Args:
+        path: of the file.
+        overrides: HIT overrides, such as `Models/elastic/E:=210000`.
+
+    Raises:
+        InputError: there is no such file, or it is no input file.
+    """
+    import nmhit
+
+    if path.is_dir():
+        raise InputError(
+            f"{path}: is a folder. Give an input file, such as the stub beside the artifact, MODEL_aoti.i."
+        )
+    if not is_there(path):
+        raise InputError(f"{path}: no such file. Give an input file, such as the stub that neml2-compile wrote.")
+    require_plain(path, "an input file, such as the stub that neml2-compile wrote")
+    try:
+        return nmhit.parse_file(str(path), [], list(overrides))
+    except (nmhit.Error, UnicodeDecodeError, OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{path}: cannot be read as an input file ({lines[0][:200]}).") from None
+
+
+def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:
+    """The blocks of a section of an input file, by name; a file may have the section several times."""
+    import nmhit
+
+    kind = nmhit.NodeType.Section
+    tops = [top for top in root.children(kind) if top.path() == section]
+    return {block.path(): block for top in tops for block in top.children(kind)}
 
 
 def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmhit.Node | None]) -> Stub:
@@ -125,15 +211,11 @@ def find(given: str, *folders: Path) -> Path:
 
 def drivers_of(stub: Path, model: str) -> list[str]:
     """Names of the drivers of a model in its stub; none where there is no stub, or it cannot be read."""
-    import nmhit
-
     try:
-        root = nmhit.parse_file(stub)
-    except (nmhit.Error, OSError, ValueError, RuntimeError):
+        drivers = blocks(parse_input(stub), "Drivers")
+    except InputError:
         return []
-    section = nmhit.NodeType.Section
-    found = (block for top in root.children(section) if top.path() == "Drivers" for block in top.children(section))
-    return [block.path() for block in found if block.param_optional_str("model", "") == model]
+    return [name for name, block in drivers.items() if block.param_optional_str("model", "") == model]
 
 
 def read_solver(block: nmhit.Node) -> dict[str, Any]:

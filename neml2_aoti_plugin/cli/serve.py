@@ -42,9 +42,11 @@ LIMITS: tuple[tuple[str, click.ParamType[Any], str], ...] = (
     ("--queue-rows", click.IntRange(1), "Rows that may wait for each model. [65536]"),
     ("--request-rows", click.IntRange(1), "Rows of one request. [65536]"),
     ("--body-bytes", click.IntRange(1), "Size of the body of a request. [16777216]"),
+    ("--bodies-bytes", click.IntRange(1), "Size of the bodies of all unanswered requests. [268435456]"),
     ("--header-bytes", click.IntRange(256), "Size of the headers of a request. [32768]"),
     ("--receive-seconds", click.FloatRange(0.01), "In which headers, and then the body, must arrive. [10]"),
     ("--answer-seconds", click.FloatRange(0.01), "In which a waiting request must be answered. [30]"),
+    ("--idle-seconds", click.FloatRange(0.01), "That a connection may be open without a request. [75]"),
     ("--stop-seconds", click.FloatRange(1), "In which accepted requests are finished at the end. [20]"),
     ("--connections", click.IntRange(1), "Open connections of each process. [1024]"),
 )
@@ -156,15 +158,17 @@ def command(
     if check:
         return show("serve", _checked(address, sources, token), as_json, render)
     service = Service(tuple(sources), bounds, token, threads, not quiet)
-    with address.bind() as bound:
-        try:
-            service.event_log().write("listening", address=address.told(bound), workers=workers, process=os.getpid())
-            if workers == 1:
-                run(service, bound)
-            else:
-                run_many(service, bound, workers)
-        finally:
-            address.release()
+    bound = address.bind()
+    try:
+        event_log = service.event_log()
+        event_log.write("starting", address=bound.address, workers=workers, process=os.getpid())
+        event_log.flush()
+        if workers == 1:
+            run(service, bound)
+        else:
+            run_many(service, bound, workers)
+    finally:
+        bound.release()
     return FINE
 
 

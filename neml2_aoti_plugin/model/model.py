@@ -17,7 +17,8 @@ from ..artifact.kinship import kinship
 from ..artifact.locate import absolute, locate
 from ..artifact.parse import read_metadata
 from ..artifact.schema import ImplicitSegment, Shape
-from ..errors import ArtifactError, InputError
+from ..artifact.stub import is_input_file, model_in
+from ..errors import ArtifactError, InputError, UnknownNameError
 from ..program.program import Program
 from ..settings import NewtonSettings, changed_settings, newton_settings
 from . import autograd, derivatives, parameter_file, recipe, solution
@@ -59,7 +60,7 @@ class Model(CompiledModule):
         artifact: folder of the metadata file.
 
     Args:
-        artifact: the artifact's folder, its metadata file, or a folder inside it.
+        artifact: the artifact's folder, its metadata file, a folder inside it, or the stub that names it.
         device: device to run on; torch's current default device if not given.
         dtype: `float64` or `float32`; if not given, float64 where compiled, else the only one compiled.
         mode: `rowwise` (each row of a batch iterates on its own) or `lockstep` (all rows iterate until the slowest has
@@ -67,6 +68,7 @@ class Model(CompiledModule):
             not given, else `rowwise`.
         solver: Newton settings in place of the artifact's own, by the field names of `NewtonSettings`.
         parameters: a file that `save_parameters` wrote, with values of the promoted parameters.
+        name: of the model, which a stub with several needs.
 
     Raises:
         ArtifactNotFoundError: there is no artifact, or none for that device and dtype.
@@ -84,12 +86,19 @@ class Model(CompiledModule):
         mode: str | None = None,
         solver: Mapping[str, Any] | None = None,
         parameters: str | os.PathLike[str] | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         self.mode = _mode(mode)
         self._given = absolute(artifact)
         self._solver = dict(solver) if solver else None
+        from_stub = is_input_file(self._given)
+        if from_stub:
+            _, stub = model_in(self._given, name)
+            self._given, self._solver = stub.artifact, {**(stub.solver or {}), **(solver or {})} or None
         self._load(device, dtype)
+        if name is not None and not from_stub and name != self._boundary.model:
+            raise UnknownNameError(f"{self._given} holds the model {self._boundary.model!r}, not {name!r}.")
         if parameters is not None:
             self.load_parameters(parameters)
 

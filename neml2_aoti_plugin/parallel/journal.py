@@ -17,8 +17,9 @@ if sys.platform != "win32":
 
 FORM = 2
 READY = json.dumps({"ready": True}).encode() + b"\n"
-# A link is not followed, and a pipe not waited for.
-FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+# A link is not followed, and a pipe not waited for; not every system has all of them.
+EXTRA = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")
+FLAGS = os.O_RDWR | os.O_CREAT | sum(getattr(os, name, 0) for name in EXTRA)
 # Of a line; what is longer is none of ours.
 LONGEST = 1 << 20
 

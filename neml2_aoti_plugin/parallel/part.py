@@ -11,8 +11,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..errors import InputError, InputTypeError
-from ..model import Model
+from ..errors import InputError
+from ..model import Model, as_model
 from .sinks import FileSink, require_same_journal
 from .sources import FAILED, Arrays, Rows
 
@@ -55,23 +55,18 @@ class Done:
     results: Rows | None = None
 
 
-def loaded_model(model: Model | str | os.PathLike[str]) -> Model:
+def loaded_model(given: Model | str | os.PathLike[str]) -> Model:
     """A model that rows can be mapped over.
 
     Args:
-        model: a model, or the path of its artifact.
+        given: a model, or the path of its artifact or of its stub.
 
     Raises:
         InputTypeError: it is neither.
         InputError: it is on a GPU, or its rows depend on each other.
         ArtifactError: as for `Model`.
     """
-    if isinstance(model, (str, os.PathLike)):
-        model = Model(model, device="cpu")
-    if not isinstance(model, Model):
-        raise InputTypeError(
-            f"model is a {type(model).__name__}, expected a neml2_aoti_plugin.Model or the path of an artifact."
-        )
+    model = as_model(given, device="cpu")
     if model.device.type != "cpu":
         raise InputError(
             f"{model.artifact} was loaded for {model.device}; rows from files are evaluated on a CPU. Load it with "

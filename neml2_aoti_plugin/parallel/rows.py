@@ -78,7 +78,7 @@ def map_rows(
     was when it is called again with the same arguments.
 
     Args:
-        model: a model, or the path of its artifact.
+        model: a model, or the path of its artifact or of its stub.
         source: a folder with a file `INPUT.npy` for each input; a Zarr group or its path; a dict from name of the input
             to an array or the path of a `.npy` file; or an iterable of such dicts, each a block of rows. An array is
             `(rows, *sub_batch, *base)`, or without the first axis for a value that all rows have in common.

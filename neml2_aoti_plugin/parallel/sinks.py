@@ -270,16 +270,11 @@ def require_same_journal(journal: Path, header: bytes) -> None:
 
 def _make_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     """Make an empty file a `.npy` file with room for an array."""
-    form: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    with file.open("r+b") as out:
-        np.lib.format.write_array_header_1_0(out, form)
-        out.flush()
-        size = out.tell() + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        if hasattr(os, "posix_fallocate"):
-            # Room on the disk, so that no process finds it full later on.
-            os.posix_fallocate(out.fileno(), 0, size)
-        else:
-            out.truncate(size)
+    array: Any = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        # Room on the disk, so that no process finds it full later on.
+        with file.open("r+b") as out:
+            os.posix_fallocate(out.fileno(), 0, array.offset + array.nbytes)
 
 
 def _require_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import InputTypeError
 from ..model import Model, Solution
 from .roles import Pair, Roles, earlier
 
@@ -108,25 +106,6 @@ def advanced(roles: Roles, old: Tensors, now: Tensors, mask: Tensor | None) -> T
                 value = torch.where(mask.reshape(mask.shape + (1,) * (kept.ndim - 1)), value, kept)
             new[earlier(name, lag)], value = value, kept
     return new
-
-
-def loaded(model: object) -> Model:
-    """A model, or one that is loaded from its path.
-
-    Args:
-        model: a `Model`, or the path of a compiled model's folder.
-
-    Raises:
-        InputTypeError: it is neither.
-    """
-    if isinstance(model, Model):
-        return model
-    if isinstance(model, (str, os.PathLike)):
-        return Model(model)
-    raise InputTypeError(
-        f"model is a {type(model).__name__}, expected a Model or the path of a compiled model's folder. Of a model "
-        "that neml2.load_model gave, take the folder: Points('aoti/NAME', n)."
-    )
 
 
 def evaluate(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import AOTIError, InputError, InputTypeError, UnknownNameError
-from ..model import Model
+from ..model import Model, as_model
 from . import state as states
 from .arrays import Array, Arrays, require_not_followed
-from .evaluation import Evaluator, Tensors, Trial, advanced, loaded
+from .evaluation import Evaluator, Tensors, Trial, advanced
 from .forms import DIMENSIONS, Dimension, Notation, forms_of
 from .interface import Interface, PointsResult, mask_of, result_of
 from .plane_stress import plane_stress_of
@@ -70,7 +70,7 @@ class Points:
     ) -> None:
         if dimension not in DIMENSIONS:
             raise InputError(f"dimension is {dimension!r}, expected one of {', '.join(map(repr, DIMENSIONS))}.")
-        self.model, self.n = loaded(model), _count(n)
+        self.model, self.n = as_model(model), _count(n)
         self.notation, self.dimension = notation, dimension
         where, outputs = str(self.model.artifact), self.model.outputs
         roles = roles_of(self.model, history or {}, driven)

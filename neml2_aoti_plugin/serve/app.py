@@ -13,7 +13,7 @@ from time import perf_counter
 from starlette.routing import Router
 
 from ..errors import InputError
-from ..model import Model
+from ..model import Model, name_at
 from .asgi import App
 from .bodies import Bodies
 from .event_log import EventLog
@@ -39,7 +39,7 @@ def app(
     processes has its own.
 
     Args:
-        models: artifacts, or loaded models, by name; or artifacts alone, which take the names of their folders.
+        models: paths of artifacts or stubs, or loaded models, by name; or paths alone, whose models keep their names.
         token: that requests must have, but for those that ask whether the service is there.
         limits: fields of `neml2_aoti_plugin.serve.limits.Limits`.
 
@@ -78,7 +78,6 @@ def build(
             models.failure = error
             event_log.error("not loaded", error)
             raise
-        event_log.write("ready", models=list(models.infers), process=os.getpid())
         sweep = asyncio.create_task(_sweep(models))
         try:
             yield
@@ -88,8 +87,8 @@ def build(
             event_log.write("stopped", process=os.getpid())
 
     # Starlette's router alone: what its application wraps around it is the business of Front.
-    router = Router(routes(models, metrics, gate), lifespan=lifespan)
-    return Front(router, models.direct, gate, event_log, metrics), models
+    router = Router(routes(models, metrics, gate, limits), lifespan=lifespan)
+    return Front(router, gate, event_log, metrics), models
 
 
 def _load(
@@ -125,7 +124,7 @@ def _sources(models: Mapping[str, Path_ | Model] | Iterable[Path_ | Source]) -> 
             found.append((name, _itself(given) if isinstance(given, Model) else Source(name, Path(given)).load))
     else:
         for one in models:
-            source = one if isinstance(one, Source) else Source(Path(one).name, Path(one))
+            source = one if isinstance(one, Source) else Source(name_at(one), Path(one))
             found.append((source.name, source.load))
     if not found:
         raise InputError("there is no model to serve. Give one artifact or more.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
@@ -17,21 +17,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 JSON: Headers = [(b"content-type", b"application/json")]
-# Where the service's own server puts a `Direct` into the scope of a request.
-DIRECT = "neml2_aoti_plugin.direct"
-
-
-class Direct(Protocol):
-    """A request in the hands of its server: what messages say too, but in less time."""
-
-    def body(self) -> bytes | None:
-        """The body, where all of it has come; else None, and nothing has happened."""
-
-    def has_gone(self) -> bool:
-        """Whether the client has closed the connection."""
-
-    def answer(self, status: int, headers: Headers, body: bytes) -> bool:
-        """Write an answer at once; tells whether it could."""
+# Where the service's own server puts a `Refused` into the scope of a request that has no room.
+REFUSED = "neml2_aoti_plugin.refused"
 
 
 def poll(receive: Receive) -> Message | None:
@@ -52,19 +39,14 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
     Args:
         send: of the request.
         status: of the answer.
-        headers: with that of the length.
+        headers: without that of the length.
         body: of the answer.
     """
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    length = (b"content-length", b"%d" % len(body))
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": body})
-
-
-def length_of(body: bytes) -> tuple[bytes, bytes]:
-    """The header that tells the length of a body."""
-    return b"content-length", b"%d" % len(body)
 
 
 async def refuse(refused: Refused, send: Send) -> None:
     """Answer with an error."""
-    body = orjson.dumps(refused.document)
-    await respond(send, refused.status, [*JSON, *refused.headers, length_of(body)], body)
+    await respond(send, refused.status, [*JSON, *refused.headers], orjson.dumps(refused.document))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from .asgi import Message, Receive
+from .asgi import Message, poll
 from .http_exchange import Exchange
 from .limits import Limits
 from .refusals import Refused
@@ -13,6 +13,8 @@ from .refusals import Refused
 
 class Bodies:
     """The memory that bodies of unanswered requests take, and may take.
+
+    What counts is what has come: a length that a client claims costs nothing, and keeps nobody else out.
 
     Args:
         limits: of the service.
@@ -22,36 +24,36 @@ class Bodies:
         self._limits = limits
         self._held = 0
 
-    def take(self, size: int) -> None:
-        """Take room for a body, until the request is answered.
+    async def read(self, exchange: Exchange) -> bytes:
+        """The body of a request, which takes room until it is released.
 
         Args:
-            size: number of bytes.
+            exchange: the request.
 
         Raises:
-            Refused: there is none.
+            Refused: it is compressed, too large or too slow, there is no room for it, or the client has gone.
         """
-        if self._held + size > self._limits.bodies_bytes:
+        self._check(exchange.headers)
+        message = poll(exchange.receive)
+        if message is not None and message["type"] == "http.request" and not message.get("more_body", False):
+            # It has come together with the headers, as small ones do.
+            return self._take(exchange, message)
+        parts: list[bytes] = []
+        try:
+            await asyncio.wait_for(self._rest(exchange, message, parts), self._limits.receive_seconds)
+        except asyncio.TimeoutError:
+            limit = self._limits.receive_seconds
             raise Refused(
-                503,
-                f"requests with {self._held} bytes are being answered; there is no room for {size} more.",
-                retry_after=1,
-            )
-        self._held += size
+                408, f"the body did not arrive within {limit:g} s; {exchange.held} bytes of it did."
+            ) from None
+        return b"".join(parts)
 
-    def release(self, size: int) -> None:
-        """Give room back."""
-        self._held -= size
+    def release(self, exchange: Exchange) -> None:
+        """Give room back once the request is answered."""
+        self._held -= exchange.held
 
-    def size_of(self, headers: Mapping[bytes, bytes]) -> int:
-        """How much room a request needs: as much as it tells, or as much as it may have.
-
-        Args:
-            headers: of the request.
-
-        Raises:
-            Refused: it tells more than it may have, or the body is compressed.
-        """
+    def _check(self, headers: Mapping[bytes, bytes]) -> None:
+        """Refuse what the headers tell to be wrong."""
         coding = headers.get(b"content-encoding", b"identity")
         if coding.lower() != b"identity":
             raise Refused(
@@ -59,49 +61,36 @@ class Bodies:
                 f"the body is compressed by {coding.decode('latin-1')!r}, which is not read here. Send it as it is.",
             )
         told = headers.get(b"content-length")
-        size = self._limits.body_bytes if told is None else int(told)
-        if size > self._limits.body_bytes:
-            raise self._too_large(size)
-        return size
+        if told is not None and int(told) > self._limits.body_bytes:
+            raise self._too_large(int(told))
 
-    async def read(self, exchange: Exchange) -> bytes:
-        """The body of a request.
-
-        Args:
-            exchange: the request.
-
-        Raises:
-            Refused: it is too large or too slow, or the client has gone.
-        """
-        message = exchange.poll()
-        if message is not None and not message.get("more_body", False) and message["type"] == "http.request":
-            # It has come together with the headers, as small ones do.
-            body: bytes = message.get("body", b"")
-            if len(body) > self._limits.body_bytes:
-                raise self._too_large(len(body))
-            return body
-        parts: list[bytes] = []
-        try:
-            await asyncio.wait_for(self._rest(message, exchange.receive, parts), self._limits.receive_seconds)
-        except asyncio.TimeoutError:
-            came, limit = sum(map(len, parts)), self._limits.receive_seconds
-            raise Refused(408, f"the body did not arrive within {limit:g} s; {came} bytes of it did.") from None
-        return b"".join(parts)
-
-    async def _rest(self, message: Message | None, receive: Receive, parts: list[bytes]) -> None:
-        size = 0
+    async def _rest(self, exchange: Exchange, message: Message | None, parts: list[bytes]) -> None:
         while True:
-            message = message or await receive()
+            message = message or await exchange.receive()
             if message["type"] != "http.request":
                 raise Refused(400, "the client has closed the connection before the end of the body.")
-            part: bytes = message.get("body", b"")
-            size += len(part)
-            if size > self._limits.body_bytes:
-                raise self._too_large(size)
-            parts.append(part)
+            parts.append(self._take(exchange, message))
             if not message.get("more_body", False):
                 return
             message = None
+
+    def _take(self, exchange: Exchange, message: Message) -> bytes:
+        """A part of a body, counted."""
+        part: bytes = message.get("body", b"")
+        size = exchange.held + len(part)
+        if size > self._limits.body_bytes:
+            raise self._too_large(size)
+        if self._held + len(part) > self._limits.bodies_bytes:
+            raise Refused(
+                503,
+                f"bodies of {self._held} bytes have come with requests that are not answered yet; there is no room for "
+                f"{len(part)} more.",
+                retry_after=1,
+                close=True,
+            )
+        self._held += len(part)
+        exchange.held = size
+        return part
 
     def _too_large(self, size: int) -> Refused:
         return Refused(413, f"the body has {size} bytes or more; {self._limits.body_bytes} are the most here.")

@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 
 from ..errors import AOTIError, ConvergenceError
+from ..model import Outcome
+from ..model.failure import Given, reasons
+from ..solve.outcome import failed_where, not_finite_rows
 from .calls import Call, joined
-from .operations import CONVERGED, COTANGENT, GRADIENT, ITERATIONS, TANGENT
-from .refusals import Refused, not_converged
+from .operations import CONVERGED, COTANGENT, GRADIENT, ITERATIONS, OUTCOME, TANGENT
+from .refusals import Refused, failed
 from .served import Served
 from .tensors import Array
 
 # What a call gets: its tensors by name, or why it gets none.
 Answer = dict[str, Array] | Refused
 Tensors = dict[str, Tensor]
+
+# How to get the rows that have not failed.
+REST = f"The operation 'solve' answers with the other rows, and tells in {OUTCOME!r} how each ended."
 
 
 def evaluate(served: Served, calls: Sequence[Call]) -> list[Answer]:
@@ -39,74 +45,61 @@ def evaluate(served: Served, calls: Sequence[Call]) -> list[Answer]:
         return [_refusal(served, error)]
 
 
-def _forward(served: Served, calls: Sequence[Call]) -> list[Answer]:
-    if served.implicit and len(calls) > 1:
-        return _solve(served, calls)
-    # The quickest way; it raises where a row fails, which one call alone may.
-    try:
-        outputs = served.model.forward(_inputs(served, calls), _overrides(served, calls))
-    except ConvergenceError as error:
-        return [not_converged(error.rows.tolist(), calls[0].rows)]  # type: ignore[attr-defined]
-    return _split(calls, {name: _array(value) for name, value in outputs.items()})
-
-
 def _solve(served: Served, calls: Sequence[Call]) -> list[Answer]:
     first = calls[0]
     inputs, overrides = _inputs(served, calls), _overrides(served, calls)
     found = served.model.solve(inputs, overrides, pairs=first.head.pairs)
     arrays = {name: _array(value) for name, value in found.outputs.items()}
     arrays.update((f"{out}:{by}", _array(x)) for out, row in found.blocks.items() for by, x in row.items())
-    converged = _array(found.converged)
+    outcome = _array(found.outcome)
     if first.operation.name == "solve":
-        return _split(calls, {**arrays, CONVERGED: converged, ITERATIONS: _array(found.iterations)})
+        fared = {CONVERGED: _array(found.converged), ITERATIONS: _array(found.iterations), OUTCOME: outcome}
+        return _split(calls, {**arrays, **fared})
     answers = _split(calls, arrays)
-    if not converged.all():
-        _refuse_failed(calls, answers, converged)
+    if outcome.any():
+        _refuse_failed(served, calls, answers, outcome)
     return answers
 
 
 def _jvp(served: Served, calls: Sequence[Call]) -> list[Answer]:
-    def run(chosen: Sequence[Call]) -> list[Answer]:
+    def run(chosen: Sequence[Call]) -> Tensors:
         given = _inputs(served, chosen)
         tangents = {
             name.removeprefix(TANGENT): given.pop(name) for name in chosen[0].head.names if name.startswith(TANGENT)
         }
         outputs, along = served.model.jvp(given, tangents, _overrides(served, chosen))
-        named = {**outputs, **{TANGENT + name: value for name, value in along.items()}}
-        return _split(chosen, {name: _array(value) for name, value in named.items()})
+        return {**outputs, **{TANGENT + name: value for name, value in along.items()}}
 
-    return _of_those_that_converge(calls, run)
+    return _of_those_that_converge(served, calls, run)
 
 
 def _param_vjp(served: Served, calls: Sequence[Call]) -> list[Answer]:
     """Each row has its own parameters, and so its own gradient; those of a call with common ones are summed."""
     shapes = served.model.parameter_base_shapes
 
-    def run(chosen: Sequence[Call]) -> list[Answer]:
+    def run(chosen: Sequence[Call]) -> Tensors:
         given = _inputs(served, chosen)
         cotangents = {
             name.removeprefix(COTANGENT): given.pop(name) for name in chosen[0].head.names if name.startswith(COTANGENT)
         }
-        if len(chosen) == 1:
-            gradients = served.model.param_vjp(given, cotangents, _overrides(served, chosen))
-            return [{GRADIENT + name: _array(value) for name, value in gradients.items()}]
-        gradients = served.model.param_vjp(given, cotangents, _per_row(served, chosen, list(shapes)))
-        answers = _split(chosen, {name: _array(value) for name, value in gradients.items()})
-        found: list[Answer] = []
-        for call, answer in zip(chosen, answers, strict=True):
-            assert not isinstance(answer, Refused)
-            common = {
-                name: name not in call.head.overrides or call.head.overrides[name].ndim == len(shapes[name])
+        overrides = _per_row(served, chosen, list(shapes)) if served.per_row else _overrides(served, chosen)
+        return served.model.param_vjp(given, cotangents, overrides)
+
+    answers: list[Answer] = []
+    for call, answer in zip(calls, _of_those_that_converge(served, calls, run), strict=True):
+        if not isinstance(answer, Refused):
+            summed = {
+                name: served.per_row
+                and (name not in call.head.overrides or call.head.overrides[name].ndim == len(shapes[name]))
                 for name in answer
             }
-            found.append({GRADIENT + n: x.sum(0) if common[n] else x for n, x in answer.items()})
-        return found
-
-    return _of_those_that_converge(calls, run)
+            answer = {GRADIENT + name: x.sum(0) if summed[name] else x for name, x in answer.items()}
+        answers.append(answer)
+    return answers
 
 
 _WAYS: dict[str, Callable[[Served, Sequence[Call]], list[Answer]]] = {
-    "forward": _forward,
+    "forward": _solve,
     "solve": _solve,
     "jacobian": _solve,
     "jvp": _jvp,
@@ -171,27 +164,58 @@ def _split(calls: Sequence[Call], arrays: dict[str, Array]) -> list[Answer]:
     return answers
 
 
-def _refuse_failed(calls: Sequence[Call], answers: list[Answer], converged: Array) -> None:
-    """Put refusals in the place of the answers to calls with rows that did not converge."""
+def _refuse_failed(served: Served, calls: Sequence[Call], answers: list[Answer], outcome: Array) -> None:
+    """Put refusals in the place of the answers to calls with rows that failed.
+
+    Args:
+        served: the model.
+        calls: that were evaluated.
+        answers: to each.
+        outcome: an `Outcome` for each row of all calls.
+    """
     start = 0
     for place, call in enumerate(calls):
-        own = converged[start : start + call.rows]
-        if not own.all():
-            answers[place] = not_converged(np.flatnonzero(~own).tolist(), call.rows)
+        own = outcome[start : start + call.rows]
+        if own.any():
+            words = {Outcome(code).words: np.flatnonzero(own == code).tolist() for code in np.unique(own[own > 0])}
+            lines = reasons(torch.from_numpy(own), _given(served, call))
+            answers[place] = failed(words, call.rows, " ".join([*lines, REST]))
         start += call.rows
 
 
-def _of_those_that_converge(calls: Sequence[Call], run: Callable[[Sequence[Call]], list[Answer]]) -> list[Answer]:
-    """Evaluate by a call that raises where a row fails: those without such rows once more by themselves."""
+def _given(served: Served, call: Call) -> Given:
+    bases = served.model.parameter_base_shapes
+    overrides = {name: x[None] if x.ndim == len(bases[name]) else x for name, x in call.head.overrides.items()}
+    return Given(_tensors(dict(zip(call.head.names, call.arrays, strict=True))), _tensors(overrides))
+
+
+def _tensors(arrays: dict[str, Array]) -> Tensors:
+    # Copied: torch warns of arrays that are not to be written to.
+    return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+
+
+def _of_those_that_converge(
+    served: Served, calls: Sequence[Call], run: Callable[[Sequence[Call]], Tensors]
+) -> list[Answer]:
+    """Evaluate by a call that tells nothing of single rows: those without rows that fail once more by themselves."""
+    rows = sum(call.rows for call in calls)
     try:
-        return run(calls)
+        values = run(calls)
+        together = calls[0].operation.name == "param_vjp" and not served.per_row
+        lost = not_finite_rows(values.values(), () if together else (rows,))
+        if lost is None:
+            return _split(calls, {name: _array(value) for name, value in values.items()})
+        marked = (TANGENT, COTANGENT)
+        given = {name: value for name, value in _inputs(served, calls).items() if not name.startswith(marked)}
+        outcome = failed_where(served.model.solve(given, _overrides(served, calls)).outcome, lost.expand(rows))
     except ConvergenceError as error:
-        converged = _array(error.converged_mask)  # type: ignore[attr-defined]
+        outcome = error.outcome  # type: ignore[attr-defined]
     answers: list[Answer] = [{} for _ in calls]
-    _refuse_failed(calls, answers, converged)
+    _refuse_failed(served, calls, answers, _array(outcome))
     fine = [place for place, answer in enumerate(answers) if not isinstance(answer, Refused)]
     if fine:
-        for place, answer in zip(fine, run([calls[place] for place in fine]), strict=True):
+        chosen = [calls[place] for place in fine]
+        for place, answer in zip(fine, _of_those_that_converge(served, chosen, run), strict=True):
             answers[place] = answer
     return answers
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from .asgi import DIRECT, App, Receive, Scope, Send, refuse
+from .asgi import REFUSED, App, Receive, Scope, Send, refuse
 from .event_log import EventLog
 from .http_exchange import EXCHANGE, Exchange
 from .metrics import Metrics
@@ -62,15 +62,13 @@ class Front:
 
     Args:
         app: answers requests.
-        direct: answers those at some addresses, by the path; these must be fast, and `app` is not asked.
         gate: who comes in.
         event_log: gets a line for each request.
         metrics: count it.
     """
 
-    def __init__(self, app: App, direct: Mapping[str, App], gate: Gate, event_log: EventLog, metrics: Metrics) -> None:
-        self._app, self._direct = app, direct
-        self._gate, self._event_log, self._metrics = gate, event_log, metrics
+    def __init__(self, app: App, gate: Gate, event_log: EventLog, metrics: Metrics) -> None:
+        self._app, self._gate, self._event_log, self._metrics = app, gate, event_log, metrics
         self._numbers, self._process = count(), token_hex(4)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,10 +79,12 @@ class Front:
         # With it, Starlette's router raises where there is nothing to be found.
         scope["app"] = self
         headers = dict(scope["headers"])
-        exchange = scope[EXCHANGE] = Exchange(self._id(headers), headers, receive, send, scope.pop(DIRECT, None))
+        exchange = scope[EXCHANGE] = Exchange(self._id(headers), headers, receive, send)
         try:
+            if REFUSED in scope:
+                raise scope[REFUSED]
             self._gate.check(scope["path"], headers)
-            await self._direct.get(scope["path"], self._app)(scope, receive, exchange.send)
+            await self._app(scope, receive, exchange.send)
         except (Refused, HTTPException) as error:
             refused = error if isinstance(error, Refused) else _told(scope, error)
             exchange.error = refused.message

@@ -46,14 +46,15 @@ class Limits:
             value = getattr(self, field.name)
             least = 0 if field.name in ("wait_ms", "loop_rows") else 1 if isinstance(field.default, int) else 0.001
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-                raise InputError(f"{field.name} is {value!r}, expected a number, {least} or more.")
-        if self.queue_rows < self.request_rows:
-            raise InputError(
-                f"queue_rows is {self.queue_rows}, but one request may have {self.request_rows} rows (request_rows), "
-                "and would never find room. Raise queue_rows, or lower request_rows."
-            )
-        if self.bodies_bytes < self.body_bytes:
-            raise InputError(
-                f"bodies_bytes is {self.bodies_bytes}, but one request may have {self.body_bytes} (body_bytes). Raise "
-                "bodies_bytes, or lower body_bytes."
-            )
+                raise InputError(f"{_named(field.name)} is {value!r}, expected a number, {least} or more.")
+        for whole, one, what in (("queue_rows", "request_rows", "rows"), ("bodies_bytes", "body_bytes", "bytes")):
+            if getattr(self, whole) < getattr(self, one):
+                raise InputError(
+                    f"{_named(whole)} is {getattr(self, whole)}, but one request may have {getattr(self, one)} {what} "
+                    f"({_named(one)}), and would never find room. Raise {whole}, or lower {one}."
+                )
+
+
+def _named(limit: str) -> str:
+    """A limit by its name in Python and by that on the command line."""
+    return f"{limit} (--{limit.replace('_', '-')})"

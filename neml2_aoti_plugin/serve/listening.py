@@ -18,6 +18,29 @@ MODE = 0o660
 
 
 @dataclass(frozen=True)
+class Bound:
+    """A bound socket.
+
+    Args:
+        socket: to listen on.
+        address: as a URL.
+        path: of a Unix socket.
+        identity: of what was made there.
+    """
+
+    socket: socket.socket
+    address: str
+    path: Path | None = None
+    identity: tuple[int, int] | None = None
+
+    def release(self) -> None:
+        """Close it, and remove a Unix socket if it is still the one that was made: another service may have its own."""
+        self.socket.close()
+        if self.path is not None and _identity(self.path) == self.identity:
+            self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
 class Address:
     """Where to listen.
 
@@ -38,8 +61,8 @@ class Address:
             return True
         return all(ipaddress.ip_address(found[4][0]).is_loopback for found in self._resolved())
 
-    def bind(self) -> socket.socket:
-        """A bound socket. It refuses connections until a process that has loaded its models listens.
+    def bind(self) -> Bound:
+        """Bind a socket. It refuses connections until a process that has loaded its models listens.
 
         Raises:
             InputError: the address is taken, or there is none such here.
@@ -52,18 +75,6 @@ class Address:
                 "--host, --port or --uds, or stop what listens there."
             ) from None
 
-    def told(self, bound: socket.socket) -> str:
-        """The address as a URL."""
-        if self.uds is not None:
-            return f"unix:{self.uds}"
-        host, port = bound.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    def release(self) -> None:
-        """Remove the Unix socket."""
-        if self.uds is not None:
-            self.uds.unlink(missing_ok=True)
-
     def _resolved(self) -> list[tuple[int, int, int, str, tuple[str, int]]]:
         try:
             return socket.getaddrinfo(  # type: ignore[return-value]
@@ -72,7 +83,7 @@ class Address:
         except (socket.gaierror, UnicodeError, OverflowError) as error:
             raise InputError(f"--host {self.host!r} is no address of this machine ({error}).") from None
 
-    def _bind_tcp(self) -> socket.socket:
+    def _bind_tcp(self) -> Bound:
         family, kind, protocol, _, address = self._resolved()[0]
         bound = socket.socket(family, kind, protocol)
         try:
@@ -82,9 +93,10 @@ class Address:
         except BaseException:
             bound.close()
             raise
-        return bound
+        host, port = bound.getsockname()[:2]
+        return Bound(bound, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
-    def _bind_unix(self, path: Path) -> socket.socket:
+    def _bind_unix(self, path: Path) -> Bound:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
             _remove_if_dead(path)
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -96,7 +108,17 @@ class Address:
             raise
         finally:
             os.umask(before)
-        return bound
+        return Bound(bound, f"unix:{path}", path, _identity(path))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from one that was made in its place; None where there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    # An inode's number may be given again; the time of change is also that of other rights.
+    return found.st_ino, found.st_mtime_ns
 
 
 def _remove_if_dead(path: Path) -> None:

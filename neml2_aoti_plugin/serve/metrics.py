@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from .operations import CONVERGED
 from .refusals import Refused
+from .served import VERSION, Served
 
 if TYPE_CHECKING:
     from .calls import Call
@@ -32,14 +35,18 @@ class Metrics:
         model, both = ["model"], ["model", "operation"]
         self._requests = Counter("neml2_requests", "Requests that were answered.", [*both, "status"], registry=own)
         self._seconds = Histogram(
-            "neml2_request_seconds", "Time from a request to its answer.", both, registry=own, buckets=_SECONDS
+            "neml2_request_seconds",
+            "Time from a request to its answer.",
+            [*both, "status"],
+            registry=own,
+            buckets=_SECONDS,
         )
         self._rows = Counter("neml2_rows", "Rows that were evaluated.", both, registry=own)
         self._calls = Histogram("neml2_call_seconds", "Time of a compiled call.", both, registry=own, buckets=_SECONDS)
         self._gathered = Histogram(
             "neml2_gathered_rows", "Rows that a compiled call gathered.", both, registry=own, buckets=_ROWS
         )
-        self._failed = Counter("neml2_rows_not_converged", "Rows that did not converge.", both, registry=own)
+        self._failed = Counter("neml2_rows_not_converged", "Rows that failed.", both, registry=own)
         self._queue = Gauge("neml2_queue_rows", "Rows that wait.", model, registry=own, multiprocess_mode="livesum")
         # Finding a child by its labels costs more than counting.
         self._children: dict[tuple[Any, ...], Any] = {}
@@ -54,7 +61,7 @@ class Metrics:
             seconds: that it took.
         """
         self._child(self._requests, model, operation, str(status)).inc()
-        self._child(self._seconds, model, operation).observe(seconds)
+        self._child(self._seconds, model, operation, str(status)).observe(seconds)
 
     def evaluated(
         self, model: str, call: Call, taken: Sequence[Waiting], answers: Sequence[Answer], seconds: float
@@ -76,8 +83,8 @@ class Metrics:
         for answer in answers:
             if isinstance(answer, Refused):
                 failed += len(answer.rows or ())
-            elif "converged" in answer and operation == "solve":
-                failed += int((~answer["converged"]).sum())
+            elif CONVERGED in answer:
+                failed += int((~answer[CONVERGED]).sum())
         if failed:
             self._child(self._failed, model, operation).inc(failed)
 
@@ -86,12 +93,42 @@ class Metrics:
         self._child(self._queue, model).set(rows)
 
     def page(self) -> bytes:
-        """All of it, in Prometheus' text format; of all processes where there are several."""
+        """All of it, in Prometheus' text format."""
+        return generate_latest(self._every())
+
+    def statistics(self, served: Served) -> dict[str, object]:
+        """What the protocol's extension tells of the evaluations of a model."""
+        totals: defaultdict[str, float] = defaultdict(float)
+        for family in self._every().collect():
+            for sample in family.samples:
+                labels = sample.labels
+                # Those that could not be read have no operation.
+                if labels.get("model") == served.name and labels.get("operation") in ("", *served.operations):
+                    fared = {"": "", "200": "success "}.get(labels.get("status", ""), "fail ")
+                    totals[fared + sample.name] += sample.value
+
+        def spent(name: str) -> dict[str, int]:
+            return {"count": int(totals[name + "_count"]), "ns": int(1e9 * totals[name + "_sum"])}
+
+        return {
+            "name": served.name,
+            "version": VERSION,
+            "inference_count": int(totals["neml2_rows_total"]),
+            "execution_count": int(totals["neml2_call_seconds_count"]),
+            "inference_stats": {
+                "success": spent("success neml2_request_seconds"),
+                "fail": spent("fail neml2_request_seconds"),
+                "compute_infer": spent("neml2_call_seconds"),
+            },
+        }
+
+    def _every(self) -> CollectorRegistry:
+        """What was counted; by all processes where there are several."""
         if SHARED not in os.environ:
-            return generate_latest(self._own)
+            return self._own
         every = CollectorRegistry()
         MultiProcessCollector(every)  # type: ignore[no-untyped-call]
-        return generate_latest(every)
+        return every
 
     def _child(self, metric: Any, *labels: str) -> Any:
         key = (metric, *labels)

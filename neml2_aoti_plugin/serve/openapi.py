@@ -39,7 +39,7 @@ _REQUEST = {
                 "parameter_overrides": {"type": "object", "description": "Values of promoted parameters by name."},
                 "binary_data_output": {"type": "boolean", "default": False},
             },
-            "additionalProperties": False,
+            "description": "Custom parameters, such as a priority, are passed over.",
         },
         "inputs": {"type": "array", "items": {"$ref": "#/components/schemas/tensor"}},
         "outputs": {
@@ -69,7 +69,7 @@ _ERROR = {
     "required": ["error"],
     "properties": {
         "error": {"type": "string"},
-        "rows": {"type": "array", "items": {"type": "integer"}, "description": "Rows that did not converge."},
+        "rows": {"type": "array", "items": {"type": "integer"}, "description": "Rows that failed."},
     },
 }
 # What each status means, beside 200.
@@ -80,7 +80,7 @@ _STATUSES = {
     "408": "The body did not arrive in time.",
     "413": "The body is too large, or has too many rows.",
     "415": "The body is compressed.",
-    "422": "Rows did not converge.",
+    "422": "Rows failed.",
     "429": "The queue of the model is full.",
     "503": "Models are being loaded, the service stops, or it has no room.",
     "504": "Not answered in time.",
@@ -105,6 +105,8 @@ def document(models: Sequence[Served]) -> dict[str, Any]:
         "/v2/health/live": {"get": _get("Whether the service is there.", open_=True)},
         "/v2/health/ready": {"get": _get("Whether it takes requests.", open_=True)},
         "/v2/models": {"get": _get("Names of the models.")},
+        "/v2/models/stats": {"get": _get("Statistics of all models.")},
+        "/v2/repository/index": {"post": _get("Names, versions and states of the models.")},
         "/metrics": {"get": _get("Metrics for Prometheus.", media="text/plain")},
         "/openapi.json": {"get": _get("This document.")},
     }
@@ -114,6 +116,8 @@ def document(models: Sequence[Served]) -> dict[str, Any]:
     ):
         paths[path] = {"parameters": parameters, "get": _get("Inputs, outputs and operations of a model.")}
         paths[path + "/ready"] = {"parameters": parameters, "get": _get("Whether a model takes requests.")}
+        paths[path + "/config"] = {"parameters": parameters, "get": _get("Configuration of a model.")}
+        paths[path + "/stats"] = {"parameters": parameters, "get": _get("Statistics of a model.")}
         paths[path + "/infer"] = {"parameters": parameters, "post": _infer()}
     return {
         "openapi": "3.1.0",

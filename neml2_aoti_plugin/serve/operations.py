@@ -12,7 +12,8 @@ from .tensors import Port
 
 # Prefixes of what operations take and give beside the model's own inputs and outputs.
 TANGENT, COTANGENT, GRADIENT = "tangent:", "cotangent:", "gradient:"
-CONVERGED, ITERATIONS = "converged", "iterations"
+# How each row fared; no variable has such a name.
+CONVERGED, ITERATIONS, OUTCOME = "@converged", "@iterations", "@outcome"
 
 DATATYPES = {torch.float64: "FP64", torch.float32: "FP32"}
 
@@ -69,7 +70,7 @@ def operations_of(model: Model) -> dict[str, Operation | Missing]:
     values = tuple(model.outputs)
     found: list[Operation | Missing] = [
         Operation("forward", inputs, iterates, values),
-        Operation("solve", inputs, iterates, (*values, CONVERGED, ITERATIONS)),
+        Operation("solve", inputs, iterates, (*values, CONVERGED, ITERATIONS, OUTCOME)),
     ]
     pairs = {f"{out}:{by}": (out, by) for out, by in model.derivative_pairs}
     if pairs:

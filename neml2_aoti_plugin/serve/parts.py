@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 from typing import Any
 
 import orjson
@@ -10,26 +12,65 @@ import orjson
 from .refusals import Refused, shown
 
 NOTHING: dict[str, Any] = {}
+# How parameters begin that change what is asked for, and so cannot be passed over.
+EXTENSIONS = ("shared_memory_", "classification")
 
 
 def read_json(text: bytes) -> Any:
     """Parse JSON, with the bare NaN and Infinity that Python's own module writes.
 
     Raises:
-        Refused: it is no JSON, or nested too deeply.
+        Refused: it is no JSON or nested too deeply, a number in it is too large, or an object has a name twice.
     """
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        first = error
-    if b"NaN" in text or b"Infinity" in text:
         try:
-            return json.loads(text)
-        except RecursionError:
-            raise Refused(400, "the request is nested too deeply.") from None
-        except (ValueError, UnicodeDecodeError) as error:
-            raise Refused(400, f"the request is no JSON: {error}.") from None
-    raise Refused(400, f"the request is no JSON: {first}.")
+            found = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            return _read_slowly(text)
+        # What comes to another number of colons may have a name twice, of which orjson takes the last.
+        if text.count(b":") != _colons(found):
+            _read_slowly(text)
+    except RecursionError:
+        raise Refused(400, "the request is nested too deeply.") from None
+    return found
+
+
+def _read_slowly(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_object, parse_float=_number, parse_int=_number)
+    except ValueError as error:
+        raise Refused(400, f"the request is no JSON: {error}.") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise Refused(400, f"{shown(twice)} is there twice in one object.")
+    return found
+
+
+def _number(text: str) -> float:
+    found = float(text)
+    if math.isinf(found):
+        raise Refused(400, f"the number {shown(text)} is too large.")
+    return found if "." in text or "e" in text or "E" in text else int(text)
+
+
+def _colons(value: object) -> int:
+    """The colons in the JSON of a value in which no name comes twice, if lists of numbers hold nothing else."""
+    found, parts = 0, [value]
+    while parts:
+        part = parts.pop()
+        if type(part) is dict:
+            found += len(part) + "".join(part).count(":")
+            parts += part.values()
+        elif type(part) is str:
+            found += part.count(":")
+        elif type(part) is list and part and type(part[0]) in (dict, str):
+            parts += part
+    return found
 
 
 def object_of(document: dict[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -55,6 +96,22 @@ def require_known(document: dict[str, Any], known: frozenset[str], where: str) -
     if not known.issuperset(document):
         listed = ", ".join(map(shown, [name for name in document if name not in known][:5]))
         raise Refused(400, f"{where}: unknown {listed}; known are {', '.join(sorted(known))}.")
+
+
+def pass_over(parameters: dict[str, Any], known: frozenset[str], where: str) -> None:
+    """Pass over custom parameters, such as a `content_type` or a `priority`, which the protocol lets clients send.
+
+    Raises:
+        Refused: what is asked for by an extension of the protocol that is not here, or what looks like a mistyped name.
+    """
+    for name in parameters:
+        if name in known:
+            continue
+        if name.startswith(EXTENSIONS):
+            raise Refused(400, f"{where}: {shown(name)} is of an extension of the protocol that this service lacks.")
+        meant = difflib.get_close_matches(name[:40], known, 1, 0.8)
+        if meant:
+            raise Refused(400, f"{where}: unknown {shown(name)}; did you mean {meant[0]!r}?")
 
 
 def id_of(document: dict[str, Any]) -> str | None:

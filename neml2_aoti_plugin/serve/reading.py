@@ -9,7 +9,7 @@ import numpy as np
 from .calls import Call, Head, Place
 from .limits import Limits
 from .operations import TANGENT, Operation
-from .parts import NOTHING, flag_of, id_of, object_of, read_json, require_known
+from .parts import NOTHING, flag_of, id_of, object_of, pass_over, read_json, require_known
 from .refusals import Refused, shown
 from .served import VERSION, Served
 from .tensors import Array, Port, from_binary, from_json, require_shape
@@ -63,7 +63,7 @@ def _read(served: Served, text: bytes, binary: memoryview, limits: Limits) -> Ca
         raise Refused(400, f"the request is {shown(document)}, expected a JSON object with 'inputs'.")
     require_known(document, _TOP, "the request")
     parameters = object_of(document, "parameters", "the request")
-    require_known(parameters, _PARAMETERS, "parameters")
+    pass_over(parameters, _PARAMETERS, "parameters")
     operation = _operation(served, parameters.get("operation", "forward"))
     given, places = _inputs(document, operation, binary, limits)
     rows = next(iter(given.values())).shape[0]
@@ -157,7 +157,7 @@ def _inputs(
             require_known(entry, _INPUT, f"input {name!r}")
         options = object_of(entry, "parameters", f"input {name!r}") if "parameters" in entry else NOTHING
         if options:
-            require_known(options, _INPUT_OPTIONS, f"parameters of input {name!r}")
+            pass_over(options, _INPUT_OPTIONS, f"parameters of input {name!r}")
         shape = (own, *port.shape)
         if "binary_data_size" in options:
             if "data" in entry:
@@ -243,7 +243,7 @@ def _outputs(document: dict[str, Any], operation: Operation, binary: bool) -> tu
             )
         require_known(entry, _OUTPUT, f"output {name!r}")
         options = object_of(entry, "parameters", f"output {name!r}")
-        require_known(options, _OUTPUT_OPTIONS, f"parameters of output {name!r}")
+        pass_over(options, _OUTPUT_OPTIONS, f"parameters of output {name!r}")
         found[name] = flag_of(options, "binary_data", f"output {name!r}") if "binary_data" in options else binary
     return tuple(found.items())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # How many row numbers a message lists, and how many the document does.
 SHOWN, LISTED = 20, 1000
@@ -61,20 +61,22 @@ class Refused(Exception):
         return found
 
 
-def not_converged(rows: Sequence[int], total: int) -> Refused:
-    """The refusal of a request in which rows did not converge.
+def failed(outcomes: Mapping[str, Sequence[int]], total: int, advice: str) -> Refused:
+    """The refusal of a request in which rows failed.
 
     Args:
-        rows: their numbers.
+        outcomes: numbers of the rows that ended so, by the words for it.
         total: number of rows of the request.
+        advice: what to do about it.
     """
-    listed = ", ".join(map(str, rows[:SHOWN])) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
-    return Refused(
-        422,
-        f"{len(rows)} of {total} rows did not converge: {listed}. Take smaller steps there, or ask for the operation "
-        "'solve', which answers with the other rows and tells in its output 'converged' which they are.",
-        rows=rows,
-    )
+    rows = sorted(row for some in outcomes.values() for row in some)
+    listed = "; ".join(f"{words}: {_listed(some)}" for words, some in outcomes.items())
+    return Refused(422, f"{len(rows)} of {total} rows failed ({listed}). {advice}", rows=rows)
+
+
+def _listed(rows: Sequence[int]) -> str:
+    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return ", ".join(map(str, rows[:SHOWN])) + more
 
 
 def shown(value: object) -> str:

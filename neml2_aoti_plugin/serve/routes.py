@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from .answers import write_answer
-from .asgi import JSON, App, Receive, Scope, Send
+from .asgi import JSON, Receive, Scope, Send, respond
 from .bodies import Bodies
 from .front import Gate
 from .gathering import Gatherer
@@ -25,6 +25,8 @@ from .reading import read_call
 from .refusals import Refused
 from .served import VERSION, Served
 
+# Of the protocol.
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"]
 HEADER_LENGTH = b"inference-header-content-length"
 
 
@@ -33,8 +35,6 @@ class Models:
 
     def __init__(self) -> None:
         self.infers: dict[str, Infer] = {}
-        # By the path, for those addresses that must be fast.
-        self.direct: dict[str, App] = {}
         self.loaded = False
         # Why they could not be loaded.
         self.failure: Exception | None = None
@@ -42,9 +42,6 @@ class Models:
     def take(self, infers: Mapping[str, Infer]) -> None:
         """Have models that are loaded."""
         self.infers.update(infers)
-        for name, infer in infers.items():
-            for path in (f"/v2/models/{name}/infer", f"/v2/models/{name}/versions/{VERSION}/infer"):
-                self.direct[path] = infer
         self.loaded = True
 
     def find(self, scope: Scope) -> Infer:
@@ -91,8 +88,6 @@ class Infer:
         exchange: Exchange = scope[EXCHANGE]
         served, bodies = self.served, self._bodies
         exchange.model = served.name
-        size = bodies.size_of(exchange.headers)
-        bodies.take(size)
         try:
             body = await bodies.read(exchange)
             call = read_call(served, body, exchange.headers.get(HEADER_LENGTH), self._limits)
@@ -100,24 +95,25 @@ class Infer:
             arrays = await self.gatherer.submit(call, exchange)
             headers, answer = write_answer(served.name, call, arrays)
         finally:
-            bodies.release(size)
-        await exchange.respond(200, headers, answer)
+            bodies.release(exchange)
+        await respond(send, 200, headers, answer)
 
 
-def routes(models: Models, metrics: Metrics, gate: Gate) -> list[BaseRoute]:
+def routes(models: Models, metrics: Metrics, gate: Gate, limits: Limits) -> list[BaseRoute]:
     """All routes.
 
     Args:
         models: by name.
         metrics: of the process.
         gate: who comes in.
+        limits: of the service.
     """
 
     async def server(request: Request) -> Response:
         return _json(
             request,
             "server",
-            {"name": "neml2-aoti", "version": __version__, "extensions": ["binary_tensor_data"]},
+            {"name": "neml2-aoti", "version": __version__, "extensions": EXTENSIONS},
         )
 
     async def live(request: Request) -> Response:
@@ -138,6 +134,17 @@ def routes(models: Models, metrics: Metrics, gate: Gate) -> list[BaseRoute]:
     async def model_ready(request: Request) -> Response:
         found = models.find(request.scope)
         return _json(request, "health", {"name": found.served.name, "ready": models.loaded and gate.open})
+
+    async def config(request: Request) -> Response:
+        return _json(request, "metadata", models.find(request.scope).served.config(limits.request_rows))
+
+    async def stats(request: Request) -> Response:
+        chosen = [models.find(request.scope)] if "model" in request.path_params else list(models.infers.values())
+        return _json(request, "metadata", {"model_stats": [metrics.statistics(found.served) for found in chosen]})
+
+    async def index(request: Request) -> Response:
+        entries = [{"name": name, "version": VERSION, "state": "READY"} for name in models.infers]
+        return _json(request, "metadata", entries)
 
     async def openapi(request: Request) -> Response:
         return _json(request, "metadata", document([found.served for found in models.infers.values()]))
@@ -164,8 +171,12 @@ def routes(models: Models, metrics: Metrics, gate: Gate) -> list[BaseRoute]:
         Route("/v2/health/ready", ready),
         Route("/v2", server),
         Route("/v2/models", listed),
+        Route("/v2/repository/index", index, methods=["POST"]),
+        Route("/v2/models/stats", stats),
         *(Route(path, model) for path in both),
         *(Route(path + "/ready", model_ready) for path in both),
+        *(Route(path + "/config", config) for path in both),
+        *(Route(path + "/stats", stats) for path in both),
         Route("/openapi.json", openapi),
         Route("/metrics", measured),
         Route("/", home),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..model import Model
+from ..model import Model, Outcome
 from .operations import DATATYPES, Missing, Operation, operations_of
 
 PLATFORM = "neml2_aoti"
@@ -108,8 +108,31 @@ class Served:
                     name: {"shape": list(value.shape), "value": value.detach().cpu().tolist()}
                     for name, value in self.model.named_parameters().items()
                 },
+                # What the numbers in the output @outcome mean.
+                "outcomes": [outcome.words for outcome in Outcome],
                 "digest": self.model.digest,
             },
+        }
+
+    def config(self, rows: int) -> dict[str, object]:
+        """The model's configuration, as the protocol's extension has it.
+
+        Args:
+            rows: the most that one request may have.
+        """
+        forward = self.operations["forward"]
+        assert isinstance(forward, Operation)
+        kind = f"TYPE_{self.datatype}"
+        return {
+            "name": self.name,
+            "platform": PLATFORM,
+            "backend": PLATFORM,
+            "max_batch_size": rows,
+            "input": [{"name": n, "data_type": kind, "dims": list(port.shape)} for n, port in forward.inputs.items()],
+            "output": [
+                {"name": n, "data_type": kind, "dims": list(known.natural_shape)}
+                for n, known in self.model.outputs.items()
+            ],
         }
 
 
@@ -122,5 +145,5 @@ def require_names(names: Sequence[str]) -> None:
     for place, name in enumerate(names):
         if name in names[:place]:
             raise InputError(f"two models have the name {name!r}. Give one of them another: --name NAME=PATH.")
-        if not name or "/" in name or not name.isprintable():
+        if not name or "/" in name or not name.isprintable() or name == "stats":
             raise InputError(f"a model has the name {name!r}, which no address can have: --name NAME=PATH.")

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import FrameType
@@ -21,6 +22,7 @@ from .connection import bounded
 from .event_log import EventLog, Handler
 from .front import Gate
 from .limits import Limits
+from .listening import Bound
 from .served import Source
 
 # After the time that accepted requests have, for the process itself to end; seconds.
@@ -46,8 +48,8 @@ class Service:
     log_requests: bool = True
 
     def event_log(self) -> EventLog:
-        """The log, on the standard output."""
-        return EventLog(sys.stdout.buffer, requests=self.log_requests)
+        """The log, on the standard output, if there is one."""
+        return EventLog(sys.stdout.fileno() if sys.stdout else None, requests=self.log_requests)
 
 
 class Server(uvicorn.Server):
@@ -56,11 +58,15 @@ class Server(uvicorn.Server):
     Args:
         config: of uvicorn.
         gate: that is closed then.
+        listening: called once connections are accepted.
+        leave: called where it is told to stop before that.
     """
 
-    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+    def __init__(
+        self, config: uvicorn.Config, gate: Gate, listening: Callable[[], None], leave: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._gate = gate
+        self._gate, self._listening, self._leave = gate, listening, leave
         # A compiled call cannot be broken off; where it takes longer than all may, the process leaves it.
         seconds = (config.timeout_graceful_shutdown or 0) + LEAVE
         self.last = threading.Timer(seconds, os._exit, (0,))
@@ -69,34 +75,50 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start; what was loaded is left out of garbage collections, which would look at all of it each time."""
         await super().startup(sockets)
-        gc.collect()
-        gc.freeze()
+        # Where models cannot be loaded, newer releases of uvicorn raise here, and older ones do not.
+        if self.started:
+            gc.collect()
+            gc.freeze()
+            self._listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, by a signal."""
+        if not self.started:
+            # Nothing was accepted. What compiles kernels or runs a graph can be neither broken off nor relied on to
+            # pass an exception on.
+            self._leave()
+            os._exit(0)
         if self._gate.open:
             self._gate.open = False
             self.last.start()
         super().handle_exit(sig, frame)
 
 
-def run(service: Service, bound: socket.socket) -> None:
+def run(service: Service, bound: Bound, *, owner: bool = True) -> None:
     """Serve until a signal to stop; then finish what was accepted, and return.
 
     Args:
         service: what to serve.
         bound: the socket to listen on.
+        owner: whether the socket is for this process to remove, where it is told to stop before it listens.
 
     Raises:
         AOTIError: a model cannot be loaded.
         RuntimeError: a model cannot be evaluated.
     """
-    import torch
-
-    torch.set_num_threads(service.threads)
     event_log, gate = service.event_log(), Gate(service.token.encode() if service.token is not None else None)
     _take_logs(event_log)
     application, models = build(service.sources, service.limits, event_log, gate)
+
+    def listening() -> None:
+        event_log.write("listening", address=bound.address, models=list(models.infers), process=os.getpid())
+
+    def leave() -> None:
+        event_log.write("stopped", process=os.getpid())
+        event_log.flush()
+        if owner:
+            bound.release()
+
     config = uvicorn.Config(
         application,
         http=bounded(service.limits),
@@ -110,19 +132,24 @@ def run(service: Service, bound: socket.socket) -> None:
         timeout_keep_alive=math.ceil(service.limits.idle_seconds),
         timeout_graceful_shutdown=math.ceil(service.limits.stop_seconds),
     )
-    server = Server(config, gate)
-    # uvicorn restores these handlers and raises the signal again once it has stopped: the exit status is then ours.
+    server = Server(config, gate, listening, leave)
+    # From now on, and not only within uvicorn, which restores these handlers and raises the signal again once it has
+    # stopped: the exit status is then ours.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, server.handle_exit)
+    import torch
+
+    torch.set_num_threads(service.threads)
     try:
-        server.run(sockets=[bound])
+        server.run(sockets=[bound.socket])
     except SystemExit:
         if models.failure is None:
             raise
-        raise models.failure from None
     finally:
         server.last.cancel()
         event_log.flush()
+    if models.failure is not None:
+        raise models.failure
 
 
 def _take_logs(event_log: EventLog) -> None:

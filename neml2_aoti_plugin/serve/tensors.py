@@ -24,6 +24,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 # What a number in JSON may be read as, all entries of one list looked at together.
 _NUMBERS = {float, int}
+_INTEGERS = {int}
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,11 @@ def require_shape(shape: object, port: Port) -> int:
     Raises:
         Refused: it is another one.
     """
-    # `type` and not isinstance: true is no extent.
-    if type(shape) is list and shape and type(shape[0]) is int and shape[0] >= 1 and tuple(shape[1:]) == port.shape:
+    # `type` and not isinstance: neither true nor 6.0 is an extent.
+    if type(shape) is list and shape and _INTEGERS.issuperset(map(type, shape)):
         rows: int = shape[0]
-        return rows
+        if rows >= 1 and tuple(shape[1:]) == port.shape:
+            return rows
     wanted = ", ".join(("rows", *map(str, port.shape)))
     raise Refused(400, f"input {port.name!r} has the shape {shown(shape)}, expected [{wanted}] with one row or more.")
 

@@ -14,10 +14,13 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 
 from ..errors import ArtifactError
+from .listening import Bound
 from .metrics import SHARED
 from .server import Service, run
 
@@ -29,7 +32,7 @@ PAUSE, TRIES = 1.0, 5
 LEAVE = 5.0
 
 
-def run_many(service: Service, bound: socket.socket, count: int) -> None:
+def run_many(service: Service, bound: Bound, count: int) -> None:
     """Serve by several processes until a signal to stop.
 
     Args:
@@ -57,7 +60,7 @@ class Workers:
         count: number of processes.
     """
 
-    def __init__(self, service: Service, bound: socket.socket, count: int) -> None:
+    def __init__(self, service: Service, bound: Bound, count: int) -> None:
         self._service, self._bound, self._count = service, bound, count
         self._event_log = service.event_log()
         # Not forked: torch's threads and loaded graphs do not survive a fork.
@@ -89,7 +92,9 @@ class Workers:
 
     def _start(self) -> None:
         process = self._context.Process(target=work, args=(self._service, self._bound), name="neml2-aoti-serve")
-        process.start()
+        # Ctrl-C goes to all processes; this one tells the others, also those that do not listen to signals yet.
+        with _interrupts_wait():
+            process.start()
         self._running[process] = time.monotonic()
 
     def _replace_dead(self) -> None:
@@ -117,13 +122,27 @@ class Workers:
                 self._event_log.write("process killed", level="error", process=process.pid)
                 process.kill()
                 process.join()
+        self._event_log.flush()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait; processes that are started meanwhile never get it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # Exit status of a process that could not load its models.
 FAILED = 3
 
 
-def work(service: Service, bound: socket.socket) -> None:
+def work(service: Service, bound: Bound) -> None:
     """What each process does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -135,7 +154,7 @@ def work(service: Service, bound: socket.socket) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     try:
-        run(service, bound)
+        run(service, bound, owner=False)
     except Exception:
         # The application has logged it.
         raise SystemExit(FAILED) from None

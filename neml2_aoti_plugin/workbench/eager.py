@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact.schema import Aliases
+from ..artifact.stub import AOTI_MODEL, parse_input
 from ..errors import AOTIError, InputError
 from ..model import Model
 from .points import defaults, first_line
-from .target import AOTI_MODEL, parse_input, require_block
+from .target import require_block
 
 Tensors = dict[str, Tensor]
 Pair = tuple[str, str]

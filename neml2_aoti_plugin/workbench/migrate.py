@@ -17,11 +17,12 @@ from ..artifact.locate import METADATA, locate
 from ..artifact.parse import read_metadata
 from ..artifact.place import Place
 from ..artifact.rewrite import Rewritten, rewrite
+from ..artifact.stub import AOTI_MODEL, parse_input
 from ..artifact.upgrade import NEWEST
 from ..errors import AOTIError, ArtifactError, InputError
 from ..files import require_outside_artifacts
 from .describe import name_of, release_of
-from .target import AOTI_MODEL, Target, parse_input, places, require_block
+from .target import Target, places, require_block
 
 STUB = """[Models]
   [{model}]

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..artifact.stub import AOTI_MODEL, blocks, parse_input
 from ..errors import AOTIError, InputError, UnknownNameError
 from ..model import Model
 from ..tensor_files import Header, read_tensors
 from .names import lag
-from .target import AOTI_MODEL, Target, blocks, find_target, parse_input, require_block
+from .target import Target, find_target, require_block
 
 if TYPE_CHECKING:
     from ..host.hit import AOTIModel

@@ -9,20 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact import perdevice
 from ..artifact.compatibility import files_of
-from ..artifact.files import is_there
 from ..artifact.locate import absolute, find_root, leaves, locate, root_of
 from ..artifact.parse import read_metadata
 from ..artifact.place import Place
 from ..artifact.schema import Metadata
-from ..artifact.stub import read_stub
+from ..artifact.stub import blocks, is_input_file, model_in
 from ..errors import ArtifactNotFoundError, InputError, UnknownNameError
-from ..files import require_plain
 from ..model import Model
 
 if TYPE_CHECKING:
     import nmhit
-
-AOTI_MODEL = "AOTIModel"
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,9 @@ def find_target(given: str | os.PathLike[str], model: str | None = None, overrid
         InputError: there is neither an artifact nor a stub, or the stub has no such model.
     """
     path = absolute(given)
-    if is_there(path) and path.suffix != ".json":
-        return _in_stub(path, model, overrides)
+    if is_input_file(path):
+        name, stub = model_in(path, model, overrides)
+        return Target(stub.artifact, name, path, stub.solver)
     try:
         root = root_of(path)
     except ArtifactNotFoundError as error:
@@ -134,41 +131,6 @@ def places(target: Target) -> list[Place]:
     return [locate(file) for file in files]
 
 
-def parse_input(path: Path, overrides: tuple[str, ...] = ()) -> nmhit.Root:
-    """Parse an input file, without building anything from it.
-
-    Args:
-        path: of the file.
-        overrides: HIT overrides, such as `Models/elastic/E:=210000`.
-
-    Raises:
-        InputError: there is no such file, or it is no input file.
-    """
-    import nmhit
-
-    if path.is_dir():
-        raise InputError(
-            f"{path}: is a folder. Give an input file, such as the stub beside the artifact, MODEL_aoti.i."
-        )
-    if not is_there(path):
-        raise InputError(f"{path}: no such file. Give an input file, such as the stub that neml2-compile wrote.")
-    require_plain(path, "an input file, such as the stub that neml2-compile wrote")
-    try:
-        return nmhit.parse_file(str(path), [], list(overrides))
-    except (nmhit.Error, UnicodeDecodeError, OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path}: cannot be read as an input file ({lines[0][:200]}).") from None
-
-
-def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:
-    """The blocks of a section of an input file, by name; a file may have the section several times."""
-    import nmhit
-
-    kind = nmhit.NodeType.Section
-    tops = [top for top in root.children(kind) if top.path() == section]
-    return {block.path(): block for top in tops for block in top.children(kind)}
-
-
 def require_block(root: nmhit.Node, section: str, name: str, path: Path) -> nmhit.Node:
     """A block of an input file.
 
@@ -187,31 +149,3 @@ def require_block(root: nmhit.Node, section: str, name: str, path: Path) -> nmhi
             f"{path} has no block [{section}/{name}]; in [{section}] there are: {', '.join(found) or 'none'}."
         )
     return found[name]
-
-
-def _in_stub(path: Path, model: str | None, overrides: tuple[str, ...]) -> Target:
-    root = parse_input(path, overrides)
-    compiled = {
-        name: block
-        for name, block in blocks(root, "Models").items()
-        if block.param_optional_str("type", "") == AOTI_MODEL
-    }
-    if model is None:
-        if not compiled:
-            raise InputError(
-                f"{path} has no compiled model (no block in [Models] of type {AOTI_MODEL}). Give the stub that "
-                "neml2-compile wrote, MODEL_aoti.i, or the artifact's folder."
-            )
-        if len(compiled) > 1:
-            raise InputError(f"{path} has several compiled models: {', '.join(compiled)}. Give the name of one.")
-        (model,) = compiled
-    elif model not in compiled:
-        there = ", ".join(compiled) or "none"
-        raise UnknownNameError(f"{path} has no compiled model {model!r}; there are: {there}.")
-    try:
-        stub = read_stub(compiled[model], path.parent, lambda name: blocks(root, "Solvers").get(name))
-        artifact = stub.artifact.resolve()
-        root_of(artifact)
-    except (ArtifactNotFoundError, InputError) as error:
-        raise InputError(f"[Models/{model}] in {path}: {error}") from None
-    return Target(artifact, model, path, stub.solver)

@@ -21,6 +21,9 @@ def main(address: str, model: str) -> dict[str, Any]:
         "absent_ready": client.is_model_ready("absent"),
         "server": client.get_server_metadata(),
         "model": client.get_model_metadata(model),
+        "config": client.get_model_config(model),
+        "statistics": client.get_inference_statistics(model),
+        "index": client.get_model_repository_index(),
     }
     for mode in (False, True):
         inputs = []
@@ -28,7 +31,7 @@ def main(address: str, model: str) -> dict[str, Any]:
             inputs.append(triton.InferInput(name, list(array.shape), "FP64"))
             inputs[-1].set_data_from_numpy(array, binary_data=mode)
         outputs = [triton.InferRequestedOutput("stress", binary_data=mode)]
-        result = client.infer(model, inputs, outputs=outputs, request_id="seven")
+        result = client.infer(model, inputs, outputs=outputs, request_id="seven", priority=1, timeout=10**7)
         whole = client.infer(model, inputs, parameters={"operation": "solve"})
         found["binary" if mode else "json"] = {
             "stress": result.as_numpy("stress").tolist(),

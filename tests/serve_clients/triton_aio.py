@@ -23,6 +23,9 @@ async def main(address: str, model: str) -> dict[str, Any]:
             "absent_ready": await client.is_model_ready("absent"),
             "server": await client.get_server_metadata(),
             "model": await client.get_model_metadata(model),
+            "config": await client.get_model_config(model),
+            "statistics": await client.get_inference_statistics(model),
+            "index": await client.get_model_repository_index(),
         }
         for mode in (False, True):
             inputs = []
@@ -31,7 +34,7 @@ async def main(address: str, model: str) -> dict[str, Any]:
                 inputs[-1].set_data_from_numpy(array, binary_data=mode)
             outputs = [triton.InferRequestedOutput("stress", binary_data=mode)]
             result, whole = await asyncio.gather(
-                client.infer(model, inputs, outputs=outputs, request_id="seven"),
+                client.infer(model, inputs, outputs=outputs, request_id="seven", priority=1, timeout=10**7),
                 client.infer(model, inputs, parameters={"operation": "solve"}),
             )
             found["binary" if mode else "json"] = {
