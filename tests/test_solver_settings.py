@@ -96,7 +96,8 @@ def test_iterations_count_updates_and_miters_one_more() -> None:
     model.set_solver(miters=most)
     fewer = model.solve(inputs)
     assert not bool(fewer.converged.all())
-    assert int(fewer.iterations.max()) == most - 1
+    # It is solved again without chord steps, as many updates long, before it counts as failed.
+    assert int(fewer.iterations.max()) == 2 * (most - 1)
     with pytest.raises(ConvergenceError, match=f"miters={most}"):
         model.forward(inputs)
 
