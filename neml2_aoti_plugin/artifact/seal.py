@@ -90,8 +90,8 @@ def verify(root: Path) -> dict[str, str] | None:
         raise ArtifactError(
             f"{root} is not as it was sealed in {target.name}:\n"
             + "\n".join(f"- {line}." for line in found)
-            + "\nCopy "
-            f"the artifact again from where it came. Only if you know the change and trust it: neml2-aoti seal {root}"
+            + f"\nIf you have compiled the model again since, seal it again: neml2-aoti seal {root}. If not, copy the "
+            "artifact again from where it came."
         )
     return {str(root.parent / name): digest for name, digest in wanted.items()}
 

@@ -102,12 +102,15 @@ def parameter_values(
             continue
         holder = factory._find_in_section(section, name) if section in BUILT else None
         kind = holder.param_optional_str("type", "") if holder is not None else ""
-        # Where the file cannot be parsed alone, only a block without a type is known to be an override.
-        given = written.get(option.path) != option.text if written is not None else section in BUILT and not kind
+        # Where the file cannot be parsed alone, it is known only of a block that neml2 cannot build.
+        given = (
+            written.get(option.path) != option.text if written is not None else own or (section in BUILT and not kind)
+        )
         if not (own or given):
             continue
         if section == "Models" and key and (own or not kind):
-            parameter = _parameter(option, authored, model)
+            # What is in the file would be read by `load_model` alone, not by others that read stubs.
+            parameter = _parameter(option, authored, model) if given else None
             if parameter is not None:
                 values[parameter] = _value(option, factory, parameters[parameter])
                 continue
@@ -253,10 +256,11 @@ def _cure(
         )
     if section in ("Models", "EquationSystems", "Data") and (not kind or block == model):
         paths = ", ".join(f"Models/{model}/{name.removeprefix(f'{model}.')}" for name in authored.values())
+        parameters = f"the promoted parameters, by overrides of {paths}, and " if paths else ""
         return (
-            f"What the model {model!r} was made of is compiled. What can be changed here is "
-            f"{f'its promoted parameters ({paths}) and ' if paths else ''}the options {', '.join(schema.names)} of "
-            f"[Models/{model}]. For anything else compile the model again, with this override or with -p PARAMETER."
+            f"What the model {model!r} was made of is compiled. What can be changed here is {parameters}the options "
+            f"{', '.join(schema.names)} of [Models/{model}]. For anything else compile the model again, with this "
+            "override or with -p PARAMETER."
         )
     there = [found.path() for found in _blocks(root, section)]
     if kind:
