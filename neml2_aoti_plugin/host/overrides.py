@@ -116,7 +116,7 @@ def parameter_values(
                 continue
             if any(_parameter(option, names, other) is not None for other, names in _other_models(model, factory)):
                 continue
-        elif _is_read(option, root, holder, kind, written or ()):
+        elif _is_read(option, holder, kind, written or ()):
             continue
         cure = _cure(option, kind, model, schema, authored, root)
         raise InputError(f"{option.path} is {option.text}, which nobody reads. {cure}")
@@ -216,12 +216,12 @@ def _other_models(model: str, factory: Any) -> Iterator[tuple[str, dict[str, str
         yield block.path(), {renamed.get(p.name, p.name): p.name for p in metadata.parameters}
 
 
-def _is_read(option: Option, root: nmhit.Node, holder: Any, kind: str, written: Collection[str]) -> bool:
+def _is_read(option: Option, holder: Any, kind: str, written: Collection[str]) -> bool:
     """Whether neml2 may read an option that is not of `[Models]`, or of a block there that has a type."""
     section, block, key = option.parts
     if not block:
-        # Others may refer to it.
-        return section in written or any(f"${{{section}}}" in other.text for other in _options(root))
+        # A variable, which programs give to every input file, whether it refers to it or not.
+        return True
     if section == "Settings":
         return block in {field.name for field in fields(Settings)}
     if section not in BUILT:
