@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import FINE, SHORT
-from .options import MOST_ROWS, SEED, Finite, assignments
+from .options import MOST_ROWS, SEED, Finite, assignments, refuse_together
 from .output import device_options, json_option, show
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ def command(
     from ..workbench.verify import Wanted, verify
 
     scales = assignments(scale, "--scale")
+    if source_model is not None and against is None:
+        raise click.UsageError("--source-model names a model in INPUT.i. Give that file as well: --against INPUT.i")
+    refuse_together({"--golden": golden, "--points": points, "--driver or --scale": driver or scales})
     if picture is not None:
         require_drawable(picture)
     where = Where(points, driver, rows, seed, scales)

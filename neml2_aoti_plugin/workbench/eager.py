@@ -17,6 +17,9 @@ from ..model import Model
 from .points import defaults, first_line
 from .target import require_block
 
+# What to give where another file was given.
+SOURCE = "the input file that was compiled"
+
 Tensors = dict[str, Tensor]
 Pair = tuple[str, str]
 Blocks = dict[Pair, Tensor]
@@ -36,9 +39,9 @@ class Source:
     """
 
     def __init__(self, path: Path, name: str, compiled: Model, aliases: Aliases) -> None:
-        block = require_block(parse_input(path), "Models", name, path)
+        block = require_block(parse_input(path, what=SOURCE), "Models", name, path)
         if block.param_optional_str("type", "") == AOTI_MODEL:
-            raise InputError(f"[Models/{name}] in {path} is compiled itself. Give the input file that was compiled.")
+            raise InputError(f"[Models/{name}] in {path} is compiled itself. Give {SOURCE}.")
         import neml2
 
         try:
