@@ -291,6 +291,13 @@ def test_differences_are_the_compiled_derivatives(name: str) -> None:
     assert all(c.rows > 0 and c.worst < 1e-6 for c in report.comparisons)
 
 
+@pytest.mark.wide
+def test_differences_of_a_model_in_single_precision() -> None:
+    report = verify(stub_of("elasticity_float32"), Wanted(where=Where(rows=4)))
+    (compared,) = report.comparisons
+    assert report.passed and compared.left_out == 0 and compared.worst < 2e-4
+
+
 def test_differences_against_a_closed_form() -> None:
     """The stiffness of isotropic elasticity: 2 mu I + lambda 1 x 1, in Mandel notation."""
     model = Model(compiled("promoted") / "promoted")
