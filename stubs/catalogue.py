@@ -127,6 +127,13 @@ _ENTRIES = (
         wide=True,
     ),
     Stub(
+        name="kocks_mecking",
+        file="kocks_mecking.i",
+        model="kocks_mecking",
+        purpose="A kink and a steep power law, switched by rate and temperature, under mixed control, no line search.",
+        wide=True,
+    ),
+    Stub(
         name="promoted_implicit",
         file="promoted_implicit.i",
         model="promoted_implicit",

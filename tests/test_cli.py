@@ -169,6 +169,13 @@ def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place
         (["verify", "aoti/elasticity", "--seed", "1" + "0" * 30], "is not in the range"),
         (["params", "aoti/promoted", "--set", "promoted.E=1e999"], "is not NAME=VALUE with a finite number"),
         (["doctor", "gone.i"], "gone.i"),
+        (["doctor", "aoti/elasticity", "--device", "tpu"], "is not a torch device"),
+        (["doctor", "aoti/elasticity", "--dtype", "float32"], "compiled leaves: cpu/float64"),
+        (["verify", "aoti/elasticity", "--against", "gone.i"], "gone.i: no such file. Give the input file that was"),
+        (["verify", "aoti/elasticity", "--source-model", "law"], "Give that file as well: --against INPUT.i"),
+        (["verify", "aoti/elasticity", "--points", "a.npz", "--scale", "strain=1"], "and so does --driver or --scale"),
+        (["verify", "aoti/elasticity", "--golden", "a", "--points", "a.npz"], "--golden says which points to take"),
+        (["bench", "aoti/elasticity", "--points", "a.npz", "--driver", "driver"], "and so does --driver"),
     ],
 )
 def test_wrong_use_is_told(

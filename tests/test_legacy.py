@@ -1,7 +1,7 @@
 """Real artifacts of every released schema against those that neml2 3.1.0 compiled from the same input.
 
 The artifacts are built on first use, which takes long: `python -m legacy.build -j 2` does it ahead of
-`python -m pytest -m legacy`.
+`python -m pytest -m legacy`. `make legacy` runs the tests of one scenario, `multi`, and `make legacy-all` all.
 """
 
 from __future__ import annotations

@@ -50,8 +50,11 @@ def test_an_override_of_a_promoted_parameter_does_what_it_does_to_the_source(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("Models/flow_direction/yield_function:=f", "What can be changed here is its promoted parameters"),
-        ("Models/viscoplasticity/K:=3", "the options artifact_path, meta, solver, workers"),
+        (
+            "Models/flow_direction/yield_function:=f",
+            "the promoted parameters, by overrides of Models/viscoplasticity/residual.",
+        ),
+        ("Models/viscoplasticity/K:=3", "the options artifact_path, meta, solver"),
         ("Models/hardening/K:=soft", "expected 1 finite number(s)"),
         ("Models/hardening/K:=1e999", "expected 1 finite number(s)"),
         ("Models/hardening:=3", "Models/hardening is 3, which nobody reads"),
@@ -62,7 +65,6 @@ def test_an_override_of_a_promoted_parameter_does_what_it_does_to_the_source(
         ("Tensors/more/expr:='1'", "In [Tensors] there are: "),
         ("Settings/dynamic:=false", "which nobody reads"),
         ("Model/hardening/K:=3", "which nobody reads"),
-        ("K:=3", "which nobody reads"),
     ],
 )
 def test_an_override_that_nobody_reads_is_refused_with_what_can_be_changed(
@@ -96,13 +98,26 @@ def test_what_a_file_itself_holds_is_not_judged(tmp_path: Path) -> None:
     more = "[Mine]\n a = 1\n[]\n[Solvers]\n [left]\n  max_its = 3\n []\n[]\n"
     stub.write_text(references.case("promoted").file.read_text() + more)
     where = f"Models/promoted/artifact_path:='{artifact}'"
-    assert neml2.load_input(stub, additional_args=[where, "Mine/a:=2"]).get_model("promoted").input_spec
+    given = neml2.load_input(stub, pre=["nbatch = 2"], additional_args=[where, "Mine/a:=2"])
+    assert given.get_model("promoted").input_spec
     text = (
         references.case("promoted")
         .file.read_text()
         .replace("artifact_path = 'promoted'", f"artifact_path = '{artifact}'")
     )
     assert neml2.load_string(text).get_model("promoted").input_spec
+
+
+def test_a_value_in_the_stub_itself_is_refused(tmp_path: Path) -> None:
+    """Others that read stubs, such as the command, would not see it."""
+    stub = tmp_path / "mine.i"
+    artifact = references.case("promoted").artifact
+    stub.write_text(f"[Models]\n [m]\n  type = AOTIModel\n  artifact_path = '{artifact}'\n  promoted.E = 5\n []\n[]\n")
+    with pytest.raises(InputError, match=r"promoted.E is 5, which nobody reads.*overrides of Models/m/promoted.E"):
+        neml2.load_model(stub, "m")
+    stub.write_text(stub.read_text().replace("  promoted.E = 5\n", ""))
+    model = neml2.load_input(stub, additional_args=["Models/m/promoted.E:=5"]).get_model("m")
+    assert dict(model.named_parameters())["promoted.E"].item() == 5
 
 
 def test_an_override_of_another_compiled_model_of_the_file(tmp_path: Path) -> None:

@@ -387,6 +387,17 @@ def test_pictures(ending: str, results: Path, tmp_path: Path) -> None:
     assert [line.y_last for line in report.lines[:2]] == pytest.approx([line.y_last for line in report.lines[2:]])
 
 
+def test_names_are_no_formulas(results: Path, tmp_path: Path) -> None:
+    names = ("$a_{", "_b")
+    for name in names:
+        (tmp_path / f"{name}.npz").write_bytes((results / "result.npz").read_bytes())
+    picture = tmp_path / "names.svg"
+    plot([tmp_path / f"{name}.npz" for name in names], picture, rows=[0])
+    drawn = picture.read_text()
+    # matplotlib notes each text that it draws as shapes.
+    assert all(f"{name}, point 0 -->" in drawn for name in names)
+
+
 def test_what_is_drawn_if_nothing_is_asked_for(results: Path) -> None:
     (found,) = read_result(results / "result.npz")
     assert (default_x(found), default_y(found, "strain.equivalent")) == ("strain.equivalent", "stress.vonmises")

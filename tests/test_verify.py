@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,15 @@ import references
 from neml2_aoti_plugin import InputError, cli
 from neml2_aoti_plugin.model import Model
 from neml2_aoti_plugin.workbench import differences
+from neml2_aoti_plugin.workbench.comparison import scale_of
+from neml2_aoti_plugin.workbench.drive import run as drive
 from neml2_aoti_plugin.workbench.evaluation import Where
 from neml2_aoti_plugin.workbench.golden import read_golden
 from neml2_aoti_plugin.workbench.points import random_points, read_points
+from neml2_aoti_plugin.workbench.result_files import read_result
 from neml2_aoti_plugin.workbench.target import Target, find_target
 from neml2_aoti_plugin.workbench.verify import Wanted, verify
-from stubs.build import compiled
+from stubs.build import QUICK, compiled
 from stubs.catalogue import CATALOGUE
 
 
@@ -162,6 +169,115 @@ def test_pictures_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert json.loads(capsys.readouterr().out)["result"]["picture"] is None
 
 
+# x moves by (2 a + k) dt in a step: told by a sum alone, or by a solve for x. k depends on nothing.
+CONSTANT = """
+[Tensors]
+  [times]
+    type = Python
+    expr = 'Scalar(torch.linspace(0.0, 2.0, 5, dtype=torch.float64))'
+  []
+  [values]
+    type = Python
+    expr = 'Scalar(torch.arange(15, dtype=torch.float64).reshape(5, 3))'
+  []
+[]
+[Drivers]
+  [driver]
+    type = TransientDriver
+    model = 'law'
+    prescribed_time = 'times'
+    prescribed_Scalar_names = 'a'
+    prescribed_Scalar_values = 'values'
+  []
+[]
+[Models]
+  [rate]
+    type = ScalarLinearCombination
+    from = 'a k'
+    to = 'x_rate'
+    weights = '2 1'
+  []
+  [constant]
+    type = ScalarConstantParameter
+    value = 4
+    parameter = 'k'
+  []
+  [step]
+    type = ScalarBackwardEulerTimeIntegration
+    variable = 'x'
+  []
+  [residual]
+    type = ComposedModel
+    models = 'rate step'
+  []
+  [update]
+    type = ImplicitUpdate
+    equation_system = 'system'
+    solver = 'newton'
+  []
+  [law]
+    type = ComposedModel
+    models = 'constant LAST'
+    additional_outputs = 'k'
+  []
+[]
+[EquationSystems]
+  [system]
+    type = NonlinearSystem
+    model = 'residual'
+    unknowns = 'x'
+  []
+[]
+[Solvers]
+  [newton]
+    type = Newton
+    linear_solver = 'lu'
+  []
+  [lu]
+    type = DenseLU
+  []
+[]
+"""
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("last", "out"), [("rate", "x_rate"), ("update", "x")])
+def test_an_output_that_depends_on_no_input_is_the_same_in_all_rows(last: str, out: str, tmp_path: Path) -> None:
+    """Graphs give it without rows. It feeds later segments, and is one of the outputs."""
+    source = tmp_path / "law.i"
+    source.write_text(CONSTANT.replace("LAST", last))
+    command = [str(Path(sys.executable).with_name("neml2-compile")), str(source), "--driver", "driver", "-q"]
+    pairs = ["-d", f"{out}:a", "-d", "k:a", "--output-dir", str(tmp_path)]
+    subprocess.run([*command, *pairs], env={**os.environ, **QUICK}, check=True)
+    model = Model(tmp_path / "law")
+    for batch in ((), (1,), (3,), (2, 3)):
+        a = torch.arange(float(math.prod(batch)), dtype=torch.float64).reshape(batch)
+        dt = torch.full_like(a, 0.5 if last == "update" else 1.0)
+        inputs = {"a": a} if last == "rate" else {"a": a, "x": 0 * a, "x~1": 0 * a, "t": dt, "t~1": 0 * a}
+        wanted = {out: (2 * a + 4) * dt, "k": torch.full_like(a, 4.0)}
+        for found in (model(inputs), model(inputs), model.solve(inputs).outputs, model.jvp(inputs, {"a": a})[0]):
+            assert found.keys() == wanted.keys()
+            assert all(torch.allclose(found[name], value, rtol=1e-12) for name, value in wanted.items())
+            assert all(found[name].shape == value.shape for name, value in wanted.items())
+        blocks = model.jacobian(inputs, expand=True)[1]
+        assert torch.allclose(blocks[out]["a"], 2 * dt) and torch.equal(blocks["k"]["a"], 0 * a)
+        along = model.jvp(inputs, {"a": a})[1]
+        assert torch.allclose(along[out], 2 * a * dt) and torch.equal(along["k"], 0 * a)
+    for name, path in (("compiled", tmp_path / "law_aoti.i"), ("eager", source)):
+        drive(path, "driver", values={}, out=tmp_path / f"{name}.npz")
+    (ours,), (eager,) = (read_result(tmp_path / f"{name}.npz") for name in ("compiled", "eager"))
+    assert ours.types == eager.types
+    for name, values in eager.series.items():
+        np.testing.assert_allclose(ours.series[name], np.broadcast_to(values, ours.series[name].shape), rtol=1e-12)
+    report = verify(find_target(tmp_path / "law_aoti.i"), Wanted(against=source))
+    assert report.passed and {c.reference for c in report.comparisons} == {"source"} and not report.not_compared
+
+
+def test_a_zero_derivative_by_an_input_that_is_zero_everywhere_is_no_error() -> None:
+    rounding = torch.full((2,), 1e-12, dtype=torch.float64)
+    assert scale_of(rounding, torch.ones(2), torch.zeros(2)) > 1e6 * 1e-12
+
+
 # -- against finite differences ------------------------------------------------------------------------------------
 
 
@@ -173,6 +289,13 @@ def test_differences_are_the_compiled_derivatives(name: str) -> None:
     )
     assert {c.reference for c in report.comparisons} == {"differences"}
     assert all(c.rows > 0 and c.worst < 1e-6 for c in report.comparisons)
+
+
+@pytest.mark.wide
+def test_differences_of_a_model_in_single_precision() -> None:
+    report = verify(stub_of("elasticity_float32"), Wanted(where=Where(rows=4)))
+    (compared,) = report.comparisons
+    assert report.passed and compared.left_out == 0 and compared.worst < 2e-4
 
 
 def test_differences_against_a_closed_form() -> None:

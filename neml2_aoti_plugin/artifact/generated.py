@@ -7,13 +7,14 @@ modulus is the same to the last byte.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import struct
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ..errors import ArtifactError
@@ -25,9 +26,8 @@ from .package import read_package
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d*(?:[eE][+-]?\d+)?|[eE][+-]?\d+)")
 # torch names files by a hash of what is in them.
 _HASH = re.compile(r"\bc[a-z2-7]{51}\b")
-# Devices, and releases of neml2 and torch, round derived constants differently.
-_ROUNDING = 1e-9
-_DIGITS = 8
+# Devices, and releases of neml2 and torch, round derived constants differently; some pass through float32.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,31 @@ class Generated:
     """What a package was made of.
 
     Args:
-        library: SHA-256 of the compiled library.
-        code: SHA-256 of the generated code without its numbers.
-        numbers: those in the code, in order, and behind them the constants of the library.
+        library: checksum and size of the compiled library.
+        source: the generated code.
+        constants: the tensors in the library, as bytes.
     """
 
-    library: str
-    code: str
-    numbers: tuple[float, ...] = field(repr=False)
+    library: tuple[int, int]
+    source: str = field(repr=False)
+    constants: bytes = field(repr=False)
+
+    @cached_property
+    def code(self) -> str:
+        """The code without what differs from compile to compile: paths and commands in comments, names of files."""
+        lines = (line for line in self.source.splitlines() if line and not line.startswith("//"))
+        return _HASH.sub("", "\n".join(lines))
+
+    @cached_property
+    def skeleton(self) -> str:
+        """The code without its numbers."""
+        return _NUMBER.sub("#", self.code)
+
+    @cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers in the code, in order, and behind them the constants."""
+        count = len(self.constants) // 8
+        return (*map(float, _NUMBER.findall(self.code)), *struct.unpack_from(f"={count}d", self.constants))
 
 
 def read_generated(file: Path, folder: Folder) -> Generated | None:
@@ -61,22 +78,12 @@ def read_generated(file: Path, folder: Folder) -> Generated | None:
             if zipped.faults(archive):
                 return None
             library = next(i for i in zipped.graph_entries(archive) if i.filename.endswith((".so", ".pyd", ".dylib")))
-            binary = zipped.read_entry(archive, library, data)
-            code = "\n".join(filter(None, (zipped.read_text(archive, f"{part}.cpp") for part in ("wrapper", "kernel"))))
+            constants = constants_in(zipped.read_entry(archive, library, data))
+            parts = [zipped.read_text(archive, f"{part}.cpp") for part in ("wrapper", "kernel")]
     except (ArtifactError, StopIteration):
         return None
-    if not code:
-        return None
-    # Comments hold paths and the commands of the compile.
-    lines = (line for line in code.splitlines() if line and not line.startswith("//"))
-    code = _HASH.sub("", "\n".join(lines))
-    constants = constants_in(binary)
-    doubles = struct.unpack(f"={len(constants) // 8}d", constants[: len(constants) // 8 * 8])
-    return Generated(
-        hashlib.sha256(binary).hexdigest(),
-        hashlib.sha256(_NUMBER.sub("#", code).encode()).hexdigest(),
-        (*map(float, _NUMBER.findall(code)), *doubles),
-    )
+    source = "\n".join(part for part in parts if part)
+    return Generated((library.CRC, library.file_size), source, constants) if source else None
 
 
 def of_one_source(one: Generated, other: Generated, same_device: bool) -> bool | None:
@@ -92,12 +99,12 @@ def of_one_source(one: Generated, other: Generated, same_device: bool) -> bool |
     """
     if one.library == other.library:
         return True
-    if one.code == other.code and len(one.numbers) == len(other.numbers):
+    if one.skeleton == other.skeleton and len(one.numbers) == len(other.numbers):
         return all(_equal(a, b) for a, b in zip(one.numbers, other.numbers, strict=True))
     mine, theirs = _telling(one.numbers), _telling(other.numbers)
+    lacking = [any(not _is_among(number, there) for number in here) for here, there in ((mine, theirs), (theirs, mine))]
     # Code for another kind of device may do without a number that this one has.
-    differ = mine != theirs if same_device else bool(mine - theirs and theirs - mine)
-    return None if differ else True
+    return None if (any(lacking) if same_device else all(lacking)) else True
 
 
 def _equal(a: float, b: float) -> bool:
@@ -105,7 +112,13 @@ def _equal(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=_ROUNDING) or (math.isnan(a) and math.isnan(b))
 
 
-def _telling(numbers: Iterable[float]) -> set[str]:
-    """The numbers that are hardly in code by themselves, such as 1 and 0.5 are."""
+def _telling(numbers: Iterable[float]) -> list[float]:
+    """The numbers that are hardly in code by themselves, such as 1 and 0.5 are: their sizes, sorted."""
     found = {abs(number) for number in numbers if math.isfinite(number) and abs(number) > sys.float_info.min}
-    return {f"{number:.{_DIGITS}g}" for number in found if number > 16 or number * 2 != round(number * 2)}
+    return sorted(number for number in found if number > 16 or number * 2 != round(number * 2))
+
+
+def _is_among(number: float, numbers: list[float]) -> bool:
+    """Whether a number is among others, which are sorted, but for rounding."""
+    place = bisect_left(numbers, number * (1 - _ROUNDING))
+    return place < len(numbers) and _equal(numbers[place], number)

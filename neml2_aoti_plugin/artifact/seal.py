@@ -90,8 +90,8 @@ def verify(root: Path) -> dict[str, str] | None:
         raise ArtifactError(
             f"{root} is not as it was sealed in {target.name}:\n"
             + "\n".join(f"- {line}." for line in found)
-            + "\nCopy "
-            f"the artifact again from where it came. Only if you know the change and trust it: neml2-aoti seal {root}"
+            + "\nCopy the artifact again from where it came; or, if you have compiled the model again since, seal it "
+            f"again: neml2-aoti seal {root}"
         )
     return {str(root.parent / name): digest for name, digest in wanted.items()}
 

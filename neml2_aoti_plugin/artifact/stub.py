@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import nmhit
 
 AOTI_MODEL = "AOTIModel"
+# What to give where an input file was expected.
+STUB = "an input file, such as the stub that neml2-compile wrote beside the artifact, MODEL_aoti.i"
 
 # Option of a solver block: how to read it, and the field of `NewtonSettings` it is; None for one that changes nothing.
 NEWTON: dict[str, tuple[str, str | None]] = {
@@ -100,12 +102,13 @@ def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = 
     return model, Stub(artifact, stub.solver)
 
 
-def parse_input(path: Path, overrides: tuple[str, ...] = ()) -> nmhit.Root:
+def parse_input(path: Path, overrides: tuple[str, ...] = (), what: str = STUB) -> nmhit.Root:
     """Parse an input file, without building anything from it.
 
     Args:
         path: of the file.
         overrides: HIT overrides, such as `Models/elastic/E:=210000`.
+        what: what to give, for messages.
 
     Raises:
         InputError: there is no such file, or it is no input file.
@@ -113,17 +116,15 @@ def parse_input(path: Path, overrides: tuple[str, ...] = ()) -> nmhit.Root:
     import nmhit
 
     if path.is_dir():
-        raise InputError(
-            f"{path}: is a folder. Give an input file, such as the stub beside the artifact, MODEL_aoti.i."
-        )
+        raise InputError(f"{path}: is a folder. Give {what}.")
     if not is_there(path):
-        raise InputError(f"{path}: no such file. Give an input file, such as the stub that neml2-compile wrote.")
-    require_plain(path, "an input file, such as the stub that neml2-compile wrote")
+        raise InputError(f"{path}: no such file. Give {what}.")
+    require_plain(path, what)
     try:
         return nmhit.parse_file(str(path), [], list(overrides))
     except (nmhit.Error, UnicodeDecodeError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path}: cannot be read as an input file ({lines[0][:200]}).") from None
+        raise InputError(f"{path}: cannot be read as an input file ({lines[0][:200]}). Give {what}.") from None
 
 
 def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:

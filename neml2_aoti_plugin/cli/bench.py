@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .interrupt import heeded
-from .options import MOST_ROWS, MOST_THREADS, Finite, counts
+from .options import MOST_ROWS, MOST_THREADS, Finite, counts, refuse_together
 from .output import device_options, json_option, progress, show
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def command(
 
     The points are those of verify, repeated to fill a batch. Other programs on the machine disturb the measurement.
     """
+    refuse_together({"--points": points, "--driver": driver})
     sizes = counts(rows, "--rows", MOST_ROWS)
     numbers = counts(threads, "--threads", MOST_THREADS) if threads is not None else None
 

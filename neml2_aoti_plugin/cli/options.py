@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -72,3 +72,17 @@ def counts(text: str, option: str, most: int) -> tuple[int, ...]:
             f"{text!r} is not a list of whole numbers from 1 to {most}, such as 1,100.", param_hint=option
         )
     return found
+
+
+def refuse_together(given: Mapping[str, object]) -> None:
+    """Refuse options that each say which points to take: only one of them would be heeded.
+
+    Args:
+        given: the values of these options, by what they are called.
+
+    Raises:
+        UsageError: more than one was given.
+    """
+    both = [name for name, value in given.items() if value]
+    if len(both) > 1:
+        raise click.UsageError(f"{both[0]} says which points to take, and so does {both[1]}. Give one of them.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import FINE, SHORT
-from .options import MOST_ROWS, SEED, Finite, assignments
+from .options import MOST_ROWS, SEED, Finite, assignments, refuse_together
 from .output import device_options, json_option, show
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ FILE = click.Path(path_type=Path)
     "--rtol", type=Finite(0.0), default=1e-6, show_default=True, help="Tolerance against source and golden file."
 )
 @click.option(
-    "--difference-rtol", type=Finite(0.0), default=1e-5, show_default=True, help="Tolerance against finite differences."
+    "--difference-rtol", type=Finite(0.0), help="Tolerance against finite differences. [1e-5, of float32 1e-3]"
 )
 @click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png or .svg).")
 @device_options
@@ -62,7 +62,7 @@ def command(
     seed: int,
     scale: tuple[str, ...],
     rtol: float,
-    difference_rtol: float,
+    difference_rtol: float | None,
     picture: Path | None,
     device: str | None,
     dtype: str | None,
@@ -82,6 +82,9 @@ def command(
     from ..workbench.verify import Wanted, verify
 
     scales = assignments(scale, "--scale")
+    if source_model is not None and against is None:
+        raise click.UsageError("--source-model names a model in INPUT.i. Give that file as well: --against INPUT.i")
+    refuse_together({"--golden": golden, "--points": points, "--driver or --scale": driver or scales})
     if picture is not None:
         require_drawable(picture)
     where = Where(points, driver, rows, seed, scales)

@@ -102,18 +102,21 @@ def parameter_values(
             continue
         holder = factory._find_in_section(section, name) if section in BUILT else None
         kind = holder.param_optional_str("type", "") if holder is not None else ""
-        # Where the file cannot be parsed alone, only a block without a type is known to be an override.
-        given = written.get(option.path) != option.text if written is not None else section in BUILT and not kind
+        # Where the file cannot be parsed alone, it is known only of a block that neml2 cannot build.
+        given = (
+            written.get(option.path) != option.text if written is not None else own or (section in BUILT and not kind)
+        )
         if not (own or given):
             continue
         if section == "Models" and key and (own or not kind):
-            parameter = _parameter(option, authored, model)
+            # What is in the file would be read by `load_model` alone, not by others that read stubs.
+            parameter = _parameter(option, authored, model) if given else None
             if parameter is not None:
                 values[parameter] = _value(option, factory, parameters[parameter])
                 continue
             if any(_parameter(option, names, other) is not None for other, names in _other_models(model, factory)):
                 continue
-        elif _is_read(option, root, holder, kind, written or ()):
+        elif _is_read(option, holder, kind, written or ()):
             continue
         cure = _cure(option, kind, model, schema, authored, root)
         raise InputError(f"{option.path} is {option.text}, which nobody reads. {cure}")
@@ -213,12 +216,12 @@ def _other_models(model: str, factory: Any) -> Iterator[tuple[str, dict[str, str
         yield block.path(), {renamed.get(p.name, p.name): p.name for p in metadata.parameters}
 
 
-def _is_read(option: Option, root: nmhit.Node, holder: Any, kind: str, written: Collection[str]) -> bool:
+def _is_read(option: Option, holder: Any, kind: str, written: Collection[str]) -> bool:
     """Whether neml2 may read an option that is not of `[Models]`, or of a block there that has a type."""
     section, block, key = option.parts
     if not block:
-        # Others may refer to it.
-        return section in written or any(f"${{{section}}}" in other.text for other in _options(root))
+        # A variable, which programs give to every input file, whether it refers to it or not.
+        return True
     if section == "Settings":
         return block in {field.name for field in fields(Settings)}
     if section not in BUILT:
@@ -253,10 +256,11 @@ def _cure(
         )
     if section in ("Models", "EquationSystems", "Data") and (not kind or block == model):
         paths = ", ".join(f"Models/{model}/{name.removeprefix(f'{model}.')}" for name in authored.values())
+        parameters = f"the promoted parameters, by overrides of {paths}, and " if paths else ""
         return (
-            f"What the model {model!r} was made of is compiled. What can be changed here is "
-            f"{f'its promoted parameters ({paths}) and ' if paths else ''}the options {', '.join(schema.names)} of "
-            f"[Models/{model}]. For anything else compile the model again, with this override or with -p PARAMETER."
+            f"What the model {model!r} was made of is compiled. What can be changed here is {parameters}the options "
+            f"{', '.join(schema.names)} of [Models/{model}]. For anything else compile the model again, with this "
+            "override or with -p PARAMETER."
         )
     there = [found.path() for found in _blocks(root, section)]
     if kind:

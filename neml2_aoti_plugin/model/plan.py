@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -191,7 +192,8 @@ class ForwardPlan:
     def _settle_values(self, outputs: list[Tensor], rows: int) -> list[Tensor]:
         """Bring outputs to the caller's order and form; note the number of rows where they had both."""
         check_arity(self._value, outputs, self._arity)
-        found = [self._boundary.unflatten(outputs[place], (rows,)) for _, place in self._outputs]
+        whole = self._segment.with_rows(outputs, rows)
+        found = [self._boundary.unflatten(whole[place], (rows,)) for _, place in self._outputs]
         if len(found) == len(outputs) and all(a is b for a, b in zip(found, outputs, strict=True)):
             if len(self._settled_values) >= FORMS:
                 self._settled_values.clear()
@@ -232,7 +234,7 @@ class ForwardPlan:
                 return self._segment.call(graph, call.state, values, call.rows)
             state = {name: value[index] for name, value in call.state.items()}
             rows = next(iter(state.values())).shape[0]
-            found = self._segment.call(graph, state, values.take(index, fixed), rows)
+            found = self._segment.with_rows(self._segment.call(graph, state, values.take(index, fixed), rows), rows)
             whole = whole or [value.new_empty((call.rows, *value.shape[1:])) for value in found]
             for into, value in zip(whole, found, strict=True):
                 into[index] = value
@@ -247,6 +249,7 @@ class ForwardPlan:
             expand: whether constant blocks have the batch axes too.
         """
         check_arity(self._both, outputs, self._arity + self._count)
+        outputs = self._segment.with_rows(outputs, prod(batch))
         unflatten = self._boundary.unflatten
         values = {name: unflatten(outputs[place], batch) for name, place in self._outputs}
         blocks: Blocks = {}

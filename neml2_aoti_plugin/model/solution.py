@@ -57,15 +57,19 @@ def solve(
         found = caller.evaluate(call)
         outputs, report = caller.outputs(found.values, call.batch), found.report
     else:
-        outputs, blocks, report = derivatives.with_blocks(caller, call, chosen, expand=expand)
-    # Blocks without batch axes count for all rows, and stay as they are.
-    shared = _without_batch(caller, blocks) if call.batch else set()
+        outputs, blocks, report = derivatives.with_blocks(caller, call, chosen, expand=False)
+    shared = _without_batch(caller, blocks) if caller.plan is not None and call.batch else set()
     own = [x for out, row in blocks.items() for by, x in row.items() if (out, by) not in shared]
-    common = [blocks[out][by].expand(call.batch + blocks[out][by].shape) for out, by in shared]
-    lost = not_finite_rows([*outputs.values(), *own, *common], call.batch)
+    lost = not_finite_rows([*outputs.values(), *own], call.batch)
+    if not_finite_rows((blocks[out][by] for out, by in shared), ()) is not None:
+        lost = torch.ones(call.batch, dtype=torch.bool, device=caller.boundary.device)
     outcome, iterations = _fared(report, call.batch, caller.boundary.device)
     outcome = failed_where(outcome, lost)
     converged = outcome == Outcome.CONVERGED
+    if expand:
+        for out, by in shared:
+            blocks[out][by] = caller.boundary.unflatten(blocks[out][by].unsqueeze(0), call.batch)
+        shared = set()
     if lost is not None or (report is not None and not report.all_converged):
         outputs = {name: _masked(value, converged) for name, value in outputs.items()}
         blocks = {
@@ -78,7 +82,7 @@ def solve(
 def _without_batch(caller: Caller, blocks: Blocks) -> set[tuple[str, str]]:
     """The pairs whose blocks have no batch axes, as only a plan gives them."""
     found: set[tuple[str, str]] = set()
-    for out, row in blocks.items() if caller.plan is not None else ():
+    for out, row in blocks.items():
         output = caller.boundary.output_by_name[out].variable
         for by, block in row.items():
             source = caller.boundary.by_name[by].variable

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
-from ..artifact.schema import ForwardSegment, Pair, PairGraph
+from ..artifact.schema import ForwardSegment, Pair, PairGraph, Variable
 from ..graphs.graph import Graph
 from .parameters import Values
 from .systems import GraphOf, check_arity
@@ -18,15 +20,17 @@ class ExplicitSegment:
         spec: the segment.
         graph_of: gives the graph of a file.
         per_row: whether the graphs take promoted parameters once per row.
+        known: variables of the model, by name.
     """
 
-    def __init__(self, spec: ForwardSegment, graph_of: GraphOf, per_row: bool) -> None:
+    def __init__(self, spec: ForwardSegment, graph_of: GraphOf, per_row: bool, known: Mapping[str, Variable]) -> None:
         self.spec = spec
         self.value = graph_of(spec.value)
         self.jacobian = graph_of(spec.jacobian.file) if spec.jacobian else None
         self.parameter_jacobian = graph_of(spec.parameter_jacobian.file) if spec.parameter_jacobian else None
         self.parameter_vjp = graph_of(spec.parameter_vjp.file) if spec.parameter_vjp else None
         self._per_row = per_row
+        self._ranks = [(i, len(known[name].base_shape)) for i, name in enumerate(spec.outputs) if name in known]
 
     @property
     def common_parameters(self) -> tuple[str, ...]:
@@ -40,11 +44,16 @@ class ExplicitSegment:
             return graph(inputs + values.expanded(self.spec.parameters, rows), order=self.spec.order)
         return graph(inputs, values.common(self.spec.parameters), order=self.spec.order)
 
+    def with_rows(self, outputs: list[Tensor], rows: int) -> list[Tensor]:
+        """What one of its graphs gives, with rows in those outputs that depend on no input and so have none."""
+        bare = {place for place, rank in self._ranks if place < len(outputs) and outputs[place].ndim == rank}
+        return [x.expand((rows, *x.shape)) if i in bare else x for i, x in enumerate(outputs)] if bare else outputs
+
     def run(self, state: dict[str, Tensor], values: Values, rows: int) -> None:
         """Evaluate the outputs into `state`."""
         outputs = self.call(self.value, state, values, rows)
         check_arity(self.value, outputs, len(self.spec.outputs))
-        state.update(zip(self.spec.outputs, outputs, strict=True))
+        state.update(zip(self.spec.outputs, self.with_rows(outputs, rows), strict=True))
 
     def run_with_tangents(
         self, state: dict[str, Tensor], values: Values, rows: int, tangents: Tangents, parameters: frozenset[str]
@@ -73,7 +82,8 @@ class ExplicitSegment:
         """Evaluate the outputs into `state`; give the derivative blocks `(rows or 1, *sites, out, wrt)`."""
         assert self.jacobian is not None and self.spec.jacobian is not None
         outputs = self.call(self.jacobian, state, values, rows)
-        state.update(zip(self.spec.outputs, outputs[: self.spec.jacobian.skip], strict=False))
+        given = self.with_rows(outputs[: self.spec.jacobian.skip], rows)
+        state.update(zip(self.spec.outputs, given, strict=False))
         return self._cut(self.jacobian, self.spec.jacobian, outputs)
 
     def parameter_blocks(self, state: dict[str, Tensor], values: Values, rows: int) -> list[tuple[Pair, Tensor]]:

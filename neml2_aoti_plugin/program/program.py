@@ -65,9 +65,12 @@ class Program:
         self.dtype = torch.float64
         self._trace_facts()
         self.segments: list[ExplicitSegment | ImplicitSegment] = []
+        implicit = [spec for spec in metadata.segments if not isinstance(spec, ForwardSegment)]
+        given = [given.variable for spec in implicit for given in spec.roles]
+        known = {variable.name: variable for variable in (*given, *metadata.outputs)}
         for spec in metadata.segments:
             if isinstance(spec, ForwardSegment):
-                self.segments.append(ExplicitSegment(spec, self.graph, self._takes_rows_of_parameters(spec)))
+                self.segments.append(ExplicitSegment(spec, self.graph, self._takes_rows_of_parameters(spec), known))
             else:
                 self.segments.append(ImplicitSegment(spec, self.graph, device, self.dtype, lockstep))
         self._common = {name for segment in self.segments for name in segment.common_parameters}

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..model import Model
 from .describe import name_of
 from .evaluation import Where, choose_points, evaluate
-from .figures import figure
+from .figures import figure, literal
 from .points import Points, Tensors
 from .target import Target
 
@@ -133,7 +133,7 @@ def draw(report: BenchReport, path: Path) -> BenchReport:
         axes.set_yscale("log")
         axes.set_xlabel("rows in a call")
         axes.set_ylabel("rows per second")
-        axes.set_title(f"{report.model} ({report.leaf}), {report.call}")
+        axes.set_title(literal(f"{report.model} ({report.leaf}), {report.call}"))
         axes.legend(frameon=False)
     return replace(report, picture=str(path))
 

@@ -53,7 +53,7 @@ def scale_of(block: Tensor, out: Tensor, by: Tensor) -> float:
         by: the input or parameter.
     """
     found, size, moved = (float(x.detach().abs().max()) if x.numel() else 0.0 for x in (block, out, by))
-    return max(found, differences.ZERO * size / moved) if moved else found
+    return max(found, differences.ZERO * size / (moved or differences.SCALE))
 
 
 def compare(

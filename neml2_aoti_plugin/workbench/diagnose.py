@@ -12,7 +12,7 @@ from .._status import Status, status
 from ..artifact.compatibility import check
 from ..artifact.kinship import kinship
 from ..artifact.parse import read_metadata
-from ..errors import AOTIError
+from ..errors import AOTIError, InputError
 from . import environment, machine, native
 from .describe import name_of, release_of
 from .environment import Finding, KernelsReport, Level
@@ -101,6 +101,9 @@ def diagnose(
 
     Returns:
         What was found.
+
+    Raises:
+        InputError: there is no such leaf, or no such device.
     """
     trouble = environment.import_neml2()
     now = status()
@@ -140,6 +143,9 @@ def _of_artifact(
     try:
         place = target.place(device, dtype)
         found = read_metadata(place.metadata, place.folder, solver=target.solver)
+    except InputError:
+        # Another leaf was asked for than there is, which is no fault of the artifact.
+        raise
     except AOTIError as error:
         return None, (_problem(str(error)),)
     sealed = place.folder.sealed is not None

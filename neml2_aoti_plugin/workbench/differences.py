@@ -14,7 +14,7 @@ from ..model import Model
 Tensors = dict[str, Tensor]
 
 # Of the steps, the larger is this part of the input's largest entry, and the other one half of it.
-STEP = 1e-4
+STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
 # Two estimates, or slopes from both sides, that differ by more than this part of the largest entry are not of one
 # derivative.
 AGREE = 1e-3
@@ -86,7 +86,8 @@ def central(
     """
     rows, width = value.shape[0], prod(base)
     largest = float(value.abs().max()) if value.numel() else 0.0
-    steps = STEP * (largest or SCALE) * torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=value.dtype, device=value.device)
+    step = STEPS[value.dtype] * (largest or SCALE)
+    steps = step * torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=value.dtype, device=value.device)
     directions = torch.eye(width, dtype=value.dtype, device=value.device).reshape(width, *base)
     moves = steps.reshape(4, 1, 1, *(1,) * len(base)) * directions.unsqueeze(1)
     moved = (value + moves).reshape(4 * width * rows, *base)

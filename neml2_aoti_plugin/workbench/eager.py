@@ -17,6 +17,9 @@ from ..model import Model
 from .points import defaults, first_line
 from .target import require_block
 
+# What to give where another file was given.
+SOURCE = "the input file that was compiled"
+
 Tensors = dict[str, Tensor]
 Pair = tuple[str, str]
 Blocks = dict[Pair, Tensor]
@@ -36,9 +39,9 @@ class Source:
     """
 
     def __init__(self, path: Path, name: str, compiled: Model, aliases: Aliases) -> None:
-        block = require_block(parse_input(path), "Models", name, path)
+        block = require_block(parse_input(path, what=SOURCE), "Models", name, path)
         if block.param_optional_str("type", "") == AOTI_MODEL:
-            raise InputError(f"[Models/{name}] in {path} is compiled itself. Give the input file that was compiled.")
+            raise InputError(f"[Models/{name}] in {path} is compiled itself. Give {SOURCE}.")
         import neml2
 
         try:
@@ -106,24 +109,26 @@ class Source:
     def _by_inputs(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
         if not pairs:
             return {}, {}
-        if any(value.sub_batch_ndim for value in typed.values()):
+        try:
+            _, blocks = self._model.jacobian(typed)
+        except Exception:
+            # It takes no inputs with a sub-batch, and no output that depends on no input.
             return self._by_columns(typed, pairs), {}
-        _, blocks = self._model.jacobian(typed)
         inside = self._inside
         return {(o, i): blocks[inside.get(o, o)][inside.get(i, i)].data.detach() for o, i in pairs}, {}
 
     def _by_columns(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> Blocks:
-        """Along one direction at a time: neml2's `jacobian` does not take inputs with a sub-batch."""
+        """Along one direction at a time."""
         found: Blocks = {}
         for by in dict.fromkeys(by for _, by in pairs):
             name, base = self._inside.get(by, by), tuple(self._compiled.inputs[by].base_shape)
             value, columns = typed[name].data, []
-            for direction in torch.eye(prod(base), dtype=torch.float64).reshape(-1, *base):
+            for direction in torch.eye(prod(base), dtype=torch.float64).reshape((-1, *base)):
                 _, along = self._model.jvp(typed, {name: direction.expand(value.shape).contiguous()})
                 columns.append(along)
             for out in (out for out, of in pairs if of == by):
                 stacked = torch.stack([along[self._inside.get(out, out)].data.detach() for along in columns], -1)
-                found[out, by] = stacked.reshape(*stacked.shape[:-1], *base)
+                found[out, by] = stacked.reshape((*stacked.shape[:-1], *base))
         return found
 
     def _by_parameters(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
@@ -209,7 +214,7 @@ def _gradients(out: str, value: Tensor, leaves: Mapping[str, Tensor]) -> Blocks:
         for (by, leaf), gradient in zip(leaves.items(), given, strict=True):
             columns[by].append(torch.zeros_like(leaf) if gradient is None else gradient)
     return {
-        (out, by): torch.stack(entries, 1).reshape(*value.shape, *leaves[by].shape[1:])
+        (out, by): torch.stack(entries, 1).reshape((rows, *value.shape[1:], *leaves[by].shape[1:]))
         for by, entries in columns.items()
     }
 

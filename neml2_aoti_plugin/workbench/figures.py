@@ -35,6 +35,11 @@ def require_drawable(path: Path) -> None:
     require_writable(path)
 
 
+def literal(text: str) -> str:
+    """A name as matplotlib shows it: `$` begins no formula there, and `_` at the beginning hides no label."""
+    return ("\u2009" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 @contextmanager
 def figure(path: Path, width: float = 6.4, height: float = 4.6) -> Iterator[Any]:
     """Give the axes of a figure, which is written to a file at the end.
@@ -82,10 +87,10 @@ def draw_errors(report: Verification, path: Path) -> Verification:
             zorder=3,
         )
         axes.scatter([found.tolerance for found in shown], places, marker="|", s=120, color="0.4")
-        axes.set_yticks(places, [f"{found.quantity} ({found.reference})" for found in shown])
+        axes.set_yticks(places, [literal(f"{found.quantity} ({found.reference})") for found in shown])
         axes.set_xscale("log")
         axes.set_xlim(left=least / 2)
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.set_xlabel("largest error over the largest entry (bars: tolerance)")
-        axes.set_title(f"{report.model} ({report.leaf}), {report.rows} points")
+        axes.set_title(literal(f"{report.model} ({report.leaf}), {report.rows} points"))
     return replace(report, picture=str(path))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError, UnknownNameError
-from .figures import figure
+from .figures import figure, literal
 from .result_files import read_result
 from .results import STEP, TIME, Column, Result, at_site, column_of, component, parts
 
@@ -111,9 +111,9 @@ def plot(
         for number, (label, along, up, _) in enumerate(lines):
             # The same line of each file has the same colour.
             style = STYLES[number // per_file % len(STYLES)]
-            axes.plot(along, up, style, color=f"C{number % per_file % 10}", linewidth=1.4, label=label)
-        axes.set_xlabel(wanted_x)
-        axes.set_ylabel(wanted_ys[0] if len(wanted_ys) == 1 else "")
+            axes.plot(along, up, style, color=f"C{number % per_file % 10}", linewidth=1.4, label=literal(label))
+        axes.set_xlabel(literal(wanted_x))
+        axes.set_ylabel(literal(wanted_ys[0]) if len(wanted_ys) == 1 else "")
         if 1 < len(lines) <= LEGEND:
             axes.legend(frameon=False)
     return PlotReport(str(out), tuple(report for *_, report in lines))

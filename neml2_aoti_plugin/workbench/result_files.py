@@ -143,7 +143,7 @@ def _read_csv(path: Path) -> list[Result]:
     try:
         table = np.array(lines, dtype=np.float64)
         steps, points = int(table[-1, 0]) + 1, int(table[-1, 1]) + 1
-        if not (table[:, :2] == list(np.ndindex(steps, points))).all():
+        if not np.array_equal(table[:, :2], list(np.ndindex(steps, points))):
             raise ValueError("steps and points are not all there, in order")
         for index, text in enumerate(head[2:], 2):
             column = column_of(text)
@@ -151,7 +151,7 @@ def _read_csv(path: Path) -> list[Result]:
             found.setdefault(column.name, {}).setdefault(column.site, {})[column.part] = values
         return [_stacked(found, steps, points)]
     except (ValueError, LookupError, ArithmeticError) as error:
-        raise InputError(f"{path}: is not {WHAT}: {error} ({type(error).__name__}).") from None
+        raise InputError(f"{path}: is not {WHAT}: its table cannot be read ({error}).") from None
 
 
 def _stacked(found: Mapping[str, Mapping[tuple[int, ...], Mapping[str, Array]]], steps: int, points: int) -> Result:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from ..artifact.locate import root_of
 from ..errors import InputError
 from ..files import require_writable
@@ -20,7 +22,7 @@ from .target import Target
 
 RTOL = 1e-6
 # Finite differences are no better than this.
-DIFFERENCE_RTOL = 1e-5
+DIFFERENCE_RTOL = {torch.float64: 1e-5, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Wanted:
         golden: a golden file; the one beside the artifact, if there is one and no points or source are asked for.
         where: which points; a golden file has its own.
         rtol: tolerance against source and golden file.
-        difference_rtol: tolerance against finite differences.
+        difference_rtol: tolerance against finite differences; `DIFFERENCE_RTOL` of the model's dtype if None.
     """
 
     against: Path | None = None
@@ -73,7 +75,7 @@ class Wanted:
     golden: Path | None = None
     where: Where = field(default_factory=Where)
     rtol: float = RTOL
-    difference_rtol: float = DIFFERENCE_RTOL
+    difference_rtol: float | None = None
 
 
 def verify(
@@ -124,7 +126,8 @@ def verify(
         not_compared.append("values: no source (--against INPUT.i) and no golden file (--golden FILE)")
     compared = {c.quantity for c in comparisons}
     left = {pair: block for pair, block in found.blocks.items() if derivative(*pair) not in compared}
-    more, cannot = _with_differences(model, found, left, wanted.difference_rtol)
+    difference_rtol = DIFFERENCE_RTOL[model.dtype] if wanted.difference_rtol is None else wanted.difference_rtol
+    more, cannot = _with_differences(model, found, left, difference_rtol)
     comparisons += more
     not_compared += cannot
     if not comparisons and record is None:
