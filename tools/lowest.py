@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "lowest"
 # Their lowest releases belong to those of torch and of Python; see `make torch-matrix`.
-OTHERS = ("neml2", "numba", "numpy", "torch")
+OTHERS = ("neml2", "llvmlite", "numpy", "torch")
 TESTS = "tests/test_serve*.py"
 # Other packages' clients need newer releases of the same packages.
 LEFT_OUT = "not clients_of_the_protocol"
