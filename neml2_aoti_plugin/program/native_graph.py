@@ -64,8 +64,14 @@ class NativeGraph(Graph):
                 arguments[k] = x.contiguous()
         self.require(arguments)
         if rows > GRAPH_ROWS:
-            return _in_blocks(caller, arguments, has_rows, rows)
-        return caller(arguments, has_rows, rows)
+            found = _in_blocks(caller, arguments, has_rows, rows)
+        else:
+            found = caller(arguments, has_rows, rows)
+        if found is None:
+            self._caller = None
+            log.emit("model", "info", f"{self.file.name}: run by torch's runner, since an output has no rows")
+            return super().__call__(batched, common, behind, order)
+        return found
 
     def _find_caller(self) -> GraphCaller | None:
         code, reason = choice.machine()
@@ -78,15 +84,17 @@ class NativeGraph(Graph):
         return None
 
 
-def _in_blocks(caller: GraphCaller, arguments: list[Tensor], has_rows: list[bool], rows: int) -> list[Tensor]:
+def _in_blocks(caller: GraphCaller, arguments: list[Tensor], has_rows: list[bool], rows: int) -> list[Tensor] | None:
     """Run the graph for blocks of rows, on all threads; the first block tells the shapes of the outputs."""
     first, *rest = cut(rows, GRAPH_ROWS)
 
-    def run(block: slice, into: list[Tensor] | None = None) -> list[Tensor]:
+    def run(block: slice, into: list[Tensor] | None = None) -> list[Tensor] | None:
         some = [x[block] if has else x for x, has in zip(arguments, has_rows, strict=True)]
         return caller(some, has_rows, block.stop - block.start, into)
 
     begun = run(first)
+    if begun is None:
+        return None
     # What is the same for all rows comes once; a block has more than one row.
     once = [x.shape[0] == 1 for x in begun]
     whole = [x if one else x.new_empty((rows, *x.shape[1:])) for x, one in zip(begun, once, strict=True)]

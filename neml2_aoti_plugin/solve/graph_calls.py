@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import AOTIError, ArtifactError
+from ..errors import AOTIError
 from . import tables
 from .block import CompiledGraph, require_counts
 from .machine_code import MachineCode
@@ -36,7 +36,7 @@ class GraphCaller:
         batched: Sequence[bool],
         rows: int,
         into: Sequence[Tensor] | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor] | None:
         """Run the graph.
 
         Args:
@@ -46,11 +46,12 @@ class GraphCaller:
             into: where the outputs go, each contiguous, of the shapes that an earlier call gave.
 
         Returns:
-            Its outputs, each `(rows, ...)`, or `(1, ...)` where it is the same for all rows.
+            Its outputs, each `(rows, ...)`, or `(1, ...)` where it is the same for all rows; None where an output is no
+            tensor of float64 with the rows leading, as one that depends on no input.
 
         Raises:
             AOTIError: the graph failed.
-            ArtifactError: its outputs are no such tensors.
+            ArtifactError: the graph takes another number of tensors.
         """
         try:
             frame = self._free.pop()
@@ -61,13 +62,9 @@ class GraphCaller:
         self._free.append(frame)
         if isinstance(outputs, list):
             return outputs
-        file = self._graph.file
         if outputs == tables.FAILED:
-            raise AOTIError(f"{file}: the compiled graph failed: {self._graph.last_error()}")
-        raise ArtifactError(
-            f"{file}: returned tensors that are not of float64 with the rows leading. The package and the metadata do "
-            "not belong together: copy the whole artifact folder, or compile again."
-        )
+            raise AOTIError(f"{self._graph.file}: the compiled graph failed: {self._graph.last_error()}")
+        return None
 
 
 class _Frame:
@@ -107,16 +104,33 @@ class _Frame:
         if shapes != self._shapes:
             self._take(shapes)
         self._arguments[:, tables.ADDRESS] = addresses
-        self._table[Table.ROWS] = rows
-        if rows % tables.VECTOR:
-            needed = self._width * (rows + tables.VECTOR)
-            if self._room.size < needed:
-                self._room = np.empty(needed)
-                self._table[Table.ROOM] = self._room.ctypes.data
+        table = self._table
+        table[Table.ROWS], table[Table.FILLED] = rows, -(-rows // tables.VECTOR) * tables.VECTOR
+        # Room for copies of all rows, those that a first call has more among them.
+        needed = self._width * (rows + 2 * tables.VECTOR)
+        if (rows % tables.VECTOR or self._told is None) and self._room.size < needed:
+            self._room = np.empty(needed)
+            table[Table.ROOM] = self._room.ctypes.data
+        if self._told is None:
+            self._learn(addresses)
         outputs = self._targets(rows, into)
         fault = self._code.call_graph(self._at)
         if fault == tables.OTHER:
-            # The first call, or one with sites of another number: now their shapes are known.
+            # Sites of another number than before.
+            self._learn(addresses)
+            outputs = self._targets(rows, into)
+            fault = self._code.call_graph(self._at)
+        return outputs if fault == tables.CALLED else int(fault)
+
+    def _learn(self, addresses: Sequence[int]) -> None:
+        """Learn the shapes of the outputs, by a call for more rows: what leads with rows has as many more of them."""
+        self._told, table = None, self._table
+        self._outputs[:, tables.TARGET] = 0
+        table[Table.FILLED] += tables.VECTOR
+        fault = self._code.call_graph(self._at)
+        table[Table.FILLED] -= tables.VECTOR
+        self._arguments[:, tables.ADDRESS] = addresses
+        if fault in (tables.CALLED, tables.OTHER):
             self._told = [
                 (
                     bool(row[tables.OUTPUT_SIZES]),
@@ -124,10 +138,6 @@ class _Frame:
                 )
                 for row, axes in zip(self._outputs, self._outputs[:, tables.OUTPUT_AXES].tolist(), strict=True)
             ]
-            self._arguments[:, tables.ADDRESS] = addresses
-            outputs = self._targets(rows, into)
-            fault = self._code.call_graph(self._at)
-        return outputs if fault == tables.CALLED else int(fault)
 
     def _take(self, shapes: list[Sequence[int]]) -> None:
         """Make the table of arguments; the first size of one with rows is filled in at each call."""

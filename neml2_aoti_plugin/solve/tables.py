@@ -86,6 +86,7 @@ class _Call(NamedTuple):
     OUTPUTS_AT: int
     HANDLES: int
     ROWS: int
+    FILLED: int
     ROOM: int
     FIELDS: int
 
@@ -109,7 +110,7 @@ class _Columns(NamedTuple):
 
 
 Solve = _Solve(*range(33))
-Call = _Call(*range(12))
+Call = _Call(*range(13))
 Columns = _Columns(*range(13))
 
 # Kinds of vectors of a solve: unknowns, direction, trial, `-r`; further trials of some rows, `-r` there. Of givens: of

@@ -250,7 +250,7 @@ def take(x: Any, row: Any, target: Any, place: Any) -> None:
 
 @entry
 def call_graph(table: Any) -> Any:
-    """Run a graph for rows of any number, filled up to whole vectors by copies of the first one.
+    """Run a graph for rows of any number, filled up to so many by copies of the first one.
 
     Args:
         table: address of the integers of `tables.Call`.
@@ -260,7 +260,7 @@ def call_graph(table: Any) -> Any:
         that is the same for all rows has one row.
     """
     t = integers(table, (Table.FIELDS,))
-    count, outputs, rows = t[Table.ARGUMENTS], t[Table.OUTPUTS], t[Table.ROWS]
+    count, outputs, rows, fill = t[Table.ARGUMENTS], t[Table.OUTPUTS], t[Table.ROWS], t[Table.FILLED]
     arguments, told = (
         integer_rows(t[Table.ARGUMENTS_AT], (count, GRAPH_ARGUMENT)),
         integer_rows(t[Table.OUTPUTS_AT], (outputs, OUTPUT)),
@@ -270,14 +270,14 @@ def call_graph(table: Any) -> Any:
         width = arguments[k, WIDTH]
         if width == 0:
             continue
-        integers(arguments[k, SIZES_AT], (1,))[0] = filled(rows)
-        if filled(rows) != rows:
-            source, copies = number_rows(arguments[k, ADDRESS], (rows, width)), number_rows(room, (filled(rows), width))
-            for row in range(filled(rows)):
+        integers(arguments[k, SIZES_AT], (1,))[0] = fill
+        if fill != rows:
+            source, copies = number_rows(arguments[k, ADDRESS], (rows, width)), number_rows(room, (fill, width))
+            for row in range(fill):
                 for i in range(width):
                     copies[row, i] = source[row if row < rows else 0, i]
             arguments[k, ADDRESS] = room
-            room += 8 * filled(rows) * width
+            room += 8 * fill * width
     handles = t[Table.HANDLES]
     call = Call(
         integers(t[Table.FUNCTIONS], (FUNCTIONS,)),
@@ -290,13 +290,13 @@ def call_graph(table: Any) -> Any:
         return FAILED
     found = CALLED
     for place in range(outputs):
-        found = max(found, _fetch(call, place, told[place], rows))
+        found = max(found, _fetch(call, place, told[place], rows, fill))
     release(graph, call)
     return found
 
 
 @inner
-def _fetch(call: Any, place: Any, told: Any, rows: Any) -> Any:
+def _fetch(call: Any, place: Any, told: Any, rows: Any, fill: Any) -> Any:
     """Copy an output to its target, if it has the axes and sizes that the table tells; else tell them there."""
     found = call.scratch
     if not look(call, place) or found[0] < 1 or found[0] > MOST_AXES:
@@ -304,7 +304,7 @@ def _fetch(call: Any, place: Any, told: Any, rows: Any) -> Any:
     axes = found[0]
     sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
     same, once = told[OUTPUT_AXES] == axes, sizes[0] == 1
-    if not once and sizes[0] != filled(rows):
+    if not once and sizes[0] != fill:
         return UNREADABLE
     told[OUTPUT_AXES], width, dense = axes, 1, True
     for k in range(axes - 1, -1, -1):
