@@ -94,6 +94,8 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
         raise InputError(f"[Drivers/{driver}] in {target.stub} does not call the model.")
     together = {name: torch.cat([call[name] for call in calls]) for name in model.inputs}
     found = Points(together, f"driver {driver}")
+    if not found.rows:
+        raise InputError(f"[Drivers/{driver}] in {target.stub} has no points. Give points in a file (--points FILE).")
     if found.rows <= most:
         return found
     return found.at(torch.linspace(0, found.rows - 1, most).round().long())
