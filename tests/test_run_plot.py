@@ -320,6 +320,22 @@ def test_two_batch_axes_are_folded_onto_points(ending: str, shape: str, tmp_path
     assert series(out)["stress"].shape == (3, points, 6)
 
 
+@pytest.mark.parametrize("ending", ["pt", "npz", "csv"])
+def test_a_run_without_points_is_written_and_not_drawn(ending: str, tmp_path: Path) -> None:
+    out = tmp_path / f"out.{ending}"
+    report = run(written(tmp_path / "law.i", "strain", "stress", "0"), "driver", values={}, out=out)
+    assert report.rows == 0 and out.is_file()
+    with pytest.raises(InputError, match="has no points"):
+        plot([out], tmp_path / "a.svg", ys=["stress.xx"])
+
+
+def test_a_driver_without_steps_is_refused_before_the_run(tmp_path: Path) -> None:
+    path = written(tmp_path / "law.i", "strain", "stress")
+    none = ("Tensors/times/expr:='Scalar(torch.zeros(0))'", "Tensors/strains/expr:='SR2(torch.zeros(0, 2, 6))'")
+    with pytest.raises(InputError, match="has no steps"):
+        run(path, "driver", values={}, overrides=none)
+
+
 def test_a_scalar_at_six_points_is_no_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A .pt file tells no types: what is asked for says what it is, and without that nothing is guessed."""
     for count, part in ((6, "xx"), (3, "x")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import socket
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from neml2_aoti_plugin import Model
+from neml2_aoti_plugin import Model, serve
 from serving import Array, Service, close, encode, started
 from test_serve import artifact, strain
 
@@ -202,3 +203,21 @@ def test_bodies_that_have_come_and_find_no_room(service: Service, wanted: Array)
         first.sendall(b" ")
         assert read_answers(first, 1).startswith(b"HTTP/1.1 400 ")
     assert service.request("POST", INFER, part).status == 400
+
+
+# -- what it stands on -----------------------------------------------------------------------------------------------
+
+
+def test_no_private_name_of_uvicorn_is_used() -> None:
+    """What a release may take away without a word: neither called nor defined anew."""
+    import uvicorn
+    from uvicorn.protocols.http import httptools_impl
+
+    bases = (uvicorn.Server, uvicorn.Config, httptools_impl.HttpToolsProtocol, httptools_impl.RequestResponseCycle)
+    private = {name for base in bases for name in dir(base) if name.startswith("_") and not name.endswith("__")}
+    assert "_start_asgi_task" in private or "_unset_keepalive_if_required" in private
+    for file in Path(serve.__file__).parent.glob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+        assert not used & private, (file.name, used & private)

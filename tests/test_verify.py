@@ -441,6 +441,20 @@ def test_what_cannot_be_written_is_told_ahead(tmp_path: Path, capsys: pytest.Cap
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_driver_that_fails_gives_the_points_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stub = copy("viscoplasticity", tmp_path)
+    tensor = "torch.linspace(0.0, 3.0e-2, 61, dtype=torch.float64)"
+    assert tensor in stub.read_text()
+    # From step 41 on nobody finds a solution.
+    beyond = "torch.where(torch.arange(61) > 40, 1e150, 1.0).to(torch.float64)"
+    stub.write_text(stub.read_text().replace(tensor, f"({tensor} * {beyond})"))
+    status, document = run(capsys, stub, "--against", source_of("viscoplasticity"), "--rows", 200)
+    result = document["result"]
+    assert status == 0, document["error"]
+    assert result["points"].startswith("driver driver, which fails in its step 41")
+    assert result["not_converged"] >= 3 and result["comparisons"][0]["rows"] >= 120
+
+
 def test_a_model_that_converges_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
     status, document = run(capsys, references.case("viscoplasticity").artifact, "--scale", "strain=1e200", "--rows", 2)
     assert status == 2 and "converges at none of the 2 points" in document["error"]["message"]

@@ -117,11 +117,13 @@ def run(
 
 
 def _require_transient(built: Any, driver: str, path: Path) -> None:
-    """Refuse what steps through no time, or has variables whose names are ours in files."""
+    """Refuse a driver without steps, and variables whose names are ours in files."""
     from neml2.drivers import TransientDriver
 
     if not isinstance(built, TransientDriver):
         raise InputError(f"[Drivers/{driver}] in {path} is of type {type(built).__name__}, expected a TransientDriver.")
+    if not built.nsteps:
+        raise InputError(f"[Drivers/{driver}] in {path} has no steps. Give prescribed_time some entries.")
     ours = [name for name in (*built.model.input_spec, *built.model.output_spec) if name.startswith("@")]
     if ours:
         raise InputError(

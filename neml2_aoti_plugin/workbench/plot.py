@@ -235,6 +235,8 @@ def _lines(
             "them at one site, such as NAME[0] or NAME[0].PART."
         ) from None
     total = up.shape[1]
+    if not total:
+        raise InputError(f"{path}: has no points, so that there is nothing to draw.")
     beyond = [row for row in rows if not 0 <= row < total]
     if beyond:
         raise UnknownNameError(f"{path}: there is no point {beyond[0]}; the points are 0 to {total - 1}.")

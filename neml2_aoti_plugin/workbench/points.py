@@ -86,14 +86,22 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
         built = load_driver(target.stub, driver, device=device, dtype=dtype)
         require_compiled(built, driver, target.stub)
         handle = built.model.register_forward_pre_hook(keep)
+        source = f"driver {driver}"
         try:
             built.run()
+        except RuntimeError as error:
+            # The points of the step that fails are among those kept, and counted where they are evaluated.
+            if type(error).__name__ != "ConvergenceError":
+                raise
+            source += f", which fails in its step {len(calls)}"
         finally:
             handle.remove()
     if not calls:
         raise InputError(f"[Drivers/{driver}] in {target.stub} does not call the model.")
     together = {name: torch.cat([call[name] for call in calls]) for name in model.inputs}
-    found = Points(together, f"driver {driver}")
+    found = Points(together, source)
+    if not found.rows:
+        raise InputError(f"[Drivers/{driver}] in {target.stub} has no points. Give points in a file (--points FILE).")
     if found.rows <= most:
         return found
     return found.at(torch.linspace(0, found.rows - 1, most).round().long())

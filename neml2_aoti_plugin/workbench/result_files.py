@@ -133,20 +133,23 @@ def _write_csv(path: Path, result: Result) -> None:
 
 
 def _read_csv(path: Path) -> list[Result]:
+    text = _text(path)
     try:
-        head, *lines = csv.reader(StringIO(_text(path), newline=""))
+        head, *lines = csv.reader(StringIO(text, newline=""))
     except (csv.Error, ValueError) as error:
         raise InputError(f"{path}: is not {WHAT}: {error} ({type(error).__name__}).") from None
     if head[:2] != [STEP, POINT]:
         raise InputError(f"{path}: is not {WHAT}: its first columns are not {STEP} and {POINT}.")
+    if not lines:
+        raise InputError(f"{path}: has no points, so that there is nothing to draw.")
     found: dict[str, dict[tuple[int, ...], dict[str, Array]]] = {}
     try:
         table = np.array(lines, dtype=np.float64)
         steps, points = int(table[-1, 0]) + 1, int(table[-1, 1]) + 1
         if not np.array_equal(table[:, :2], list(np.ndindex(steps, points))):
             raise ValueError("steps and points are not all there, in order")
-        for index, text in enumerate(head[2:], 2):
-            column = column_of(text)
+        for index, name in enumerate(head[2:], 2):
+            column = column_of(name)
             values = table[:, index].reshape(steps, points)
             found.setdefault(column.name, {}).setdefault(column.site, {})[column.part] = values
         return [_stacked(found, steps, points)]

@@ -64,7 +64,8 @@ class Result:
     @property
     def points(self) -> int:
         """Number of points."""
-        return max((values.shape[1] for values in self.series.values()), default=0)
+        # What is the same for all points has one, also where there are none.
+        return max((values.shape[1] for values in self.series.values() if values.shape[1] != 1), default=1)
 
     def sub_batch(self, name: str) -> tuple[int, ...]:
         """The sub-batch shape of a variable."""
