@@ -31,6 +31,11 @@ longer = edited(".so", lambda data: data + b"\0")
 stiffer = edited(".cpp", lambda text: text.replace(b"158914.7286", b"317829.4573"))
 
 
+def of_another_compiler(text: bytes) -> bytes:
+    """Other code, as another torch generates it, which names its headers by what is in them."""
+    return b"int other;\n" + text.replace(b"precompiled_headers/", b"precompiled_headers/other")
+
+
 def set_times(leaf: Path, start: float) -> float:
     """Give the packages of a leaf the times of a compile that began then; return the time of the last one."""
     for k, name in enumerate(PACKAGES):
@@ -107,19 +112,29 @@ def test_where_times_do_not_tell_the_earlier_leaf_it_is_warned_of_both(two_leave
 def test_code_of_another_torch_with_the_same_constants_is_no_reason_to_warn(two_leaves: Path, tmp_path: Path) -> None:
     for name in PACKAGES:
         file = two_leaves / "cpu/float32" / name
-        file.write_bytes(longer(edited(".cpp", lambda text: b"int other;\n" + text)(file.read_bytes())))
+        file.write_bytes(longer(edited(".cpp", of_another_compiler)(file.read_bytes())))
     copy = without_times(two_leaves, tmp_path / "copy")
     for dtype in ("float64", "float32"):
         assert stress(copy, dtype) == pytest.approx(STRESS, rel=1e-6)
 
 
-def test_where_code_and_constants_differ_it_is_warned_until_the_artifact_is_sealed(
+def test_other_code_with_other_constants_by_the_same_compiler_is_of_another_source(two_leaves: Path) -> None:
+    of_another_source(two_leaves, "cpu/float32")
+    for name in PACKAGES:
+        file = two_leaves / "cpu/float32" / name
+        file.write_bytes(edited(".cpp", lambda text: b"int other;\n" + text)(file.read_bytes()))
+    set_times(two_leaves / "cpu/float32", 1.7e9)
+    with pytest.raises(ArtifactError, match="is of an earlier compile"):
+        Model(two_leaves, dtype="float32")
+
+
+def test_where_code_constants_and_compiler_differ_it_is_warned_until_the_artifact_is_sealed(
     two_leaves: Path, tmp_path: Path
 ) -> None:
     of_another_source(two_leaves, "cpu/float32")
     for name in PACKAGES:
         file = two_leaves / "cpu/float32" / name
-        file.write_bytes(edited(".cpp", lambda text: b"int other;\n" + text)(file.read_bytes()))
+        file.write_bytes(edited(".cpp", of_another_compiler)(file.read_bytes()))
     copy = without_times(two_leaves, tmp_path / "copy")
     with pytest.warns(UserWarning, match=r"cpu/float32: may be of another source.*neml2-aoti seal"):
         Model(copy, dtype="float32")

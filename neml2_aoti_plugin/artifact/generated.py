@@ -24,6 +24,7 @@ from .folder import Folder
 from .package import read_package
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d*(?:[eE][+-]?\d+)?|[eE][+-]?\d+)")
+_HEADERS = re.compile(r"^// .*/precompiled_headers/(\w+)\.h", re.MULTILINE)
 # torch names files by a hash of what is in them.
 _HASH = re.compile(r"\bc[a-z2-7]{51}\b")
 # Devices, and releases of neml2 and torch, round derived constants differently; some pass through float32.
@@ -43,6 +44,11 @@ class Generated:
     library: tuple[int, int]
     source: str = field(repr=False)
     constants: bytes = field(repr=False)
+
+    @cached_property
+    def compiler(self) -> frozenset[str]:
+        """What the code was compiled against: torch names its headers by what is in them, and by compiler and flags."""
+        return frozenset(_HEADERS.findall(self.source))
 
     @cached_property
     def code(self) -> str:
@@ -95,7 +101,7 @@ def of_one_source(one: Generated, other: Generated, same_device: bool) -> bool |
         same_device: whether both leaves are for devices of one kind, for which torch generates the same code.
 
     Returns:
-        Whether they were; None where the code differs as well as the numbers, so that it cannot be told.
+        Whether they were; None where the code differs as well as the numbers, and another compiler may be why.
     """
     if one.library == other.library:
         return True
@@ -104,7 +110,10 @@ def of_one_source(one: Generated, other: Generated, same_device: bool) -> bool |
     mine, theirs = _telling(one.numbers), _telling(other.numbers)
     lacking = [any(not _is_among(number, there) for number in here) for here, there in ((mine, theirs), (theirs, mine))]
     # Code for another kind of device may do without a number that this one has.
-    return None if (any(lacking) if same_device else all(lacking)) else True
+    if not (any(lacking) if same_device else all(lacking)):
+        return True
+    # One torch, one compiler and one machine write the same code for the same source.
+    return False if same_device and all(lacking) and one.compiler and one.compiler == other.compiler else None
 
 
 def _equal(a: float, b: float) -> bool:
