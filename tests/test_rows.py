@@ -14,9 +14,9 @@ import references
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin.errors import InputError
 from references import Case, Tensors, difference
-from stubs.catalogue import CATALOGUE
+from stubs.catalogue import CATALOGUE, EXPLICIT
 
-IMPLICIT = [name for name, stub in CATALOGUE.items() if stub.model not in ("elasticity", "promoted")]
+IMPLICIT = [name for name, stub in CATALOGUE.items() if stub.model not in EXPLICIT]
 # Solves by matrix products of other sizes differ in the last bits; the iterations damp that.
 SOLO = 1e-10
 CAPTURE = "NEML2_CAPTURE_SOLVE_FAILURE"
