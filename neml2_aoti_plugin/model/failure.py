@@ -16,7 +16,7 @@ from ..program.implicit import ImplicitSegment
 from ..program.program import Program
 from ..program.report import Report
 from ..settings import NewtonSettings
-from ..solve.outcome import Outcome, RowStatistics, failed_where, statistics_of
+from ..solve.outcome import Outcome, failed_where
 
 CAPTURE = "NEML2_CAPTURE_SOLVE_FAILURE"
 SHOWN = 5
@@ -28,7 +28,6 @@ _KINDS = {
     Outcome.DIVERGED: "diverged (non-finite residual)",
     Outcome.OUT_OF_ITERATIONS: "not converged",
     Outcome.SINGULAR: "stopped at a singular Jacobian",
-    Outcome.NOT_FINITE: "ended where derivatives are not finite",
 }
 
 
@@ -43,11 +42,6 @@ class Given:
 
     inputs: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
-
-
-def capturing() -> bool:
-    """Whether failed solves hand on their iterates; read anew at each failure."""
-    return os.environ.get(CAPTURE, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def reasons(outcome: Tensor, given: Given, *, step: str = "the time step") -> list[str]:
@@ -125,13 +119,42 @@ def convergence_error(
         A `ConvergenceError` with `converged_mask`, `outcome` and `rows`; with `unknowns` too if failures are captured.
     """
     statistics, segments = report.statistics()
-    if lost is not None:
-        outcome = failed_where(statistics.outcome, lost.flatten())
-        last = program.segments.index(program.implicit[-1])
-        segments = segments.masked_fill(outcome == Outcome.NOT_FINITE, last)
-        statistics = statistics_of(outcome, statistics.iterations, statistics.norm, statistics.norm0, False)
-    error = error_for(statistics, segments, batch, program, settings, given)
-    if capturing():
+    outcome = failed_where(statistics.outcome, None if lost is None else lost.flatten())
+    failed = (outcome != Outcome.CONVERGED).nonzero().squeeze(-1)
+    indices = [int(index) for index in segments[failed].unique() if index >= 0]
+    solved = [part for i, part in enumerate(program.segments) if i in indices and isinstance(part, ImplicitSegment)]
+    level = max((part.spec.max_substepping_level for part in solved), default=0)
+    if solved:
+        kinds = {Outcome(int(code)) for code in outcome[failed].unique()}
+        kind = _KINDS[kinds.pop()] if len(kinds) == 1 else "not converged"
+        used = settings or solved[0].spec.newton
+        lines = [
+            f"Newton solve {kind}: {len(failed)} of {prod(batch)} row(s) failed "
+            f"after at most {int(statistics.iterations[failed].max())} iteration(s) "
+            f"(miters={used.miters}, atol={used.atol:.1e}, rtol={used.rtol:.1e}"
+            + (f", max_substepping_level={level}" if level else "")
+            + f", segment{'s' * (len(indices) > 1)} {', '.join(map(str, indices))})."
+        ]
+    else:
+        lines = [f"Derivatives are NaN or infinite: {len(failed)} of {prod(batch)} row(s) failed."]
+    columns = (statistics.norm, statistics.norm0, statistics.iterations, outcome, segments)
+    first = failed[:SHOWN]
+    for row, norm, norm0, count, code, index in zip(first.tolist(), *(x[first].tolist() for x in columns), strict=True):
+        place = [int(k) for k in torch.unravel_index(torch.tensor(row), batch)] if len(batch) > 1 else row
+        line = f"  row {place}: {Outcome(code).words}"
+        if index >= 0:
+            where = f" in segment {index}" if len(indices) > 1 else ""
+            line += f"{where} at iteration {count}, |R| = {norm:.6e}, |R0| = {norm0:.6e}"
+        lines.append(line)
+    if len(failed) > SHOWN:
+        lines.append(f"  ... and {len(failed) - SHOWN} more")
+    lines += reasons(outcome, given, step="the outer step" if level else "the time step")
+    lines[-1] += " Model.solve returns the rows that converge."
+    error = errors.ConvergenceError("\n".join(lines))
+    error.converged_mask = (outcome == Outcome.CONVERGED).reshape(batch)  # type: ignore[attr-defined]
+    error.outcome = outcome.reshape(batch)  # type: ignore[attr-defined]
+    error.rows = failed  # type: ignore[attr-defined]
+    if os.environ.get(CAPTURE, "").strip().lower() not in ("", "0", "false", "no", "off"):
         names = {**aliases.inputs, **aliases.outputs}
         # Of the first try, as the iterates are, before steps were cut.
         error.converged_mask = report.tried().reshape(batch)  # type: ignore[attr-defined]
@@ -139,57 +162,4 @@ def convergence_error(
             names.get(name, name): value.reshape(batch + tuple(value.shape[1:]))
             for name, value in report.unknowns().items()
         }
-    return error
-
-
-def error_for(
-    statistics: RowStatistics,
-    segments: Tensor,
-    batch: Shape,
-    program: Program,
-    settings: NewtonSettings | None,
-    given: Given,
-) -> RuntimeError:
-    """The error for rows that fared so, at least one of which has failed.
-
-    Args:
-        statistics: how the rows fared.
-        segments: index of the segment that failed first, else -1, `(rows,)`.
-        batch: as for `convergence_error`.
-        program: as for `convergence_error`.
-        settings: as for `convergence_error`.
-        given: as for `convergence_error`.
-
-    Returns:
-        A `ConvergenceError` with `converged_mask`, `outcome` and `rows`.
-    """
-    failed = (~statistics.converged).nonzero().squeeze(-1)
-    first = failed[:SHOWN]
-    indices = [int(index) for index in segments[failed].unique()]
-    solved = [part for i, part in enumerate(program.segments) if i in indices and isinstance(part, ImplicitSegment)]
-    used = settings or solved[0].spec.newton
-    level = max(part.spec.max_substepping_level for part in solved)
-    kinds = {Outcome(int(code)) for code in statistics.outcome[failed].unique()}
-    kind = _KINDS[kinds.pop()] if len(kinds) == 1 else "not converged"
-    steps = int(statistics.iterations[failed].max())
-    lines = [
-        f"Newton solve {kind}: {len(failed)} of {prod(batch)} row(s) failed after at most {steps} iteration(s) "
-        f"(miters={used.miters}, atol={used.atol:.1e}, rtol={used.rtol:.1e}"
-        + (f", max_substepping_level={level}" if level else "")
-        + f", segment{'s' * (len(indices) > 1)} {', '.join(map(str, indices))})."
-    ]
-    columns = (statistics.norm, statistics.norm0, statistics.iterations, statistics.outcome, segments)
-    for row, norm, norm0, count, code, index in zip(first.tolist(), *(x[first].tolist() for x in columns), strict=True):
-        place = [int(k) for k in torch.unravel_index(torch.tensor(row), batch)] if len(batch) > 1 else row
-        where = f" in segment {index}" if len(indices) > 1 else ""
-        words = Outcome(code).words
-        lines.append(f"  row {place}: {words}{where} at iteration {count}, |R| = {norm:.6e}, |R0| = {norm0:.6e}")
-    if len(failed) > SHOWN:
-        lines.append(f"  ... and {len(failed) - SHOWN} more")
-    lines += reasons(statistics.outcome, given, step="the outer step" if level else "the time step")
-    lines[-1] += " Model.solve returns the rows that converge."
-    error = errors.ConvergenceError("\n".join(lines))
-    error.converged_mask = statistics.converged.reshape(batch)  # type: ignore[attr-defined]
-    error.outcome = statistics.outcome.reshape(batch)  # type: ignore[attr-defined]
-    error.rows = failed  # type: ignore[attr-defined]
     return error
