@@ -55,7 +55,7 @@ def requests(model: Model, operation: Operation, rng: np.random.Generator) -> li
     return found
 
 
-@pytest.mark.parametrize("stub", STUBS)
+@pytest.mark.parametrize("stub", [*STUBS, pytest.param("cohesive", marks=pytest.mark.wide)])
 def test_each_gets_what_it_would_get_alone(stub: str) -> None:
     model = Model(artifact(stub))
     served = Served(stub, model)
@@ -101,6 +101,34 @@ def test_each_gets_what_it_would_get_alone(stub: str) -> None:
                 assert told.keys() == wanted.keys()
                 for name, value in wanted.items():
                     _close(told[name], value.numpy(), operation.name)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("operation", ["forward", "jacobian", "jvp"])
+def test_a_rate_where_no_time_passes_fails_its_own_request(operation: str) -> None:
+    """In an explicit model, where no solve fails: refused by name, and gathered neighbours are right."""
+    model = Model(artifact("cohesive"))
+    served = Served("cohesive", model)
+    known = served.operations[operation]
+    assert isinstance(known, Operation)
+    rng = np.random.default_rng(0)
+    asked = []
+    for place in range(3):
+        names = [*known.inputs, *(name for name in known.optional if name.startswith("tangent:"))]
+        given = {name: rng.uniform(0.1, 0.5, (2, *known.ports[name].shape)) for name in names}
+        given |= {"t": np.array([2.0, 3.0]), "t~1": np.array([1.0, 3.0 if place == 1 else 2.0])}
+        asked.append(given)
+    calls = []
+    for given in asked:
+        body, headers = encode(given, True, {"operation": operation})
+        calls.append(read_call(served, body, headers["Inference-Header-Content-Length"].encode(), Limits()))
+    before, refused, after = evaluate(served, calls)
+    assert isinstance(refused, Refused) and (refused.status, refused.rows) == (422, [1])
+    assert "1 of 2 rows failed (not finite: 1). 't' equals 't~1' in 1 of these rows" in refused.message
+    for given, answer in ((asked[0], before), (asked[2], after)):
+        assert not isinstance(answer, Refused)
+        for name, value in reference(model, operation, given, {}).items():
+            _close(answer[name], value.numpy(), operation)
 
 
 def _close(found: Array, wanted: Array, operation: str) -> None:
