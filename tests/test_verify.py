@@ -78,6 +78,19 @@ def test_another_source_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert errors == pytest.approx({"stress": 1e-3 / 1.001, "d(stress)/d(strain)": 1e-3 / 1.001}, rel=1e-6)
 
 
+def test_numbers_that_only_the_compiled_model_has_not_finite_fail(tmp_path: Path) -> None:
+    """At a strain of 1e304 the stress of steel overflows, in its source as well; that of a soft model does not."""
+    points = tmp_path / "points.npz"
+    np.savez(points, strain=np.outer([1e304, 1e-3, 0.0], np.ones(6)))
+    soft = tmp_path / "soft.i"
+    soft.write_text(source_of("elasticity").read_text().replace("205000", "0.5"))
+    for source, passed in ((source_of("elasticity"), True), (soft, False)):
+        report = verify(stub_of("elasticity"), Wanted(against=source, where=Where(points=points)))
+        finite = next(c for c in report.comparisons if c.quantity == "finite numbers")
+        assert (report.not_converged, finite.rows, finite.worst_row, finite.passed) == (1, 1, 0, passed)
+        assert report.passed is passed
+
+
 def test_bad_sources(tmp_path: Path) -> None:
     target = stub_of("elasticity")
     for source, name, said in (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model import Model
+from ..solve.outcome import Outcome
 from .comparison import scale_of
 from .golden import Blocks
 from .points import Points, Tensors, driver_names, driver_points, joined, random_points, read_points
@@ -49,12 +50,14 @@ class Evaluated:
         outputs: by name.
         blocks: derivatives by inputs and parameters, `(rows, ...)`, by pair.
         parameters: promoted parameters by name.
+        not_finite: indices of the points, among all, at which it gave numbers that are not finite.
     """
 
     points: Points
     outputs: Tensors
     blocks: Blocks
     parameters: Tensors
+    not_finite: Tensor
 
     def scale(self, pair: tuple[str, str], block: Tensor) -> float:
         """What an error of a derivative is measured by; `block` is the reference."""
@@ -99,4 +102,5 @@ def evaluate(model: Model, points: Points) -> tuple[Evaluated, int]:
     if model.parameter_derivative_pairs:
         found = model.param_jacobian(kept.inputs)[1]
         blocks |= {(out, by): block for out, row in found.items() for by, block in row.items()}
-    return Evaluated(kept, outputs, blocks, dict(model.named_parameters())), points.rows - rows
+    not_finite = (solution.outcome == Outcome.NOT_FINITE).nonzero().squeeze(-1).cpu()
+    return Evaluated(kept, outputs, blocks, dict(model.named_parameters()), not_finite), points.rows - rows

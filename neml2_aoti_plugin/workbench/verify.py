@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from .points import Points
 from .target import Target
 
 RTOL = 1e-6
+# What is compared where the compiled model gives numbers that are not finite.
+FINITE = "finite numbers"
 # Finite differences are no better than this.
 DIFFERENCE_RTOL = {torch.float64: 1e-5, torch.float32: 1e-3}
 
@@ -117,7 +120,7 @@ def verify(
     comparisons: list[Comparison] = []
     not_compared: list[str] = []
     if source is not None:
-        with_source, cannot = _with_source(source, found, wanted.rtol)
+        with_source, cannot = _with_source(source, found, points, wanted.rtol)
         comparisons += with_source
         not_compared += cannot
     if golden is not None:
@@ -161,7 +164,7 @@ def _golden_beside(target: Target, wanted: Wanted) -> Path | None:
     return found if found.is_file() else None
 
 
-def _with_source(source: Source, found: Evaluated, rtol: float) -> tuple[list[Comparison], list[str]]:
+def _with_source(source: Source, found: Evaluated, points: Points, rtol: float) -> tuple[list[Comparison], list[str]]:
     """What the source gives is compared, quantity by quantity; of the rest it is said why not."""
     inputs = {name: value.cpu() for name, value in found.points.inputs.items()}
     values = source.outputs(inputs)
@@ -171,7 +174,28 @@ def _with_source(source: Source, found: Evaluated, rtol: float) -> tuple[list[Co
         if pair in blocks:
             scale = found.scale(pair, blocks[pair])
             comparisons.append(compare(derivative(*pair), "source", block, blocks[pair], rtol, scale=scale))
-    return comparisons, [f"{derivative(*pair)} with the source: {why}" for pair, why in missing.items()]
+    cannot = [f"{derivative(*pair)} with the source: {why}" for pair, why in missing.items()]
+    if len(found.not_finite):
+        try:
+            comparisons.append(_finite(source, found, points, rtol))
+        except InputError as error:
+            cannot.append(f"{FINITE} with the source: {error}")
+    return comparisons, cannot
+
+
+def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Comparison:
+    """Whether the source has numbers that are not finite either, where the compiled model has such."""
+    rows = found.not_finite
+    inputs = {name: value.cpu()[rows] for name, value in points.inputs.items()}
+    given = [*source.outputs(inputs).values(), *source.blocks(inputs, list(found.blocks))[0].values()]
+    finite = torch.ones(len(rows), dtype=torch.bool)
+    for value in given:
+        entries = torch.isfinite(value)
+        whole = entries.ndim and len(entries) == len(rows)
+        finite &= entries.reshape(len(rows), -1).all(1) if whole else entries.all()
+    wrong = finite.nonzero().squeeze(-1)
+    at = int(rows[wrong[0] if len(wrong) else 0])
+    return Comparison(FINITE, "source", len(rows), 0, inf if len(wrong) else 0.0, at, rtol, not len(wrong))
 
 
 def _with_golden(golden: Golden, found: Evaluated, points: Points, rtol: float) -> list[Comparison]:
