@@ -11,6 +11,7 @@ import torch
 from neml2.cli.run import main as neml2_run
 
 import references
+from legacy import build
 from neml2_aoti_plugin import InputError, cli
 from neml2_aoti_plugin.workbench.drive import run
 
@@ -83,6 +84,19 @@ def test_an_override_that_is_refused_ends_neml2_run(capsys: pytest.CaptureFixtur
         status = neml2_run([str(references.case("calibration").file), "driver", "Solvers/newton/max_its:=2"])
     torch.set_default_device(None)
     assert status == 1 and "which nobody reads" in capsys.readouterr().err
+
+
+@pytest.mark.legacy
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("override", ["Models/dashpot/viscosity:=300", "Solvers/newton/max_its:=2"])
+def test_blocks_that_an_old_stub_still_has_are_not_read_either(override: str) -> None:
+    """neml2 3.0.0 leaves the source in its stubs."""
+    stub = build.stub("3.0.0", "multi")
+    assert neml2.load_model(stub, "bar").input_spec
+    with pytest.raises(InputError, match="nobody reads"):
+        neml2.load_input(stub, additional_args=[override]).get_model("bar")
+    solver = ["Models/bar/solver:=newton", "Solvers/newton/max_its:=2"]
+    assert neml2.load_input(stub, additional_args=solver).get_model("bar").solver.miters == 2
 
 
 def test_a_solver_that_is_added_and_named_is_read() -> None:

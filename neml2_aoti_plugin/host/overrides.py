@@ -26,6 +26,8 @@ from ..errors import AOTIError, InputError
 
 # Sections from whose blocks neml2 builds objects, each by its `type`.
 BUILT = ("Models", "Drivers", "Tensors", "Solvers", "EquationSystems", "Data")
+# Those of which models are made.
+SOURCE = ("Models", "Solvers", "EquationSystems", "Data")
 
 
 class OpenSchema(HitSchema):  # type: ignore[misc]
@@ -94,6 +96,8 @@ def parameter_values(
     root, model = factory._root, block.path()
     written = _as_written(factory._path)
     authored = {name: parameter.name for name, parameter in parameters.items()}
+    # Stubs of neml2 3.0.0 to 3.0.3 name the metadata.
+    old, solver = block.find("meta") is not None, block.param_optional_str("solver", "")
     values = {}
     for option in _options(root):
         section, name, key = option.parts
@@ -102,6 +106,9 @@ def parameter_values(
             continue
         holder = factory._find_in_section(section, name) if section in BUILT else None
         kind = holder.param_optional_str("type", "") if holder is not None else ""
+        if old and section in SOURCE and kind != "AOTIModel" and name != solver:
+            # It left the blocks of the source in the stub, which has the compiled model in the place of what read them.
+            kind = ""
         # Where the file cannot be parsed alone, it is known only of a block that neml2 cannot build.
         given = (
             written.get(option.path) != option.text if written is not None else own or (section in BUILT and not kind)
