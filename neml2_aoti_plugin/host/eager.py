@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import log
 from ..errors import ConvergenceError, InputError
+from ..model.failure import advice
 from ..settings import CacheStrategy, KrylovMethod, KrylovSettings, LineSearch, NewtonSettings
 from ..solve import newton
 from ..solve.criteria import criteria_of
@@ -28,8 +29,6 @@ from .callables import (
     Residual,
     Step,
 )
-
-_ADVICE = "A better predictor, a line search or a smaller time step may help."
 
 LayoutDescription = Sequence[tuple[str, Sequence[int]]]
 """For each group its structure (`dense` or `block`) and the sizes of its site axes."""
@@ -216,11 +215,11 @@ def _failure(found: Solved, updates: int, settings: NewtonSettings) -> RuntimeEr
     """The error for a batch that did not converge as a whole."""
     statistics = found.statistics
     if bool((statistics.outcome == Outcome.DIVERGED).any()):
-        return ConvergenceError(f"The Newton solve diverged at iteration {updates}: non-finite residual. {_ADVICE}")
+        return ConvergenceError(f"The Newton solve diverged at iteration {updates}: non-finite residual. {advice()}")
     largest, largest0 = statistics.norm.amax().item(), statistics.norm0.amax().item()
     return ConvergenceError(
         f"The Newton solve has not converged in {settings.miters} iterations: max |R| = {largest:.6e}, "
-        f"max |R0| = {largest0:.6e}, atol = {settings.atol:g}, rtol = {settings.rtol:g}. {_ADVICE}"
+        f"max |R0| = {largest0:.6e}, atol = {settings.atol:g}, rtol = {settings.rtol:g}. {advice()}"
     )
 
 

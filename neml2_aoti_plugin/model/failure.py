@@ -86,8 +86,13 @@ def reasons(outcome: Tensor, given: Given, *, step: str = "the time step") -> li
             "these rows, and ask only for the derivatives that you need."
         )
     if bool((open_ & (outcome != Outcome.NOT_FINITE)).any()):
-        lines.append(f"Try a better predictor, a line search, or reduce {step}.")
+        lines.append(advice(step))
     return lines
+
+
+def advice(step: str = "the time step") -> str:
+    """What helps a solver that fails."""
+    return f"Try a better predictor, a line search, or reduce {step}."
 
 
 def _of(flags: Tensor, rows: Tensor) -> Tensor:
