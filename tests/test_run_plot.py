@@ -301,6 +301,7 @@ def test_no_name_of_a_variable_hides_another_or_ours(ending: str, strain: str, s
     name = stress.replace("%", "%25").replace(".", "%2E")
     (line,) = plot([out], tmp_path / "a.svg", "@time", [f"{name}.xx"], rows=[0]).lines
     assert line.y_last == pytest.approx(2.0)
+    assert [line.y for line in plot([out], tmp_path / "a.svg").lines] == [f"{name}.vonmises"] * 2
 
 
 def test_names_that_are_ours_are_refused_before_a_run(tmp_path: Path) -> None:

@@ -454,6 +454,15 @@ def test_what_cannot_be_written_is_told_ahead(tmp_path: Path, capsys: pytest.Cap
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_result_that_the_driver_would_save_is_left_alone(tmp_path: Path) -> None:
+    stub, saved = copy("elasticity", tmp_path), tmp_path / "saved.pt"
+    saved.write_text("of an earlier run")
+    stub.write_text(stub.read_text().replace("type = TransientDriver", f"type = TransientDriver\n save_as = '{saved}'"))
+    for command in (["verify", "--rows", "2"], ["bench", "--rows", "1", "--seconds", "0"]):
+        assert cli.main([command[0], str(stub), *command[1:]]) == 0
+    assert saved.read_text() == "of an earlier run"
+
+
 def test_a_driver_that_fails_gives_the_points_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stub = copy("viscoplasticity", tmp_path)
     tensor = "torch.linspace(0.0, 3.0e-2, 61, dtype=torch.float64)"

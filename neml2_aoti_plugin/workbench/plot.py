@@ -156,7 +156,7 @@ def default_x(result: Result) -> str:
     names = [name for name in tensors if "strain" in name] or tensors
     if names:
         return str(Column(names[0], part="equivalent"))
-    return next((name for name in (TIME, "t") if name in result.series), STEP)
+    return next((name for name in (TIME, "t") if result.types.get(name) == "Scalar"), STEP)
 
 
 def default_y(result: Result, x: str) -> str:

@@ -85,6 +85,8 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
     with defaults(device, dtype):
         built = load_driver(target.stub, driver, device=device, dtype=dtype)
         require_compiled(built, driver, target.stub)
+        # What the driver gives is not asked for here, and must not take the place of a file.
+        built.save_as = ""
         handle = built.model.register_forward_pre_hook(keep)
         source = f"driver {driver}"
         try:
