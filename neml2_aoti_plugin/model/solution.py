@@ -23,7 +23,8 @@ class Solution:
     Args:
         outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that failed.
         converged: rows whose solves converged and whose outputs and blocks are finite, `(*batch,)`, bool. All others
-            have failed.
+            have failed. A residual has converged by either tolerance; by `rtol`, a start that is far off lets it pass
+            far from the solution.
         iterations: number of Newton updates that each row took until its residual passed the test, `(*batch,)`, each
             with a linearisation. Chord steps, the trials of a line search and the last step beyond the test are not
             counted; those of several implicit segments, of subincrements and of a second solve without chord steps are
