@@ -570,6 +570,21 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     assert [json.loads(line)["event"] for line in done.stdout.splitlines()][1] == "not loaded"
 
 
+@pytest.mark.wide
+def test_a_variable_with_the_name_of_a_derivative_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = (Path(__file__).parent.parent / "stubs" / "elasticity.i").read_text(encoding="utf-8")
+    assert "stress = 'stress'" in source
+    (tmp_path / "model.i").write_text(
+        source.replace("stress = 'stress'", "stress = 'tangent:strain'"), encoding="utf-8"
+    )
+    command = [str(SCRIPT.with_name("neml2-compile")), "model.i", "--driver", "driver", "--output-dir", "out"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert cli.main(["serve", str(tmp_path / "out" / "elasticity"), "--check"]) == 2
+    assert "a variable is called 'tangent:strain'" in capsys.readouterr().err
+
+
 def test_two_on_one_address(strict: Service, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", str(artifact("elasticity")), "--port", str(strict.port)]) == 2
     assert f"cannot listen on 127.0.0.1:{strict.port}: Address already in use" in capsys.readouterr().err

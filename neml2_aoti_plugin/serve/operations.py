@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from ..errors import InputError
 from ..model import Model
 from .tensors import Port
 
@@ -68,6 +69,7 @@ def operations_of(model: Model) -> dict[str, Operation | Missing]:
     inputs = {name: Port(name, datatype, tuple(known.natural_shape)) for name, known in model.inputs.items()}
     iterates = {name: Port(name, datatype, tuple(known.natural_shape)) for name, known in model.first_iterates.items()}
     values = tuple(model.outputs)
+    _require_own_names(model)
     found: list[Operation | Missing] = [
         Operation("forward", inputs, iterates, values),
         Operation("solve", inputs, iterates, (*values, CONVERGED, ITERATIONS, OUTCOME)),
@@ -102,3 +104,15 @@ def operations_of(model: Model) -> dict[str, Operation | Missing]:
             )
         )
     return {operation.name: operation for operation in found}
+
+
+def _require_own_names(model: Model) -> None:
+    """Refuse a model with a variable that has the name of a derivative here: one of both would be lost."""
+    ours = {f"{out}:{by}" for out, by in model.derivative_pairs}
+    ours |= {prefix + name for name in (*model.inputs, *model.outputs) for prefix in (TANGENT, COTANGENT)}
+    for name in (*model.inputs, *model.first_iterates, *model.outputs):
+        if name in ours:
+            raise InputError(
+                f"a variable is called {name!r}, which is how requests call a derivative. Give it another name in the "
+                "input file, and compile the model again with neml2-compile."
+            )
