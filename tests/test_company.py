@@ -135,7 +135,10 @@ def test_a_lost_row_changes_no_other(implementation: str) -> None:
     others = torch.tensor([k for k in range(COUNT) if k != 17])
     assert found.iterations[others].tolist() == expected.iterations[others].tolist()
     for out, value in found.outputs.items():
-        assert torch.equal(value[others], expected.outputs[out][others]), out
+        # The rows behind it lie elsewhere in the calls of the graphs, which may round them otherwise; the native loop
+        # fills these calls up.
+        atol = 0.0 if implementation == "native" else ALIKE * float(expected.outputs[out].abs().max())
+        torch.testing.assert_close(value[others], expected.outputs[out][others], rtol=0.0, atol=atol)
 
 
 @pytest.mark.wide

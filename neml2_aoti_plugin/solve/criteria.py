@@ -26,7 +26,8 @@ class Criteria(NamedTuple):
     Args:
         atol: limit of the residual norm.
         rtol: limit of that norm relative to its first value.
-        trial_rtol: the same for a trial that stands without a test of its decrease; neml2 asks for `atol` there (0).
+        trial_rtol: the same for a trial that stands without a test of its decrease; neml2 asks for `atol` there (0), as
+            is done here where such a trial might not have converged yet, for want of a small step.
         c: slack of the acceptance.
         cutback: divisor of the step length.
         strong_wolfe: whether the acceptance is that of STRONG_WOLFE.
@@ -60,7 +61,7 @@ def criteria_of(settings: NewtonSettings, *, small_steps: bool = False, as_nativ
     return Criteria(
         float(settings.atol),
         float(settings.rtol),
-        0.0 if as_native else float(settings.rtol),
+        0.0 if as_native or small_steps else float(settings.rtol),
         float(settings.ls_c),
         float(settings.ls_cutback),
         settings.ls_type == "STRONG_WOLFE",

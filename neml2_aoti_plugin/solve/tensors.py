@@ -181,9 +181,16 @@ class TensorRows(TensorSteps):
         self._waiting.append(self._place[gains & ~now])
         rows = now.nonzero().squeeze(-1)
         if len(rows):
-            steps = self._last_steps(self._linear.take(rows), [x.index_select(0, rows) for x in self._b])
-            moved = _moved([x.index_select(0, rows) for x in self._u], steps, self._of_u)
+            u, b = ([x.index_select(0, rows) for x in groups] for groups in (self._u, self._b))
+            moved = self._last_step(self._system.take(rows), self._linear.take(rows), u, b, self._norm[rows])
             self._u = _put(self._u, rows, moved)
+
+    def _last_step(self, system: System, linear: Linearisation, u: Groups, b: Groups, norm: Tensor) -> Groups:
+        """Take a last step from unknowns with the rows whose residual falls by it."""
+        moved = _moved(u, self._last_steps(linear, b), self._of_u)
+        better = row_norms(system.residual(moved), self._of_r) < norm
+        groups = zip(moved, u, self._of_u, strict=True)
+        return [torch.where(per_row(better, group), x, before) for x, before, group in groups]
 
     def _last_steps(self, linear: Linearisation, b: Groups) -> Groups:
         """The steps for right-hand sides that may be below the absolute tolerance of an iterative linear solve."""
@@ -222,10 +229,10 @@ class TensorRows(TensorSteps):
             self._leave(Outcome.OUT_OF_ITERATIONS, torch.ones_like(self._norm, dtype=torch.bool))
         waiting = torch.cat(self._waiting) if self._waiting else self._place
         if len(waiting):
-            u = [x.index_select(0, waiting) for x in self._solution]
-            b, linear = self._whole.take(waiting).linearise(u)
-            for whole, x in zip(self._solution, _moved(u, self._last_steps(linear, b), self._of_u), strict=True):
-                whole[waiting] = x
+            u, system = [x.index_select(0, waiting) for x in self._solution], self._whole.take(waiting)
+            b, linear = system.linearise(u)
+            moved = self._last_step(system, linear, u, b, self._statistics.norm[waiting])
+            self._solution = _put(self._solution, waiting, moved)
         statistics = self._statistics
         return Solved(self._solution, replace(statistics, all_converged=bool(statistics.converged.all())))
 

@@ -213,7 +213,10 @@ def solve_block(table: Any) -> Any:
         fault, followed, line = _try(residual, call, s, live, cuts, line, criteria)
         if fault != DONE:
             return fault
-        live = _settle(followed, live, update, s, criteria)
+        live, last = _settle(followed, live, update, s, criteria)
+        fault = _keep(residual, call, s, s.further_g, last)
+        if fault != DONE:
+            return fault
     if update == 0:
         release(jacobian, call)
     for k in range(live):
@@ -225,7 +228,7 @@ def solve_block(table: Any) -> Any:
     for row in range(rows):
         if s.record[row, OUTCOME] != CONVERGED and s.record[row, OUTCOME] != WAITING:
             t[Solve.FAILED] += 1
-    return _take_last_steps(jacobian, call, s, givens)
+    return _take_last_steps(residual, jacobian, call, s, givens)
 
 
 @inner
@@ -411,7 +414,7 @@ def _set_chord_steps(live: Any, s: Any, criteria: Any) -> Any:
 def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any:
     """Accept the trials, and the chord steps that let the residual fall; rows that are done leave, the others move up.
 
-    Gives the number of those that stay.
+    Gives the number of those that stay, and of those that have left whose last step is to be judged.
     """
     n = s.u.shape[1]
     for i in range(followed):
@@ -423,7 +426,7 @@ def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any
                 s.step[k, j] = s.further[i, j] - s.trial[k, j]
             copy(s.further, i, s.trial, k)
             copy(s.further_b, i, s.b, k)
-    kept = 0
+    kept = last = 0
     for k in range(live):
         row, norm = s.indices[k, PLACE], s.numbers[k, TRIAL_NORM]
         norm0 = s.norms[row, FIRST]
@@ -440,7 +443,10 @@ def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any
                     s.record[row, OUTCOME] = WAITING
                 elif substitute_one(s.lu, s.pivots, s.indices[k, SLOT], s.b, k):
                     for i in range(n):
-                        s.solution[row, i] += s.b[k, i]
+                        s.further[last, i] = s.trial[k, i] + s.b[k, i]
+                    copy(s.g, k, s.further_g, last)
+                    s.indices[last, TRIED] = row
+                    last += 1
             continue
         copy(s.trial, k, s.u, kept)
         if kept != k:
@@ -448,19 +454,32 @@ def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any
         s.numbers[kept, NORM] = norm
         s.indices[kept, PLACE], s.indices[kept, SOURCE] = row, kept
         kept += 1
-    return kept
+    return kept, last
 
 
 @inner
-def _take_last_steps(jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
-    """Take the last steps of the rows that wait for a linearisation of their own; tell what is wrong with the graph."""
+def _keep(residual: Any, call: Any, s: Any, g: Any, last: Any) -> Any:
+    """Take the last steps that let the residual fall; tell what is wrong with the graph."""
+    if last == 0:
+        return DONE
+    fault = _evaluate(residual, call, s.further, g, s.further_b, last)
+    for i in range(last):
+        row = s.indices[i, TRIED]
+        if fault == DONE and norm_of(s.further_b, i) < s.norms[row, LAST]:
+            copy(s.further, i, s.solution, row)
+    return fault
+
+
+@inner
+def _take_last_steps(residual: Any, jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
+    """Take the last steps of the rows that wait for a linearisation of their own; tell what is wrong with a graph."""
     n, waiting = s.u.shape[1], 0
     for row in range(len(s.record)):
         if s.record[row, OUTCOME] == WAITING:
             s.record[row, OUTCOME] = CONVERGED
             copy(s.solution, row, s.u, waiting)
             copy(givens, row, s.g, waiting)
-            s.indices[waiting, PLACE], s.indices[waiting, SOURCE] = row, waiting
+            s.indices[waiting, TRIED], s.indices[waiting, SOURCE] = row, waiting
             waiting += 1
     if waiting == 0:
         return DONE
@@ -471,11 +490,12 @@ def _take_last_steps(jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
         end = min(start + LANES, waiting)
         _directions(a, s, start, end)
         for k in range(start, end):
-            if take_side(s.lu, k, s.step, k) and had_pivots(s.lu, k, n):
-                for i in range(n):
-                    s.solution[s.indices[k, PLACE], i] += s.step[k, i]
+            # Without a step its residual stays what it is.
+            sound = take_side(s.lu, k, s.step, k) and had_pivots(s.lu, k, n)
+            for i in range(n):
+                s.further[k, i] = s.u[k, i] + s.step[k, i] if sound else s.u[k, i]
     release(jacobian, call)
-    return DONE
+    return _keep(residual, call, s, s.g, waiting)
 
 
 @inner
