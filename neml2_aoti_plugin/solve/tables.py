@@ -113,9 +113,10 @@ Solve = _Solve(*range(33))
 Call = _Call(*range(13))
 Columns = _Columns(*range(13))
 
-# Kinds of vectors of a solve: unknowns, direction, trial, `-r`; further trials of some rows, `-r` there. Of givens: of
+# Kinds of vectors of a solve: unknowns, direction, trial, `-r`; further trials of some rows, `-r` there;
+# what last steps lead to, in the places of the rows in the batch. Of givens: of
 # the live rows, of the further trials.
-U, STEP, TRIAL, B, FURTHER, FURTHER_B, VECTOR_KINDS = range(7)
+U, STEP, TRIAL, B, FURTHER, FURTHER_B, LAST_STEP, VECTOR_KINDS = range(8)
 OWN, FURTHER_OWN, GIVEN_KINDS = range(3)
 # Columns of `numbers`, of the live rows: residual norm, that of the trial, slope over squared norm, step length.
 NORM, TRIAL_NORM, SLOPE, ALPHA, NUMBER_COLUMNS = range(5)

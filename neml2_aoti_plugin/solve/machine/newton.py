@@ -28,6 +28,7 @@ from ..tables import (
     JACOBIAN_IS_OTHER,
     LANES,
     LAST,
+    LAST_STEP,
     NORM,
     NUMBER_COLUMNS,
     OUT_OF_ITERATIONS,
@@ -82,8 +83,9 @@ from .elimination import (
     take_side,
 )
 
-# In `record` of a row that has converged and waits for a last step with a linearisation of its own.
+# In `record` of a row that has converged: it waits for a last step with a linearisation of its own; it has a last step.
 WAITING: Final = -1
+STEPPING: Final = -2
 CRITERIA: Final = len(by.Criteria._fields)
 
 _converged, _small_step, _accepted = inlined(by.converged), inlined(by.small_step), inlined(by.accepted)
@@ -100,6 +102,7 @@ class Space(NamedTuple):
         b: `-r` at the unknowns, then at the trials.
         further: further trials of some rows.
         further_b: `-r` there.
+        last_step: what last steps lead to, in the places of the rows in the batch.
         g: givens of the live rows, `(capacity, q)`.
         further_g: givens of the further trials.
         numbers: see `NORM` and what follows it.
@@ -118,6 +121,7 @@ class Space(NamedTuple):
     b: Any
     further: Any
     further_b: Any
+    last_step: Any
     g: Any
     further_g: Any
     numbers: Any
@@ -149,6 +153,7 @@ def _space(t: Any) -> Any:
         number_rows(vectors + B * size, (capacity, n)),
         number_rows(vectors + FURTHER * size, (capacity, n)),
         number_rows(vectors + FURTHER_B * size, (capacity, n)),
+        number_rows(vectors + LAST_STEP * size, (capacity, n)),
         number_rows(givens + OWN * given, (capacity, q)),
         number_rows(givens + FURTHER_OWN * given, (capacity, q)),
         number_rows(t[Solve.NUMBERS], (capacity, NUMBER_COLUMNS)),
@@ -213,10 +218,7 @@ def solve_block(table: Any) -> Any:
         fault, followed, line = _try(residual, call, s, live, cuts, line, criteria)
         if fault != DONE:
             return fault
-        live, last = _settle(followed, live, update, s, criteria)
-        fault = _keep(residual, call, s, s.further_g, last)
-        if fault != DONE:
-            return fault
+        live = _settle(followed, live, update, s, criteria)
     if update == 0:
         release(jacobian, call)
     for k in range(live):
@@ -226,7 +228,7 @@ def solve_block(table: Any) -> Any:
         s.record[row, OUTCOME], s.record[row, UPDATE] = OUT_OF_ITERATIONS, update
         s.norms[row, LAST] = s.numbers[k, NORM]
     for row in range(rows):
-        if s.record[row, OUTCOME] != CONVERGED and s.record[row, OUTCOME] != WAITING:
+        if s.record[row, OUTCOME] > CONVERGED:
             t[Solve.FAILED] += 1
     return _take_last_steps(residual, jacobian, call, s, givens)
 
@@ -414,7 +416,7 @@ def _set_chord_steps(live: Any, s: Any, criteria: Any) -> Any:
 def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any:
     """Accept the trials, and the chord steps that let the residual fall; rows that are done leave, the others move up.
 
-    Gives the number of those that stay, and of those that have left whose last step is to be judged.
+    Gives the number of those that stay.
     """
     n = s.u.shape[1]
     for i in range(followed):
@@ -426,7 +428,7 @@ def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any
                 s.step[k, j] = s.further[i, j] - s.trial[k, j]
             copy(s.further, i, s.trial, k)
             copy(s.further_b, i, s.b, k)
-    kept = last = 0
+    kept = 0
     for k in range(live):
         row, norm = s.indices[k, PLACE], s.numbers[k, TRIAL_NORM]
         norm0 = s.norms[row, FIRST]
@@ -442,11 +444,9 @@ def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any
                 if not _carries(norm, s.numbers[k, NORM], norm0, criteria):
                     s.record[row, OUTCOME] = WAITING
                 elif substitute_one(s.lu, s.pivots, s.indices[k, SLOT], s.b, k):
+                    s.record[row, OUTCOME] = STEPPING
                     for i in range(n):
-                        s.further[last, i] = s.trial[k, i] + s.b[k, i]
-                    copy(s.g, k, s.further_g, last)
-                    s.indices[last, TRIED] = row
-                    last += 1
+                        s.last_step[row, i] = s.trial[k, i] + s.b[k, i]
             continue
         copy(s.trial, k, s.u, kept)
         if kept != k:
@@ -454,32 +454,43 @@ def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any
         s.numbers[kept, NORM] = norm
         s.indices[kept, PLACE], s.indices[kept, SOURCE] = row, kept
         kept += 1
-    return kept, last
-
-
-@inner
-def _keep(residual: Any, call: Any, s: Any, g: Any, last: Any) -> Any:
-    """Take the last steps that let the residual fall; tell what is wrong with the graph."""
-    if last == 0:
-        return DONE
-    fault = _evaluate(residual, call, s.further, g, s.further_b, last)
-    for i in range(last):
-        row = s.indices[i, TRIED]
-        if fault == DONE and norm_of(s.further_b, i) < s.norms[row, LAST]:
-            copy(s.further, i, s.solution, row)
-    return fault
+    return kept
 
 
 @inner
 def _take_last_steps(residual: Any, jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
-    """Take the last steps of the rows that wait for a linearisation of their own; tell what is wrong with a graph."""
+    """Take the last steps that let the residual fall; tell what is wrong with a graph."""
+    fault = _set_last_steps(jacobian, call, s, givens)
+    if fault != DONE:
+        return fault
+    stepping = 0
+    for row in range(len(s.record)):
+        if s.record[row, OUTCOME] == STEPPING:
+            s.record[row, OUTCOME] = CONVERGED
+            copy(s.last_step, row, s.u, stepping)
+            copy(givens, row, s.g, stepping)
+            s.indices[stepping, PLACE] = row
+            stepping += 1
+    if stepping == 0:
+        return DONE
+    fault = _evaluate(residual, call, s.u, s.g, s.b, stepping)
+    for k in range(stepping):
+        row = s.indices[k, PLACE]
+        if fault == DONE and norm_of(s.b, k) < s.norms[row, LAST]:
+            copy(s.u, k, s.solution, row)
+    return fault
+
+
+@inner
+def _set_last_steps(jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
+    """Set the last steps of the rows that wait for a linearisation of their own; tell what is wrong with the graph."""
     n, waiting = s.u.shape[1], 0
     for row in range(len(s.record)):
         if s.record[row, OUTCOME] == WAITING:
             s.record[row, OUTCOME] = CONVERGED
             copy(s.solution, row, s.u, waiting)
             copy(givens, row, s.g, waiting)
-            s.indices[waiting, TRIED], s.indices[waiting, SOURCE] = row, waiting
+            s.indices[waiting, PLACE], s.indices[waiting, SOURCE] = row, waiting
             waiting += 1
     if waiting == 0:
         return DONE
@@ -490,12 +501,13 @@ def _take_last_steps(residual: Any, jacobian: Any, call: Any, s: Any, givens: An
         end = min(start + LANES, waiting)
         _directions(a, s, start, end)
         for k in range(start, end):
-            # Without a step its residual stays what it is.
-            sound = take_side(s.lu, k, s.step, k) and had_pivots(s.lu, k, n)
-            for i in range(n):
-                s.further[k, i] = s.u[k, i] + s.step[k, i] if sound else s.u[k, i]
+            if take_side(s.lu, k, s.step, k) and had_pivots(s.lu, k, n):
+                row = s.indices[k, PLACE]
+                s.record[row, OUTCOME] = STEPPING
+                for i in range(n):
+                    s.last_step[row, i] = s.u[k, i] + s.step[k, i]
     release(jacobian, call)
-    return _keep(residual, call, s, s.g, waiting)
+    return DONE
 
 
 @inner
