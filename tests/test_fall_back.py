@@ -33,9 +33,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setenv(VARIABLE, "native")
     lines: list[str] = []
     log.set_default_level("model", "info")
-    log.set_sink(lambda level, line: lines.append(line))
+    monkeypatch.setattr(log, "_sink", lambda level, line: lines.append(line))
     yield lines
-    log.reset_sink()
     log.reset_defaults()
 
 
