@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -168,7 +169,9 @@ def _of_artifact(
     findings += _of_leaves(target)
     if runs:
         findings.append(Finding("artifact", "fine", f"{target.model} ({leaf}, schema {found.schema}) can run here"))
-        findings += _of_graphs(Program(found, packages, place.device, lockstep=False))
+        # A variable that holds a wrong word has a finding of its own.
+        with suppress(InputError):
+            findings += _of_graphs(Program(found, packages, place.device, lockstep=False))
     if sealed:
         findings.append(Finding("seal", "fine", "sealed, and as it was sealed"))
     else:
