@@ -42,6 +42,8 @@ class Status:
         native_on_disk: Whether neml2's own binding is installed; None without neml2.
         native_binding: What neml2's own binding would do with this torch.
         kernels: What the Newton loop runs on, "native" or "torch", and why.
+        graphs: How compiled graphs are called on a CPU: "by their C interface", but for those that cannot be called so,
+            or "by torch's runner", and why. A function that torch lacks is known once a model has been loaded.
     """
 
     active: bool
@@ -55,6 +57,7 @@ class Status:
     native_on_disk: bool | None
     native_binding: str
     kernels: str
+    graphs: str
 
     def __str__(self) -> str:
         on_disk = {True: "on disk", False: "not on disk", None: "no neml2"}[self.native_on_disk]
@@ -65,6 +68,7 @@ class Status:
             "versions": f"neml2 {self.neml2 or '-'}, torch {self.torch or '-'}, Python {self.python}",
             "neml2's binding": f"{on_disk}; {self.native_binding}",
             "Newton loop": self.kernels,
+            "compiled graphs": self.graphs,
         }
         head = f"neml2-aoti-plugin {self.plugin}: {'active' if self.active else 'not active'}"
         return "\n".join([head, *(f"  {name:<16} {value}" for name, value in rows.items())])
@@ -81,6 +85,7 @@ def status() -> Status:
     active, reason = _activity(neml2, torch, owner)
     finder = _autoload.current()
     on_disk = _native_on_disk()
+    kernels, graphs = _kernels()
     return Status(
         active=active,
         reason=reason,
@@ -92,17 +97,21 @@ def status() -> Status:
         python=platform.python_version(),
         native_on_disk=on_disk,
         native_binding=native_verdict(neml2, torch, on_disk),
-        kernels=_kernels(),
+        kernels=kernels,
+        graphs=graphs,
     )
 
 
-def _kernels() -> str:
+def _kernels() -> tuple[str, str]:
+    """What the Newton loop runs on, and how graphs are called."""
     from .solve import choice
 
     try:
-        return "{} ({})".format(*choice.chosen())
+        implementation, reason = choice.chosen()
     except ValueError as error:
-        return str(error)
+        return str(error), str(error)
+    graphs = "by their C interface" if implementation == choice.NATIVE else "by torch's runner"
+    return f"{implementation} ({reason})", f"{graphs} ({reason})"
 
 
 def native_verdict(neml2: str | None, torch: str | None, on_disk: bool | None) -> str:

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "host": {"artifact", "model", "program", "solve"},
     "points": {"model"},
     "serve": {"model", "solve"},
-    "workbench": {"artifact", "host", "model", "solve", "_status"},
+    "workbench": {"artifact", "host", "model", "program", "solve", "_status"},
     "cli": {"sealing", "serve", "solve", "workbench"},
 }
 # Modules beside the folders: activation, and the command.

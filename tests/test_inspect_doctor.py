@@ -204,6 +204,13 @@ def test_a_loop_on_torch_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert (finding.level, finding.cure) == ("advice", "unset NEML2_AOTI_PLUGIN_KERNELS")
 
 
+def test_a_word_that_chooses_nothing_is_told_beside_the_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEML2_AOTI_PLUGIN_KERNELS", "fast")
+    diagnosis = diagnose(find_target(references.case("viscoplasticity").file))
+    assert diagnosis.artifact is not None and diagnosis.artifact.runs
+    assert [x.subject for x in diagnosis.findings if x.level == "problem"] == ["Newton loop"]
+
+
 def test_threads_that_wait_for_each_other() -> None:
     before = torch.get_num_threads()
     try:

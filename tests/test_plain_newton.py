@@ -35,7 +35,7 @@ FEWER = {"bicgstab": 40, "krylov": 100, "krylov_precond": 60}
 # How many rows of each draw lockstep mode takes one by one.
 ALONE = 3
 # Below this norm of the residual, solutions agree to this part of the row's largest unknown; near a kink no better.
-CLOSE, ALIKE = 1e-7, 1e-4
+CLOSE, ALIKE = 1e-9, 1e-4
 # Some of the rows of these have several solutions.
 SEVERAL = ("porous", "kocks_mecking")
 

@@ -63,6 +63,7 @@ def render(report: Diagnosis, console: Console) -> None:
         f"{report.plugin.owner or 'nothing'}",
         "neml2's binding": f"{'on disk' if report.plugin.native_on_disk else 'not on disk'}; {report.binding}",
         "Newton loop": f"{report.kernels.implementation or '-'} ({report.kernels.reason})",
+        "compiled graphs": report.plugin.graphs,
         "machine code": f"{report.kernels.files} files in {report.kernels.folder or '-'}",
         "compiler": report.compiler.version or "-",
         "processor": f"{report.processor.machine}, {report.processor.cores} core(s), "

@@ -35,11 +35,28 @@ _FLOAT64 = "aoti_torch_dtype_float64"
 # With these a library has kernels on several threads: calls to begin a region of GNU's and of LLVM's OpenMP.
 _FORKS = (b"GOMP_parallel", b"__kmpc_fork_call")
 _PREFIX = "AOTInductorModelContainer"
+# What a library must export, behind that prefix.
+_RUN, _CREATE, _DELETE = "RunSingleThreaded", "CreateWithDevice", "Delete"
+_INPUTS, _OUTPUTS = "GetNumInputs", "GetNumOutputs"
 _LIBRARIES = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 
 
 class Unavailable(Exception):
     """A graph cannot be called by its C interface; the text says why."""
+
+
+def obstacle(library: bytes) -> str:
+    """Why the library of a package cannot be called, as far as its bytes tell; empty where nothing is in the way."""
+    if any(name in library for name in _FORKS):
+        return "it has kernels on several threads"
+    for name in (_RUN, _CREATE, _DELETE, _INPUTS, _OUTPUTS):
+        if f"{_PREFIX}{name}\0".encode() not in library:
+            return _missing(_PREFIX + name)
+    return ""
+
+
+def _missing(name: str) -> str:
+    return f"there is no function {name}"
 
 
 @cache
@@ -57,7 +74,7 @@ def function(library: ctypes.CDLL, name: str) -> Any:
     try:
         found = getattr(library, name)
     except AttributeError:
-        raise Unavailable(f"there is no function {name}") from None
+        raise Unavailable(_missing(name)) from None
     found.restype = ctypes.c_int32
     return found
 
@@ -106,21 +123,18 @@ class Library:
 
     def __init__(self, path: Path, file: Path) -> None:
         self.file = file
-        content = path.read_bytes()
-        if any(name in content for name in _FORKS):
-            raise Unavailable("it has kernels on several threads")
         try:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise Unavailable(f"its library cannot be opened ({error})") from None
         # Without the lock under which a container gives its models to several threads.
-        self.run = address(function(self._library, f"{_PREFIX}RunSingleThreaded"))
-        self._create = function(self._library, f"{_PREFIX}CreateWithDevice")
-        self._delete = function(self._library, f"{_PREFIX}Delete")
+        self.run = address(function(self._library, _PREFIX + _RUN))
+        self._create = function(self._library, _PREFIX + _CREATE)
+        self._delete = function(self._library, _PREFIX + _DELETE)
         self._last_error: Callable[..., int] | None = getattr(self._library, "AOTInductorGetLastError", None)
         self._spare: list[Container] = []
         first = self.container()
-        self.inputs, self.outputs = self._count(first, "GetNumInputs"), self._count(first, "GetNumOutputs")
+        self.inputs, self.outputs = self._count(first, _INPUTS), self._count(first, _OUTPUTS)
         self._spare.append(first)
 
     def container(self) -> Container:

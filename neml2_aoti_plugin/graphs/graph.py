@@ -52,9 +52,27 @@ class Graph:
         Raises:
             Unavailable: the graph cannot be called so.
         """
-        if self.device.type != "cpu" or not self.takes_one_batch_axis:
-            raise Unavailable("it runs on a GPU, or has pinned batch axes")
+        reason = self._obstacle()
+        if reason:
+            raise Unavailable(reason)
         return self._loaded.library()
+
+    def obstacle(self) -> str:
+        """Why the graph cannot be called by its C interface, as far as is known without loading it; else empty.
+
+        Raises:
+            ArtifactError: the package is not what it was.
+        """
+        return self._obstacle() or self._loaded.obstacle()
+
+    def _obstacle(self) -> str:
+        """What is in the way, whatever its package holds."""
+        if self.device.type != "cpu":
+            return "it runs on a GPU"
+        if not self.takes_one_batch_axis:
+            return "it has pinned batch axes"
+        others = {a.dtype for a in self.signature.arguments} - {torch.float64} if self.signature is not None else ()
+        return f"it takes {', '.join(sorted(map(str, others)))}" if others else ""
 
     def __call__(
         self,

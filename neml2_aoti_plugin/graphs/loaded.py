@@ -17,7 +17,7 @@ from ..artifact.package import Package
 from ..errors import AOTIError, ArtifactError
 from . import forks
 from .c_interface import Library, Unavailable
-from .unpack import load_library, load_runner
+from .unpack import load_library, load_runner, obstacle
 
 # How many copies of a package are remembered; any one of them will do.
 _PLACES = 8
@@ -71,6 +71,10 @@ class Loaded:
         if isinstance(self._library, str):
             raise Unavailable(self._library)
         return self._library
+
+    def obstacle(self) -> str:
+        """Why the graph cannot be called by its C interface, as far as its package tells; empty where it can be."""
+        return obstacle(self.file, self._read())
 
     def run(self, arguments: Sequence[Tensor]) -> list[Tensor]:
         """Run the graph.

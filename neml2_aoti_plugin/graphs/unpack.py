@@ -20,8 +20,11 @@ from ..artifact.package import operators_in
 from ..artifact.telling import named
 from ..errors import AOTIError, ArtifactError
 from .c_interface import Library, Unavailable
+from .c_interface import obstacle as obstacle_in_library
 from .native import PYTHON_POWER, operators, repacked, same_as_torch
 from .scratch import Scratch, scratch_folder
+
+_LIBRARIES = (".so", ".pyd", ".dylib")
 
 
 def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, bool]:
@@ -66,14 +69,34 @@ def load_library(file: Path, data: bytes) -> Library:
         ArtifactError: the package cannot be unpacked without harm.
         AOTIError: there is no room to unpack it, or it cannot be made ready.
     """
+    reason = obstacle(file, data)
+    if reason:
+        raise Unavailable(reason)
+    with _sound(file, data) as archive, scratch_folder(file) as folder:
+        return Library(_unpack(archive, data, folder, file, {}), file)
+
+
+def obstacle(file: Path, data: bytes) -> str:
+    """Why a graph for a CPU cannot be called by its C interface, as far as its package tells; nothing of it is run.
+
+    Args:
+        file: its package, for messages.
+        data: the bytes of the package.
+
+    Returns:
+        The reason; empty where nothing is in the way.
+
+    Raises:
+        ArtifactError: the package cannot be unpacked without harm.
+    """
     with _sound(file, data) as archive:
-        others = set(operators_in(archive)) - {PYTHON_POWER}
-        if others:
-            raise Unavailable(f"it calls {', '.join(sorted(others))}")
-        if PYTHON_POWER in operators_in(archive) and not same_as_torch(torch.device("cpu")):
-            raise Unavailable(f"{PYTHON_POWER} is not torch's power")
-        with scratch_folder(file) as folder:
-            return Library(_unpack(archive, data, folder, file, {}), file)
+        names = set(operators_in(archive))
+        if names - {PYTHON_POWER}:
+            return f"it calls {', '.join(sorted(names - {PYTHON_POWER}))}"
+        if names and not same_as_torch(torch.device("cpu")):
+            return f"{PYTHON_POWER} is not torch's power"
+        libraries = (info for info in zipped.graph_entries(archive) if info.filename.endswith(_LIBRARIES))
+        return next(filter(None, (obstacle_in_library(bytes(zipped.read_entry(archive, x))) for x in libraries)), "")
 
 
 @contextmanager
@@ -95,7 +118,7 @@ def _unpack(archive: ZipFile, data: bytes, folder: Scratch, file: Path, changed:
             raise ArtifactError(f"{file}: archive entry {named(name)} is there twice. Do not use this file.")
         entry = changed.get(info.filename)
         target = folder.write(name, zipped.read_entry(archive, info, data) if entry is None else entry, file)
-        if name.endswith((".so", ".pyd", ".dylib")):
+        if name.endswith(_LIBRARIES):
             libraries.append(target)
     if len(libraries) != 1:
         raise ArtifactError(f"{file}: holds {len(libraries)} compiled libraries, expected 1. Compile the model again.")

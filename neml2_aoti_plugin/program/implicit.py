@@ -11,17 +11,16 @@ from torch import Tensor
 
 from .. import log
 from ..artifact import schema
-from ..graphs.c_interface import Unavailable, tensor_functions
-from ..graphs.power import power_executor
+from ..graphs.c_interface import Unavailable
 from ..settings import NewtonSettings
-from ..solve import block, choice, newton
+from ..solve import block, newton
 from ..solve.criteria import criteria_of
 from ..solve.lockstep import FrozenRows, LockstepRows
-from ..solve.machine_code import MachineCode
 from ..solve.outcome import RowStatistics
 from ..solve.system import Groups
 from ..solve.tensors import TensorRows
 from .blocks import MAX_ROWS
+from .native_graph import Means, means
 from .packing import Packing
 from .parameters import Values
 from .sensitivity import Sensitivity, sensitivity_of
@@ -212,12 +211,12 @@ def _solver(
         return partial(_by_tensors, graphs), "torch (not one dense group on a CPU in float64)"
     if len(spec.givens) != 1 or not graphs.residual.takes_one_batch_axis:
         return partial(_by_tensors, graphs), "torch (not one group of givens, or pinned batch axes)"
-    code, reason = choice.machine()
-    if code is None:
+    found, reason = means()
+    if found is None:
         return partial(_by_tensors, graphs), f"torch ({reason})"
     n = sum(v.size for v in spec.unknown_variables)
     q = sum(v.size for g in spec.givens for v in g.variables)
-    return _Native(graphs, code, n, q), f"native ({reason})"
+    return _Native(graphs, found, n, q), f"native ({reason})"
 
 
 class _Native:
@@ -225,13 +224,13 @@ class _Native:
 
     Args:
         graphs: of the segment.
-        code: the machine code.
+        means: what its graphs are called with.
         n: number of unknowns.
         q: number of entries of the givens.
     """
 
-    def __init__(self, graphs: SystemGraphs, code: MachineCode, n: int, q: int) -> None:
-        self._graphs, self._code, self._sizes = graphs, code, (n, q)
+    def __init__(self, graphs: SystemGraphs, means: Means, n: int, q: int) -> None:
+        self._graphs, self._means, self._sizes = graphs, means, (n, q)
         self._system: block.System | None = None
         self._by_tensors = False
 
@@ -258,16 +257,19 @@ class _Native:
         )
 
     def _load(self) -> None:
-        graphs = self._graphs
-        assert graphs.jacobian is not None
-        try:
-            residual, jacobian = graphs.residual.library(), graphs.jacobian.library()
-            functions, executor = tensor_functions(), power_executor()
-        except Unavailable as error:
-            log.emit("model", "info", f"{graphs.residual.file.name}: solved by torch's operations, since {error}")
-            self._by_tensors = True
-            return
-        self._system = block.System(residual, jacobian, functions, executor, self._code, *self._sizes, 2 * MAX_ROWS)
+        means, libraries = self._means, []
+        assert self._graphs.jacobian is not None
+        for graph in (self._graphs.residual, self._graphs.jacobian):
+            try:
+                libraries.append(graph.library())
+            except Unavailable as error:
+                log.emit("model", "info", f"{graph.file.name}: solved by torch's operations, since {error}")
+                self._by_tensors = True
+                return
+        residual, jacobian = libraries
+        self._system = block.System(
+            residual, jacobian, means.functions, means.executor, means.code, *self._sizes, 2 * MAX_ROWS
+        )
 
 
 def _by_tensors(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,12 +17,44 @@ from ..graphs.graph import Graph
 from ..graphs.power import power_executor
 from ..solve import choice
 from ..solve.graph_calls import GraphCaller
+from ..solve.machine_code import MachineCode
 from .blocks import cut
 from .copies import put
 from .threads import run_all
 
 # Rows that a graph is called for at a time. Blocks of an implicit segment have fewer.
 GRAPH_ROWS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Means:
+    """What this process calls graphs with by their C interface.
+
+    Args:
+        code: the machine code.
+        functions: addresses of torch's functions for tensors, see `c_interface.tensor_functions`.
+        executor: address of the proxy executor.
+    """
+
+    code: MachineCode
+    functions: np.ndarray
+    executor: int
+
+
+def means() -> tuple[Means | None, str]:
+    """What graphs are called with by their C interface, and the reason; None where torch's runner runs all of them.
+
+    Raises:
+        InputError: the environment variable that chooses holds another word.
+    """
+    code, reason = choice.machine()
+    if code is None:
+        return None, reason
+    try:
+        return Means(code, tensor_functions(), power_executor()), reason
+    except Unavailable as error:
+        choice.give_up(f"torch {torch.__version__} cannot be called by C functions: {error}")
+    return None, choice.chosen()[1]
 
 
 class NativeGraph(Graph):
@@ -74,10 +108,12 @@ class NativeGraph(Graph):
         return found
 
     def _find_caller(self) -> GraphCaller | None:
-        code, reason = choice.machine()
-        if code is not None:
+        found, reason = None, self._obstacle()
+        if not reason:
+            found, reason = means()
+        if found is not None:
             try:
-                return GraphCaller(self.library(), tensor_functions(), power_executor(), code)
+                return GraphCaller(self.library(), found.functions, found.executor, found.code)
             except Unavailable as error:
                 reason = str(error)
         log.emit("model", "info", f"{self.file.name}: run by torch's runner, since {reason}")

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .. import log
 from ..artifact.package import Package
 from ..artifact.schema import ForwardSegment, Metadata, Variable
 from ..graphs.graph import Graph, PinnedGraph
@@ -89,11 +90,24 @@ class Program:
             package = self._packages[file]
             if self.batch_axes != (None,):
                 self._graphs[file] = PinnedGraph(package, self.device, self.batch_axes)
-            elif self.device.type == "cpu" and not self.lockstep:
-                self._graphs[file] = NativeGraph(package, self.device)
+                log.emit("model", "info", f"{file}: run by torch's runner, since {self._graphs[file].obstacle()}")
             else:
-                self._graphs[file] = Graph(package, self.device)
+                self._graphs[file] = (Graph if self.lockstep else NativeGraph)(package, self.device)
         return self._graphs[file]
+
+    def by_runner(self) -> dict[str, str]:
+        """The graphs that torch's runner runs for what they are, by name of the package, with the reason.
+
+        Nothing is loaded. Graphs of linear solves are left out: torch's runner always runs them, where they are called.
+
+        Raises:
+            ArtifactError: a package is not what it was.
+        """
+        specs = [segment.spec for segment in self.implicit]
+        parts = [part for spec in specs for part in (spec.step, spec.sensitivity, spec.parameter_sensitivity)]
+        solves = {getattr(part, "solve", None) for part in parts}
+        found = {file: graph.obstacle() for file, graph in self._graphs.items() if file not in solves}
+        return {file: reason for file, reason in found.items() if reason}
 
     def _trace_facts(self) -> None:
         """Learn the traced batch axes and the true dtype from the first graph: the metadata does not tell them."""

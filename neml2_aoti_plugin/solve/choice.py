@@ -14,6 +14,19 @@ from . import code_file, machine_code
 VARIABLE = "NEML2_AOTI_PLUGIN_KERNELS"
 NATIVE, TORCH = "native", "torch"
 
+# Why machine code is given up in this process, once something else that it needs was found missing.
+_given_up: str = ""
+
+
+def give_up(reason: str) -> None:
+    """Use torch's operations from now on.
+
+    Args:
+        reason: what is missing.
+    """
+    global _given_up
+    _given_up = reason
+
 
 def chosen() -> tuple[str, str]:
     """What new models are solved by, and the reason; nothing is imported for that.
@@ -47,6 +60,8 @@ def machine() -> tuple[machine_code.MachineCode | None, str]:
 
 def _trouble() -> str:
     """Why there is no machine code, as far as is known; nothing where none is known."""
+    if _given_up:
+        return _given_up
     if _tried():
         code = _loaded()
         return "" if isinstance(code, machine_code.MachineCode) else code

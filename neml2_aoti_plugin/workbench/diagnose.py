@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -13,6 +14,7 @@ from ..artifact.compatibility import check
 from ..artifact.kinship import kinship
 from ..artifact.parse import read_metadata
 from ..errors import AOTIError, InputError
+from ..program.program import Program
 from . import environment, machine, native
 from .describe import name_of, release_of
 from .environment import Finding, KernelsReport, Level
@@ -23,6 +25,11 @@ VARIABLES = (
     *("NEML2_AOTI_PLUGIN", "NEML2_AOTI_PLUGIN_MODE", "NEML2_AOTI_PLUGIN_REQUIRE_SEAL", "NEML2_AOTI_PLUGIN_ROOTS"),
     *("NEML2_AOTI_PLUGIN_BLOCK_ROWS", "NEML2_AOTI_PLUGIN_KERNELS", "TORCH_DEVICE_BACKEND_AUTOLOAD", "NEML2_LOGS"),
     *("NEML2_CAPTURE_SOLVE_FAILURE", "TMPDIR", machine.THREADS),
+)
+# What mends a graph that torch's runner runs.
+SLOWER = (
+    "Results are the same, but slower on a CPU. Graphs that are compiled for float64, with OMP_NUM_THREADS=1, for one "
+    "batch axis of any length, and that call no operator but the power by name, need no runner."
 )
 PACKAGES = ("neml2", "torch", "llvmlite", "numpy", "safetensors", "matplotlib")
 
@@ -106,8 +113,8 @@ def diagnose(
         InputError: there is no such leaf, or no such device.
     """
     trouble = environment.import_neml2()
-    now = status()
     kernels = environment.newton_loop()
+    now = status()
     looked_at = (
         environment.of_neml2(now.neml2, trouble),
         environment.of_plugin(now.active, now.reason),
@@ -151,8 +158,9 @@ def _of_artifact(
     sealed = place.folder.sealed is not None
     leaf = f"{place.device.type}/{name_of(place)}"
     findings = []
+    packages = {}
     try:
-        check(found, place)
+        packages = check(found, place)
     except AOTIError as error:
         lines = str(error).splitlines()
         listed = [line.removeprefix("- ") for line in lines[1:]] if len(lines) > 1 else lines
@@ -161,6 +169,9 @@ def _of_artifact(
     findings += _of_leaves(target)
     if runs:
         findings.append(Finding("artifact", "fine", f"{target.model} ({leaf}, schema {found.schema}) can run here"))
+        # A variable that holds a wrong word has a finding of its own.
+        with suppress(InputError):
+            findings += _of_graphs(Program(found, packages, place.device, lockstep=False))
     if sealed:
         findings.append(Finding("seal", "fine", "sealed, and as it was sealed"))
     else:
@@ -169,6 +180,17 @@ def _of_artifact(
         str(target.artifact), target.model, found.schema, release_of(found.schema), leaf, sealed, runs
     )
     return report, tuple(findings)
+
+
+def _of_graphs(program: Program) -> list[Finding]:
+    """Which graphs are not called by their C interface for what they are, by the reason."""
+    files: dict[str, list[str]] = {}
+    for file, reason in program.by_runner().items():
+        files.setdefault(reason, []).append(file)
+    return [
+        Finding("graphs", "advice", f"{', '.join(names)}: run by torch's runner, since {reason}", SLOWER)
+        for reason, names in files.items()
+    ]
 
 
 def _of_leaves(target: Target) -> list[Finding]:

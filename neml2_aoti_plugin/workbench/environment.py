@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Literal
 
 from ..errors import AOTIError
+from ..program.native_graph import means
 from ..solve import choice, machine_code
 from . import machine
 
@@ -96,12 +97,13 @@ def newton_loop() -> KernelsReport:
     """What the Newton loop runs on here."""
     try:
         # It imports llvmlite, which may be there and not work.
-        code, reason = choice.machine()
+        found, reason = means()
     except AOTIError as error:
         return KernelsReport("", str(error), "", 0)
-    if code is None:
+    if found is None:
         return KernelsReport(choice.TORCH, reason, "", 0)
-    return KernelsReport(choice.NATIVE, reason, str(code.kept.parent) if code.kept else "", len(machine_code.files()))
+    kept = found.code.kept
+    return KernelsReport(choice.NATIVE, reason, str(kept.parent) if kept else "", len(machine_code.files()))
 
 
 def of_kernels(kernels: KernelsReport) -> Finding:
@@ -110,8 +112,10 @@ def of_kernels(kernels: KernelsReport) -> Finding:
         return Finding("Newton loop", "problem", kernels.reason, f"unset {choice.VARIABLE}")
     if kernels.implementation == choice.TORCH:
         asked_for = kernels.reason == f"{choice.VARIABLE}={choice.TORCH}"
-        cure = f"unset {choice.VARIABLE}" if asked_for else "pip install -U llvmlite"
-        says = f"by torch's operations ({kernels.reason}); machine code is faster for models of one group on a CPU"
+        cure = f"unset {choice.VARIABLE}" if asked_for else "pip install -U llvmlite neml2-aoti-plugin"
+        says = (
+            f"by torch's operations, and graphs by torch's runner ({kernels.reason}); machine code is faster on a CPU"
+        )
         return Finding("Newton loop", "advice", says, cure)
     if not kernels.folder:
         says = "by machine code, which cannot be kept: each process makes it anew, which takes a second"

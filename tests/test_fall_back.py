@@ -1,0 +1,235 @@
+"""Graphs that cannot be called by their C interface: torch's runner runs them, with the same numbers, and says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import references
+from attacks import children
+from attacks.archives import edited
+from neml2_aoti_plugin import Model, log, status
+from neml2_aoti_plugin.model.plan import SHORT
+from neml2_aoti_plugin.solve.choice import VARIABLE
+from neml2_aoti_plugin.workbench.diagnose import diagnose
+from neml2_aoti_plugin.workbench.target import find_target
+from references import difference
+
+Results = dict[str, Tensor]
+
+RUNNER, LOOP = "run by torch's runner, since", "solved by torch's operations, since"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The lines of the log on the channel `model`."""
+    monkeypatch.setenv(VARIABLE, "native")
+    lines: list[str] = []
+    log.set_default_level("model", "info")
+    monkeypatch.setattr(log, "_sink", lambda level, line: lines.append(line))
+    yield lines
+    log.reset_defaults()
+
+
+def results(artifact: Path) -> Results:
+    """Outputs and derivatives: of an explicit model for more rows than go the shortest way."""
+    model = Model(artifact)
+    if model.solver is None:
+        generator = torch.Generator().manual_seed(0)
+        given = {"strain": 1e-3 * torch.randn(SHORT + 1, 6, dtype=torch.float64, generator=generator)}
+    else:
+        given = references.case("viscoplasticity").rows()
+    outputs, blocks = model.jacobian(given)
+    assert all(bool(x.isfinite().all()) for x in outputs.values())
+    return outputs | {f"{out}@{wrt}": x for out, row in blocks.items() for wrt, x in row.items()}
+
+
+def assert_as_by_torch(found: Results, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of an artifact by torch's operations and torch's runner."""
+    monkeypatch.setenv(VARIABLE, "torch")
+    right = results(artifact)
+    assert found.keys() == right.keys()
+    # A block that is the same for all rows comes once, or not where a graph has pinned batch axes.
+    assert all(difference(x, right[name].expand_as(x)) <= 1e-13 for name, x in found.items())
+
+
+def with_torchs_power(listed: bytes) -> bytes:
+    """The power by torch's own name in a list of operators: another operator than is known, which does the same."""
+    content = json.loads(listed)
+    for entry in content["nodes"]:
+        node: dict[str, Any] = entry["node"]
+        assert node["target"] == "neml2::opaque_pow"
+        node["target"], node["inputs"][0]["name"] = "aten::pow.Tensor_Tensor", "self"
+    return json.dumps(content).encode()
+
+
+def without(name: bytes) -> Callable[[bytes], bytes]:
+    """Take a function out of a library, by another name for it; torch's runner does without some."""
+
+    def change(library: bytes) -> bytes:
+        assert name + b"\0" in library
+        return library.replace(name + b"\0", name[:-1] + b"_\0")
+
+    return change
+
+
+# What is changed in packages, and the reason that is told.
+CHANGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "another operator": (edited("wrapper.json", with_torchs_power), "it calls aten::pow"),
+    "several threads": (edited(".so", lambda d: d + b"\0GOMP_parallel\0"), "it has kernels on several threads"),
+    "threads of LLVM": (edited(".so", lambda d: d + b"\0__kmpc_fork_call\0"), "it has kernels on several threads"),
+    "missing function": (
+        edited(".so", without(b"AOTInductorModelContainerGetNumInputs")),
+        "there is no function AOTInductorModelContainerGetNumInputs",
+    ),
+}
+# Graphs of which a solve is made, and others.
+SOLVED = [("viscoplasticity", "residual"), ("viscoplasticity", "jacobian")]
+OTHERS = [("viscoplasticity", "jacobian_given"), ("elasticity", "jvp")]
+
+
+def changed(name: str, stem: str, change: Callable[[bytes], bytes], folder: Path) -> tuple[Path, str]:
+    """A copy of an artifact with one package changed, and the name of the package."""
+    artifact = folder / name
+    shutil.copytree(references.case(name).artifact, artifact)
+    (package,) = artifact.rglob(f"{name}_{stem}.pt2")
+    package.write_bytes(change(package.read_bytes()))
+    return artifact, package.name
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "kind"),
+    # Elasticity calls no operator.
+    [
+        (*at, kind)
+        for at in (*SOLVED, *OTHERS)
+        for kind in CHANGES
+        if (at[0], kind) != ("elasticity", "another operator")
+    ],
+)
+def test_a_package_that_is_other(
+    name: str, stem: str, kind: str, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, reason = CHANGES[kind]
+    artifact, package = changed(name, stem, change, tmp_path)
+    found = results(artifact)
+    # Those of linear solves are always run so.
+    lines = [line for line in told if RUNNER in line and "_solve" not in line]
+    assert lines and all(line.endswith(f"{package}: {RUNNER} {reason}") for line in lines)
+    lines = [line for line in told if LOOP in line]
+    assert bool(lines) == ((name, stem) in SOLVED) and all(
+        line.endswith(f"{package}: {LOOP} {reason}") for line in lines
+    )
+    (advice,) = (x for x in diagnose(find_target(artifact)).findings if x.subject == "graphs")
+    assert advice.level == "advice" and advice.says == f"{package}: {RUNNER} {reason}" and advice.cure
+    assert_as_by_torch(found, references.case(name).artifact, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["viscoplasticity", "elasticity", "cross_group"])
+def test_a_package_as_it_is_needs_no_runner(name: str, told: list[str]) -> None:
+    artifact = references.case(name).artifact
+    assert not [x for x in diagnose(find_target(artifact)).findings if x.subject == "graphs"]
+    if name != "cross_group":
+        results(artifact)
+    assert not [line for line in told if RUNNER in line or LOOP in line]
+    assert status().graphs == f"by their C interface ({VARIABLE}=native)"
+
+
+def test_a_graph_of_another_dtype(tmp_path: Path) -> None:
+    """neml2-compile writes graphs for float64 alone; the source in a package tells its dtype."""
+    to_float = edited("wrapper.cpp", lambda text: text.replace(b"(at::kDouble", b"(at::kFloat"))
+    artifact, package = changed("elasticity", "jvp", to_float, tmp_path)
+    says = [x.says for x in diagnose(find_target(artifact)).findings if x.level != "fine"]
+    assert any(package in text and "float32" in text for text in says), says
+
+
+@pytest.mark.parametrize("name", ["elasticity_static"])
+def test_pinned_batch_axes(name: str, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = references.case(name).artifact
+    found = results(artifact)
+    for package in ("elasticity.pt2", "elasticity_jvp.pt2"):
+        assert any(line.endswith(f"{package}: {RUNNER} it has pinned batch axes") for line in told)
+    (advice,) = (x for x in diagnose(find_target(artifact)).findings if x.subject == "graphs")
+    assert advice.says == f"elasticity.pt2, elasticity_jvp.pt2: {RUNNER} it has pinned batch axes"
+    assert_as_by_torch(found, references.case("elasticity").artifact, monkeypatch)
+
+
+# A model of a power law as it runs, and by torch's operations; what the log says meanwhile comes between.
+PROGRAM = """
+    import os, sys, torch
+    from neml2_aoti_plugin import Model, log, status
+    from neml2_aoti_plugin.graphs import c_interface, power
+    log.set_default_level("model", "info")
+    {before}
+    zero, six = torch.zeros((), dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    given = {{"strain": 2e-3 * torch.arange(1, 7, dtype=torch.float64).repeat(3, 1), "strain~1": six, "stress~1": six,
+        "equivalent_plastic_strain~1": zero, "t": zero + 1.0, "t~1": zero}}
+
+    def results():
+        outputs, blocks = Model(sys.argv[1]).jacobian(given)
+        return [*outputs.values(), blocks["stress"]["strain"]]
+
+    found = results()
+    print("graphs:", status().graphs)
+    print("Newton loop:", status().kernels)
+    if "doctor" in sys.argv:
+        from neml2_aoti_plugin.workbench.diagnose import diagnose
+        print("doctor:", *(f"{{x.level}}: {{x.says}}" for x in diagnose().findings if x.subject == "Newton loop"))
+    os.environ["NEML2_AOTI_PLUGIN_KERNELS"] = "torch"
+    for x, y in zip(found, results(), strict=True):
+        assert torch.isfinite(x).all() and (x - y).abs().max() <= 1e-13 * y.abs().max()
+"""
+
+# What is other in the whole process, and the reason that is told.
+PROCESSES = {
+    "torch lacks a function for tensors": (
+        'c_interface.TENSOR_FUNCTIONS = (*c_interface.TENSOR_FUNCTIONS[:-1], "aoti_torch_gone")',
+        "there is no function aoti_torch_gone",
+    ),
+    "torch lacks the call of an operator": (
+        'power._CALL = "aoti_torch_proxy_gone"',
+        "there is no function aoti_torch_proxy_gone",
+    ),
+    "torch lacks the power": ('power._POWER = "aoti_torch_cpu_gone"', "there is no function aoti_torch_cpu_gone"),
+    # It is called, gives 0 as one that succeeds, and calls nothing.
+    "torch calls no entry": (
+        'power._CALL = "aoti_torch_device_type_cpu"',
+        "torch does not call a proxy executor as expected",
+    ),
+    "no llvmlite": ("sys.modules['llvmlite'] = None", "llvmlite is not installed"),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_a_process_that_is_other(kind: str) -> None:
+    before, reason = PROCESSES[kind]
+    artifact = references.case("viscoplasticity").artifact
+    said = children.run(PROGRAM.format(before=before), artifact, "doctor", NEML2_AOTI_PLUGIN_KERNELS="")
+    loaded, _, rest = said.partition("graphs: ")
+    assert any(RUNNER in line and reason in line for line in loaded.splitlines()), said
+    assert any("Newton loop of" in line and ": torch (" in line and reason in line for line in said.splitlines())
+    told = dict(zip(("graphs", "loop", "doctor"), rest.splitlines(), strict=False))
+    assert told["graphs"].startswith("by torch's runner (")
+    assert told["loop"].startswith("Newton loop: torch (")
+    assert told["doctor"].startswith("doctor: advice: by torch's operations, and graphs by torch's runner (")
+    assert all(reason in line for line in told.values())
+
+
+def test_another_power_of_neml2() -> None:
+    """A release whose power is not torch's; that of a graph is called."""
+    before = """
+    library = torch.library.Library("neml2", "IMPL")
+    library.impl("opaque_pow", lambda x, n: torch.where(x == 0.3, 7.0, torch.pow(x, n)), "CPU")
+    """
+    artifact = references.case("viscoplasticity").artifact
+    said = children.run(PROGRAM.format(before=before.strip()), artifact, NEML2_AOTI_PLUGIN_KERNELS="native")
+    for text in (f"_jacobian_given.pt2: {RUNNER}", f"_residual.pt2: {RUNNER}", f"_residual.pt2: {LOOP}"):
+        assert f"{text} neml2::opaque_pow is not torch's power" in said
+    assert "graphs: by their C interface" in said
