@@ -353,6 +353,9 @@ def test_a_service_leaves_the_socket_of_the_next_one(tmp_path: Path) -> None:
                 old.connect().close()
             except ConnectionRefusedError:
                 break
+            except BlockingIOError:
+                # It does not accept any more, and as many wait as may.
+                time.sleep(0.01)
         with started(tmp_path / "new", arguments) as new:
             held.close()
             assert old.process.wait(30) == 0
