@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import log
 from ..artifact.package import Package
+from ..errors import AOTIError
 from ..graphs.c_interface import Unavailable, tensor_functions
 from ..graphs.graph import Graph
 from ..graphs.power import power_executor
@@ -136,7 +137,9 @@ def _in_blocks(caller: GraphCaller, arguments: list[Tensor], has_rows: list[bool
     whole = [x if one else x.new_empty((rows, *x.shape[1:])) for x, one in zip(begun, once, strict=True)]
 
     def write(block: slice) -> None:
-        run(block, [torch.empty_like(x) if one else x[block] for x, one in zip(whole, once, strict=True)])
+        into = [torch.empty_like(x) if one else x[block] for x, one in zip(whole, once, strict=True)]
+        if run(block, into) is None:
+            raise AOTIError("a graph gives tensors of another form for some rows than for others; compile it again.")
 
     def copy() -> None:
         for x, into, one in zip(begun, whole, once, strict=True):

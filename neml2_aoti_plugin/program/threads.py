@@ -80,8 +80,8 @@ def run_all(tasks: Sequence[Task]) -> None:
 def one_thread() -> Iterator[None]:
     """Have torch's operators stay in this thread: no threads inside of threads, and the same bits with any number."""
     number = torch.get_num_threads()
-    _set_threads(1)
     try:
+        _set_threads(1)
         yield
     finally:
         _set_threads(number)
