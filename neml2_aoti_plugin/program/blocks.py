@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from ..artifact.schema import ImplicitSegment
 from ..errors import InputError
+from ..solve.tables import VECTOR
 
 # The environment variable that says how many rows, in place of what is found here.
 BLOCK_ROWS = "NEML2_AOTI_PLUGIN_BLOCK_ROWS"
@@ -21,8 +22,6 @@ BYTES = 1 << 20
 MIN_ROWS, MAX_ROWS = 256, 1024
 # Blocks of fewer rows are not worth another thread.
 LEAST_ROWS = 128
-# Rows of a whole vector; see `systems.VECTOR`.
-WHOLE = 16
 
 
 def block_rows(segments: Iterable[ImplicitSegment]) -> int:
@@ -46,7 +45,7 @@ def block_rows(segments: Iterable[ImplicitSegment]) -> int:
         u = sum(v.size for v in segment.unknown_variables)
         g = sum(v.size for group in segment.givens for v in group.variables)
         entries = max(entries, u * u + 4 * u + g)
-    return min(max(BYTES // (8 * entries), MIN_ROWS), MAX_ROWS) // WHOLE * WHOLE
+    return min(max(BYTES // (8 * entries), MIN_ROWS), MAX_ROWS) // VECTOR * VECTOR
 
 
 def cut(rows: int, block: int) -> Iterator[slice]:
@@ -55,5 +54,5 @@ def cut(rows: int, block: int) -> Iterator[slice]:
         yield slice(0, rows)
         return
     size = -(-rows // -(-rows // block))
-    size = -(-size // WHOLE) * WHOLE
+    size = -(-size // VECTOR) * VECTOR
     yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))

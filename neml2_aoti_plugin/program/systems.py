@@ -14,12 +14,10 @@ from ..graphs.graph import Graph
 from ..settings import KrylovSettings
 from ..solve.preconditioned import KrylovSystem, Products
 from ..solve.system import Direction, Groups, Linearisation, System
+from ..solve.tables import VECTOR
 from .packing import layout_of
 
 GraphOf = Callable[[str], Graph]
-
-# Operators of torch take two vectors at a time and the rest number by number; with AVX-512 a vector has 8 doubles.
-VECTOR = 16
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .tensors import DTYPES
 
 
 def call_first(served: Served) -> None:
-    """Evaluate each operation of a model once, so that its graphs are loaded and its kernels compiled.
+    """Evaluate each operation of a model once, so that its graphs and the machine code are loaded.
 
     Whether the row converges does not matter: nobody knows which values suit the model.
 

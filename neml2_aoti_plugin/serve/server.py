@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, by a signal."""
         if not self.started:
-            # Nothing was accepted. What compiles kernels or runs a graph can be neither broken off nor relied on to
+            # Nothing was accepted. What makes machine code or runs a graph can be neither broken off nor relied on to
             # pass an exception on.
             self._leave()
             os._exit(0)
