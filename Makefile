@@ -8,8 +8,8 @@ JOBS ?= 2
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 # The machine code of solves, which an install compiles.
-CODE := neml2_aoti_plugin/solve/machine_code.bc
-SOURCES := $(wildcard neml2_aoti_plugin/solve/machine/*.py) $(addprefix neml2_aoti_plugin/solve/,criteria.py tables.py)
+CODE := neml2_aoti_plugin/_solve/machine_code.bc
+SOURCES := $(wildcard neml2_aoti_plugin/_solve/machine/*.py) $(addprefix neml2_aoti_plugin/_solve/,criteria.py tables.py)
 READY := $(INSTALLED) $(CODE)
 
 .PHONY: help machine-code demo calibrate plate test test-wide long legacy legacy-all lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix lowest

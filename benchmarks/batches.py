@@ -83,7 +83,7 @@ def states(stub: Path, driver: str) -> Tensors:
     import neml2
     from neml2.factory import register_neml2_object
 
-    from neml2_aoti_plugin.host.hit import AOTIModel
+    from neml2_aoti_plugin._host.hit import AOTIModel
 
     register_neml2_object("AOTIModel")(AOTIModel)
     torch.set_default_dtype(torch.float64)

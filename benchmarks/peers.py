@@ -131,7 +131,7 @@ class Loaded:
         """The class `AOTIModel` of a peer."""
         from neml2.aoti._shim import AOTIModel as Shim
 
-        from neml2_aoti_plugin.host.hit import AOTIModel
+        from neml2_aoti_plugin._host.hit import AOTIModel
 
         return AOTIModel if peer == PLUGIN else Shim
 

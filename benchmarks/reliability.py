@@ -24,12 +24,12 @@ import neml2  # noqa: F401
 import torch
 
 from neml2_aoti_plugin import Model, seal
-from neml2_aoti_plugin.artifact import compatibility
-from neml2_aoti_plugin.artifact.archive import open_archive
-from neml2_aoti_plugin.artifact.locate import locate
-from neml2_aoti_plugin.artifact.package import operators_in, read_signature
-from neml2_aoti_plugin.artifact.parse import read_metadata
-from neml2_aoti_plugin.graphs.unpack import load_runner
+from neml2_aoti_plugin._artifact import compatibility
+from neml2_aoti_plugin._artifact.archive import open_archive
+from neml2_aoti_plugin._artifact.locate import locate
+from neml2_aoti_plugin._artifact.package import operators_in, read_signature
+from neml2_aoti_plugin._artifact.parse import read_metadata
+from neml2_aoti_plugin._graphs.unpack import load_runner
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
 

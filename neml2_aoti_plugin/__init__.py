@@ -31,6 +31,8 @@ __all__ = [
 # Type checkers take a name of this spelling for typing's, whose import would cost more than arming does.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from neml2_aoti_plugin._host.hit import AOTIModel as AOTIModel
+    from neml2_aoti_plugin._sealing import seal as seal
     from neml2_aoti_plugin._status import status as status
     from neml2_aoti_plugin.errors import AOTIError as AOTIError
     from neml2_aoti_plugin.errors import ArtifactError as ArtifactError
@@ -40,18 +42,16 @@ if TYPE_CHECKING:
     from neml2_aoti_plugin.errors import InputError as InputError
     from neml2_aoti_plugin.errors import InputTypeError as InputTypeError
     from neml2_aoti_plugin.errors import UnknownNameError as UnknownNameError
-    from neml2_aoti_plugin.host.hit import AOTIModel as AOTIModel
     from neml2_aoti_plugin.model import Model as Model
     from neml2_aoti_plugin.parallel import map_rows as map_rows
     from neml2_aoti_plugin.points import Points as Points
-    from neml2_aoti_plugin.sealing import seal as seal
 
 _HOME = {
-    "AOTIModel": "host.hit",
+    "AOTIModel": "_host.hit",
     "Model": "model",
     "Points": "points",
     "map_rows": "parallel",
-    "seal": "sealing",
+    "seal": "_sealing",
     "status": "_status",
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from neml2_aoti_plugin.cli import main
+from neml2_aoti_plugin._cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 SWITCH = "NEML2_AOTI_PLUGIN"
 HIT_TYPE = "AOTIModel"
-HIT_MODULE = "neml2_aoti_plugin.host.hit"
+HIT_MODULE = "neml2_aoti_plugin._host.hit"
 # neml2's module -> the module of ours whose names stand in for it.
-STAND_INS = {"neml2.aoti._aoti": "neml2_aoti_plugin.host.binding", "neml2.aoti._shim": HIT_MODULE}
+STAND_INS = {"neml2.aoti._aoti": "neml2_aoti_plugin._host.binding", "neml2.aoti._shim": HIT_MODULE}
 
 # What neml2 takes from its binding, some of it only at the first solve.
 BINDING_NAMES = (
@@ -167,7 +167,7 @@ def load_stand_ins() -> None:
     Raises:
         Exception: Whatever their import raises.
     """
-    binding = _import("neml2_aoti_plugin.host.binding")
+    binding = _import("neml2_aoti_plugin._host.binding")
     for name in BINDING_NAMES:
         getattr(binding, name)
     hit = _import(HIT_MODULE) or _import_unlocked(HIT_MODULE)

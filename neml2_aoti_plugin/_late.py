@@ -44,7 +44,7 @@ def _replace_aoti() -> None:
     for name in _autoload.STAND_INS:
         import_module(name)
     vars(aoti).update(
-        Model=sys.modules["neml2_aoti_plugin.host.binding"].Model,
+        Model=sys.modules["neml2_aoti_plugin._host.binding"].Model,
         AOTIModel=sys.modules[_autoload.HIT_MODULE].AOTIModel,
     )
 
@@ -54,7 +54,7 @@ def _replace_log_store() -> None:
     log: ModuleType | None = sys.modules.get("neml2.log")
     if log is None:
         return
-    ours = sys.modules["neml2_aoti_plugin.host.binding"].log
+    ours = sys.modules["neml2_aoti_plugin._host.binding"].log
     old = log._store
     ours.apply_env()
     for channel in log.CHANNELS:

@@ -104,7 +104,7 @@ def status() -> Status:
 
 def _kernels() -> tuple[str, str]:
     """What the Newton loop runs on, and how graphs are called."""
-    from .solve import choice
+    from ._solve import choice
 
     try:
         implementation, reason = choice.chosen()

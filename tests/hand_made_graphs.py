@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neml2_aoti_plugin.graphs.c_interface import address, function, libtorch, tensor_functions
-from neml2_aoti_plugin.solve import machine_code
-from neml2_aoti_plugin.solve.block import System
-from neml2_aoti_plugin.solve.tables import CREATE, DATA, DELETE, DIM, SIZES, STRIDES
+from neml2_aoti_plugin._graphs.c_interface import address, function, libtorch, tensor_functions
+from neml2_aoti_plugin._solve import machine_code
+from neml2_aoti_plugin._solve.block import System
+from neml2_aoti_plugin._solve.tables import CREATE, DATA, DELETE, DIM, SIZES, STRIDES
 
 # The types of the C functions; all of them return an error code.
 _Create = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p)
@@ -92,14 +92,14 @@ class Handles:
 
 @dataclass
 class Container:
-    """See `neml2_aoti_plugin.solve.block.Container`."""
+    """See `neml2_aoti_plugin._solve.block.Container`."""
 
     run: int
     handle: int
 
 
 class HandMadeGraph:
-    """A function in the place of a compiled graph; see `neml2_aoti_plugin.solve.block.CompiledGraph`.
+    """A function in the place of a compiled graph; see `neml2_aoti_plugin._solve.block.CompiledGraph`.
 
     Args:
         function: takes the arguments of the graph, and gives its outputs.

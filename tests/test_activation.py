@@ -24,7 +24,7 @@ assert (ConvergenceError, Model, AOTIModel) == (plugin.ConvergenceError, plugin.
 assert log is neml2.log._store
 status = plugin.status()
 assert status.active, status
-assert status.owner == "neml2_aoti_plugin.host.hit.AOTIModel", status
+assert status.owner == "neml2_aoti_plugin._host.hit.AOTIModel", status
 """
 
 # neml2 must be as it is without the plugin; nothing here imports the plugin.
@@ -34,7 +34,7 @@ aoti = sys.modules.get("neml2.aoti")
 assert aoti is None or aoti.Model.__module__ == "neml2.aoti._aoti", aoti.Model
 owner = neml2.factory._registry.get("AOTIModel")
 assert owner is None or owner.__module__ == "neml2.aoti._shim", owner
-assert "neml2_aoti_plugin.host.hit" not in sys.modules
+assert "neml2_aoti_plugin._host.hit" not in sys.modules
 """
 
 NOT_AUTOLOADED = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -51,10 +51,10 @@ def armed(how: str) -> str:
         ("import neml2", "entry point"),
         ("import neml2_aoti_plugin", "import"),
         ("import neml2_aoti_plugin.model", "import"),
-        ("import neml2_aoti_plugin.host.binding", "import"),
-        ("import neml2_aoti_plugin.host.hit", "import"),
+        ("import neml2_aoti_plugin._host.binding", "import"),
+        ("import neml2_aoti_plugin._host.hit", "import"),
         ("from neml2_aoti_plugin import Model; import torch", "import"),
-        ("import torch, neml2_aoti_plugin.host.hit", "entry point"),
+        ("import torch, neml2_aoti_plugin._host.hit", "entry point"),
     ],
 )
 def test_active_whatever_comes_first(environment: Environment, first: str, how: str) -> None:
@@ -66,7 +66,7 @@ def test_active_under_flags(environment: Environment, flags: list[str]) -> None:
     # -O drops assertions, so this also prints what matters.
     printed = environment.run(f"{ACTIVE}\nprint(status)", flags=flags)
     assert ": active\n" in printed
-    assert "neml2_aoti_plugin.host.hit.AOTIModel" in printed
+    assert "neml2_aoti_plugin._host.hit.AOTIModel" in printed
 
 
 def test_active_in_spawned_workers(environment: Environment) -> None:
@@ -167,7 +167,7 @@ def test_console_script(environment: Environment, variables: dict[str, str]) -> 
     load = ["--load", "neml2_aoti_plugin"] if variables else []
     done = environment.start([str(script), *load, "--type", "AOTIModel", "--json", "-"], variables=variables)
     assert done.returncode == 0, done.stderr
-    assert "neml2_aoti_plugin/host/hit.py" in done.stdout
+    assert "neml2_aoti_plugin/_host/hit.py" in done.stdout
 
 
 def test_log_speaks(environment: Environment) -> None:
@@ -198,7 +198,7 @@ assert pickle.loads(pickle.dumps(neml2.aoti.AOTIModel)) is plugin.AOTIModel
     "names",
     [
         "neml2 torch neml2_aoti_plugin neml2_aoti_plugin.model neml2",
-        "neml2_aoti_plugin.host.hit neml2 neml2_aoti_plugin.host.hit",
+        "neml2_aoti_plugin._host.hit neml2 neml2_aoti_plugin._host.hit",
     ],
 )
 def test_threads_that_import_at_once(environment: Environment, names: str) -> None:
@@ -274,7 +274,7 @@ status = plugin.status()
 assert not status.active and status.neml2 is None and "neml2 is not installed" in status.reason, status
 assert status.armed == "entry point" and status.native_on_disk is None
 try:
-    import neml2_aoti_plugin.host.hit
+    import neml2_aoti_plugin._host.hit
 except ModuleNotFoundError as error:
     assert error.name == "neml2"
 else:
@@ -291,7 +291,7 @@ assert not status.active and status.torch is None and "torch is not installed" i
 """)
 
 
-@pytest.mark.parametrize("module", ["host/binding", "model/model", "host/hit"])
+@pytest.mark.parametrize("module", ["_host/binding", "model/_model", "_host/hit"])
 def test_steps_aside_when_it_cannot_be_imported(tmp_path: Path, wheel: Path, module: str) -> None:
     broken = environments.create(tmp_path / "env", wheel)
     (broken.site / "neml2_aoti_plugin" / f"{module}.py").write_text("raise OSError('broken on purpose')\n")
@@ -299,7 +299,7 @@ def test_steps_aside_when_it_cannot_be_imported(tmp_path: Path, wheel: Path, mod
     # The entry point, the late way, and warnings that are errors; what differs by module is the first of them. Of
     # warnings only ours: where neml2's binding does not load, neml2 has one of its own, a UserWarning.
     ways = [({}, []), (NOT_AUTOLOADED, []), ({}, ["-W", "error::RuntimeWarning"])]
-    for variables, flags in ways if module == "host/binding" else ways[:1]:
+    for variables, flags in ways if module == "_host/binding" else ways[:1]:
         done = broken.start(["-c", f"{code}print(status)"], variables=variables, flags=flags)
         assert done.returncode == 0, done.stderr
         assert "neml2-aoti-plugin" in done.stderr and "OSError: broken on purpose" in done.stderr

@@ -16,13 +16,13 @@ from torch import Tensor
 
 import references
 from hand_made_graphs import Function, expanded, once, strided, system_of, transposed
+from neml2_aoti_plugin._graphs.c_interface import tensor_functions
+from neml2_aoti_plugin._graphs.power import power_executor
+from neml2_aoti_plugin._solve import machine_code
+from neml2_aoti_plugin._solve.block import System
+from neml2_aoti_plugin._solve.newton import Solved
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
-from neml2_aoti_plugin.graphs.c_interface import tensor_functions
-from neml2_aoti_plugin.graphs.power import power_executor
 from neml2_aoti_plugin.settings import NewtonSettings
-from neml2_aoti_plugin.solve import machine_code
-from neml2_aoti_plugin.solve.block import System
-from neml2_aoti_plugin.solve.newton import Solved
 from test_newton import SQUARES, Equations, by_machine_code, by_tensors, coupled, double_roots, square_roots
 
 N = 5

@@ -20,9 +20,9 @@ from environments import Environment
 from json_check import mismatches
 from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
-from neml2_aoti_plugin import cli
-from neml2_aoti_plugin.cli.app import COMMANDS
-from neml2_aoti_plugin.cli.interrupt import heeded
+from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin._cli.app import COMMANDS
+from neml2_aoti_plugin._cli.interrupt import heeded
 from stubs.build import compiled
 from tools.json_forms import REPORTS
 
@@ -218,7 +218,7 @@ def test_warm_fills_the_folder_that_a_container_keeps(environment: Environment, 
 
 @pytest.mark.skipif(os.name == "nt", reason="terminals are others there")
 def test_colours_go_to_a_terminal_only(environment: Environment, place: Path) -> None:
-    code = "from neml2_aoti_plugin.cli.output import console; console().print('[red]careful[/]')"
+    code = "from neml2_aoti_plugin._cli.output import console; console().print('[red]careful[/]')"
     printed = environment.run(code)
     assert printed == "careful\n"
     assert "\x1b[31mcareful" in _in_terminal(environment, code)

@@ -13,10 +13,10 @@ import references
 from attacks.archives import ATTACKS, edited, recorded, swapped
 from attacks.children import run, run_fresh
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model
-from neml2_aoti_plugin.artifact import compatibility, processor
-from neml2_aoti_plugin.artifact.folder import folder_at
-from neml2_aoti_plugin.artifact.package import read_signature
-from neml2_aoti_plugin.artifact.wiring import Wire, wire_fault
+from neml2_aoti_plugin._artifact import compatibility, processor
+from neml2_aoti_plugin._artifact.folder import folder_at
+from neml2_aoti_plugin._artifact.package import read_signature
+from neml2_aoti_plugin._artifact.wiring import Wire, wire_fault
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from neml2_aoti_plugin import (
     Model,
     UnknownNameError,
 )
-from neml2_aoti_plugin.artifact.schema import Pair
-from neml2_aoti_plugin.program import tangents
-from neml2_aoti_plugin.program.substepping import _successor
+from neml2_aoti_plugin._artifact.schema import Pair
+from neml2_aoti_plugin._program import tangents
+from neml2_aoti_plugin._program.substepping import _successor
 from references import Tensors, difference, edited
 
 

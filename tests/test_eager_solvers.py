@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import neml2_aoti_plugin
-from neml2_aoti_plugin import log
+from neml2_aoti_plugin import _log as log
+from neml2_aoti_plugin._host import eager
 from neml2_aoti_plugin.errors import ConvergenceError, InputError
-from neml2_aoti_plugin.host import eager
 from stubs.catalogue import CATALOGUE
 
 neml2 = pytest.importorskip("neml2")

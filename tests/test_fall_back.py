@@ -15,11 +15,12 @@ from torch import Tensor
 import references
 from attacks import children
 from attacks.archives import edited
-from neml2_aoti_plugin import Model, log, status
-from neml2_aoti_plugin.model.plan import SHORT
-from neml2_aoti_plugin.solve.choice import VARIABLE
-from neml2_aoti_plugin.workbench.diagnose import diagnose
-from neml2_aoti_plugin.workbench.target import find_target
+from neml2_aoti_plugin import Model, status
+from neml2_aoti_plugin import _log as log
+from neml2_aoti_plugin._solve.choice import VARIABLE
+from neml2_aoti_plugin._workbench.diagnose import diagnose
+from neml2_aoti_plugin._workbench.target import find_target
+from neml2_aoti_plugin.model._plan import SHORT
 from references import difference
 
 Results = dict[str, Tensor]
@@ -165,7 +166,7 @@ def test_pinned_batch_axes(name: str, told: list[str], monkeypatch: pytest.Monke
 PROGRAM = """
     import os, sys, torch
     from neml2_aoti_plugin import Model, log, status
-    from neml2_aoti_plugin.graphs import c_interface, power
+    from neml2_aoti_plugin._graphs import c_interface, power
     log.set_default_level("model", "info")
     {before}
     zero, six = torch.zeros((), dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
@@ -180,7 +181,7 @@ PROGRAM = """
     print("graphs:", status().graphs)
     print("Newton loop:", status().kernels)
     if "doctor" in sys.argv:
-        from neml2_aoti_plugin.workbench.diagnose import diagnose
+        from neml2_aoti_plugin._workbench.diagnose import diagnose
         print("doctor:", *(f"{{x.level}}: {{x.says}}" for x in diagnose().findings if x.subject == "Newton loop"))
     os.environ["NEML2_AOTI_PLUGIN_KERNELS"] = "torch"
     for x, y in zip(found, results(), strict=True):

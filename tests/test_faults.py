@@ -15,9 +15,9 @@ import references
 from attacks import documents
 from attacks.children import run
 from neml2_aoti_plugin import AOTIError, ArtifactError, ConvergenceError
-from neml2_aoti_plugin.artifact import parse
-from neml2_aoti_plugin.artifact.reading import Node
-from neml2_aoti_plugin.artifact.upgrade import upgrade
+from neml2_aoti_plugin._artifact import parse
+from neml2_aoti_plugin._artifact.reading import Node
+from neml2_aoti_plugin._artifact.upgrade import upgrade
 
 WORKER = "import sys; from attacks import worker; sys.exit(worker.main())"
 

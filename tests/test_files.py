@@ -22,12 +22,20 @@ import references
 from attacks import secrets
 from attacks.archives import changed, edited, extra
 from attacks.children import run
-from neml2_aoti_plugin import AOTIError, ArtifactError, ArtifactNotFoundError, InputError, Model, UnknownNameError, seal
-from neml2_aoti_plugin.artifact import files, parse
-from neml2_aoti_plugin.artifact.reading import Node
-from neml2_aoti_plugin.artifact.roots import ROOTS
-from neml2_aoti_plugin.artifact.telling import named, shown
-from neml2_aoti_plugin.artifact.upgrade import upgrade
+from neml2_aoti_plugin import (
+    AOTIError,
+    ArtifactError,
+    ArtifactNotFoundError,
+    InputError,
+    Model,
+    UnknownNameError,
+    seal,
+)
+from neml2_aoti_plugin._artifact import files, parse
+from neml2_aoti_plugin._artifact.reading import Node
+from neml2_aoti_plugin._artifact.roots import ROOTS
+from neml2_aoti_plugin._artifact.telling import named, shown
+from neml2_aoti_plugin._artifact.upgrade import upgrade
 from neml2_aoti_plugin.parallel import map_rows
 from neml2_aoti_plugin.points import Points
 

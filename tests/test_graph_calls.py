@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hand_made_graphs import Function, Handles, HandMadeGraph, expanded, once, strided, transposed
+from neml2_aoti_plugin._solve import machine_code
+from neml2_aoti_plugin._solve.graph_calls import GraphCaller
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
-from neml2_aoti_plugin.solve import machine_code
-from neml2_aoti_plugin.solve.graph_calls import GraphCaller
 
 ROWS = (1, 2, 15, 16, 17, 40)
 

@@ -19,12 +19,12 @@ import references
 from attacks.archives import TWICE_SHEAR, recorded, with_shear
 from attacks.children import run
 from neml2_aoti_plugin import ArtifactError, Model
-from neml2_aoti_plugin.artifact.compatibility import check
-from neml2_aoti_plugin.artifact.locate import locate
-from neml2_aoti_plugin.artifact.order import order_faults
-from neml2_aoti_plugin.artifact.package import Argument, Signature
-from neml2_aoti_plugin.artifact.parse import read_metadata
-from neml2_aoti_plugin.artifact.schema import ForwardSegment
+from neml2_aoti_plugin._artifact.compatibility import check
+from neml2_aoti_plugin._artifact.locate import locate
+from neml2_aoti_plugin._artifact.order import order_faults
+from neml2_aoti_plugin._artifact.package import Argument, Signature
+from neml2_aoti_plugin._artifact.parse import read_metadata
+from neml2_aoti_plugin._artifact.schema import ForwardSegment
 
 SHEAR = {"strain": torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)}
 

@@ -17,12 +17,13 @@ import references
 from json_check import mismatches
 from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
-from neml2_aoti_plugin import cli, seal
-from neml2_aoti_plugin.workbench.contents import ArtifactReport
-from neml2_aoti_plugin.workbench.describe import describe
-from neml2_aoti_plugin.workbench.diagnose import Diagnosis, diagnose
-from neml2_aoti_plugin.workbench.environment import Finding
-from neml2_aoti_plugin.workbench.target import find_target
+from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin import seal
+from neml2_aoti_plugin._workbench.contents import ArtifactReport
+from neml2_aoti_plugin._workbench.describe import describe
+from neml2_aoti_plugin._workbench.diagnose import Diagnosis, diagnose
+from neml2_aoti_plugin._workbench.environment import Finding
+from neml2_aoti_plugin._workbench.target import find_target
 from stubs.build import compiled
 
 

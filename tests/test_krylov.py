@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neml2_aoti_plugin import log
+from neml2_aoti_plugin import _log as log
+from neml2_aoti_plugin._host.callables import CallableProducts
+from neml2_aoti_plugin._solve.groups import Group
+from neml2_aoti_plugin._solve.krylov import bicgstab, gmres, solve_linear
+from neml2_aoti_plugin._solve.preconditioned import KrylovSystem
 from neml2_aoti_plugin.errors import AOTIError
-from neml2_aoti_plugin.host.callables import CallableProducts
 from neml2_aoti_plugin.settings import KrylovSettings
-from neml2_aoti_plugin.solve.groups import Group
-from neml2_aoti_plugin.solve.krylov import bicgstab, gmres, solve_linear
-from neml2_aoti_plugin.solve.preconditioned import KrylovSystem
 
 METHODS = [KrylovSettings("gmres", rel_tol=1e-11), KrylovSettings("bicgstab", rel_tol=1e-11)]
 both_methods = pytest.mark.parametrize("tight", METHODS, ids=lambda s: s.method)

@@ -13,12 +13,13 @@ import torch
 
 import references
 from attacks.archives import edited
-from neml2_aoti_plugin import ArtifactError, Model, cli, seal
-from neml2_aoti_plugin.artifact.folder import folder_at
-from neml2_aoti_plugin.artifact.generated import of_one_source, read_generated
-from neml2_aoti_plugin.workbench.describe import describe
-from neml2_aoti_plugin.workbench.diagnose import diagnose
-from neml2_aoti_plugin.workbench.target import find_target
+from neml2_aoti_plugin import ArtifactError, Model, seal
+from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin._artifact.folder import folder_at
+from neml2_aoti_plugin._artifact.generated import of_one_source, read_generated
+from neml2_aoti_plugin._workbench.describe import describe
+from neml2_aoti_plugin._workbench.diagnose import diagnose
+from neml2_aoti_plugin._workbench.target import find_target
 from stubs.build import compiled
 
 STRAIN = torch.tensor([1e-3, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)

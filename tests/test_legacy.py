@@ -23,9 +23,9 @@ from data import collect
 from legacy import build
 from legacy.catalogue import EVERY, SCENARIOS, pairs, release_named
 from neml2_aoti_plugin import DerivativeNotCompiledError, Model
-from neml2_aoti_plugin.artifact.locate import locate
-from neml2_aoti_plugin.artifact.parse import read_metadata
-from neml2_aoti_plugin.artifact.schema import ForwardSegment, ImplicitSegment, Metadata
+from neml2_aoti_plugin._artifact.locate import locate
+from neml2_aoti_plugin._artifact.parse import read_metadata
+from neml2_aoti_plugin._artifact.schema import ForwardSegment, ImplicitSegment, Metadata
 
 pytestmark = [pytest.mark.legacy, pytest.mark.timeout(3600)]
 

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neml2_aoti_plugin import log
+from neml2_aoti_plugin import _log as log
+from neml2_aoti_plugin._host.eager import newton_solve_eager, newton_solve_eager_masked
+from neml2_aoti_plugin._solve import groups as layout
+from neml2_aoti_plugin._solve.groups import Group
 from neml2_aoti_plugin.errors import ConvergenceError
-from neml2_aoti_plugin.host.eager import newton_solve_eager, newton_solve_eager_masked
 from neml2_aoti_plugin.settings import NewtonSettings
-from neml2_aoti_plugin.solve import groups as layout
-from neml2_aoti_plugin.solve.groups import Group
 
 DENSE = [("dense", ())]
 # The settings that neml2's entry points take; the others are of the row-wise mode.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from neml2_aoti_plugin import log
+from neml2_aoti_plugin import _log as log
 from neml2_aoti_plugin.errors import InputError
 
 
@@ -80,7 +80,7 @@ def test_a_bad_entry_is_an_error_that_changes_nothing(monkeypatch: pytest.Monkey
 
 def test_a_bad_entry_in_the_environment_of_the_process_only_warns() -> None:
     script = (
-        "import warnings, neml2_aoti_plugin.log as log\n"
+        "import warnings, neml2_aoti_plugin._log as log\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    log.set_sink(print)\n"

@@ -26,9 +26,9 @@ import references
 from attacks import children
 from attacks.children import REPOSITORY
 from hand_made_graphs import system_of
+from neml2_aoti_plugin._solve import block, code_file, machine_code
+from neml2_aoti_plugin._solve.machine_code import MachineCode
 from neml2_aoti_plugin.settings import NewtonSettings
-from neml2_aoti_plugin.solve import block, code_file, machine_code
-from neml2_aoti_plugin.solve.machine_code import MachineCode
 
 ENTRIES = {"solve_block", "solve_columns", "call_graph"}
 # What the code takes from elsewhere: LLVM's intrinsics, and what C's library has on every platform.
@@ -141,7 +141,7 @@ def undefined(elf: bytes) -> Iterator[str]:
 # A process that asks for the machine code, shows where it is kept, and solves two systems with it.
 LOAD = """
     import sys, torch
-    from neml2_aoti_plugin.solve import block, choice, code_file, machine_code
+    from neml2_aoti_plugin._solve import block, choice, code_file, machine_code
     machine_code._PATIENCE = 1e9
     def show():
         code = machine_code.load()
@@ -326,9 +326,7 @@ def test_signal_in_the_middle_of_making_it(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_line_on_stderr_where_it_takes_long(tmp_path: Path) -> None:
-    source = (
-        "import sys\nfrom neml2_aoti_plugin.solve import machine_code\nmachine_code._PATIENCE = {}\nmachine_code.load()"
-    )
+    source = "from neml2_aoti_plugin._solve import machine_code\nmachine_code._PATIENCE = {}\nmachine_code.load()"
     said = kept(tmp_path, source.format("0.0"))
     assert re.fullmatch(r"neml2-aoti-plugin: made machine code for this processor in \d+\.\d s \(kept in .*\)", said)
     assert kept(tmp_path, source.format("0.0")) == ""
@@ -338,7 +336,7 @@ def test_a_line_on_stderr_where_it_takes_long(tmp_path: Path) -> None:
 MODEL = """
     import sys, torch
     from neml2_aoti_plugin import Model, status
-    from neml2_aoti_plugin.solve import code_file, machine_code
+    from neml2_aoti_plugin._solve import code_file, machine_code
     {before}
     model = Model(sys.argv[1])
     zero, six = torch.zeros((), dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
@@ -395,6 +393,6 @@ def test_build_makes_the_code_again_from_its_sources(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(python.parent.parent)], check=True)
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", "numba==0.63.1"], check=True)
     target = tmp_path / "made.bc"
-    command = [str(python), "-m", "neml2_aoti_plugin.solve.machine.emit", str(target)]
+    command = [str(python), "-m", "neml2_aoti_plugin._solve.machine.emit", str(target)]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     assert target.read_bytes() == code_file.PATH.read_bytes()

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from hand_made_graphs import system_of
+from neml2_aoti_plugin._solve import block, machine_code, newton
+from neml2_aoti_plugin._solve.criteria import FINE, criteria_of
+from neml2_aoti_plugin._solve.groups import Group
+from neml2_aoti_plugin._solve.newton import Solved
+from neml2_aoti_plugin._solve.outcome import Outcome
+from neml2_aoti_plugin._solve.system import Groups, Linearisation, System
+from neml2_aoti_plugin._solve.tensors import TensorRows
 from neml2_aoti_plugin.settings import NewtonSettings
-from neml2_aoti_plugin.solve import block, machine_code, newton
-from neml2_aoti_plugin.solve.criteria import FINE, criteria_of
-from neml2_aoti_plugin.solve.groups import Group
-from neml2_aoti_plugin.solve.newton import Solved
-from neml2_aoti_plugin.solve.outcome import Outcome
-from neml2_aoti_plugin.solve.system import Groups, Linearisation, System
-from neml2_aoti_plugin.solve.tensors import TensorRows
 
 # Plain Newton's method; chord steps have tests of their own.
 SETTINGS = NewtonSettings(atol=1e-6, rtol=1e-12, miters=60, ls_max_iters=1, chord_steps=False)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from neml2_aoti_plugin import Model
-from neml2_aoti_plugin.artifact.locate import locate
-from neml2_aoti_plugin.artifact.stub import Stub, find, read_stub
+from neml2_aoti_plugin._artifact.locate import locate
+from neml2_aoti_plugin._artifact.stub import Stub, find, read_stub
 from neml2_aoti_plugin.errors import ArtifactError, ArtifactNotFoundError, InputError
 
 DATA = Path(__file__).resolve().parent / "data"

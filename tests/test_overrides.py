@@ -12,8 +12,9 @@ from neml2.cli.run import main as neml2_run
 
 import references
 from legacy import build
-from neml2_aoti_plugin import InputError, cli
-from neml2_aoti_plugin.workbench.drive import run
+from neml2_aoti_plugin import InputError
+from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin._workbench.drive import run
 
 
 @functools.cache

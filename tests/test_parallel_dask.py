@@ -227,7 +227,7 @@ def test_dask_that_is_imported_after_the_model_was_made() -> None:
 
 def loaded() -> tuple[int, int]:
     """Of a worker, the number of models it has loaded, and torch's threads."""
-    from neml2_aoti_plugin.parallel import part
+    from neml2_aoti_plugin.parallel import _part as part
 
     return part._unpickled.cache_info().currsize, torch.get_num_threads()
 

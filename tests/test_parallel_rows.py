@@ -788,7 +788,7 @@ def _lost(text: str, cut: int) -> list[dict[str, Any]]:
 LONG_RUN = """
 import sys
 from neml2_aoti_plugin import map_rows
-import neml2_aoti_plugin.parallel.rows as rows
+import neml2_aoti_plugin.parallel._rows as rows
 rows.SYNC = 0.05
 try:
     map_rows(*sys.argv[1:4], chunk=64, progress=lambda done, total: print(done, flush=True))

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from neml2_aoti_plugin import InputError, Model, UnknownNameError, cli
+from neml2_aoti_plugin import InputError, Model, UnknownNameError
+from neml2_aoti_plugin import _cli as cli
 from stubs.build import compiled
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import references
 from neml2_aoti_plugin import Model
+from neml2_aoti_plugin._program import implicit
+from neml2_aoti_plugin._program.blocks import BLOCK_ROWS
+from neml2_aoti_plugin._solve.choice import VARIABLE
+from neml2_aoti_plugin._solve.groups import row_norms
 from neml2_aoti_plugin.model import Solution
-from neml2_aoti_plugin.program import implicit
-from neml2_aoti_plugin.program.blocks import BLOCK_ROWS
-from neml2_aoti_plugin.solve.choice import VARIABLE
-from neml2_aoti_plugin.solve.groups import row_norms
 from references import Case, Tensors
 
 UPDATES = 24

@@ -15,7 +15,7 @@ import references
 from neml2_aoti_plugin import AOTIError, InputError, Model, Points, UnknownNameError
 from neml2_aoti_plugin.model import Outcome
 from neml2_aoti_plugin.points import PointsResult
-from neml2_aoti_plugin.points.stepping import step_factor
+from neml2_aoti_plugin.points._stepping import step_factor
 
 Array = NDArray[np.float64]
 

@@ -242,7 +242,7 @@ class TestPlaneStressOfPoints:
         assert not points.update(strain=strain, t=1.0).failed
 
     def test_search_that_does_not_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("neml2_aoti_plugin.points.plane_stress.LIMIT", 1)
+        monkeypatch.setattr("neml2_aoti_plugin.points._plane_stress.LIMIT", 1)
         points = points_of("viscoplasticity", 2, dimension="plane stress")
         found = points.update(strain=np.array([[1e-2, 0, 0], [0, 0, 0]]), t=1.0)
         assert found.failed == [0] and found.outcome[0] == Outcome.OUT_OF_ITERATIONS

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import references
-from neml2_aoti_plugin import ConvergenceError, InputError, UnknownNameError, cli
-from neml2_aoti_plugin.workbench.drive import run
-from neml2_aoti_plugin.workbench.plot import INVARIANTS, default_x, default_y, plot, quantity
-from neml2_aoti_plugin.workbench.result_files import read_result
-from neml2_aoti_plugin.workbench.results import Result, columns, from_tensors
-from neml2_aoti_plugin.workbench.shapes import layouts
+from neml2_aoti_plugin import ConvergenceError, InputError, UnknownNameError
+from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin._workbench.drive import run
+from neml2_aoti_plugin._workbench.plot import INVARIANTS, default_x, default_y, plot, quantity
+from neml2_aoti_plugin._workbench.result_files import read_result
+from neml2_aoti_plugin._workbench.results import Result, columns, from_tensors
+from neml2_aoti_plugin._workbench.shapes import layouts
 
 
 @pytest.fixture(scope="module")

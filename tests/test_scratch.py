@@ -13,7 +13,7 @@ import pytest
 
 import references
 from attacks.children import run
-from neml2_aoti_plugin.graphs import scratch as unpacked
+from neml2_aoti_plugin._graphs import scratch as unpacked
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no owners and no locks of this kind")
 
@@ -194,7 +194,7 @@ def test_nothing_is_left_when_file_descriptors_run_out(temporary: Path) -> None:
         import os, resource, sys, tempfile, torch
         from pathlib import Path
         from neml2_aoti_plugin import AOTIError
-        from neml2_aoti_plugin.graphs.unpack import load_runner
+        from neml2_aoti_plugin._graphs.unpack import load_runner
         file = Path(sys.argv[1]) / "cpu/float64/elasticity.pt2"
         data = file.read_bytes()
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -48,7 +48,7 @@ def test_the_sdist_holds_the_tree_and_nothing_else(sdist: Path) -> None:
     # The machine code, so that a build needs no compiler where its sources are as they were.
     assert found - {"PKG-INFO", ".gitignore"} == {
         *listed.stdout.splitlines(),
-        "neml2_aoti_plugin/solve/machine_code.bc",
+        "neml2_aoti_plugin/_solve/machine_code.bc",
     }
 
 

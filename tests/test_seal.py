@@ -18,9 +18,10 @@ import torch
 import references
 from attacks.archives import recorded
 from attacks.children import environment
-from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model, cli, seal
-from neml2_aoti_plugin.artifact.admit import REQUIRE_SEAL
-from neml2_aoti_plugin.artifact.roots import ROOTS
+from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model, seal
+from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin._artifact.admit import REQUIRE_SEAL
+from neml2_aoti_plugin._artifact.roots import ROOTS
 
 INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
 
@@ -236,7 +237,7 @@ class TestCommand:
     def test_is_in_the_wheel(self, wheel: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             name = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
-            assert "[console_scripts]\nneml2-aoti = neml2_aoti_plugin.cli:main" in archive.read(name).decode()
+            assert "[console_scripts]\nneml2-aoti = neml2_aoti_plugin._cli:main" in archive.read(name).decode()
 
     def test_seals_and_tells_where(self, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["seal", str(artifact)]) == 0

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from neml2_aoti_plugin import ConvergenceError, Model
-from neml2_aoti_plugin.cli.serve import LIMITS, command
+from neml2_aoti_plugin._cli.serve import LIMITS, command
 from neml2_aoti_plugin.model import Solution
 from neml2_aoti_plugin.serve import Limits
 from serving import Answer, Array, Service, close, encode, started

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from neml2_aoti_plugin import ConvergenceError, Model
-from neml2_aoti_plugin.serve.answers import write_answer
-from neml2_aoti_plugin.serve.evaluation import evaluate
-from neml2_aoti_plugin.serve.first_calls import call_first
-from neml2_aoti_plugin.serve.limits import Limits
-from neml2_aoti_plugin.serve.operations import Operation
-from neml2_aoti_plugin.serve.reading import read_call
-from neml2_aoti_plugin.serve.refusals import Refused
-from neml2_aoti_plugin.serve.served import Served
+from neml2_aoti_plugin.serve._answers import write_answer
+from neml2_aoti_plugin.serve._evaluation import evaluate
+from neml2_aoti_plugin.serve._first_calls import call_first
+from neml2_aoti_plugin.serve._limits import Limits
+from neml2_aoti_plugin.serve._operations import Operation
+from neml2_aoti_plugin.serve._reading import read_call
+from neml2_aoti_plugin.serve._refusals import Refused
+from neml2_aoti_plugin.serve._served import Served
 from serving import Answer, Array, encode
 from test_serve import artifact, reference
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from neml2_aoti_plugin import InputError, Model, cli, seal
+from neml2_aoti_plugin import InputError, Model, seal
+from neml2_aoti_plugin import _cli as cli
 from neml2_aoti_plugin.serve import app
 from serving import PATIENCE, SCRIPT, Answer, Service, close, encode, started
 from test_serve import artifact, step, strain

@@ -137,8 +137,8 @@ def test_no_python_runs_inside_the_graphs_of_a_power_law(kernels: str) -> None:
     run(
         SETUP
         + """
-from neml2_aoti_plugin.graphs.loaded import Loaded
-from neml2_aoti_plugin.solve import block, choice
+from neml2_aoti_plugin._graphs.loaded import Loaded
+from neml2_aoti_plugin._solve import block, choice
 
 machine = choice.machine()[0]
 solve = Loaded.run if machine is None else block.System.solve
@@ -307,7 +307,7 @@ def ring(number, frame):
     deep.append(torch.equal(stress(Model(artifact)), right))
 
 signal.signal(signal.SIGALRM, ring)
-from neml2_aoti_plugin.graphs import loaded
+from neml2_aoti_plugin._graphs import loaded
 for number in range(30):
     loaded._loaded.clear()
     signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 2e-2))

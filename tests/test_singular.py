@@ -12,8 +12,8 @@ from neml2.solvers import ConvergenceError
 import references
 from attacks.children import run
 from neml2_aoti_plugin import ArtifactError, Model
-from neml2_aoti_plugin.graphs.graph import Graph
-from neml2_aoti_plugin.solve.choice import VARIABLE
+from neml2_aoti_plugin._graphs.graph import Graph
+from neml2_aoti_plugin._solve.choice import VARIABLE
 
 DIVERGING = """
 import sys

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 import references
-from neml2_aoti_plugin import ConvergenceError, DerivativeNotCompiledError, InputTypeError, Model, UnknownNameError
-from neml2_aoti_plugin.solve.outcome import Outcome
+from neml2_aoti_plugin import (
+    ConvergenceError,
+    DerivativeNotCompiledError,
+    InputTypeError,
+    Model,
+    UnknownNameError,
+)
+from neml2_aoti_plugin._solve.outcome import Outcome
 from references import Tensors, difference
 
 WITH_DERIVATIVES = [

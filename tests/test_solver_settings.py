@@ -15,7 +15,7 @@ from torch import nn
 
 import references
 from neml2_aoti_plugin import AOTIModel, ConvergenceError, InputError, Model, UnknownNameError
-from neml2_aoti_plugin.model import shown
+from neml2_aoti_plugin.model import _shown as shown
 from neml2_aoti_plugin.settings import NewtonSettings
 from stubs.build import compiled
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from legacy import build
-from neml2_aoti_plugin import cli
-from neml2_aoti_plugin.cli.app import COMMANDS, HELP
+from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin._cli.app import COMMANDS, HELP
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
 from tools import json_forms
@@ -59,7 +59,7 @@ def examples(text: str) -> list[str]:
 
 
 def test_examples_of_help_run(place: Path) -> None:
-    by_command = {name: examples(import_module(f"neml2_aoti_plugin.cli.{name}").EPILOG) for name in COMMANDS}
+    by_command = {name: examples(import_module(f"neml2_aoti_plugin._cli.{name}").EPILOG) for name in COMMANDS}
     assert all(by_command.values())
     for name in ("stiff", "soft"):
         run(f"neml2-aoti run aoti/viscoplasticity_aoti.i driver --out {name}.npz")
@@ -94,6 +94,6 @@ def test_the_example_of_migrate_runs(place: Path) -> None:
     (line,) = re.findall(r"```sh\n(neml2-aoti migrate .*)\n```", PAGE)
     run(line)
     assert cli.main(["verify", "new/elasticity_aoti.i"]) == 0
-    for line in examples(import_module("neml2_aoti_plugin.cli.migrate").EPILOG):
+    for line in examples(import_module("neml2_aoti_plugin._cli.migrate").EPILOG):
         shutil.rmtree(place / "new", ignore_errors=True)
         run(line)

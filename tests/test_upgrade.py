@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from neml2_aoti_plugin.artifact import parse, upgrade
-from neml2_aoti_plugin.artifact.order import argument_order
-from neml2_aoti_plugin.artifact.package import Argument, Signature, parse_kinds
-from neml2_aoti_plugin.artifact.reading import Node
-from neml2_aoti_plugin.artifact.schema import (
+from neml2_aoti_plugin._artifact import parse, upgrade
+from neml2_aoti_plugin._artifact.order import argument_order
+from neml2_aoti_plugin._artifact.package import Argument, Signature, parse_kinds
+from neml2_aoti_plugin._artifact.reading import Node
+from neml2_aoti_plugin._artifact.schema import (
     ForwardSegment,
     FusedSensitivity,
     FusedStep,

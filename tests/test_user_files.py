@@ -20,9 +20,10 @@ import pytest
 import torch
 
 import references
-from neml2_aoti_plugin import InputError, Model, Points, cli
-from neml2_aoti_plugin.files import draft, file_name, require_writable, variable_of
-from neml2_aoti_plugin.workbench.points import read_points
+from neml2_aoti_plugin import InputError, Model, Points
+from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin._files import draft, file_name, require_writable, variable_of
+from neml2_aoti_plugin._workbench.points import read_points
 from stubs.build import compiled
 
 

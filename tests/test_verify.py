@@ -17,17 +17,18 @@ import pytest
 import torch
 
 import references
-from neml2_aoti_plugin import InputError, cli
+from neml2_aoti_plugin import InputError
+from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin._workbench import differences
+from neml2_aoti_plugin._workbench.comparison import scale_of
+from neml2_aoti_plugin._workbench.drive import run as drive
+from neml2_aoti_plugin._workbench.evaluation import Where
+from neml2_aoti_plugin._workbench.golden import read_golden
+from neml2_aoti_plugin._workbench.points import random_points, read_points
+from neml2_aoti_plugin._workbench.result_files import read_result
+from neml2_aoti_plugin._workbench.target import Target, find_target
+from neml2_aoti_plugin._workbench.verify import Wanted, verify
 from neml2_aoti_plugin.model import Model
-from neml2_aoti_plugin.workbench import differences
-from neml2_aoti_plugin.workbench.comparison import scale_of
-from neml2_aoti_plugin.workbench.drive import run as drive
-from neml2_aoti_plugin.workbench.evaluation import Where
-from neml2_aoti_plugin.workbench.golden import read_golden
-from neml2_aoti_plugin.workbench.points import random_points, read_points
-from neml2_aoti_plugin.workbench.result_files import read_result
-from neml2_aoti_plugin.workbench.target import Target, find_target
-from neml2_aoti_plugin.workbench.verify import Wanted, verify
 from stubs.build import QUICK, compiled
 from stubs.catalogue import CATALOGUE
 

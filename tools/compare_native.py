@@ -108,8 +108,8 @@ def compare(stub: Stub, folder: Path) -> Comparison:
     from neml2.aoti._aoti import Model as Native
     from neml2.factory import register_neml2_object
 
-    from neml2_aoti_plugin import log as our_log
-    from neml2_aoti_plugin.host.hit import AOTIModel
+    from neml2_aoti_plugin import _log as our_log
+    from neml2_aoti_plugin._host.hit import AOTIModel
     from neml2_aoti_plugin.model import Model
 
     torch.set_num_threads(1)

@@ -13,17 +13,17 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from neml2_aoti_plugin.cli.seal import SealReport
-from neml2_aoti_plugin.cli.serve import ServeReport
-from neml2_aoti_plugin.cli.warm import WarmReport
-from neml2_aoti_plugin.workbench.bench import BenchReport
-from neml2_aoti_plugin.workbench.contents import ArtifactReport
-from neml2_aoti_plugin.workbench.diagnose import Diagnosis
-from neml2_aoti_plugin.workbench.drive import RunReport
-from neml2_aoti_plugin.workbench.migrate import MigrateReport
-from neml2_aoti_plugin.workbench.params import ParametersReport
-from neml2_aoti_plugin.workbench.plot import PlotReport
-from neml2_aoti_plugin.workbench.verify import Verification
+from neml2_aoti_plugin._cli.seal import SealReport
+from neml2_aoti_plugin._cli.serve import ServeReport
+from neml2_aoti_plugin._cli.warm import WarmReport
+from neml2_aoti_plugin._workbench.bench import BenchReport
+from neml2_aoti_plugin._workbench.contents import ArtifactReport
+from neml2_aoti_plugin._workbench.diagnose import Diagnosis
+from neml2_aoti_plugin._workbench.drive import RunReport
+from neml2_aoti_plugin._workbench.migrate import MigrateReport
+from neml2_aoti_plugin._workbench.params import ParametersReport
+from neml2_aoti_plugin._workbench.plot import PlotReport
+from neml2_aoti_plugin._workbench.verify import Verification
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "tool.md"
 BEGIN, END = "<!-- forms: python -m tools.json_forms -->", "<!-- end of forms -->"

@@ -1,5 +1,5 @@
 """Many rows: more than memory holds, from files to files, here or on many machines."""
 
-from .rows import Mapped, map_rows
+from ._rows import Mapped, map_rows
 
 __all__ = ["Mapped", "map_rows"]

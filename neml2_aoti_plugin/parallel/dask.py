@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
-from .part import OPERATIONS, evaluate_rows, loaded_model, model_of
+from ._part import OPERATIONS, evaluate_rows, loaded_model, model_of
 
 try:
     from distributed import KilledWorker, WorkerPlugin
@@ -156,7 +156,7 @@ def _block(*arrays: np.ndarray, recipe: bytes, operation: str, names: list[str],
 
 
 def _require_fitting(model: Model, inputs: Mapping[str, Any], along: Mapping[str, Any]) -> None:
-    from .sources import _checked
+    from ._sources import _checked
 
     _checked(inputs, model, "inputs")
     if not along:

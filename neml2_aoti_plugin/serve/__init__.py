@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .app import app as app
-from .limits import Limits as Limits
+from ._app import app as app
+from ._limits import Limits as Limits
 
 __all__ = ["Limits", "app"]

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from attacks import archives, documents
 from neml2_aoti_plugin import AOTIError, ConvergenceError, Model
-from neml2_aoti_plugin.solve import machine_code
+from neml2_aoti_plugin._solve import machine_code
 
 ROWS = 3
 

@@ -1,0 +1,270 @@
+"""`neml2-aoti serve`: compiled models behind a service."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import FINE
+from .options import MOST_THREADS
+from .output import device_options, json_option, show
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .._workbench.target import Target
+    from ..serve._listening import Address
+    from ..serve._served import Source
+
+TOKEN = "NEML2_AOTI_SERVE_TOKEN"
+TOKEN_BYTES = 1 << 16
+
+EPILOG = """\b
+Examples:
+  neml2-aoti serve aoti/elasticity
+  neml2-aoti serve aoti/viscoplasticity_aoti.i --name soft=aoti/promoted --check
+  neml2-aoti serve aoti/elasticity --host 0.0.0.0 --token-file /run/secrets/token --workers 4
+"""
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# Each limit with its kind, what it bounds, and what holds where it is not given.
+LIMITS: tuple[tuple[str, click.ParamType[Any], str], ...] = (
+    ("--gather-rows", click.IntRange(1), "Rows that a compiled call gathers; 1 gathers none. [2048]"),
+    ("--wait-ms", click.FloatRange(0), "How long a request may wait for others to gather. [0]"),
+    ("--loop-rows", click.IntRange(0), "Calls of more rows run in a thread, and let others in. [1024]"),
+    ("--queue-rows", click.IntRange(1), "Rows that may wait for each model. [65536]"),
+    ("--request-rows", click.IntRange(1), "Rows of one request. [65536]"),
+    ("--body-bytes", click.IntRange(1), "Size of the body of a request. [16777216]"),
+    ("--bodies-bytes", click.IntRange(1), "Size of the bodies of all unanswered requests. [268435456]"),
+    ("--header-bytes", click.IntRange(256), "Size of the headers of a request. [32768]"),
+    ("--receive-seconds", click.FloatRange(0.01), "In which headers, and then the body, must arrive. [10]"),
+    ("--answer-seconds", click.FloatRange(0.01), "In which a waiting request must be answered. [30]"),
+    ("--idle-seconds", click.FloatRange(0.01), "That a connection may be open without a request. [75]"),
+    ("--stop-seconds", click.FloatRange(1), "In which accepted requests are finished at the end. [20]"),
+    ("--connections", click.IntRange(1), "Open connections of each process. [1024]"),
+)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that was loaded and called.
+
+    Args:
+        name: under which it is served.
+        artifact: path of the artifact.
+        sealed: whether it has a seal.
+        digest: SHA-256 of its files.
+        operations: that can be asked for.
+    """
+
+    name: str
+    artifact: str
+    sealed: bool
+    digest: str
+    operations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ServeReport:
+    """What would be served.
+
+    Args:
+        address: where.
+        local: whether only programs of this machine can connect there.
+        token: whether requests must have a token.
+        models: each loaded, and each of its operations called once.
+    """
+
+    address: str
+    local: bool
+    token: bool
+    models: tuple[ServedModel, ...]
+
+
+def limit_options(function: _Function) -> _Function:
+    """The options of all limits."""
+    for name, kind, text in reversed(LIMITS):
+        function = click.option(name, type=kind, help=text)(function)
+    return function
+
+
+@click.command(epilog=EPILOG, short_help="Serve models over HTTP (Open Inference Protocol).")
+@click.argument("paths", metavar="[ARTIFACT|STUB]...", nargs=-1)
+@click.option("--name", "named", metavar="NAME=PATH", multiple=True, help="Serve this artifact or stub under NAME.")
+@click.option(
+    "--parameters", metavar="NAME=FILE", multiple=True, help="Take values of promoted parameters from a file."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 for any free one.")
+@click.option("--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
+@click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Number of processes.")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), default=1, show_default=True, help="Threads of torch in each."
+)
+@click.option("--token-file", type=FILE, help=f"Holds the token; else the environment variable {TOKEN} does.")
+@click.option("--no-token", is_flag=True, help="Listen beyond this machine without a token.")
+@click.option("--allow-unsealed", is_flag=True, help="Listen beyond this machine with artifacts without a seal.")
+@click.option("--quiet", is_flag=True, help="Log no requests but those that fail in the service.")
+@click.option("--check", is_flag=True, help="Load and call the models, tell of them, and end.")
+@limit_options
+@device_options
+@json_option
+def command(
+    paths: tuple[str, ...],
+    named: tuple[str, ...],
+    parameters: tuple[str, ...],
+    host: str,
+    port: int,
+    uds: Path | None,
+    workers: int,
+    threads: int,
+    token_file: Path | None,
+    no_token: bool,
+    allow_unsealed: bool,
+    quiet: bool,
+    check: bool,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+    **limits: Any,
+) -> int:
+    """Serve compiled models over HTTP, by the Open Inference Protocol (V2).
+
+    What waits is evaluated together: one compiled call takes all requests that came during the last one. SIGTERM or
+    Ctrl-C stops the service once what it has accepted is answered. The log is one JSON object a line, on the standard
+    output; --json is for --check. docs/service.md tells more.
+    """
+    if as_json and not check:
+        raise click.UsageError("--json goes with --check; the log of a service is JSON in any case.")
+
+    from ..serve._limits import Limits
+    from ..serve._listening import Address
+    from ..serve._server import Service, run
+    from ..serve._workers import run_many
+
+    bounds = Limits(**{name: value for name, value in limits.items() if value is not None})
+    token = _token(token_file)
+    address = Address(host, port, uds)
+    sources = _with_parameters(_sources(paths, named, device, dtype), parameters)
+    if not address.is_local:
+        _require_safe(address, sources, token, no_token=no_token, allow_unsealed=allow_unsealed)
+    if check:
+        return show("serve", _checked(address, sources, token), as_json, render)
+    service = Service(tuple(sources), bounds, token, threads, not quiet)
+    bound = address.bind()
+    try:
+        event_log = service.event_log()
+        event_log.write("starting", address=bound.address, workers=workers, process=os.getpid())
+        event_log.flush()
+        if workers == 1:
+            run(service, bound)
+        else:
+            run_many(service, bound, workers)
+    finally:
+        bound.release()
+    return FINE
+
+
+def _sources(paths: Sequence[str], named: Sequence[str], device: str | None, dtype: str | None) -> list[Source]:
+    """The models, each found before one is loaded."""
+    from .._workbench.target import find_target
+    from ..serve._served import Source, require_names
+
+    def source(target: Target, name: str) -> Source:
+        return Source(name, target.artifact, device, dtype, target.solver)
+
+    found = [source(target, target.model) for target in map(find_target, paths)]
+    for text in named:
+        name, mark, path = text.partition("=")
+        if not (name and mark and path):
+            raise click.BadParameter(f"{text!r} is not NAME=PATH.", param_hint="--name")
+        found.append(source(find_target(path), name))
+    if not found:
+        raise click.UsageError("give an artifact or a stub, or NAME=PATH by --name.")
+    require_names([source.name for source in found])
+    return found
+
+
+def _with_parameters(sources: list[Source], given: Sequence[str]) -> list[Source]:
+    """The models with files of parameters."""
+    known = {source.name: source for source in sources}
+    for text in given:
+        name, mark, path = text.partition("=")
+        if not (name and mark and path):
+            raise click.BadParameter(f"{text!r} is not NAME=FILE.", param_hint="--parameters")
+        if name not in known:
+            raise click.BadParameter(
+                f"there is no model {name!r}; there are {', '.join(known)}.", param_hint="--parameters"
+            )
+        known[name] = replace(known[name], parameters=Path(path).absolute())
+    return list(known.values())
+
+
+def _token(file: Path | None) -> str | None:
+    """The token out of a file or the environment; never from the command line, which others on the machine can read."""
+    from .._files import read_plain
+
+    given = os.environ.get(TOKEN)
+    if file is not None:
+        given = read_plain(file, "a file that holds the token", TOKEN_BYTES).decode("utf-8", "replace").strip()
+    if given is None:
+        return None
+    if not given or not given.isascii() or not given.isprintable() or " " in given:
+        where = str(file) if file is not None else f"the environment variable {TOKEN}"
+        raise click.UsageError(f"{where} holds no token: expected one word of printable ASCII characters.")
+    return given
+
+
+def _require_safe(
+    address: Address, sources: Sequence[Source], token: str | None, *, no_token: bool, allow_unsealed: bool
+) -> None:
+    """Refuse what should not be reached from other machines."""
+    from .._sealing import is_sealed
+
+    if token is None and not no_token:
+        raise click.UsageError(
+            f"{address.host} is reached from other machines, and there is no token. Give one by --token-file or "
+            f"{TOKEN}, or, where something else guards the service, --no-token."
+        )
+    unsealed = [str(source.artifact) for source in sources if not is_sealed(source.artifact)]
+    if unsealed and not allow_unsealed:
+        raise click.UsageError(
+            f"{address.host} is reached from other machines, and there is no seal of {', '.join(unsealed)}. Seal what "
+            f"you trust: neml2-aoti seal {unsealed[0]}; or give --allow-unsealed."
+        )
+
+
+def _checked(address: Address, sources: Sequence[Source], token: str | None) -> ServeReport:
+    """Load and call the models as a service does."""
+    from .._sealing import is_sealed
+    from ..serve._first_calls import call_first
+    from ..serve._operations import Operation
+    from ..serve._served import Served
+
+    models = []
+    for source in sources:
+        served = Served(source.name, source.load())
+        call_first(served)
+        operations = tuple(name for name, known in served.operations.items() if isinstance(known, Operation))
+        sealed = is_sealed(source.artifact)
+        models.append(ServedModel(source.name, str(source.artifact), sealed, served.model.digest, operations))
+    where = f"unix:{address.uds}" if address.uds is not None else f"{address.host}:{address.port}"
+    return ServeReport(where, address.is_local, token is not None, tuple(models))
+
+
+def render(report: ServeReport, console: Console) -> None:
+    """Print the models."""
+    from rich.markup import escape
+
+    guarded = "with a token" if report.token else "without a token"
+    console.print(escape(f"{report.address}, {'this machine only' if report.local else 'any machine'}, {guarded}"))
+    for model in report.models:
+        sealed = "sealed" if model.sealed else "no seal"
+        console.print(escape(f"{model.name}: {', '.join(model.operations)} ({model.artifact}, {sealed})"))

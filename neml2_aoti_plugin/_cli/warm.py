@@ -1,0 +1,66 @@
+"""`neml2-aoti warm`: make the machine code of solves ahead, as in the build of a container."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from . import FINE, SHORT
+from .output import json_option, show
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EPILOG = """\b
+Examples:
+  neml2-aoti warm
+  NEML2_AOTI_PLUGIN_CACHE=/opt/cache neml2-aoti warm
+"""
+
+
+@dataclass(frozen=True)
+class WarmReport:
+    """The machine code of solves.
+
+    Args:
+        implementation: what solves are done by, `native` or `torch`.
+        reason: why.
+        file: where the machine code is kept; empty where it is not.
+    """
+
+    implementation: str
+    reason: str
+    file: str
+
+
+@click.command(epilog=EPILOG, short_help="Make the machine code of solves ahead.")
+@json_option
+def command(as_json: bool) -> int:
+    """Make machine code for this processor and keep it, so that no first solve waits for it.
+
+    NEML2_AOTI_PLUGIN_CACHE names another folder than the user's cache folder. Exit status 1 if it cannot be kept.
+    """
+    from .._solve import choice
+
+    code, reason = choice.machine()
+    if code is None:
+        return show("warm", WarmReport(choice.TORCH, reason, ""), as_json, render, FINE)
+    report = WarmReport(choice.NATIVE, reason, str(code.kept or ""))
+    return show("warm", report, as_json, render, FINE if code.kept else SHORT)
+
+
+def render(report: WarmReport, console: Console) -> None:
+    """Print where the machine code is."""
+    from rich.markup import escape
+
+    if report.implementation == "torch":
+        text = f"nothing to make: solves are done by torch's operations ({report.reason})"
+    elif report.file:
+        text = f"machine code is kept in {report.file}"
+    else:
+        text = (
+            "the machine code cannot be kept. Name a folder that only you can write to: NEML2_AOTI_PLUGIN_CACHE=FOLDER"
+        )
+    console.print(escape(text), soft_wrap=True)

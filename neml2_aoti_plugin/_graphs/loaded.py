@@ -1,0 +1,185 @@
+"""Graphs that this process has loaded: each package once, however many models use it.
+
+A library that torch has loaded is never unloaded, nor is it by torch's own loader: a process that loads a model again
+and again would grow each time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._artifact.package import Package
+from ..errors import AOTIError, ArtifactError
+from . import forks
+from .c_interface import Library, Unavailable
+from .unpack import load_library, load_runner, obstacle
+
+# How many copies of a package are remembered; any one of them will do.
+_PLACES = 8
+
+
+class Loaded:
+    """A package that is loaded when it first runs, and the lock under which it runs.
+
+    Args:
+        package: as it was looked over.
+        device: that it runs on.
+    """
+
+    def __init__(self, package: Package, device: torch.device) -> None:
+        self.file = package.file
+        self._device = device
+        # Wherever these bytes were seen: one of these files may be gone by the time that they are needed.
+        self._places = {package.file: package}
+        # torch's runner waits for its turn with the interpreter locked, and a graph with an operator in Python needs
+        # the interpreter to finish: calls must queue before they reach the runner. A signal handler or a finalizer may
+        # make a call of its own in a thread that has the lock; it finds the runner free, for no Python runs inside.
+        self.lock = threading.RLock()
+        self.runner: Any = None
+        # For calls without the interpreter; a text that says why there are none.
+        self._library: Library | str | None = None
+        self._calls_python = False
+        # Whether the graph runs, and may call Python.
+        self.inside = False
+        forks.watch(self)
+
+    def load(self) -> None:
+        """Load the package, if it is not loaded yet."""
+        with self.lock:
+            self._load()
+
+    def library(self) -> Library:
+        """The library of the package, for calls by its C interface; loaded when it is first asked for.
+
+        Raises:
+            Unavailable: the graph cannot be called so.
+            ArtifactError: the package is not what it was.
+            AOTIError: there is no room to unpack it, or it cannot be made ready.
+        """
+        with self.lock:
+            if self._library is None:
+                try:
+                    self._library = load_library(self.file, self._read())
+                    forks.note_use()
+                except Unavailable as error:
+                    self._library = str(error)
+        if isinstance(self._library, str):
+            raise Unavailable(self._library)
+        return self._library
+
+    def obstacle(self) -> str:
+        """Why the graph cannot be called by its C interface, as far as its package tells; empty where it can be."""
+        return obstacle(self.file, self._read())
+
+    def run(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        """Run the graph.
+
+        Args:
+            arguments: as it takes them.
+
+        Returns:
+            Its outputs.
+
+        Raises:
+            ArtifactError: the package cannot be loaded, or is not what it was.
+            AOTIError: the graph failed, there is no room to unpack it, or the process was forked.
+        """
+        if forks.forked_after_use:
+            forks.require_one_thread(self.file)
+        with self.lock:
+            if self.runner is None:
+                self._load()
+            if self._calls_python:
+                return self._run_with_python(arguments)
+            try:
+                outputs: list[Tensor] = self.runner.run(arguments)
+            except RuntimeError as error:
+                if not _is_from_torch(error):
+                    raise
+                raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
+        return outputs
+
+    def _run_with_python(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        if self.inside:
+            raise AOTIError(
+                f"{self.file}: called again from within itself: by an operator in Python that it calls, or by a signal "
+                "handler or a finalizer that ran meanwhile in the same thread. The call would wait for itself for "
+                "ever. Make such a call in another thread, or after the first one."
+            )
+        self.inside = True
+        try:
+            outputs: list[Tensor] = self.runner.run(arguments)
+        except RuntimeError as error:
+            if not _is_from_torch(error):
+                raise
+            # Of what an operator raises, torch keeps nothing but the text.
+            if str(error).startswith("KeyboardInterrupt"):
+                raise KeyboardInterrupt from error
+            raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
+        finally:
+            self.inside = False
+        return outputs
+
+    def _load(self) -> None:
+        if self.runner is None:
+            self.runner, self._calls_python = load_runner(self.file, self._read(), self._device)
+            forks.note_use()
+
+    def seen(self, package: Package) -> None:
+        """Note another place where the same bytes are."""
+        # The latest last, and only once.
+        self._places.pop(package.file, None)
+        self._places[package.file] = package
+        for old in list(self._places)[:-_PLACES]:
+            self._places.pop(old, None)
+
+    def _read(self) -> bytes:
+        """The bytes that were looked over, from wherever they still are."""
+        failure: ArtifactError | None = None
+        for package in reversed(list(self._places.values())):
+            try:
+                return package.read()
+            except ArtifactError as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
+
+
+_loaded: dict[tuple[str, torch.device], Loaded] = {}
+
+
+def loaded(package: Package, device: torch.device) -> Loaded:
+    """The one object of this process for a package, wherever it lies: what has the same bytes is the same.
+
+    Args:
+        package: as it was looked over.
+        device: that it runs on.
+
+    Returns:
+        What runs it.
+    """
+    key = (package.digest, device)
+    found = _loaded.get(key)
+    if found is None:
+        # Of two threads that come first, one wins, and both get its object.
+        found = _loaded.setdefault(key, Loaded(package, device))
+    found.seen(package)
+    return found
+
+
+def _is_from_torch(error: RuntimeError) -> bool:
+    """Whether the graph failed; else a signal handler has raised the error right after the graph had returned.
+
+    A handler is a function in Python, and leaves its frame in the traceback.
+    """
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,265 @@
+"""The nonlinear system of an implicit segment as the solver takes it, however it was compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .._artifact.schema import DirectStep, FusedStep, ImplicitSegment, KrylovStep
+from .._graphs.graph import Graph
+from .._solve.preconditioned import KrylovSystem, Products
+from .._solve.system import Direction, Groups, Linearisation, System
+from .._solve.tables import VECTOR
+from ..errors import AOTIError, ArtifactError
+from ..settings import KrylovSettings
+from .packing import layout_of
+
+GraphOf = Callable[[str], Graph]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The residual graph with all but the unknowns bound; what the systems of all kinds share.
+
+    Args:
+        graphs: of the segment.
+        g: givens, one tensor per group, `(rows, ...)`.
+        parameters: promoted parameters, without a batch.
+    """
+
+    graphs: SystemGraphs
+    g: Groups
+    parameters: Sequence[Tensor]
+
+    def residual(self, u: Groups) -> Groups:
+        """See `solve.system.System`."""
+        b = self.graphs.residual([*u, *self.g], self.parameters)
+        check_arity(self.graphs.residual, b, self.graphs.residual_groups)
+        return b
+
+    def _some(self, rows: Tensor) -> Groups:
+        """The givens of some rows."""
+        return [x.index_select(0, rows) for x in self.g]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A Jacobian in blocks that a graph solves with; see `solve.system.Linearisation`."""
+
+    graph: Graph
+    a: Groups
+    u: Groups
+    reusable: bool = True
+
+    def solve(self, b: Groups) -> Groups:
+        """See `solve.system.Linearisation`."""
+        return on_sound_rows(self.graph, [*self.a, *b], self.u)
+
+    def take(self, rows: Tensor) -> Linearisation:
+        """See `solve.system.Linearisation`."""
+        a, u = ([x.index_select(0, rows) for x in groups] for groups in (self.a, self.u))
+        return Blocks(self.graph, a, u)
+
+
+class Factors:
+    """A dense Jacobian, factored when it is first solved with; see `solve.system.Linearisation`.
+
+    Args:
+        a: `(rows, n, n)`, or its factors.
+        pivots: of the factors; None while there are none.
+    """
+
+    reusable = True
+
+    def __init__(self, a: Tensor, pivots: Tensor | None = None) -> None:
+        self._a, self._pivots = a, pivots
+
+    def solve(self, b: Groups) -> Groups:
+        """See `solve.system.Linearisation`; a row without a pivot comes back not finite."""
+        if self._pivots is None:
+            self._a, self._pivots = torch.linalg.lu_factor_ex(self._a)[:2]
+        return [torch.linalg.lu_solve(self._a, self._pivots, b[0].unsqueeze(-1)).squeeze(-1)]
+
+    def take(self, rows: Tensor) -> Linearisation:
+        """See `solve.system.Linearisation`."""
+        pivots = None if self._pivots is None else self._pivots.index_select(0, rows)
+        return Factors(self._a.index_select(0, rows), pivots)
+
+
+class DirectSystem(Bound):
+    """A Jacobian graph and a graph of the direct solve; see `solve.system.System`."""
+
+    def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
+        """See `solve.system.System`."""
+        graphs, rows = self.graphs, u[0].shape[0]
+        assert graphs.jacobian is not None and graphs.solve is not None
+        a, b = jacobian(graphs, u, self.g, self.parameters)
+        a = [x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in a]
+        return b, Factors(a[0]) if graphs.factored else Blocks(graphs.solve, a, u)
+
+    def take(self, rows: Tensor) -> System:
+        """See `solve.system.System`."""
+        return DirectSystem(self.graphs, self._some(rows), self.parameters)
+
+
+class FusedSystem(Bound):
+    """One graph of the whole step (older releases); see `solve.system.System`."""
+
+    def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
+        """See `solve.system.System`."""
+        graphs, count = self.graphs, len(u)
+        assert graphs.step is not None
+        step = graphs.step
+        if not graphs.returns_iterate:
+            try:
+                outputs = step([*u, *self.g], self.parameters)
+            except ArtifactError:
+                raise
+            except AOTIError:
+                pass
+            else:
+                check_arity(step, outputs, count + graphs.residual_groups)
+                return outputs[count:], Direction(outputs[:count])
+        found = on_sound_rows(lambda arguments: step(arguments, self.parameters)[:count], [*u, *self.g], u)
+        if graphs.returns_iterate:
+            found = [x - y for x, y in zip(found, u, strict=True)]
+        return self.residual(u), Direction(found)
+
+    def take(self, rows: Tensor) -> System:
+        """See `solve.system.System`."""
+        return FusedSystem(self.graphs, self._some(rows), self.parameters)
+
+
+class GraphProducts(Bound):
+    """Matrix-vector products and a preconditioner; see `solve.preconditioned.Products`.
+
+    Iterative solves enlarge what graphs round otherwise in the last rows of a call, those that do not fill a vector of
+    the processor. So that a row does not depend on its company, calls are filled up to whole vectors, except where all
+    is done as by neml2's C++ runtime.
+    """
+
+    def _run(
+        self, graph: Graph, batched: Sequence[Tensor], parameters: Sequence[Tensor] = (), behind: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        rows = batched[0].shape[0]
+        more = -rows % VECTOR
+        if not rows or not more or self.graphs.as_native:
+            return graph(batched, parameters, behind)
+        filled = [[torch.cat([x, x[:1].expand(more, *x.shape[1:])]) for x in group] for group in (batched, behind)]
+        outputs = graph(filled[0], parameters, filled[1])
+        return [x[:rows] if x.shape[0] == rows + more else x for x in outputs]
+
+    def residual(self, u: Groups) -> Groups:
+        """See `solve.preconditioned.Products`."""
+        b = self._run(self.graphs.residual, [*u, *self.g], self.parameters)
+        check_arity(self.graphs.residual, b, self.graphs.residual_groups)
+        return b
+
+    def product(self, u: Groups, v: Groups) -> Sequence[Tensor]:
+        """See `solve.preconditioned.Products`."""
+        assert self.graphs.matvec is not None
+        return self._run(self.graphs.matvec, [*u, *self.g], self.parameters, v)
+
+    def set_up(self, u: Groups) -> Sequence[Tensor] | None:
+        """See `solve.preconditioned.Products`."""
+        graph = self.graphs.precond_setup
+        if graph is None or self.graphs.precond_apply is None:
+            return None
+        count = len(u) + len(self.g) + len(self.parameters)
+        # neml2 traces the preconditioner without promoted parameters, although it may read them.
+        takes_them = graph.signature is not None and len(graph.signature.arguments) == count
+        return self._run(graph, [*u, *self.g], self.parameters if takes_them else ())
+
+    def precondition(self, state: Sequence[Tensor], r: Tensor) -> Tensor:
+        """See `solve.preconditioned.Products`."""
+        assert self.graphs.precond_apply is not None
+        return self._run(self.graphs.precond_apply, [*state, r])[0]
+
+    def take(self, rows: Tensor) -> Products:
+        """See `solve.preconditioned.Products`."""
+        return GraphProducts(self.graphs, self._some(rows), self.parameters)
+
+
+class SystemGraphs:
+    """The graphs of an implicit segment's system.
+
+    Args:
+        segment: the segment.
+        graph_of: gives the graph of a file.
+        device: that they run on.
+        as_native: whether linear systems are solved by the graphs alone, and as by neml2's C++ runtime where that
+            iterates.
+    """
+
+    jacobian: Graph | None = None
+    solve: Graph | None = None
+    step: Graph | None = None
+    matvec: Graph | None = None
+    precond_setup: Graph | None = None
+    precond_apply: Graph | None = None
+    returns_iterate = False
+    krylov: KrylovSettings | None = None
+
+    def __init__(self, segment: ImplicitSegment, graph_of: GraphOf, device: torch.device, as_native: bool) -> None:
+        self.as_native = as_native
+        self.residual = graph_of(segment.residual)
+        self.residual_groups, self.unknown_groups = len(segment.residuals), len(segment.unknowns)
+        self.layouts = layout_of(segment.unknowns), layout_of(segment.residuals)
+        groups = (*segment.unknowns, *segment.residuals)
+        one_dense_block = len(groups) == 2 and all(group.structure == "dense" for group in groups)
+        self.factored = False
+        step = segment.step
+        if isinstance(step, DirectStep):
+            self.jacobian, self.solve = graph_of(step.jacobian), graph_of(step.solve)
+            self.factored = one_dense_block and device.type == "cpu" and not as_native
+        elif isinstance(step, FusedStep):
+            self.step, self.returns_iterate = graph_of(step.file), step.returns_iterate
+        else:
+            assert isinstance(step, KrylovStep)
+            self.matvec = graph_of(step.matvec)
+            self.precond_setup = graph_of(step.precond_setup) if step.precond_setup else None
+            self.precond_apply = graph_of(step.precond_apply) if step.precond_apply else None
+            self.krylov = replace(step.settings, absolute_floor=as_native, together=as_native)
+
+    def system(self, g: Groups, parameters: Sequence[Tensor]) -> System:
+        """The system with givens and parameters bound; for one solve, since an iterative one keeps a preconditioner."""
+        if self.krylov is not None:
+            return KrylovSystem(GraphProducts(self, g, parameters), self.krylov, self.layouts)
+        return (FusedSystem if self.step is not None else DirectSystem)(self, g, parameters)
+
+
+def jacobian(graphs: SystemGraphs, u: Groups, g: Groups, parameters: Sequence[Tensor]) -> tuple[Groups, Groups]:
+    """The blocks of the Jacobian, `(rows or 1, ...)`, and `b = -r`."""
+    assert graphs.jacobian is not None
+    outputs = graphs.jacobian([*u, *g], parameters)
+    count = graphs.residual_groups * graphs.unknown_groups
+    check_arity(graphs.jacobian, outputs, count + graphs.residual_groups)
+    return outputs[:count], outputs[count:]
+
+
+def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int, role: str = "") -> None:
+    """Refuse a graph that returns another number of tensors than the metadata tells."""
+    if len(outputs) != expected:
+        raise ArtifactError(
+            f"{graph.file}: {role}returned {len(outputs)} outputs, expected {expected}. The package belongs to another "
+            "model or to another compile; compile the model again with neml2-compile."
+        )
+
+
+def on_sound_rows(run: Callable[[Sequence[Tensor]], Groups], arguments: Sequence[Tensor], like: Groups) -> Groups:
+    """Run a graph that refuses a batch for one row; the rows that it refuses on their own come back NaN."""
+    rows = arguments[0].shape[0]
+    try:
+        return run(arguments)
+    except ArtifactError:
+        raise
+    except AOTIError:
+        if rows <= 1:
+            return [torch.full_like(x, torch.nan) for x in like]
+    half = rows // 2
+    first = on_sound_rows(run, [x[:half] for x in arguments], [x[:half] for x in like])
+    second = on_sound_rows(run, [x[half:] for x in arguments], [x[half:] for x in like])
+    return [torch.cat(pair) for pair in zip(first, second, strict=True)]

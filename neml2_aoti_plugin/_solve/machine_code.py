@@ -1,0 +1,261 @@
+"""Machine code for the processor at hand, made from the code that comes with the package by llvmlite alone.
+
+What llvmlite has made is kept as an object file, so that the next process need not: in a folder that is this user's
+alone, under the digest of all that it depends on, and behind a digest of its own. A file is written whole or not at
+all; one whose digest is wrong is made anew. Where there is no such folder, each process makes it for itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import _log as log
+from .._files import draft, read_plain
+from ..errors import InputError
+from . import code_file
+from .code_file import Unusable
+
+# A folder to keep object files in, in place of the user's cache folder.
+VARIABLE = "NEML2_AOTI_PLUGIN_CACHE"
+_DIGEST = hashlib.sha256().digest_size
+_MOST_BYTES = 1 << 26
+# When a user is told what the first call waits for, in seconds.
+_PATIENCE = 0.5
+# numba's way to call: status = function(result, exception, argument).
+_Function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """The functions, each of which takes the address of a table and gives an integer, without the interpreter.
+
+    Args:
+        solve_block: see `machine/newton.py`.
+        solve_columns: see `machine/newton.py`.
+        call_graph: see `machine/calls.py`.
+        kept: the object file that the code was read from or written to; None where none could be.
+        engine: what holds the code.
+    """
+
+    solve_block: Callable[[int], int]
+    solve_columns: Callable[[int], int]
+    call_graph: Callable[[int], int]
+    kept: Path | None
+    engine: Any
+
+
+_lock = threading.Lock()
+_found: MachineCode | None = None
+
+
+def load() -> MachineCode:
+    """The machine code of this process, made or read when it is first asked for.
+
+    Raises:
+        Unusable: llvmlite is not there, or cannot make code for this processor.
+    """
+    global _found
+    if _found is None:
+        with _lock:
+            if _found is None:
+                _found = _load()
+    return _found
+
+
+def folder() -> Path | None:
+    """Where object files are kept, whether or not it is there; None where that would be nowhere safe."""
+    given = os.environ.get(VARIABLE, "").strip()
+    home = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""
+    if given:
+        path = Path(given)
+    elif sys.platform == "win32":
+        path = Path(os.environ.get("LOCALAPPDATA", "")) / "neml2-aoti-plugin"
+    elif sys.platform == "darwin":
+        path = Path(home, "Library/Caches/neml2-aoti-plugin")
+    else:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "neml2-aoti-plugin"
+    # For a user without a home it would lie in the current folder, where anybody may have put anything.
+    return path / "machine-code" if path.is_absolute() else None
+
+
+def files() -> list[Path]:
+    """The object files that are kept."""
+    where = folder()
+    return sorted(where.glob("*.o")) if where is not None else []
+
+
+def _load() -> MachineCode:
+    begun = time.perf_counter()
+    code = code_file.read()
+    try:
+        import llvmlite
+        from llvmlite import binding
+    except Exception as error:
+        raise Unusable(
+            f"llvmlite cannot be imported ({type(error).__name__}: {error}). pip install -U llvmlite"
+        ) from None
+    if tuple(binding.llvm_version_info) < code.llvm:
+        raise Unusable(
+            f"llvmlite {llvmlite.__version__} has LLVM {binding.llvm_version_info[0]}, which does not read the code of "
+            f"LLVM {code.llvm[0]}. pip install -U llvmlite"
+        )
+    try:
+        return _make(code, binding, llvmlite.__version__, begun)
+    except (RuntimeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unusable(f"LLVM makes no code for this processor ({lines[0]})") from error
+
+
+def _make(code: code_file.Code, binding: Any, version: str, begun: float) -> MachineCode:
+    """Take the object file that is kept, or make it; load it."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    triple, cpu = binding.get_process_triple(), binding.get_host_cpu_name()
+    features = binding.get_host_cpu_features().flatten()
+    machine = target_machine(binding, triple, cpu, features)
+    depends = repr((code.digest, version, binding.llvm_version_info, triple, cpu, features)).encode()
+    key = hashlib.sha256(depends).hexdigest()
+    kept, object_file = _read_kept(key)
+    if object_file is None:
+        object_file = emit(binding, code.bitcode, machine)
+        kept = _keep(key, object_file)
+        took = time.perf_counter() - begun
+        if took > _PATIENCE:
+            where = f"kept in {kept.parent}" if kept else f"kept nowhere; {VARIABLE} names a folder"
+            print(f"neml2-aoti-plugin: made machine code for this processor in {took:.1f} s ({where})", file=sys.stderr)
+    return loaded(binding, object_file, machine, kept)
+
+
+def loaded(binding: Any, object_file: bytes, machine: Any, kept: Path | None) -> MachineCode:
+    """Load an object file.
+
+    Args:
+        binding: llvmlite's module.
+        object_file: its content.
+        machine: the processor that it was made for.
+        kept: where it is kept.
+    """
+    empty = binding.parse_assembly("")
+    empty.triple = machine.triple
+    engine = binding.create_mcjit_compiler(empty, machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(object_file))
+    engine.finalize_object()
+    return MachineCode(
+        solve_block=_function(engine, "solve_block"),
+        solve_columns=_function(engine, "solve_columns"),
+        call_graph=_function(engine, "call_graph"),
+        kept=kept,
+        engine=engine,
+    )
+
+
+def target_machine(binding: Any, triple: str, cpu: str, features: str) -> Any:
+    """LLVM's description of a processor."""
+    target = binding.Target.from_triple(triple)
+    return target.create_target_machine(cpu=cpu, features=features, opt=2, reloc="pic", codemodel="small", jit=True)
+
+
+def emit(binding: Any, bitcode: bytes, machine: Any) -> bytes:
+    """Make an object file.
+
+    Args:
+        binding: llvmlite's module.
+        bitcode: the code.
+        machine: of the processor.
+
+    Raises:
+        RuntimeError: the code is not valid for it.
+    """
+    module = binding.parse_bitcode(bitcode)
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    module.verify()
+    made: bytes = machine.emit_object(module)
+    return made
+
+
+def _function(engine: Any, name: str) -> Callable[[int], int]:
+    """A function of the machine code; ctypes lets go of the interpreter while it runs."""
+    at = engine.get_function_address(name)
+    if not at:
+        raise RuntimeError(f"the machine code has no function {name}")
+    function = _Function(at)
+
+    def call(table: int) -> int:
+        result, exception = ctypes.c_int64(), ctypes.c_void_p()
+        function(ctypes.byref(result), ctypes.byref(exception), table)
+        return result.value
+
+    return call
+
+
+def _read_kept(key: str) -> tuple[Path | None, bytes | None]:
+    """The object file for a key, with its path; None where none is kept that can be trusted."""
+    where = folder()
+    if where is None or not _is_safe(where):
+        return None, None
+    path = where / f"{key}.o"
+    with suppress(InputError, FileNotFoundError, OSError):
+        content = read_plain(path, "an object file", _MOST_BYTES)
+        digest, made = content[:_DIGEST], content[_DIGEST:]
+        if digest == _digest(key, made):
+            return path, made
+    return None, None
+
+
+def _keep(key: str, made: bytes) -> Path | None:
+    """Keep an object file for other processes, if that can be done; give its path."""
+    where = folder()
+    if where is None:
+        return None
+    with suppress(OSError, InputError):
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.mkdir(mode=0o700, exist_ok=True)
+        if _is_safe(where):
+            with draft(where / f"{key}.o") as scratch:
+                scratch.write_bytes(_digest(key, made) + made)
+            return where / f"{key}.o"
+    log.emit("model", "info", "machine code cannot be kept, and is made in each process")
+    return None
+
+
+def _digest(key: str, made: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + made).digest()
+
+
+def _is_safe(where: Path) -> bool:
+    """Whether a folder is this user's alone, and lies where nobody else can put another in its place."""
+    if sys.platform == "win32":
+        return where.is_dir()
+    with suppress(OSError):
+        status = os.lstat(where)
+        mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+        return mine and all(_is_guarded(os.stat(parent)) for parent in where.resolve().parents)
+    return False
+
+
+def _is_guarded(status: os.stat_result) -> bool:
+    """Whether only this user and root can exchange what lies in a folder."""
+    mine = sys.platform != "win32" and status.st_uid in (0, os.getuid())
+    # In one with the sticky bit, as /tmp, others cannot exchange what is not theirs.
+    return mine and (not status.st_mode & 0o022 or bool(status.st_mode & stat.S_ISVTX))
+
+
+def _in_child() -> None:
+    """A thread that held the lock is not there in a forked process."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,106 @@
+"""Golden files: points with the values and derivatives that a model gave there, to hold a later one against."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from .._tensor_files import Header, read_tensors, write_tensors
+from ..errors import InputError
+from ..model import Model
+from .points import Points, Tensors
+
+KIND = "golden 1"
+WHAT = "a golden file (neml2-aoti verify --record)"
+SUFFIX = ".golden.safetensors"
+
+Blocks = dict[tuple[str, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What a model gave at some points.
+
+    Args:
+        points: the inputs.
+        outputs: by name, `(rows, *sub_batch, *base)`.
+        blocks: derivatives by (output, input or parameter), as `Model.jacobian` gives them.
+        digest: SHA-256 of the metadata of the artifact that gave them.
+    """
+
+    points: Points
+    outputs: Tensors
+    blocks: Blocks
+    digest: str
+
+
+def beside(artifact: Path) -> Path:
+    """Where a golden file is looked for when none is named: `elasticity.golden.safetensors` beside `elasticity`."""
+    return artifact.with_name(artifact.name + SUFFIX)
+
+
+def write_golden(path: Path, model: str, golden: Golden) -> None:
+    """Write a golden file.
+
+    Args:
+        path: of the file.
+        model: name of the model.
+        golden: what to write.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    tensors = {f"input.{name}": value for name, value in golden.points.inputs.items()}
+    tensors |= {f"output.{name}": value for name, value in golden.outputs.items()}
+    tensors |= {f"derivative.{number}": block for number, block in enumerate(golden.blocks.values())}
+    notes = {"model": model, "metadata_sha256": golden.digest, "derivatives": json.dumps(list(golden.blocks))}
+    write_tensors(path, KIND, tensors, notes)
+
+
+def read_golden(path: Path, model: Model, name: str) -> Golden:
+    """Read a golden file.
+
+    Args:
+        path: of the file.
+        model: that is to be held against it.
+        name: of that model.
+
+    Raises:
+        InputError: it is no golden file, or that of another model.
+    """
+    pairs: list[tuple[str, str]] = []
+
+    def check(header: Header) -> Iterable[str]:
+        header.require_kind(KIND, WHAT)
+        other = f"{path}: is of another model ({header.notes.get('model')!r})"
+        known = {f"{kind}.{n}": v.natural_shape for kind, of in variables.items() for n, v in of.items()}
+        blocks = {name for name in header.claims if name.startswith("derivative.")}
+        differing = sorted(name.partition(".")[2] for name in (header.claims.keys() - blocks) ^ known.keys())
+        if differing:
+            raise InputError(
+                f"{other}, not of {name!r}: {', '.join(differing)} are not in both. Give the golden file of this model."
+            )
+        pairs.extend((str(out), str(by)) for out, by in json.loads(header.notes.get("derivatives", "[]")))
+        if not set(pairs) <= set(there) or blocks != {f"derivative.{number}" for number in range(len(pairs))}:
+            raise InputError(f"{other}: it holds the derivatives {pairs}, in {name!r} there are: {there or 'none'}.")
+        rows = {claim.shape[:1] for claim in header.claims.values()}
+        if len(rows) != 1 or rows & {(), (0,)}:
+            raise InputError(f"{path}: its tensors have different numbers of rows, or none. Give another golden file.")
+        for of, natural in known.items():
+            shape = header.claims[of].shape
+            # Artifacts do not tell the sites of outputs.
+            if shape[len(shape) - len(natural) :] != natural:
+                raise InputError(f"{other}: {of!r} has shape {shape[1:]} a row, in {name!r} it is {natural}.")
+        return header.claims
+
+    variables = {"input": model.inputs, "output": model.outputs}
+    there = [*model.derivative_pairs, *model.parameter_derivative_pairs]
+    found = read_tensors(path, WHAT, check)
+    inputs, outputs = ({name: found.tensors[f"{kind}.{name}"] for name in of} for kind, of in variables.items())
+    blocks = {pair: found.tensors[f"derivative.{number}"] for number, pair in enumerate(pairs)}
+    points = Points({n: v.to(model.dtype) for n, v in inputs.items()}, path.name)
+    return Golden(points, outputs, blocks, found.notes.get("metadata_sha256", ""))

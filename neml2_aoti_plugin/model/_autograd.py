@@ -1,0 +1,243 @@
+"""Calls that torch's automatic differentiation and `torch.vmap` follow, through the compiled derivatives.
+
+The derivatives are evaluated together with the outputs, so that no second solve is needed, and are outputs of the same
+autograd node: so the first derivatives can be contracted by torch's own operations, and a second derivative, for which
+there are no graphs, is noticed and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+from .._artifact.schema import Shape
+from ..errors import DerivativeNotCompiledError
+from . import _derivatives as derivatives
+from ._admission import FIRST_ITERATE
+from ._call import Caller, Tensors
+from ._derivatives import By
+from ._memory import require_unrecorded
+
+
+def is_followed(caller: Caller, inputs: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> bool:
+    """Whether torch wants to differentiate a call or to map it.
+
+    Args:
+        caller: of the model.
+        inputs: as for `Model.forward`.
+        overrides: as for `Model.forward`.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    # A caller's mistakes, such as a list for a dict, are left to the checks of the plain call. Results do not depend on
+    # first iterates.
+    iterates = caller.boundary.iterates
+    named = inputs.items() if isinstance(inputs, Mapping) else ()
+    values = [*(value for name, value in named if name not in iterates), *(overrides or {}).values()]
+    if caller.promoted.specs:
+        values.extend(caller.promoted.values.values())
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def linearise(
+    caller: Caller,
+    inputs: Mapping[str, Tensor],
+    overrides: Mapping[str, Tensor] | None,
+    pairs: Sequence[tuple[str, By]] = (),
+) -> tuple[Tensors, list[Tensor], Shape]:
+    """As `derivatives.linearise`, with outputs and matrices that torch can differentiate and map."""
+    require_unrecorded(caller.boundary.where)
+    caller.boundary.require_names(inputs)
+    parameters = caller.promoted.in_force(overrides)
+    arguments: dict[By, Any] = {("input", name): inputs[name] for name in caller.boundary.by_name}
+    arguments.update({("parameter", name): value for name, value in parameters.items()})
+    outs = tuple(caller.boundary.output_by_name)
+    wanted = list(pairs)
+    differentiated = [by for by, value in arguments.items() if _is_differentiated(value)]
+    for by in differentiated:
+        wanted.extend((o, by) for o in outs if derivatives.compiled(caller, o, by) and (o, by) not in wanted)
+    iterates = caller.boundary.iterates
+    arguments.update({(FIRST_ITERATE, name): inputs[name] for name in iterates if name in inputs})
+    plan = _Plan(caller, tuple(arguments), outs, tuple(wanted))
+    found = _Compiled.apply(plan, *arguments.values())  # type: ignore[no-untyped-call]
+    outputs = dict(zip(outs, found, strict=False))
+    return outputs, list(found[len(outs) : len(outs) + len(pairs)]), plan.batch_of(tuple(arguments.values()))
+
+
+def _is_differentiated(value: object) -> bool:
+    """Whether a derivative by this value may be asked for."""
+    if not isinstance(value, Tensor):
+        return False
+    while _functorch.is_functorch_wrapped_tensor(value):
+        if _functorch.is_gradtrackingtensor(value):
+            return True
+        value = _functorch.get_unwrapped(value)
+    if value.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What one followed call evaluates.
+
+    Args:
+        caller: of the model.
+        bys: the inputs, parameters and first iterates, in the order of the tensor arguments.
+        outs: the outputs.
+        pairs: the derivatives, in the order in which their matrices come behind the outputs.
+    """
+
+    caller: Caller
+    bys: tuple[By, ...]
+    outs: tuple[str, ...]
+    pairs: tuple[tuple[str, By], ...]
+
+    def run(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Evaluate for plain tensors."""
+        named = dict(zip(self.bys, values, strict=True))
+        inputs = {name: value for (kind, name), value in named.items() if kind != "parameter"}
+        parameters = {name: value for (kind, name), value in named.items() if kind == "parameter"}
+        outputs, matrices, _ = derivatives.linearise(self.caller, inputs, parameters, self.pairs)
+        found = (*(outputs[name] for name in self.outs), *matrices)
+        # torch holds the tangents of a view to the layout of the view.
+        return tuple(value.clone() if value._is_view() else value for value in found)
+
+    def rank(self, by: By, value: Tensor) -> int:
+        """Number of batch axes of an argument."""
+        return self._rank(by, value.ndim)
+
+    def _rank(self, by: By, axes: int) -> int:
+        return max(axes - len(derivatives.natural_shape(self.caller, by)), 0)
+
+    def batch_of(self, values: Sequence[Any]) -> Shape:
+        """The common batch shape of the arguments."""
+        tensors = [(by, v) for by, v in zip(self.bys, values, strict=True) if isinstance(v, Tensor)]
+        return tuple(torch.broadcast_shapes(*(tuple(v.shape[: self.rank(by, v)]) for by, v in tensors)))
+
+    def along(
+        self, matrices: Mapping[tuple[str, By], Tensor], out: str, tangents: Sequence[tuple[By, Tensor]]
+    ) -> Tensor:
+        """Derivative of an output along tangents of some arguments, `(*batch, entries)`."""
+        terms = []
+        for by, tangent in tangents:
+            matrix = _matrix(self, matrices, out, by)
+            natural = derivatives.natural_shape(self.caller, by)
+            full = tangent.expand((*tangent.shape[: self.rank(by, tangent)], *natural))
+            column = full.reshape((*full.shape[: full.ndim - len(natural)], matrix.shape[-1], 1))
+            terms.append(torch.matmul(matrix, column).squeeze(-1))
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+    def with_axis_in_front(self, values: Sequence[Any], axes: Sequence[int | None]) -> list[Any]:
+        """Bring the axis that `torch.vmap` maps over to the front of the batch axes of all arguments."""
+        mapped = [v if axis is None else v.movedim(axis, 0) for v, axis in zip(values, axes, strict=True)]
+        ranks = [
+            self._rank(by, v.ndim - (axis is not None))
+            for by, v, axis in zip(self.bys, mapped, axes, strict=True)
+            if isinstance(v, Tensor)
+        ]
+        most = max(ranks, default=0)
+        found = []
+        for by, value, axis in zip(self.bys, mapped, axes, strict=True):
+            if axis is not None:
+                natural = derivatives.natural_shape(self.caller, by)
+                rank = self._rank(by, value.ndim - 1)
+                own = value.shape[1 + rank :]
+                # A plain value stands for all sites of a sub-batch.
+                sites = (1,) * (len(natural) - len(own))
+                value = value.reshape((value.shape[0], *(1,) * (most - rank), *value.shape[1 : 1 + rank], *sites, *own))
+                value = value.expand((*value.shape[: 1 + most], *natural)) if sites else value
+            found.append(value)
+        return found
+
+
+class _Compiled(torch.autograd.Function):
+    """The autograd node of a call: outputs and matrices of a plan."""
+
+    @staticmethod
+    def forward(plan: _Plan, *values: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate."""
+        return plan.run(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep the matrices."""
+        plan = inputs[0]
+        ctx.plan = plan
+        ctx.input_shapes = [v.shape if isinstance(v, Tensor) else None for v in inputs[1:]]
+        ctx.output_shapes = [v.shape for v in output[: len(plan.outs)]]
+        matrices = output[len(plan.outs) :]
+        ctx.save_for_backward(*matrices)
+        ctx.save_for_forward(*matrices)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Contract the cotangents of the outputs with the matrices."""
+        plan: _Plan = ctx.plan
+        count = len(plan.outs)
+        if any(c is not None for c in cotangents[count:]):
+            raise DerivativeNotCompiledError(
+                f"a second derivative of {plan.caller.boundary.where} was asked for; neml2-compile compiles first "
+                "derivatives only."
+            )
+        given = {out: c for out, c in zip(plan.outs, cotangents[:count], strict=True) if c is not None}
+        matrices = dict(zip(plan.pairs, ctx.saved_tensors, strict=True))
+        gradients: list[Tensor | None] = [None]
+        for by, shape, needed in zip(plan.bys, ctx.input_shapes, ctx.needs_input_grad[1:], strict=True):
+            total: Tensor | None = None
+            for out, cotangent in given.items() if needed and by[0] != FIRST_ITERATE else ():
+                matrix = _matrix(plan, matrices, out, by)
+                batch, entries = matrix.shape[:-2], matrix.shape[-2]
+                term = torch.matmul(cotangent.reshape((*batch, 1, entries)), matrix).squeeze(-2)
+                total = term if total is None else total + term
+            if total is not None:
+                natural = derivatives.natural_shape(plan.caller, by)
+                total = total.reshape((*total.shape[:-1], *natural)).sum_to_size(shape)
+            gradients.append(total)
+        return tuple(gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        """Contract the matrices with tangents of the arguments."""
+        plan: _Plan = ctx.plan
+        matrices = dict(zip(plan.pairs, ctx.saved_tensors, strict=True))
+        moved = [(by, t) for by, t in zip(plan.bys, tangents, strict=True) if t is not None and by[0] != FIRST_ITERATE]
+        if not moved:
+            # Results do not depend on the first iterate.
+            like = next(t for t in tangents if t is not None)
+            zeros = [like.new_zeros(shape) for shape in ctx.output_shapes]
+            return (*zeros, *(torch.zeros_like(matrix) for matrix in ctx.saved_tensors))
+        # torch switches forward mode off in here. An outer derivative, by which the matrices are NaN, would be zero.
+        with forward_ad._set_fwd_grad_enabled(True):
+            along = [
+                plan.along(matrices, out, moved).reshape(shape)
+                for out, shape in zip(plan.outs, ctx.output_shapes, strict=True)
+            ]
+        # Second derivatives are not there. They can't be refused here, where nobody may want them.
+        unknown = (matrix.new_full((), torch.nan).expand(matrix.shape) for matrix in ctx.saved_tensors)
+        return (*along, *unknown)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], plan: _Plan, *values: Any) -> tuple[Any, tuple[int, ...]]:
+        """Fold the mapped axis into the batch."""
+        moved = plan.with_axis_in_front(values, in_dims[1:])
+        found = _Compiled.apply(plan, *moved)  # type: ignore[no-untyped-call]
+        return found, (0,) * len(found)
+
+
+def _matrix(plan: _Plan, matrices: Mapping[tuple[str, By], Tensor], out: str, by: By) -> Tensor:
+    if (out, by) not in matrices:
+        raise derivatives.not_compiled(plan.caller, out, by)
+    return matrices[out, by]

@@ -1,0 +1,299 @@
+"""Where the results of a long run go: `.npy` files in a folder, a Zarr group, or a function."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._files import draft, file_name, require_outside_artifacts, require_writable
+from ..errors import AOTIError, InputError, InputTypeError
+from ._sources import FAILED, Rows, import_zarr, open_npy, path_of_group
+
+# What each row of a result is: dtype and shape.
+Fields = dict[str, tuple[str, tuple[int, ...]]]
+
+JOURNAL = "journal.jsonl"
+# The numbers of the rows that failed, beside the mask.
+FAILED_ROWS = "@failed_rows"
+
+
+@dataclass(frozen=True)
+class FolderSink:
+    """A folder of `.npy` files, which any process can write rows to.
+
+    Args:
+        folder: absolute; made if it is not there.
+    """
+
+    folder: Path
+
+    @property
+    def journal(self) -> Path:
+        """The file of the journal."""
+        return self.folder / JOURNAL
+
+    def place(self, name: str) -> Path:
+        """The file of a result."""
+        return self.folder / f"{file_name(name)}.npy"
+
+    def prepare(self, fields: Fields, rows: int, chunk: int, *, anew: bool) -> None:
+        """Have the files there, with room for all rows.
+
+        Args:
+            fields: of the results.
+            rows: how many.
+            chunk: not needed here.
+            anew: whether to make them; else they must be there.
+
+        Raises:
+            InputError: they cannot be made, or are there and others; nothing is left that was made.
+        """
+        shapes = {name: (np.dtype(dtype), (rows, *tail)) for name, (dtype, tail) in fields.items()}
+        if not anew:
+            for name, shape in shapes.items():
+                _require_npy(self.place(name), *shape)
+            return
+        require_writable(self.place(FAILED_ROWS))
+        with ExitStack() as stack:
+            drafts = {name: stack.enter_context(draft(self.place(name))) for name in shapes}
+            # What was there would be replaced; the room that it takes may be needed.
+            for name in (*shapes, FAILED_ROWS):
+                self.place(name).unlink(missing_ok=True)
+            for name, scratch in drafts.items():
+                try:
+                    _make_npy(scratch, *shapes[name])
+                except OSError as error:
+                    raise _unwritable(self.place(name), error) from error
+
+    def write(self, start: int, rows: Rows) -> None:
+        """Write rows from a row on to the files that are there."""
+        for name, array in rows.items():
+            rest = np.ascontiguousarray(array).data.cast("B")
+            try:
+                with open(self.place(name), "r+b", buffering=0, opener=_open_no_link) as out:
+                    np.lib.format.read_magic(out)
+                    np.lib.format.read_array_header_1_0(out)
+                    out.seek(start * (rest.nbytes // len(array)), os.SEEK_CUR)
+                    while rest:
+                        rest = rest[out.write(rest) :]
+            except OSError as error:
+                raise _unwritable(self.place(name), error) from error
+
+    def sync(self, fields: Fields) -> None:
+        """Have on disk what was written."""
+        for name in fields:
+            with self.place(name).open("r+b") as file:
+                os.fsync(file.fileno())
+
+    def finish(self) -> np.ndarray:
+        """Write the numbers of the rows that failed, and give them."""
+        numbers = np.flatnonzero(open_npy(self.place(FAILED)))
+        with draft(self.place(FAILED_ROWS)) as scratch, scratch.open("wb") as out:
+            np.save(out, numbers)
+        return numbers
+
+
+@dataclass(frozen=True)
+class ZarrSink:
+    """A Zarr group on disk, which processes can write to that write chunks of their own.
+
+    Args:
+        path: of the group, absolute; made if it is not there.
+    """
+
+    path: Path
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the group and its journal lie in."""
+        return self.path.parent
+
+    @property
+    def journal(self) -> Path:
+        """The file of the journal."""
+        return self.path.with_name(f"{self.path.name}.{JOURNAL}")
+
+    def place(self, name: str) -> Path:
+        """The folder of a result."""
+        return self.path / file_name(name)
+
+    def prepare(self, fields: Fields, rows: int, chunk: int, *, anew: bool) -> None:
+        """See `FolderSink.prepare`; a chunk of rows is a chunk of each array, so that processes write apart."""
+        zarr = import_zarr()
+        try:
+            group = zarr.open_group(str(self.path), mode="a")
+            for name, (dtype, tail) in fields.items():
+                key, shape = file_name(name), (rows, *tail)
+                if anew and key not in group and os.path.lexists(self.place(name)):
+                    raise InputError(f"sink {self.place(name)}: is no Zarr array to replace. Give another sink.")
+                if anew:
+                    group.create_array(key, shape=shape, chunks=(min(chunk, rows), *tail), dtype=dtype, overwrite=True)
+                elif key not in group or group[key].shape != shape or str(group[key].dtype) != dtype:
+                    raise InputError(f"sink {self.path}: has no array {key!r} as its journal tells. Use another sink.")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def write(self, start: int, rows: Rows) -> None:
+        """Write rows from a row on to the arrays that are there."""
+        group = import_zarr().open_group(str(self.path), mode="r+")
+        for name, array in rows.items():
+            try:
+                group[file_name(name)][start : start + len(array)] = array
+            except OSError as error:
+                raise _unwritable(self.place(name), error) from error
+
+    def sync(self, fields: Fields) -> None:
+        """Nothing: Zarr's chunks are files of their own."""
+
+    def finish(self) -> np.ndarray:
+        """Write the numbers of the rows that failed, and give them."""
+        group = import_zarr().open_group(str(self.path), mode="r+")
+        numbers = np.flatnonzero(group[FAILED][...])
+        group.create_array(FAILED_ROWS, data=numbers, overwrite=True)
+        return numbers
+
+
+class FunctionSink:
+    """A function that takes the results block by block, in the order of the rows.
+
+    Args:
+        function: takes a dict from name to array, with the rows of a chunk.
+    """
+
+    def __init__(self, function: Callable[[Rows], object]) -> None:
+        self._function = function
+        self._waiting: dict[int, Rows] = {}
+        self._next = 0
+        self._failed: list[np.ndarray] = []
+
+    def write(self, start: int, rows: Rows) -> None:
+        """Take the results of a chunk; they are handed on when all earlier ones have been."""
+        self._waiting[start] = rows
+        while self._next in self._waiting:
+            found = self._waiting.pop(self._next)
+            self._failed.append(self._next + np.flatnonzero(found[FAILED]))
+            self._next += len(found[FAILED])
+            self._function(found)
+
+    def finish(self) -> np.ndarray:
+        """The numbers of the rows that failed."""
+        return np.concatenate([*self._failed, np.empty(0, np.int64)])
+
+
+FileSink = FolderSink | ZarrSink
+Sink = FileSink | FunctionSink
+
+
+def open_sink(given: object) -> Sink:
+    """Find out what was given as a sink, and make its folder.
+
+    Raises:
+        InputTypeError: it is nothing that results could go to.
+        InputError: its folder cannot be made or written to.
+    """
+    if callable(given):
+        return FunctionSink(given)
+    sink: FileSink
+    if isinstance(given, (str, os.PathLike)):
+        path = Path(given).absolute()
+        sink = ZarrSink(path) if path.suffix == ".zarr" else FolderSink(path)
+    elif hasattr(given, "arrays") and hasattr(given, "store"):
+        sink = ZarrSink(path_of_group(given).absolute())
+    else:
+        raise InputTypeError(
+            f"sink is a {type(given).__name__}, expected a folder for .npy files, the path of a Zarr group (*.zarr), "
+            "or a function that takes a dict of arrays."
+        )
+    require_outside_artifacts(sink.journal)
+    try:
+        sink.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(sink.folder, error) from error
+    return sink
+
+
+def require_free(sink: FileSink, files: Iterable[Path], fields: Fields, *, resume: bool) -> None:
+    """Refuse a sink whose results would take the place of what is not theirs.
+
+    Args:
+        sink: that nothing was written to yet.
+        files: the files and folders that the source is read from.
+        fields: of the results.
+        resume: as for `map_rows`.
+
+    Raises:
+        InputError: a file of the source is a result of the sink or lies in one, by whatever path; or there are results,
+            but no journal.
+    """
+    real = {file: Path(os.path.realpath(file)) for file in files}
+    read = {_inode(place): file for file, path in real.items() for place in (path, *path.parents) if place.exists()}
+    places = [sink.place(name) for name in (*fields, FAILED_ROWS)]
+    for place in places:
+        if place.exists() and (file := read.get(_inode(place))) is not None:
+            raise InputError(f"sink {place}: the source {file} is the same file. Give another sink.")
+    if resume and any(map(os.path.lexists, places)) and not os.path.lexists(sink.journal):
+        raise InputError(
+            f"sink {sink.folder}: there are results, but no journal of a run. Give another sink, or resume=False to "
+            "replace them."
+        )
+
+
+def _inode(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
+
+
+def require_same_journal(journal: Path, header: bytes) -> None:
+    """Refuse a process that does not see the sink of this run.
+
+    Raises:
+        AOTIError: the journal is not there, or another one.
+    """
+    try:
+        with journal.open("rb") as file:
+            same = file.readline(len(header)) == header
+    except OSError:
+        same = False
+    if not same:
+        raise AOTIError(
+            f"a worker does not see the sink of this run: {journal} is not there, or another one. The sink must lie on "
+            "a file system that all workers share, under the same path."
+        )
+
+
+def _make_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Make an empty file a `.npy` file with room for an array."""
+    array: Any = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        # Room on the disk, so that no process finds it full later on.
+        with file.open("r+b") as out:
+            os.posix_fallocate(out.fileno(), 0, array.offset + array.nbytes)
+
+
+def _require_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Refuse to go on with what is no `.npy` file of such an array."""
+    with suppress(InputError):
+        array = open_npy(file)
+        if array.dtype == dtype and array.shape == shape:
+            return
+    raise InputError(
+        f"sink {file}: is not there as the journal beside it tells, so the run cannot go on. Give resume=False to "
+        "start anew, or another sink."
+    )
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _unwritable(file: Path, error: OSError) -> InputError:
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    cure = "Make room, and call again" if full else "Give a sink that can be written to"
+    return InputError(f"sink {file}: cannot be written ({error.strerror or error}). {cure}.")

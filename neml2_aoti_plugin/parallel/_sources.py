@@ -1,0 +1,278 @@
+"""Where the rows of a long run come from: files, Zarr, arrays, or an iterable of blocks of rows."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._files import file_name
+from ..errors import AOTIError, InputError, InputTypeError
+from ..model import Model
+
+Rows = dict[str, np.ndarray]
+# The mask of rows that failed, among results by the names of variables; no variable's name begins so.
+FAILED = "@failed"
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Where the arrays of a source are.
+
+    Args:
+        places: by name of the input: a `.npy` file, the folder of a Zarr array, or an array in memory.
+        common: names of those that have no row axis.
+    """
+
+    places: Mapping[str, Path | np.ndarray]
+    common: frozenset[str]
+
+    @property
+    def are_stored(self) -> bool:
+        """Whether another process can read them."""
+        return all(isinstance(place, Path) for place in self.places.values())
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Rows by name of the input; one that has no row axis is the same for all.
+
+        Raises:
+            InputError: they cannot be read.
+        """
+        found = {}
+        for name, place in self.places.items():
+            with _as_input_errors(place):
+                found[name] = np.array(_opened(place)[... if name in self.common else slice(start, stop)])
+        return found
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows to evaluate.
+
+    Args:
+        rows: how many; -1 where that is not known.
+        first: the first of them, to try the model on.
+        arrays: where they are, if they are arrays.
+        blocks: of rows, where they come one after the other.
+        files: the files and folders that it is read from.
+    """
+
+    rows: int
+    first: Rows
+    arrays: Arrays | None = None
+    blocks: Iterable[Rows] = ()
+    files: tuple[Path, ...] = ()
+
+    def parts(self, size: int) -> Iterator[tuple[int, int, Arrays | Rows]]:
+        """The chunks: the first row, one behind the last, and the rows, or where a process reads them itself.
+
+        Args:
+            size: rows of each, where they are not given as blocks.
+
+        Raises:
+            InputError: there are more or fewer rows than there should be.
+        """
+        stop = 0
+        if self.arrays is not None:
+            for start in range(0, self.rows, size):
+                stop = min(start + size, self.rows)
+                yield start, stop, self.arrays if self.arrays.are_stored else self.arrays.read(start, stop)
+            return
+        for block in self.blocks:
+            start, stop = stop, stop + len(next(iter(block.values())))
+            if 0 <= self.rows < stop:
+                raise InputError(f"source gives more than {self.rows} rows (rows=).")
+            yield start, stop, block
+        if 0 <= self.rows != stop:
+            raise InputError(f"source gave {stop} rows, expected {self.rows} (rows=).")
+
+
+def open_source(given: object, model: Model, rows: int | None) -> Source:
+    """Find out what was given as a source, and check it.
+
+    Args:
+        given: as for `map_rows`.
+        model: that the rows are for.
+        rows: as for `map_rows`.
+
+    Raises:
+        InputTypeError: it is nothing that rows could come from, or has another dtype than the model.
+        InputError: names, shapes or numbers of rows do not fit.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return _from_path(Path(given), model)
+    if isinstance(given, Mapping):
+        return _from_mapping(given, model)
+    if hasattr(given, "arrays") and hasattr(given, "store"):
+        return _from_path(path_of_group(given), model)
+    if isinstance(given, Iterable):
+        return _from_blocks(given, model, rows)
+    raise InputTypeError(
+        f"source is a {type(given).__name__}, expected a folder of .npy files, a Zarr group, a dict from the name of "
+        "an input to an array or a .npy file, or an iterable of dicts of arrays."
+    )
+
+
+def _from_path(path: Path, model: Model) -> Source:
+    if not path.is_dir():
+        raise InputError(f"source {path}: there is no such folder. Give a folder of .npy files, or a Zarr group.")
+    zarr = path.suffix == ".zarr" or (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
+    names = (*model.inputs, *model.first_iterates)
+    files = {name: path / f"{file_name(name)}{'' if zarr else '.npy'}" for name in names}
+    return _from_mapping({name: file for name, file in files.items() if file.exists()}, model, str(path))
+
+
+def _from_mapping(given: Mapping[Any, Any], model: Model, where: str = "source") -> Source:
+    places: dict[str, Path | np.ndarray] = {}
+    opened: dict[str, Any] = {}
+    for name, value in given.items():
+        place = places[name] = _file_of(value) or _as_array(value, name)
+        with _as_input_errors(place):
+            opened[name] = _opened(place)
+    rows, common = _checked(opened, model, where)
+    arrays = Arrays(places, common)
+    files = tuple(file for place in places.values() for file in _files_behind(place))
+    return Source(rows, arrays.read(0, 1), arrays, files=files)
+
+
+def open_npy(file: Path) -> np.memmap[Any, Any]:
+    """The array of a `.npy` file as a memory map.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with _as_input_errors(file):
+        if not file.is_file():
+            raise ValueError("there is no such file, or it is no plain file")
+        return np.lib.format.open_memmap(file, mode="r")
+
+
+def _opened(place: Path | np.ndarray) -> Any:
+    """An array of which nothing is read yet."""
+    if not isinstance(place, Path):
+        return place
+    return import_zarr().open_array(str(place), mode="r") if place.is_dir() else open_npy(place)
+
+
+@contextmanager
+def _as_input_errors(place: Path | np.ndarray) -> Iterator[None]:
+    """Tell of a file that cannot be read as what it is: damaged headers and chunks raise errors of many kinds."""
+    try:
+        yield
+    except (AOTIError, MemoryError):
+        raise
+    except Exception as error:
+        if not isinstance(place, Path):
+            raise
+        kind, cure = ("Zarr array", "zarr") if place.is_dir() else (".npy file", "numpy.save")
+        raise InputError(
+            f"source {place}: cannot be read as a {kind} ({error or type(error).__name__}). Write it with {cure}."
+        ) from error
+
+
+def _files_behind(place: Path | np.ndarray) -> Iterator[Path]:
+    """The file itself, or those that an array is a view of."""
+    array: Any = place
+    if isinstance(place, Path):
+        yield place
+    while array is not None:
+        if isinstance(array, np.memmap) and array.filename is not None:
+            yield Path(str(array.filename))
+        array = getattr(array, "base", None)
+
+
+def _file_of(value: object) -> Path | None:
+    """The file that a value is, or that it is the whole memory map of."""
+    if isinstance(value, (str, os.PathLike)):
+        return Path(value).absolute()
+    if isinstance(value, np.memmap) and not isinstance(value.base, np.ndarray) and value.filename is not None:
+        file = Path(str(value.filename)).absolute()
+        if file.suffix == ".npy" and value.mode in ("r", "r+") and value.flags.c_contiguous:
+            return file
+    return None
+
+
+def _as_array(value: object, name: str) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "detach"):
+        found: np.ndarray = value.detach().cpu().numpy()
+        return found
+    raise InputTypeError(
+        f"source {name!r} is a {type(value).__name__}, expected an array of NumPy, a tensor, or a path of a .npy file."
+    )
+
+
+def path_of_group(group: Any) -> Path:
+    """The folder of a Zarr group.
+
+    Raises:
+        InputTypeError: it is in none.
+    """
+    root = getattr(group.store, "root", None) or getattr(group.store, "path", None)
+    if root is None:
+        raise InputTypeError("the Zarr group is not in a folder of this machine. Give one that is, by its path.")
+    return Path(root) / str(group.path)
+
+
+def _from_blocks(given: Iterable[Any], model: Model, rows: int | None) -> Source:
+    checked = (_block(block, model, number) for number, block in enumerate(given))
+    first = next(checked, None)
+    if first is None:
+        raise InputError("source gives no block of rows.")
+    row = {name: array[:1] for name, array in first.items()}
+    return Source(-1 if rows is None else rows, row, blocks=itertools.chain([first], checked))
+
+
+def _block(block: object, model: Model, number: int) -> Rows:
+    """A block of an iterable; all its arrays have the row axis."""
+    where = f"block {number} of the source"
+    if not isinstance(block, Mapping):
+        raise InputTypeError(f"{where} is a {type(block).__name__}, expected a dict from name of the input to array.")
+    arrays = {name: _as_array(value, name) for name, value in block.items()}
+    rows, common = _checked(arrays, model, where)
+    return {n: np.broadcast_to(a, (rows, *a.shape)) if n in common else a for n, a in arrays.items()}
+
+
+def _checked(arrays: Mapping[str, Any], model: Model, where: str) -> tuple[int, frozenset[str]]:
+    """The number of rows, and the names of arrays without a row axis."""
+    variables = {**model.first_iterates, **model.inputs}
+    absent = [name for name in model.inputs if name not in arrays]
+    unknown = [str(name) for name in arrays if name not in variables]
+    if absent or unknown:
+        parts = [f"missing {', '.join(absent)}"] * bool(absent) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+        raise InputError(f"{where}: {'; '.join(parts)}. The model's inputs are: {', '.join(model.inputs)}.")
+    dtype = str(model.dtype).removeprefix("torch.")
+    rows: dict[str, int] = {}
+    for name, array in arrays.items():
+        natural = variables[name].natural_shape
+        if np.dtype(array.dtype) != np.dtype(dtype):
+            raise InputTypeError(f"{where}: {name!r} has dtype {array.dtype}, expected {dtype}, as the model has.")
+        shape = tuple(array.shape)
+        if shape == natural:
+            continue
+        if shape[1:] != natural:
+            shown = ", ".join(("rows", *map(str, natural)))
+            raise InputError(f"{where}: {name!r} has shape {shape}, expected ({shown}), or {natural} for all rows.")
+        rows[name] = shape[0]
+    if len(set(rows.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise InputError(f"{where}: the arrays differ in their number of rows: {listed}.")
+    if not rows or not next(iter(rows.values())):
+        raise InputError(f"{where}: there are no rows. Give at least one input with the shape (rows, *base).")
+    return next(iter(rows.values())), frozenset(arrays) - frozenset(rows)
+
+
+def import_zarr() -> Any:
+    """The package zarr, which is in no extra that is always there."""
+    try:
+        import zarr
+    except ImportError:
+        raise AOTIError("Zarr groups need zarr, which is not installed: pip install zarr.") from None
+    return zarr

@@ -1,0 +1,336 @@
+"""`Points`: the integration points of a finite-element program, or of a part of its mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import AOTIError, InputError, InputTypeError, UnknownNameError
+from ..model import Model, as_model
+from . import _state as states
+from ._arrays import Array, Arrays, require_not_followed
+from ._evaluation import Evaluator, Tensors, Trial, advanced
+from ._forms import DIMENSIONS, Dimension, Notation, forms_of
+from ._interface import Interface, PointsResult, mask_of, result_of
+from ._plane_stress import plane_stress_of
+from ._roles import Pair, earlier, pairs_of, require_in_tangent, roles_of
+from ._state import PointsState
+from ._stepping import step_factor
+
+
+class Points:
+    """The integration points of a finite-element program over a compiled model.
+
+    What the model asks for from earlier steps is kept here: of each output or driven input `x` the values that it takes
+    as `x~1`, `x~2`, ... `update` evaluates a step from this state, as often as the program needs; `commit` makes its
+    values the state. Until then nothing changes. An update starts where the last one of the same step ended.
+
+    One thread at a time may use an object; for parts of a mesh make one each.
+
+    Args:
+        model: the compiled model, or the path of its folder.
+        n: number of points.
+        notation: how symmetric tensors are written: `mandel`, `(n, 6)` with sqrt(2) on the shears, as the model takes
+            them; `voigt`, `(n, 6)` with engineering shears in strains; `tensor`, `(n, 3, 3)`. The order of vectors is
+            xx, yy, zz, yz, xz, xy.
+        dimension: 3; `plane strain` or `plane stress`, where driven inputs and results have xx, yy, xy, `(n, 3)` or
+            `(n, 2, 2)`. Driven inputs that are no symmetric tensors are given whole in any case.
+        pairs: (output, driven input) pairs for the tangent; all that were compiled if not given.
+        history: inputs that are earlier values under names that do not tell, as `{"old_stress": "stress~1"}`.
+        driven: inputs that are given with each update although their names say otherwise.
+        strains: symmetric tensors that Voigt's notation writes as strains; by default those with `strain` in the name.
+        stresses: those that it writes as stresses; by default those with `stress` in the name.
+        whole: symmetric tensors with all six components even in a plane dimension, such as an eigenstrain.
+        stress_strain: the output and the driven input that plane stress is about, where there are several.
+
+    Raises:
+        InputError: something cannot be derived from the model's names and has to be told, or a value is wrong.
+        DerivativeNotCompiledError: a derivative in `pairs` was not compiled.
+    """
+
+    def __init__(
+        self,
+        model: Model | str | os.PathLike[str],
+        n: int,
+        *,
+        notation: Notation = "mandel",
+        dimension: Dimension = 3,
+        pairs: Sequence[Pair] | None = None,
+        history: Mapping[str, str] | None = None,
+        driven: Sequence[str] = (),
+        strains: Sequence[str] = (),
+        stresses: Sequence[str] = (),
+        whole: Sequence[str] = (),
+        stress_strain: Pair | None = None,
+    ) -> None:
+        if dimension not in DIMENSIONS:
+            raise InputError(f"dimension is {dimension!r}, expected one of {', '.join(map(repr, DIMENSIONS))}.")
+        self.model, self.n = as_model(model), _count(n)
+        self.notation, self.dimension = notation, dimension
+        where, outputs = str(self.model.artifact), self.model.outputs
+        roles = roles_of(self.model, history or {}, driven)
+        bases = {**{name: v.base_shape for name, v in outputs.items()}, **roles.bases}
+        constraint = None
+        if dimension == "plane stress":
+            constraint = plane_stress_of(where, bases, self.model.derivative_pairs, roles.driven, stress_strain)
+            roles = roles_of(self.model, history or {}, driven, [constraint.strain])
+        self.pairs = pairs_of(self.model, roles.driven, pairs)
+        if constraint is not None:
+            self.pairs = constraint.condensable(self.model, self.pairs, chosen=pairs is not None)
+            constraint.require_reduced(whole)
+        forms = forms_of(bases, notation, strains, stresses, plane=dimension != 3, whole=whole, where=where)
+        arrays = Arrays(self.model.dtype, self.model.device)
+        self._roles, self._kept = roles, roles.kept
+        self._interface = Interface(self.n, arrays, forms, roles.natural)
+        # A start for some of the unknowns only would be no iterate of any solve.
+        unknowns = tuple(self.model.first_iterates)
+        iterates = unknowns if all(name in outputs for name in unknowns) else ()
+        self._evaluator = Evaluator(self.model, roles, (*iterates, *roles.starts), constraint)
+        self._old: Tensors = {name: self._zeros(name) for name in self._kept}
+        self._trial: Trial | None = None
+        self._begun = not roles.lagged
+
+    def __repr__(self) -> str:
+        return f"Points({self.model!r}, {self.n}, notation={self.notation!r}, dimension={self.dimension!r})"
+
+    @property
+    def driven(self) -> tuple[str, ...]:
+        """The inputs that each update takes."""
+        return self._roles.driven
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The names of the values that make up the state, such as `stress~1`."""
+        return tuple(self._kept)
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+
+    def initial(self, values: Mapping[str, Array] | None = None, /, **named: Array) -> None:
+        """Set the state anew, zero where nothing is given; an update that was not committed is dropped.
+
+        Args:
+            values: by name, for names that are no Python identifiers, such as `stress~2`.
+            named: of a variable that is kept, `(n, *sub_batch, *base)` or without `n` for all points, in the caller's
+                notation and three dimensions. It holds for all steps back, but for those that are given themselves.
+
+        Raises:
+            UnknownNameError: a name is not that of a variable that is kept.
+            InputError: a shape does not fit, or a value is not finite.
+            InputTypeError: a value is no array, or has the wrong dtype or device.
+        """
+        found: Tensors = {}
+        for name, value in _named(values, named).items():
+            if name not in self._kept and name not in self._roles.depth:
+                there = ", ".join((*self._roles.depth, *self._kept)) or "nothing"
+                raise UnknownNameError(f"{name!r} is not kept by these points; what is kept is: {there}.")
+            variable = self._kept.get(name, name)
+            found[name] = self._interface.admitted(name, variable, value, whole=True).clone()
+            if not bool(found[name].isfinite().all()):
+                raise InputError(f"the initial value {name!r} is not finite (NaN or infinite).")
+        self._old = {
+            name: found[name] if name in found else found[variable] if variable in found else self._zeros(name)
+            for name, variable in self._kept.items()
+        }
+        self._trial, self._begun = None, True
+
+    def update(
+        self,
+        values: Mapping[str, Array] | None = None,
+        /,
+        *,
+        out: Mapping[str | Pair, Array] | None = None,
+        tangent: bool = True,
+        **named: Array,
+    ) -> PointsResult:
+        """Evaluate a step from the state to values of the driven inputs; the state stays as it is.
+
+        Args:
+            values: driven inputs by name, for names that are no Python identifiers.
+            out: arrays of the caller that results are written to: by output, or by (output, input) for a tangent.
+            tangent: whether to evaluate the tangent.
+            named: driven inputs by name, `(n, *sub_batch, *base)` in the caller's notation and dimension, or without
+                `n` for all points; a number for a scalar.
+
+        Returns:
+            Outputs and tangent, and how each point fared. Points that fail are NaN, and raise nothing.
+
+        Raises:
+            AOTIError: there is no state to step from.
+            UnknownNameError: a driven input is absent, or a name is not that of one.
+            InputError: an array has another shape, is not symmetric, can't be written to, or shares memory with another
+                result; or an array or a parameter requires grad, which an update would drop (but under torch.no_grad).
+            InputTypeError: an array has another dtype or device, masked entries, or is none.
+        """
+        given = _named(values, named)
+        for name, parameter in self.model.named_parameters().items():
+            require_not_followed(parameter, f"the parameter {name!r}")
+        if not self._begun:
+            raise AOTIError(
+                f"these points have no state yet, and the model needs {', '.join(self._roles.lagged)}. Call initial() "
+                "first; without arguments all of it is zero."
+            )
+        self._roles.require_driven(given)
+        face, pairs = self._interface, self.pairs if tangent else ()
+        driven = {name: face.admitted(name, name, given[name]) for name in self.driven}
+        targets = face.targets({} if out is None else out, self.model.output_names, pairs)
+        found, driven = self._evaluator.step(driven, self._old, self._trial, pairs)
+        before = self._trial.hardest if self._trial is not None else 0
+        hardest = max(before, int(found.iterations.max())) if self.n else 0
+        fine = bool(found.converged.all())
+        # What the caller has in its hands is copied; results may be written over what it gave.
+        kept = {name: value.clone() for name, value in driven.items() if name in self._roles.depth}
+        results = face.results(found, pairs, targets)
+        for name in dict.fromkeys((*self._roles.depth, *self._evaluator.iterates)):
+            if name not in driven:
+                value = found.outputs[name]
+                kept[name] = value.clone() if value is results[name] else value
+        self._trial = Trial(kept, found.converged.clone(), hardest)
+        torch_kind = any(isinstance(value, Tensor) for value in given.values())
+        factor = step_factor(hardest, failed=not fine)
+        refuse = partial(require_in_tangent, self.model, self.driven, pairs if tangent else None)
+        return result_of(results, found, pairs, factor, refuse, torch_kind=torch_kind)
+
+    def commit(self, keep: Array | None = None) -> None:
+        """Make the values of the last update the state.
+
+        Args:
+            keep: the points to do it for, a mask `(n,)` or indices; the others stay where they are. All if not given.
+
+        Raises:
+            AOTIError: there is no update since the last commit, or a point that is to be kept has failed in it.
+            InputError: `keep` is neither a mask nor indices of points.
+        """
+        trial = self._require_trial("commit")
+        mask = None if keep is None else mask_of(keep, self.n).to(self.model.device)
+        lost = ~trial.converged if mask is None else mask & ~trial.converged
+        if bool(lost.any()):
+            points = lost.nonzero().squeeze(-1).tolist()
+            shown = ", ".join(map(str, points[:5])) + (", ..." if len(points) > 5 else "")
+            raise AOTIError(
+                f"{len(points)} of {self.n} points failed in the last update and can't be committed: {shown}. Call "
+                "revert() and take a smaller step, or commit(result.converged) for the others alone."
+            )
+        self._old, self._trial = advanced(self._roles, self._old, trial.values, mask), None
+
+    def revert(self) -> None:
+        """Drop what was updated since the last commit; the next update starts where the model itself starts."""
+        self._trial = None
+
+    # -- the state --------------------------------------------------------------------------------------------------
+
+    def committed(self, name: str, steps: int = 1) -> Array:
+        """A variable's value in the state, in the caller's notation and three dimensions.
+
+        Args:
+            name: of a variable that is kept.
+            steps: how many steps back; 1 is what was committed last.
+
+        Returns:
+            A copy, an array of NumPy `(n, *sub_batch, *base)`.
+
+        Raises:
+            UnknownNameError: that value is not kept.
+        """
+        if earlier(name, steps) not in self._old:
+            raise UnknownNameError(f"{earlier(name, steps)!r} is not kept; what is kept is: {', '.join(self._old)}.")
+        return self._interface.shown(name, self._old[earlier(name, steps)])
+
+    def trial(self, name: str) -> Array:
+        """A variable's value in the last update, in the caller's notation and three dimensions.
+
+        So come the strains out of the plane in plane stress, and in plane strain the stresses, if the model keeps them.
+
+        Args:
+            name: of a variable that is kept.
+
+        Returns:
+            A copy, an array of NumPy `(n, *sub_batch, *base)`; NaN at points that failed.
+
+        Raises:
+            AOTIError: there is no update since the last commit.
+            UnknownNameError: the variable is not kept.
+        """
+        values = self._require_trial("trial").values
+        if name not in values:
+            raise UnknownNameError(f"{name!r} is not kept; what is kept is: {', '.join(values)}.")
+        return self._interface.shown(name, values[name])
+
+    def state(self) -> PointsState:
+        """The committed state, as a value of its own."""
+        return PointsState({name: value.clone() for name, value in self._old.items()}, self.model.digest, self.n)
+
+    def restore(self, state: PointsState, *, other_artifact: bool = False) -> None:
+        """Go back to a state; an update that was not committed is dropped.
+
+        Args:
+            state: that `state` gave.
+            other_artifact: whether it may be that of another artifact with the same variables.
+
+        Raises:
+            InputError: it is a state of other points or of another artifact, or not finite.
+        """
+        if not isinstance(state, PointsState):
+            raise InputTypeError(f"the state is a {type(state).__name__}, expected what Points.state() gives.")
+        shapes = {name: tuple(value.shape) for name, value in state.values.items()}
+        self._expected(other_artifact=other_artifact).require(state.digest, state.n, shapes)
+        state.require_finite()
+        dtype, device = self.model.dtype, self.model.device
+        self._old = {name: state.values[name].to(device, dtype, copy=True) for name in self._kept}
+        self._trial, self._begun = None, True
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the committed state to a file, without pickle; a file that is there is replaced as a whole.
+
+        Args:
+            path: of the file; `.npz` is the usual ending.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        self.state().save(path)
+
+    def load(self, path: str | os.PathLike[str], *, other_artifact: bool = False) -> None:
+        """Go back to a state that `save` wrote.
+
+        Args:
+            path: of the file.
+            other_artifact: as for `restore`.
+
+        Raises:
+            InputError: the file is absent, damaged or another one; or as for `restore`.
+        """
+        state = states.load(path, self._expected(other_artifact=other_artifact))
+        self.restore(state, other_artifact=other_artifact)
+
+    # -- checks -----------------------------------------------------------------------------------------------------
+
+    def _expected(self, *, other_artifact: bool) -> states.Expected:
+        shapes = {name: self._roles.natural[variable] for name, variable in self._kept.items()}
+        return states.Expected(None if other_artifact else self.model.digest, self.n, shapes)
+
+    def _zeros(self, name: str) -> Tensor:
+        shape = (self.n, *self._roles.natural[self._kept[name]])
+        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+
+    def _require_trial(self, call: str) -> Trial:
+        if self._trial is None:
+            raise AOTIError(f"{call}: there is no update since the last commit or revert; call update first.")
+        return self._trial
+
+
+def _named(values: Mapping[str, Array] | None, named: Mapping[str, Array]) -> dict[str, Array]:
+    """Values by name, from both ways to give them."""
+    if values is not None and not isinstance(values, Mapping):
+        raise InputTypeError(f"values are a {type(values).__name__}, expected names: update(strain=..., t=...).")
+    return {**(values or {}), **named}
+
+
+def _count(n: object) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
+        raise InputTypeError(f"n is {n!r}, expected a number of points.")
+    return int(n)

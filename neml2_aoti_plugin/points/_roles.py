@@ -1,0 +1,180 @@
+"""What each input of a model is to integration points: given by the caller, kept from earlier steps, or a start.
+
+neml2's names tell: `x~1` is the value of `x` one step earlier. Where `x` is an output it is state; where it is an
+input, the caller's own value is kept. An input that has the name of an output is the first iterate of a Newton solve.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import DerivativeNotCompiledError, InputError, UnknownNameError
+from ..model import Model
+from ..model._derivatives import input_pairs
+
+_LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
+
+Base = tuple[int, ...]
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each input of a model is.
+
+    Args:
+        driven: inputs that the caller gives with each update, in the model's order.
+        lagged: variable and number of steps back, by the input that takes it.
+        starts: inputs that are first iterates of outputs of the same name.
+        depth: how many steps back a variable is kept.
+        bases: base shape of each variable that is driven or kept.
+        natural: shape of each of these at one point, with the axes of its sub-batch.
+    """
+
+    driven: tuple[str, ...]
+    lagged: dict[str, tuple[str, int]]
+    starts: tuple[str, ...]
+    depth: dict[str, int]
+    bases: dict[str, Base]
+    natural: dict[str, Base]
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """The variables by the names under which their earlier values are kept, such as `stress~1`."""
+        return {earlier(name, lag): name for name, depth in self.depth.items() for lag in range(1, depth + 1)}
+
+    def require_driven(self, given: Iterable[str]) -> None:
+        """Refuse names that are not those of the driven inputs, and that some are absent."""
+        given = tuple(given)
+        absent = [name for name in self.driven if name not in given]
+        unknown = [name for name in given if name not in self.driven]
+        if absent or unknown:
+            own = [name for name in unknown if name in self.lagged or name in self.starts]
+            hint = f" {', '.join(map(repr, own))}: kept by the points themselves." if own else ""
+            raise UnknownNameError(
+                f"update: missing {absent}, unknown {unknown}; it takes {', '.join(self.driven)}.{hint}"
+            )
+
+
+def earlier(name: str, lag: int) -> str:
+    """The name of a variable's value some steps back."""
+    return f"{name}~{lag}"
+
+
+def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], also_kept: Iterable[str] = ()) -> Roles:
+    """Derive what each input is.
+
+    Args:
+        model: the model.
+        history: inputs that are earlier values under a name that does not tell, as `{"old_stress": "stress~1"}`.
+        driven: inputs that the caller gives although their names say otherwise.
+        also_kept: driven inputs to keep although the model asks for no earlier value of them.
+
+    Raises:
+        InputError: it cannot be derived where an input comes from, or base shapes disagree.
+        UnknownNameError: a name in `history` or `driven` is not that of an input.
+    """
+    inputs, outputs, told = model.inputs, model.outputs, tuple(driven)
+    for name in (*history, *told):
+        if name not in inputs:
+            raise UnknownNameError(
+                f"{name!r} is told in history= or driven=, but is no input of {model.artifact}; the inputs are: "
+                f"{', '.join(inputs)}."
+            )
+    lagged, starts, given = {}, [], []
+    lost: list[str] = []
+    for name in inputs:
+        match = None if name in told else _LAG.match(history.get(name, name))
+        if name in history and name not in told and match is None:
+            raise InputError(f"history= tells {name!r} to be {history[name]!r}, expected a name such as 'stress~1'.")
+        if match is not None and (match["name"] in outputs or match["name"] in inputs):
+            lagged[name] = (match["name"], int(match["lag"]))
+        elif match is not None:
+            lost.append(name)
+        elif name in outputs and name not in told:
+            starts.append(name)
+        else:
+            given.append(name)
+    if lost:
+        first = lost[0]
+        raise InputError(
+            f"{model.artifact}: it can't be told where {', '.join(map(repr, lost))} come from, since no output or "
+            "input has the name without the number of steps. Tell it: Points(..., "
+            f"history={{{first!r}: 'VARIABLE~1'}}) where it is an earlier value under another name, or "
+            f"driven=[{first!r}] where you give it to each update."
+        )
+    depth: dict[str, int] = {}
+    for name, lag in lagged.values():
+        depth[name] = max(depth.get(name, 0), lag)
+    for name in (*starts, *also_kept):
+        depth.setdefault(name, 1)
+    bases = {name: inputs[name].base_shape for name in (*given, *starts)}
+    natural = {name: inputs[name].natural_shape for name in (*given, *starts)}
+    for taken, (name, _) in lagged.items():
+        base = (outputs[name] if name in outputs else inputs[name]).base_shape
+        if inputs[taken].base_shape != base:
+            raise InputError(
+                f"{model.artifact}: {taken!r} has the base shape {inputs[taken].base_shape} and {name!r} {base}, so "
+                f"that one is no earlier value of the other. Tell it: Points(..., driven=[{taken!r}])."
+            )
+        bases[name] = base
+        # The metadata tell the sub-batch of inputs, and not always that of outputs.
+        natural.setdefault(name, inputs[taken].natural_shape)
+    return Roles(tuple(given), lagged, tuple(starts), depth, bases, natural)
+
+
+def pairs_of(model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None) -> tuple[Pair, ...]:
+    """The pairs of the tangent.
+
+    Args:
+        model: the model.
+        driven: its driven inputs.
+        pairs: that the caller wants; all if not given.
+
+    Raises:
+        DerivativeNotCompiledError: one was not compiled, or is not by a driven input.
+        UnknownNameError: a name is not that of an output or input.
+    """
+    if pairs is None:
+        return tuple((out, by) for out, by in model.derivative_pairs if by in driven)
+    for pair in pairs:
+        require_pair(model, driven, pair)
+    return tuple((out, by) for out, by in dict.fromkeys(map(tuple, pairs)))
+
+
+def require_pair(model: Model, driven: Sequence[str], pair: Pair) -> None:
+    """Refuse what cannot be in the tangent; the arguments and errors are those of `pairs_of`."""
+    by = pair[-1] if isinstance(pair, tuple | list) and pair else None
+    others = f"the tangent of points is by a driven input: {', '.join(driven)}."
+    if by in model.named_parameters():
+        raise DerivativeNotCompiledError(f"{by!r} is a promoted parameter; {others} Call Model.param_jacobian.")
+    if by in model.inputs and by not in driven:
+        raise DerivativeNotCompiledError(f"{by!r} is kept by the points; {others} Or Points(..., driven=[{by!r}]).")
+    input_pairs(model._caller, [pair])
+
+
+def require_in_tangent(
+    model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None, out: str, by: str | None
+) -> None:
+    """Say why a derivative is not in a tangent.
+
+    Args:
+        model: the model.
+        driven: its driven inputs.
+        pairs: of the tangent; None where it was not evaluated.
+        out: the output.
+        by: the input; None for any.
+
+    Raises:
+        DerivativeNotCompiledError: it was not compiled, or is not by a driven input.
+        InputError: it was compiled, and the caller left it out; or a name is not that of an output or input.
+    """
+    if pairs is None:
+        raise InputError("this update left derivatives out. Call update(..., tangent=True).")
+    if not model.derivative_pairs:
+        input_pairs(model._caller)
+    pair = (out, by if by is not None else driven[0])
+    require_pair(model, driven, pair)
+    raise InputError(f"the tangent has the pairs {list(pairs)} only. Name the others: Points(..., pairs=[{pair!r}]).")

@@ -1,0 +1,128 @@
+"""The state of integration points as a value: taken, given back, and kept in a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .._files import draft
+from .._tensor_files import Header, read_tensors
+from ..errors import InputError
+
+FORMAT = "neml2-aoti-plugin points 1"
+WHAT = "a state of points (Points.save)"
+# Before the names of values in a file.
+_VALUE = "value/"
+
+
+@dataclass(frozen=True)
+class PointsState:
+    """The committed state of integration points.
+
+    Args:
+        values: by name, such as `stress~1`, `(n, *sub_batch, *base)`; symmetric tensors as the model takes them, in
+            Mandel's notation and three dimensions.
+        digest: of the artifact that it is a state of, `Model.digest`.
+        n: number of points.
+    """
+
+    values: dict[str, Tensor]
+    digest: str
+    n: int
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file that NumPy's `load` reads without pickle; a file that was there is replaced whole.
+
+        Args:
+            path: of the file; `.npz` is the usual ending.
+
+        Raises:
+            InputError: the file cannot be written, or a value is not finite, which could not be loaded again.
+        """
+        self.require_finite()
+        arrays = {f"{_VALUE}{name}": value.cpu().numpy() for name, value in self.values.items()}
+        with draft(Path(path)) as scratch, scratch.open("wb") as file:
+            np.savez(file, format=FORMAT, digest=self.digest, n=self.n, **arrays)  # type: ignore[arg-type]
+
+    def require_finite(self) -> None:
+        """Refuse values that are no finite numbers."""
+        for name, value in self.values.items():
+            if not value.is_floating_point() or not bool(value.isfinite().all()):
+                raise InputError(f"the state's {name!r} holds other than finite numbers ({value.dtype}).")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a state must be to be one of some points.
+
+    Args:
+        digest: of their model; None for that of any model with the same variables.
+        n: number of points.
+        shapes: of the kept values at one point, by name.
+    """
+
+    digest: str | None
+    n: int
+    shapes: dict[str, tuple[int, ...]]
+
+    def require(self, digest: str, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuse another state.
+
+        Args:
+            digest: of the artifact that it is a state of.
+            n: its number of points.
+            shapes: of its values, by name.
+
+        Raises:
+            InputError: it is another artifact's, of another number of points, or lacks a value.
+        """
+        if n != self.n:
+            raise InputError(f"the state is one of {n} points, expected {self.n}.")
+        absent = [name for name in self.shapes if name not in shapes]
+        unknown = [name for name in shapes if name not in self.shapes]
+        if absent or unknown:
+            raise InputError(
+                f"the state is not one of this model: missing {absent}, unknown {unknown}; it needs "
+                f"{', '.join(self.shapes)}."
+            )
+        for name, shape in self.shapes.items():
+            if shapes[name] != (n, *shape):
+                raise InputError(f"the state's {name!r} has shape {shapes[name]}, expected {(n, *shape)}.")
+        if self.digest is not None and digest != self.digest:
+            raise InputError(
+                f"the state is one of another artifact (digest {digest[:12]}..., here {self.digest[:12]}...). If it "
+                "was compiled anew from the same model, pass other_artifact=True."
+            )
+
+
+def load(path: str | os.PathLike[str], expected: Expected) -> PointsState:
+    """Read a state that `PointsState.save` wrote.
+
+    Args:
+        path: of the file.
+        expected: what it must be; it is compared with what the file claims before its values are read.
+
+    Raises:
+        InputError: there is no such file, it is another one, damaged, or not what was expected.
+    """
+    found: dict[str, Any] = {}
+
+    def check(header: Header) -> Iterable[str]:
+        form, digest, n = (header.notes.get(name) for name in ("format", "digest", "n"))
+        if form != FORMAT or digest is None or n is None:
+            raise InputError(
+                f"{path}: is not {WHAT} (its format is {form!r}, expected {FORMAT!r} with a digest and n)."
+            )
+        found.update(digest=digest, n=int(n))
+        values = [name for name in header.claims if name.startswith(_VALUE)]
+        expected.require(shapes={name.removeprefix(_VALUE): header.claims[name].shape for name in values}, **found)
+        return values
+
+    values = read_tensors(path, WHAT, check).tensors
+    return PointsState({name.removeprefix(_VALUE): value for name, value in values.items()}, **found)
