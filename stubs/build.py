@@ -35,7 +35,7 @@ from .catalogue import CATALOGUE, Stub
 CACHE_VARIABLE = "NEML2_AOTI_PLUGIN_STUB_CACHE"
 
 # What a quick compile sets for inductor. None of it touches the numbers: the kernels, where the arithmetic is, are
-# compiled with -O3 in any case. README.md has the measured effect.
+# compiled with -O3 in any case. docs/performance.md is measured with optimised wrappers.
 QUICK = {
     # The wrapper of a graph allocates buffers and calls kernels. Most of a graph's compile time is the optimisation
     # of torch's headers in it.
