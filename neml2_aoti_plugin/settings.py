@@ -20,7 +20,7 @@ class NewtonSettings:
 
     Args:
         atol: a row has converged when the norm of its residual is below this.
-        rtol: or when that norm, divided by the norm at the first iterate, is below this.
+        rtol: or when that norm, divided by the norm at the initial guess, is below this.
         miters: one more than the number of updates allowed (neml2's count).
         ls_type: the criterion by which the line search accepts a trial.
         ls_max_iters: one more than the number of trials allowed; 1 switches the line search off.

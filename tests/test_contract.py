@@ -159,7 +159,7 @@ class TestJacobian:
         batch = tuple(next(iter(inputs.values())).shape[:rank])
         for out, wrt in case.model.derivative_pairs:
             if wrt not in expected[out]:
-                assert not blocks[out][wrt].any(), f"{wrt} is only a first iterate"
+                assert not blocks[out][wrt].any(), f"{wrt} is only an initial guess"
                 continue
             block = spread(blocks[out][wrt], batch, case, out, wrt)
             least = sensitivity(outputs[out], inputs[wrt], 1e-6)

@@ -1,4 +1,4 @@
-"""A first iterate from the caller: an unknown by name, beside the inputs, in every call that takes inputs by name."""
+"""An initial guess from the caller: an unknown by name, beside the inputs, in every call that takes inputs by name."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ def seen_by_the_program(model: Model, call: Callable[[], Any], monkeypatch: pyte
 
 class TestTaken:
     def test_model_tells_which(self, model: Model) -> None:
-        assert list(model.first_iterates) == UNKNOWNS
-        assert [v.base_shape for v in model.first_iterates.values()] == [(6,), ()]
+        assert list(model.initial_guesses) == UNKNOWNS
+        assert [v.base_shape for v in model.initial_guesses.values()] == [(6,), ()]
         assert not set(UNKNOWNS) & set(model.input_names) and not set(UNKNOWNS) & set(model.inputs)
-        assert references.case("elasticity").model.first_iterates == {}
+        assert references.case("elasticity").model.initial_guesses == {}
 
     @pytest.mark.wide
     def test_unknown_that_is_an_input_is_no_other(self) -> None:
-        # Without a predictor neml2-compile makes the first iterates inputs.
+        # Without a predictor neml2-compile makes the initial guesses inputs.
         krylov = references.case("krylov").model
-        assert {"creep_strain", "creep_measure"} <= set(krylov.input_names) and krylov.first_iterates == {}
+        assert {"creep_strain", "creep_measure"} <= set(krylov.input_names) and krylov.initial_guesses == {}
 
     @pytest.mark.parametrize("name", CALLS)
     def test_results_do_not_depend_on_it(self, model: Model, rows: Tensors, solution: Tensors, name: str) -> None:
@@ -133,10 +133,10 @@ class TestTaken:
             metadata["boundary_aliases"] = {"outputs": {"stress": "sigma"}, "inputs": {}, "parameters": {}}
 
         model = Model(references.edited(references.case("calibration"), tmp_path, rename))
-        assert list(model.first_iterates) == ["sigma", "equivalent_plastic_strain"]
+        assert list(model.initial_guesses) == ["sigma", "equivalent_plastic_strain"]
         found = model.forward({**rows, "sigma": solution["stress"]})
         assert difference(found["sigma"], solution["stress"]) < 1e-6
-        with pytest.raises(UnknownNameError, match=r"unknown 'stress'.*first iterates it also takes: sigma"):
+        with pytest.raises(UnknownNameError, match=r"unknown 'stress'.*initial guesses it also takes: sigma"):
             model.forward({**rows, "stress": solution["stress"]})
 
     def test_unknown_that_is_no_output_goes_by_its_authored_name(self, tmp_path: Any, rows: Tensors) -> None:
@@ -146,7 +146,7 @@ class TestTaken:
                 metadata[key] = [pair for pair in metadata[key] if pair[0] == "stress"]
 
         model = Model(references.edited(references.case("calibration"), tmp_path, hide))
-        assert model.output_names == ["stress"] and list(model.first_iterates) == UNKNOWNS
+        assert model.output_names == ["stress"] and list(model.initial_guesses) == UNKNOWNS
         model.forward({**rows, "equivalent_plastic_strain": torch.zeros((), dtype=torch.float64)})
 
 
@@ -155,13 +155,13 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("value", "error", "words"),
         [
-            (torch.zeros(9, 5, dtype=torch.float64), InputError, ["first iterate 'stress'", "(9, 5)", "(*batch, 6)"]),
-            (torch.zeros(9, 6), InputTypeError, ["first iterate 'stress'", "torch.float32", "torch.float64"]),
-            (torch.zeros(9, 6, dtype=torch.float64, device="meta"), InputTypeError, ["first iterate 'stress'", "meta"]),
+            (torch.zeros(9, 5, dtype=torch.float64), InputError, ["initial guess 'stress'", "(9, 5)", "(*batch, 6)"]),
+            (torch.zeros(9, 6), InputTypeError, ["initial guess 'stress'", "torch.float32", "torch.float64"]),
+            (torch.zeros(9, 6, dtype=torch.float64, device="meta"), InputTypeError, ["initial guess 'stress'", "meta"]),
             (torch.zeros(4, 6, dtype=torch.float64), InputError, ["broadcast", "stress [4]", "strain [9]"]),
-            (torch.full((9, 6), torch.nan, dtype=torch.float64), InputError, ["first iterate 'stress'", "54 of 54"]),
-            (torch.full((6,), torch.inf, dtype=torch.float64), InputError, ["first iterate 'stress'", "not finite"]),
-            ([0.0] * 6, InputTypeError, ["first iterate 'stress'", "list"]),
+            (torch.full((9, 6), torch.nan, dtype=torch.float64), InputError, ["initial guess 'stress'", "54 of 54"]),
+            (torch.full((6,), torch.inf, dtype=torch.float64), InputError, ["initial guess 'stress'", "not finite"]),
+            ([0.0] * 6, InputTypeError, ["initial guess 'stress'", "list"]),
         ],
     )
     def test_by_its_own_words(
@@ -176,7 +176,7 @@ class TestRefused:
             model.forward({**rows, "stress": torch.zeros(6, dtype=torch.float64), "strian": rows["strain"]})
         text = str(raised.value)
         assert "unknown 'strian'." in text and "The model's inputs are: strain, strain~1," in text
-        assert f"As first iterates it also takes: {', '.join(UNKNOWNS)}." in text
+        assert f"As initial guesses it also takes: {', '.join(UNKNOWNS)}." in text
 
     def test_all_where_there_is_no_unknown(self) -> None:
         strain = torch.zeros(6, dtype=torch.float64)
@@ -216,9 +216,9 @@ class TestTyped:
                 assert difference(found[key], value) < 1e-6, key
 
     def test_wrong_ones(self, typed: Any, rows: Tensors) -> None:
-        with pytest.raises(InputError, match=r"first iterate 'stress' has shape \(9,\)"):
+        with pytest.raises(InputError, match=r"initial guess 'stress' has shape \(9,\)"):
             typed.call_by_name({**rows, "stress": Scalar(rows["t"])})
-        with pytest.raises(InputError, match="first iterate 'stress' has sub-batch shape"):
+        with pytest.raises(InputError, match="initial guess 'stress' has sub-batch shape"):
             typed.jacobian({**rows, "stress": SR2(torch.zeros(9, 3, 6, dtype=torch.float64), sub_batch_ndim=1)})
 
 

@@ -76,7 +76,7 @@ def with_poor_starts(model: Model, rows: Tensors, seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     solved = model.solve(rows)
     found = dict(rows)
-    for n, variable in model.first_iterates.items():
+    for n, variable in model.initial_guesses.items():
         size = 1.0
         if n in solved.outputs and bool(solved.converged.any()):
             size = float(solved.outputs[n][solved.converged].abs().median())

@@ -340,7 +340,7 @@ def test_overrides_may_come_as_text(service: Service, models: dict[str, Model]) 
 
 def test_first_iterates_may_be_given(service: Service, models: dict[str, Model]) -> None:
     given = step(2)
-    iterates = list(models["viscoplasticity"].first_iterates)
+    iterates = list(models["viscoplasticity"].initial_guesses)
     told = service.get("/v2/models/viscoplasticity")["parameters"]["operations"]["forward"]["optional_inputs"]
     assert iterates and [port["name"] for port in told] == iterates
     exact = reference(models["viscoplasticity"], "forward", given, {})
@@ -462,7 +462,7 @@ def test_gathered_answers_are_those_alone(operation: str, service: Service, mode
 def test_where_a_gathered_call_raises_each_is_evaluated_alone(service: Service, models: dict[str, Model]) -> None:
     name = "viscoplasticity"
     iterate = "stress"
-    assert iterate in models[name].first_iterates
+    assert iterate in models[name].initial_guesses
     steps = [{**step(2, seed), iterate: np.zeros((2, 6))} for seed in range(6)]
     # Found only when the model is called, which raises for the call as a whole.
     steps[3][iterate][1] = np.nan

@@ -57,7 +57,7 @@ def newton_solve_eager(
         step_fn: the Newton step and `b` at given unknowns.
         unknown_layout: structure and site axes of each unknown group.
         residual_layout: the same for the residual groups.
-        u0: first guess, one tensor per unknown group.
+        u0: initial guess, one tensor per unknown group.
         atol: see `NewtonSettings`, as for the next seven.
         rtol: relative tolerance.
         miters: one more than the number of updates allowed.
@@ -264,7 +264,7 @@ def _one_of(value: str, choices: Any, name: str) -> None:
 
 def _layouts(unknown: LayoutDescription, residual: LayoutDescription, u0: Sequence[Tensor]) -> tuple[Layout, Layout]:
     if len(u0) != len(unknown):
-        raise InputError(f"the first guess has {len(u0)} group(s), the layout of the unknowns {len(unknown)}")
+        raise InputError(f"the initial guess has {len(u0)} group(s), the layout of the unknowns {len(unknown)}")
     unknowns, residuals = (tuple(_group(*entry) for entry in layout) for layout in (unknown, residual))
     return unknowns, residuals
 

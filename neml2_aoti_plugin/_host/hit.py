@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._artifact.stub import read_stub
 from ..errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError, UnknownNameError
 from ..model import Model
-from ..model._admission import FIRST_ITERATE
+from ..model._admission import INITIAL_GUESS
 from ..model._call import Tensors
 from ..model._derivatives import Blocks
 from ..model._module import CompiledModule, public
@@ -118,8 +118,10 @@ class AOTIModel(CompiledModule):
         self._wrappers = tuple(self.input_spec.values())
         self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.outputs.items()}
         self._output_wrappers = tuple(enumerate(self.output_spec.values()))
-        # Of the unknowns that may be given as first iterates.
-        self._iterate_spec = {name: typed.wrapper_of_unknown(v, name) for name, v in self._inner.first_iterates.items()}
+        # Of the unknowns that may be given as initial guesses.
+        self._iterate_spec = {
+            name: typed.wrapper_of_unknown(v, name) for name, v in self._inner.initial_guesses.items()
+        }
         self.input_sub_batch = {name: v.sub_batch_shape for name, v in self._inner.inputs.items()}
         if declared:
             self._declared = _Declared(declared)
@@ -215,7 +217,7 @@ class AOTIModel(CompiledModule):
         return dict(zip(self.output_spec, self(*(state[name] for name in self.input_spec)), strict=True))
 
     def _evaluate(self, inputs: Mapping[str, Tensor]) -> dict[str, TensorWrapper]:
-        """Typed outputs for raw inputs, and first iterates, by name."""
+        """Typed outputs for raw inputs, and initial guesses, by name."""
         outputs, batch = self._inner.forward_with_batch(inputs)
         return typed.wrap(outputs, self.output_spec, len(batch))
 
@@ -311,16 +313,16 @@ class AOTIModel(CompiledModule):
         self._inner.set_solver(**settings)
 
     def _raw(self, inputs: Mapping[str, Value], kind: str = "input") -> Tensors:
-        """Unwrap typed inputs and first iterates to `(*batch, *sub_batch, *base)`; raw ones pass."""
+        """Unwrap typed inputs and initial guesses to `(*batch, *sub_batch, *base)`; raw ones pass."""
         found = typed.unwrap(inputs, self._inner.inputs, self.input_spec, kind, self._inner.artifact)
         if self._iterate_spec.keys().isdisjoint(found):
             return found
-        iterates = self._inner.first_iterates
-        return typed.unwrap(found, iterates, self._iterate_spec, FIRST_ITERATE, self._inner.artifact)
+        iterates = self._inner.initial_guesses
+        return typed.unwrap(found, iterates, self._iterate_spec, INITIAL_GUESS, self._inner.artifact)
 
     def _batch_rank(self, inputs: Mapping[str, Tensor]) -> int:
-        """Number of batch axes that raw inputs and first iterates have together."""
-        return typed.batch_rank(inputs, {**self._inner.first_iterates, **self._inner.inputs})
+        """Number of batch axes that raw inputs and initial guesses have together."""
+        return typed.batch_rank(inputs, {**self._inner.initial_guesses, **self._inner.inputs})
 
 
 def _plain(value: Any, wrapper: typed.Wrapper) -> Any:

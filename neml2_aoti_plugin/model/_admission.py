@@ -24,7 +24,7 @@ from ._memory import Form, are_plain, require_unrecorded, with_memory
 # Forms are few, for callers go on with the batches they have.
 FORMS = 32
 
-FIRST_ITERATE = "first iterate"
+INITIAL_GUESS = "initial guess"
 
 _transforms = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
@@ -59,7 +59,7 @@ class Boundary:
         self.by_name = {port.name: port for port in self.inputs}
         self.output_by_name = {port.name: port for port in self.outputs}
         authored = {v.name for v in metadata.inputs}
-        # The unknowns that a caller may give as first iterates; one that is an input is there already.
+        # The unknowns that a caller may give as initial guesses; one that is an input is there already.
         self.iterates = {
             port.name: port
             for segment in metadata.segments
@@ -122,16 +122,16 @@ class Boundary:
 
         Args:
             inputs: by boundary name, each `(*batch, *sub_batch, *base)`; batch shapes that broadcast. Beside the inputs
-                any unknown of an implicit segment, as the first iterate.
+                any unknown of an implicit segment, as the initial guess.
             batches: further batch shapes to broadcast with, those of parameters by name.
 
         Returns:
-            The inputs and first iterates by authored name, `(rows, *sub_batch, *base)`, and the common batch shape.
+            The inputs and initial guesses by authored name, `(rows, *sub_batch, *base)`, and the common batch shape.
 
         Raises:
             UnknownNameError: an input is absent, or a name is neither that of an input nor that of an unknown.
             InputTypeError: a value is no tensor, has no memory, or has the wrong dtype or device.
-            InputError: a shape does not fit, or a first iterate is not finite.
+            InputError: a shape does not fit, or an initial guess is not finite.
             AOTIError: torch records the call, or a mode takes the place of its operations.
         """
         if type(inputs) is dict and len(inputs) == len(self.names) and not batches:
@@ -152,25 +152,25 @@ class Boundary:
         }, batch
 
     def require_names(self, inputs: Mapping[str, Tensor]) -> None:
-        """Refuse inputs that are not those of the model, and perhaps first iterates."""
+        """Refuse inputs that are not those of the model, and perhaps initial guesses."""
         if not isinstance(inputs, Mapping) or any(name not in inputs for name in self.by_name):
             self._refuse_names(inputs)
         if len(inputs) != len(self.inputs) and any(n not in self.by_name and n not in self.iterates for n in inputs):
             self._refuse_names(inputs)
 
     def _given_iterates(self, inputs: Mapping[str, Tensor]) -> list[tuple[str, Port]]:
-        """The first iterates among the inputs."""
+        """The initial guesses among the inputs."""
         if len(inputs) == len(self.inputs):
             return []
         return [(name, port) for name, port in self.iterates.items() if name in inputs]
 
     def _iterate(self, value: Tensor, port: Port) -> tuple[Tensor, Shape]:
-        """Check a first iterate, as `batch_of` does; one that is not finite would only fail later and less clearly."""
-        checked, own = self.batch_of(value, port.name, port.variable, FIRST_ITERATE)
+        """Check an initial guess, as `batch_of` does; one that is not finite would only fail later and less clearly."""
+        checked, own = self.batch_of(value, port.name, port.variable, INITIAL_GUESS)
         finite = checked.isfinite()
         if not bool(finite.all()):
             raise InputError(
-                f"{FIRST_ITERATE} {port.name!r} is not finite in {int((~finite).sum())} of {finite.numel()} entries. A "
+                f"{INITIAL_GUESS} {port.name!r} is not finite in {int((~finite).sum())} of {finite.numel()} entries. A "
                 "Newton solve cannot start there: pass finite values, or leave it out."
             )
         return checked, own
@@ -273,7 +273,7 @@ class Boundary:
             f"unknown {', '.join(map(repr, unknown))}" if unknown else "",
             *renamed,
         ]
-        iterates = f" As first iterates it also takes: {', '.join(self.iterates)}." if self.iterates else ""
+        iterates = f" As initial guesses it also takes: {', '.join(self.iterates)}." if self.iterates else ""
         raise UnknownNameError(
             f"inputs of {self.where}: {'; '.join(p for p in parts if p)}. The model's inputs are: "
             f"{', '.join(self.by_name)}.{iterates}"

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from .._artifact.schema import Shape
 from ..errors import DerivativeNotCompiledError
 from . import _derivatives as derivatives
-from ._admission import FIRST_ITERATE
+from ._admission import INITIAL_GUESS
 from ._call import Caller, Tensors
 from ._derivatives import By
 from ._memory import require_unrecorded
@@ -38,7 +38,7 @@ def is_followed(caller: Caller, inputs: Mapping[str, Any], overrides: Mapping[st
     if not torch.is_grad_enabled():
         return False
     # A caller's mistakes, such as a list for a dict, are left to the checks of the plain call. Results do not depend on
-    # first iterates.
+    # initial guesses.
     iterates = caller.boundary.iterates
     named = inputs.items() if isinstance(inputs, Mapping) else ()
     values = [*(value for name, value in named if name not in iterates), *(overrides or {}).values()]
@@ -65,7 +65,7 @@ def linearise(
     for by in differentiated:
         wanted.extend((o, by) for o in outs if derivatives.compiled(caller, o, by) and (o, by) not in wanted)
     iterates = caller.boundary.iterates
-    arguments.update({(FIRST_ITERATE, name): inputs[name] for name in iterates if name in inputs})
+    arguments.update({(INITIAL_GUESS, name): inputs[name] for name in iterates if name in inputs})
     plan = _Plan(caller, tuple(arguments), outs, tuple(wanted))
     found = _Compiled.apply(plan, *arguments.values())  # type: ignore[no-untyped-call]
     outputs = dict(zip(outs, found, strict=False))
@@ -91,7 +91,7 @@ class _Plan:
 
     Args:
         caller: of the model.
-        bys: the inputs, parameters and first iterates, in the order of the tensor arguments.
+        bys: the inputs, parameters and initial guesses, in the order of the tensor arguments.
         outs: the outputs.
         pairs: the derivatives, in the order in which their matrices come behind the outputs.
     """
@@ -197,7 +197,7 @@ class _Compiled(torch.autograd.Function):
         gradients: list[Tensor | None] = [None]
         for by, shape, needed in zip(plan.bys, ctx.input_shapes, ctx.needs_input_grad[1:], strict=True):
             total: Tensor | None = None
-            for out, cotangent in given.items() if needed and by[0] != FIRST_ITERATE else ():
+            for out, cotangent in given.items() if needed and by[0] != INITIAL_GUESS else ():
                 matrix = _matrix(plan, matrices, out, by)
                 batch, entries = matrix.shape[:-2], matrix.shape[-2]
                 term = torch.matmul(cotangent.reshape((*batch, 1, entries)), matrix).squeeze(-2)
@@ -213,9 +213,9 @@ class _Compiled(torch.autograd.Function):
         """Contract the matrices with tangents of the arguments."""
         plan: _Plan = ctx.plan
         matrices = dict(zip(plan.pairs, ctx.saved_tensors, strict=True))
-        moved = [(by, t) for by, t in zip(plan.bys, tangents, strict=True) if t is not None and by[0] != FIRST_ITERATE]
+        moved = [(by, t) for by, t in zip(plan.bys, tangents, strict=True) if t is not None and by[0] != INITIAL_GUESS]
         if not moved:
-            # Results do not depend on the first iterate.
+            # Results do not depend on the initial guess.
             like = next(t for t in tangents if t is not None)
             zeros = [like.new_zeros(shape) for shape in ctx.output_shapes]
             return (*zeros, *(torch.zeros_like(matrix) for matrix in ctx.saved_tensors))

@@ -35,7 +35,7 @@ class Admitted:
     """Checked arguments of a call.
 
     Args:
-        state: inputs, and first iterates where there are any, by authored name, `(rows, *sub_batch, *base)`.
+        state: inputs, and initial guesses where there are any, by authored name, `(rows, *sub_batch, *base)`.
         parameters: by authored name, `base_shape` or `(rows, *base_shape)`.
         in_force: parameters by boundary name as they were given, `(*batch, *base)`.
         batch: the caller's batch shape.

@@ -13,7 +13,7 @@ from .._program.program import Evaluation
 from .._program.report import Report
 from .._program.tangents import Columns, Seed
 from ..errors import DerivativeNotCompiledError, InputError, InputTypeError, UnknownNameError
-from ._admission import FIRST_ITERATE
+from ._admission import INITIAL_GUESS
 from ._call import Admitted, BelowAutograd, Caller, Tensors
 from ._recompile import compile_command
 
@@ -21,7 +21,7 @@ Blocks = dict[str, dict[str, Tensor]]
 Pairs = tuple[tuple[str, str], ...]
 
 # What is differentiated by, as callers know it: ("input", name) or ("parameter", name). Autograd's plans hold first
-# iterates in the same form, (FIRST_ITERATE, name).
+# iterates in the same form, (INITIAL_GUESS, name).
 By = tuple[str, str]
 
 DIRECTION: Seed = ("direction", "")
@@ -172,11 +172,11 @@ def linearise(
 
 
 def natural_shape(caller: Caller, by: By) -> Shape:
-    """Shape of an input, a parameter or a first iterate without its batch axes."""
+    """Shape of an input, a parameter or an initial guess without its batch axes."""
     kind, name = by
     if kind == "input":
         return caller.boundary.by_name[name].variable.natural_shape
-    if kind == FIRST_ITERATE:
+    if kind == INITIAL_GUESS:
         return caller.boundary.iterates[name].variable.natural_shape
     return caller.promoted.specs[name].base_shape
 

@@ -49,14 +49,14 @@ MODE = "NEML2_AOTI_PLUGIN_MODE"
 MODES = ("rowwise", "lockstep")
 
 # What `Model._load` makes, and no pickle holds.
-_LOADED = ("artifact", "inputs", "outputs", "first_iterates", "_metadata", "_boundary", "_caller", "_plan", "_origin")
+_LOADED = ("artifact", "inputs", "outputs", "initial_guesses", "_metadata", "_boundary", "_caller", "_plan", "_origin")
 
 
 class Model(CompiledModule):
     """A compiled model: raw tensors in, raw tensors out.
 
     All calls take `inputs`, a dict from name to tensor `(*batch, *sub_batch, *base)` with batch shapes of any rank that
-    broadcast; beside the inputs it may hold first iterates, where Newton's method starts (no result depends on that
+    broadcast; beside the inputs it may hold initial guesses, where Newton's method starts (no result depends on that
     beyond the tolerance, no derivative at all). They take `param_overrides` too, values of promoted parameters for that
     call. All but `solve` raise `ConvergenceError` if a row does not converge. A torch module: autograd follows
     `forward`, by inputs and promoted parameters that require grad; the promoted parameters are frozen until
@@ -69,7 +69,7 @@ class Model(CompiledModule):
     Attributes:
         inputs: type and shapes of each input, by name.
         outputs: type and shapes of each output, by name.
-        first_iterates: type and shapes of the unknowns that may be given as first iterates, by name.
+        initial_guesses: type and shapes of the unknowns that may be given as initial guesses, by name.
         mode: `rowwise` or `lockstep`, see the argument.
         artifact: folder of the metadata file.
 
@@ -144,7 +144,7 @@ class Model(CompiledModule):
         self._origin = origin
         self.inputs = {port.name: replace(port.variable, name=port.name) for port in boundary.inputs}
         self.outputs = {port.name: replace(port.variable, name=port.name) for port in boundary.outputs}
-        self.first_iterates = {name: replace(p.variable, name=name) for name, p in boundary.iterates.items()}
+        self.initial_guesses = {name: replace(p.variable, name=name) for name, p in boundary.iterates.items()}
 
     @property
     def _promoted(self) -> PromotedParameters:
@@ -290,7 +290,7 @@ class Model(CompiledModule):
         """Evaluate the outputs.
 
         Args:
-            inputs: by name, each `(*batch, *sub_batch, *base)`; perhaps with first iterates, see the class.
+            inputs: by name, each `(*batch, *sub_batch, *base)`; perhaps with initial guesses, see the class.
             param_overrides: values of promoted parameters for this call only, `(*batch, *base)`.
 
         Returns:

@@ -16,7 +16,7 @@ from ._memory import with_memory
 # What models keep in attributes of their own.
 RESERVED = frozenset(
     {
-        *("artifact", "first_iterates", "inputs", "mode", "outputs", "input_spec", "input_sub_batch", "output_spec"),
+        *("artifact", "initial_guesses", "inputs", "mode", "outputs", "input_spec", "input_sub_batch", "output_spec"),
         *("_boundary", "_caller", "_given", "_metadata", "_origin", "_plan", "_solver"),
         *("_declared", "_hit_name", "_inner", "_iterate_spec", "_output_wrappers", "_wrappers"),
     }

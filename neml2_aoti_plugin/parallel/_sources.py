@@ -123,7 +123,7 @@ def _from_path(path: Path, model: Model) -> Source:
     if not path.is_dir():
         raise InputError(f"source {path}: there is no such folder. Give a folder of .npy files, or a Zarr group.")
     zarr = path.suffix == ".zarr" or (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
-    names = (*model.inputs, *model.first_iterates)
+    names = (*model.inputs, *model.initial_guesses)
     files = {name: path / f"{file_name(name)}{'' if zarr else '.npy'}" for name in names}
     return _from_mapping({name: file for name, file in files.items() if file.exists()}, model, str(path))
 
@@ -242,7 +242,7 @@ def _block(block: object, model: Model, number: int) -> Rows:
 
 def _checked(arrays: Mapping[str, Any], model: Model, where: str) -> tuple[int, frozenset[str]]:
     """The number of rows, and the names of arrays without a row axis."""
-    variables = {**model.first_iterates, **model.inputs}
+    variables = {**model.initial_guesses, **model.inputs}
     absent = [name for name in model.inputs if name not in arrays]
     unknown = [str(name) for name in arrays if name not in variables]
     if absent or unknown:

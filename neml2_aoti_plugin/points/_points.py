@@ -88,7 +88,7 @@ class Points:
         self._roles, self._kept = roles, roles.kept
         self._interface = Interface(self.n, arrays, forms, roles.natural)
         # A start for some of the unknowns only would be no iterate of any solve.
-        unknowns = tuple(self.model.first_iterates)
+        unknowns = tuple(self.model.initial_guesses)
         iterates = unknowns if all(name in outputs for name in unknowns) else ()
         self._evaluator = Evaluator(self.model, roles, (*iterates, *roles.starts), constraint)
         self._old: Tensors = {name: self._zeros(name) for name in self._kept}

@@ -67,7 +67,7 @@ def operations_of(model: Model) -> dict[str, Operation | Missing]:
     """The operations of a model, by name; those that it was not compiled for say why."""
     datatype = DATATYPES[model.dtype]
     inputs = {name: Port(name, datatype, tuple(known.natural_shape)) for name, known in model.inputs.items()}
-    iterates = {name: Port(name, datatype, tuple(known.natural_shape)) for name, known in model.first_iterates.items()}
+    iterates = {name: Port(name, datatype, tuple(known.natural_shape)) for name, known in model.initial_guesses.items()}
     values = tuple(model.outputs)
     _require_own_names(model)
     found: list[Operation | Missing] = [
@@ -110,7 +110,7 @@ def _require_own_names(model: Model) -> None:
     """Refuse a model with a variable that has the name of a derivative here: one of both would be lost."""
     ours = {f"{out}:{by}" for out, by in model.derivative_pairs}
     ours |= {prefix + name for name in (*model.inputs, *model.outputs) for prefix in (TANGENT, COTANGENT)}
-    for name in (*model.inputs, *model.first_iterates, *model.outputs):
+    for name in (*model.inputs, *model.initial_guesses, *model.outputs):
         if name in ours:
             raise InputError(
                 f"a variable is called {name!r}, which is how requests call a derivative. Give it another name in the "

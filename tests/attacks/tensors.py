@@ -137,10 +137,10 @@ def calls(model: Any, inputs: dict[str, Tensor], make: Callable[[Tensor], Tensor
     def started(unknown: str, first: Tensor) -> Any:
         return model.forward({**inputs, unknown: make(first)})
 
-    for unknown, variable in model.first_iterates.items():
+    for unknown, variable in model.initial_guesses.items():
         if variable.base_shape:
             first = torch.zeros(len(x), *variable.base_shape, dtype=torch.float64)
-            found[f"first iterate of {unknown}"] = partial(started, unknown, first)
+            found[f"initial guess of {unknown}"] = partial(started, unknown, first)
     return found
 
 
