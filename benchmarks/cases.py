@@ -57,7 +57,7 @@ SUBJECTS = {
     for subject in (
         Subject(
             "elasticity",
-            "forward only",
+            "explicit",
             1e-7,
             implicit=False,
             most_homogeneous=1_000_000,
@@ -75,7 +75,7 @@ SUBJECTS = {
             threads=THREADS_ROWS[:-1],
         ),
         Subject("chaboche", "implicit, 19 unknowns", 2.4e-4, most=100_000, most_homogeneous=100_000),
-        Subject("composed", "forward, implicit (7 unknowns), forward", 5.5e-5, most_jacobian=1_000_000),
+        Subject("composed", "explicit, implicit (7 unknowns), explicit", 5.5e-5, most_jacobian=1_000_000),
         Subject("crystal", "single crystal, 7 unknowns, 12 slip systems as a sub-batch", 1.6e-4, most=10_000),
     )
 }
