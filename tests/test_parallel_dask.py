@@ -227,9 +227,9 @@ def test_dask_that_is_imported_after_the_model_was_made() -> None:
 
 def loaded() -> tuple[int, int]:
     """Of a worker, the number of models it has loaded, and torch's threads."""
-    from neml2_aoti_plugin.parallel import _part as part
+    from neml2_aoti_plugin.parallel import _tasks as tasks
 
-    return part._unpickled.cache_info().currsize, torch.get_num_threads()
+    return tasks._unpickled.cache_info().currsize, torch.get_num_threads()
 
 
 class TestDaskArrays:

@@ -614,12 +614,12 @@ class TestJournal:
         quiet(case.model, source, out)
         journal = out / "journal.jsonl"
         lines = journal.read_bytes().splitlines(keepends=True)
-        journal.write_bytes(b"".join([*lines[:4], line, *lines[4:]]))
-        kept = sum(record["stop"] - record["start"] for record in map(json.loads, lines[2:4]))
+        journal.write_bytes(b"".join([*lines[:3], line, *lines[3:]]))
+        kept = sum(record["stop"] - record["start"] for record in map(json.loads, lines[1:3]))
         assert quiet(case.model, source, out).evaluated == ROWS - kept
         assert_results(results(out), expected)
         again = journal.read_bytes().splitlines(keepends=True)
-        assert again[:4] == lines[:4] and sorted(again) == sorted(lines)
+        assert again[:3] == lines[:3] and sorted(again) == sorted(lines)
 
     def test_results_that_are_gone(self, case: Case, source: Path, tmp_path: Path) -> None:
         quiet(case.model, source, tmp_path / "out")
@@ -687,7 +687,7 @@ class TestExecutors:
         with Elsewhere(1) as executor, pytest.raises(ArtifactError, match="viscoplasticity"):
             quiet(model, source, tmp_path / "out", executor=executor)
         # Nothing counts as done.
-        assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == 2
+        assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == 1
 
     @pytest.mark.long
     def test_an_executor_that_breaks_leaves_what_was_done(
@@ -736,7 +736,7 @@ class TestSourcesThatChange:
 
         with pytest.raises(KeyboardInterrupt):
             quiet(model, source, out, progress=stop)
-        lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[2:]]
+        lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[1:]]
         return sum(line["stop"] - line["start"] for line in lines)
 
     @pytest.mark.parametrize("common", [False, True])
@@ -744,7 +744,7 @@ class TestSourcesThatChange:
     def test_rows_that_are_done(self, form: str, common: bool, case: Case, arrays: Arrays, tmp_path: Path) -> None:
         out = tmp_path / "out"
         assert 128 <= self.stopped(case.model, self.put(form, tmp_path, arrays), out) < ROWS
-        start = json.loads((out / "journal.jsonl").read_text().splitlines()[2])["start"]
+        start = json.loads((out / "journal.jsonl").read_text().splitlines()[1])["start"]
         before = {file.name: file.read_bytes() for file in out.iterdir()}
         changed = {name: value.copy() for name, value in arrays.items()}
         if common:
@@ -821,7 +821,7 @@ class TestRunsThatAreKilled:
             else:
                 os.kill(program.pid, number)
                 program.finish(30)
-        lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[2:] if line[-1] == "}"]
+        lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[1:] if line[-1] == "}"]
         done = sum(line["stop"] - line["start"] for line in lines)
         assert 0 < done < TIMES * ROWS
         again = quiet(case.artifact, many, out)

@@ -10,40 +10,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import InputError
+from ..errors import AOTIError, InputError
 
 if sys.platform != "win32":
     import fcntl
 
-FORM = 2
-READY = json.dumps({"ready": True}).encode() + b"\n"
+FORM = 3
 # A link is not followed, and a pipe not waited for; not every system has all of them.
 EXTRA = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")
 FLAGS = os.O_RDWR | os.O_CREAT | sum(getattr(os, name, 0) for name in EXTRA)
-# Of a line; what is longer is none of ours.
+# Of a line, in bytes; what is longer is none of ours.
 LONGEST = 1 << 20
 
 
 class Journal:
-    """A file of JSON lines: what the run is, that its sink is ready, and then the rows that are done.
+    """A file of JSON lines: what the run is, and then the rows that are done.
 
-    A line for rows is written after their results are on disk, so what it tells is there. Lines that are `waiting` are
-    written by the next `flush`.
-
-    Args:
-        file: of the journal.
-        run: what the run is.
-        resume: whether to go on from a journal that is there.
-
-    Raises:
-        InputError: the journal is that of another run, is in use by another process, or cannot be written.
+    The first line is written when the sink is ready for rows, and each other one after the results that it is about are
+    on disk. So what the journal says is there; a journal without a whole first line is that of no run yet.
     """
 
     def __init__(self, file: Path, run: Mapping[str, Any], *, resume: bool) -> None:
         self.file = file
         self.header = json.dumps({"form": FORM, **run}, sort_keys=True).encode() + b"\n"
+        # Digests of the rows of the source, by the first row and one behind the last.
         self.done: dict[tuple[int, int], str | None] = {}
         self.resumed = False
+        # Lines for rows whose results may not be on disk yet.
         self.waiting: list[bytes] = []
         try:
             self._handle = os.open(file, FLAGS, 0o666)
@@ -57,36 +50,30 @@ class Journal:
                 self._read(lines, resume=resume)
             if not self.resumed:
                 os.ftruncate(self._handle, 0)
-                self._append(self.header)
         except BaseException:
             self.close()
             raise
 
     def begin(self) -> None:
-        """Note that the sink is ready to take rows."""
-        self._append(READY)
+        """Write what the run is: its sink is ready to take rows."""
+        self._append(self.header)
 
     def note(self, start: int, stop: int, digest: str) -> None:
-        """Note rows that are done, and a digest of what they are."""
-        self.done[start, stop] = digest
+        """Note rows that are done, with the digest of the rows of the source; the next `flush` writes it."""
         self.waiting.append(json.dumps({"start": start, "stop": stop, "digest": digest}).encode() + b"\n")
 
-    def require_same_rows(self, start: int, stop: int, digest: str) -> None:
-        """Refuse rows of a source that are not those that were evaluated.
+    def flush(self) -> None:
+        """Write what was noted; the results must be on disk."""
+        lines, self.waiting = b"".join(self.waiting), []
+        self._append(lines)
 
-        Raises:
-            InputError: they are others.
-        """
+    def require_same_rows(self, start: int, stop: int, digest: str) -> None:
+        """Refuse rows of a source that are not those that were evaluated."""
         if self.done[start, stop] != digest:
             raise InputError(
                 f"rows {start} to {stop - 1} of the source are not those of the run in {self.file}. Give the same "
                 "source, or resume=False to start anew."
             )
-
-    def flush(self) -> None:
-        """Write what was noted."""
-        lines, self.waiting = b"".join(self.waiting), []
-        self._append(lines)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -108,11 +95,7 @@ class Journal:
             return
 
     def _read(self, lines: BinaryIO, *, resume: bool) -> None:
-        """Find what is done; nothing where a process was killed before the sink was ready.
-
-        Raises:
-            InputError: the file is no journal, and so is not ours to write over; or that of another run.
-        """
+        """Find what is done; a file that is no journal is not ours to write over."""
         first = lines.readline(LONGEST)
         if not first or (self.header.startswith(first) and not first.endswith(b"\n")):
             return
@@ -121,8 +104,6 @@ class Journal:
         if not resume:
             return
         self._require_same(first)
-        if lines.readline(LONGEST) != READY:
-            return
         whole = lines.tell()
         # Up to the last line, cut off when the process was killed, or one that is damaged.
         while (line := lines.readline(LONGEST)).endswith(b"\n"):
@@ -155,6 +136,20 @@ class Journal:
             raise InputError(
                 f"sink {self.file}: cannot be written ({error.strerror}). Make room, and call again."
             ) from error
+
+
+def require_seen(file: Path, header: bytes) -> None:
+    """Refuse a process that does not see the journal of this run, and so not its sink."""
+    try:
+        with file.open("rb") as lines:
+            seen = lines.readline(len(header)) == header
+    except OSError:
+        seen = False
+    if not seen:
+        raise AOTIError(
+            f"a worker does not see the sink of this run: {file} is not there, or another one. The sink must lie on "
+            "a file system that all workers share, under the same path."
+        )
 
 
 def _document(line: bytes) -> dict[str, Any]:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,32 +23,23 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, InputTypeError
+from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
-from ._executors import Runner, runner_for
+from ..model._operations import operation as operation_named
 from ._journal import Journal
-from ._part import (
-    OPERATIONS,
-    Done,
-    Part,
-    digest,
-    evaluate_part,
-    evaluate_rows,
-    loaded_model,
-    read_part,
-    require_visible,
-)
 from ._sinks import Fields, FolderSink, FunctionSink, Sink, open_sink, require_free
 from ._sources import Arrays, Rows, Source, open_source
+from ._tasks import OPERATIONS, Result, Task, digest, evaluate, evaluate_rows, loaded_model, read
 
 # How often what is done is written to disk and to the journal, in seconds.
 SYNC = 5.0
 # Rows of a chunk: so many blocks, which a model that solves something cuts rows into; and of one that solves nothing.
 BLOCKS, EXPLICIT = 16, 1 << 16
+# Tasks that are sent ahead for each worker, so that none waits for the caller; and workers, where an executor does not
+# say how many it has.
+AHEAD, UNKNOWN = 2, 64
 
-# Some rows, and what takes what they gave.
-Chunk = tuple[Part, Callable[[Done], None]]
-# Told how many rows are done, and of how many; the latter is None where that is not known.
+# Called with how many rows are done, and of how many; the latter is None where that is not known.
 Progress = Callable[[int, int | None], None]
 
 
@@ -90,7 +90,7 @@ def map_rows(
         operation: `forward`, or `jacobian` for the compiled derivative blocks as well, as `OUTPUT@INPUT`.
         rows: of a source that is an iterable, how many it gives; needed where the sink is files.
         resume: whether to go on from the journal of an earlier run in the sink; else its results are replaced.
-        progress: whether to show a progress bar on a terminal, or a function to tell.
+        progress: whether to show a progress bar on a terminal, or a function to call with the rows done and all rows.
 
     Returns:
         How many rows there were, and which failed.
@@ -101,116 +101,119 @@ def map_rows(
         AOTIError: the executor has broken.
     """
     begun = time.perf_counter()
-    if operation not in OPERATIONS:
-        raise InputError(f"operation is {operation!r}, expected one of {', '.join(OPERATIONS)}.")
+    operation_named(operation, OPERATIONS)
     for name, value in (("rows", rows), ("chunk", chunk)):
         _require_count(name, value)
     loaded = loaded_model(model)
     with ExitStack() as stack:
-        runner = stack.enter_context(runner_for(executor, loaded))
+        runner = stack.enter_context(_runner(executor, loaded))
         size = chunk or _chunk_size(loaded)
         given = open_source(source, loaded, rows)
         target = open_sink(sink)
-        if given.arrays is None and rows is None and not isinstance(target, FunctionSink):
-            raise InputError("rows is needed for an iterable as source and files as sink: how many rows it gives.")
-        tried = evaluate_rows(loaded, operation, given.first, 1)
-        fields = {name: (array.dtype.name, array.shape[1:]) for name, array in tried.items()}
+        first = evaluate_rows(loaded, operation, given.first, 1)
+        fields = {name: (array.dtype.name, array.shape[1:]) for name, array in first.items()}
         journal = None
         if not isinstance(target, FunctionSink):
+            if given.rows is None:
+                raise InputError("rows is needed for an iterable as source and files as sink: how many rows it gives.")
             require_free(target, given.files, fields, resume=resume)
             journal = Journal(target.journal, _identity(loaded, operation, given, size, fields), resume=resume)
             stack.callback(journal.close)
-            target.prepare(fields, given.rows, size, anew=not journal.resumed)
-            if not journal.resumed:
+            if journal.resumed:
+                target.require_prepared(fields, given.rows)
+            else:
+                target.prepare(fields, given.rows, size)
                 journal.begin()
-        tell = stack.enter_context(_shown(progress, given.rows if given.rows >= 0 else None))
-        run = _Run(operation, given, target, size, fields, journal, tell)
-        run.go(runner)
+        shown = stack.enter_context(_shown(progress, given.rows))
+        run = _Run(runner, operation, given, target, size, fields, journal, shown)
+        run.go()
         failed = target.finish()
     return Mapped(run.rows, run.evaluated, failed, time.perf_counter() - begun)
 
 
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class _Run:
-    """The chunks of a run, made as there is room for them."""
+    """The chunks of a run, made into tasks as there is room for them."""
 
+    runner: _Runner
     operation: str
     source: Source
     sink: Sink
     size: int
     fields: Fields
     journal: Journal | None
-    tell: Progress
+    progress: Progress
+    # Rows of the source so far; those evaluated here; those done, here or before.
     rows: int = 0
     evaluated: int = 0
-    _done: int = 0
-    _synced: float = field(default_factory=time.monotonic)
+    done: int = 0
+    synced: float = field(default_factory=time.monotonic)
 
-    def go(self, runner: Runner) -> None:
+    def go(self) -> None:
         """Have all rows done that are not done yet."""
-        arrays, journal = self.source.arrays, self.journal
-        # Before any work: does a worker see the model, the source and the sink?
-        rows = arrays if arrays is not None and arrays.are_stored else self.source.first
-        header = b"" if journal is None else journal.header
-        runner.run(partial(require_visible, header), [(self._part(runner, 0, 1, rows), lambda _: None)])
-        if journal is not None and arrays is not None:
-            # And are the rows that are done still the same?
-            runner.run(read_part, self._known(runner, journal))
+        if self.journal is not None and self.journal.done and self.source.arrays is not None:
+            # Before any row is evaluated: are the rows that are done still the same?
+            self.runner.run(read, self._known(self.journal))
         try:
-            runner.run(evaluate_part, self._chunks(runner))
+            self.runner.run(evaluate, self._coming())
         finally:
             self._sync()
 
-    def _part(self, runner: Runner, start: int, stop: int, rows: Arrays | Rows) -> Part:
-        # Blocks of rows need not be chunks of a Zarr array, which only one process at a time may write to.
-        apart = isinstance(self.sink, FolderSink) or self.source.arrays is not None
-        sink = self.sink if apart and not isinstance(self.sink, FunctionSink) else None
-        return Part(runner.model, self.operation, start, stop, rows, sink)
-
-    def _known(self, runner: Runner, journal: Journal) -> Iterator[Chunk]:
-        for start, stop, rows in self.source.parts(self.size):
+    def _known(self, journal: Journal) -> Iterator[_Chunk]:
+        for start, stop, rows in self.source.chunks(self.size):
             if (start, stop) in journal.done:
 
-                def compare(found: Done, start: int = start, stop: int = stop) -> None:
+                def compare(found: Result, start: int = start, stop: int = stop) -> None:
                     journal.require_same_rows(start, stop, found.digest)
 
-                yield self._part(runner, start, stop, rows), compare
+                yield self._task(start, stop, rows), compare
 
-    def _chunks(self, runner: Runner) -> Iterator[Chunk]:
-        for start, stop, rows in self.source.parts(self.size):
+    def _coming(self) -> Iterator[_Chunk]:
+        for start, stop, rows in self.source.chunks(self.size):
             self.rows = stop
             if self.journal is None or (start, stop) not in self.journal.done:
-                yield self._part(runner, start, stop, rows), partial(self._finish, start, stop)
+                yield self._task(start, stop, rows), partial(self._finish, start, stop)
                 continue
             if self.source.arrays is None and not isinstance(rows, Arrays):
-                # Of blocks, which come only once; those of arrays were looked at before.
+                # Blocks come only once; the rows of arrays were looked at before.
                 self.journal.require_same_rows(start, stop, digest(rows))
-            self._tell(stop - start)
+            self._report(stop - start)
 
-    def _finish(self, start: int, stop: int, found: Done) -> None:
+    def _task(self, start: int, stop: int, rows: Arrays | Rows) -> Task:
+        sink = None if isinstance(self.sink, FunctionSink) else self.sink
+        if self.source.arrays is None and not isinstance(sink, FolderSink):
+            # Blocks of rows need not be chunks of a Zarr array, which only one process at a time may write to.
+            sink = None
+        header = b"" if self.journal is None else self.journal.header
+        return Task(self.runner.model, self.operation, start, stop, rows, sink, header)
+
+    def _finish(self, start: int, stop: int, found: Result) -> None:
         if found.results is not None:
             self.sink.write(start, found.results)
         self.evaluated += stop - start
         if self.journal is not None:
             self.journal.note(start, stop, found.digest)
-            if time.monotonic() - self._synced > SYNC:
+            if time.monotonic() - self.synced > SYNC:
                 self._sync()
-        self._tell(stop - start)
+        self._report(stop - start)
 
-    def _tell(self, rows: int) -> None:
-        self._done += rows
-        self.tell(self._done, self.source.rows if self.source.rows >= 0 else None)
+    def _report(self, rows: int) -> None:
+        self.done += rows
+        self.progress(self.done, self.source.rows)
 
     def _sync(self) -> None:
         """Have on disk, and then in the journal, what is done."""
         if self.journal is not None and self.journal.waiting and not isinstance(self.sink, FunctionSink):
             self.sink.sync(self.fields)
             self.journal.flush()
-        self._synced = time.monotonic()
+        self.synced = time.monotonic()
 
 
 def _identity(model: Model, operation: str, source: Source, size: int, fields: Fields) -> dict[str, Any]:
-    """What a run is, so that another one is told from it."""
+    """What a run is, so that another one is told from it; its rows are known by the digests of the chunks."""
     parameters = hashlib.sha256()
     for name, value in model.named_parameters().items():
         parameters.update(name.encode() + value.detach().contiguous().numpy().tobytes())
@@ -222,7 +225,6 @@ def _identity(model: Model, operation: str, source: Source, size: int, fields: F
         "operation": operation,
         "rows": source.rows,
         "chunk": None if source.arrays is None else size,
-        # What its rows are: the digests of the chunks.
         "source": {name: [array.dtype.name, list(array.shape)] for name, array in sorted(source.first.items())},
         "results": {name: [dtype, list(tail)] for name, (dtype, tail) in sorted(fields.items())},
     }
@@ -256,3 +258,85 @@ def _shown(progress: bool | Progress, total: int | None) -> Iterator[Progress]:
     with Bar(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
         task = bar.add_task("rows", total=total)
         yield lambda done, _: bar.update(task, completed=done)
+
+
+# -- executors ---------------------------------------------------------------------------------------------------------
+
+# A task, and what takes its result.
+_Chunk = tuple[Task, Callable[[Result], None]]
+
+
+class _Here:
+    """An executor that is the calling thread."""
+
+    def submit(self, function: Callable[[Task], Result], task: Task) -> Future[Result]:
+        found: Future[Result] = Future()
+        found.set_result(function(task))
+        return found
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """An executor, how many tasks it is given at a time, and the model, pickled for other processes."""
+
+    executor: Any
+    most: int
+    model: Model | bytes
+
+    def run(self, function: Callable[[Task], Result], chunks: Iterable[_Chunk]) -> None:
+        """Have all chunks done, taken one after the other as there is room; the first error ends it.
+
+        When it has ended, nothing of these chunks is going on. Whether a task is attempted again is up to the executor.
+        """
+        running: dict[Future[Result], Callable[[Result], None]] = {}
+        coming = iter(chunks)
+        try:
+            while True:
+                while len(running) < self.most and (chunk := next(coming, None)) is not None:
+                    running[self.executor.submit(function, chunk[0])] = chunk[1]
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    running.pop(future)(future.result())
+        except BrokenExecutor as error:
+            raise AOTIError(
+                f"the executor has lost a worker and takes no more work ({error}). What was done is kept: call "
+                "map_rows again with a new executor, and it goes on from the journal."
+            ) from error
+        finally:
+            for future in running:
+                future.cancel()
+            # What has begun still writes to the sink, which is the next run's afterwards.
+            wait(running)
+
+
+@contextmanager
+def _runner(executor: object, model: Model) -> Iterator[_Runner]:
+    """What runs the tasks: this thread, an executor of the user's, or Dask's client."""
+    if executor is None:
+        yield _Runner(_Here(), 1, model)
+        return
+    if not callable(getattr(executor, "submit", None)):
+        raise InputTypeError(
+            f"executor is a {type(executor).__name__}, expected one with submit() in the way of concurrent.futures, or "
+            "a dask.distributed.Client."
+        )
+    recipe = pickle.dumps(model)
+    if type(executor).__module__.partition(".")[0] == "distributed" and hasattr(executor, "get_executor"):
+        from .dask import cluster
+
+        with cluster(executor, recipe) as (found, count):
+            yield _Runner(found, AHEAD * count, recipe)
+        return
+    yield _Runner(executor, AHEAD * _workers_of(executor), recipe)
+
+
+def _workers_of(executor: object) -> int:
+    """How many workers an executor has, as far as it says."""
+    for name in ("max_workers", "num_workers"):
+        found = getattr(executor, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    # Those of the standard library do not say it; they are for this machine.
+    own = isinstance(executor, (ThreadPoolExecutor, ProcessPoolExecutor))
+    return os.cpu_count() or 1 if own else UNKNOWN

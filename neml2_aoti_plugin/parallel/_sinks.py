@@ -13,64 +13,53 @@ from typing import Any
 import numpy as np
 
 from .._files import draft, file_name, require_outside_artifacts, require_writable
-from ..errors import AOTIError, InputError, InputTypeError
-from ._sources import FAILED, Rows, import_zarr, open_npy, path_of_group
+from ..errors import InputError, InputTypeError
+from ._sources import Rows, import_zarr, open_npy, path_of_group
+
+# The mask of rows that failed among the results, and their numbers beside it; no variable's name begins so.
+FAILED, FAILED_ROWS = "@failed", "@failed_rows"
 
 # What each row of a result is: dtype and shape.
 Fields = dict[str, tuple[str, tuple[int, ...]]]
 
-JOURNAL = "journal.jsonl"
-# The numbers of the rows that failed, beside the mask.
-FAILED_ROWS = "@failed_rows"
-
 
 @dataclass(frozen=True)
 class FolderSink:
-    """A folder of `.npy` files, which any process can write rows to.
+    """A folder of `.npy` files, to which any process can write rows of its own."""
 
-    Args:
-        folder: absolute; made if it is not there.
-    """
-
-    folder: Path
+    path: Path
 
     @property
     def journal(self) -> Path:
         """The file of the journal."""
-        return self.folder / JOURNAL
+        return self.path / "journal.jsonl"
 
     def place(self, name: str) -> Path:
         """The file of a result."""
-        return self.folder / f"{file_name(name)}.npy"
+        return self.path / f"{file_name(name)}.npy"
 
-    def prepare(self, fields: Fields, rows: int, chunk: int, *, anew: bool) -> None:
-        """Have the files there, with room for all rows.
-
-        Args:
-            fields: of the results.
-            rows: how many.
-            chunk: not needed here.
-            anew: whether to make them; else they must be there.
-
-        Raises:
-            InputError: they cannot be made, or are there and others; nothing is left that was made.
-        """
-        shapes = {name: (np.dtype(dtype), (rows, *tail)) for name, (dtype, tail) in fields.items()}
-        if not anew:
-            for name, shape in shapes.items():
-                _require_npy(self.place(name), *shape)
-            return
+    def prepare(self, fields: Fields, rows: int, chunk: int) -> None:
+        """Make the files, with room for all rows; nothing is left of them where that cannot be done."""
         require_writable(self.place(FAILED_ROWS))
         with ExitStack() as stack:
-            drafts = {name: stack.enter_context(draft(self.place(name))) for name in shapes}
+            drafts = {name: stack.enter_context(draft(self.place(name))) for name in fields}
             # What was there would be replaced; the room that it takes may be needed.
-            for name in (*shapes, FAILED_ROWS):
+            for name in (*fields, FAILED_ROWS):
                 self.place(name).unlink(missing_ok=True)
-            for name, scratch in drafts.items():
+            for name, (dtype, tail) in fields.items():
                 try:
-                    _make_npy(scratch, *shapes[name])
+                    _make_npy(drafts[name], np.dtype(dtype), (rows, *tail))
                 except OSError as error:
                     raise _unwritable(self.place(name), error) from error
+
+    def require_prepared(self, fields: Fields, rows: int) -> None:
+        """Refuse to go on where the files are not there as an earlier run has made them."""
+        for name, (dtype, tail) in fields.items():
+            with suppress(InputError):
+                array = open_npy(self.place(name))
+                if array.dtype == np.dtype(dtype) and array.shape == (rows, *tail):
+                    continue
+            raise _gone(self.place(name))
 
     def write(self, start: int, rows: Rows) -> None:
         """Write rows from a row on to the files that are there."""
@@ -102,47 +91,44 @@ class FolderSink:
 
 @dataclass(frozen=True)
 class ZarrSink:
-    """A Zarr group on disk, which processes can write to that write chunks of their own.
-
-    Args:
-        path: of the group, absolute; made if it is not there.
-    """
+    """A Zarr group on disk; only one process at a time may write to a chunk of an array."""
 
     path: Path
 
     @property
-    def folder(self) -> Path:
-        """The folder that the group and its journal lie in."""
-        return self.path.parent
-
-    @property
     def journal(self) -> Path:
-        """The file of the journal."""
-        return self.path.with_name(f"{self.path.name}.{JOURNAL}")
+        """The file of the journal, beside the group."""
+        return self.path.with_name(f"{self.path.name}.journal.jsonl")
 
     def place(self, name: str) -> Path:
         """The folder of a result."""
         return self.path / file_name(name)
 
-    def prepare(self, fields: Fields, rows: int, chunk: int, *, anew: bool) -> None:
-        """See `FolderSink.prepare`; a chunk of rows is a chunk of each array, so that processes write apart."""
-        zarr = import_zarr()
+    def prepare(self, fields: Fields, rows: int, chunk: int) -> None:
+        """Make the arrays; a chunk of the run is a chunk of each array."""
         try:
-            group = zarr.open_group(str(self.path), mode="a")
+            group = self._group("a")
             for name, (dtype, tail) in fields.items():
-                key, shape = file_name(name), (rows, *tail)
-                if anew and key not in group and os.path.lexists(self.place(name)):
+                key = file_name(name)
+                if key not in group and os.path.lexists(self.place(name)):
                     raise InputError(f"sink {self.place(name)}: is no Zarr array to replace. Give another sink.")
-                if anew:
-                    group.create_array(key, shape=shape, chunks=(min(chunk, rows), *tail), dtype=dtype, overwrite=True)
-                elif key not in group or group[key].shape != shape or str(group[key].dtype) != dtype:
-                    raise InputError(f"sink {self.path}: has no array {key!r} as its journal tells. Use another sink.")
+                group.create_array(
+                    key, shape=(rows, *tail), chunks=(min(chunk, rows), *tail), dtype=dtype, overwrite=True
+                )
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
+    def require_prepared(self, fields: Fields, rows: int) -> None:
+        """Refuse to go on where the arrays are not there as an earlier run has made them."""
+        group = self._group("a")
+        for name, (dtype, tail) in fields.items():
+            key = file_name(name)
+            if key not in group or group[key].shape != (rows, *tail) or str(group[key].dtype) != dtype:
+                raise _gone(self.place(name))
+
     def write(self, start: int, rows: Rows) -> None:
         """Write rows from a row on to the arrays that are there."""
-        group = import_zarr().open_group(str(self.path), mode="r+")
+        group = self._group("r+")
         for name, array in rows.items():
             try:
                 group[file_name(name)][start : start + len(array)] = array
@@ -154,24 +140,23 @@ class ZarrSink:
 
     def finish(self) -> np.ndarray:
         """Write the numbers of the rows that failed, and give them."""
-        group = import_zarr().open_group(str(self.path), mode="r+")
+        group = self._group("r+")
         numbers = np.flatnonzero(group[FAILED][...])
         group.create_array(FAILED_ROWS, data=numbers, overwrite=True)
         return numbers
 
+    def _group(self, mode: str) -> Any:
+        return import_zarr().open_group(str(self.path), mode=mode)
+
 
 class FunctionSink:
-    """A function that takes the results block by block, in the order of the rows.
-
-    Args:
-        function: takes a dict from name to array, with the rows of a chunk.
-    """
+    """A function that takes the results chunk by chunk, in the order of the rows."""
 
     def __init__(self, function: Callable[[Rows], object]) -> None:
         self._function = function
         self._waiting: dict[int, Rows] = {}
         self._next = 0
-        self._failed: list[np.ndarray] = []
+        self._failed = [np.empty(0, np.int64)]
 
     def write(self, start: int, rows: Rows) -> None:
         """Take the results of a chunk; they are handed on when all earlier ones have been."""
@@ -184,7 +169,7 @@ class FunctionSink:
 
     def finish(self) -> np.ndarray:
         """The numbers of the rows that failed."""
-        return np.concatenate([*self._failed, np.empty(0, np.int64)])
+        return np.concatenate(self._failed)
 
 
 FileSink = FolderSink | ZarrSink
@@ -192,12 +177,7 @@ Sink = FileSink | FunctionSink
 
 
 def open_sink(given: object) -> Sink:
-    """Find out what was given as a sink, and make its folder.
-
-    Raises:
-        InputTypeError: it is nothing that results could go to.
-        InputError: its folder cannot be made or written to.
-    """
+    """Find out what was given as a sink, and make the folder that it lies in."""
     if callable(given):
         return FunctionSink(given)
     sink: FileSink
@@ -213,24 +193,16 @@ def open_sink(given: object) -> Sink:
         )
     require_outside_artifacts(sink.journal)
     try:
-        sink.folder.mkdir(parents=True, exist_ok=True)
+        sink.journal.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(sink.folder, error) from error
+        raise _unwritable(sink.journal.parent, error) from error
     return sink
 
 
 def require_free(sink: FileSink, files: Iterable[Path], fields: Fields, *, resume: bool) -> None:
-    """Refuse a sink whose results would take the place of what is not theirs.
+    """Refuse a sink whose results would take the place of a file of the source, or of results without a journal.
 
-    Args:
-        sink: that nothing was written to yet.
-        files: the files and folders that the source is read from.
-        fields: of the results.
-        resume: as for `map_rows`.
-
-    Raises:
-        InputError: a file of the source is a result of the sink or lies in one, by whatever path; or there are results,
-            but no journal.
+    A file of the source may be a result by whatever path, and may lie in one.
     """
     real = {file: Path(os.path.realpath(file)) for file in files}
     read = {_inode(place): file for file, path in real.items() for place in (path, *path.parents) if place.exists()}
@@ -240,7 +212,7 @@ def require_free(sink: FileSink, files: Iterable[Path], fields: Fields, *, resum
             raise InputError(f"sink {place}: the source {file} is the same file. Give another sink.")
     if resume and any(map(os.path.lexists, places)) and not os.path.lexists(sink.journal):
         raise InputError(
-            f"sink {sink.folder}: there are results, but no journal of a run. Give another sink, or resume=False to "
+            f"sink {sink.path}: there are results, but no journal of a run. Give another sink, or resume=False to "
             "replace them."
         )
 
@@ -248,24 +220,6 @@ def require_free(sink: FileSink, files: Iterable[Path], fields: Fields, *, resum
 def _inode(file: Path) -> tuple[int, int]:
     found = file.stat()
     return found.st_dev, found.st_ino
-
-
-def require_same_journal(journal: Path, header: bytes) -> None:
-    """Refuse a process that does not see the sink of this run.
-
-    Raises:
-        AOTIError: the journal is not there, or another one.
-    """
-    try:
-        with journal.open("rb") as file:
-            same = file.readline(len(header)) == header
-    except OSError:
-        same = False
-    if not same:
-        raise AOTIError(
-            f"a worker does not see the sink of this run: {journal} is not there, or another one. The sink must lie on "
-            "a file system that all workers share, under the same path."
-        )
 
 
 def _make_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
@@ -277,23 +231,18 @@ def _make_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
             os.posix_fallocate(out.fileno(), 0, array.offset + array.nbytes)
 
 
-def _require_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Refuse to go on with what is no `.npy` file of such an array."""
-    with suppress(InputError):
-        array = open_npy(file)
-        if array.dtype == dtype and array.shape == shape:
-            return
-    raise InputError(
-        f"sink {file}: is not there as the journal beside it tells, so the run cannot go on. Give resume=False to "
-        "start anew, or another sink."
-    )
-
-
 def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
-def _unwritable(file: Path, error: OSError) -> InputError:
+def _gone(place: Path) -> InputError:
+    return InputError(
+        f"sink {place}: is not there as the journal of the run says, so the run cannot go on. Give resume=False to "
+        "start anew, or another sink."
+    )
+
+
+def _unwritable(place: Path, error: OSError) -> InputError:
     full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     cure = "Make room, and call again" if full else "Give a sink that can be written to"
-    return InputError(f"sink {file}: cannot be written ({error.strerror or error}). {cure}.")
+    return InputError(f"sink {place}: cannot be written ({error.strerror or error}). {cure}.")

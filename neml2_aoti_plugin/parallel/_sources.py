@@ -17,20 +17,14 @@ from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
 
 Rows = dict[str, np.ndarray]
-# The mask of rows that failed, among results by the names of variables; no variable's name begins so.
-FAILED = "@failed"
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Where the arrays of a source are.
-
-    Args:
-        places: by name of the input: a `.npy` file, the folder of a Zarr array, or an array in memory.
-        common: names of those that have no row axis.
-    """
+    """Where the arrays of a source are: `.npy` files, folders of Zarr arrays, or arrays in memory, by input."""
 
     places: Mapping[str, Path | np.ndarray]
+    # Names of those that have no row axis, and are the same for all rows.
     common: frozenset[str]
 
     @property
@@ -39,11 +33,7 @@ class Arrays:
         return all(isinstance(place, Path) for place in self.places.values())
 
     def read(self, start: int, stop: int) -> Rows:
-        """Rows by name of the input; one that has no row axis is the same for all.
-
-        Raises:
-            InputError: they cannot be read.
-        """
+        """Rows by name of the input."""
         found = {}
         for name, place in self.places.items():
             with _as_input_errors(place):
@@ -53,58 +43,39 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows to evaluate.
+    """Rows to evaluate: arrays, or blocks of rows that come one after the other."""
 
-    Args:
-        rows: how many; -1 where that is not known.
-        first: the first of them, to try the model on.
-        arrays: where they are, if they are arrays.
-        blocks: of rows, where they come one after the other.
-        files: the files and folders that it is read from.
-    """
-
-    rows: int
+    # How many; None where that is not known.
+    rows: int | None
+    # The first row, to try the model on.
     first: Rows
     arrays: Arrays | None = None
     blocks: Iterable[Rows] = ()
+    # The files and folders that the arrays are read from.
     files: tuple[Path, ...] = ()
 
-    def parts(self, size: int) -> Iterator[tuple[int, int, Arrays | Rows]]:
-        """The chunks: the first row, one behind the last, and the rows, or where a process reads them itself.
+    def chunks(self, size: int) -> Iterator[tuple[int, int, Arrays | Rows]]:
+        """The first row of each chunk, one behind its last, and its rows, or where any process reads them itself.
 
-        Args:
-            size: rows of each, where they are not given as blocks.
-
-        Raises:
-            InputError: there are more or fewer rows than there should be.
+        Chunks have `size` rows where the source is arrays; else they are its blocks.
         """
         stop = 0
-        if self.arrays is not None:
+        if self.arrays is not None and self.rows is not None:
             for start in range(0, self.rows, size):
                 stop = min(start + size, self.rows)
                 yield start, stop, self.arrays if self.arrays.are_stored else self.arrays.read(start, stop)
             return
         for block in self.blocks:
             start, stop = stop, stop + len(next(iter(block.values())))
-            if 0 <= self.rows < stop:
+            if self.rows is not None and self.rows < stop:
                 raise InputError(f"source gives more than {self.rows} rows (rows=).")
             yield start, stop, block
-        if 0 <= self.rows != stop:
+        if self.rows is not None and self.rows != stop:
             raise InputError(f"source gave {stop} rows, expected {self.rows} (rows=).")
 
 
 def open_source(given: object, model: Model, rows: int | None) -> Source:
-    """Find out what was given as a source, and check it.
-
-    Args:
-        given: as for `map_rows`.
-        model: that the rows are for.
-        rows: as for `map_rows`.
-
-    Raises:
-        InputTypeError: it is nothing that rows could come from, or has another dtype than the model.
-        InputError: names, shapes or numbers of rows do not fit.
-    """
+    """Find out what was given as a source, and check names, dtypes and shapes; `rows` is that of `map_rows`."""
     if isinstance(given, (str, os.PathLike)):
         return _from_path(Path(given), model)
     if isinstance(given, Mapping):
@@ -135,18 +106,14 @@ def _from_mapping(given: Mapping[Any, Any], model: Model, where: str = "source")
         place = places[name] = _file_of(value) or _as_array(value, name)
         with _as_input_errors(place):
             opened[name] = _opened(place)
-    rows, common = _checked(opened, model, where)
+    rows, common = checked(opened, model, where)
     arrays = Arrays(places, common)
     files = tuple(file for place in places.values() for file in _files_behind(place))
     return Source(rows, arrays.read(0, 1), arrays, files=files)
 
 
 def open_npy(file: Path) -> np.memmap[Any, Any]:
-    """The array of a `.npy` file as a memory map.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """The array of a `.npy` file as a memory map."""
     with _as_input_errors(file):
         if not file.is_file():
             raise ValueError("there is no such file, or it is no plain file")
@@ -162,7 +129,7 @@ def _opened(place: Path | np.ndarray) -> Any:
 
 @contextmanager
 def _as_input_errors(place: Path | np.ndarray) -> Iterator[None]:
-    """Tell of a file that cannot be read as what it is: damaged headers and chunks raise errors of many kinds."""
+    """Raise an `InputError` for a file that cannot be read: damaged headers and chunks raise errors of many kinds."""
     try:
         yield
     except (AOTIError, MemoryError):
@@ -210,11 +177,7 @@ def _as_array(value: object, name: str) -> np.ndarray:
 
 
 def path_of_group(group: Any) -> Path:
-    """The folder of a Zarr group.
-
-    Raises:
-        InputTypeError: it is in none.
-    """
+    """The folder of a Zarr group."""
     root = getattr(group.store, "root", None) or getattr(group.store, "path", None)
     if root is None:
         raise InputTypeError("the Zarr group is not in a folder of this machine. Give one that is, by its path.")
@@ -227,21 +190,21 @@ def _from_blocks(given: Iterable[Any], model: Model, rows: int | None) -> Source
     if first is None:
         raise InputError("source gives no block of rows.")
     row = {name: array[:1] for name, array in first.items()}
-    return Source(-1 if rows is None else rows, row, blocks=itertools.chain([first], checked))
+    return Source(rows, row, blocks=itertools.chain([first], checked))
 
 
 def _block(block: object, model: Model, number: int) -> Rows:
-    """A block of an iterable; all its arrays have the row axis."""
+    """A block of an iterable, all of whose arrays are given the row axis."""
     where = f"block {number} of the source"
     if not isinstance(block, Mapping):
         raise InputTypeError(f"{where} is a {type(block).__name__}, expected a dict from name of the input to array.")
     arrays = {name: _as_array(value, name) for name, value in block.items()}
-    rows, common = _checked(arrays, model, where)
+    rows, common = checked(arrays, model, where)
     return {n: np.broadcast_to(a, (rows, *a.shape)) if n in common else a for n, a in arrays.items()}
 
 
-def _checked(arrays: Mapping[str, Any], model: Model, where: str) -> tuple[int, frozenset[str]]:
-    """The number of rows, and the names of arrays without a row axis."""
+def checked(arrays: Mapping[str, Any], model: Model, where: str) -> tuple[int, frozenset[str]]:
+    """The number of rows, and the names of arrays without a row axis; arrays need no more than a dtype and a shape."""
     variables = {**model.initial_guesses, **model.inputs}
     absent = [name for name in model.inputs if name not in arrays]
     unknown = [str(name) for name in arrays if name not in variables]

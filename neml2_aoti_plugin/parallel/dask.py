@@ -14,7 +14,9 @@ import numpy as np
 
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
-from ._part import OPERATIONS, evaluate_rows, loaded_model, model_of
+from ..model._operations import operation as operation_named
+from ._sources import checked
+from ._tasks import OPERATIONS, evaluate_rows, loaded_model, model_of
 
 try:
     from distributed import KilledWorker, WorkerPlugin
@@ -26,56 +28,35 @@ RETRIES = 2
 
 
 class LoadModel(WorkerPlugin):
-    """Has each worker load a model, once and before any work.
-
-    Args:
-        recipe: the pickled model.
-    """
+    """Has each worker load a model, once and before any work; raises where the artifact differs or is not there."""
 
     def __init__(self, recipe: bytes) -> None:
         self.recipe = recipe
         self.name = f"neml2-aoti-plugin-{hashlib.sha256(recipe).hexdigest()}"
 
     def setup(self, worker: Any) -> None:
-        """Load it; raises where its artifact is not there, or differs."""
+        """Load the model."""
         model_of(self.recipe)
 
 
 @contextmanager
 def cluster(client: Any, recipe: bytes) -> Iterator[tuple[Any, int]]:
-    """The workers of a client, with a model loaded.
-
-    Args:
-        client: a `distributed.Client`.
-        recipe: the pickled model.
-
-    Yields:
-        An executor in the way of concurrent.futures, and the number of threads of all workers.
-
-    Raises:
-        ArtifactError: a worker does not see the artifact, or has another one there.
-        AOTIError: there are no workers, or a chunk kills them.
-    """
+    """The workers of a client, with a model loaded, as an executor of concurrent.futures; and how many threads."""
     register(client, recipe)
     executor = client.get_executor(pure=False, retries=RETRIES)
     try:
         yield executor, max(sum(client.nthreads().values()), 1)
     except KilledWorker as error:
         raise AOTIError(
-            f"a chunk was given up by Dask, for its worker died at each try ({error}). It may have run out of memory: "
-            "use smaller chunks (chunk=). What was done is kept, and the next call goes on from the journal."
+            f"a chunk was given up by Dask, for its worker died at each attempt ({error}). It may have run out of "
+            "memory: use smaller chunks (chunk=). What was done is kept, and the next call goes on from the journal."
         ) from error
     finally:
         executor.shutdown(wait=False)
 
 
 def register(client: Any, recipe: bytes) -> None:
-    """Have all workers load a model, those that come later too.
-
-    Raises:
-        ArtifactError: a worker does not see the artifact, or has another one there.
-        AOTIError: there are no workers.
-    """
+    """Have all workers load a model, those that come later too."""
     if not client.nthreads():
         raise AOTIError("the client has no workers. Start some, and wait for them with client.wait_for_workers(1).")
     client.register_plugin(LoadModel(recipe))
@@ -106,8 +87,7 @@ def map_blocks(
     """
     import dask.array as da
 
-    if operation not in OPERATIONS:
-        raise InputError(f"operation is {operation!r}, expected one of {', '.join(OPERATIONS)}.")
+    operation_named(operation, OPERATIONS)
     loaded = loaded_model(model)
     along = {name: value for name, value in inputs.items() if isinstance(value, da.Array)}
     _require_fitting(loaded, inputs, along)
@@ -156,9 +136,7 @@ def _block(*arrays: np.ndarray, recipe: bytes, operation: str, names: list[str],
 
 
 def _require_fitting(model: Model, inputs: Mapping[str, Any], along: Mapping[str, Any]) -> None:
-    from ._sources import _checked
-
-    _checked(inputs, model, "inputs")
+    checked(inputs, model, "inputs")
     if not along:
         raise InputTypeError("inputs hold no Dask array. Use Model for arrays in memory.")
     first = next(iter(along))
