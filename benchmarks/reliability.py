@@ -25,10 +25,9 @@ import torch
 
 from neml2_aoti_plugin import Model, seal
 from neml2_aoti_plugin._artifact import compatibility
-from neml2_aoti_plugin._artifact.archive import open_archive
+from neml2_aoti_plugin._artifact.decode import read_metadata
 from neml2_aoti_plugin._artifact.locate import locate
-from neml2_aoti_plugin._artifact.package import operators_in, read_signature
-from neml2_aoti_plugin._artifact.parse import read_metadata
+from neml2_aoti_plugin._artifact.package import open_archive, operators_in, read_signature
 from neml2_aoti_plugin._graphs.unpack import load_runner
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
@@ -61,7 +60,7 @@ def load(artifact: Path) -> None:
     checked = milliseconds(lambda: compatibility.check(metadata, place))
 
     def first() -> None:
-        compatibility._looked_over.clear()
+        compatibility.looked_over.clear()
         compatibility.check(metadata, place)
 
     def read_again() -> None:

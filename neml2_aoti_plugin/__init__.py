@@ -31,8 +31,8 @@ __all__ = [
 # Type checkers take a name of this spelling for typing's, whose import would cost more than arming does.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from neml2_aoti_plugin._artifact.trust import seal as seal
     from neml2_aoti_plugin._host.hit import AOTIModel as AOTIModel
-    from neml2_aoti_plugin._sealing import seal as seal
     from neml2_aoti_plugin._status import status as status
     from neml2_aoti_plugin.errors import AOTIError as AOTIError
     from neml2_aoti_plugin.errors import ArtifactError as ArtifactError
@@ -51,7 +51,7 @@ _HOME = {
     "Model": "model",
     "Points": "points",
     "map_rows": "parallel",
-    "seal": "_sealing",
+    "seal": "_artifact.trust",
     "status": "_status",
 }
 

@@ -161,7 +161,7 @@ class TestMetadata:
             (lambda d: d["segments"][0].update(inputs=["eps"]), ["eps"]),
             (
                 lambda d: d["outputs"][0].update(name="@failed"),
-                ["outputs[0].name is '@failed'", "begin with @", "another name in the input file"],
+                ["outputs[0].name is '@failed'", "begin with @", "another name in the source input"],
             ),
             (
                 lambda d: d.update(boundary_aliases={"inputs": {"strain": "@step"}}),

@@ -13,8 +13,8 @@ import references
 from attacks.archives import ATTACKS, edited, recorded, swapped
 from attacks.children import run, run_fresh
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model
-from neml2_aoti_plugin._artifact import compatibility, processor
-from neml2_aoti_plugin._artifact.folder import folder_at
+from neml2_aoti_plugin._artifact import compatibility
+from neml2_aoti_plugin._artifact.files import folder_at
 from neml2_aoti_plugin._artifact.package import read_signature
 from neml2_aoti_plugin._artifact.wiring import Wire, wire_fault
 
@@ -117,26 +117,26 @@ class TestProcessor:
     HAVE = frozenset(["fma", "f16c", "avx2", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni"])
 
     def test_a_superset_is_fine(self) -> None:
-        assert processor.lacking("AVX512 AVX512_VNNI", self.HAVE) == []
-        assert processor.lacking("AVX2", self.HAVE | {"amx_tile"}) == []
+        assert compatibility.lacking("AVX512 AVX512_VNNI", self.HAVE) == []
+        assert compatibility.lacking("AVX2", self.HAVE | {"amx_tile"}) == []
 
     def test_a_subset_is_refused(self) -> None:
-        assert processor.lacking("AVX512 AVX512_VNNI", self.HAVE - {"avx512_vnni"}) == ["avx512_vnni"]
-        assert processor.lacking("AVX512", frozenset({"avx2", "fma"})) == [
+        assert compatibility.lacking("AVX512 AVX512_VNNI", self.HAVE - {"avx512_vnni"}) == ["avx512_vnni"]
+        assert compatibility.lacking("AVX512", frozenset({"avx2", "fma"})) == [
             "avx512f",
             "avx512dq",
             "avx512bw",
             "avx512vl",
         ]
-        assert processor.lacking("AVX512 AVX512_VNNI AMX_TILE", self.HAVE) == ["amx_tile", "amx_bf16", "amx_int8"]
+        assert compatibility.lacking("AVX512 AVX512_VNNI AMX_TILE", self.HAVE) == ["amx_tile", "amx_bf16", "amx_int8"]
 
     def test_this_machine_can_run_what_it_compiled(self) -> None:
-        assert processor.cpu_flags()
-        assert processor.lacking("AVX512 AVX512_VNNI" if "avx512f" in processor.cpu_flags() else "AVX2") == []
+        assert compatibility.cpu_flags()
+        assert compatibility.lacking("AVX512 AVX512_VNNI" if "avx512f" in compatibility.cpu_flags() else "AVX2") == []
 
     def test_where_the_system_tells_no_flags_torch_asks_the_processor(self) -> None:
         has = torch.cpu._is_avx512_supported()
-        assert processor.lacking("AVX512", frozenset()) == ([] if has else ["AVX512"])
+        assert compatibility.lacking("AVX512", frozenset()) == ([] if has else ["AVX512"])
 
     @pytest.mark.parametrize(
         ("built_for", "have", "portable", "refused"),
@@ -164,7 +164,7 @@ class TestTorch:
         [("2.9.1", True), ("1.13", True), ("2.10.0", False), ("2.13.0+cpu", False), ("3.0", False), ("nightly", False)],
     )
     def test_torch_that_is_too_old(self, version: str, refused: bool) -> None:
-        assert bool(compatibility._of_torch(version)) == refused
+        assert bool(compatibility.torch_fault(version)) == refused
 
 
 def test_operators_are_registered_where_neml2_was_not_imported() -> None:

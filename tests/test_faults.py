@@ -15,8 +15,7 @@ import references
 from attacks import documents
 from attacks.children import run
 from neml2_aoti_plugin import AOTIError, ArtifactError, ConvergenceError
-from neml2_aoti_plugin._artifact import parse
-from neml2_aoti_plugin._artifact.reading import Node
+from neml2_aoti_plugin._artifact import decode
 from neml2_aoti_plugin._artifact.upgrade import upgrade
 
 WORKER = "import sys; from attacks import worker; sys.exit(worker.main())"
@@ -90,7 +89,7 @@ def test_damaged_metadata_of_every_schema_is_read_or_refused(name: str) -> None:
     def one(found: tuple[dict[str, Any], list[str]]) -> None:
         document = json.loads(json.dumps(found[0]))
         try:
-            parse.metadata(Node(upgrade(document, "file"), "", "file"), 14)
+            decode.metadata(upgrade(document, "file"), "file")
         except AOTIError as error:
             assert "file" in str(error)
 
@@ -129,10 +128,10 @@ def test_huge_numbers_of_repeats_are_refused(tmp_path: Path) -> None:
     document = json.loads((references.case("viscoplasticity").artifact / "metadata.json").read_text())
     document["solver_config"]["miters"] = 2**31
     with pytest.raises(ArtifactError, match=r"solver_config\.miters is 2147483648, expected .* at most"):
-        parse.metadata(Node(document, "", "file"), 14)
+        decode.metadata(document, "file")
     document["solver_config"].update(miters=25, rtol=-1.0)
     with pytest.raises(ArtifactError, match=r"rtol is -1\.0, expected a finite number, zero or more"):
-        parse.metadata(Node(document, "", "file"), 14)
+        decode.metadata(document, "file")
 
 
 class TestNumbers:

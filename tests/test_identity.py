@@ -20,11 +20,11 @@ from attacks.archives import TWICE_SHEAR, recorded, with_shear
 from attacks.children import run
 from neml2_aoti_plugin import ArtifactError, Model
 from neml2_aoti_plugin._artifact.compatibility import check
+from neml2_aoti_plugin._artifact.decode import read_metadata
 from neml2_aoti_plugin._artifact.locate import locate
-from neml2_aoti_plugin._artifact.order import order_faults
 from neml2_aoti_plugin._artifact.package import Argument, Signature
-from neml2_aoti_plugin._artifact.parse import read_metadata
-from neml2_aoti_plugin._artifact.schema import ForwardSegment
+from neml2_aoti_plugin._artifact.schema import ExplicitInfo
+from neml2_aoti_plugin._artifact.wiring import order_faults
 
 SHEAR = {"strain": torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)}
 
@@ -220,7 +220,7 @@ class TestWhileItIsLoaded:
     def test_the_order_of_arguments_that_changed(self) -> None:
         plain = Argument(torch.float64, (), "")
         typed = Argument(torch.float64, (None, 6), "SR2")
-        segment = ForwardSegment("a.pt2", ("x",), ("y",), ("p",), arguments=("x", "p"))
+        segment = ExplicitInfo("a.pt2", ("x",), ("y",), ("p",), arguments=("x", "p"))
         metadata = replace(read_metadata(references.case("elasticity").artifact / "metadata.json"), segments=(segment,))
         there = {"a.pt2": Signature((typed, plain), 1)}
         assert order_faults(metadata, Path("leaf"), there) == {}

@@ -29,16 +29,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "points": {"model"},
     "serve": {"model", "_solve"},
     "_workbench": {"_artifact", "_host", "model", "_program", "_solve", "_status"},
-    "_cli": {"_sealing", "serve", "_solve", "_workbench"},
+    "_cli": {"_artifact", "serve", "_solve", "_workbench"},
 }
 # Modules beside the folders: activation, and the command.
 BESIDE: dict[str, set[str]] = {
-    "__init__": {"_autoload", "_status", "_host", "model", "parallel", "points", "_sealing"},
+    "__init__": {"_artifact", "_autoload", "_status", "_host", "model", "parallel", "points"},
     "__main__": {"_cli"},
     "_autoload": {"_late"},
     "_late": {"_autoload"},
     "_status": {"_autoload", "_solve"},
-    "_sealing": {"_artifact"},
 }
 # The folder whose modules import neml2 at the top; elsewhere it is imported within functions or not at all.
 WITH_NEML2 = "_host"

@@ -15,8 +15,8 @@ import references
 from attacks.archives import edited
 from neml2_aoti_plugin import ArtifactError, Model, seal
 from neml2_aoti_plugin import _cli as cli
-from neml2_aoti_plugin._artifact.folder import folder_at
-from neml2_aoti_plugin._artifact.generated import of_one_source, read_generated
+from neml2_aoti_plugin._artifact.files import folder_at
+from neml2_aoti_plugin._artifact.kinship import of_one_source, read_generated
 from neml2_aoti_plugin._workbench.describe import describe
 from neml2_aoti_plugin._workbench.diagnose import diagnose
 from neml2_aoti_plugin._workbench.target import find_target

@@ -23,9 +23,9 @@ from data import collect
 from legacy import build
 from legacy.catalogue import EVERY, SCENARIOS, pairs, release_named
 from neml2_aoti_plugin import DerivativeNotCompiledError, Model
+from neml2_aoti_plugin._artifact.decode import read_metadata
 from neml2_aoti_plugin._artifact.locate import locate
-from neml2_aoti_plugin._artifact.parse import read_metadata
-from neml2_aoti_plugin._artifact.schema import ForwardSegment, ImplicitSegment, Metadata
+from neml2_aoti_plugin._artifact.schema import ExplicitInfo, ImplicitInfo, Metadata
 
 pytestmark = [pytest.mark.legacy, pytest.mark.timeout(3600)]
 
@@ -69,7 +69,7 @@ def described(release: str, scenario: str) -> Metadata:
 @functools.cache
 def model(release: str, scenario: str) -> Model:
     """The model with the Newton settings of the newest release, wherever its own release kept them."""
-    implicit = [s for s in described(NEWEST, scenario).segments if isinstance(s, ImplicitSegment)]
+    implicit = [s for s in described(NEWEST, scenario).segments if isinstance(s, ImplicitInfo)]
     return Model(entry(release, scenario), solver=asdict(implicit[0].newton) if implicit else None)
 
 
@@ -88,7 +88,7 @@ def lone(scenario: str) -> frozenset[str]:
     """Inputs that not every release has: first iterates of unknowns, and the old value of an incremental variable."""
     found: set[str] = set()
     for part in described(NEWEST, scenario).segments:
-        if isinstance(part, ImplicitSegment):
+        if isinstance(part, ImplicitInfo):
             packed = {v.name for group in part.givens for v in group.variables}
             found |= {v.name for v in part.unknown_variables} | ({g.variable.name for g in part.roles} - packed)
     return frozenset(found)
@@ -274,8 +274,8 @@ def test_newton_settings_of_the_release(release: str) -> None:
     assert asdict(own) == told
 
 
-def segment(metadata: Metadata) -> ImplicitSegment:
-    return next(s for s in metadata.segments if isinstance(s, ImplicitSegment))
+def segment(metadata: Metadata) -> ImplicitInfo:
+    return next(s for s in metadata.segments if isinstance(s, ImplicitInfo))
 
 
 # -- traps ---------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def segment(metadata: Metadata) -> ImplicitSegment:
 @having("promoted_provider")
 def test_a_parameter_ahead_of_the_input(release: str) -> None:
     first = described(release, "promoted_provider").segments[0]
-    assert isinstance(first, ForwardSegment)
+    assert isinstance(first, ExplicitInfo)
     ahead = ("young.value", "strain") if release_named(release).schema < 7 else ("strain", "young.value")
     assert (first.taken, first.inputs, first.parameters) == (ahead, ("strain",), ("young.value",))
 
@@ -334,7 +334,7 @@ def test_a_pair_without_a_path_is_zero(release: str, scenario: str) -> None:
 
 @having("unreached")
 def test_a_segment_off_every_path_has_no_derivative_graph(release: str) -> None:
-    forward = [s for s in described(release, "unreached_forward").segments if isinstance(s, ForwardSegment)]
+    forward = [s for s in described(release, "unreached_forward").segments if isinstance(s, ExplicitInfo)]
     assert segment(described(release, "unreached")).sensitivity is None
     assert any(s.jacobian is None for s in forward) and any(s.jacobian is not None for s in forward)
 

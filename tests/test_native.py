@@ -12,8 +12,7 @@ from torch import Tensor
 import references
 from attacks.archives import archive_of, entries_of
 from attacks.children import run
-from neml2_aoti_plugin._artifact.archive import open_archive
-from neml2_aoti_plugin._artifact.package import operators_in, read_signature
+from neml2_aoti_plugin._artifact.package import open_archive, operators_in, read_signature
 from neml2_aoti_plugin._graphs.native import operators, repacked
 from neml2_aoti_plugin._graphs.unpack import load_runner
 

@@ -42,6 +42,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
         "click": "<9,>=8.1",
         "neml2": "<4,>=3.1",
         "llvmlite": ">=0.46",
+        "msgspec": "<1,>=0.20",
         "rich": "<17,>=13.7",
         "safetensors": "<1,>=0.4.3",
         "torch": ">=2.10",

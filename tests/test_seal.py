@@ -20,8 +20,8 @@ from attacks.archives import recorded
 from attacks.children import environment
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model, seal
 from neml2_aoti_plugin import _cli as cli
-from neml2_aoti_plugin._artifact.admit import REQUIRE_SEAL
-from neml2_aoti_plugin._artifact.roots import ROOTS
+from neml2_aoti_plugin._artifact.files import ROOTS
+from neml2_aoti_plugin._artifact.trust import REQUIRE_SEAL
 
 INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
 
@@ -249,7 +249,7 @@ class TestCommand:
 
     def test_help_does_not_import_torch(self) -> None:
         program = (
-            "import sys; from neml2_aoti_plugin import cli\n"
+            "import sys; from neml2_aoti_plugin import _cli as cli\n"
             "try: cli.main(['--help'])\n"
             "finally: assert not {'torch', 'neml2'} & set(sys.modules)"
         )

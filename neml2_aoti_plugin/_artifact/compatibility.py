@@ -1,51 +1,54 @@
-"""May this artifact run here? Everything that can be told without running any of it, in one report."""
+"""May this artifact run here? Everything that can be found without running any of it, in one report."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
+import struct
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from zipfile import ZipFile
 
 import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError
-from . import archive as zipped
-from .binary import library_fault
-from .operators import operator_fault
-from .order import order_faults
-from .package import Build, Package, Signature, build_in, operators_in, read_package, signature_in
-from .place import DEVICES, Place
-from .processor import NEEDS, lacking, machine
+from .files import named
+from .layout import DEVICES
+from .locate import Place
+from .package import (
+    Build,
+    Package,
+    Signature,
+    archive_faults,
+    build_in,
+    libraries_in,
+    open_archive,
+    operators_in,
+    read_entry,
+    read_package,
+    signature_in,
+)
 from .schema import Metadata
-from .telling import named
-from .wiring import Wire, roles_fault, wire_fault, wires
+from .wiring import Wire, order_faults, roles_fault, wire_fault, wires
 
 OLDEST_TORCH = (2, 10)
+_HERE = "Compile the model here with neml2-compile."
+_AGAIN = "Copy the package again, or compile the model again."
 
 
 def check(metadata: Metadata, place: Place) -> dict[str, Package]:
-    """Refuse an artifact that cannot run here, with all that was found and a cure for each.
-
-    Args:
-        metadata: of the artifact.
-        place: of its leaf.
-
-    Returns:
-        The packages by the names that the metadata has for them.
-
-    Raises:
-        ArtifactNotFoundError: a file is missing.
-        ArtifactError: anything else is wrong.
-    """
+    """The packages by the names that the metadata has for them, or an ArtifactError with all that is wrong."""
     names = sorted(files_of(metadata))
     handed = wires(metadata)
     packages: dict[str, Package] = {}
     # By what is wrong, the packages it is wrong with.
     found: dict[str, list[str]] = {}
-    for text in (_of_torch(torch.__version__), _of_device(place), _of_metadata(metadata, place)):
+    for text in (torch_fault(torch.__version__), _device_fault(place), _metadata_fault(metadata, place)):
         if text:
             found[text] = []
     missing = False
@@ -53,7 +56,7 @@ def check(metadata: Metadata, place: Place) -> dict[str, Package]:
     for name in names:
         file = place.leaf / name
         try:
-            packages[name], findings[name] = inspect(file, place, [w for w in handed if w.file == name])
+            packages[name], findings[name] = _inspect(file, place, [w for w in handed if w.file == name])
         except ArtifactError as error:
             findings[name] = [str(error).removeprefix(f"{file}: ")]
             missing = missing or isinstance(error, ArtifactNotFoundError)
@@ -87,202 +90,6 @@ def files_of(metadata: Metadata) -> set[str]:
     return found
 
 
-def inspect(file: Path, place: Place, handed: list[Wire]) -> tuple[Package, list[str]]:
-    """List what speaks against running one package here.
-
-    Args:
-        file: the package.
-        place: of the leaf it is in.
-        handed: what the metadata gives its graph.
-
-    Returns:
-        The package, and what is wrong with the cure, a line for each.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactError: the package is damaged, so that there is no more to tell.
-    """
-    data, digest = read_package(file, place.folder)
-    known = (digest, file.stem)
-    inside = _looked_over.get(known)
-    if inside is None:
-        inside = look_over(file, data)
-        _looked_over[known] = inside
-        # Not without end, however many artifacts a process goes through.
-        if len(_looked_over) > _MANY:
-            for old in list(_looked_over)[:-_MANY]:
-                _looked_over.pop(old, None)
-    package = Package(file, place.folder, digest, inside.signature)
-    if inside.faults:
-        return package, list(inside.faults)
-    build = inside.build
-    faults = [*_of_machine(build), _of_build_device(build, place), _of_cpu(build, place)]
-    if place.device.type == "cuda" and torch.cuda.is_available():
-        have = torch.cuda.get_device_capability(place.device)
-        faults.append(gpu_fault(build.compute_capability, have, inside.portable))
-    faults.append(operator_fault(inside.operators))
-    faults += [wire_fault(wire, inside.signature) for wire in handed]
-    return package, list(dict.fromkeys(fault for fault in faults if fault))
-
-
-@dataclass(frozen=True)
-class Inside:
-    """What the bytes of a package tell, wherever they lie.
-
-    Args:
-        faults: what speaks against them anywhere; with any, the rest is not told.
-        build: what they were built for.
-        portable: whether there is code that later GPUs can translate.
-        operators: that the graph calls by name.
-        signature: what the graph takes.
-    """
-
-    faults: tuple[str, ...] = ()
-    build: Build = field(default_factory=Build)
-    portable: bool = False
-    operators: tuple[str, ...] = ()
-    signature: Signature | None = None
-
-
-# By digest and name of the package: the same bytes need not be looked over again.
-_looked_over: dict[tuple[str, str], Inside] = {}
-_MANY = 4096
-
-
-def look_over(file: Path, data: bytes) -> Inside:
-    """Look into a package.
-
-    Args:
-        file: the package; its name is that of the graph.
-        data: its bytes.
-
-    Returns:
-        What is in it.
-
-    Raises:
-        ArtifactError: it is damaged, so that there is no more to tell.
-    """
-    with zipped.open_archive(file, data) as archive:
-        faults = zipped.faults(archive) or _of_contents(archive, file, data)
-        if faults:
-            return Inside(tuple(faults))
-        return Inside(
-            build=build_in(archive),
-            portable=any(name.endswith((".fatbin", ".ptx")) for name in archive.namelist()),
-            operators=operators_in(archive),
-            signature=signature_in(archive),
-        )
-
-
-def gpu_fault(built_for: str, have: tuple[int, int], portable: bool) -> str:
-    """Tell whether kernels for one GPU generation run on another.
-
-    Args:
-        built_for: compute capability as inductor records it, such as `90`; empty or a name where there is none.
-        have: of the device.
-        portable: whether the package holds code that later generations can translate.
-
-    Returns:
-        What is wrong and the cure; empty for nothing.
-    """
-    if not re.fullmatch("[0-9]{1,4}", built_for):
-        return ""
-    wanted, here = int(built_for), have[0] * 10 + have[1]
-    if wanted <= here and (portable or wanted // 10 == have[0]):
-        return ""
-    return (
-        f"compiled for compute capability {wanted}, the device has {here}. Compile it here: "
-        "neml2-compile ... --device cuda."
-    )
-
-
-def _of_contents(archive: ZipFile, file: Path, data: bytes) -> list[str]:
-    """Is everything there, whole, and of this package?"""
-    folders = {name.partition("/")[0] for name in archive.namelist()}
-    if folders != {file.stem}:
-        return [
-            f"holds {_few(folders)}, expected {file.stem}: it is the package of another graph. "
-            "Copy the whole artifact folder, or compile the model again."
-        ]
-    libraries = [info for info in zipped.graph_entries(archive) if info.filename.endswith((".so", ".pyd", ".dylib"))]
-    if len(libraries) != 1:
-        # torch would call a C++ compiler, with the flags that the package gives.
-        return [f"holds {len(libraries)} compiled libraries, expected 1. Compile the model again with neml2-compile."]
-    # Entries that nobody reads, such as the kernels' source, may be damaged.
-    fault = library_fault(zipped.read_entry(archive, libraries[0], data))
-    return [fault] if fault else []
-
-
-def _few(folders: set[str]) -> str:
-    listed = [named(name).strip("'") for name in sorted(folders)]
-    return ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "") or "nothing"
-
-
-def _of_metadata(metadata: Metadata, place: Place) -> str:
-    if place.digest and metadata.digest != place.digest:
-        return "its metadata was changed while the model was loaded. Load the model again."
-    return ""
-
-
-def _of_torch(version: str) -> str:
-    numbers = version.split(".")[:2]
-    if len(numbers) == 2 and all(n.isdigit() for n in numbers) and (int(numbers[0]), int(numbers[1])) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        return f"torch {version} is not known to run compiled models. Install {oldest} or later: pip install -U torch."
-    return ""
-
-
-def _of_device(place: Place) -> str:
-    wanted = place.device
-    if wanted.type != "cuda":
-        return ""
-    if not torch.cuda.is_available():
-        return "compiled for cuda, and torch sees no CUDA device here. Load a cpu leaf with device='cpu'."
-    if wanted.index is not None and wanted.index >= torch.cuda.device_count():
-        return f"there is no device {wanted}, only {torch.cuda.device_count()}. Load it with device='cuda:0'."
-    return ""
-
-
-def _of_build_device(build: Build, place: Place) -> str:
-    if build.device and build.device.split(":")[0] != place.device.type:
-        return (
-            f"compiled for device {_word(build.device)}, loaded for {place.device.type}. Load it with "
-            f"device={build.device if build.device in DEVICES else 'the device it was compiled for'!r}."
-        )
-    return ""
-
-
-def _of_machine(build: Build) -> list[str]:
-    found = []
-    if build.platform and build.platform != sys.platform:
-        found.append(
-            f"compiled on platform {_word(build.platform)}, this is {sys.platform}. Compile the model here with "
-            "neml2-compile."
-        )
-    if build.machine and machine(build.machine) != machine():
-        found.append(
-            f"compiled for {_word(build.machine)} processors, this is {machine()}. Compile the model here with "
-            "neml2-compile."
-        )
-    return found
-
-
-def _of_cpu(build: Build, place: Place) -> str:
-    missing = lacking(build.cpu_isa) if place.device.type == "cpu" and machine(build.machine) == machine() else []
-    if not missing:
-        return ""
-    built_for = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
-    return (
-        f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop with an "
-        "illegal instruction. Compile the model here with neml2-compile."
-    )
-
-
-def _word(text: str) -> str:
-    """What a build record calls a machine, as an error may show it."""
-    return named(text).strip("'")
-
-
 def _report(found: dict[str, list[str]], place: Place) -> str:
     """One line where there is one finding; else a list of all."""
     lines = []
@@ -296,3 +103,313 @@ def _report(found: dict[str, list[str]], place: Place) -> str:
     if len(lines) == 1:
         return lines[0]
     return f"{place.leaf} cannot run here, for {len(lines)} reasons:\n" + "\n".join(f"- {line}" for line in lines)
+
+
+# -- one package -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What the bytes of a package say, wherever they lie; with any faults, nothing else."""
+
+    faults: tuple[str, ...] = ()
+    build: Build = field(default_factory=Build)
+    # Whether there is code that later GPUs can translate.
+    portable: bool = False
+    # That the graph calls by name.
+    operators: tuple[str, ...] = ()
+    signature: Signature | None = None
+
+
+# By digest and name of the package: the same bytes need not be looked over again.
+looked_over: dict[tuple[str, str], _Inside] = {}
+_MANY = 4096
+
+
+def _inspect(file: Path, place: Place, handed: list[Wire]) -> tuple[Package, list[str]]:
+    """A package, and what speaks against running it here; `handed` is what the metadata gives its graph."""
+    data, digest = read_package(file, place.folder)
+    known = (digest, file.stem)
+    inside = looked_over.get(known)
+    if inside is None:
+        inside = looked_over[known] = _look_over(file, data)
+        # Not without end, however many artifacts a process goes through.
+        if len(looked_over) > _MANY:
+            for old in list(looked_over)[:-_MANY]:
+                looked_over.pop(old, None)
+    package = Package(file, place.folder, digest, inside.signature)
+    if inside.faults:
+        return package, list(inside.faults)
+    build = inside.build
+    faults = [*_machine_faults(build), _build_device_fault(build, place), _processor_fault(build, place)]
+    if place.device.type == "cuda" and torch.cuda.is_available():
+        have = torch.cuda.get_device_capability(place.device)
+        faults.append(gpu_fault(build.compute_capability, have, inside.portable))
+    faults.append(operator_fault(inside.operators))
+    faults += [wire_fault(wire, inside.signature) for wire in handed]
+    return package, list(dict.fromkeys(fault for fault in faults if fault))
+
+
+def _look_over(file: Path, data: bytes) -> _Inside:
+    with open_archive(file, data) as archive:
+        faults = archive_faults(archive) or _contents_faults(archive, file, data)
+        if faults:
+            return _Inside(tuple(faults))
+        return _Inside(
+            build=build_in(archive),
+            portable=any(name.endswith((".fatbin", ".ptx")) for name in archive.namelist()),
+            operators=operators_in(archive),
+            signature=signature_in(archive),
+        )
+
+
+def _contents_faults(archive: ZipFile, file: Path, data: bytes) -> list[str]:
+    """Is everything there, whole, and of this package? Its folder has the name of the graph."""
+    folders = {name.partition("/")[0] for name in archive.namelist()}
+    if folders != {file.stem}:
+        listed = [_word(name) for name in sorted(folders)]
+        few = ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "")
+        return [
+            f"holds {few or 'nothing'}, expected {file.stem}: it is the package of another graph. Copy the whole "
+            "artifact folder, or compile the model again."
+        ]
+    libraries = libraries_in(archive)
+    if len(libraries) != 1:
+        # torch would call a C++ compiler, with the flags that the package gives.
+        return [f"holds {len(libraries)} compiled libraries, expected 1. Compile the model again with neml2-compile."]
+    # Entries that nobody reads, such as the kernels' source, may be damaged.
+    fault = _library_fault(read_entry(archive, libraries[0], data))
+    return [fault] if fault else []
+
+
+def _word(text: str) -> str:
+    """A word of a package, as an error may show it."""
+    return named(text).strip("'")
+
+
+# -- the library -------------------------------------------------------------------------------------------------------
+
+# Processors by the number that an ELF file gives them.
+_ELF_MACHINES = {3: "i686", 21: "ppc64le", 22: "s390x", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
+_SHARED, _LOAD = 3, 1
+
+
+def _library_fault(data: bytes | memoryview) -> str:
+    """What speaks against loading a shared library here, with the cure; only ELF files are looked into."""
+    if not data:
+        return f"its shared library is empty. {_AGAIN}"
+    if not sys.platform.startswith("linux"):
+        return ""
+    if bytes(data[:4]) != b"\x7fELF":
+        return f"its shared library is not an ELF file. {_AGAIN}"
+    try:
+        return _elf_fault(data)
+    except struct.error:
+        return f"its shared library is cut off within its header. {_AGAIN}"
+
+
+def _elf_fault(data: bytes | memoryview) -> str:
+    bits, order = data[4], data[5]
+    if (bits, order) != (2, 1 if sys.byteorder == "little" else 2):
+        return f"its shared library is of another kind of machine. {_HERE}"
+    end = "<" if order == 1 else ">"
+    kind, number = struct.unpack_from(end + "HH", data, 16)
+    built_for = _ELF_MACHINES.get(number, f"machine {number}")
+    if built_for != machine() and machine() in _ELF_MACHINES.values():
+        return f"its shared library is for {built_for} processors, this is {machine()}. {_HERE}"
+    start = struct.unpack_from(end + "Q", data, 32)[0]
+    size, count = struct.unpack_from(end + "HH", data, 54)
+    if kind != _SHARED or size != 56 or count == 0:
+        return f"its shared library has a damaged header. {_AGAIN}"
+    for i in range(count):
+        of_type = struct.unpack_from(end + "I", data, start + i * size)[0]
+        offset = struct.unpack_from(end + "Q", data, start + i * size + 8)[0]
+        filled = struct.unpack_from(end + "Q", data, start + i * size + 32)[0]
+        # The system maps such a part and kills the process when it is read.
+        if of_type == _LOAD and offset + filled > len(data):
+            return f"its shared library is cut off: {len(data)} bytes, expected {offset + filled} or more. {_AGAIN}"
+    return ""
+
+
+# -- torch, the machine and its devices --------------------------------------------------------------------------------
+
+
+def torch_fault(release: str) -> str:
+    """What speaks against a release of torch; empty for nothing, as for all faults here."""
+    numbers = release.split(".")[:2]
+    if len(numbers) == 2 and all(n.isdigit() for n in numbers) and (int(numbers[0]), int(numbers[1])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"torch {release} is not known to run compiled models. Install {oldest} or later: pip install -U torch."
+    return ""
+
+
+def _metadata_fault(metadata: Metadata, place: Place) -> str:
+    if place.digest and metadata.digest != place.digest:
+        return "its metadata was changed while the model was loaded. Load the model again."
+    return ""
+
+
+def _device_fault(place: Place) -> str:
+    wanted = place.device
+    if wanted.type != "cuda":
+        return ""
+    if not torch.cuda.is_available():
+        return "compiled for cuda, and torch sees no CUDA device here. Load a cpu leaf with device='cpu'."
+    if wanted.index is not None and wanted.index >= torch.cuda.device_count():
+        return f"there is no device {wanted}, only {torch.cuda.device_count()}. Load it with device='cuda:0'."
+    return ""
+
+
+def _build_device_fault(build: Build, place: Place) -> str:
+    if build.device and build.device.split(":")[0] != place.device.type:
+        return (
+            f"compiled for device {_word(build.device)}, loaded for {place.device.type}. Load it with "
+            f"device={build.device if build.device in DEVICES else 'the device it was compiled for'!r}."
+        )
+    return ""
+
+
+def _machine_faults(build: Build) -> list[str]:
+    found = []
+    if build.platform and build.platform != sys.platform:
+        found.append(f"compiled on platform {_word(build.platform)}, this is {sys.platform}. {_HERE}")
+    if build.machine and machine(build.machine) != machine():
+        found.append(f"compiled for {_word(build.machine)} processors, this is {machine()}. {_HERE}")
+    return found
+
+
+def gpu_fault(built_for: str, have: tuple[int, int], portable: bool) -> str:
+    """Whether kernels for one GPU generation, such as `90`, run on another; `portable` ones run on later ones too."""
+    if not re.fullmatch("[0-9]{1,4}", built_for):
+        return ""
+    wanted, here = int(built_for), have[0] * 10 + have[1]
+    if wanted <= here and (portable or wanted // 10 == have[0]):
+        return ""
+    return (
+        f"compiled for compute capability {wanted}, the device has {here}. Compile it here: "
+        "neml2-compile ... --device cuda."
+    )
+
+
+# -- the processor -----------------------------------------------------------------------------------------------------
+
+# What inductor calls an instruction set, and the flags of a processor that has what inductor then compiles for.
+NEEDS = {
+    "AVX2": ("avx2", "fma", "f16c"),
+    "AVX512": ("avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"),
+    "AVX512_VNNI": ("avx512_vnni",),
+    "AMX_TILE": ("amx_tile", "amx_bf16", "amx_int8"),
+    "ASIMD": ("asimd",),
+    "ZVECTOR": ("vx",),
+}
+# Where the system tells no flags, torch asks the processor for some of them.
+_ASK = {
+    "AVX2": "_is_avx2_supported",
+    "AVX512": "_is_avx512_supported",
+    "AVX512_VNNI": "_is_vnni_supported",
+    "AMX_TILE": "_is_amx_tile_supported",
+}
+_SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def machine(name: str | None = None) -> str:
+    """One spelling for each kind of processor; this machine's if no name is given."""
+    name = (platform.machine() if name is None else name).lower()
+    return _SAME_MACHINE.get(name, name)
+
+
+def lacking(instruction_sets: str, have: frozenset[str] | None = None) -> list[str]:
+    """What a processor lacks of instruction sets in inductor's spelling, with spaces between.
+
+    `have` are its flags, this machine's if None. Flags are listed, or names of instruction sets where the system tells
+    no flags. What is not known counts as there.
+    """
+    flags = cpu_flags() if have is None else have
+    wanted = instruction_sets.upper().split()
+    if flags:
+        return list(dict.fromkeys(flag for name in wanted for flag in NEEDS.get(name, ()) if flag not in flags))
+    return [name for name in wanted if name in _ASK and not getattr(torch.cpu, _ASK[name], lambda: True)()]
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Flags of this machine's processor; empty where the system does not tell."""
+    try:
+        # Line by line: with many cores the system takes its time to write the whole file.
+        with Path("/proc/cpuinfo").open() as lines:
+            for line in lines:
+                if line.lower().startswith(("flags", "features")):
+                    return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def _processor_fault(build: Build, place: Place) -> str:
+    missing = lacking(build.cpu_isa) if place.device.type == "cpu" and machine(build.machine) == machine() else []
+    if not missing:
+        return ""
+    built_for = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
+    return (
+        f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop with an "
+        f"illegal instruction. {_HERE}"
+    )
+
+
+# -- operators that a graph calls by name ------------------------------------------------------------------------------
+
+_OPERATOR = re.compile(r"[A-Za-z_]\w{0,63}::[A-Za-z_]\w{0,127}\Z")
+
+
+def operator_fault(names: tuple[str, ...]) -> str:
+    """What is wrong with a graph's operators; neml2, which registers its own, is imported if a graph needs one."""
+    odd = [name for name in names if not _OPERATOR.match(name)]
+    if odd:
+        return f"calls {len(odd)} things by what is no operator's name. Do not use this file."
+    absent = [name for name in names if not _registered(name)]
+    if not absent:
+        return ""
+    listed = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
+    if all(name.startswith("neml2::") for name in absent):
+        return (
+            f"calls {listed}, which neml2 {_neml2()} does not register. Install the neml2 that compiled the "
+            "model, or compile the model again with neml2-compile."
+        )
+    if all(name.startswith("aten::") for name in absent):
+        return (
+            f"calls {listed}, which torch {torch.__version__} does not have. Install the torch that the model was "
+            "compiled with, or compile it again here with neml2-compile."
+        )
+    return f"calls {listed}, which nothing has registered. Import the Python package that defines it before loading."
+
+
+def _registered(name: str) -> bool:
+    try:
+        return _known(name)
+    except LookupError:
+        pass
+    if not name.startswith("neml2::"):
+        return False
+    try:
+        import_module("neml2")
+        return _known(name)
+    except (ImportError, LookupError):
+        return False
+
+
+@cache
+def _known(name: str) -> bool:
+    """Whether an operator is there; raises where it is not, so that only what is there is kept in the cache."""
+    namespace, _, operator = name.partition("::")
+    try:
+        getattr(getattr(torch.ops, namespace), operator)
+    except (AttributeError, RuntimeError):
+        raise LookupError(name) from None
+    return True
+
+
+def _neml2() -> str:
+    try:
+        return version("neml2")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,7 +1,10 @@
-"""Open the files of an artifact. All are opened here: metadata of any schema, packages, seals.
+"""Read the files of an artifact. All are opened here: metadata of any schema, packages, seals.
 
 A file is a regular one, of a sensible size, and lies in the folder of its artifact, or where `NEML2_AOTI_PLUGIN_ROOTS`
 allows. It is opened without waiting for anybody, and read once. Stubs are the exception: neml2 opens those.
+
+Errors show numbers and proper names of what was read, of all else only the type: a file may be another one than it
+claims to be, and messages end up in logs that others read.
 """
 
 from __future__ import annotations
@@ -9,26 +12,33 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from .._files import chunks, open_plain
 from ..errors import ArtifactError
-from .roots import ROOTS, allowed_roots, within
-from .telling import reason
+
+ROOTS = "NEML2_AOTI_PLUGIN_ROOTS"
+AGAIN = "Copy it again, or compile the model again."
+
+# What a name may be made of, be it of a variable, of a file, or of an entry of an archive.
+NAME = re.compile(r"[\w~.:/+\-]{1,128}")
+_KEY = re.compile(r"[a-z][a-z_0-9]{0,39}")
+_FEW = 12
+
+_FOLDER = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_DIRECTORY", 0)
+_INSIDE = _FOLDER | getattr(os, "O_NOFOLLOW", 0)
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file is read as.
-
-    Args:
-        name: for messages.
-        limit: the largest size, in bytes.
-    """
+    """What a file is read as: the name is for messages, the limit is the largest size in bytes."""
 
     name: str
     limit: int
@@ -39,27 +49,81 @@ PACKAGE = Kind("package", 1 << 31)
 SEAL = Kind("seal", 1 << 24)
 ANY = Kind("file of an artifact", 1 << 31)
 
-AGAIN = "Copy it again, or compile the model again."
 
-_FOLDER = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_DIRECTORY", 0)
-_INSIDE = _FOLDER | getattr(os, "O_NOFOLLOW", 0)
-_CHUNK = 1 << 20
+# -- what an error may show --------------------------------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """A value as an error may show it: a short number, true, false or null; of anything else the type."""
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    # A number of many digits takes long to print, and Python refuses more than 4,300 of them.
+    if isinstance(value, int) and value.bit_length() < 64:
+        return repr(value)
+    return f"a{'n' if isinstance(value, int) else ''} {type(value).__name__}"
+
+
+def named(text: str) -> str:
+    """A name in quotes; what cannot be a name is redacted to its length."""
+    return repr(text) if NAME.fullmatch(text) else f"<{len(text)} characters that are no name>"
+
+
+def keys(found: Iterable[Any]) -> str:
+    """The keys of an object, as far as they look like those of a metadata file."""
+    known = [str(key) for key in found if isinstance(key, str) and _KEY.fullmatch(key)]
+    return ", ".join(known[:_FEW]) + (", ..." if len(known) > _FEW else "") if known else "none that could be meant"
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be read or decoded, without what was read."""
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
+    place = getattr(error, "lineno", None), getattr(error, "colno", None)
+    where = f" at line {place[0]}, column {place[1]}" if None not in place else ""
+    return f"{type(error).__name__}{where}"
+
+
+# -- from which folders artifacts may be loaded in this process --------------------------------------------------------
+
+
+def allowed_roots() -> list[str] | None:
+    """The folders that `NEML2_AOTI_PLUGIN_ROOTS` names, all links resolved; None where it is not set."""
+    value = os.environ.get(ROOTS, "")
+    if not value.strip():
+        return None
+    return [os.path.realpath(os.path.expanduser(part)) for part in value.split(os.pathsep) if part.strip()]
+
+
+def root_above(path: Path, real: str, roots: list[str]) -> str:
+    """The allowed root that a file or folder is in; `real` is its path with all links resolved."""
+    for root in roots:
+        if _within(real, root):
+            return root
+    raise ArtifactError(
+        f"{path}: lies in {os.path.dirname(real)}, outside of the folders that {ROOTS} allows: {', '.join(roots)}. "
+        f"Move the artifact there, or add its folder to {ROOTS}."
+    )
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+# -- opening and reading -----------------------------------------------------------------------------------------------
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something at a path that is not a folder; what it is, `read_file` finds out."""
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def read_file(path: Path, kind: Kind, base: Path | None) -> bytes:
-    """Read a file.
+    """Read a file that lies below `base`, the real folder of its artifact, or anywhere if that is None.
 
-    Args:
-        path: of the file.
-        kind: what it is read as.
-        base: the real folder of its artifact; None for a file that may lie anywhere.
-
-    Returns:
-        Its bytes.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ArtifactError: it lies elsewhere, is no regular file, is too large, or cannot be read.
+    A FileNotFoundError where there is none, an ArtifactError for anything else.
     """
     with _opened(path, kind, base) as (handle, size):
         parts = list(chunks(handle, size, size))
@@ -75,14 +139,6 @@ def digest_file(path: Path, kind: Kind, base: Path | None) -> str:
     return digest.hexdigest()
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is something at a path that is not a folder; what it is, `read_file` finds out."""
-    try:
-        return not stat.S_ISDIR(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return False
-
-
 @contextmanager
 def _opened(path: Path, kind: Kind, base: Path | None) -> Iterator[tuple[int, int]]:
     """Open a file; give its handle and its size."""
@@ -96,16 +152,13 @@ def _opened(path: Path, kind: Kind, base: Path | None) -> Iterator[tuple[int, in
     except (FileNotFoundError, ArtifactError):
         raise
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({reason(error)}). {_cure(error)}") from error
+        cure = AGAIN
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            cure = "Close files that are open, or allow this process more of them (ulimit -n), and try again."
+        raise ArtifactError(f"{path}: cannot be read ({reason(error)}). {cure}") from error
     finally:
         if handle >= 0:
             os.close(handle)
-
-
-def _cure(error: BaseException) -> str:
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-        return "Close files that are open, or allow this process more of them (ulimit -n), and try again."
-    return AGAIN
 
 
 def _open(path: Path, base: Path | None) -> int:
@@ -129,17 +182,49 @@ def _open(path: Path, base: Path | None) -> int:
 def _folder_of(path: Path, real: str, base: Path) -> str:
     """The folder in which a file must lie and does."""
     roots = allowed_roots()
-    if roots is None:
-        if within(real, str(base)):
-            return str(base)
-        raise ArtifactError(
-            f"{path}: leads to {os.path.dirname(real)}, out of the artifact's folder {base}. Copy the file itself to "
-            f"its place, or allow folders that hold both: {ROOTS}={os.path.commonpath([real, base])}"
-        )
-    for root in roots:
-        if within(real, root):
-            return root
+    if roots is not None:
+        return root_above(path, real, roots)
+    if _within(real, str(base)):
+        return str(base)
     raise ArtifactError(
-        f"{path}: lies in {os.path.dirname(real)}, outside of the folders that {ROOTS} allows: {', '.join(roots)}. "
-        f"Move the artifact there, or add its folder to {ROOTS}."
+        f"{path}: leads to {os.path.dirname(real)}, out of the artifact's folder {base}. Copy the file itself to "
+        f"its place, or allow folders that hold both: {ROOTS}={os.path.commonpath([real, base])}"
     )
+
+
+# -- an artifact's folder ----------------------------------------------------------------------------------------------
+
+
+class Contents(NamedTuple):
+    """The bytes of a file and their SHA-256, by which it is known from then on."""
+
+    data: bytes
+    digest: str
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of an artifact that may be loaded, through which its files are read, each as it was sealed."""
+
+    # All links resolved.
+    root: Path
+    # SHA-256 of each file by absolute path, where the artifact has a seal.
+    sealed: Mapping[str, str] | None = field(default=None, repr=False)
+
+    def read(self, file: Path, kind: Kind) -> Contents:
+        """Read a file of the artifact; see `read_file` for errors."""
+        data = read_file(file, kind, self.root)
+        digest = hashlib.sha256(data).hexdigest()
+        if self.sealed is not None:
+            path = os.path.join(os.path.realpath(file.parent), file.name)
+            if self.sealed.get(path) != digest:
+                raise ArtifactError(
+                    f"{file}: was changed after the sealed artifact was verified. Copy the artifact again from where "
+                    "it came, and load the model anew."
+                )
+        return Contents(data, digest)
+
+
+def folder_at(path: Path) -> Folder:
+    """A folder by any path to it, without a seal."""
+    return Folder(Path(os.path.realpath(path)))

@@ -3,20 +3,31 @@
 neml2-compile writes one metadata file for all leaves of an artifact, each time it compiles one, and nothing in it says
 which leaf is of which compile. So leaves are compared with each other, and the times of the files tell which is the
 latest. In a copy they may not; then nothing is refused.
+
+What is compared is generated code and constants. The numbers of a source input that were not promoted are constants of
+the graphs: literals in the generated code, and larger tensors in the library. Nothing else in an artifact holds them;
+the metadata of two inputs that differ in a modulus is the same to the last byte.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import struct
+import sys
+from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from . import perdevice
+from ..errors import ArtifactError
 from .compatibility import files_of
-from .generated import of_one_source, read_generated
-from .locate import METADATA, leaves
-from .place import Place, dtype_name
+from .files import Folder
+from .layout import METADATA, device_files_below, leaves
+from .locate import Place, dtype_name
+from .package import archive_faults, libraries_in, open_archive, read_entry, read_package, read_text
 from .schema import Metadata
 
 # neml2-compile writes the metadata right behind the last package; some file systems and archives round times to two
@@ -27,31 +38,19 @@ _COMPILED = 3.0
 
 @dataclass(frozen=True)
 class Kinship:
-    """How a leaf goes with the others of its artifact.
+    """How a leaf goes with the others of its artifact."""
 
-    Args:
-        fault: why it does not belong to the metadata, with the cure; empty if it does for all that can be told.
-        doubt: why it may not belong to it, with the cure; empty if there is no doubt.
-        left: packages in the leaf that the metadata does not name; an earlier compile left them.
-        absent: packages that the metadata names and the leaf does not have.
-    """
-
+    # Why it does not belong to the metadata, and why it may not, with the cure; empty where nothing speaks against it.
     fault: str = ""
     doubt: str = ""
+    # Packages in the leaf that the metadata does not name; an earlier compile left them.
     left: tuple[str, ...] = ()
+    # Packages that the metadata names and the leaf does not have.
     absent: tuple[str, ...] = ()
 
 
 def kinship(metadata: Metadata, place: Place) -> Kinship:
-    """Compare a leaf with the others of its artifact.
-
-    Args:
-        metadata: of the artifact.
-        place: of the leaf.
-
-    Returns:
-        What was found. An artifact of one leaf has nothing to compare it with.
-    """
+    """Compare a leaf with the others of its artifact; one of a single leaf has nothing to compare it with."""
     names = files_of(metadata)
     here = {file.name for file in place.leaf.glob("*.pt2")}
     fault, doubt = _judged(names & here, place)
@@ -65,7 +64,7 @@ def _judged(names: set[str], place: Place) -> tuple[str, str]:
     if shared:
         folders = [root / device / dtype for device, dtype in leaves(root)]
     else:
-        folders = [f.parent for f in perdevice.files_below(root) if f.name == place.metadata.name]
+        folders = [f.parent for f in device_files_below(root) if f.name == place.metadata.name]
     others = [folder for folder in folders if folder != place.leaf]
     if place.leaf not in folders or not others:
         return "", ""
@@ -136,3 +135,120 @@ def _latest(folders: list[Path], names: Iterable[str], metadata: Path) -> Path |
         return None
     before = max((end for folder, (_, end) in spans.items() if folder != latest), default=0.0)
     return latest if spans[latest][0] - before >= _COMPILED else None
+
+
+# -- were two packages of one name compiled from one source? -----------------------------------------------------------
+
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d*(?:[eE][+-]?\d+)?|[eE][+-]?\d+)")
+_HEADERS = re.compile(r"^// .*/precompiled_headers/(\w+)\.h", re.MULTILINE)
+# Where torch puts a graph's constants: those that are only read, and those that the graph may change.
+_CONSTANTS = (b".lrodata", b".ldata")
+# torch names files by a hash of what is in them.
+_HASH = re.compile(r"\bc[a-z2-7]{51}\b")
+# Devices, and releases of neml2 and torch, round derived constants differently; some pass through float32.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a package was made of."""
+
+    # Checksum and size of the compiled library.
+    library: tuple[int, int]
+    # The generated code.
+    source: str = field(repr=False)
+    # The tensors in the library.
+    constants: bytes = field(repr=False)
+
+    @cached_property
+    def compiler(self) -> frozenset[str]:
+        """What the code was compiled against: torch names its headers by what is in them, and by compiler and flags."""
+        return frozenset(_HEADERS.findall(self.source))
+
+    @cached_property
+    def code(self) -> str:
+        """The code without what differs from compile to compile: paths and commands in comments, names of files."""
+        lines = (line for line in self.source.splitlines() if line and not line.startswith("//"))
+        return _HASH.sub("", "\n".join(lines))
+
+    @cached_property
+    def skeleton(self) -> str:
+        """The code without its numbers."""
+        return _NUMBER.sub("#", self.code)
+
+    @cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers in the code, in order, and behind them the constants."""
+        count = len(self.constants) // 8
+        return (*map(float, _NUMBER.findall(self.code)), *struct.unpack_from(f"={count}d", self.constants))
+
+
+def read_generated(file: Path, folder: Folder) -> Generated | None:
+    """What a package was made of; None where it cannot be read, or holds no code."""
+    try:
+        data = read_package(file, folder).data
+        with open_archive(file, data) as archive:
+            libraries = libraries_in(archive)
+            if archive_faults(archive) or not libraries:
+                return None
+            library = libraries[0]
+            constants = _constants_in(read_entry(archive, library, data))
+            parts = [read_text(archive, f"{part}.cpp") for part in ("wrapper", "kernel")]
+    except ArtifactError:
+        return None
+    source = "\n".join(part for part in parts if part)
+    return Generated((library.CRC, library.file_size), source, constants) if source else None
+
+
+def _constants_in(data: bytes | memoryview) -> bytes:
+    """The tensors that torch put into a shared library, one after the other; nothing where it is no ELF file."""
+    try:
+        if bytes(data[:6]) != b"\x7fELF\2\1":
+            return b""
+        start = struct.unpack_from("<Q", data, 40)[0]
+        size, count, names = struct.unpack_from("<HHH", data, 58)
+        table = [struct.unpack_from("<II8xQQQ", data, start + i * size) for i in range(count)]
+        texts = table[names][3]
+        found = b""
+        for name, _, _, offset, length in table:
+            label = bytes(data[texts + name : texts + name + 16]).partition(b"\0")[0]
+            found += bytes(data[offset : offset + length]) if label in _CONSTANTS else b""
+        return found
+    except (struct.error, IndexError):
+        return b""
+
+
+def of_one_source(one: Generated, other: Generated, same_device: bool) -> bool | None:
+    """Whether two packages of one name were compiled from one source.
+
+    For devices of one kind torch generates the same code. None where the code differs as well as the numbers, and
+    another compiler may be why.
+    """
+    if one.library == other.library:
+        return True
+    if one.skeleton == other.skeleton and len(one.numbers) == len(other.numbers):
+        return all(_equal(a, b) for a, b in zip(one.numbers, other.numbers, strict=True))
+    mine, theirs = _distinctive(one.numbers), _distinctive(other.numbers)
+    lacking = [any(not _is_among(number, there) for number in here) for here, there in ((mine, theirs), (theirs, mine))]
+    # Code for another kind of device may do without a number that this one has.
+    if not (any(lacking) if same_device else all(lacking)):
+        return True
+    # One torch, one compiler and one machine write the same code for the same source.
+    return False if same_device and all(lacking) and one.compiler and one.compiler == other.compiler else None
+
+
+def _equal(a: float, b: float) -> bool:
+    # Whole numbers among the constants may look like NaN.
+    return math.isclose(a, b, rel_tol=_ROUNDING) or (math.isnan(a) and math.isnan(b))
+
+
+def _distinctive(numbers: Iterable[float]) -> list[float]:
+    """The numbers that are hardly in code by themselves, such as 1 and 0.5 are: their sizes, sorted."""
+    found = {abs(number) for number in numbers if math.isfinite(number) and abs(number) > sys.float_info.min}
+    return sorted(number for number in found if number > 16 or number * 2 != round(number * 2))
+
+
+def _is_among(number: float, numbers: list[float]) -> bool:
+    """Whether a number is among others, which are sorted, but for rounding."""
+    place = bisect_left(numbers, number * (1 - _ROUNDING))
+    return place < len(numbers) and _equal(numbers[place], number)

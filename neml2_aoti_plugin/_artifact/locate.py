@@ -1,124 +1,115 @@
-"""Find an artifact's metadata and the leaf `<device>/<dtype>` that a call asks for.
-
-Since neml2 3.0.7 one `metadata.json` stands above the leaves; `perdevice` knows the layout before that.
-"""
+"""From a path, a device and a dtype to the leaf of an artifact."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..errors import ArtifactError, ArtifactNotFoundError
-from . import perdevice
-from .admit import admit
-from .files import AGAIN, is_there
-from .folder import Folder
-from .place import DEVICES, DTYPES, Place, device_of, dtype_name
-from .telling import reason
+from ..errors import ArtifactError, ArtifactNotFoundError, InputError
+from .files import Folder, shown
+from .layout import (
+    DEVICE_METADATA,
+    DEVICES,
+    DTYPE_NAMES,
+    METADATA,
+    device_files,
+    device_files_at,
+    device_files_below,
+    device_root,
+    find_root,
+    leaves,
+    missing,
+    require_reach,
+)
+from .trust import admit
+from .typed import read_json
 
-METADATA = "metadata.json"
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of one leaf are, and what they were compiled for."""
+
+    # Name of the compiled model.
+    model: str
+    metadata: Path
+    # The folder of the graphs.
+    leaf: Path
+    # With an index where one was asked for.
+    device: torch.device
+    # That the caller's tensors have.
+    dtype: torch.dtype
+    # Of the whole artifact, through which the files are read.
+    folder: Folder
+    # Of the metadata file, where it was read to find the leaf; empty where it was not.
+    digest: str = ""
 
 
 def locate(path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Place:
     """Find the leaf of an artifact for a device and a dtype.
 
-    An artifact that may not be loaded, or is not as it was sealed, is refused before anything in it is opened.
-
-    Args:
-        path: the artifact's folder, its metadata file, or a folder inside it.
-        device: device to run on; if not given, what the path or the metadata file names, else torch's current default
-            device.
-        dtype: dtype of the tensors; if not given, float64 where compiled, else the only one compiled.
-
-    Returns:
-        The place of the leaf.
-
-    Raises:
-        ArtifactNotFoundError: there is no artifact at the path, or no such leaf.
-        ArtifactError: the path leads to several artifacts, or the artifact may not be loaded.
-        InputError: the device or the dtype is not one that neml2-compile knows.
+    The path is the artifact's folder, its metadata file, or a folder inside it. Where no device is asked for, it is the
+    one that the path or the metadata file names, else torch's current default; where no dtype is, float64 if that was
+    compiled, else the only one that was. An artifact that may not be loaded, or is not as it was sealed, is refused
+    before anything in it is opened.
     """
     path = Path(path)
-    _require_reach(path)
+    require_reach(path)
     found = find_root(path)
     if found is not None:
         folder = admit(found[0], [found[0] / METADATA])
-        return choose(*found, device, dtype, folder)
-    above = perdevice.root_of(path)
-    if above is not None:
-        folder = admit(above, perdevice.files_at(path) or perdevice.files_below(path))
-        place = perdevice.locate(path, device, dtype, folder)
-        if place is not None:
-            return place
-    raise ArtifactNotFoundError(_missing(path))
+        return _chosen(*found, device, dtype, folder)
+    above = device_root(path)
+    if above is None:
+        raise ArtifactNotFoundError(missing(path))
+    return _of_device(path, device, dtype, admit(above, device_files(path)))
 
 
-def absolute(path: str | os.PathLike[str]) -> Path:
-    """An artifact's path that stays the same when the working directory changes.
-
-    Raises:
-        ArtifactNotFoundError: the path is relative, and the working directory is gone.
-    """
+def device_of(device: str | torch.device | None, hint: str | None = None) -> torch.device:
+    """The device that was asked for, else `hint`, else torch's current default device."""
+    if device is None or device == "":
+        return torch.device(hint) if hint is not None else torch.get_default_device()
+    if isinstance(device, str) and device.split(":")[0] == "hip":
+        device = device.replace("hip", "cuda", 1)
     try:
-        return Path(path).absolute()
-    except OSError as error:
-        raise ArtifactNotFoundError(
-            f"{_short(Path(path))}: a relative path, and the working directory is gone ({reason(error)}). Give an "
-            "absolute path, or change to a folder that is there."
-        ) from None
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device={device!r} is not a torch device; expected one of {', '.join(DEVICES)}.") from error
+    if found.type not in DEVICES:
+        raise InputError(
+            f"device={str(device)!r}: neml2-compile has no such device; expected one of {', '.join(DEVICES)}."
+        )
+    return found
 
 
-def root_of(path: Path) -> Path:
-    """Find the folder of a whole artifact.
-
-    Args:
-        path: as for `locate`.
-
-    Returns:
-        The folder, in either layout.
-
-    Raises:
-        ArtifactNotFoundError: there is no artifact at the path.
-    """
-    _require_reach(path)
-    found = find_root(path)
-    root = perdevice.root_of(path) if found is None else found[0]
-    if root is None:
-        raise ArtifactNotFoundError(_missing(path))
-    return root
+def dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """The folder name of a dtype; None when none was asked for."""
+    if dtype is None or dtype == "":
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
+    return name
 
 
-def choose(
+def _chosen(
     root: Path,
     hint: tuple[str, ...],
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     folder: Folder,
 ) -> Place:
-    """Choose a leaf of an artifact.
-
-    Args:
-        root: the folder that holds the metadata.
-        hint: the device, and perhaps the dtype, that the caller's path names.
-        device: see `locate`.
-        dtype: see `locate`.
-        folder: through which the files are read.
-
-    Returns:
-        The place of the leaf.
-
-    Raises:
-        ArtifactNotFoundError: there is no such leaf.
-    """
+    """A leaf below `metadata.json`; `hint` is the device, and perhaps the dtype, that the caller's path names."""
     wanted = device_of(device, hint[0] if hint else None)
     precision = dtype_name(dtype) or (hint[1] if len(hint) > 1 else None)
     present = leaves(root)
     here = [d for family, d in present if family == wanted.type]
     if precision is None:
         precision = "float64" if "float64" in here or len(here) != 1 else here[0]
-    model = root.name or root.resolve().name
     if (wanted.type, precision) not in present:
         found = ", ".join(f"{a}/{b}" for a, b in present) or "(none)"
         empty = ", ".join(f"{a}/{b}" for a, b in leaves(root, empty=True))
@@ -128,94 +119,85 @@ def choose(
             f"{found}. Load one of these (device=, dtype=), or compile the one you need, with the options of the "
             f"others: neml2-compile ... --device {wanted.type} --dtype {precision}"
         )
+    model = root.name or root.resolve().name
     return Place(model, root / METADATA, root / wanted.type / precision, wanted, DTYPES[precision], folder)
 
 
-def find_root(path: Path) -> tuple[Path, tuple[str, ...]] | None:
-    """Find the folder of `metadata.json` from a path to it or into it.
-
-    Args:
-        path: given by the caller; also `<model>/<device>/<model>_meta.json`, where releases before 3.0.7 had their
-            metadata, when there is none any more.
-
-    Returns:
-        The folder, and the device and dtype that the path itself names, if it does; None where there is no such folder.
-    """
-    if path.name == METADATA:
-        return (path.parent, ()) if is_there(path) else None
-    if path.name == f"{path.parent.parent.name}{perdevice.SUFFIX}" and not path.exists():
-        path = path.parent
-        return (path.parent, (path.name,)) if is_there(path.parent / METADATA) and path.name in DEVICES else None
-    for root, hint in ((path, ()), (path.parent, (path.name,)), (path.parent.parent, (path.parent.name, path.name))):
-        if is_there(root / METADATA) and (not hint or hint[0] in DEVICES) and os.path.isdir(path):
-            return root, hint
-    return None
+# -- where each device has its own metadata file, which records device and dtype ---------------------------------------
 
 
-def leaves(root: Path, *, empty: bool = False) -> list[tuple[str, str]]:
-    """List the leaves of an artifact as (device, dtype): the folders that hold packages, or those that hold none."""
-    try:
-        return sorted(
-            (family.name, leaf.name)
-            for family in root.iterdir()
-            if family.is_dir() and family.name in DEVICES
-            for leaf in family.iterdir()
-            if leaf.is_dir() and leaf.name in DTYPES and any(leaf.glob("*.pt2")) != empty
-        )
-    except OSError as error:
-        raise ArtifactError(f"{error.filename}: cannot be read ({reason(error)}). {AGAIN}") from None
+@dataclass(frozen=True)
+class _Recorded:
+    """A metadata file, and what it records of itself."""
+
+    file: Path
+    device: str
+    dtype: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.device}/{self.dtype} ({self.file})"
 
 
-def _require_reach(path: Path) -> None:
-    """Refuse a path that the system does not even look at: too long, in a ring of links, in a closed folder."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
+def _of_device(path: Path, device: str | torch.device | None, dtype: str | torch.dtype | None, folder: Folder) -> Place:
+    """The leaf of a device; the dtype is a label there, and no choice."""
+    here = device_files_at(path)
+    present = _readable(here or device_files_below(path), device, folder)
+    wanted = device_of(device, present[0].device if here and len(present) == 1 else None)
+    precision = dtype_name(dtype)
+    fitting = [leaf for leaf in present if leaf.device == wanted.type and precision in (None, leaf.dtype)]
+    if not fitting:
+        listed = ", ".join(map(str, _beside(present[0], wanted, folder) if here else present))
+        asked = f"device '{wanted.type}'" + (f" and dtype '{precision}'" if precision else "")
         raise ArtifactNotFoundError(
-            f"{_short(path)}: cannot be reached ({reason(error)}). Give the artifact's folder that neml2-compile wrote."
-        ) from None
+            f"no compiled artifact for {asked} at {path}; compiled leaves: {listed}. Load one of these (device=, "
+            "dtype=, or its path), or compile the one you need with neml2-compile."
+        )
+    if len(fitting) > 1:
+        raise ArtifactError(
+            f"{path} holds several artifacts: {', '.join(map(str, fitting))}. Give the path of one of them."
+        )
+    leaf = fitting[0]
+    model = leaf.file.name.removesuffix(DEVICE_METADATA)
+    return Place(model, leaf.file, leaf.file.parent, wanted, DTYPES[leaf.dtype], folder, leaf.digest)
 
 
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 300 else f"{text[:120]}...{text[-120:]} ({len(text)} characters)"
+def _recorded(file: Path, folder: Folder) -> _Recorded:
+    document, digest = read_json(file, folder)
+    device, dtype = document.get("device", "cpu"), document.get("dtype", "float64")
+    if device not in DEVICES or dtype not in list(DTYPES):
+        raise ArtifactError(
+            f"{file}: records {_described('device', device, DEVICES)} and {_described('dtype', dtype, DTYPES)}, "
+            f"expected one of {', '.join(DEVICES)} and one of {', '.join(DTYPES)}. The metadata is damaged or was "
+            "edited; compile the model again with neml2-compile."
+        )
+    return _Recorded(file, device, dtype, digest)
 
 
-def _missing(path: Path) -> str:
-    """What to say where there is no artifact."""
-    cure = (
-        "Give the artifact's folder that neml2-compile wrote: it holds metadata.json and a folder per device, or, from "
-        "neml2 before 3.0.7, MODEL_meta.json or DEVICE/MODEL_meta.json."
-    )
-    if os.path.isdir(path):
-        below = (path / name for name in _names(path))
-        inside = [p.name for p in below if os.path.isdir(p) and (find_root(p) or perdevice.holds(p))]
-        return f"no metadata.json in {path}{f', but artifacts below it: {_few(inside)}' if inside else ''}. {cure}"
-    folder = path.parent
-    if is_there(path) and path.suffix != ".json":
-        found = find_root(path.parent)
-        above = perdevice.root_of(path.parent) if found is None else found[0]
-        whole = f" It belongs to the artifact {above}: give that." if above and path.suffix == ".pt2" else ""
-        return f"no metadata.json in {path}: it is a file{', a graph' if path.suffix == '.pt2' else ''}.{whole} {cure}"
-    if path.suffix == ".json":
-        return f"{path}: no such metadata file.{_beside(folder)} {cure}"
-    return f"no metadata.json in {path}: there is no such folder.{_beside(folder)} {cure}"
+def _described(key: str, value: object, known: Iterable[str]) -> str:
+    return f"{key} {value!r}" if value in list(known) else f"{shown(value)} as the {key}"
 
 
-def _beside(folder: Path) -> str:
-    there = _names(folder)
-    return f" In {folder} there are: {_few(there)}." if there else ""
+def _readable(found: list[Path], device: str | torch.device | None, folder: Folder) -> list[_Recorded]:
+    """What the files record; a damaged one of another device than that asked for is passed over.
+
+    So a leaf that is not there is reported, whatever the others are worth.
+    """
+    wanted = None if device is None or device == "" else device_of(device).type
+    present = []
+    for file in found:
+        try:
+            present.append(_recorded(file, folder))
+        except ArtifactError:
+            if wanted is None or file.parent.name not in DEVICES or file.parent.name == wanted:
+                raise
+            present.append(_Recorded(file, file.parent.name, "damaged", ""))
+    return present
 
 
-def _names(folder: Path) -> list[str]:
-    """What is in a folder; nothing where that cannot be told."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:
-        return []
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+def _beside(leaf: _Recorded, wanted: torch.device, folder: Folder) -> list[_Recorded]:
+    """The leaves of the same model: those in the neighbouring device folders as well, where there are such folders."""
+    if leaf.file.parent.name not in DEVICES:
+        return [leaf]
+    files = [file for file in device_files_below(leaf.file.parent.parent) if file.name == leaf.file.name]
+    return _readable(files, wanted, folder) or [leaf]

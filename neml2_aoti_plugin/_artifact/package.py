@@ -1,25 +1,63 @@
-"""Read a `.pt2` package without running it: what it was built for and what its graph takes and returns.
+"""A `.pt2` package read without running it: is the archive sound, what was it built for, what does its graph take?
 
 The generated wrapper source inside the package spells out dtype, rank and fixed extents of each argument. Nothing else
-tells them: the loader checks nothing, and the metadata file does not record the traced batch axes.
+records them: the loader checks nothing, and the metadata file does not have the traced batch axes.
 """
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import lzma
 import re
+import stat
+import struct
 import zipfile
+import zlib
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError
 from . import files
-from .archive import open_archive, read_text
-from .folder import Contents, Folder, folder_at
-from .telling import reason
+from .files import AGAIN, Contents, Folder, folder_at, named, reason
 
+# `zipfile` needs it, and Python 3.13 cannot import it once the working directory is gone.
+codecs.lookup("cp437")
+
+# The entries that a graph is made of stand in this folder of the archive, below a folder named like the package.
+GRAPH = "data/aotinductor/model/"
+LIBRARIES = (".so", ".pyd", ".dylib")
+
+# torch writes ten entries for a graph on a CPU, and one more per kernel on a GPU, none of them compressed. A library
+# that somebody compressed afterwards has a fourth of its size; sources have less, and are small.
+MAX_ENTRIES = 10_000
+MAX_SOURCE = 1 << 28
+MAX_RATIO = 20
+SMALL = 1 << 20
+
+# What `zipfile` and the decoders behind it raise on damaged bytes.
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    OSError,
+    EOFError,
+    ValueError,
+    IndexError,
+    OverflowError,
+    RuntimeError,
+    NotImplementedError,
+)
+
+_DRIVE = re.compile(r"^[A-Za-z]:")
+
+# What the generated wrapper says of argument and axis.
 _CHECK = r'"input_handles\[(\d+)\]: '
 _DTYPE = re.compile(_CHECK + r'unmatched dtype, "\s*<< "expected: " << \w+ << "\(at::k(\w+)\)')
 _FIXED = re.compile(_CHECK + r'unmatched dim value at (\d+), "\s*<< "expected: (\d+), ')
@@ -43,22 +81,18 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Argument:
-    """One input of a graph.
-
-    Args:
-        dtype: of the tensor.
-        extents: size of each axis; None for one that is free.
-        kind: name of the class in which the exporter handed it over; empty for a plain tensor.
-    """
+    """One input of a graph."""
 
     dtype: torch.dtype
+    # Size of each axis; None for one that is free.
     extents: tuple[int | None, ...]
+    # Name of the class in which the exporter handed it over; empty for a plain tensor.
     kind: str = ""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a graph takes and how many tensors it returns."""
+    """What a graph takes, and how many tensors it returns."""
 
     arguments: tuple[Argument, ...]
     outputs: int
@@ -66,7 +100,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Build:
-    """What a package was built for; a field is empty where the package does not tell."""
+    """What a package was built for, as inductor recorded it; a field is empty where it did not."""
 
     device: str = ""
     platform: str = ""
@@ -77,27 +111,18 @@ class Build:
 
 @dataclass(frozen=True)
 class Package:
-    """A package that was looked over, and may run.
+    """A package that was looked over, and may run."""
 
-    Args:
-        file: where it was then.
-        folder: of its artifact.
-        digest: SHA-256 of the bytes that were looked over; what has another one is another package.
-        signature: what its graph takes; None where it does not tell.
-    """
-
+    # Where it was then.
     file: Path
     folder: Folder
+    # SHA-256 of the bytes that were looked over; what has another one is another package.
     digest: str
+    # None where the package does not spell it out.
     signature: Signature | None
 
     def read(self) -> bytes:
-        """Read the bytes that were looked over once more.
-
-        Raises:
-            ArtifactNotFoundError: the file is gone.
-            ArtifactError: it has changed, or cannot be read.
-        """
+        """Read the bytes that were looked over once more; an ArtifactError if the file has others, or is gone."""
         data, digest = read_package(self.file, self.folder)
         if digest != self.digest:
             raise ArtifactError(
@@ -108,19 +133,7 @@ class Package:
 
 
 def read_package(file: Path, folder: Folder) -> Contents:
-    """Read the bytes of a package.
-
-    Args:
-        file: the package.
-        folder: of its artifact.
-
-    Returns:
-        The bytes and their digest.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactError: it cannot be read.
-    """
+    """The bytes of a package of an artifact, with their digest."""
     try:
         return folder.read(file, files.PACKAGE)
     except FileNotFoundError:
@@ -130,28 +143,131 @@ def read_package(file: Path, folder: Folder) -> Contents:
         ) from None
 
 
+# -- the archive -------------------------------------------------------------------------------------------------------
+
+
+def open_archive(file: Path, data: bytes) -> zipfile.ZipFile:
+    """Open the bytes of a package as the zip archive that they are; the file's name is for messages."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+    except DAMAGE as error:
+        raise ArtifactError(f"{file}: not a readable package ({reason(error)}). {AGAIN}") from None
+    archive.filename = str(file)
+    return archive
+
+
+def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, data: bytes | None = None) -> bytes | memoryview:
+    """Read an entry, with its checksum verified; `data`, the archive's bytes, spare a copy of a large entry."""
+    try:
+        if data is None or info.compress_type != zipfile.ZIP_STORED:
+            return archive.read(info)
+        # Compares the name before the entry's bytes with that in the archive's directory.
+        archive.open(info).close()
+        name, extra = struct.unpack_from("<HH", data, info.header_offset + 26)
+        start = info.header_offset + 30 + name + extra
+        view = memoryview(data)[start : start + info.file_size]
+        if len(view) != info.file_size or zlib.crc32(view) != info.CRC:
+            raise zipfile.BadZipFile(f"its checksum is not {info.CRC:08x}")
+        return view
+    except DAMAGE as error:
+        # `zipfile` quotes the bytes that it found in the place of a name.
+        checksum = "CRC" in str(error) or "checksum" in str(error)
+        why = "its checksum is another" if checksum else reason(error)
+        raise ArtifactError(f"{archive.filename}: entry {named(info.filename)} is damaged ({why}). {AGAIN}") from None
+
+
+def read_text(archive: zipfile.ZipFile, suffix: str) -> str | None:
+    """The text of the graph's first entry whose name ends so; None where there is none."""
+    for info in archive.infolist():
+        if not info.filename.endswith(suffix) or f"/{GRAPH}" not in info.filename:
+            continue
+        entry = f"{archive.filename}: entry {named(info.filename)}"
+        if info.file_size > MAX_SOURCE:
+            raise ArtifactError(f"{entry} claims {info.file_size} bytes of text. {AGAIN}")
+        try:
+            return bytes(read_entry(archive, info)).decode()
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{entry} is damaged ({reason(error)}). {AGAIN}") from None
+    return None
+
+
+def graph_entries(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The entries that a graph is made of, without its source."""
+    return [
+        info
+        for info in archive.infolist()
+        if info.filename.partition("/")[2].startswith(GRAPH) and not info.filename.endswith((".cpp", "/"))
+    ]
+
+
+def libraries_in(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The compiled libraries of a graph; a sound package has one."""
+    return [info for info in graph_entries(archive) if info.filename.endswith(LIBRARIES)]
+
+
+def archive_faults(archive: zipfile.ZipFile) -> list[str]:
+    """What speaks against unpacking an archive, each with its cure; nothing for an archive as torch writes it."""
+    entries = archive.infolist()
+    cure = "Do not use this file."
+    if len(entries) > MAX_ENTRIES:
+        return [f"holds {len(entries)} entries, expected at most {MAX_ENTRIES}. {cure}"]
+    faults = ((info.filename, _entry_fault(info)) for info in entries)
+    found = [f"archive entry {named(name)} {fault}. {cure}" for name, fault in faults if fault]
+    folded = Counter(info.filename.casefold() for info in entries)
+    twice = [info.filename for info in entries if folded[info.filename.casefold()] > 1]
+    if twice:
+        found.append(f"archive entry {named(twice[0])} is there twice. {cure}")
+    total = sum(i.compress_size for i in entries), sum(i.file_size for i in entries)
+    for packed, unpacked in (total, *((i.compress_size, i.file_size) for i in entries)):
+        if unpacked > max(SMALL, MAX_RATIO * packed):
+            found.append(f"unpacks from {packed} to {unpacked} bytes. {cure}")
+            break
+    # Two entries over the same bytes are how a small archive unpacks to a large one without a large ratio anywhere.
+    spans = sorted((i.header_offset, i.header_offset + i.compress_size) for i in entries)
+    if any(end > start for (_, end), (start, _) in pairwise(spans)):
+        found.append(f"has entries that lie over each other. {cure}")
+    return found
+
+
+def _entry_fault(info: zipfile.ZipInfo) -> str:
+    """What is wrong with an entry; empty for nothing."""
+    # `zipfile` cuts a name at a null byte, torch's reader need not.
+    name, written = info.filename, info.orig_filename
+    if not name or "\0" in written:
+        return "has no proper name"
+    if name.startswith(("/", "\\")) or _DRIVE.match(name) or "\\" in name or ".." in PurePosixPath(name).parts:
+        return "leads out of the folder it is unpacked to"
+    kind = info.external_attr >> 16 & 0o170000
+    if kind == stat.S_IFLNK:
+        return "is a symbolic link"
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "is neither a file nor a folder"
+    if info.flag_bits & 0x1:
+        return "is encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"is compressed by method {info.compress_type}"
+    if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
+        return "claims two sizes"
+    return ""
+
+
+# -- what it says of itself --------------------------------------------------------------------------------------------
+
+
 def read_signature(file: Path, folder: Folder | None = None) -> Signature | None:
-    """Read what a graph takes from its package.
-
-    Args:
-        file: the package.
-        folder: of its artifact; the one that the file is in, if not given.
-
-    Returns:
-        The signature; None where the package does not spell it out.
-    """
+    """What the graph of a package takes; None where the package does not spell it out."""
     with open_archive(file, read_package(file, folder or folder_at(file.parent)).data) as archive:
         return signature_in(archive)
 
 
 def signature_in(archive: zipfile.ZipFile) -> Signature | None:
-    """Read what a graph takes from its open package; None where the package does not spell it out."""
+    """What a graph takes, from its open package; None where the package does not spell it out."""
     source = read_text(archive, "wrapper.cpp")
     return parse_signature(source) if source is not None else None
 
 
 def parse_signature(source: str) -> Signature | None:
-    """Read a graph's signature out of the generated wrapper's source."""
+    """A graph's signature from the generated wrapper's source."""
     arity = _ARITY.search(source)
     if arity is None:
         return None
@@ -174,7 +290,7 @@ def parse_signature(source: str) -> Signature | None:
 
 
 def parse_kinds(source: str, count: int) -> list[str]:
-    """Read from the wrapper's call spec in what class each of `count` arguments was handed over; empty for none."""
+    """In what class each of `count` arguments was handed over, by the wrapper's call spec; empty for a plain tensor."""
     found = _CALL.search(source)
     try:
         _, call = json.loads(found[1]) if found is not None else (0, {})
@@ -187,17 +303,7 @@ def parse_kinds(source: str, count: int) -> list[str]:
 
 
 def build_in(archive: zipfile.ZipFile) -> Build:
-    """Read what a package was built for.
-
-    Args:
-        archive: the open package.
-
-    Returns:
-        The build facts that inductor recorded.
-
-    Raises:
-        ArtifactError: they are damaged.
-    """
+    """What an open package was built for."""
     found = read_text(archive, "wrapper_metadata.json") or read_text(archive, "_metadata.json")
     try:
         facts = json.loads(found) if found is not None else {}
@@ -218,17 +324,7 @@ def build_in(archive: zipfile.ZipFile) -> Build:
 
 
 def operators_in(archive: zipfile.ZipFile) -> tuple[str, ...]:
-    """Read which operators a graph calls by name, such as `neml2::opaque_pow`.
-
-    Args:
-        archive: the open package.
-
-    Returns:
-        Their names without overloads, each once.
-
-    Raises:
-        ArtifactError: the list is damaged.
-    """
+    """The operators that a graph calls by name, such as `neml2::opaque_pow`: without overloads, each once."""
     found = read_text(archive, "wrapper.json")
     if found is None:
         return ()

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from .typeonly import Document
-from .upgrade import NEWEST, released_form, upgrade
+from .upgrade import NEWEST, Document, released_form, upgrade
 
 # Keys of schema 14, in the order in which it has them.
 TOP = ("inputs", "outputs", "segments", "parameters", "derivatives", "parameter_derivatives")

@@ -1,37 +1,37 @@
 """A compiled model as frozen objects: the newest form, into which every released schema is read.
 
-Names are the authored ones throughout; `Artifact.aliases` leads from them to the names at the boundary. Files are
-bare names inside the leaf folder.
+Names are the authored ones throughout; `Aliases` leads from them to the names at the boundary. Files are bare names
+inside the leaf folder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
+from ..errors import ArtifactError
 from ..settings import KrylovSettings, NewtonSettings
 
 Shape = tuple[int, ...]
 Structure = Literal["dense", "block"]
 Role = Literal["old_state", "old_force", "cur_force", "incremental", "static", "unknown"]
 
+AGAIN = "The metadata is damaged or was edited; compile the model again with neml2-compile."
+
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable with its shape: `(*batch, *sub_batch_shape, *base_shape)`.
-
-    Args:
-        name: authored name.
-        base_shape: axes that its type owns.
-        sub_batch_shape: sizes of its site axes.
-        type: name of neml2's wrapper class; empty where the file does not tell.
-    """
+    """A variable with its shape: `(*batch, *sub_batch_shape, *base_shape)`."""
 
     name: str
+    # Axes that its type owns.
     base_shape: Shape
+    # Sizes of its site axes.
     sub_batch_shape: Shape = ()
+    # Name of neml2's wrapper class; empty where the file does not tell.
     type: str = ""
 
     @cached_property
@@ -52,47 +52,33 @@ class Variable:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A promoted parameter as stored.
-
-    Args:
-        name: qualified authored name.
-        base_shape: axes of its type.
-        shape: of the stored value; `(*batch, *base_shape)`.
-        values: the stored value, row-major.
-        dtype: name of its dtype where that is not the model's.
-    """
+    """A promoted parameter as stored, by its qualified name."""
 
     name: str
     base_shape: Shape
+    # Of the stored value; `(*batch, *base_shape)`.
     shape: Shape
+    # Row-major.
     values: tuple[float, ...] = field(repr=False)
+    # Name of its dtype where that is not the model's.
     dtype: str | None = None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Where the derivative of one variable by another lies in the outputs of a graph.
-
-    Args:
-        out: the variable that is differentiated.
-        wrt: the variable or parameter by which.
-        out_base_shape: base shape of `out`.
-        wrt_base_shape: base shape of `wrt`.
-        output: index of the graph's output.
-        row: first row of the block in that output's matrix; None when the output is the block.
-        column: first column likewise.
-        wrt_sub_batch_shape: sites of `wrt`.
-        constant: whether the block is known not to depend on the row.
-    """
+    """Where the derivative of one variable by another variable or a parameter lies in the outputs of a graph."""
 
     out: str
     wrt: str
     out_base_shape: Shape
     wrt_base_shape: Shape
+    # Index of the graph's output.
     output: int
+    # First row and column of the block in that output's matrix; None when the output is the block.
     row: int | None = None
     column: int | None = None
     wrt_sub_batch_shape: Shape = ()
+    # Whether the block is known not to depend on the row.
     constant: bool = False
 
     @cached_property
@@ -125,12 +111,8 @@ class AdjointGraph:
 
 
 @dataclass(frozen=True)
-class ForwardSegment:
-    """A part of the model that one graph evaluates.
-
-    `arguments` are the names of inputs and parameters in the order in which the graphs take them; when empty, they take
-    the inputs first. While `parameters_among_inputs`, that order is not known yet.
-    """
+class ExplicitInfo:
+    """A part of the model that one graph evaluates; `forward` in the metadata."""
 
     value: str
     inputs: tuple[str, ...]
@@ -139,7 +121,9 @@ class ForwardSegment:
     jacobian: PairGraph | None = None
     parameter_jacobian: PairGraph | None = None
     parameter_vjp: AdjointGraph | None = None
+    # Names of inputs and parameters in the order in which the graphs take them; when empty, they take the inputs first.
     arguments: tuple[str, ...] = ()
+    # While that order is not known yet.
     parameters_among_inputs: bool = False
 
     @cached_property
@@ -169,6 +153,7 @@ class Given:
 
     variable: Variable
     role: Role = "static"
+    # The force at the other end of the step.
     pair: str | None = None
 
 
@@ -255,7 +240,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Predictor:
-    """The graph that gives unknowns their first iterate."""
+    """The graph that gives unknowns their initial guess."""
 
     file: str
     inputs: tuple[str, ...]
@@ -264,7 +249,7 @@ class Predictor:
 
 
 @dataclass(frozen=True)
-class ImplicitSegment:
+class ImplicitInfo:
     """A part of the model that a Newton solve evaluates: find the unknowns at which the residual vanishes."""
 
     residual: str
@@ -286,7 +271,7 @@ class ImplicitSegment:
         return tuple(variable for group in self.unknowns for variable in group.variables)
 
 
-Segment = ForwardSegment | ImplicitSegment
+Segment = ExplicitInfo | ImplicitInfo
 
 
 @dataclass(frozen=True)
@@ -300,10 +285,7 @@ class Aliases:
 
 @dataclass(frozen=True)
 class Metadata:
-    """All that the metadata file tells.
-
-    `digest` is that of the file, for the question whether it is still the same.
-    """
+    """All that the metadata file tells."""
 
     inputs: tuple[Variable, ...]
     outputs: tuple[Variable, ...]
@@ -312,5 +294,128 @@ class Metadata:
     derivatives: tuple[tuple[str, str], ...]
     parameter_derivatives: tuple[tuple[str, str], ...]
     aliases: Aliases = field(default_factory=Aliases)
+    # In which the file was written.
     schema: int = 14
+    # Of the file, for the question whether it is still the same.
     digest: str = field(default="", compare=False, repr=False)
+
+
+# -- what one place says of a name must hold in all others -------------------------------------------------------------
+
+
+def require_consistent(found: Metadata, file: str) -> None:
+    """Refuse metadata that does not agree with itself."""
+    _check_boundary(found, file)
+    _check_names(found, file)
+    _check_shapes(found, file)
+
+
+def _check_names(found: Metadata, file: str) -> None:
+    """Every name that is used must stand for something, and every value exist before it is read."""
+    parameters = {p.name for p in found.parameters}
+    inputs, outputs = {v.name for v in found.inputs}, {v.name for v in found.outputs}
+    known = set(inputs)
+    for i, part in enumerate(found.segments):
+        where = f"{file}: segments[{i}]"
+        missing = set(part.parameters) - parameters
+        if missing:
+            raise ArtifactError(f"{where} takes {sorted(missing)}, which are not among the promoted parameters.")
+        if isinstance(part, ExplicitInfo):
+            _need(part.inputs, known, where)
+            known |= set(part.outputs)
+            continue
+        unknowns = {v.name for v in part.unknown_variables}
+        for what, groups in (("unknown", part.unknowns), ("given", part.givens)):
+            names = [v.name for group in groups for v in group.variables]
+            if len(set(names)) != len(names):
+                raise ArtifactError(f"{where} has two {what}s of one name among {', '.join(names)}. {AGAIN}")
+        _need((v.name for g in part.givens for v in g.variables), known, where)
+        if part.predictor is not None:
+            fed_back = {part.predictor.feedback.input.name} if part.predictor.feedback else set()
+            _need(part.predictor.inputs, known | unknowns | fed_back, where)
+        # What a predictor gives besides unknowns is a guess, which nothing else may take for a value.
+        known |= unknowns
+        _need((given.variable.name for given in part.roles), known, where)
+        _need((given.pair for given in part.roles if given.pair is not None), known, where)
+    missing = outputs - known
+    if missing:
+        raise ArtifactError(f"{file}: no segment computes the outputs {sorted(missing)}.")
+    strange = {i for _, i in found.derivatives} - inputs
+    strange |= {o for o, _ in (*found.derivatives, *found.parameter_derivatives)} - outputs
+    if strange:
+        raise ArtifactError(f"{file}: derivatives name {sorted(strange)}, which are no inputs or outputs of the model.")
+    strange = {p for _, p in found.parameter_derivatives} - parameters
+    if strange:
+        raise ArtifactError(f"{file}: parameter_derivatives name {sorted(strange)}, which are not promoted.")
+
+
+def _need(wanted: Iterable[str], known: set[str], where: str) -> None:
+    for name in wanted:
+        if name not in known:
+            raise ArtifactError(
+                f"{where} needs input {name!r} which is not in the model's inputs or earlier outputs. {AGAIN}"
+            )
+
+
+def _check_boundary(found: Metadata, file: str) -> None:
+    """What callers know by a name must be one thing."""
+    renames = found.aliases
+    for kind, names, to in (
+        ("inputs", [v.name for v in found.inputs], renames.inputs),
+        ("outputs", [v.name for v in found.outputs], renames.outputs),
+        ("parameters", [p.name for p in found.parameters], renames.parameters),
+    ):
+        seen: dict[str, str] = {}
+        for name in names:
+            public = to.get(name, name)
+            if public in seen:
+                which = (
+                    f"{seen[public]!r} and {name!r}, which are both called {public!r}" if to else f"{public!r} twice"
+                )
+                raise ArtifactError(f"{file}: among the {kind} there are {which}. {AGAIN}")
+            seen[public] = name
+    parameters = {renames.parameters.get(p.name, p.name) for p in found.parameters}
+    for name in sorted(parameters):
+        path = name.split(".")
+        if not all(path):
+            raise ArtifactError(
+                f"{file}: {name!r} is no name of a parameter: a part between its dots is empty. {AGAIN}"
+            )
+        above = parameters.intersection(".".join(path[:k]) for k in range(1, len(path)))
+        if above:
+            raise ArtifactError(
+                f"{file}: {min(above)!r} is a parameter and a part of the name of another one, {name!r}. {AGAIN}"
+            )
+
+
+def _check_shapes(found: Metadata, file: str) -> None:
+    """A variable must have one shape wherever it is spoken of: each place is taken for what it holds."""
+    variables, pairs = [*found.inputs], list[Pair]()
+    for part in found.segments:
+        blocks: list[Any]
+        if isinstance(part, ExplicitInfo):
+            blocks = [part.jacobian, part.parameter_jacobian]
+        else:
+            blocks = [part.sensitivity, part.parameter_sensitivity]
+            variables += [v for group in (*part.unknowns, *part.givens) for v in group.variables]
+            variables += [given.variable for given in part.roles]
+            if part.predictor is not None and part.predictor.feedback is not None:
+                variables.append(part.predictor.feedback.input)
+        pairs += [pair for graph in blocks if graph is not None for pair in graph.pairs]
+    shapes: dict[str, Shape] = {}
+    for v in variables:
+        if shapes.setdefault(v.name, v.natural_shape) != v.natural_shape:
+            raise ArtifactError(
+                f"{file}: {v.name!r} has the shape {v.natural_shape} here, {shapes[v.name]} there. {AGAIN}"
+            )
+    bases = {v.name: v.base_shape for v in (*found.outputs, *variables)}
+    bases |= {p.name: p.base_shape for p in found.parameters}
+    # Outputs are listed without their site axes, and the derivatives of old files with them among the base axes.
+    claims = [("output", v.name, v.base_shape) for v in found.outputs]
+    for pair in pairs:
+        claims += [("derivative of", pair.out, pair.out_base_shape), ("derivative by", pair.wrt, pair.wrt_base_shape)]
+    for what, name, base in claims:
+        if base not in (bases.get(name, base), shapes.get(name)):
+            raise ArtifactError(
+                f"{file}: the {what} {name!r} has the base shape {base}, elsewhere it is {bases[name]}. {AGAIN}"
+            )

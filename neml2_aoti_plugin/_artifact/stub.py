@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .._files import require_plain
 from ..errors import ArtifactNotFoundError, InputError, UnknownNameError
 from .files import is_there
-from .locate import root_of
+from .layout import root_of
 
 if TYPE_CHECKING:
     import nmhit
@@ -45,14 +45,11 @@ TRIALS = 10
 
 @dataclass(frozen=True)
 class Stub:
-    """What a block asks for.
+    """What a block asks for."""
 
-    Args:
-        artifact: path of the artifact's folder or metadata.
-        solver: Newton settings by the field names of `NewtonSettings`; None where the block names none.
-    """
-
+    # Path of the artifact's folder or metadata.
     artifact: Path
+    # Newton settings by the field names of `NewtonSettings`; None where the block names none.
     solver: dict[str, Any] | None = None
 
 
@@ -62,18 +59,9 @@ def is_input_file(path: Path) -> bool:
 
 
 def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = ()) -> tuple[str, Stub]:
-    """Find a compiled model in a stub.
+    """A compiled model in a stub: its name, and what its block asks for, with the path of the artifact resolved.
 
-    Args:
-        path: of the stub.
-        model: name of the model; not needed where there is one.
-        overrides: HIT overrides.
-
-    Returns:
-        Its name, and what its block asks for, with the path of the artifact resolved.
-
-    Raises:
-        InputError: it is no input file, has no such model, or the model's artifact is not there.
+    Only where a stub has several models, one must be named. An InputError where there is none, or no artifact.
     """
     root = parse_input(path, overrides)
     found = blocks(root, "Models")
@@ -103,15 +91,9 @@ def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = 
 
 
 def parse_input(path: Path, overrides: tuple[str, ...] = (), what: str = STUB) -> nmhit.Root:
-    """Parse an input file, without building anything from it.
+    """Parse an input file, with overrides such as `Models/elastic/E:=210000`, without building anything from it.
 
-    Args:
-        path: of the file.
-        overrides: HIT overrides, such as `Models/elastic/E:=210000`.
-        what: what to give, for messages.
-
-    Raises:
-        InputError: there is no such file, or it is no input file.
+    An InputError where it is none; `what` says what to give instead.
     """
     import nmhit
 
@@ -137,20 +119,10 @@ def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:
 
 
 def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmhit.Node | None]) -> Stub:
-    """Read a block.
+    """What a block of type `AOTIModel` asks for; `solver_block` gives the block of a name in the file's `[Solvers]`.
 
-    Args:
-        block: of type `AOTIModel`.
-        folder: of the input file; a path is relative to the file that the option itself is in, which this one may
-            include, or to this one.
-        solver_block: gives the block of a name in the file's `[Solvers]`.
-
-    Returns:
-        What it asks for.
-
-    Raises:
-        InputError: the options do not go together, or the solver is none that there was.
-        ArtifactNotFoundError: the artifact has an absolute path, and is neither there nor beside the stub.
+    A path is relative to the file that the option itself is in, which the input file may include, or to `folder`, that
+    of the input file. An InputError where the options do not go together.
     """
     options = {option: block.param_optional_str(option, "") for option in ("artifact_path", "meta", "solver")}
     given = [option for option in ("artifact_path", "meta") if options[option]]
@@ -159,7 +131,10 @@ def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmh
             f"{' and '.join(given) or 'no artifact'} given, expected one of artifact_path (the folder that "
             "neml2-compile wrote) and meta (the metadata file, in stubs of neml2 3.0.0 to 3.0.3)."
         )
-    artifact = find(options[given[0]], *_folders(block, given[0], folder))
+    # Overrides count as written in the input file; a text that was no file has no name.
+    field = block.find(given[0])
+    own = [Path(field.filename).parent] if field is not None and str(field.filename or "") else []
+    artifact = find(options[given[0]], *dict.fromkeys([*own, folder]))
     name = options["solver"]
     if not name:
         return Stub(artifact)
@@ -169,27 +144,11 @@ def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmh
     return Stub(artifact, read_solver(node))
 
 
-def _folders(block: nmhit.Node, option: str, folder: Path) -> list[Path]:
-    """The folder of the file that an option is in, and that of the input file, each once."""
-    field = block.find(option)
-    own = field.filename if field is not None else None
-    # Overrides count as written in the input file; a text that was no file has no name.
-    found = [Path(own).parent] if own is not None and str(own) else []
-    return list(dict.fromkeys([*found, folder]))
-
-
 def find(given: str, *folders: Path) -> Path:
-    """Find what a path in a stub leads to.
+    """What a path in a stub leads to; `folders` are those where the stub may be, the likeliest first.
 
-    Args:
-        given: the path; relative to a folder or absolute.
-        folders: where the stub may be, the likeliest first.
-
-    Returns:
-        The path; where it is absolute and the artifact has moved together with the stub, the path beside the stub.
-
-    Raises:
-        ArtifactNotFoundError: the path is absolute, and there is nothing, nor beside the stub.
+    Where an absolute path leads nowhere, the artifact may have moved together with the stub, and is beside it; an
+    ArtifactNotFoundError if it is not.
     """
     path = Path(given)
     if path.is_absolute():
@@ -220,16 +179,9 @@ def drivers_of(stub: Path, model: str) -> list[str]:
 
 
 def read_solver(block: nmhit.Node) -> dict[str, Any]:
-    """Read a Newton solver's block; absent options take the defaults of the release that wrote it.
+    """A Newton solver's block as settings by the field names of `NewtonSettings`.
 
-    Args:
-        block: of type `Newton` or `NewtonWithLineSearch`.
-
-    Returns:
-        Its settings by the field names of `NewtonSettings`.
-
-    Raises:
-        InputError: the type or an option is none that there was, or a value is not of its kind.
+    Absent options take the defaults of the release that wrote it. An InputError for what was no option or value then.
     """
     import nmhit
 

@@ -1,42 +1,53 @@
 """Lead a metadata document of any released schema to the newest form, one step per schema.
 
-A step takes the form of one schema and gives that of the next; what the newest JSON has no keys for is left in those
-that `parse` reads beside them. What an old file lacks is derived where it can be told, else it is an error by name.
+A step takes a document in the form of one schema and gives one in that of the next, both as plain dicts; `FORMS` are
+checked before it, so that it finds what it needs. What the newest JSON has no keys for is left in those that `decode`
+reads beside them. What an old file lacks is derived where the file tells it, else it is an error by name.
+
+Schemas 2 and 3 give the types of variables instead of their shapes. Neither lists what derivatives were asked for:
+there are all that the graphs can give. Both keep Newton settings in each implicit segment, and lay the derivatives of
+unknowns by givens into one matrix per pair of groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
+from itertools import accumulate
+from math import prod
+from typing import Any
 
 from ..errors import ArtifactError
-from .reading import Node
-from .telling import shown
-from .typeonly import Document, from_2, from_3, segments_of
+from .files import shown
+from .typed import Form, Name, Names, Shape, Unfit, Whole, typed
+
+Document = dict[str, Any]
 
 NEWEST = 14
 RELEASES = {2: "3.0.0 to 3.0.2", 3: "3.0.3", 7: "3.0.4 to 3.0.6", 12: "3.0.7", 14: "3.1.0"}
 
+# `Rot` became `MRP` in 3.0.6.
+BASE_SHAPES: dict[str, list[int]] = {
+    "Scalar": [],
+    "Vec": [3],
+    "WR2": [3],
+    "Rot": [3],
+    "MRP": [3],
+    "MillerIndex": [3],
+    "Quaternion": [4],
+    "SR2": [6],
+    "R2": [3, 3],
+    "SSR4": [6, 6],
+}
+
 
 def upgrade(document: Document, file: str) -> Document:
-    """Bring a document to the newest form.
-
-    Args:
-        document: the decoded metadata; it is not changed.
-        file: its path, for messages.
-
-    Returns:
-        The document in the form that `parse` reads.
-
-    Raises:
-        ArtifactError: the schema is not known, or the document does not fit it.
-    """
+    """A document in the form that `decode` reads; the one that is given is not changed."""
     written = released_form(document, file)
-    found = deepcopy(document)
-    for schema, step in STEPS.items():
+    for schema, (form, step) in STEPS.items():
         if schema >= written:
-            found = step(Node(found, "", file))
-    return found
+            typed(document, form, file)
+            document = step(document)
+    return document
 
 
 def released_form(document: Document, file: str) -> int:
@@ -60,28 +71,278 @@ def released_form(document: Document, file: str) -> int:
     return max(schema for schema in RELEASES if schema <= written)
 
 
-def from_7(document: Node) -> Document:
-    """Schema 7 to 12: two words changed; Newton settings stay at their defaults where the stub gives none."""
-    found = {
-        **document.value,
-        "segments": [_renamed(s.value, "rhs_package", "residual_package") for s in segments_of(document)],
+# -- what the steps need of old documents ------------------------------------------------------------------------------
+
+
+class _Typed(Form, kw_only=True):
+    """A variable whose shape follows from its type."""
+
+    name: Name
+    var_type: Name
+    var_size: Whole
+    base_shape: Shape | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        base = _base_shape(self)
+        if self.var_size != prod(base):
+            raise Unfit("var_size", f"{prod(base)}, the number of entries of a {self.var_type}")
+
+
+class _Flat(Form, kw_only=True):
+    """A variable of an implicit segment of schema 2, whose shape is given with its sites in front."""
+
+    name: Name
+    var_type: Name
+    var_size: Whole
+    unflattened_shape: Shape
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        natural, base = list(self.unflattened_shape), _base_shape(self)
+        if natural[max(0, len(natural) - len(base)) :] != base or prod(natural) != self.var_size:
+            raise Unfit("unflattened_shape", f"the shape of {self.var_size} entries that ends in {base}")
+
+
+def _base_shape(variable: _Typed | _Flat) -> list[int]:
+    if isinstance(variable, _Typed) and variable.base_shape is not None:
+        return list(variable.base_shape)
+    if variable.var_type not in BASE_SHAPES:
+        raise Unfit(
+            "var_type",
+            f"one of {', '.join(BASE_SHAPES)}: the file does not tell the shape of {variable.name!r}, which has type "
+            f"{variable.var_type!r}",
+        )
+    return BASE_SHAPES[variable.var_type]
+
+
+class _Explicit2(Form, tag_field="kind", tag="forward"):
+    inputs: tuple[_Typed, ...]
+    outputs: tuple[_Typed, ...]
+
+
+class _Implicit2(Form, tag_field="kind", tag="implicit"):
+    unknowns: tuple[_Flat, ...]
+    givens: tuple[_Flat, ...]
+
+
+class _Schema2(Form):
+    segments: tuple[_Explicit2 | _Implicit2, ...]
+
+
+class _Sited(Form):
+    name: Name
+    base_shape: Shape
+    sub_batch_shape: Shape | None = None
+
+
+class _Cell(Form):
+    row_vars: tuple[_Sited, ...]
+    col_vars: tuple[_Sited, ...]
+    row_structure: str
+    col_structure: str
+
+
+class _Group(Form):
+    per_var_info: tuple[_Sited, ...]
+    structure: str | None = None
+
+
+class _Explicit3(Form, tag_field="kind", tag="forward"):
+    inputs: Names
+    outputs: Names
+    param_inputs: Names | None = None
+
+
+class _Implicit3(Form, tag_field="kind", tag="implicit"):
+    unknowns: Names
+    given_group_infos: tuple[_Group, ...]
+    ift_cells: tuple[_Cell, ...] | None = None
+    linesearch: Document | None = None
+
+
+class _Schema3(Form):
+    inputs: tuple[_Typed, ...]
+    outputs: tuple[_Typed, ...]
+    segments: tuple[_Explicit3 | _Implicit3, ...]
+    parameters: tuple[Document, ...]
+
+
+class _Schema7(Form):
+    inputs: tuple[Document, ...]
+    outputs: tuple[Document, ...]
+    segments: tuple[Document, ...]
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------------
+
+
+def from_2(document: Document) -> Document:
+    """Schema 2 to 3: flat vectors become one dense group each, and the one matrix of derivatives one cell or blocks."""
+    steps = {"forward": _flat_explicit, "implicit": _flat_implicit}
+    return {**document, "segments": [steps[segment["kind"]](segment) for segment in document["segments"]]}
+
+
+def from_3(document: Document) -> Document:
+    """Schema 3 to 7: shapes come from types, all pairs that can be are derivatives, cells become pairs."""
+    steps = {"forward": _unordered, "implicit": _celled}
+    return {
+        "derivatives": _differentiable(document),
+        "parameter_derivatives": [],
+        **document,
+        **{key: [_with_base_shape(variable) for variable in document[key]] for key in ("inputs", "outputs")},
+        "segments": [steps[segment["kind"]](segment) for segment in document["segments"]],
+        # Whatever was promoted, the graphs were traced with its value in double precision.
+        "parameters": [{**parameter, "dtype": "float64"} for parameter in document["parameters"]],
     }
-    for key in ("inputs", "outputs"):
-        found[key] = [
-            {**v.value, "var_type": "MRP"} if "var_type" in v and v.at("var_type").value == "Rot" else v.value
-            for v in document.at(key).items()
-        ]
-    return found
 
 
-def from_12(document: Node) -> Document:
+def from_7(document: Document) -> Document:
+    """Schema 7 to 12: two words changed; Newton settings stay at their defaults where the stub gives none."""
+    renamed = {"rhs_package": "residual_package"}
+    return {
+        **document,
+        **{
+            key: [{**v, "var_type": "MRP"} if v.get("var_type") == "Rot" else v for v in document[key]]
+            for key in ("inputs", "outputs")
+        },
+        "segments": [{renamed.get(key, key): value for key, value in s.items()} for s in document["segments"]],
+    }
+
+
+def from_12(document: Document) -> Document:
     """Schema 12 to 14: nothing; the role `incremental`, which 14 writes no more, is one that the runtime has."""
-    found: Document = document.value
-    return found
+    return document
 
 
-STEPS: dict[int, Callable[[Node], Document]] = {2: from_2, 3: from_3, 7: from_7, 12: from_12}
+# By the schema that a step starts from, what it needs and what it does.
+STEPS: dict[int, tuple[type[Form], Callable[[Document], Document]]] = {
+    2: (_Schema2, from_2),
+    3: (_Schema3, from_3),
+    7: (_Schema7, from_7),
+    12: (Form, from_12),
+}
 
 
-def _renamed(entries: Document, old: str, new: str) -> Document:
-    return {new if key == old else key: value for key, value in entries.items()}
+def _flat_explicit(segment: Document) -> Document:
+    """An explicit segment whose Jacobian is one matrix over all outputs and inputs."""
+    rows, columns = (
+        [{"name": v["name"], "extent": v["var_size"], "shape": _shape_of(v)} for v in segment[key]]
+        for key in ("outputs", "inputs")
+    )
+    return {"jacobian_pairs": _blocks(rows, columns, 0), **segment}
+
+
+def _flat_implicit(segment: Document) -> Document:
+    """An implicit segment that takes its unknowns as one vector, its givens as another, and returns the new iterate."""
+    unknowns, givens = ([_sited(variable) for variable in segment[key]] for key in ("unknowns", "givens"))
+    # The file does not name the residuals; there is one for each unknown, of the same size.
+    groups = {"unknown": unknowns, "residual": unknowns, "given": givens}
+    return {
+        **segment,
+        **{f"{kind}_group_infos": [{"structure": "dense", "per_var_info": group}] for kind, group in groups.items()},
+        "unknowns": unknowns,
+        "givens": givens,
+        "ift_cells": [{"row_structure": "dense", "col_structure": "dense", "row_vars": unknowns, "col_vars": givens}],
+        "step_returns": "iterate",
+    }
+
+
+def _sited(variable: Document) -> Document:
+    natural, base = variable["unflattened_shape"], _shape_of(variable)
+    return {**variable, "base_shape": base, "sub_batch_shape": natural[: len(natural) - len(base)]}
+
+
+def _unordered(segment: Document) -> Document:
+    """An explicit segment whose graphs may take promoted parameters among its inputs."""
+    return {**segment, "parameters_among_inputs": bool(segment.get("param_inputs"))}
+
+
+def _celled(segment: Document) -> Document:
+    """An implicit segment with one matrix of derivatives per pair of groups, and with its own Newton settings."""
+    pairs = []
+    for output, cell in enumerate(segment.get("ift_cells") or []):
+        if any(_summed(variable, cell["col_structure"]) for variable in cell["col_vars"]):
+            continue
+        rows, columns = (
+            [_cell_variable(variable, cell[f"{side}_structure"]) for variable in cell[f"{side}_vars"]]
+            for side in ("row", "col")
+        )
+        pairs += _blocks(rows, columns, output)
+    settings = {key: segment[key] for key in ("atol", "rtol", "miters") if segment.get(key) is not None}
+    given = segment.get("linesearch") or {}
+    search = {"type": "ls_type", "max_iters": "ls_max_iters", "cutback": "ls_cutback", "c": "ls_c"}
+    settings |= {new: given[old] for old, new in search.items() if given.get(old) is not None}
+    return {**segment, "newton": settings, **({"jacobian_pairs": pairs} if pairs else {})}
+
+
+def _differentiable(document: Document) -> list[list[str]]:
+    """Of each output, the inputs by which the graphs give its derivative: all but those that sums stand between."""
+    inputs = [variable["name"] for variable in document["inputs"]]
+    reaching = {name: {name} for name in inputs}
+    lost: dict[str, set[str]] = {name: set() for name in inputs}
+    for segment in document["segments"]:
+        if segment["kind"] == "implicit":
+            givens = {
+                variable["name"]: _summed(variable, group.get("structure"))
+                for group in segment["given_group_infos"]
+                for variable in group["per_var_info"]
+            }
+            found = _names(segment["unknowns"])
+        else:
+            givens, found = dict.fromkeys(_names(segment["inputs"]), False), _names(segment["outputs"])
+        through = set().union(*(reaching.get(name, set()) for name in givens))
+        gone = set().union(*((reaching if summed else lost).get(name, set()) for name, summed in givens.items()))
+        reaching |= dict.fromkeys(found, through)
+        lost |= dict.fromkeys(found, gone)
+    outputs = _names(document["outputs"])
+    return [[out, name] for out in outputs for name in inputs if name not in lost.get(out, set())]
+
+
+def _names(found: list[Any]) -> list[str]:
+    return [item if isinstance(item, str) else item["name"] for item in found]
+
+
+def _summed(given: Document, structure: object) -> bool:
+    """Whether cells hold only the sum of the derivatives by all sites of a given: 3.0.3 sums over a block's columns."""
+    return structure == "block" and bool(given.get("sub_batch_shape"))
+
+
+def _cell_variable(variable: Document, structure: object) -> Document:
+    """A variable as a row or column of a cell: all its sites on a dense side, one of them on a block side."""
+    sites = [] if structure == "block" else variable.get("sub_batch_shape") or []
+    shape = [*sites, *variable["base_shape"]]
+    return {"name": variable["name"], "extent": prod(shape), "shape": shape}
+
+
+def _shape_of(variable: Document) -> list[int]:
+    base = variable.get("base_shape")
+    return BASE_SHAPES[variable["var_type"]] if base is None else list(base)
+
+
+def _with_base_shape(variable: Document) -> Document:
+    return {**variable, "base_shape": _shape_of(variable)}
+
+
+def _blocks(rows: list[Document], columns: list[Document], output: int) -> list[Document]:
+    """Pairs that lie side by side in the matrix that is this output, row after row.
+
+    Rows and columns are variables with `name`, `extent` and `shape`.
+    """
+    return [
+        {
+            "out_var": out["name"],
+            "in_var": wrt["name"],
+            "out_base_shape": out["shape"],
+            "in_base_shape": wrt["shape"],
+            "output": output,
+            "row_offset": row,
+            "col_offset": column,
+        }
+        for row, out in zip(_offsets(rows), rows, strict=True)
+        for column, wrt in zip(_offsets(columns), columns, strict=True)
+    ]
+
+
+def _offsets(variables: list[Document]) -> list[int]:
+    return [0, *accumulate(variable["extent"] for variable in variables)][:-1]

@@ -1,10 +1,17 @@
-"""What the metadata hands to each graph, to be compared with what the graph's package takes."""
+"""What the metadata hands to each graph, compared with what the graph's package takes.
+
+Up to neml2 3.0.3 the metadata does not tell in which order an explicit segment's graphs take their arguments: a
+promoted parameter stands where its block stood among the inputs, while the metadata lists parameters behind them. Both
+keep their own order; which argument is which shows in the package.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from ..errors import ArtifactError
 from . import schema as s
 from .package import Signature
 
@@ -14,36 +21,24 @@ Shapes = tuple[s.Shape | None, ...]
 
 @dataclass(frozen=True)
 class Wire:
-    """The arguments of a graph.
-
-    Args:
-        file: its package.
-        role: what it is for; a package has one.
-        shapes: of its arguments.
-        optional: how many of the last arguments it may do without.
-        returns: how many tensors are taken from it; None where the metadata does not tell.
-    """
+    """The arguments of a graph, by the name of its package."""
 
     file: str
+    # What it is for; a package has one role.
     role: str
     shapes: Shapes
+    # How many of the last arguments it may do without.
     optional: int = 0
+    # How many tensors are taken from it; None where the metadata does not tell.
     returns: int | None = None
 
 
 def wires(metadata: s.Metadata) -> list[Wire]:
-    """List what each graph is given, segment after segment.
-
-    Args:
-        metadata: of the artifact.
-
-    Returns:
-        A wire per graph; one that two parts of a segment use comes twice.
-    """
+    """What each graph is given, segment after segment; a graph that two parts of a segment use comes twice."""
     known: dict[str, s.Shape] = {v.name: v.natural_shape for v in metadata.inputs}
     found: list[Wire] = []
     for part in metadata.segments:
-        if isinstance(part, s.ForwardSegment):
+        if isinstance(part, s.ExplicitInfo):
             found += _forward(part, known)
         else:
             found += _implicit(part, known)
@@ -51,7 +46,7 @@ def wires(metadata: s.Metadata) -> list[Wire]:
     return found
 
 
-def _forward(part: s.ForwardSegment, known: dict[str, s.Shape]) -> Iterator[Wire]:
+def _forward(part: s.ExplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]:
     shapes = tuple(known.get(name) for name in part.taken)
     yield Wire(part.value, "value", shapes, returns=len(part.outputs))
     for role, of in (("jacobian", part.jacobian), ("parameter jacobian", part.parameter_jacobian)):
@@ -64,7 +59,7 @@ def _forward(part: s.ForwardSegment, known: dict[str, s.Shape]) -> Iterator[Wire
         yield Wire(part.parameter_vjp.file, "parameter vjp", (*shapes, *of_outputs), returns=gradients)
 
 
-def _implicit(part: s.ImplicitSegment, known: dict[str, s.Shape]) -> Iterator[Wire]:
+def _implicit(part: s.ImplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]:
     u, g = (tuple(_packed(group) for group in groups) for groups in (part.unknowns, part.givens))
     p: Shapes = (None,) * len(part.parameters)
     r, blocks = len(part.residuals), len(part.residuals) * len(part.unknowns)
@@ -106,15 +101,7 @@ def _packed(group: s.GroupInfo) -> s.Shape:
 
 
 def wire_fault(wire: Wire, signature: Signature | None) -> str:
-    """Tell whether a graph takes what the metadata gives it.
-
-    Args:
-        wire: what it is given.
-        signature: what its package takes; None where the package does not tell.
-
-    Returns:
-        What is wrong and the cure; empty for nothing.
-    """
+    """What is wrong, with the cure, where a graph does not take what the metadata gives it; empty for nothing."""
     if signature is None:
         return ""
     cure = (
@@ -158,3 +145,97 @@ def roles_fault(found: list[Wire]) -> dict[str, str]:
 
 def _shown(extents: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("*" if n is None else str(n) for n in extents) + ")"
+
+
+# -- the order of arguments where only packages tell it ----------------------------------------------------------------
+
+
+def with_argument_order(
+    metadata: s.Metadata, leaf: Path, signature_of: Callable[[Path], Signature | None]
+) -> s.Metadata:
+    """The metadata with the order of arguments wherever it is open; `signature_of` reads it from a package."""
+    shapes = _shapes(metadata)
+
+    def ordered(segment: s.Segment) -> s.Segment:
+        if not isinstance(segment, s.ExplicitInfo) or not segment.parameters_among_inputs:
+            return segment
+        files = _ordering(segment)
+        orders = {file: argument_order(segment, shapes, signature_of(leaf / file), leaf / file) for file in files}
+        if len(set(orders.values())) > 1:
+            raise ArtifactError(
+                f"{leaf}: {' and '.join(files)} take their arguments in different orders, {orders}. Compile the model "
+                "again."
+            )
+        return replace(segment, arguments=orders[segment.value], parameters_among_inputs=False)
+
+    return replace(metadata, segments=tuple(map(ordered, metadata.segments)))
+
+
+def order_faults(metadata: s.Metadata, leaf: Path, signatures: Mapping[str, Signature | None]) -> dict[str, str]:
+    """Of packages that take their arguments in another order than the one that was found, what is wrong.
+
+    The order was read from packages before they were looked over; these may be others by then.
+    """
+    shapes = _shapes(metadata)
+    found = {}
+    for segment in metadata.segments:
+        if not isinstance(segment, s.ExplicitInfo) or not segment.arguments:
+            continue
+        for file in _ordering(segment):
+            if file not in signatures:
+                continue
+            try:
+                order = argument_order(segment, shapes, signatures[file], leaf / file)
+            except ArtifactError:
+                order = ()
+            if order != segment.arguments:
+                found[file] = "was changed while the model was loaded. Load the model again."
+    return found
+
+
+def _shapes(metadata: s.Metadata) -> dict[str, s.Shape]:
+    """Shapes of the model's inputs and of stored parameters."""
+    return {v.name: v.natural_shape for v in metadata.inputs} | {p.name: p.shape for p in metadata.parameters}
+
+
+def _ordering(segment: s.ExplicitInfo) -> list[str]:
+    """The packages that tell the order."""
+    return [segment.value, *([segment.jacobian.file] if segment.jacobian else [])]
+
+
+def argument_order(
+    segment: s.ExplicitInfo, shapes: dict[str, s.Shape], signature: Signature | None, file: Path
+) -> tuple[str, ...]:
+    """The names of a segment's inputs and parameters in the order in which a graph takes them.
+
+    An ArtifactError where the package does not tell, or tells of other arguments than those of `shapes`, as far as
+    these are known.
+    """
+
+    def unclear(why: str) -> ArtifactError:
+        return ArtifactError(
+            f"{file}: cannot tell in which order the graph takes the inputs {', '.join(segment.inputs)} and the "
+            f"promoted parameters {', '.join(segment.parameters)}: {why}. Compile the model again with neml2 3.0.4 or "
+            "later."
+        )
+
+    count, promoted = len(segment.inputs) + len(segment.parameters), len(segment.parameters)
+    if signature is None or len(signature.arguments) != count:
+        found = "does not tell its arguments" if signature is None else f"takes {len(signature.arguments)} arguments"
+        raise unclear(f"it {found}, expected {count}")
+    # The exporter of 3.0.3 hands inputs over as typed tensors and parameters as plain ones; that of 3.0.0 all as plain
+    # ones, and there the batch axis is free, which parameters have none of.
+    typed = any(argument.kind for argument in signature.arguments)
+    plain = [not a.kind if typed else None not in a.extents for a in signature.arguments]
+    if sum(plain) != promoted:
+        raise unclear(f"{sum(plain)} of its {count} arguments look like parameters, expected {promoted}")
+    inputs, parameters = iter(segment.inputs), iter(segment.parameters)
+    names = tuple(next(parameters) if is_parameter else next(inputs) for is_parameter in plain)
+    for name, is_parameter, argument in zip(names, plain, signature.arguments, strict=True):
+        wanted = shapes.get(name)
+        if wanted is None:
+            continue
+        axes = argument.extents if is_parameter else argument.extents[len(argument.extents) - len(wanted) :]
+        if axes != wanted:
+            raise unclear(f"where {name!r} of shape {wanted} would stand it takes {argument.extents}")
+    return names

@@ -39,7 +39,7 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
     From then on the artifact loads only as long as none of its files changes. Under NEML2_AOTI_PLUGIN_REQUIRE_SEAL=1,
     only artifacts with a seal load.
     """
-    from .._sealing import seal
+    from .._artifact.trust import seal
     from .._workbench.target import find_target
 
     # All are looked for before one is sealed.

@@ -226,7 +226,7 @@ def _require_safe(
     address: Address, sources: Sequence[Source], token: str | None, *, no_token: bool, allow_unsealed: bool
 ) -> None:
     """Refuse what should not be reached from other machines."""
-    from .._sealing import is_sealed
+    from .._artifact.trust import is_sealed
 
     if token is None and not no_token:
         raise click.UsageError(
@@ -243,7 +243,7 @@ def _require_safe(
 
 def _checked(address: Address, sources: Sequence[Source], token: str | None) -> ServeReport:
     """Load and call the models as a service does."""
-    from .._sealing import is_sealed
+    from .._artifact.trust import is_sealed
     from ..serve._first_calls import call_first
     from ..serve._operations import Operation
     from ..serve._served import Served

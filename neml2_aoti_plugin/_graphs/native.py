@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._artifact import archive as zipped
-from .._artifact.package import operators_in
+from .._artifact.package import graph_entries, operators_in, read_entry
 
 PYTHON_POWER = "neml2::opaque_pow"
 POWER = "aten::pow.Tensor_Tensor"
@@ -62,8 +61,8 @@ def operators(archive: zipfile.ZipFile, device: torch.device) -> Operators:
     changed: dict[str, bytes] = {}
     power = PYTHON_POWER in names and same_as_torch(device)
     if power or RAISE_IF_SINGULAR in names:
-        info = next(info for info in zipped.graph_entries(archive) if info.filename.endswith(LISTED))
-        changed[info.filename], names = _exchanged(bytes(zipped.read_entry(archive, info)), power=power)
+        info = next(info for info in graph_entries(archive) if info.filename.endswith(LISTED))
+        changed[info.filename], names = _exchanged(bytes(read_entry(archive, info)), power=power)
     return Operators(changed, any(not name.startswith("aten::") for name in names))
 
 
@@ -81,7 +80,7 @@ def repacked(archive: zipfile.ZipFile, changed: dict[str, bytes]) -> bytes:
     with zipfile.ZipFile(out, "w") as package:
         for info in archive.infolist():
             data = changed.get(info.filename)
-            package.writestr(info.filename, bytes(zipped.read_entry(archive, info)) if data is None else data)
+            package.writestr(info.filename, bytes(read_entry(archive, info)) if data is None else data)
     return out.getvalue()
 
 

@@ -15,16 +15,21 @@ from zipfile import ZipFile
 
 import torch
 
-from .._artifact import archive as zipped
-from .._artifact.package import operators_in
-from .._artifact.telling import named
+from .._artifact.files import named
+from .._artifact.package import (
+    LIBRARIES,
+    archive_faults,
+    graph_entries,
+    libraries_in,
+    open_archive,
+    operators_in,
+    read_entry,
+)
 from ..errors import AOTIError, ArtifactError
 from .c_interface import Library, Unavailable
 from .c_interface import obstacle as obstacle_in_library
 from .native import PYTHON_POWER, operators, repacked, same_as_torch
 from .scratch import Scratch, scratch_folder
-
-_LIBRARIES = (".so", ".pyd", ".dylib")
 
 
 def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, bool]:
@@ -95,15 +100,15 @@ def obstacle(file: Path, data: bytes) -> str:
             return f"it calls {', '.join(sorted(names - {PYTHON_POWER}))}"
         if names and not same_as_torch(torch.device("cpu")):
             return f"{PYTHON_POWER} is not torch's power"
-        libraries = (info for info in zipped.graph_entries(archive) if info.filename.endswith(_LIBRARIES))
-        return next(filter(None, (obstacle_in_library(bytes(zipped.read_entry(archive, x))) for x in libraries)), "")
+        obstacles = (obstacle_in_library(bytes(read_entry(archive, info))) for info in libraries_in(archive))
+        return next(filter(None, obstacles), "")
 
 
 @contextmanager
 def _sound(file: Path, data: bytes) -> Iterator[ZipFile]:
     """Open a package that can be unpacked without harm."""
-    with zipped.open_archive(file, data) as archive:
-        faults = zipped.faults(archive)
+    with open_archive(file, data) as archive:
+        faults = archive_faults(archive)
         if faults:
             raise ArtifactError(f"{file}: {faults[0]}")
         yield archive
@@ -112,13 +117,13 @@ def _sound(file: Path, data: bytes) -> Iterator[ZipFile]:
 def _unpack(archive: ZipFile, data: bytes, folder: Scratch, file: Path, changed: Mapping[str, bytes]) -> Path:
     """Write the entries that a graph is made of, some of them changed; give the path of its library."""
     libraries = []
-    for info in zipped.graph_entries(archive):
+    for info in graph_entries(archive):
         name = info.filename.rpartition("/")[2]
         if name in folder.names:
             raise ArtifactError(f"{file}: archive entry {named(name)} is there twice. Do not use this file.")
         entry = changed.get(info.filename)
-        target = folder.write(name, zipped.read_entry(archive, info, data) if entry is None else entry, file)
-        if name.endswith(_LIBRARIES):
+        target = folder.write(name, read_entry(archive, info, data) if entry is None else entry, file)
+        if name.endswith(LIBRARIES):
             libraries.append(target)
     if len(libraries) != 1:
         raise ArtifactError(f"{file}: holds {len(libraries)} compiled libraries, expected 1. Compile the model again.")

@@ -18,8 +18,8 @@ from neml2 import factory as objects
 from neml2.schema import HitSchema
 from neml2.settings import Settings
 
+from .._artifact.decode import read_metadata
 from .._artifact.locate import locate
-from .._artifact.parse import read_metadata
 from .._artifact.schema import Parameter
 from .._artifact.stub import SOLVERS, read_stub
 from ..errors import AOTIError, InputError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 
-from .._artifact.schema import ImplicitSegment
+from .._artifact.schema import ImplicitInfo
 from .._solve.tables import VECTOR
 from ..errors import InputError
 
@@ -24,7 +24,7 @@ MIN_ROWS, MAX_ROWS = 256, 1024
 LEAST_ROWS = 128
 
 
-def block_rows(segments: Iterable[ImplicitSegment]) -> int:
+def block_rows(segments: Iterable[ImplicitInfo]) -> int:
     """Rows to solve at a time.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .._artifact.schema import ForwardSegment, Pair, PairGraph, Variable
+from .._artifact.schema import ExplicitInfo, Pair, PairGraph, Variable
 from .._graphs.graph import Graph
 from .parameters import Values
 from .systems import GraphOf, check_arity
@@ -23,7 +23,7 @@ class ExplicitSegment:
         known: variables of the model, by name.
     """
 
-    def __init__(self, spec: ForwardSegment, graph_of: GraphOf, per_row: bool, known: Mapping[str, Variable]) -> None:
+    def __init__(self, spec: ExplicitInfo, graph_of: GraphOf, per_row: bool, known: Mapping[str, Variable]) -> None:
         self.spec = spec
         self.value = graph_of(spec.value)
         self.jacobian = graph_of(spec.jacobian.file) if spec.jacobian else None

@@ -62,7 +62,7 @@ class ImplicitSegment:
     """
 
     def __init__(
-        self, spec: schema.ImplicitSegment, graph_of: GraphOf, device: torch.device, dtype: torch.dtype, lockstep: bool
+        self, spec: schema.ImplicitInfo, graph_of: GraphOf, device: torch.device, dtype: torch.dtype, lockstep: bool
     ) -> None:
         self.spec, self._lockstep = spec, lockstep
         self.graphs = SystemGraphs(spec, graph_of, device, lockstep)
@@ -201,9 +201,7 @@ class ImplicitSegment:
         return found
 
 
-def _solver(
-    spec: schema.ImplicitSegment, graphs: SystemGraphs, dtype: torch.dtype, lockstep: bool
-) -> tuple[Solve, str]:
+def _solver(spec: schema.ImplicitInfo, graphs: SystemGraphs, dtype: torch.dtype, lockstep: bool) -> tuple[Solve, str]:
     """How a segment is solved, and the name of the implementation with the reason for it."""
     if lockstep:
         return partial(_in_lockstep, graphs), "torch (lockstep)"

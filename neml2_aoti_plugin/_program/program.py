@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _log as log
 from .._artifact.package import Package
-from .._artifact.schema import ForwardSegment, Metadata, Variable
+from .._artifact.schema import ExplicitInfo, Metadata, Variable
 from .._graphs.graph import Graph, PinnedGraph
 from .._solve.newton import Solved
 from ..settings import NewtonSettings
@@ -66,11 +66,11 @@ class Program:
         self.dtype = torch.float64
         self._trace_facts()
         self.segments: list[ExplicitSegment | ImplicitSegment] = []
-        implicit = [spec for spec in metadata.segments if not isinstance(spec, ForwardSegment)]
+        implicit = [spec for spec in metadata.segments if not isinstance(spec, ExplicitInfo)]
         given = [given.variable for spec in implicit for given in spec.roles]
         known = {variable.name: variable for variable in (*given, *metadata.outputs)}
         for spec in metadata.segments:
-            if isinstance(spec, ForwardSegment):
+            if isinstance(spec, ExplicitInfo):
                 self.segments.append(ExplicitSegment(spec, self.graph, self._takes_rows_of_parameters(spec), known))
             else:
                 self.segments.append(ImplicitSegment(spec, self.graph, device, self.dtype, lockstep))
@@ -112,7 +112,7 @@ class Program:
     def _trace_facts(self) -> None:
         """Learn the traced batch axes and the true dtype from the first graph: the metadata does not tell them."""
         first = self.metadata.segments[0]
-        if isinstance(first, ForwardSegment):
+        if isinstance(first, ExplicitInfo):
             known: dict[str, Variable] = {v.name: v for v in self.metadata.inputs}
             ranks = {i: len(known[name].natural_shape) for i, name in enumerate(first.taken) if name in known}
             file = first.value
@@ -128,7 +128,7 @@ class Program:
         self.dtype = argument.dtype
         self.batch_axes = argument.extents[: len(argument.extents) - rank]
 
-    def _takes_rows_of_parameters(self, segment: ForwardSegment) -> bool:
+    def _takes_rows_of_parameters(self, segment: ExplicitInfo) -> bool:
         """Whether a forward graph takes promoted parameters with the batch axes, or as stored."""
         signature = self.graph(segment.value).signature if segment.parameters else None
         if signature is None or len(signature.arguments) != len(segment.taken):

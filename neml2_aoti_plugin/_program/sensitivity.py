@@ -12,7 +12,7 @@ from .._artifact.schema import (
     DirectSensitivity,
     FusedSensitivity,
     GroupInfo,
-    ImplicitSegment,
+    ImplicitInfo,
     KrylovParameterSensitivity,
     KrylovSensitivity,
     Pair,
@@ -44,7 +44,7 @@ class Sensitivity:
         graph_of: gives the graph of a file.
     """
 
-    def __init__(self, spec: ImplicitSegment, graphs: SystemGraphs, graph_of: GraphOf) -> None:
+    def __init__(self, spec: ImplicitInfo, graphs: SystemGraphs, graph_of: GraphOf) -> None:
         self.spec, self._graphs = spec, graphs
         by_given, by_parameter = spec.sensitivity, spec.parameter_sensitivity
         self._fused = graph_of(by_given.file) if isinstance(by_given, FusedSensitivity) else None
@@ -229,7 +229,7 @@ class Sensitivity:
         return [(pair, block.reshape((block.shape[0], pair.rows, pair.columns))) for pair, block in blocks]
 
 
-def sensitivity_of(spec: ImplicitSegment, graphs: SystemGraphs, graph_of: GraphOf) -> Sensitivity | None:
+def sensitivity_of(spec: ImplicitInfo, graphs: SystemGraphs, graph_of: GraphOf) -> Sensitivity | None:
     """The derivative graphs of a segment; None where it was compiled without any."""
     return Sensitivity(spec, graphs, graph_of) if spec.sensitivity or spec.parameter_sensitivity else None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._artifact.schema import DirectStep, FusedStep, ImplicitSegment, KrylovStep
+from .._artifact.schema import DirectStep, FusedStep, ImplicitInfo, KrylovStep
 from .._graphs.graph import Graph
 from .._solve.preconditioned import KrylovSystem, Products
 from .._solve.system import Direction, Groups, Linearisation, System
@@ -203,7 +203,7 @@ class SystemGraphs:
     returns_iterate = False
     krylov: KrylovSettings | None = None
 
-    def __init__(self, segment: ImplicitSegment, graph_of: GraphOf, device: torch.device, as_native: bool) -> None:
+    def __init__(self, segment: ImplicitInfo, graph_of: GraphOf, device: torch.device, as_native: bool) -> None:
         self.as_native = as_native
         self.residual = graph_of(segment.residual)
         self.residual_groups, self.unknown_groups = len(segment.residuals), len(segment.unknowns)

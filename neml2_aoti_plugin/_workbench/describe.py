@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._artifact import schema as s
-from .._artifact.archive import open_archive
 from .._artifact.compatibility import files_of
+from .._artifact.decode import read_metadata
 from .._artifact.kinship import kinship
-from .._artifact.package import build_in, read_package
-from .._artifact.parse import read_metadata
-from .._artifact.place import DTYPES, Place
+from .._artifact.locate import DTYPES, Place
+from .._artifact.package import build_in, open_archive, read_package
 from .._artifact.upgrade import RELEASES
 from ..errors import ArtifactError
 from .contents import ArtifactReport, FileReport, LeafReport, ParameterReport, SegmentReport, VariableReport
@@ -84,7 +83,7 @@ def release_of(schema: int) -> str:
 def _input(variable: s.Variable, metadata: s.Metadata) -> VariableReport:
     names, outputs = metadata.aliases, {v.name for v in metadata.outputs}
     unknowns = {
-        v.name for part in metadata.segments if isinstance(part, s.ImplicitSegment) for v in part.unknown_variables
+        v.name for part in metadata.segments if isinstance(part, s.ImplicitInfo) for v in part.unknown_variables
     }
     base, steps = lag(variable.name)
     inputs = {v.name for v in metadata.inputs}
@@ -118,7 +117,7 @@ def _segment(part: s.Segment, metadata: s.Metadata, place: Place) -> SegmentRepo
     def shown(found: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(renamed.get(name, name) for name in found)
 
-    if isinstance(part, s.ForwardSegment):
+    if isinstance(part, s.ExplicitInfo):
         return SegmentReport(
             "forward", shown(part.inputs), shown(part.outputs), parameters, 0, (), None, False, None, (), 0, files
         )
@@ -139,7 +138,7 @@ def _segment(part: s.Segment, metadata: s.Metadata, place: Place) -> SegmentRepo
     )
 
 
-def _linear_solver(part: s.ImplicitSegment) -> str:
+def _linear_solver(part: s.ImplicitInfo) -> str:
     if isinstance(part.step, s.KrylovStep):
         return part.step.settings.method
     return "direct" if isinstance(part.step, s.DirectStep) else "fused"

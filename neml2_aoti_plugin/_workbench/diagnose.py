@@ -10,8 +10,8 @@ from importlib import metadata
 import torch
 
 from .._artifact.compatibility import check
+from .._artifact.decode import read_metadata
 from .._artifact.kinship import kinship
-from .._artifact.parse import read_metadata
 from .._program.program import Program
 from .._status import Status, status
 from ..errors import AOTIError, InputError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .._artifact.processor import lacking, machine
+from .._artifact.compatibility import lacking, machine
 
 THREADS = "OMP_NUM_THREADS"
 # The instruction sets that torch tells apart on each kind of processor.

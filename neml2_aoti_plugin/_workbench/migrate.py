@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .._artifact.compatibility import files_of
+from .._artifact.decode import read_metadata
 from .._artifact.files import METADATA as METADATA_KIND
 from .._artifact.files import PACKAGE
-from .._artifact.locate import METADATA, locate
-from .._artifact.parse import read_metadata
-from .._artifact.place import Place
+from .._artifact.layout import METADATA
+from .._artifact.locate import Place, locate
 from .._artifact.rewrite import Rewritten, rewrite
 from .._artifact.stub import AOTI_MODEL, parse_input
 from .._artifact.upgrade import NEWEST

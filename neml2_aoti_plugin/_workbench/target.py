@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._artifact import perdevice
 from .._artifact.compatibility import files_of
-from .._artifact.locate import absolute, find_root, leaves, locate, root_of
-from .._artifact.parse import read_metadata
-from .._artifact.place import Place
+from .._artifact.decode import read_metadata
+from .._artifact.layout import DEVICE_METADATA, absolute, device_files, find_root, leaves, root_of
+from .._artifact.locate import Place, locate
 from .._artifact.schema import Metadata
 from .._artifact.stub import blocks, is_input_file, model_in
 from ..errors import ArtifactNotFoundError, InputError, UnknownNameError
@@ -114,8 +113,8 @@ def model_of(path: Path, root: Path) -> str:
     """
     if find_root(path) is not None:
         return root.name or root.resolve().name
-    files = perdevice.files_at(path) or perdevice.files_below(path)
-    return files[0].name.removesuffix(perdevice.SUFFIX)
+    files = device_files(path)
+    return files[0].name.removesuffix(DEVICE_METADATA)
 
 
 def places(target: Target) -> list[Place]:
@@ -127,7 +126,7 @@ def places(target: Target) -> list[Place]:
     found = find_root(target.artifact)
     if found is not None:
         return [locate(found[0], device, dtype) for device, dtype in leaves(found[0])]
-    files = perdevice.files_at(target.artifact) or perdevice.files_below(target.artifact)
+    files = device_files(target.artifact)
     return [locate(file) for file in files]
 
 

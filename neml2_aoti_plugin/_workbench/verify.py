@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .._artifact.locate import root_of
+from .._artifact.layout import root_of
 from .._files import require_writable
 from ..errors import InputError
 from ..model import Model

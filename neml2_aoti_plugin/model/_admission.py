@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._artifact.place import DTYPES, Place
-from .._artifact.schema import ImplicitSegment, Metadata, Shape, Variable
+from .._artifact.locate import DTYPES, Place
+from .._artifact.schema import ImplicitInfo, Metadata, Shape, Variable
 from .._program.copies import contiguous
 from ..errors import InputError, InputTypeError, UnknownNameError
 from ._broadcasting import warn_of_columns
@@ -63,7 +63,7 @@ class Boundary:
         self.iterates = {
             port.name: port
             for segment in metadata.segments
-            if isinstance(segment, ImplicitSegment)
+            if isinstance(segment, ImplicitInfo)
             for port in (Port(aliases.outputs.get(v.name, v.name), v) for v in segment.unknown_variables)
             if port.name not in self.by_name and port.variable.name not in authored
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .._artifact.locate import absolute
+from .._artifact.layout import absolute
 from .._artifact.stub import is_input_file, model_in
 from ..errors import InputTypeError
 from ._model import Model

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .._artifact.compatibility import check
+from .._artifact.decode import read_metadata
 from .._artifact.kinship import kinship
-from .._artifact.locate import absolute, locate
-from .._artifact.parse import read_metadata
-from .._artifact.schema import ImplicitSegment, Shape
+from .._artifact.layout import absolute
+from .._artifact.locate import locate
+from .._artifact.schema import ImplicitInfo, Shape
 from .._artifact.stub import is_input_file, model_in
 from .._program.program import Program
 from ..errors import ArtifactError, InputError, UnknownNameError
@@ -246,7 +247,7 @@ class Model(CompiledModule):
     @property
     def solver(self) -> NewtonSettings | None:
         """Newton settings in force, of the first implicit segment if they differ; None without implicit segments."""
-        parts = (part for part in self._metadata.segments if isinstance(part, ImplicitSegment))
+        parts = (part for part in self._metadata.segments if isinstance(part, ImplicitInfo))
         first = next(parts, None)
         return None if first is None else self._caller.settings or first.newton
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from .._artifact import files
-from .._artifact.folder import Folder
+from .._artifact.files import Folder
+from .._artifact.locate import Place
 from .._artifact.package import Package
-from .._artifact.place import Place
 from .._artifact.schema import Metadata
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
