@@ -15,7 +15,7 @@ import references
 from neml2_aoti_plugin import AOTIError, InputError, Model, Points, UnknownNameError
 from neml2_aoti_plugin.model import Outcome
 from neml2_aoti_plugin.points import PointsResult
-from neml2_aoti_plugin.points._stepping import step_factor
+from neml2_aoti_plugin.points._evaluation import step_factor
 
 Array = NDArray[np.float64]
 
@@ -58,7 +58,7 @@ class TestRoles:
         points.commit()
         assert found.outputs["stress"].shape == (2, 6)
 
-    def test_inputs_that_are_first_iterates_are_kept_and_given(self) -> None:
+    def test_inputs_that_are_initial_guesses_are_kept_and_given(self) -> None:
         case = references.case("cross_group")
         points = Points(case.model, 2)
         assert points.driven == ("stress", "t")

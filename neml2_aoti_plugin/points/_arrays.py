@@ -21,27 +21,13 @@ Array = Any
 
 @dataclass(frozen=True)
 class Arrays:
-    """What a caller's arrays must be.
-
-    Args:
-        dtype: of all arrays; that of the model.
-        device: of the model.
-    """
+    """What a caller's arrays must be: of the model's dtype, and on its device."""
 
     dtype: torch.dtype
     device: torch.device
 
     def tensor(self, value: Array, name: str) -> Tensor:
-        """A caller's value as a tensor on the model's device, without a copy where that can be done.
-
-        Args:
-            value: an array or a number.
-            name: of it, for messages.
-
-        Raises:
-            InputError: it requires grad, which would be dropped.
-            InputTypeError: it is no array, has masked entries, or has another dtype or device.
-        """
+        """A caller's array or number as a tensor on the model's device, without a copy where that can be done."""
         if isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool):
             try:
                 return torch.tensor(float(value), dtype=self.dtype, device=self.device)
@@ -70,17 +56,7 @@ class Arrays:
         return found.to(self.device)
 
     def target(self, value: Array, shape: tuple[int, ...], name: str) -> Tensor:
-        """A caller's array that a result is to be written to, as a tensor of the same memory.
-
-        Args:
-            value: the array.
-            shape: of the result.
-            name: of the result, for messages.
-
-        Raises:
-            InputError: its shape is another one, or it can't be written to.
-            InputTypeError: as for `tensor`.
-        """
+        """A caller's array that a result of a shape is to be written to, as a tensor of the same memory."""
         what = f"out[{name}]"
         if isinstance(value, Tensor):
             found = value.detach()
@@ -171,3 +147,24 @@ def _overlaps_itself(value: Tensor) -> bool:
 def to_caller(value: Tensor, *, torch_kind: bool) -> Array:
     """A result as the caller's kind of array: a tensor, or a NumPy array of the same memory where it is on a CPU."""
     return value if torch_kind else value.cpu().numpy()
+
+
+def mask_of(keep: Array, n: int) -> Tensor:
+    """Points, given as a mask `(n,)` or by their indices, as a mask."""
+    require_unmasked(keep, "keep")
+    try:
+        given = np.asarray(keep.detach().cpu() if isinstance(keep, Tensor) else keep)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"keep is no array of points ({error}), expected a mask ({n},), or indices.") from None
+    if given.dtype == np.bool_ and given.shape == (n,):
+        return torch.from_numpy(given.copy())
+    mask = np.zeros(n, dtype=np.bool_)
+    if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
+        raise InputError(
+            f"keep has shape {given.shape} and dtype {given.dtype}, expected a mask of bool ({n},), or indices."
+        )
+    if given.size:
+        if given.min() < 0 or given.max() >= n:
+            raise InputError(f"keep has indices from {given.min()} to {given.max()}, expected 0 to {n - 1}.")
+        mask[given] = True
+    return torch.from_numpy(mask)

@@ -1,87 +1,73 @@
-"""Evaluate points: what the model is given, first iterates and a second try without, the plane's constraint."""
+"""A step of the points: initial guesses, a second attempt without them, the plane's constraint, and what it cost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from math import sqrt
 
 import torch
 from torch import Tensor
 
 from ..model import Model, Solution
+from ._plane_stress import PlaneStress, Tensors, write
 from ._roles import Pair, Roles, earlier
 
-if TYPE_CHECKING:
-    from ._plane_stress import PlaneStress
-
-Tensors = dict[str, Tensor]
+# As many Newton updates as this at the hardest point keep the step as it is. What a viscoplastic law takes from its
+# predictor in a step of moderate size is 5 or 6, so that such a step grows a little.
+TARGET = 8
+# What a step is multiplied with after a failure, and the limits elsewhere.
+CUT, LEAST, MOST = 0.5, 0.5, 2.0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """An update that is not committed.
+    """An update that is not committed."""
 
-    Args:
-        values: of the variables that are kept, and of first iterates.
-        converged: `(n,)`.
-        hardest: Newton updates of the hardest point, over all updates of the step.
-    """
-
+    # Of the variables that are kept, and of unknowns.
     values: Tensors
+    # `(n,)`.
     converged: Tensor
+    # Newton updates of the hardest point, over all updates of the step.
     hardest: int
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The model at the points.
-
-    Args:
-        model: the model.
-        roles: of its inputs.
-        iterates: outputs that it takes as first iterates.
-        plane_stress: the constraint, if there is one.
-    """
+    """The model at the points."""
 
     model: Model
     roles: Roles
-    iterates: tuple[str, ...]
+    # Outputs that the model takes as initial guesses.
+    unknowns: tuple[str, ...]
     plane_stress: PlaneStress | None
 
     def step(
         self, driven: Tensors, old: Tensors, trial: Trial | None, pairs: Sequence[Pair]
     ) -> tuple[Solution, Tensors]:
-        """Evaluate a step at all points.
+        """Evaluate a step at all points, from the state `old` and the last update of the step, if there was one.
 
-        Args:
-            driven: the driven inputs, `(n, ...)`.
-            old: the state, by name such as `stress~1`.
-            trial: the last update of this step, if there was one.
-            pairs: derivatives to evaluate.
-
-        Returns:
-            The solution, and the driven inputs; in plane stress with the strains out of the plane.
+        The driven inputs, `(n, ...)`, are given back; in plane stress with the strains out of the plane.
         """
         inputs = {**driven, **{name: old[earlier(*of)] for name, of in self.roles.lagged.items()}}
-        inputs.update({name: old[earlier(name, 1)] for name in self.roles.starts})
-        first = {} if trial is None else {name: self._usable(name, trial.values[name], old) for name in self.iterates}
+        inputs.update({name: old[earlier(name, 1)] for name in self.roles.guesses})
+        guesses = {} if trial is None else {name: self._usable(name, trial.values[name], old) for name in self.unknowns}
         constraint = self.plane_stress
         if constraint is None:
-            return evaluate(self.model, inputs, first, pairs), driven
+            return evaluate(self.model, inputs, guesses, pairs), driven
 
-        def at(rows: Tensor | None, strain: Tensor, iterates: Tensors | None) -> Solution:
+        def at(rows: Tensor | None, strain: Tensor, known: Tensors | None) -> Solution:
             own = {name: value if rows is None else value[rows] for name, value in inputs.items()}
             own[constraint.strain] = strain
-            starts = first if iterates is None else {n: self._usable(n, x, old, rows) for n, x in iterates.items()}
+            starts = guesses if known is None else {n: self._usable(n, x, old, rows) for n, x in known.items()}
             return evaluate(self.model, own, starts, constraint.needed(pairs), rows)
 
         strain = constraint.start(driven[constraint.strain], old, trial.values if trial else None)
-        found, strain = constraint.solve(at, strain, self.iterates)
+        found, strain = constraint.solve(at, strain, self.unknowns)
         return constraint.condensed(found, pairs), {**driven, constraint.strain: strain}
 
     def _usable(self, name: str, value: Tensor, old: Tensors, rows: Tensor | None = None) -> Tensor:
-        """A first iterate that is finite: at points that have failed, the value before the step, or zero."""
+        """An initial guess that is finite: at points that have failed, the value before the step, or zero."""
         before = old.get(earlier(name, 1))
         if before is None:
             return value.nan_to_num(0.0, 0.0, 0.0)
@@ -89,14 +75,7 @@ class Evaluator:
 
 
 def advanced(roles: Roles, old: Tensors, now: Tensors, mask: Tensor | None) -> Tensors:
-    """The state one step on.
-
-    Args:
-        roles: of the inputs.
-        old: the state.
-        now: values at the end of the step, by variable.
-        mask: the points that go on, `(n,)`; None for all.
-    """
+    """The state one step on, from values at the end of the step; of the points in a mask, `(n,)`, or of all."""
     new: Tensors = {}
     for name in roles.depth:
         value = now[name]
@@ -109,23 +88,15 @@ def advanced(roles: Roles, old: Tensors, now: Tensors, mask: Tensor | None) -> T
 
 
 def evaluate(
-    model: Model, inputs: Tensors, iterates: Tensors, pairs: Sequence[Pair], rows: Tensor | None = None
+    model: Model, inputs: Tensors, guesses: Tensors, pairs: Sequence[Pair], rows: Tensor | None = None
 ) -> Solution:
-    """Evaluate points in one call of the model; those that fail from first iterates once more without.
+    """Evaluate points in one call of the model; those that fail from initial guesses once more without.
 
-    Args:
-        model: the model.
-        inputs: by name, `(points, ...)`.
-        iterates: first iterates by name, `(points, ...)`; none to start where the model does.
-        pairs: derivatives to evaluate.
-        rows: which of all points these are; None for all.
-
-    Returns:
-        The solution, with the updates of the try that counted.
+    `rows` says which of all points these are. The updates of a point are those of the attempt that counted.
     """
     wanted = pairs or None
-    found = model.solve({**inputs, **iterates}, _parameters(model, rows), pairs=wanted)
-    if not iterates or bool(found.converged.all()):
+    found = model.solve({**inputs, **guesses}, _parameters(model, rows), pairs=wanted)
+    if not guesses or bool(found.converged.all()):
         return found
     failed = (~found.converged).nonzero().squeeze(-1)
     again = model.solve(
@@ -135,24 +106,6 @@ def evaluate(
     )
     write(found, failed, again)
     return found
-
-
-def write(whole: Solution, rows: Tensor, part: Solution) -> None:
-    """Write the solution of some points into that of all, in place.
-
-    Args:
-        whole: of all points; its tensors are nobody else's.
-        rows: which points.
-        part: their solution.
-    """
-    for name, value in part.outputs.items():
-        whole.outputs[name][rows] = value
-    for out, row in part.blocks.items():
-        for by, block in row.items():
-            whole.blocks[out][by][rows] = block
-    whole.converged[rows] = part.converged
-    whole.iterations[rows] = part.iterations
-    whole.outcome[rows] = part.outcome
 
 
 def _parameters(model: Model, rows: Tensor | None) -> Mapping[str, Tensor] | None:
@@ -165,3 +118,13 @@ def _parameters(model: Model, rows: Tensor | None) -> Mapping[str, Tensor] | Non
         for name, value in model.named_parameters().items()
         if value.ndim > len(bases[name]) and value.shape[0] > 1
     }
+
+
+def step_factor(updates: int, *, failed: bool) -> float:
+    """What to multiply the step with, from the updates of the hardest point in the update of the step that took most.
+
+    After a failure it is for the same step, taken anew; else for the next one.
+    """
+    if failed:
+        return CUT
+    return min(max(sqrt(TARGET / updates), LEAST), MOST) if updates else MOST

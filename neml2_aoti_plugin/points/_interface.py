@@ -1,12 +1,15 @@
-"""What callers give and get: arrays of one value per point, in their notation and dimension."""
+"""What callers give and get: one value per point, in their notation and dimension, and derivatives in these.
+
+Inside, symmetric tensors are what the model takes: Mandel's notation in three dimensions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,10 +17,127 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError, UnknownNameError
 from ..model import Solution
-from ..notation import ORDER, Form
-from ._arrays import Array, Arrays, require_unmasked, share_memory, to_caller
-from ._forms import IN_PLANE, SYMMETRIC, Forms
+from ..notation import ORDER, Form, convert, convert_gradient, convert_tangent
+from ._arrays import Array, Arrays, share_memory, to_caller
 from ._roles import Base, Pair
+
+Notation = Literal["mandel", "voigt", "tensor"]
+Dimension = Literal[3, "plane strain", "plane stress"]
+
+NOTATIONS: tuple[Notation, ...] = get_args(Notation)
+DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
+
+SYMMETRIC = (6,)
+# Entries of a vector of six that lie in the plane, and those that do not.
+IN_PLANE, OUT_OF_PLANE = [0, 1, 5], [2, 3, 4]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """How a caller writes the variables; everything that depends on notation and dimension is here."""
+
+    # Base shapes in the model, by variable.
+    bases: dict[str, Base]
+    # The form of each symmetric tensor.
+    forms: dict[str, Form]
+    # Symmetric tensors of which callers give and get the components in the plane only.
+    reduced: frozenset[str]
+
+    def shape(self, name: str, *, whole: bool = False) -> Base:
+        """Base shape of a variable as the caller writes it; in three dimensions in any case if `whole`."""
+        if name not in self.forms:
+            return self.bases[name]
+        plane = name in self.reduced and not whole
+        if self.forms[name] == "tensor":
+            return (2, 2) if plane else (3, 3)
+        return (len(IN_PLANE),) if plane else SYMMETRIC
+
+    def inward(self, name: str, value: Tensor, *, whole: bool = False) -> Tensor:
+        """Bring a caller's value, `(..., *shape)`, to the model's form."""
+        form = self.forms.get(name)
+        if form is None:
+            return value
+        if name in self.reduced and not whole:
+            base = self.shape(name, whole=True)
+            embedded = value.new_zeros((*value.shape[: value.ndim - len(base)], *base))
+            if form == "tensor":
+                embedded[..., :2, :2] = value
+            else:
+                embedded[..., IN_PLANE] = value
+            value = embedded
+        return convert(value, form, "mandel")
+
+    def outward(self, name: str, value: Tensor, *, whole: bool = False) -> Tensor:
+        """Bring a value `(..., *base)` to the caller's form; the same object where there is nothing to do."""
+        form = self.forms.get(name)
+        if form is None:
+            return value
+        found = convert(value, "mandel", form)
+        return found if whole else self._in_plane(found, name, 0)
+
+    def tangent(self, out: str, by: str, block: Tensor) -> Tensor:
+        """Bring a derivative, `(..., *out base, *by base)`, to the caller's forms."""
+        form_out, form_by = self.forms.get(out), self.forms.get(by)
+        if form_out is not None and form_by is not None:
+            block = convert_tangent(block, "mandel", (form_out, form_by))
+        elif form_by is not None:
+            block = convert_gradient(block, "mandel", form_by)
+        elif form_out is not None:
+            behind, axes = len(self.bases[by]), len(self.shape(out))
+            moved = convert(block.movedim(-1 - behind, -1), "mandel", form_out)
+            last = range(moved.ndim - axes, moved.ndim)
+            block = moved.movedim(tuple(last), tuple(k - behind for k in last))
+        return self._in_plane(self._in_plane(block, by, 0), out, len(self.shape(by)))
+
+    def _in_plane(self, value: Tensor, name: str, behind: int) -> Tensor:
+        """The components that the caller gets of a variable whose axes have `behind` axes behind them."""
+        if name not in self.reduced:
+            return value
+        last = value.ndim - 1 - behind
+        if self.forms[name] == "tensor":
+            return value.narrow(last, 0, 2).narrow(last - 1, 0, 2)
+        return value.index_select(last, torch.tensor(IN_PLANE, device=value.device))
+
+
+def forms_of(
+    bases: dict[str, Base],
+    notation: Notation,
+    strains: Iterable[str],
+    stresses: Iterable[str],
+    *,
+    plane: bool,
+    whole: Iterable[str],
+    where: str,
+) -> Forms:
+    """Find the form of each symmetric tensor; the arguments are those of `Points`, and `where` is the artifact."""
+    if notation not in NOTATIONS:
+        raise InputError(f"notation is {notation!r}, expected one of {', '.join(NOTATIONS)}.")
+    symmetric = [name for name, base in bases.items() if base == SYMMETRIC]
+    strains, stresses, whole = tuple(strains), tuple(stresses), tuple(whole)
+    for names, argument in ((strains, "strains"), (stresses, "stresses"), (whole, "whole")):
+        for name in names:
+            if name not in symmetric:
+                raise UnknownNameError(
+                    f"{argument}= names {name!r}, which is no symmetric tensor of {where}; there are: "
+                    f"{', '.join(symmetric)}."
+                )
+    reduced = frozenset(symmetric).difference(whole) if plane else frozenset()
+    if notation != "voigt":
+        return Forms(bases, dict.fromkeys(symmetric, notation), reduced)
+    found: dict[str, Form] = {}
+    for name in symmetric:
+        strain = name in strains or ("strain" in name and name not in stresses)
+        stress = name in stresses or ("stress" in name and name not in strains)
+        if strain == stress:
+            raise InputError(
+                f"{where}: it can't be told whether Voigt's notation writes {name!r} as a strain, with shears doubled, "
+                f"or as a stress. Tell it: Points(..., strains=[{name!r}]) or stresses=[{name!r}]."
+            )
+        found[name] = "voigt strain" if strain else "voigt stress"
+    return Forms(bases, found, reduced)
+
+
+# -- values and results of points --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -50,32 +170,19 @@ class PointsResult:
 
 @dataclass(frozen=True)
 class Interface:
-    """How a caller writes what belongs to the points.
-
-    Args:
-        n: number of points.
-        arrays: what arrays must be.
-        forms: notation of the variables.
-        natural: shape of each variable at one point in the model, with the axes of its sub-batch.
-    """
+    """How a caller writes the values of `n` points."""
 
     n: int
     arrays: Arrays
     forms: Forms
+    # Shape of each variable at one point in the model, with the axes of its sub-batch.
     natural: Mapping[str, Base]
 
     def admitted(self, name: str, variable: str, value: Array, *, whole: bool = False) -> Tensor:
         """A caller's value of a variable as the model takes it, `(n, *natural)`.
 
-        Args:
-            name: that the caller uses.
-            variable: the variable.
-            value: `(n, *sub_batch, *base)`, or without `n` for all points.
-            whole: whether it has three dimensions in any case.
-
-        Raises:
-            InputError: the shape does not fit, or a 3 x 3 tensor is not symmetric.
-            InputTypeError: the value is no array, or has the wrong dtype or device.
+        It is `(n, *sub_batch, *base)`, or without `n` for all points; in three dimensions in any case if `whole`. For
+        messages it has the name that the caller used, such as `stress~1`.
         """
         tensor = self.arrays.tensor(value, name)
         natural, base = self.natural[variable], self.forms.bases[variable]
@@ -109,13 +216,7 @@ class Interface:
         return to_caller(found.clone() if found is value else found.contiguous(), torch_kind=torch_kind)
 
     def targets(self, out: Mapping[Any, Array], outputs: Sequence[str], pairs: Sequence[Pair]) -> dict[Any, Tensor]:
-        """The caller's arrays for results, looked over before anything is evaluated.
-
-        Args:
-            out: arrays by output or pair.
-            outputs: of the model.
-            pairs: of the tangent.
-        """
+        """The caller's arrays for results by output or pair, looked over before anything is evaluated."""
         if not isinstance(out, Mapping):
             raise InputTypeError(f"out is a {type(out).__name__}, expected a dict from output or pair to array.")
         found = {}
@@ -148,7 +249,7 @@ class Interface:
 
 
 def _conversion(name: str, shape: Base, one: Base, form: Form) -> str:
-    """The call that writes what was given as it was expected, where there is one."""
+    """For a message: the call that writes what was given as it was expected, where there is one."""
     source = "tensor" if shape[-2:] == (3, 3) and one == SYMMETRIC else "mandel"
     if source == "mandel" and (shape[-1:] != SYMMETRIC or one != (3, 3)):
         return ""
@@ -179,16 +280,7 @@ def result_of(
     *,
     torch_kind: bool,
 ) -> PointsResult:
-    """Put a result together.
-
-    Args:
-        results: from `Interface.results`.
-        found: how the points fared.
-        pairs: of the tangent.
-        factor: for the step.
-        refuse: raises for a derivative that is not there, of an output by an input or by any.
-        torch_kind: whether arrays are torch's.
-    """
+    """Put a result together; `refuse` raises for a derivative that is not there, of an output by an input or any."""
     rows: dict[str, dict[str, Array]] = {}
     for out, by in pairs:
         rows.setdefault(out, {})[by] = to_caller(results[out, by], torch_kind=torch_kind)
@@ -202,32 +294,3 @@ def result_of(
         to_caller(found.outcome, torch_kind=torch_kind),
         factor,
     )
-
-
-def mask_of(keep: Array, n: int) -> Tensor:
-    """Points as a mask, `(n,)`.
-
-    Args:
-        keep: a mask `(n,)`, or indices.
-        n: number of points.
-
-    Raises:
-        InputError: it is neither.
-    """
-    require_unmasked(keep, "keep")
-    try:
-        given = np.asarray(keep.detach().cpu() if isinstance(keep, Tensor) else keep)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"keep is no array of points ({error}), expected a mask ({n},), or indices.") from None
-    if given.dtype == np.bool_ and given.shape == (n,):
-        return torch.from_numpy(given.copy())
-    mask = np.zeros(n, dtype=np.bool_)
-    if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
-        raise InputError(
-            f"keep has shape {given.shape} and dtype {given.dtype}, expected a mask of bool ({n},), or indices."
-        )
-    if given.size:
-        if given.min() < 0 or given.max() >= n:
-            raise InputError(f"keep has indices from {given.min()} to {given.max()}, expected 0 to {n - 1}.")
-        mask[given] = True
-    return torch.from_numpy(mask)

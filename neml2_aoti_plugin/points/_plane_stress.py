@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..errors import DerivativeNotCompiledError, InputError
 from ..model import Model, Outcome, Solution
-from ._evaluation import Tensors, write
-from ._forms import OUT_OF_PLANE, SYMMETRIC
+from ._interface import OUT_OF_PLANE, SYMMETRIC
 from ._roles import Base, Pair, earlier
+
+Tensors = dict[str, Tensor]
 
 # A point is done when |s_o| is below so much of |C_oo| |e| or |s|; or below GOOD of it where it no longer falls to
 # half, because the model's own solve is not more accurate. LEAST is an accuracy of strains where these are zero.
@@ -29,23 +30,18 @@ RELATIVE, GOOD, LEAST = 1e-13, 1e-8, 1e-15
 # Newton steps of a point, and how often one is halved at which the model does not converge.
 LIMIT, CUTS = 30, 6
 
-# Evaluates some of the points for their whole strains, from iterates of the same points; in the first call all of them,
-# from what they have.
+# Evaluates some of the points for their whole strains, from initial guesses of the same points; in the first call all
+# of them, from the guesses that they have.
 Evaluate = Callable[[Tensor | None, Tensor, Tensors | None], Solution]
 
 
 @dataclass(frozen=True)
 class PlaneStress:
-    """Which variables plane stress is about.
-
-    Args:
-        stress: the output whose components out of the plane vanish.
-        strain: the input whose components out of the plane are sought.
-        bases: base shapes of the variables.
-    """
+    """The constraint: which stress has no components out of the plane, and of which strain these are sought."""
 
     stress: str
     strain: str
+    # Base shapes of all variables.
     bases: Mapping[str, Base]
 
     @property
@@ -54,16 +50,7 @@ class PlaneStress:
         return self.stress, self.strain
 
     def condensable(self, model: Model, pairs: Sequence[Pair], *, chosen: bool) -> tuple[Pair, ...]:
-        """The pairs whose derivatives at vanishing stress can be had from what was compiled.
-
-        Args:
-            model: the model.
-            pairs: that are wanted.
-            chosen: whether the caller named them, so that one that can't be had is an error.
-
-        Raises:
-            DerivativeNotCompiledError: for a pair that the caller named, another one is needed that was not compiled.
-        """
+        """The pairs whose condensed derivatives follow from what was compiled; all of them where the caller chose."""
         there = set(model.derivative_pairs)
         found = []
         for out, by in pairs:
@@ -88,13 +75,7 @@ class PlaneStress:
                 )
 
     def start(self, strain: Tensor, old: Tensors, last: Tensors | None) -> Tensor:
-        """Strains to start from: those given, out of the plane those of the last update, or of the state.
-
-        Args:
-            strain: `(n, 6)`, as given.
-            old: the state.
-            last: values of the last update of this step, if there was one.
-        """
+        """Strains `(n, 6)` to start from: out of the plane those of the last update of the step, or of the state."""
         found, before = strain.clone(), old[earlier(self.strain, 1)][:, OUT_OF_PLANE]
         if last is not None:
             now = last[self.strain][:, OUT_OF_PLANE]
@@ -108,16 +89,11 @@ class PlaneStress:
         more = [*((out, self.strain) for out in outs), *((self.stress, by) for by in bys)]
         return list(dict.fromkeys([self.pair, *pairs, *more]))
 
-    def solve(self, evaluate: Evaluate, strain: Tensor, iterates: Sequence[str]) -> tuple[Solution, Tensor]:
-        """Find the strains out of the plane, of all points at once.
+    def solve(self, evaluate: Evaluate, strain: Tensor, unknowns: Sequence[str]) -> tuple[Solution, Tensor]:
+        """Find the strains out of the plane, of all points at once, from those in `strain`, `(n, 6)`.
 
-        Args:
-            evaluate: the model at some points.
-            strain: `(n, 6)`; the components out of the plane are where the search starts.
-            iterates: outputs that the model takes as first iterates.
-
-        Returns:
-            The solution, in which points where the search fails have failed, and the strains.
+        The outputs `unknowns` of one evaluation are the initial guesses of the next. Points where the search fails have
+        failed in the solution.
         """
         strain = strain.clone()
         found = evaluate(None, strain, None)
@@ -146,7 +122,7 @@ class PlaneStress:
             base = torch.where(fine[:, None], start, base[left])
             halved = torch.where(fine, torch.zeros_like(halved[left]), halved[left] + 1)
             strain[live[:, None], torch.tensor(OUT_OF_PLANE, device=strain.device)] = base + step
-            known = {name: part.outputs[name][left] for name in iterates}
+            known = {name: part.outputs[name][left] for name in unknowns}
             part = evaluate(live, strain[live], known)
             write(found, live, part)
             hardest[live] = torch.maximum(hardest[live], part.iterations)
@@ -155,14 +131,9 @@ class PlaneStress:
         return replace(failed(found, stuck & found.converged, Outcome.OUT_OF_ITERATIONS), iterations=hardest), strain
 
     def condensed(self, found: Solution, pairs: Sequence[Pair]) -> Solution:
-        """The solution with derivatives at vanishing stress out of the plane; by the strain, those out of it are zero.
+        """A solution with the blocks of `needed`, with condensed derivatives; zero by the strains out of the plane.
 
-        Args:
-            found: a solution with the blocks of `needed`.
-            pairs: which to give.
-
-        Returns:
-            The solution, in which points with a derivative that is not finite have failed.
+        Points with a derivative that is not finite have failed.
         """
         stiffness = found.blocks[self.stress][self.strain]
         c = stiffness[:, OUT_OF_PLANE][:, :, OUT_OF_PLANE]
@@ -185,14 +156,20 @@ class PlaneStress:
         return block.reshape(block.shape[0], -1, prod(self.bases[by]))
 
 
-def failed(found: Solution, rows: Tensor, outcome: Outcome) -> Solution:
-    """A solution in which further points have failed.
+def write(whole: Solution, rows: Tensor, part: Solution) -> None:
+    """Write the solution of some points into that of all, in place; its tensors are nobody else's."""
+    for name, value in part.outputs.items():
+        whole.outputs[name][rows] = value
+    for out, row in part.blocks.items():
+        for by, block in row.items():
+            whole.blocks[out][by][rows] = block
+    whole.converged[rows] = part.converged
+    whole.iterations[rows] = part.iterations
+    whole.outcome[rows] = part.outcome
 
-    Args:
-        found: the solution.
-        rows: bool, which.
-        outcome: of theirs.
-    """
+
+def failed(found: Solution, rows: Tensor, outcome: Outcome) -> Solution:
+    """A solution in which further points, by a mask, have failed."""
 
     def without(value: Tensor) -> Tensor:
         return value.masked_fill(rows.reshape(rows.shape + (1,) * (value.ndim - 1)), torch.nan)
@@ -209,18 +186,7 @@ def failed(found: Solution, rows: Tensor, outcome: Outcome) -> Solution:
 def plane_stress_of(
     where: str, bases: Mapping[str, Base], pairs: Sequence[Pair], driven: Sequence[str], told: Pair | None
 ) -> PlaneStress:
-    """Find which stress vanishes and which strain is sought.
-
-    Args:
-        where: the artifact, for messages.
-        bases: base shapes of the variables.
-        pairs: the derivatives that were compiled.
-        driven: the driven inputs.
-        told: the stress and the strain, where the caller names them.
-
-    Raises:
-        InputError: there are none, or it can't be told which.
-    """
+    """Find which stress vanishes and which strain is sought; `told` are both, where the caller names them."""
     fitting = [(out, by) for out, by in pairs if by in driven and bases[out] == SYMMETRIC and bases[by] == SYMMETRIC]
     if told is not None:
         if tuple(told) not in fitting:

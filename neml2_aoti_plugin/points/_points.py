@@ -13,14 +13,12 @@ from torch import Tensor
 from ..errors import AOTIError, InputError, InputTypeError, UnknownNameError
 from ..model import Model, as_model
 from . import _state as states
-from ._arrays import Array, Arrays, require_not_followed
-from ._evaluation import Evaluator, Tensors, Trial, advanced
-from ._forms import DIMENSIONS, Dimension, Notation, forms_of
-from ._interface import Interface, PointsResult, mask_of, result_of
-from ._plane_stress import plane_stress_of
+from ._arrays import Array, Arrays, mask_of, require_not_followed
+from ._evaluation import Evaluator, Trial, advanced, step_factor
+from ._interface import DIMENSIONS, Dimension, Interface, Notation, PointsResult, forms_of, result_of
+from ._plane_stress import Tensors, plane_stress_of
 from ._roles import Pair, earlier, pairs_of, require_in_tangent, roles_of
 from ._state import PointsState
-from ._stepping import step_factor
 
 
 class Points:
@@ -87,10 +85,11 @@ class Points:
         arrays = Arrays(self.model.dtype, self.model.device)
         self._roles, self._kept = roles, roles.kept
         self._interface = Interface(self.n, arrays, forms, roles.natural)
-        # A start for some of the unknowns only would be no iterate of any solve.
+        # Guesses of some of the unknowns only would be no iterate of any solve.
         unknowns = tuple(self.model.initial_guesses)
-        iterates = unknowns if all(name in outputs for name in unknowns) else ()
-        self._evaluator = Evaluator(self.model, roles, (*iterates, *roles.starts), constraint)
+        if not all(name in outputs for name in unknowns):
+            unknowns = ()
+        self._evaluator = Evaluator(self.model, roles, (*unknowns, *roles.guesses), constraint)
         self._old: Tensors = {name: self._zeros(name) for name in self._kept}
         self._trial: Trial | None = None
         self._begun = not roles.lagged
@@ -185,7 +184,7 @@ class Points:
         # What the caller has in its hands is copied; results may be written over what it gave.
         kept = {name: value.clone() for name, value in driven.items() if name in self._roles.depth}
         results = face.results(found, pairs, targets)
-        for name in dict.fromkeys((*self._roles.depth, *self._evaluator.iterates)):
+        for name in dict.fromkeys((*self._roles.depth, *self._evaluator.unknowns)):
             if name not in driven:
                 value = found.outputs[name]
                 kept[name] = value.clone() if value is results[name] else value

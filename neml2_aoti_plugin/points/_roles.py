@@ -1,7 +1,7 @@
-"""What each input of a model is to integration points: given by the caller, kept from earlier steps, or a start.
+"""What each input of a model is to points: given by the caller, kept from earlier steps, or an initial guess.
 
-neml2's names tell: `x~1` is the value of `x` one step earlier. Where `x` is an output it is state; where it is an
-input, the caller's own value is kept. An input that has the name of an output is the first iterate of a Newton solve.
+neml2's names say it: `x~1` is the value of `x` one step earlier. Where `x` is an output it is state; where it is an
+input, the caller's own value is kept. An input with the name of an output is the initial guess of a Newton solve.
 """
 
 from __future__ import annotations
@@ -22,21 +22,17 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Roles:
-    """What each input of a model is.
+    """What each input of a model is."""
 
-    Args:
-        driven: inputs that the caller gives with each update, in the model's order.
-        lagged: variable and number of steps back, by the input that takes it.
-        starts: inputs that are first iterates of outputs of the same name.
-        depth: how many steps back a variable is kept.
-        bases: base shape of each variable that is driven or kept.
-        natural: shape of each of these at one point, with the axes of its sub-batch.
-    """
-
+    # Inputs that the caller gives with each update, in the model's order.
     driven: tuple[str, ...]
+    # Variable and number of steps back, by the input that takes it.
     lagged: dict[str, tuple[str, int]]
-    starts: tuple[str, ...]
+    # Inputs that are initial guesses of outputs of the same name.
+    guesses: tuple[str, ...]
+    # How many steps back a variable is kept.
     depth: dict[str, int]
+    # Base shape of each variable that is driven or kept; and its shape at one point, with the axes of its sub-batch.
     bases: dict[str, Base]
     natural: dict[str, Base]
 
@@ -51,7 +47,7 @@ class Roles:
         absent = [name for name in self.driven if name not in given]
         unknown = [name for name in given if name not in self.driven]
         if absent or unknown:
-            own = [name for name in unknown if name in self.lagged or name in self.starts]
+            own = [name for name in unknown if name in self.lagged or name in self.guesses]
             hint = f" {', '.join(map(repr, own))}: kept by the points themselves." if own else ""
             raise UnknownNameError(
                 f"update: missing {absent}, unknown {unknown}; it takes {', '.join(self.driven)}.{hint}"
@@ -64,18 +60,7 @@ def earlier(name: str, lag: int) -> str:
 
 
 def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], also_kept: Iterable[str] = ()) -> Roles:
-    """Derive what each input is.
-
-    Args:
-        model: the model.
-        history: inputs that are earlier values under a name that does not tell, as `{"old_stress": "stress~1"}`.
-        driven: inputs that the caller gives although their names say otherwise.
-        also_kept: driven inputs to keep although the model asks for no earlier value of them.
-
-    Raises:
-        InputError: it cannot be derived where an input comes from, or base shapes disagree.
-        UnknownNameError: a name in `history` or `driven` is not that of an input.
-    """
+    """Derive what each input is from its name, from `history` and `driven` of `Points`, and which to keep as well."""
     inputs, outputs, told = model.inputs, model.outputs, tuple(driven)
     for name in (*history, *told):
         if name not in inputs:
@@ -83,7 +68,7 @@ def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], al
                 f"{name!r} is told in history= or driven=, but is no input of {model.artifact}; the inputs are: "
                 f"{', '.join(inputs)}."
             )
-    lagged, starts, given = {}, [], []
+    lagged, guesses, given = {}, [], []
     lost: list[str] = []
     for name in inputs:
         match = None if name in told else _LAG.match(history.get(name, name))
@@ -94,7 +79,7 @@ def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], al
         elif match is not None:
             lost.append(name)
         elif name in outputs and name not in told:
-            starts.append(name)
+            guesses.append(name)
         else:
             given.append(name)
     if lost:
@@ -108,10 +93,10 @@ def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], al
     depth: dict[str, int] = {}
     for name, lag in lagged.values():
         depth[name] = max(depth.get(name, 0), lag)
-    for name in (*starts, *also_kept):
+    for name in (*guesses, *also_kept):
         depth.setdefault(name, 1)
-    bases = {name: inputs[name].base_shape for name in (*given, *starts)}
-    natural = {name: inputs[name].natural_shape for name in (*given, *starts)}
+    bases = {name: inputs[name].base_shape for name in (*given, *guesses)}
+    natural = {name: inputs[name].natural_shape for name in (*given, *guesses)}
     for taken, (name, _) in lagged.items():
         base = (outputs[name] if name in outputs else inputs[name]).base_shape
         if inputs[taken].base_shape != base:
@@ -120,23 +105,13 @@ def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], al
                 f"that one is no earlier value of the other. Tell it: Points(..., driven=[{taken!r}])."
             )
         bases[name] = base
-        # The metadata tell the sub-batch of inputs, and not always that of outputs.
+        # The metadata have the sub-batch of inputs, and not always that of outputs.
         natural.setdefault(name, inputs[taken].natural_shape)
-    return Roles(tuple(given), lagged, tuple(starts), depth, bases, natural)
+    return Roles(tuple(given), lagged, tuple(guesses), depth, bases, natural)
 
 
 def pairs_of(model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None) -> tuple[Pair, ...]:
-    """The pairs of the tangent.
-
-    Args:
-        model: the model.
-        driven: its driven inputs.
-        pairs: that the caller wants; all if not given.
-
-    Raises:
-        DerivativeNotCompiledError: one was not compiled, or is not by a driven input.
-        UnknownNameError: a name is not that of an output or input.
-    """
+    """The pairs of the tangent: those that the caller wants, or all that were compiled by driven inputs."""
     if pairs is None:
         return tuple((out, by) for out, by in model.derivative_pairs if by in driven)
     for pair in pairs:
@@ -145,7 +120,7 @@ def pairs_of(model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None) 
 
 
 def require_pair(model: Model, driven: Sequence[str], pair: Pair) -> None:
-    """Refuse what cannot be in the tangent; the arguments and errors are those of `pairs_of`."""
+    """Refuse a pair that cannot be in the tangent."""
     by = pair[-1] if isinstance(pair, tuple | list) and pair else None
     others = f"the tangent of points is by a driven input: {', '.join(driven)}."
     if by in model.named_parameters():
@@ -158,19 +133,7 @@ def require_pair(model: Model, driven: Sequence[str], pair: Pair) -> None:
 def require_in_tangent(
     model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None, out: str, by: str | None
 ) -> None:
-    """Say why a derivative is not in a tangent.
-
-    Args:
-        model: the model.
-        driven: its driven inputs.
-        pairs: of the tangent; None where it was not evaluated.
-        out: the output.
-        by: the input; None for any.
-
-    Raises:
-        DerivativeNotCompiledError: it was not compiled, or is not by a driven input.
-        InputError: it was compiled, and the caller left it out; or a name is not that of an output or input.
-    """
+    """Raise why a derivative, or that by any input, is not in a tangent of `pairs`; None where it was not evaluated."""
     if pairs is None:
         raise InputError("this update left derivatives out. Call update(..., tangent=True).")
     if not model.derivative_pairs:

@@ -59,29 +59,16 @@ class PointsState:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a state must be to be one of some points.
+    """What a state must be to be one of some points."""
 
-    Args:
-        digest: of their model; None for that of any model with the same variables.
-        n: number of points.
-        shapes: of the kept values at one point, by name.
-    """
-
+    # Of their model; None for that of any model with the same variables.
     digest: str | None
     n: int
+    # Of the kept values at one point, by name.
     shapes: dict[str, tuple[int, ...]]
 
     def require(self, digest: str, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuse another state.
-
-        Args:
-            digest: of the artifact that it is a state of.
-            n: its number of points.
-            shapes: of its values, by name.
-
-        Raises:
-            InputError: it is another artifact's, of another number of points, or lacks a value.
-        """
+        """Refuse a state of another artifact, of another number of points, or of other values."""
         if n != self.n:
             raise InputError(f"the state is one of {n} points, expected {self.n}.")
         absent = [name for name in self.shapes if name not in shapes]
@@ -102,15 +89,7 @@ class Expected:
 
 
 def load(path: str | os.PathLike[str], expected: Expected) -> PointsState:
-    """Read a state that `PointsState.save` wrote.
-
-    Args:
-        path: of the file.
-        expected: what it must be; it is compared with what the file claims before its values are read.
-
-    Raises:
-        InputError: there is no such file, it is another one, damaged, or not what was expected.
-    """
+    """Read a state that `PointsState.save` wrote; what the file claims is compared before its values are read."""
     found: dict[str, Any] = {}
 
     def check(header: Header) -> Iterable[str]:
