@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
-from .errors import InputError, InputTypeError, UnknownNameError
+from ._checks import require_names, shown_value
+from .errors import InputError, InputTypeError
 
 LineSearch = Literal["BACKTRACKING", "STRONG_WOLFE"]
 KrylovMethod = Literal["gmres", "bicgstab"]
@@ -186,16 +187,7 @@ def changed_settings(present: NewtonSettings | None, changes: Mapping[str, Any],
         UnknownNameError: there is no such setting.
         InputError: a value is out of range, or there are no settings to change.
     """
-    known = list(_RULES)
-    unknown = [name for name in changes if name not in known]
-    if unknown:
-        raise UnknownNameError(f"there is no solver setting {', '.join(unknown)}; there are {', '.join(known)}.")
+    require_names(changes, _RULES, f"solver of {where}", "settings")
     if present is None:
         raise InputError(f"{where} has no implicit segment, so there is no solver to set.")
     return newton_settings(**{**vars(present), **changes})
-
-
-def shown_value(value: Any) -> str:
-    """A value for a message; Python does not write out ints of thousands of digits."""
-    huge = isinstance(value, int) and value.bit_length() > 256
-    return f"an int of {value.bit_length()} bits" if huge else repr(value)

@@ -26,7 +26,7 @@ from neml2_aoti_plugin import (
     Model,
     UnknownNameError,
 )
-from neml2_aoti_plugin.model._promoted import RESERVED
+from neml2_aoti_plugin.model._parameters import RESERVED
 from references import Tensors
 
 Load = Callable[..., Any]

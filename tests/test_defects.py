@@ -325,7 +325,7 @@ class TestD26FilesAreNamed:
 def test_d27_a_malformed_log_setting_is_told_by_name() -> None:
     """neml2's own Python code raises at import; the plugin's store must not add to it or hide it."""
     environment = {**os.environ, "NEML2_LOGS": "newton=loud"}
-    code = "from neml2_aoti_plugin import log; log.apply_env(); print(log.effective_level('newton'))"
+    code = "from neml2_aoti_plugin import _log as log; log.apply_env(); print(log.effective_level('newton'))"
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "loud" in found.stderr + found.stdout
 

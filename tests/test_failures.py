@@ -10,7 +10,7 @@ import torch
 import references
 from neml2_aoti_plugin import ConvergenceError, Model
 from neml2_aoti_plugin.model import Outcome
-from neml2_aoti_plugin.model._failure import Given, reasons
+from neml2_aoti_plugin.model._outcomes import Given, reasons
 from references import Tensors
 
 ADVICE = "Try a better predictor"
@@ -141,7 +141,7 @@ class TestSegments:
 
 
 def test_rows_that_do_not_fail_are_not_looked_at(grid: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neml2_aoti_plugin.model import _failure as module
+    from neml2_aoti_plugin.model import _outcomes as module
 
     monkeypatch.setattr(module, "reasons", lambda *_, **__: pytest.fail("looked at a good call"))
     references.case("calibration").model.forward(grid)

@@ -165,7 +165,7 @@ def test_pinned_batch_axes(name: str, told: list[str], monkeypatch: pytest.Monke
 # A model of a power law as it runs, and by torch's operations; what the log says meanwhile comes between.
 PROGRAM = """
     import os, sys, torch
-    from neml2_aoti_plugin import Model, log, status
+    from neml2_aoti_plugin import Model, _log as log, status
     from neml2_aoti_plugin._graphs import c_interface, power
     log.set_default_level("model", "info")
     {before}

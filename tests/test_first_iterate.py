@@ -175,7 +175,7 @@ class TestRefused:
         with pytest.raises(UnknownNameError) as raised:
             model.forward({**rows, "stress": torch.zeros(6, dtype=torch.float64), "strian": rows["strain"]})
         text = str(raised.value)
-        assert "unknown 'strian'." in text and "The model's inputs are: strain, strain~1," in text
+        assert "unknown 'strian'." in text and "The inputs are: strain, strain~1," in text
         assert f"As initial guesses it also takes: {', '.join(UNKNOWNS)}." in text
 
     def test_all_where_there_is_no_unknown(self) -> None:

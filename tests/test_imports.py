@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 NAME = PACKAGE.name
 
 # The ground, which all may import.
-GROUND = {"errors", "settings", "_files", "_log", "notation", "_tensor_files"}
+GROUND = {"errors", "settings", "_checks", "_files", "_log", "notation", "_tensor_files"}
 # Each folder, and the folders that it may import besides itself and the ground.
 MAY_IMPORT: dict[str, set[str]] = {
     "_artifact": set(),

@@ -108,7 +108,7 @@ def test_wrong_files(promoted: Model, tmp_path: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         notes = opened.metadata()
     save_file({"promoted.E": torch.ones(2, 2, dtype=torch.float64)}, file, notes)
-    with pytest.raises(UnknownNameError, match=r"holds promoted\.E, expected .* promoted.E, promoted.nu"):
+    with pytest.raises(UnknownNameError, match=r"missing 'promoted.nu'.* promoted.E, promoted.nu"):
         Model(promoted.artifact, parameters=file)
     before = values(promoted)
     for wrong, said in (
@@ -163,7 +163,7 @@ def test_wrong_use_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     path, out = str(compiled("promoted") / "promoted"), str(tmp_path / "a.safetensors")
     for arguments, said in (
         (["--set", "promoted.E=1"], "--set changes nothing by itself"),
-        (["--set", "E=1", "--out", out], "there are: promoted.E, promoted.nu"),
+        (["--set", "E=1", "--out", out], "parameters are: promoted.E, promoted.nu"),
         (["--set", "promoted.E", "--out", out], "is not NAME=VALUE"),
         (["--from", str(tmp_path / "gone")], "cannot be read"),
         (["--set", "promoted.E=1", "--out", str(tmp_path / "none" / "a")], "cannot be written"),

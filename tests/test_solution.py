@@ -267,9 +267,9 @@ class TestPairs:
         assert torch.equal(outputs["stress"], case.model.forward(rows)["stress"])
 
     def test_refused(self, model: Model, rows: Tensors) -> None:
-        with pytest.raises(UnknownNameError, match=r"'sress' is no output of .*the outputs are: stress"):
+        with pytest.raises(UnknownNameError, match=r"unknown 'sress'.* mean 'stress'.* outputs are: stress"):
             model.jacobian(rows, pairs=[("sress", "strain")])
-        with pytest.raises(UnknownNameError, match=r"'stress' is no input of .*the inputs are: strain"):
+        with pytest.raises(UnknownNameError, match=r"unknown 'stress'.* inputs are: strain"):
             model.solve(rows, pairs=[("stress", "stress")])
         for wrong in (["stress:strain"], "stress", [("stress",)], [("stress", 1)]):
             with pytest.raises(InputTypeError, match=r"pairs hold .*expected pairs of names such as \('stress'"):
@@ -287,7 +287,7 @@ class TestPairs:
         with pytest.raises(UnknownNameError, match=told):
             model.jvp(rows, {name: rows["t"]})
         assert set(model.param_jacobian(rows, params=[name])[1]["stress"]) == {name}
-        with pytest.raises(UnknownNameError, match=r"'strain', which is an input of .*Call jacobian"):
+        with pytest.raises(UnknownNameError, match=r"'strain' is an input: call jacobian"):
             model.param_jacobian(rows, params=["strain"])
 
     @pytest.mark.wide

@@ -18,7 +18,7 @@ from .._solve.outcome import Outcome
 from .._solve.preconditioned import KrylovSystem
 from .._solve.system import System
 from ..errors import ConvergenceError, InputError
-from ..model._failure import advice
+from ..model._outcomes import advice
 from ..settings import CacheStrategy, KrylovMethod, KrylovSettings, LineSearch, NewtonSettings
 from .callables import (
     CallableProducts,

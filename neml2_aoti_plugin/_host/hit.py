@@ -15,10 +15,9 @@ from .._artifact.stub import read_stub
 from ..errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError, UnknownNameError
 from ..model import Model
 from ..model._admission import INITIAL_GUESS
-from ..model._call import Tensors
-from ..model._derivatives import Blocks
 from ..model._module import CompiledModule, public
-from ..model._promoted import PromotedParameters
+from ..model._outcomes import Blocks, Tensors
+from ..model._parameters import PromotedParameters
 from ..settings import NewtonSettings
 from . import chain, typed
 from .overrides import OpenSchema, parameter_values
@@ -119,9 +118,7 @@ class AOTIModel(CompiledModule):
         self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.outputs.items()}
         self._output_wrappers = tuple(enumerate(self.output_spec.values()))
         # Of the unknowns that may be given as initial guesses.
-        self._iterate_spec = {
-            name: typed.wrapper_of_unknown(v, name) for name, v in self._inner.initial_guesses.items()
-        }
+        self._guess_spec = {name: typed.wrapper_of_unknown(v, name) for name, v in self._inner.initial_guesses.items()}
         self.input_sub_batch = {name: v.sub_batch_shape for name, v in self._inner.inputs.items()}
         if declared:
             self._declared = _Declared(declared)
@@ -210,7 +207,7 @@ class AOTIModel(CompiledModule):
         absent = [name for name in self.input_spec if name not in state]
         if absent:
             raise UnknownNameError(f"inputs of {self._inner.artifact}: missing {', '.join(map(repr, absent))}.")
-        iterates = {name: state[name] for name in self._iterate_spec if name in state}
+        iterates = {name: state[name] for name in self._guess_spec if name in state}
         if iterates:
             inputs = {name: state[name] for name in self.input_spec}
             return self._evaluate(self._raw({**inputs, **iterates}))
@@ -315,10 +312,10 @@ class AOTIModel(CompiledModule):
     def _raw(self, inputs: Mapping[str, Value], kind: str = "input") -> Tensors:
         """Unwrap typed inputs and initial guesses to `(*batch, *sub_batch, *base)`; raw ones pass."""
         found = typed.unwrap(inputs, self._inner.inputs, self.input_spec, kind, self._inner.artifact)
-        if self._iterate_spec.keys().isdisjoint(found):
+        if self._guess_spec.keys().isdisjoint(found):
             return found
         iterates = self._inner.initial_guesses
-        return typed.unwrap(found, iterates, self._iterate_spec, INITIAL_GUESS, self._inner.artifact)
+        return typed.unwrap(found, iterates, self._guess_spec, INITIAL_GUESS, self._inner.artifact)
 
     def _batch_rank(self, inputs: Mapping[str, Tensor]) -> int:
         """Number of batch axes that raw inputs and initial guesses have together."""

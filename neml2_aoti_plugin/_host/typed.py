@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .._artifact.schema import Shape, Variable
 from ..errors import ArtifactError, InputError, InputTypeError
-from ..model._call import Tensors
-from ..model._derivatives import Blocks
+from ..model._outcomes import Blocks, Tensors
 
 Wrapper = type[TensorWrapper]
 

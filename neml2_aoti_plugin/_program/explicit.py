@@ -10,7 +10,7 @@ from .._artifact.schema import ExplicitInfo, Pair, PairGraph, Variable
 from .._graphs.graph import Graph
 from .parameters import Values
 from .systems import GraphOf, check_arity
-from .tangents import Columns, Tangents, add, contract, forward_block
+from .tangents import PER_SITE, Columns, Tangents, add, contract, forward_block, per_site
 
 
 class ExplicitSegment:
@@ -68,7 +68,11 @@ class ExplicitSegment:
                 value = state[pair.out]
                 sites = tuple(value.shape[1 : value.ndim - len(pair.out_base_shape)])
                 for seed, column in tangents.get(pair.wrt, {}).items():
-                    add(found[pair.out], seed, contract(block, pair, sites, column, self.spec.jacobian.file))
+                    if seed[0] == PER_SITE:
+                        term = per_site(block, pair, sites, self.spec.jacobian.file)
+                    else:
+                        term = contract(block, pair, sites, column, self.spec.jacobian.file)
+                    add(found[pair.out], seed, term)
         else:
             self.run(state, values, rows)
         own = self.spec.parameter_jacobian

@@ -20,6 +20,9 @@ Seed = tuple[str, str]
 Columns = dict[Seed, Tensor | None]
 Tangents = dict[str, Columns]
 
+# Of seeds (PER_SITE, input), which are the identity: blocks of an explicit segment stay as they are, site by site.
+PER_SITE = "per site"
+
 
 def add(columns: Columns, seed: Seed, term: Tensor) -> None:
     """Add a term to the derivative by a seed."""

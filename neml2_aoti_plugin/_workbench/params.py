@@ -9,7 +9,7 @@ from pathlib import Path
 from .._files import require_writable
 from ..errors import InputError
 from ..model import Model
-from ..model._parameter_file import is_parameter_file
+from ..model._parameters import is_parameter_file
 from .contents import ParameterReport
 from .target import Target
 

@@ -20,28 +20,23 @@ from .._artifact.schema import Shape
 from ..errors import DerivativeNotCompiledError
 from . import _derivatives as derivatives
 from ._admission import INITIAL_GUESS
-from ._call import Caller, Tensors
-from ._derivatives import By
+from ._call import Caller
+from ._derivatives import By, Pair, natural_shape
 from ._memory import require_unrecorded
+from ._outcomes import Tensors
 
 
 def is_followed(caller: Caller, inputs: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> bool:
-    """Whether torch wants to differentiate a call or to map it.
-
-    Args:
-        caller: of the model.
-        inputs: as for `Model.forward`.
-        overrides: as for `Model.forward`.
-    """
+    """Whether torch wants to differentiate a call or to map it."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
         return False
     # A caller's mistakes, such as a list for a dict, are left to the checks of the plain call. Results do not depend on
     # initial guesses.
-    iterates = caller.boundary.iterates
+    guesses = caller.boundary.guesses
     named = inputs.items() if isinstance(inputs, Mapping) else ()
-    values = [*(value for name, value in named if name not in iterates), *(overrides or {}).values()]
+    values = [*(value for name, value in named if name not in guesses), *(overrides or {}).values()]
     if caller.promoted.specs:
         values.extend(caller.promoted.values.values())
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
@@ -51,25 +46,24 @@ def linearise(
     caller: Caller,
     inputs: Mapping[str, Tensor],
     overrides: Mapping[str, Tensor] | None,
-    pairs: Sequence[tuple[str, By]] = (),
+    pairs: Sequence[Pair] = (),
 ) -> tuple[Tensors, list[Tensor], Shape]:
     """As `derivatives.linearise`, with outputs and matrices that torch can differentiate and map."""
-    require_unrecorded(caller.boundary.where)
-    caller.boundary.require_names(inputs)
+    boundary = caller.boundary
+    require_unrecorded(boundary.where)
+    boundary.require_names(inputs)
     parameters = caller.promoted.in_force(overrides)
-    arguments: dict[By, Any] = {("input", name): inputs[name] for name in caller.boundary.by_name}
+    arguments: dict[By, Any] = {("input", name): inputs[name] for name in boundary.inputs}
     arguments.update({("parameter", name): value for name, value in parameters.items()})
-    outs = tuple(caller.boundary.output_by_name)
+    outs = tuple(boundary.outputs)
     wanted = list(pairs)
-    differentiated = [by for by, value in arguments.items() if _is_differentiated(value)]
-    for by in differentiated:
-        wanted.extend((o, by) for o in outs if derivatives.compiled(caller, o, by) and (o, by) not in wanted)
-    iterates = caller.boundary.iterates
-    arguments.update({(INITIAL_GUESS, name): inputs[name] for name in iterates if name in inputs})
-    plan = _Plan(caller, tuple(arguments), outs, tuple(wanted))
-    found = _Compiled.apply(plan, *arguments.values())  # type: ignore[no-untyped-call]
+    for by in [by for by, value in arguments.items() if _is_differentiated(value)]:
+        wanted.extend((o, by) for o in outs if derivatives.is_compiled(caller, o, by) and (o, by) not in wanted)
+    arguments.update({(INITIAL_GUESS, name): inputs[name] for name in boundary.guesses if name in inputs})
+    followed = _Followed(caller, tuple(arguments), outs, tuple(wanted))
+    found = _Compiled.apply(followed, *arguments.values())  # type: ignore[no-untyped-call]
     outputs = dict(zip(outs, found, strict=False))
-    return outputs, list(found[len(outs) : len(outs) + len(pairs)]), plan.batch_of(tuple(arguments.values()))
+    return outputs, list(found[len(outs) : len(outs) + len(pairs)]), followed.batch_of(tuple(arguments.values()))
 
 
 def _is_differentiated(value: object) -> bool:
@@ -86,20 +80,17 @@ def _is_differentiated(value: object) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
+class _Followed:
     """What one followed call evaluates.
 
-    Args:
-        caller: of the model.
-        bys: the inputs, parameters and initial guesses, in the order of the tensor arguments.
-        outs: the outputs.
-        pairs: the derivatives, in the order in which their matrices come behind the outputs.
+    `bys` are the inputs, parameters and initial guesses, in the order of the tensor arguments; the matrices of `pairs`
+    come behind the outputs `outs`.
     """
 
     caller: Caller
     bys: tuple[By, ...]
     outs: tuple[str, ...]
-    pairs: tuple[tuple[str, By], ...]
+    pairs: tuple[Pair, ...]
 
     def run(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate for plain tensors."""
@@ -111,27 +102,22 @@ class _Plan:
         # torch holds the tangents of a view to the layout of the view.
         return tuple(value.clone() if value._is_view() else value for value in found)
 
-    def rank(self, by: By, value: Tensor) -> int:
-        """Number of batch axes of an argument."""
-        return self._rank(by, value.ndim)
-
-    def _rank(self, by: By, axes: int) -> int:
-        return max(axes - len(derivatives.natural_shape(self.caller, by)), 0)
+    def rank(self, by: By, axes: int) -> int:
+        """Number of batch axes of an argument of so many axes."""
+        return max(axes - len(natural_shape(self.caller, by)), 0)
 
     def batch_of(self, values: Sequence[Any]) -> Shape:
         """The common batch shape of the arguments."""
         tensors = [(by, v) for by, v in zip(self.bys, values, strict=True) if isinstance(v, Tensor)]
-        return tuple(torch.broadcast_shapes(*(tuple(v.shape[: self.rank(by, v)]) for by, v in tensors)))
+        return tuple(torch.broadcast_shapes(*(tuple(v.shape[: self.rank(by, v.ndim)]) for by, v in tensors)))
 
-    def along(
-        self, matrices: Mapping[tuple[str, By], Tensor], out: str, tangents: Sequence[tuple[By, Tensor]]
-    ) -> Tensor:
+    def along(self, matrices: Mapping[Pair, Tensor], out: str, tangents: Sequence[tuple[By, Tensor]]) -> Tensor:
         """Derivative of an output along tangents of some arguments, `(*batch, entries)`."""
         terms = []
         for by, tangent in tangents:
             matrix = _matrix(self, matrices, out, by)
-            natural = derivatives.natural_shape(self.caller, by)
-            full = tangent.expand((*tangent.shape[: self.rank(by, tangent)], *natural))
+            natural = natural_shape(self.caller, by)
+            full = tangent.expand((*tangent.shape[: self.rank(by, tangent.ndim)], *natural))
             column = full.reshape((*full.shape[: full.ndim - len(natural)], matrix.shape[-1], 1))
             terms.append(torch.matmul(matrix, column).squeeze(-1))
         total = terms[0]
@@ -143,7 +129,7 @@ class _Plan:
         """Bring the axis that `torch.vmap` maps over to the front of the batch axes of all arguments."""
         mapped = [v if axis is None else v.movedim(axis, 0) for v, axis in zip(values, axes, strict=True)]
         ranks = [
-            self._rank(by, v.ndim - (axis is not None))
+            self.rank(by, v.ndim - (axis is not None))
             for by, v, axis in zip(self.bys, mapped, axes, strict=True)
             if isinstance(v, Tensor)
         ]
@@ -151,8 +137,8 @@ class _Plan:
         found = []
         for by, value, axis in zip(self.bys, mapped, axes, strict=True):
             if axis is not None:
-                natural = derivatives.natural_shape(self.caller, by)
-                rank = self._rank(by, value.ndim - 1)
+                natural = natural_shape(self.caller, by)
+                rank = self.rank(by, value.ndim - 1)
                 own = value.shape[1 + rank :]
                 # A plain value stands for all sites of a sub-batch.
                 sites = (1,) * (len(natural) - len(own))
@@ -163,21 +149,21 @@ class _Plan:
 
 
 class _Compiled(torch.autograd.Function):
-    """The autograd node of a call: outputs and matrices of a plan."""
+    """The autograd node of a call: outputs and matrices of a followed."""
 
     @staticmethod
-    def forward(plan: _Plan, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(followed: _Followed, *values: Tensor) -> tuple[Tensor, ...]:
         """Evaluate."""
-        return plan.run(values)
+        return followed.run(values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the matrices."""
-        plan = inputs[0]
-        ctx.plan = plan
+        followed: _Followed = inputs[0]
+        ctx.followed = followed
         ctx.input_shapes = [v.shape if isinstance(v, Tensor) else None for v in inputs[1:]]
-        ctx.output_shapes = [v.shape for v in output[: len(plan.outs)]]
-        matrices = output[len(plan.outs) :]
+        ctx.output_shapes = [v.shape for v in output[: len(followed.outs)]]
+        matrices = output[len(followed.outs) :]
         ctx.save_for_backward(*matrices)
         ctx.save_for_forward(*matrices)
         ctx.set_materialize_grads(False)
@@ -185,25 +171,25 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Contract the cotangents of the outputs with the matrices."""
-        plan: _Plan = ctx.plan
-        count = len(plan.outs)
+        followed: _Followed = ctx.followed
+        count = len(followed.outs)
         if any(c is not None for c in cotangents[count:]):
             raise DerivativeNotCompiledError(
-                f"a second derivative of {plan.caller.boundary.where} was asked for; neml2-compile compiles first "
+                f"a second derivative of {followed.caller.boundary.where} was asked for; neml2-compile compiles first "
                 "derivatives only."
             )
-        given = {out: c for out, c in zip(plan.outs, cotangents[:count], strict=True) if c is not None}
-        matrices = dict(zip(plan.pairs, ctx.saved_tensors, strict=True))
+        given = {out: c for out, c in zip(followed.outs, cotangents[:count], strict=True) if c is not None}
+        matrices = dict(zip(followed.pairs, ctx.saved_tensors, strict=True))
         gradients: list[Tensor | None] = [None]
-        for by, shape, needed in zip(plan.bys, ctx.input_shapes, ctx.needs_input_grad[1:], strict=True):
+        for by, shape, needed in zip(followed.bys, ctx.input_shapes, ctx.needs_input_grad[1:], strict=True):
             total: Tensor | None = None
             for out, cotangent in given.items() if needed and by[0] != INITIAL_GUESS else ():
-                matrix = _matrix(plan, matrices, out, by)
+                matrix = _matrix(followed, matrices, out, by)
                 batch, entries = matrix.shape[:-2], matrix.shape[-2]
                 term = torch.matmul(cotangent.reshape((*batch, 1, entries)), matrix).squeeze(-2)
                 total = term if total is None else total + term
             if total is not None:
-                natural = derivatives.natural_shape(plan.caller, by)
+                natural = natural_shape(followed.caller, by)
                 total = total.reshape((*total.shape[:-1], *natural)).sum_to_size(shape)
             gradients.append(total)
         return tuple(gradients)
@@ -211,9 +197,11 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         """Contract the matrices with tangents of the arguments."""
-        plan: _Plan = ctx.plan
-        matrices = dict(zip(plan.pairs, ctx.saved_tensors, strict=True))
-        moved = [(by, t) for by, t in zip(plan.bys, tangents, strict=True) if t is not None and by[0] != INITIAL_GUESS]
+        followed: _Followed = ctx.followed
+        matrices = dict(zip(followed.pairs, ctx.saved_tensors, strict=True))
+        moved = [
+            (by, t) for by, t in zip(followed.bys, tangents, strict=True) if t is not None and by[0] != INITIAL_GUESS
+        ]
         if not moved:
             # Results do not depend on the initial guess.
             like = next(t for t in tangents if t is not None)
@@ -222,22 +210,24 @@ class _Compiled(torch.autograd.Function):
         # torch switches forward mode off in here. An outer derivative, by which the matrices are NaN, would be zero.
         with forward_ad._set_fwd_grad_enabled(True):
             along = [
-                plan.along(matrices, out, moved).reshape(shape)
-                for out, shape in zip(plan.outs, ctx.output_shapes, strict=True)
+                followed.along(matrices, out, moved).reshape(shape)
+                for out, shape in zip(followed.outs, ctx.output_shapes, strict=True)
             ]
         # Second derivatives are not there. They can't be refused here, where nobody may want them.
         unknown = (matrix.new_full((), torch.nan).expand(matrix.shape) for matrix in ctx.saved_tensors)
         return (*along, *unknown)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], plan: _Plan, *values: Any) -> tuple[Any, tuple[int, ...]]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], followed: _Followed, *values: Any
+    ) -> tuple[Any, tuple[int, ...]]:
         """Fold the mapped axis into the batch."""
-        moved = plan.with_axis_in_front(values, in_dims[1:])
-        found = _Compiled.apply(plan, *moved)  # type: ignore[no-untyped-call]
+        moved = followed.with_axis_in_front(values, in_dims[1:])
+        found = _Compiled.apply(followed, *moved)  # type: ignore[no-untyped-call]
         return found, (0,) * len(found)
 
 
-def _matrix(plan: _Plan, matrices: Mapping[tuple[str, By], Tensor], out: str, by: By) -> Tensor:
+def _matrix(followed: _Followed, matrices: Mapping[Pair, Tensor], out: str, by: By) -> Tensor:
     if (out, by) not in matrices:
-        raise derivatives.not_compiled(plan.caller, out, by)
+        raise derivatives.not_compiled(followed.caller, out, by)
     return matrices[out, by]

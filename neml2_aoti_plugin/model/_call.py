@@ -6,25 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .._artifact.schema import Metadata, Shape
+from .._artifact.schema import ExplicitInfo, Metadata, Shape
 from .._program.program import Evaluation, Program
 from .._program.tangents import Columns
 from .._solve.outcome import not_finite_rows
 from ..settings import NewtonSettings
 from ._admission import Boundary
-from ._failure import Given, convergence_error
 from ._memory import require_unrecorded
-
-if TYPE_CHECKING:
-    from ._plan import ForwardPlan
-    from ._promoted import PromotedParameters
-
-Tensors = dict[str, Tensor]
+from ._outcomes import Given, Tensors, convergence_error
+from ._parameters import PromotedParameters
 
 # Nothing is recorded during a call; torch need not even look. Operators in Python take half the time then.
 BelowAutograd: Callable[[], AbstractContextManager[None]] = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
@@ -53,31 +47,21 @@ class Admitted:
 
 
 class Caller:
-    """What all calls of a model share.
+    """What all calls of a model share."""
 
-    Args:
-        metadata: of the artifact.
-        boundary: what tensors the model takes.
-        program: the segments.
-        promoted: the parameters.
-        plan: of a model that is one forward segment.
-    """
-
-    def __init__(
-        self,
-        metadata: Metadata,
-        boundary: Boundary,
-        program: Program,
-        promoted: PromotedParameters,
-        plan: ForwardPlan | None,
-    ) -> None:
+    def __init__(self, metadata: Metadata, boundary: Boundary, program: Program, promoted: PromotedParameters) -> None:
         self.metadata = metadata
         self.boundary = boundary
         self.program = program
         self.promoted = promoted
-        self.plan = plan
         self.settings: NewtonSettings | None = None
         self._wanted = [v.name for v in metadata.outputs]
+        # Whether the model is one explicit segment, and its pairs by authored names that do not depend on the row.
+        spec = metadata.segments[0]
+        self.alone = len(metadata.segments) == 1 and isinstance(spec, ExplicitInfo)
+        self.constant: frozenset[tuple[str, str]] = frozenset()
+        if self.alone and isinstance(spec, ExplicitInfo) and spec.jacobian is not None:
+            self.constant = frozenset((pair.out, pair.wrt) for pair in spec.jacobian.pairs if pair.constant)
 
     def admit(self, inputs: Mapping[str, Tensor], overrides: Mapping[str, Tensor] | None) -> Admitted:
         """Check inputs and overrides."""
@@ -107,24 +91,21 @@ class Caller:
             )
 
     def require_convergence(self, found: Evaluation, call: Admitted, derivatives: Iterable[Tensor] = ()) -> None:
-        """Raise `ConvergenceError` if a row has not converged, or has a derivative that is not finite.
+        """Raise `ConvergenceError` if a row has not converged, or has a derivative `(*batch, ...)` that is not finite.
 
-        Args:
-            found: what was evaluated; a model without implicit segments never raises.
-            call: the admitted arguments.
-            derivatives: those that are asked for, `(*batch, ...)`.
+        A model without implicit segments never raises.
         """
         report = found.report
         if report is None:
             return
         lost = not_finite_rows(derivatives, call.batch)
         if lost is not None or not report.all_converged:
-            given = self.given(call)
+            given = self._given(call)
             raise convergence_error(report, lost, call.batch, self.program, self.settings, self.metadata.aliases, given)
 
-    def given(self, call: Admitted) -> Given:
+    def _given(self, call: Admitted) -> Given:
         """What the rows of a call were given."""
-        inputs = {self.input_name(name): value for name, value in call.state.items()}
+        inputs = {self.boundary.input_names[name]: value for name, value in call.state.items()}
         parameters = {}
         for name, spec in self.promoted.specs.items():
             value = call.parameters[spec.name]
@@ -133,12 +114,4 @@ class Caller:
 
     def outputs(self, values: Mapping[str, Tensor], batch: Shape) -> Tensors:
         """Outputs by boundary name in the caller's batch shape and dtype."""
-        return {port.name: self.boundary.unflatten(values[port.variable.name], batch) for port in self.boundary.outputs}
-
-    def output_name(self, authored: str) -> str:
-        """Boundary name of an output."""
-        return self.metadata.aliases.outputs.get(authored, authored)
-
-    def input_name(self, authored: str) -> str:
-        """Boundary name of an input."""
-        return self.metadata.aliases.inputs.get(authored, authored)
+        return {name: self.boundary.unflatten(values[v.name], batch) for name, v in self.boundary.outputs.items()}

@@ -24,16 +24,10 @@ _NO_DISPATCH = Tensor.__torch_dispatch__
 
 
 def are_plain(values: Sequence[Any], form: Form, dtype: torch.dtype, on_cpu: bool) -> bool:
-    """Whether all values can go into a graph as they are.
+    """Whether all values are torch's own dense tensors of that form and dtype, contiguous, without grad, in memory.
 
-    They are torch's own dense tensors on the right kind of device, contiguous, without grad, and all their bytes are
-    there and are their values. Every tensor must pass this test on its way into a graph; it is written for speed.
-
-    Args:
-        values: anything, as many as `form` has.
-        form: the shape of each, with its size in bytes.
-        dtype: that all must have.
-        on_cpu: whether they must be on the CPU; otherwise the device is left to the caller.
+    Every tensor must pass this test on its way into a graph, so it is written for speed. Unless `on_cpu`, the device is
+    left to the caller.
     """
     place = 0
     try:
@@ -62,14 +56,7 @@ def are_plain(values: Sequence[Any], form: Form, dtype: torch.dtype, on_cpu: boo
 
 
 def require_unrecorded(where: str) -> None:
-    """Refuse a call whose operations torch hands to somebody else, who would see nothing of what a graph does.
-
-    Args:
-        where: the artifact, for messages.
-
-    Raises:
-        AOTIError: a tracer records the call, or a mode takes the place of torch's operations.
-    """
+    """Refuse a call that a tracer or a mode of torch takes over, since it would see nothing of what a graph does."""
     if torch._C._get_tracing_state() is not None:
         by = "torch.jit.trace (or an export that is based on it) records it"
     elif torch._C._len_torch_dispatch_stack():
@@ -86,19 +73,7 @@ def require_unrecorded(where: str) -> None:
 
 
 def with_memory(value: Tensor, name: str, kind: str) -> Tensor:
-    """The same values as a plain strided tensor that owns memory.
-
-    Args:
-        value: any tensor.
-        name: of it, for messages.
-        kind: what it is, for messages.
-
-    Returns:
-        The tensor; another one where its bytes are not its values, or where its class is not torch's own.
-
-    Raises:
-        InputTypeError: it has no memory that a graph could read.
-    """
+    """The same values as a plain strided tensor that owns memory; an `InputTypeError` where there is no memory."""
     if _is_plain(value):
         return value
     fault = _fault(value)

@@ -22,29 +22,14 @@ from .._artifact.stub import is_input_file, model_in
 from .._program.program import Program
 from ..errors import ArtifactError, InputError, UnknownNameError
 from ..settings import NewtonSettings, changed_settings, newton_settings
-from . import (
-    _autograd as autograd,
-)
-from . import (
-    _derivatives as derivatives,
-)
-from . import (
-    _parameter_file as parameter_file,
-)
-from . import (
-    _recipe as recipe,
-)
-from . import (
-    _solution as solution,
-)
-from ._admission import Boundary
-from ._broadcasting import callers_level
-from ._call import Caller, Tensors
-from ._derivatives import Blocks, By
-from ._module import CompiledModule, public
-from ._plan import forward_plan
-from ._promoted import PromotedParameters
-from ._solution import Solution
+from . import _autograd as autograd
+from . import _derivatives as derivatives
+from ._admission import Boundary, callers_level
+from ._call import Caller
+from ._module import CompiledModule, Recipe, origin, public
+from ._outcomes import Blocks, Solution, Tensors, solution
+from ._parameters import PromotedParameters
+from ._plan import plan_of
 
 MODE = "NEML2_AOTI_PLUGIN_MODE"
 MODES = ("rowwise", "lockstep")
@@ -121,7 +106,7 @@ class Model(CompiledModule):
         self,
         device: str | torch.device | None,
         dtype: str | torch.dtype | None,
-        made: recipe.Recipe | None = None,
+        made: Recipe | None = None,
     ) -> None:
         """Load a leaf, that of a recipe if there is one; the promoted parameters stay what they are."""
         place = locate(self._given, device, dtype)
@@ -132,20 +117,20 @@ class Model(CompiledModule):
             raise ArtifactError(kin.fault)
         if kin.doubt:
             warnings.warn(kin.doubt, UserWarning, stacklevel=callers_level())
-        origin = recipe.origin(place, metadata, packages.values())
+        made_of = origin(place, metadata, packages.values())
         if made is not None:
-            recipe.require_same(made, origin)
+            made_of.require_same(made)
         program = Program(metadata, packages, place.device, self.mode == "lockstep")
         boundary = Boundary(metadata, place, program.dtype)
         promoted = PromotedParameters(metadata, boundary, self)
         self.artifact = place.metadata.parent
         self._metadata, self._boundary = metadata, boundary
-        self._plan = forward_plan(program, boundary)
-        self._caller = Caller(metadata, boundary, program, promoted, self._plan)
-        self._origin = origin
-        self.inputs = {port.name: replace(port.variable, name=port.name) for port in boundary.inputs}
-        self.outputs = {port.name: replace(port.variable, name=port.name) for port in boundary.outputs}
-        self.initial_guesses = {name: replace(p.variable, name=name) for name, p in boundary.iterates.items()}
+        self._plan = plan_of(program, boundary)
+        self._caller = Caller(metadata, boundary, program, promoted)
+        self._origin = made_of
+        self.inputs = {name: replace(variable, name=name) for name, variable in boundary.inputs.items()}
+        self.outputs = {name: replace(variable, name=name) for name, variable in boundary.outputs.items()}
+        self.initial_guesses = {name: replace(variable, name=name) for name, variable in boundary.guesses.items()}
 
     @property
     def _promoted(self) -> PromotedParameters:
@@ -162,14 +147,13 @@ class Model(CompiledModule):
     def __getstate__(self) -> dict[str, Any]:
         """What travels: where the artifact is, which leaf, the options and the parameters; not what was loaded."""
         state = {name: value for name, value in super().__getstate__().items() if name not in _LOADED}
-        recipe.require_unchanged(self._origin)
-        digests = self._origin.by_name
-        made = recipe.Recipe(self._given, self.device, self.dtype, self._caller.settings, digests)
+        self._origin.require_unchanged()
+        made = Recipe(self._given, self.device, self.dtype, self._caller.settings, self._origin.by_name)
         return {**state, "_recipe": made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the leaf anew, if the artifact is the same."""
-        made: recipe.Recipe = state["_recipe"]
+        made: Recipe = state["_recipe"]
         kept = {name: value for name, value in state.items() if name != "_recipe"}
         super().__setstate__(kept)
         self._load(made.device, made.dtype, made)
@@ -180,22 +164,22 @@ class Model(CompiledModule):
     @property
     def input_names(self) -> list[str]:
         """Names of the inputs, in the model's order."""
-        return [port.name for port in self._boundary.inputs]
+        return list(self._boundary.inputs)
 
     @property
     def output_names(self) -> list[str]:
         """Names of the outputs, in the model's order."""
-        return [port.name for port in self._boundary.outputs]
+        return list(self._boundary.outputs)
 
     @property
     def input_base_shapes(self) -> list[list[int]]:
         """Base shape of each input, in the order of `input_names`."""
-        return [list(port.variable.base_shape) for port in self._boundary.inputs]
+        return [list(variable.base_shape) for variable in self._boundary.inputs.values()]
 
     @property
     def output_base_shapes(self) -> list[list[int]]:
         """Base shape of each output, in the order of `output_names`."""
-        return [list(port.variable.base_shape) for port in self._boundary.outputs]
+        return [list(variable.base_shape) for variable in self._boundary.outputs.values()]
 
     @property
     def device(self) -> torch.device:
@@ -215,14 +199,14 @@ class Model(CompiledModule):
     @property
     def derivative_pairs(self) -> list[tuple[str, str]]:
         """The (output, input) pairs whose derivatives were compiled."""
-        caller = self._caller
-        return [(caller.output_name(o), caller.input_name(i)) for o, i in self._metadata.derivatives]
+        outputs, inputs = self._boundary.output_names, self._boundary.input_names
+        return [(outputs[o], inputs[i]) for o, i in self._metadata.derivatives]
 
     @property
     def parameter_derivative_pairs(self) -> list[tuple[str, str]]:
         """The (output, parameter) pairs whose derivatives were compiled."""
-        public, out = self._promoted.public, self._caller.output_name
-        return [(out(o), public[p]) for o, p in self._metadata.parameter_derivatives]
+        outputs, parameters = self._boundary.output_names, self._promoted.public
+        return [(outputs[o], parameters[p]) for o, p in self._metadata.parameter_derivatives]
 
     def __repr__(self) -> str:
         leaf = f"{self.device}/{str(self.dtype).removeprefix('torch.')}"
@@ -230,8 +214,7 @@ class Model(CompiledModule):
 
     def save_parameters(self, path: str | os.PathLike[str]) -> None:
         """Write the promoted parameters to a safetensors file, which `Model(..., parameters=path)` takes."""
-        values = parameter_file.detached(self._promoted.values)
-        parameter_file.write_parameters(Path(path), self._boundary.model, self._metadata.digest, values)
+        self._promoted.save(Path(path), self._boundary.model, self._metadata.digest)
 
     def load_parameters(self, path: str | os.PathLike[str], *, same_artifact: bool = True) -> None:
         """Set the promoted parameters to the values in a file that `save_parameters` wrote.
@@ -239,8 +222,7 @@ class Model(CompiledModule):
         It must have been written for this artifact: one with the same metadata, for whatever device, dtype and machine;
         or, unless `same_artifact`, for one whose parameters have the same names and shapes. Else it is an `InputError`.
         """
-        digest = self._metadata.digest if same_artifact else None
-        parameter_file.load_parameters(path, self._promoted, digest, str(self.artifact))
+        self._promoted.load(path, self._metadata.digest if same_artifact else None)
 
     # -- solver settings --------------------------------------------------------------------------------------------
 
@@ -346,7 +328,7 @@ class Model(CompiledModule):
             InputError: as for `forward`.
         """
         derivatives.input_pairs(self._caller, pairs)
-        wanted: list[tuple[str, By]] = [(out, ("input", name)) for out, name in pairs]
+        wanted: list[derivatives.Pair] = [(out, ("input", name)) for out, name in pairs]
         if autograd.is_followed(self._caller, inputs, param_overrides):
             return autograd.linearise(self._caller, inputs, param_overrides, wanted)
         with torch.no_grad():
@@ -382,7 +364,10 @@ class Model(CompiledModule):
             InputError: as for `forward`.
         """
         with torch.no_grad():
-            return solution.solve(self._caller, inputs, param_overrides, jacobian=jacobian, pairs=pairs, expand=expand)
+            wanted = derivatives.input_pairs(self._caller, pairs) if jacobian or pairs is not None else []
+            call = self._caller.admit(inputs, param_overrides)
+            found = derivatives.evaluate(self._caller, call, wanted, expand=expand)
+            return solution(found.outputs, found.blocks, found.shared, found.found.report, call.batch)
 
     @public
     def jvp(
@@ -423,7 +408,7 @@ class Model(CompiledModule):
 
         Returns:
             Outputs, and `J[out][in]` for each pair, `(*batch, *out_base, *in_base)`. Unless `expand`, a block of a
-            model of one forward segment that does not depend on the batch is `(*out_base, *in_base)`. One between
+            model of one explicit segment that does not depend on the batch is `(*out_base, *in_base)`. One between
             sub-batched variables is per site, `(*batch, *sub_batch, *out_base, *in_base)`.
 
         Raises:
@@ -431,8 +416,7 @@ class Model(CompiledModule):
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
-        special = bool(param_overrides) or pairs is not None or expand
-        if self._plan is not None and self._metadata.derivatives and not special:
+        if self._plan is not None and not param_overrides and pairs is None and not expand:
             found = self._plan.jacobian(inputs)
             if found is not None:
                 return found
@@ -456,8 +440,7 @@ class Model(CompiledModule):
             DerivativeNotCompiledError: no derivative by a parameter was compiled, or none by one of `params`.
         """
         with torch.no_grad():
-            outputs, blocks, _ = derivatives.param_jacobian(self._caller, inputs, param_overrides, params)
-        return outputs, blocks
+            return derivatives.param_jacobian(self._caller, inputs, param_overrides, params)
 
     @public
     def param_vjp(

@@ -1,22 +1,46 @@
-"""What `Model` and `AOTIModel` are as torch modules: their parameters, `to()`, copies and pickles."""
+"""What `Model` and `AOTIModel` are as torch modules: parameters, `to()`, copies and pickles, and what `help` shows."""
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from abc import ABCMeta
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..errors import AOTIError, InputError
-from ._promoted import PromotedParameters
-from ._shown import USEFUL, Concise
+from .._artifact import files
+from .._artifact.files import Folder
+from .._artifact.locate import Place
+from .._artifact.package import Package
+from .._artifact.schema import Metadata
+from ..errors import AOTIError, ArtifactError, InputError
+from ..settings import NewtonSettings
+from ._parameters import PromotedParameters
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Of a torch module, what is of use with a compiled model; the rest works as ever, and is not listed.
+USEFUL = frozenset(
+    {
+        *("eval", "get_parameter", "load_state_dict", "parameters", "requires_grad_", "state_dict", "to", "train"),
+        *("training", "zero_grad"),
+    }
+)
+# What neml2 calls, and what is there as in neml2's C++ runtime beside a better way (`inputs`, `outputs`, `set_solver`).
+INTERNAL = frozenset(
+    {
+        *("forward_with_batch", "linearise", "set_solver_config", "parameter_base_shapes"),
+        *("input_names", "output_names", "input_base_shapes", "output_base_shapes"),
+    }
+)
 
 
 def public(call: Callable[P, R]) -> Callable[P, R]:
@@ -46,6 +70,18 @@ def public(call: Callable[P, R]) -> Callable[P, R]:
     return wraps(call)(run)
 
 
+class Concise(ABCMeta):
+    """Of a class whose `dir`, and so `help`, leaves out what it has from `torch.nn.Module` and for neml2.
+
+    It derives from `ABCMeta`, so that a class may derive from a compiled model and from an abstract class.
+    """
+
+    def __dir__(cls) -> list[str]:
+        own = [base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+        names = {name for base in own for name in vars(base)}
+        return sorted(name for name in names if not name.startswith("_") and name not in INTERNAL)
+
+
 class CompiledModule(nn.Module, metaclass=Concise):
     """A torch module whose parameters are the promoted parameters of a compiled model.
 
@@ -72,24 +108,12 @@ class CompiledModule(nn.Module, metaclass=Concise):
         """The promoted parameters."""
         raise NotImplementedError
 
-    @overload  # type: ignore[override]
-    def named_parameters(
-        self, prefix: None = None, recurse: None = None, remove_duplicate: None = None
-    ) -> dict[str, nn.Parameter]: ...
+    @overload
+    def named_parameters(self) -> dict[str, nn.Parameter]: ...
 
     @overload
     def named_parameters(
-        self, prefix: str, recurse: bool | None = None, remove_duplicate: bool | None = None
-    ) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    @overload
-    def named_parameters(
-        self, prefix: str | None = None, *, recurse: bool, remove_duplicate: bool | None = None
-    ) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    @overload
-    def named_parameters(
-        self, prefix: str | None = None, recurse: bool | None = None, *, remove_duplicate: bool
+        self, prefix: str = ..., recurse: bool = ..., remove_duplicate: bool = ...
     ) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def named_parameters(
@@ -166,3 +190,67 @@ def _pickle_it(model: CompiledModule) -> NoReturn:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+# -- copies and pickles -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a pickle of a model holds beside its parameters: artifact, leaf, Newton settings, digests by file."""
+
+    artifact: Path
+    device: torch.device
+    dtype: torch.dtype
+    settings: NewtonSettings | None
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The files that a model was loaded from: the SHA-256 of metadata file and packages as they were read."""
+
+    folder: Folder
+    metadata: Path
+    digests: dict[Path, str]
+
+    @property
+    def by_name(self) -> dict[str, str]:
+        """The digests by name of file."""
+        return {path.name: digest for path, digest in self.digests.items()}
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 for all of them."""
+        lines = (f"{digest} {name}\n" for name, digest in sorted(self.by_name.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def require_unchanged(self) -> None:
+        """Refuse to copy a model whose artifact is no longer there as it was: the copy would be another one."""
+        for path, digest in self.digests.items():
+            kind = files.METADATA if path == self.metadata else files.PACKAGE
+            try:
+                same = files.digest_file(path, kind, self.folder.root) == digest
+            except (ArtifactError, FileNotFoundError):
+                same = False
+            if not same:
+                raise ArtifactError(
+                    f"{path} was changed or removed after the model was loaded, so a copy of the model would be "
+                    "another one. Load the model again, then copy or pickle it."
+                )
+
+    def require_same(self, recipe: Recipe) -> None:
+        """Refuse these files where they are not those of a pickled model."""
+        there = self.by_name
+        differing = sorted(n for n in recipe.digests.keys() | there.keys() if recipe.digests.get(n) != there.get(n))
+        if differing:
+            raise ArtifactError(
+                f"{recipe.artifact} is not the artifact that the pickled model was made from: {', '.join(differing)} "
+                "differ. Put the same artifact there, or load this one anew instead of unpickling."
+            )
+
+
+def origin(place: Place, metadata: Metadata, packages: Iterable[Package]) -> Origin:
+    """What a model is made of, once it has been looked over."""
+    digests = {place.metadata: metadata.digest, **{package.file: package.digest for package in packages}}
+    return Origin(place.folder, place.metadata, digests)

@@ -1,12 +1,18 @@
-"""The operations of a model: one list, from which the service, long runs and the command offer, check and make them."""
+"""What callers of any kind may ask of a model, and what they may give for one.
+
+The service, long runs and the command offer, check and make operations from this one list.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import InputError
+from .._artifact.layout import absolute
+from .._artifact.stub import is_input_file, model_in
+from ..errors import InputError, InputTypeError
 from ._model import Model
 
 
@@ -79,3 +85,21 @@ def operation(name: str, among: Collection[str] = OPERATIONS) -> Operation:
     if name not in among:
         raise InputError(f"operation is {name!r}, expected one of {', '.join(among)}.")
     return OPERATIONS[name]
+
+
+def as_model(given: object, device: str | None = None) -> Model:
+    """A `Model`, or one loaded from the path of an artifact or of its stub."""
+    if isinstance(given, Model):
+        return given
+    if not isinstance(given, (str, os.PathLike)):
+        raise InputTypeError(
+            f"model is a {type(given).__name__}, expected a Model or the path of an artifact or of its stub. Of a "
+            "model that neml2.load_model gave, take the path that it was loaded from."
+        )
+    return Model(given, device)
+
+
+def name_at(path: str | os.PathLike[str]) -> str:
+    """The name of the model that a path leads to: as the stub has it, else that of the artifact's folder."""
+    found = absolute(path)
+    return model_in(found)[0] if is_input_file(found) else found.name

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._solve.outcome import failed_where, not_finite_rows
 from ..errors import AOTIError, ConvergenceError
 from ..model import Outcome
-from ..model._failure import Given, reasons
+from ..model._outcomes import Given, reasons
 from ._calls import Call, joined
 from ._operations import CONVERGED, COTANGENT, GRADIENT, ITERATIONS, OUTCOME, TANGENT
 from ._refusals import Refused, failed

@@ -1,15 +1,18 @@
-"""The promoted parameters of a model: parameters of a torch module, and what is in force during one call."""
+"""The promoted parameters of a model: in its torch module, in force during one call, and in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .._artifact.schema import Metadata, Parameter, Shape
-from ..errors import ArtifactError, InputError, UnknownNameError
-from ..settings import shown_value
+from .._checks import require_names, shown_value
+from .._tensor_files import Header, read_tensors, write_tensors
+from ..errors import ArtifactError, InputError
 from ._admission import Boundary
 from ._memory import with_memory
 
@@ -18,9 +21,15 @@ RESERVED = frozenset(
     {
         *("artifact", "initial_guesses", "inputs", "mode", "outputs", "input_spec", "input_sub_batch", "output_spec"),
         *("_boundary", "_caller", "_given", "_metadata", "_origin", "_plan", "_solver"),
-        *("_declared", "_hit_name", "_inner", "_iterate_spec", "_output_wrappers", "_wrappers"),
+        *("_declared", "_hit_name", "_inner", "_guess_spec", "_output_wrappers", "_wrappers"),
     }
 )
+
+# A file of values says for which artifact they are, by its metadata file: the same for all devices and dtypes, and for
+# a compile of the same input by the same neml2 on another machine.
+FILE_KIND = "parameters 1"
+WHAT = "a file of parameters (Model.save_parameters, or neml2-aoti params --out)"
+MODEL, DIGEST = "model", "metadata_sha256"
 
 
 class Group(nn.Module):
@@ -28,20 +37,15 @@ class Group(nn.Module):
 
 
 class PromotedParameters:
-    """The promoted parameters of a model by boundary name; their values live in a torch module.
+    """The promoted parameters of a model by boundary name.
 
-    Args:
-        metadata: of the artifact.
-        boundary: what tensors the model takes.
-        owner: the module that has the parameters under their qualified names; those that it lacks are added to it.
+    Their values live in the torch module `owner`, under their qualified names; those that it lacks are added to it.
     """
 
     def __init__(self, metadata: Metadata, boundary: Boundary, owner: nn.Module) -> None:
         self._boundary = boundary
-        rename = metadata.aliases.parameters
-        self.specs = {
-            rename.get(p.name, p.name): p for p in sorted(metadata.parameters, key=lambda p: rename.get(p.name, p.name))
-        }
+        named = {metadata.aliases.parameters.get(p.name, p.name): p for p in metadata.parameters}
+        self.specs = dict(sorted(named.items()))
         self.public = {p.name: name for name, p in self.specs.items()}
         for name in self.specs:
             _require_free(name, owner, boundary.where)
@@ -73,7 +77,7 @@ class PromotedParameters:
 
     def set(self, name: str, value: Tensor | float) -> None:
         """Set a value; see `CompiledModule.set_parameter`."""
-        self.require(name)
+        self.require([name])
         admitted, present = self.admit(name, value), self.values[name]
         if admitted.shape == present.shape:
             with torch.no_grad():
@@ -83,15 +87,11 @@ class PromotedParameters:
         with torch.inference_mode(False):
             node._parameters[leaf] = nn.Parameter(admitted.clone(), requires_grad=present.requires_grad)
 
-    def require(self, name: str) -> None:
-        """Refuse a name that no promoted parameter has."""
-        if name in self.specs:
-            return
-        there = ", ".join(self.specs) or "none"
-        raise UnknownNameError(
-            f"{name!r} is not a promoted parameter of {self._boundary.where}; there are: {there}. Only parameters "
-            "promoted at compile time can be set: neml2-compile ... -p PARAMETER."
-        )
+    def require(self, names: Iterable[str], hints: Mapping[str, str] | None = None) -> None:
+        """Refuse names that no promoted parameter has."""
+        more = "Only parameters promoted at compile time can be set: neml2-compile ... -p PARAMETER."
+        what = f"promoted parameters of {self._boundary.where}"
+        require_names(list(names), self.specs, what, "promoted parameters", hints=hints or {}, more=more)
 
     def admit(self, name: str, value: object) -> Tensor:
         """Check a value: `(*batch, *base)` of the stored dtype, or a number for all entries."""
@@ -109,18 +109,16 @@ class PromotedParameters:
             value = with_memory(value, name, "parameter")
         else:
             value = self._boundary.check(value, name, "parameter")
-        if batch_of(value, spec) is None:
-            wanted = ", ".join(("*batch", *map(str, spec.base_shape)))
+        if not _ends_in(tuple(value.shape), spec.base_shape):
             raise InputError(
-                f"parameter {name!r} has shape {tuple(value.shape)}, expected ({wanted}): its base shape is "
+                f"parameter {name!r} has shape {tuple(value.shape)}, expected {_expected(spec)}: its base shape is "
                 f"{spec.base_shape}."
             )
         return value.detach()
 
     def in_force(self, overrides: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The values for one call, by boundary name: those of the module, with `overrides` in their place."""
-        for name in overrides or ():
-            self.require(name)
+        self.require(overrides or ())
         return {**self.values, **(overrides or {})}
 
     def snapshot(self, overrides: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -128,18 +126,76 @@ class PromotedParameters:
         # A copy, because another thread may change a value in place while a solve goes on.
         return {name: self.admit(name, value).clone() for name, value in self.in_force(overrides).items()}
 
+    def save(self, path: Path, model: str, digest: str) -> None:
+        """Write the values to a file, for the artifact whose metadata file has this SHA-256."""
+        if not self.specs:
+            raise InputError(
+                f"the model {model!r} has no promoted parameters to write. Promote them at compile time: "
+                "neml2-compile ... -p PARAMETER."
+            )
+        values = {name: value.detach().to(torch.float64) for name, value in self.values.items()}
+        write_tensors(path, FILE_KIND, values, {MODEL: model, DIGEST: digest})
 
-def batch_of(value: Tensor, spec: Parameter) -> Shape | None:
-    """The batch shape of a parameter's value; None where its trailing axes are not the base shape."""
-    rank = value.ndim - len(spec.base_shape)
-    return tuple(value.shape[:rank]) if rank >= 0 and tuple(value.shape[rank:]) == spec.base_shape else None
+    def load(self, path: str | os.PathLike[str], digest: str | None) -> None:
+        """Set all values from a file, or none; one for the artifact of that metadata file, or any if None."""
+        where = self._boundary.where
+
+        def check(header: Header) -> Iterable[str]:
+            header.require_kind(FILE_KIND, WHAT)
+            if digest is not None and header.notes.get(DIGEST) != digest:
+                raise InputError(
+                    f"{path}: holds parameters of another artifact (model {header.notes.get(MODEL)!r}), not of "
+                    f"{where}. Take that artifact; or, if the values are meant for this one all the same: "
+                    f"neml2-aoti params {where} --from {path} --out NEW.safetensors"
+                )
+            require_names(header.claims, self.specs, str(path), "model's promoted parameters", needed=self.specs)
+            for name, spec in self.specs.items():
+                shape = header.claims[name].shape
+                if 0 in shape or not _ends_in(shape, spec.base_shape):
+                    raise InputError(
+                        f"{path}: {name!r} has shape {shape}, expected {_expected(spec)}, and no empty batch."
+                    )
+            return self.specs
+
+        values = {}
+        for name, value in read_tensors(path, WHAT, check).tensors.items():
+            own = self.values[name]
+            values[name] = value.to(own.device, own.dtype)
+            # A parameter may hold whole numbers, or fewer digits.
+            same = values[name].isfinite() if own.is_floating_point() else values[name].cpu().to(value.dtype) == value
+            if not bool(same.all()):
+                raise InputError(f"{path}: {name!r} holds numbers that {own.dtype} does not have.")
+        for name, value in values.items():
+            self.set(name, value)
+
+
+def is_parameter_file(path: Path) -> bool:
+    """Whether a file is one of parameters, of whatever artifact."""
+
+    def check(header: Header) -> Iterable[str]:
+        header.require_kind(FILE_KIND, WHAT)
+        return ()
+
+    try:
+        read_tensors(path, WHAT, check)
+    except InputError:
+        return False
+    return True
+
+
+def _ends_in(shape: Shape, base: Shape) -> bool:
+    """Whether the trailing axes of a value are the base shape."""
+    return len(shape) >= len(base) and shape[len(shape) - len(base) :] == base
+
+
+def _expected(spec: Parameter) -> str:
+    return f"({', '.join(('*batch', *map(str, spec.base_shape)))})"
 
 
 def _require_free(name: str, owner: nn.Module, where: str) -> None:
     """Refuse a name under which the module would find something else than the parameter."""
     first = name.partition(".")[0]
-    taken = first in owner.__dict__ or first in RESERVED
-    if taken:
+    if first in owner.__dict__ or first in RESERVED:
         raise ArtifactError(
             f"{where}: the parameter {name!r} would take the place of the attribute {first!r} of the model. Give it "
             "another name: compile the model again with neml2-compile --rename-parameter."

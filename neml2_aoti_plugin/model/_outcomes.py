@@ -1,10 +1,10 @@
-"""Why rows failed, in words, and the error for them; iterates are handed on where that is asked for."""
+"""How the rows of a call fared: `Solution`, why rows failed in words, and the error for them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -15,45 +15,88 @@ from .._artifact.schema import Aliases, Shape
 from .._program.implicit import ImplicitSegment
 from .._program.program import Program
 from .._program.report import Report
-from .._solve.outcome import Outcome, failed_where
+from .._solve.outcome import Outcome, failed_where, not_finite_rows
 from ..settings import NewtonSettings
 
+Tensors = dict[str, Tensor]
+Blocks = dict[str, Tensors]
+
 CAPTURE = "NEML2_CAPTURE_SOLVE_FAILURE"
+# Of how many rows that failed an error tells.
 SHOWN = 5
 
 # What the time is called, with its value before the step; rates divide by their difference.
 TIMES = tuple((name, f"{name}~1") for name in ("t", "time"))
 
-_KINDS = {
-    Outcome.DIVERGED: "diverged (non-finite residual)",
-    Outcome.OUT_OF_ITERATIONS: "not converged",
-    Outcome.SINGULAR: "stopped at a singular Jacobian",
-}
+
+@dataclass(frozen=True)
+class Solution:
+    """Outputs, and derivatives where they were asked for, with how each row fared.
+
+    Args:
+        outputs: by name, `(*batch, *sub_batch, *base)`; NaN in rows that failed.
+        converged: rows whose solves converged and whose outputs and blocks are finite, `(*batch,)`, bool. All others
+            have failed. A residual has converged by either tolerance; by `rtol`, a start that is far off lets it pass
+            far from the solution.
+        iterations: number of Newton updates that each row took until its residual passed the test, `(*batch,)`, each
+            with a linearisation. Chord steps, the trials of a line search and the last step beyond the test are not
+            counted; those of several implicit segments, of subincrements and of a second solve without chord steps are
+            added. At most `miters - 1` in a solve; 0 for a model without implicit segments.
+        outcome: an `Outcome` per row, int64, `(*batch,)`.
+        blocks: derivative blocks as `Model.jacobian` gives them; NaN in rows that failed, but for blocks without batch
+            axes, which all rows share.
+    """
+
+    outputs: Tensors
+    converged: Tensor
+    iterations: Tensor
+    outcome: Tensor
+    blocks: Blocks = field(default_factory=dict)
+
+
+def solution(
+    outputs: Tensors, blocks: Blocks, shared: set[tuple[str, str]], report: Report | None, batch: Shape
+) -> Solution:
+    """Put what was evaluated and how the solves fared together; the blocks in `shared` have no batch axes."""
+    own = [x for out, row in blocks.items() for by, x in row.items() if (out, by) not in shared]
+    lost = not_finite_rows([*outputs.values(), *own], batch)
+    device = next(iter(outputs.values())).device
+    if not_finite_rows((blocks[out][by] for out, by in shared), ()) is not None:
+        lost = torch.ones(batch, dtype=torch.bool, device=device)
+    if report is None:
+        outcome = torch.zeros(batch, dtype=torch.int64, device=device)
+        iterations = outcome.clone()
+    else:
+        statistics, _ = report.statistics()
+        outcome, iterations = statistics.outcome.reshape(batch), statistics.iterations.reshape(batch)
+    outcome = failed_where(outcome, lost)
+    converged = outcome == Outcome.CONVERGED
+    if lost is not None or (report is not None and not report.all_converged):
+        outputs = {name: _masked(value, converged) for name, value in outputs.items()}
+        blocks = {
+            out: {by: x if (out, by) in shared else _masked(x, converged) for by, x in row.items()}
+            for out, row in blocks.items()
+        }
+    return Solution(outputs, converged, iterations, outcome, blocks)
+
+
+def _masked(value: Tensor, converged: Tensor) -> Tensor:
+    """NaN in the rows that have not converged."""
+    return value.masked_fill(~converged.reshape(converged.shape + (1,) * (value.ndim - converged.ndim)), torch.nan)
 
 
 @dataclass(frozen=True)
 class Given:
-    """What rows were given, by boundary name.
-
-    Args:
-        inputs: and initial guesses, `(rows or 1, ...)`.
-        parameters: `(rows or 1, ...)`.
-    """
+    """What rows were given, by boundary name: inputs with initial guesses, and parameters, each `(rows or 1, ...)`."""
 
     inputs: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
 
 
 def reasons(outcome: Tensor, given: Given, *, step: str = "the time step") -> list[str]:
-    """Why rows failed, as far as their outcomes and what they were given tell, and what helps.
+    """Why rows failed, as far as it can be told, and what helps: sentences for whoever made the call.
 
-    Args:
-        outcome: an `Outcome` of each row, `(rows,)`; one of them at least has failed.
-        given: what the rows were given.
-        step: what to reduce.
-
-    Returns:
-        Sentences, for whoever made the call, by whatever way.
+    `outcome` has an `Outcome` for each row, of which one at least has failed; `step` is what may be reduced.
     """
     failed = (outcome != Outcome.CONVERGED).nonzero().squeeze(-1)
     outcome = outcome[failed]
@@ -109,20 +152,7 @@ def convergence_error(
     aliases: Aliases,
     given: Given,
 ) -> RuntimeError:
-    """The error for an evaluation in which rows did not converge.
-
-    Args:
-        report: of the evaluation.
-        lost: rows with a derivative that is not finite, `(*batch,)`; None for none.
-        batch: the caller's batch shape.
-        program: that was evaluated.
-        settings: Newton settings in place of the artifact's.
-        aliases: names at the boundary.
-        given: what the rows were given.
-
-    Returns:
-        A `ConvergenceError` with `converged_mask`, `outcome` and `rows`; with `unknowns` too if failures are captured.
-    """
+    """The `ConvergenceError` for rows that did not converge; those in `lost` have a derivative that is not finite."""
     statistics, segments = report.statistics()
     outcome = failed_where(statistics.outcome, None if lost is None else lost.flatten())
     failed = (outcome != Outcome.CONVERGED).nonzero().squeeze(-1)
@@ -130,11 +160,9 @@ def convergence_error(
     solved = [part for i, part in enumerate(program.segments) if i in indices and isinstance(part, ImplicitSegment)]
     level = max((part.spec.max_substepping_level for part in solved), default=0)
     if solved:
-        kinds = {Outcome(int(code)) for code in outcome[failed].unique()}
-        kind = _KINDS[kinds.pop()] if len(kinds) == 1 else "not converged"
         used = settings or solved[0].spec.newton
         lines = [
-            f"Newton solve {kind}: {len(failed)} of {prod(batch)} row(s) failed "
+            f"Newton solve not converged: {len(failed)} of {prod(batch)} row(s) failed "
             f"after at most {int(statistics.iterations[failed].max())} iteration(s) "
             f"(miters={used.miters}, atol={used.atol:.1e}, rtol={used.rtol:.1e}"
             + (f", max_substepping_level={level}" if level else "")
@@ -161,7 +189,7 @@ def convergence_error(
     error.rows = failed  # type: ignore[attr-defined]
     if os.environ.get(CAPTURE, "").strip().lower() not in ("", "0", "false", "no", "off"):
         names = {**aliases.inputs, **aliases.outputs}
-        # Of the first try, as the iterates are, before steps were cut.
+        # Of the first attempt, as the iterates are, before steps were cut.
         error.converged_mask = report.tried().reshape(batch)  # type: ignore[attr-defined]
         error.unknowns = {  # type: ignore[attr-defined]
             names.get(name, name): value.reshape(batch + tuple(value.shape[1:]))
