@@ -37,17 +37,9 @@ _IN_NAMES = "+@"
 
 
 def open_plain(path: str | os.PathLike[str], folder: int | None = None) -> int:
-    """Open a plain file to read it, without waiting for anybody.
+    """Open a plain file to read it, without waiting for anybody, and give its handle; a link is refused.
 
-    Args:
-        path: of the file; a link in its place is refused.
-        folder: handle of the folder that a relative path starts from.
-
-    Returns:
-        Its handle.
-
-    Raises:
-        OSError: it cannot be opened, or is no plain file.
+    A relative path starts from the folder of a handle, or the working directory. Any failure is an `OSError`.
     """
     # To open a device may do something already.
     _require_plain(os.stat(path, dir_fd=folder, follow_symlinks=False))
@@ -73,16 +65,7 @@ def chunks(handle: int, size: int, at_once: int) -> Iterator[bytes]:
 
 @contextmanager
 def opened(path: str | os.PathLike[str], what: str, limit: int) -> Iterator[BufferedReader]:
-    """Open a plain file that a user names; links to it are followed.
-
-    Args:
-        path: of the file.
-        what: what it should be, for messages.
-        limit: the largest size, in bytes.
-
-    Raises:
-        InputError: it cannot be opened, is no plain file, or is too large.
-    """
+    """Open a plain file that a user names, of at most `limit` bytes; links are followed. In messages it is `what`."""
     try:
         handle = open_plain(os.path.realpath(path))
     except (OSError, ValueError) as error:
@@ -94,7 +77,7 @@ def opened(path: str | os.PathLike[str], what: str, limit: int) -> Iterator[Buff
 
 
 def read_plain(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
-    """Read a plain file that a user names; the arguments and errors are those of `opened`."""
+    """Read a plain file that a user names; see `opened`."""
     with opened(path, what, limit) as file:
         try:
             # Of the file's own size: room for the limit itself may not be there.
@@ -133,15 +116,9 @@ def require_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
 def draft(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Give a path beside a file to write to; it takes the file's place when the block ends without an error.
 
-    Entered before long work, it also tells ahead that the file cannot be written. A plain file that was there is
-    replaced and hands on its mode; a new one has that of the umask.
-
-    Args:
-        target: the file.
-        inputs: files that the same command reads, which it must not write over.
-
-    Raises:
-        InputError: the file cannot be written, is no plain file, is one of the inputs, or lies in an artifact.
+    Entered before long work, it also finds ahead that the file cannot be written. A plain file that was there is
+    replaced and hands on its mode; a new one has that of the umask. Nothing else is written over, nor a file that the
+    same command reads (`inputs`), nor anything in an artifact.
     """
     mode = _mode_of(target, inputs)
     scratch = _beside(target)
@@ -162,14 +139,7 @@ def draft(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
 
 
 def require_outside_artifacts(target: Path) -> None:
-    """Refuse to write into the folder of an artifact.
-
-    Args:
-        target: the file or folder to write.
-
-    Raises:
-        InputError: it lies in one.
-    """
+    """Refuse to write a file or folder into the folder of an artifact."""
     folder = Path(os.path.realpath(target.parent))
     for above in (folder, *folder.parents[:2]):
         if any(_is_artifact(above, above / device) for device in ("cpu", "cuda")):
@@ -237,9 +207,6 @@ def file_name(variable: str) -> str:
 
     Letters, digits and `_-~.+@` stand for themselves; everything else, and a dot at the beginning, is percent-encoded
     UTF-8. So no name leads out of a folder, and `variable_of` gives the variable back.
-
-    Args:
-        variable: its name, such as `state/S`.
     """
     found = quote(variable, _IN_NAMES, errors="surrogatepass")
     return f"%2E{found[1:]}" if found.startswith(".") else found

@@ -5,7 +5,6 @@ What a file claims of its tensors is looked at before any of them is read.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import zipfile
@@ -26,45 +25,31 @@ if TYPE_CHECKING:
 KIND = "neml2-aoti"
 # Of a file; and of the tensors in one that are more than it is itself, since an npz file may be compressed.
 MOST_BYTES, MOST_COMPRESSED_BYTES = 1 << 36, 1 << 30
-# Of what describes the tensors, and of all texts and numbers beside them.
-_HEADER_BYTES, _NOTE_BYTES = 1 << 24, 1 << 20
+# Of all texts and numbers beside the tensors.
+_NOTE_BYTES = 1 << 20
 _NUMBERS = {"F64": "float64", "F32": "float32"}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a file says of a tensor.
+    """What a file says of a tensor."""
 
-    Args:
-        dtype: `float64`, `float32`, or what the file calls it.
-        shape: its shape.
-    """
-
+    # `float64`, `float32`, or what the file calls it.
     dtype: str
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says it holds.
-
-    Args:
-        path: of the file.
-        claims: what it says of each tensor, by name.
-        notes: text by key; of an npz file, its entries that are one text or one whole number.
-    """
+    """What a file says it holds: tensors by name, and notes."""
 
     path: str
     claims: dict[str, Claim]
+    # Text by key; of an npz file, its entries that are one text or one whole number.
     notes: dict[str, str]
 
     def require_kind(self, kind: str, what: str) -> None:
-        """Refuse a file that does not say that it is of a kind.
-
-        Args:
-            kind: what its note must be.
-            what: that in words.
-        """
+        """Refuse a file whose note of what it is does not say `kind`, which is `what` in words."""
         if self.notes.get(KIND) != kind:
             held = f"{self.notes[KIND]!r}" if KIND in self.notes else "no such note"
             raise InputError(
@@ -74,28 +59,16 @@ class Header:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What was read from a file.
-
-    Args:
-        tensors: by name, on the CPU.
-        notes: as in `Header`.
-    """
+    """What was read from a file: tensors on the CPU, and the notes of its header."""
 
     tensors: dict[str, Tensor]
     notes: dict[str, str]
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Write tensors to a safetensors file, whole or not at all.
+    """Write tensors to a safetensors file that says what it is, such as `parameters 1`; whole or not at all.
 
-    Args:
-        path: of the file; a plain one that was there is replaced.
-        kind: what the file is, such as `parameters 1`.
-        tensors: by name.
-        notes: text by key.
-
-    Raises:
-        InputError: the file cannot be written, or a tensor is not finite, which could not be read again.
+    A tensor that is not finite is refused, since it could not be read again.
     """
     from safetensors.torch import save
 
@@ -110,26 +83,16 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], notes: M
 def read_tensors(
     path: str | os.PathLike[str], what: str, check: Callable[[Header], Iterable[str]], *, finite: bool = True
 ) -> TensorFile:
-    """Read tensors of numbers from a file.
+    """Read tensors of float64 or float32 from a file that is safetensors or npz by its first bytes, or `.pt` by name.
 
-    Args:
-        path: of the file; safetensors or npz, as its first bytes tell, or torch's where it ends with `.pt`.
-        what: what it should be, for messages.
-        check: is given the header before anything else is read, raises if it is not what was expected, and returns the
-            names of the tensors to read.
-        finite: whether all numbers must be finite.
-
-    Returns:
-        The tensors, float64 or float32.
-
-    Raises:
-        InputError: there is no such plain file, it is another one or damaged, or a tensor does not hold such numbers.
+    `check` is given the header before anything else is read, raises if it is not what was expected, and returns the
+    names of the tensors to read. In messages the file is `what`.
     """
     import numpy as np
     import torch
 
-    with opened(path, what, MOST_BYTES) as file, _damage_told(path, what):
-        reader = _reader(file, Path(path).suffix)
+    with opened(path, what, MOST_BYTES) as file, _damage_as_input_error(path, what):
+        reader = _reader(file, str(path))
         header = Header(str(path), reader.claims, reader.notes)
         names = list(check(header))
         for name in names:
@@ -151,8 +114,8 @@ class _DamagedError(Exception):
 
 
 @contextmanager
-def _damage_told(path: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Tell all that may be raised for a file of another kind as what it means."""
+def _damage_as_input_error(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Raise an `InputError` for all that a file of another kind, or a damaged one, may raise."""
     try:
         yield
     except AOTIError:
@@ -176,46 +139,33 @@ def _require_numbers(header: Header, name: str) -> None:
 # -- the forms ---------------------------------------------------------------------------------------------------------
 
 
-def _reader(file: BufferedReader, suffix: str) -> _Safetensors | _Npz | _Pt:
-    if suffix == ".pt":
+def _reader(file: BufferedReader, path: str) -> _Safetensors | _Npz | _Pt:
+    if path.endswith(".pt"):
         return _Pt(file)
     start = file.read(2)
     file.seek(0)
-    return _Npz(file) if start == b"PK" else _Safetensors(file)
+    return _Npz(file) if start == b"PK" else _Safetensors(path)
 
 
 class _Safetensors:
-    """A length, JSON with dtype, shape and place of each tensor, and their bytes."""
+    """What safetensors opens: it finds a header that does not fit the file, and reads a tensor when it is asked for."""
 
-    def __init__(self, file: BufferedReader) -> None:
-        self._file, size = file, os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, _HEADER_BYTES):
-            raise _DamagedError("no safetensors file, or cut off")
-        document = json.loads(file.read(length))
-        self.notes = {str(key): str(value) for key, value in document.pop("__metadata__", {}).items()}
+    def __init__(self, path: str) -> None:
+        from safetensors import safe_open
+
+        # Its methods have no types.
+        file: Any = safe_open(path, "np")
+        self._file = file
+        self.notes: dict[str, str] = dict(file.metadata() or {})
         self.claims: dict[str, Claim] = {}
-        self._places: dict[str, int] = {}
-        for name, entry in document.items():
-            (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
-            claim = Claim(_NUMBERS.get(entry["dtype"], str(entry["dtype"])), shape)
-            if not all(type(count) is int and count >= 0 for count in (start, stop, *shape)):
-                raise _DamagedError(f"{name!r} has no place in it")
-            if stop > size - 8 - length or (claim.dtype in _NUMBERS.values() and stop - start != _bytes(claim)):
-                raise _DamagedError(f"{name!r} is cut off, or of another size than it says")
-            self.claims[name], self._places[name] = claim, 8 + length + start
+        for name in file.keys():  # noqa: SIM118
+            entry = file.get_slice(name)
+            dtype = entry.get_dtype()
+            self.claims[name] = Claim(_NUMBERS.get(dtype, dtype), tuple(entry.get_shape()))
 
     def read(self, name: str) -> Any:
         """The tensor as an array."""
-        import numpy as np
-
-        claim = self.claims[name]
-        found = bytearray(_bytes(claim))
-        self._file.seek(self._places[name])
-        if self._file.readinto(found) != len(found):
-            raise _DamagedError(f"{name!r} is cut off")
-        little = np.frombuffer(found, np.dtype(claim.dtype).newbyteorder("<"))
-        return little.astype(claim.dtype, copy=False).reshape(claim.shape)
+        return self._file.get_tensor(name)
 
 
 class _Npz:
