@@ -20,7 +20,7 @@ from ..settings import KrylovSettings, NewtonSettings, newton_settings
 from . import schema as s
 from .files import NAME, Folder, folder_at, named
 from .package import read_signature
-from .typed import Finite, Form, Name, Names, PackageName, Shape, Unfit, Whole, at_most, one_of, read_json, typed
+from .document import Finite, Form, Name, Names, PackageName, Shape, Unfit, Whole, at_most, one_of, read_document, convert
 from .upgrade import BASE_SHAPES, NEWEST, released_form, upgrade
 from .wiring import with_argument_order
 
@@ -31,7 +31,7 @@ def read_metadata(file: Path, folder: Folder | None = None, *, solver: dict[str,
     `solver` are Newton settings that take the place of the file's, such as those of a stub's `[Solvers]` block.
     """
     folder = folder or folder_at(file.parent)
-    document, digest = read_json(file, folder)
+    document, digest = read_document(file, folder)
     form = released_form(document, str(file))
     written = document["schema_version"]
     try:
@@ -68,7 +68,7 @@ def with_solver(found: s.Metadata, solver: dict[str, Any]) -> s.Metadata:
 
 def metadata(document: dict[str, Any], file: str, written: int = NEWEST) -> s.Metadata:
     """A document in the newest form as objects; `written` is the schema that the file was written in."""
-    found = replace(typed(document, _Document, file).found, schema=written)
+    found = replace(convert(document, _Document, file).found, schema=written)
     s.require_consistent(found, file)
     return found
 

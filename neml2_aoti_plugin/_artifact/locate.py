@@ -25,7 +25,7 @@ from .layout import (
     require_reach,
 )
 from .trust import admit
-from .typed import read_json
+from .document import read_document
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -163,7 +163,7 @@ def _of_device(path: Path, device: str | torch.device | None, dtype: str | torch
 
 
 def _recorded(file: Path, folder: Folder) -> _Recorded:
-    document, digest = read_json(file, folder)
+    document, digest = read_document(file, folder)
     device, dtype = document.get("device", "cpu"), document.get("dtype", "float64")
     if device not in DEVICES or dtype not in list(DTYPES):
         raise ArtifactError(

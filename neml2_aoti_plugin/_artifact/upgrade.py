@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import ArtifactError
 from .files import shown
-from .typed import Form, Name, Names, Shape, Unfit, Whole, typed
+from .document import Form, Name, Names, Shape, Unfit, Whole, convert
 
 Document = dict[str, Any]
 
@@ -45,7 +45,7 @@ def upgrade(document: Document, file: str) -> Document:
     written = released_form(document, file)
     for schema, (form, step) in STEPS.items():
         if schema >= written:
-            typed(document, form, file)
+            convert(document, form, file)
             document = step(document)
     return document
 

@@ -1,4 +1,4 @@
-"""JSON documents into typed forms; what does not fit is an error that names the key, what was found, and the cure."""
+"""Metadata documents into typed forms; what does not fit is an error that names the key, what was found, and the cure."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Named(Form):
 Names = tuple[Name | Named, ...]
 
 
-def read_json(file: Path, folder: Folder | None = None) -> tuple[dict[str, Any], str]:
+def read_document(file: Path, folder: Folder | None = None) -> tuple[dict[str, Any], str]:
     """The top-level object of a metadata file in the folder of its artifact, and the file's digest."""
     try:
         data, digest = (folder or folder_at(file.parent)).read(file, METADATA)
@@ -107,7 +107,7 @@ def read_json(file: Path, folder: Folder | None = None) -> tuple[dict[str, Any],
     return document, digest
 
 
-def typed(document: dict[str, Any], form: type[T], file: str) -> T:
+def convert(document: dict[str, Any], form: type[T], file: str) -> T:
     """A decoded document in its form; the file is for messages."""
     try:
         return msgspec.convert(document, form)
