@@ -18,9 +18,22 @@ import msgspec
 from ..errors import ArtifactError, InputError
 from ..settings import KrylovSettings, NewtonSettings, newton_settings
 from . import schema as s
+from .document import (
+    Finite,
+    Form,
+    Name,
+    Names,
+    PackageName,
+    Shape,
+    Unfit,
+    Whole,
+    at_most,
+    convert,
+    one_of,
+    read_document,
+)
 from .files import NAME, Folder, folder_at, named
 from .package import read_signature
-from .document import Finite, Form, Name, Names, PackageName, Shape, Unfit, Whole, at_most, one_of, read_document, convert
 from .upgrade import BASE_SHAPES, NEWEST, released_form, upgrade
 from .wiring import with_argument_order
 
@@ -369,29 +382,23 @@ class _Implicit(_Segment, kw_only=True, tag="implicit"):
             raise Unfit("precond_setup_package", "both graphs of the preconditioner or neither")
         return s.KrylovStep(self.matvec_package, KrylovSettings(), setup, apply)
 
-    def _sensitivity(self) -> s.DirectSensitivity | s.KrylovSensitivity | s.FusedSensitivity | None:
+    def _sensitivity(self) -> s.GivenSensitivity | s.FusedSensitivity | None:
         if self.ift_package is not None:
             return s.FusedSensitivity(self.ift_package, _pairs(self.need("jacobian_pairs")))
         if self.jacobian_given_package is None:
             return None
-        jacobian, given, pairs = self.need("jacobian_package"), self.jacobian_given_package, self.need("jacobian_pairs")
-        settings = _iterative(self.input_sensitivity)
-        if settings is not None:
-            return s.KrylovSensitivity(jacobian, given, settings, _pairs(pairs, matrix=True))
-        return s.DirectSensitivity(jacobian, given, self.need("solve_ift_package"), _pairs(pairs))
+        solver = _iterative(self.input_sensitivity) or self.need("solve_ift_package")
+        pairs = _pairs(self.need("jacobian_pairs"), matrix=not isinstance(solver, str))
+        return s.GivenSensitivity(self.need("jacobian_package"), self.jacobian_given_package, solver, pairs)
 
-    def _parameter_sensitivity(
-        self,
-    ) -> s.DirectParameterSensitivity | s.KrylovParameterSensitivity | s.FusedSensitivity | None:
+    def _parameter_sensitivity(self) -> s.ParameterSensitivity | s.FusedSensitivity | None:
         if self.param_ift_package is not None:
             return s.FusedSensitivity(self.param_ift_package, _pairs(self.need("param_jacobian_pairs")))
         if self.dr_dparam_package is None:
             return None
-        pairs = self.need("param_jacobian_pairs")
-        settings = _iterative(self.param_sensitivity)
-        if settings is not None:
-            return s.KrylovParameterSensitivity(self.dr_dparam_package, settings, _pairs(pairs, matrix=True))
-        return s.DirectParameterSensitivity(self.dr_dparam_package, self.need("solve_param_package"), _pairs(pairs))
+        solver = _iterative(self.param_sensitivity) or self.need("solve_param_package")
+        pairs = _pairs(self.need("param_jacobian_pairs"), matrix=not isinstance(solver, str))
+        return s.ParameterSensitivity(self.dr_dparam_package, solver, pairs)
 
     def _predictor(self) -> s.Predictor:
         inputs, outputs = (self.names(f"predictor_{what}", required=True) for what in ("inputs", "outputs"))

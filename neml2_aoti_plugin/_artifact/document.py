@@ -1,4 +1,4 @@
-"""Metadata documents into typed forms; what does not fit is an error that names the key, what was found, and the cure."""
+"""Metadata documents in typed forms; what does not fit is an error with the key, what was found, and the cure."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError, InputError
+from .document import read_document
 from .files import Folder, shown
 from .layout import (
     DEVICE_METADATA,
@@ -25,7 +26,6 @@ from .layout import (
     require_reach,
 )
 from .trust import admit
-from .document import read_document
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 

@@ -184,40 +184,21 @@ class FusedStep:
 
 
 @dataclass(frozen=True)
-class DirectSensitivity:
-    """`du/dg` from the Jacobians by unknowns and givens and a solve graph."""
+class GivenSensitivity:
+    """`du/dg` from the Jacobians by unknowns and givens; the solver is a graph, or the settings of an iterative one."""
 
     jacobian: str
     jacobian_given: str
-    solve: str
+    solver: str | KrylovSettings
     pairs: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
-class KrylovSensitivity:
-    """`du/dg` from the Jacobians by unknowns and givens and an iterative solve."""
-
-    jacobian: str
-    jacobian_given: str
-    settings: KrylovSettings
-    pairs: tuple[Pair, ...]
-
-
-@dataclass(frozen=True)
-class DirectParameterSensitivity:
-    """`du/dp` from a graph of dense `dr/du` and `dr/dp` and a solve graph."""
+class ParameterSensitivity:
+    """`du/dp` from a graph of dense `dr/du` and `dr/dp`; the solver is as for givens."""
 
     dr_dparam: str
-    solve: str
-    pairs: tuple[Pair, ...]
-
-
-@dataclass(frozen=True)
-class KrylovParameterSensitivity:
-    """`du/dp` from a graph of dense `dr/du` and `dr/dp` and an iterative solve."""
-
-    dr_dparam: str
-    settings: KrylovSettings
+    solver: str | KrylovSettings
     pairs: tuple[Pair, ...]
 
 
@@ -260,8 +241,8 @@ class ImplicitInfo:
     roles: tuple[Given, ...]
     newton: NewtonSettings
     parameters: tuple[str, ...] = ()
-    sensitivity: DirectSensitivity | KrylovSensitivity | FusedSensitivity | None = None
-    parameter_sensitivity: DirectParameterSensitivity | KrylovParameterSensitivity | FusedSensitivity | None = None
+    sensitivity: GivenSensitivity | FusedSensitivity | None = None
+    parameter_sensitivity: ParameterSensitivity | FusedSensitivity | None = None
     predictor: Predictor | None = None
     max_substepping_level: int = 0
 

@@ -17,8 +17,8 @@ from math import prod
 from typing import Any
 
 from ..errors import ArtifactError
-from .files import shown
 from .document import Form, Name, Names, Shape, Unfit, Whole, convert
+from .files import shown
 
 Document = dict[str, Any]
 

@@ -79,14 +79,14 @@ def _implicit(part: s.ImplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]
     elif by_given is not None:
         yield Wire(by_given.jacobian, "jacobian", u + g + p)
         yield Wire(by_given.jacobian_given, "jacobian by givens", u + g + p)
-        if isinstance(by_given, s.DirectSensitivity):
-            yield Wire(by_given.solve, "sensitivity solve", (None,) * (blocks + r * len(g)))
+        if isinstance(by_given.solver, str):
+            yield Wire(by_given.solver, "sensitivity solve", (None,) * (blocks + r * len(g)))
     if isinstance(by_parameter, s.FusedSensitivity):
         yield Wire(by_parameter.file, "parameter sensitivity", u + g + p)
     elif by_parameter is not None:
         yield Wire(by_parameter.dr_dparam, "jacobian by parameters", u + g + p)
-        if isinstance(by_parameter, s.DirectParameterSensitivity):
-            yield Wire(by_parameter.solve, "parameter sensitivity solve", (None, None))
+        if isinstance(by_parameter.solver, str):
+            yield Wire(by_parameter.solver, "parameter sensitivity solve", (None, None))
     if part.predictor is not None:
         shapes = {**known, **{v.name: v.natural_shape for v in part.unknown_variables}}
         if part.predictor.feedback is not None:

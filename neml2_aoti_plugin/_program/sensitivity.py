@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from .._artifact.schema import (
-    DirectParameterSensitivity,
-    DirectSensitivity,
     FusedSensitivity,
+    GivenSensitivity,
     GroupInfo,
     ImplicitInfo,
-    KrylovParameterSensitivity,
-    KrylovSensitivity,
     Pair,
+    ParameterSensitivity,
 )
 from .._solve import choice
 from .._solve.block import columns
@@ -50,19 +48,17 @@ class Sensitivity:
         self._fused = graph_of(by_given.file) if isinstance(by_given, FusedSensitivity) else None
         self._fused_parameter = graph_of(by_parameter.file) if isinstance(by_parameter, FusedSensitivity) else None
         self._jacobian = self._given = self._solve_ift = None
-        if isinstance(by_given, (DirectSensitivity, KrylovSensitivity)):
+        if isinstance(by_given, GivenSensitivity):
             self._jacobian, self._given = graph_of(by_given.jacobian), graph_of(by_given.jacobian_given)
-        if isinstance(by_given, DirectSensitivity):
-            self._solve_ift = graph_of(by_given.solve)
+            self._solve_ift = graph_of(by_given.solver) if isinstance(by_given.solver, str) else None
         # A dense system is solved here, for the columns that the compiled pairs need alone.
         self._dense = graphs.factored and self._all_dense
         self._code = choice.machine()[0] if self._dense else None
         self._offsets = _offsets(spec.unknowns), _offsets(spec.givens)
         self._dr_dparam = self._solve_param = None
-        if isinstance(by_parameter, (DirectParameterSensitivity, KrylovParameterSensitivity)):
+        if isinstance(by_parameter, ParameterSensitivity):
             self._dr_dparam = graph_of(by_parameter.dr_dparam)
-        if isinstance(by_parameter, DirectParameterSensitivity):
-            self._solve_param = graph_of(by_parameter.solve)
+            self._solve_param = graph_of(by_parameter.solver) if isinstance(by_parameter.solver, str) else None
 
     @property
     def parameters(self) -> set[str]:
@@ -143,8 +139,9 @@ class Sensitivity:
             single = [on_sound_rows(solve, [*a, *(x[..., k] for x in b)], u) for k in range(b[0].shape[-1])]
             du = [torch.stack([x[i] for x in single], -1) for i in range(len(u))]
         else:
-            assert isinstance(self.spec.sensitivity, KrylovSensitivity), "the only other way to a Jacobian by givens"
-            whole = _krylov(a, torch.cat(b, 1), self.spec.sensitivity.settings)
+            by = self.spec.sensitivity
+            assert isinstance(by, GivenSensitivity) and isinstance(by.solver, KrylovSettings), "without a solve graph"
+            whole = _krylov(a, torch.cat(b, 1), by.solver)
             du = list(whole.split([x.shape[-1] for x in u], 1))
         found: dict[str, Columns] = {}
         for group, tensor in zip(self.spec.unknowns, du, strict=True):
@@ -174,11 +171,11 @@ class Sensitivity:
         u = solved.unknowns
         if self._fused is not None:
             return _cut(self._fused([*u, *solved.givens], solved.parameters), by_given.pairs)
-        assert self._given is not None
+        assert self._given is not None and isinstance(by_given, GivenSensitivity)
         b = self._given([*u, *solved.givens], solved.parameters)
         a = self._a(solved)
-        if isinstance(by_given, KrylovSensitivity):
-            return _cut([-_krylov(a, torch.cat(b, -1), by_given.settings)], by_given.pairs)
+        if isinstance(by_given.solver, KrylovSettings):
+            return _cut([-_krylov(a, torch.cat(b, -1), by_given.solver)], by_given.pairs)
         rows = u[0].shape[0]
         if self._dense:
             return self._dense_blocks(a[0].expand(rows, -1, -1), joined(b).expand(rows, -1, -1), by_given.pairs)
@@ -218,10 +215,10 @@ class Sensitivity:
         if self._fused_parameter is not None:
             found = self._fused_parameter(arguments)
         else:
-            assert self._dr_dparam is not None
+            assert self._dr_dparam is not None and isinstance(by_parameter, ParameterSensitivity)
             a, dr_dp = (x.expand(rows, *x.shape[1:]) for x in self._dr_dparam(arguments))
-            if isinstance(by_parameter, KrylovParameterSensitivity):
-                return _cut([-_krylov([a], dr_dp, by_parameter.settings)], by_parameter.pairs)
+            if isinstance(by_parameter.solver, KrylovSettings):
+                return _cut([-_krylov([a], dr_dp, by_parameter.solver)], by_parameter.pairs)
             assert self._solve_param is not None
             like = [u[0].new_empty((rows, *p.out_base_shape, *p.wrt_base_shape)) for p in by_parameter.pairs]
             found = on_sound_rows(self._solve_param, [a, dr_dp], like)
