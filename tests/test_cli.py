@@ -22,7 +22,7 @@ from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
 from neml2_aoti_plugin import _cli as cli
 from neml2_aoti_plugin._cli.app import COMMANDS
-from neml2_aoti_plugin._cli.interrupt import heeded
+from neml2_aoti_plugin._cli.process import heeded
 from stubs.build import compiled
 from tools.json_forms import REPORTS
 
@@ -137,7 +137,7 @@ def test_artifacts_of_old_releases(
 
 def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place: Path) -> None:
     heavy = "{'torch', 'neml2', 'numpy', 'llvmlite', 'rich', 'matplotlib', 'safetensors'}"
-    code = "import sys; from neml2_aoti_plugin import cli; status = cli.main(sys.argv[1:]); "
+    code = "import sys; from neml2_aoti_plugin import _cli as cli; status = cli.main(sys.argv[1:]); "
     code += f"assert not {heavy} & set(sys.modules); sys.exit(status)"
     for arguments in (["--help"], *([command, "--help"] for command in COMMANDS)):
         done = environment.start(["-c", code, *arguments])
@@ -218,7 +218,7 @@ def test_warm_fills_the_folder_that_a_container_keeps(environment: Environment, 
 
 @pytest.mark.skipif(os.name == "nt", reason="terminals are others there")
 def test_colours_go_to_a_terminal_only(environment: Environment, place: Path) -> None:
-    code = "from neml2_aoti_plugin._cli.output import console; console().print('[red]careful[/]')"
+    code = "from neml2_aoti_plugin._cli.output import console; console().print('careful', style='red')"
     printed = environment.run(code)
     assert printed == "careful\n"
     assert "\x1b[31mcareful" in _in_terminal(environment, code)

@@ -17,9 +17,9 @@ from attacks import children
 from attacks.archives import edited
 from neml2_aoti_plugin import Model, status
 from neml2_aoti_plugin import _log as log
+from neml2_aoti_plugin._cli.doctor import diagnose
+from neml2_aoti_plugin._cli.target import find_target
 from neml2_aoti_plugin._solve.choice import VARIABLE
-from neml2_aoti_plugin._workbench.diagnose import diagnose
-from neml2_aoti_plugin._workbench.target import find_target
 from neml2_aoti_plugin.model._plan import SHORT
 from references import difference
 
@@ -181,7 +181,7 @@ PROGRAM = """
     print("graphs:", status().graphs)
     print("Newton loop:", status().kernels)
     if "doctor" in sys.argv:
-        from neml2_aoti_plugin._workbench.diagnose import diagnose
+        from neml2_aoti_plugin._cli.doctor import diagnose
         print("doctor:", *(f"{{x.level}}: {{x.says}}" for x in diagnose().findings if x.subject == "Newton loop"))
     os.environ["NEML2_AOTI_PLUGIN_KERNELS"] = "torch"
     for x, y in zip(found, results(), strict=True):

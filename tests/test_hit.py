@@ -14,7 +14,7 @@ from torch import nn
 
 import references
 from neml2_aoti_plugin import AOTIModel, ArtifactNotFoundError, Model
-from neml2_aoti_plugin._workbench.target import find_target
+from neml2_aoti_plugin._cli.target import find_target
 from references import Case, difference
 from stubs.catalogue import CATALOGUE
 

@@ -28,8 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_host": {"_artifact", "model", "_program", "_solve"},
     "points": {"model"},
     "serve": {"model", "_solve"},
-    "_workbench": {"_artifact", "_host", "model", "_program", "_solve", "_status"},
-    "_cli": {"_artifact", "serve", "_solve", "_workbench"},
+    "_cli": {"_artifact", "_host", "model", "_program", "serve", "_solve", "_status"},
 }
 # Modules beside the folders: activation, and the command.
 BESIDE: dict[str, set[str]] = {

@@ -17,9 +17,9 @@ from neml2_aoti_plugin import ArtifactError, Model, seal
 from neml2_aoti_plugin import _cli as cli
 from neml2_aoti_plugin._artifact.files import folder_at
 from neml2_aoti_plugin._artifact.kinship import of_one_source, read_generated
-from neml2_aoti_plugin._workbench.describe import describe
-from neml2_aoti_plugin._workbench.diagnose import diagnose
-from neml2_aoti_plugin._workbench.target import find_target
+from neml2_aoti_plugin._cli.doctor import diagnose
+from neml2_aoti_plugin._cli.inspect import describe
+from neml2_aoti_plugin._cli.target import find_target
 from stubs.build import compiled
 
 STRAIN = torch.tensor([1e-3, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)

@@ -16,8 +16,8 @@ from legacy import build
 from neml2_aoti_plugin import ArtifactError, InputError, Model
 from neml2_aoti_plugin import _cli as cli
 from neml2_aoti_plugin._artifact.rewrite import rewrite
-from neml2_aoti_plugin._workbench.migrate import MigrateReport, migrate
-from neml2_aoti_plugin._workbench.target import find_target
+from neml2_aoti_plugin._cli.migrate import MigrateReport, migrate
+from neml2_aoti_plugin._cli.target import find_target
 from stubs.build import compiled
 from tools.compare_native import NATIVE_VENV
 

@@ -14,7 +14,7 @@ import references
 from legacy import build
 from neml2_aoti_plugin import InputError
 from neml2_aoti_plugin import _cli as cli
-from neml2_aoti_plugin._workbench.drive import run
+from neml2_aoti_plugin._cli.run import run
 
 
 @functools.cache

@@ -22,8 +22,8 @@ import torch
 import references
 from neml2_aoti_plugin import InputError, Model, Points
 from neml2_aoti_plugin import _cli as cli
+from neml2_aoti_plugin._cli.points import read_points
 from neml2_aoti_plugin._files import draft, file_name, require_writable, variable_of
-from neml2_aoti_plugin._workbench.points import read_points
 from stubs.build import compiled
 
 

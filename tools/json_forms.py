@@ -13,17 +13,17 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from neml2_aoti_plugin._cli.bench import BenchReport
+from neml2_aoti_plugin._cli.doctor import Diagnosis
+from neml2_aoti_plugin._cli.inspect import ArtifactReport
+from neml2_aoti_plugin._cli.migrate import MigrateReport
+from neml2_aoti_plugin._cli.params import ParametersReport
+from neml2_aoti_plugin._cli.plot import PlotReport
+from neml2_aoti_plugin._cli.run import RunReport
 from neml2_aoti_plugin._cli.seal import SealReport
 from neml2_aoti_plugin._cli.serve import ServeReport
+from neml2_aoti_plugin._cli.verify import Verification
 from neml2_aoti_plugin._cli.warm import WarmReport
-from neml2_aoti_plugin._workbench.bench import BenchReport
-from neml2_aoti_plugin._workbench.contents import ArtifactReport
-from neml2_aoti_plugin._workbench.diagnose import Diagnosis
-from neml2_aoti_plugin._workbench.drive import RunReport
-from neml2_aoti_plugin._workbench.migrate import MigrateReport
-from neml2_aoti_plugin._workbench.params import ParametersReport
-from neml2_aoti_plugin._workbench.plot import PlotReport
-from neml2_aoti_plugin._workbench.verify import Verification
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "tool.md"
 BEGIN, END = "<!-- forms: python -m tools.json_forms -->", "<!-- end of forms -->"
@@ -81,17 +81,24 @@ def fields_of(report: type) -> dict[str, Any]:
 
 
 def explanations(report: type) -> dict[str, str]:
-    """What the docstring of a dataclass says of each field."""
-    text = re.split("^(?:Args|Attributes):$", inspect.cleandoc(report.__doc__ or ""), flags=re.MULTILINE)[1]
+    """What is said of each field: by a comment behind it or above it, or in the docstring of a public class."""
     found: dict[str, str] = {}
-    name = ""
-    for line in text.splitlines():
+    name = above = ""
+    parts = re.split("^(?:Args|Attributes):$", inspect.cleandoc(report.__doc__ or ""), flags=re.MULTILINE)
+    for line in parts[1].splitlines() if len(parts) > 1 else ():
         start = re.match(r"    (\w+): (.*)", line)
         if start:
             name = start[1]
             found[name] = start[2]
         elif line.strip():
             found[name] += " " + line.strip()
+    for line in inspect.getsource(report).splitlines() if not found else ():
+        comment, field = re.match(r"    # (.*)", line), re.match(r"    (\w+): [^#]*(?:# (.*))?$", line)
+        if comment:
+            above += f" {comment[1]}"
+        elif field:
+            found[field[1]] = (above.strip() or field[2] or "") + "."
+            above = ""
     return found
 
 

@@ -1,4 +1,4 @@
-"""The group of commands, what all have in common, and which exit status an error means."""
+"""The group of commands, and which exit status an error means."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import click
 
 from .. import __version__, errors
 from . import FINE, INTERRUPTED, SHORT, WRONG_USE, output
-from .streams import say
+from .process import say
 
 COMMANDS = ("doctor", "inspect", "verify", "bench", "run", "plot", "params", "seal", "warm", "migrate", "serve")
 
-# In what torch says, of a CPU and of a GPU.
+# In what torch says, of a CPU and of a GPU; it has no class for the former.
 NO_MEMORY = ("can't allocate memory", "out of memory")
 
 HELP = """Look at, check and run compiled NEML2 models.
@@ -54,21 +54,22 @@ def app() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; an error that a user can mend becomes a line, and an exit status.
+    """Run a command and give its exit status; an error that a user can mend becomes a line."""
 
-    Args:
-        arguments: of the process, without the program's name.
+    def failed(kind: str, message: str, status: int, line: str = "") -> int:
+        say(line or f"neml2-aoti: {message}")
+        if "--json" in arguments:
+            # An error is a document too.
+            command = next((word for word in arguments if word in COMMANDS), "")
+            output.write_json(command, status, error={"kind": kind, "message": message})
+        return status
 
-    Returns:
-        The exit status.
-    """
     try:
         status = app.main(list(arguments), prog_name="neml2-aoti", standalone_mode=False)
     except click.ClickException as error:
         shown = StringIO()
         error.show(shown)
-        say(shown.getvalue().rstrip())
-        return _failed(arguments, "UsageError", error.format_message(), WRONG_USE)
+        return failed("UsageError", error.format_message(), WRONG_USE, shown.getvalue().rstrip())
     except (click.Abort, KeyboardInterrupt):
         say("Interrupted.")
         return INTERRUPTED
@@ -76,33 +77,16 @@ def run(arguments: Sequence[str]) -> int:
         message = output.missing(error.name)
         if message is None:
             raise
-        return _told(arguments, "MissingPackage", message, WRONG_USE)
+        return failed("MissingPackage", message, WRONG_USE)
     except errors.AOTIError as error:
-        return _told(arguments, type(error).__name__, str(error), _status_of(error))
+        of_artifact = isinstance(error, (errors.ArtifactError, errors.DerivativeNotCompiledError))
+        return failed(type(error).__name__, str(error), SHORT if of_artifact else WRONG_USE)
     except (MemoryError, RuntimeError) as error:
         # neml2's own class where neml2 came first, ours else.
         if type(error).__name__ == "ConvergenceError":
-            return _told(arguments, "ConvergenceError", str(error), SHORT)
+            return failed("ConvergenceError", str(error), SHORT)
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in NO_MEMORY):
             raise
         message = f"this takes more memory than there is ({str(error)[:200] or 'MemoryError'}). Take fewer rows."
-        return _told(arguments, "MemoryError", message, WRONG_USE)
+        return failed("MemoryError", message, WRONG_USE)
     return status if isinstance(status, int) else FINE
-
-
-def _status_of(error: errors.AOTIError) -> int:
-    """Whether an error speaks of the artifact, or of how the command was used."""
-    return SHORT if isinstance(error, (errors.ArtifactError, errors.DerivativeNotCompiledError)) else WRONG_USE
-
-
-def _told(arguments: Sequence[str], kind: str, message: str, status: int) -> int:
-    say(f"neml2-aoti: {message}")
-    return _failed(arguments, kind, message, status)
-
-
-def _failed(arguments: Sequence[str], kind: str, message: str, status: int) -> int:
-    """With --json an error is a document too."""
-    if "--json" in arguments:
-        command = next((word for word in arguments if word in COMMANDS), "")
-        output.write_json(command, status, error={"kind": kind, "message": message})
-    return status

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import click
 
-from .interrupt import heeded
-from .options import MOST_ROWS, MOST_THREADS, Finite, counts, refuse_together
-from .output import device_options, json_option, progress, show
+from .options import (
+    FILE,
+    MOST_ROWS,
+    MOST_THREADS,
+    Finite,
+    counts,
+    device_options,
+    json_option,
+    model_arguments,
+    refuse_together,
+)
+from .output import lines, progress, show, table
+from .process import heeded
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .._workbench.bench import BenchReport
+    from ..model import Model
+    from .points import Points, Where
+    from .target import Target
+
+# A batch size is timed by so many calls at least.
+LEAST = 3
 
 EPILOG = """\b
 Examples:
@@ -23,12 +42,33 @@ Examples:
   neml2-aoti bench aoti/elasticity --call jacobian --json
 """
 
-FILE = click.Path(path_type=Path)
+
+@dataclass(frozen=True)
+class Measurement:
+    """One batch size with one number of threads."""
+
+    threads: int  # of torch
+    rows: int  # in a call
+    seconds: float  # of a call, the median
+    calls: int  # that were timed
+    rows_per_second: float  # rows over seconds
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What `bench` measured."""
+
+    artifact: str  # its path
+    model: str  # name of the model
+    leaf: str  # as `device/dtype`
+    call: str  # the method that was timed
+    points: str  # where it was called, in words; they are repeated to fill a batch
+    measurements: tuple[Measurement, ...]  # one for each batch size and number of threads
+    picture: str | None = None  # the file that was drawn; null if none was
 
 
 @click.command(epilog=EPILOG, short_help="Rows per second by batch size and threads.")
-@click.argument("target", metavar="ARTIFACT|STUB")
-@click.argument("model", required=False)
+@model_arguments
 @click.option("--rows", default="1,10,100,1000,10000", show_default=True, help="Batch sizes.")
 @click.option("--threads", help="Numbers of threads. [as many as torch uses]")
 @click.option(
@@ -66,16 +106,13 @@ def command(
     sizes = counts(rows, "--rows", MOST_ROWS)
     numbers = counts(threads, "--threads", MOST_THREADS) if threads is not None else None
 
-    import torch
-
-    from .._workbench.bench import bench, draw
-    from .._workbench.evaluation import Where
-    from .._workbench.figures import require_drawable
-    from .._workbench.target import find_target
+    from .figures import require_drawable
+    from .points import Where
+    from .target import find_target
 
     if picture is not None:
         require_drawable(picture)
-    found = find_target(target, model)
+    found, where = find_target(target, model), Where(points, driver, rows=64)
     with progress() as bar, heeded() as heed:
         task = bar.add_task(found.model, total=None)
 
@@ -83,17 +120,7 @@ def command(
             heed()
             bar.update(task, completed=done, total=total)
 
-        report = bench(
-            found,
-            sizes,
-            numbers or (torch.get_num_threads(),),
-            call,
-            where=Where(points, driver, rows=64),
-            seconds=seconds,
-            device=device,
-            dtype=dtype,
-            on_measured=on_measured,
-        )
+        report = bench(found, sizes, numbers, call, where, seconds, device, dtype, on_measured)
     if picture is not None:
         report = draw(report, picture)
     return show("bench", report, as_json, render)
@@ -101,22 +128,99 @@ def command(
 
 def render(report: BenchReport, console: Console) -> None:
     """Print the table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column
 
-    console.print(escape(f"{report.model} ({report.leaf}), {report.call} at {report.points} points"))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("threads", "rows", "time of a call", "rows per second"):
-        table.add_column(title, justify="right")
+    console.print(f"{report.model} ({report.leaf}), {report.call} at {report.points} points")
+    titles = ("threads", "rows", "time of a call", "rows per second")
+    times = table(*(Column(title, justify="right") for title in titles))
     for found in report.measurements:
-        table.add_row(str(found.threads), str(found.rows), duration(found.seconds), f"{found.rows_per_second:.3g}")
-    console.print(table)
-    if report.picture is not None:
-        console.print(escape(f"written: {report.picture}"), soft_wrap=True)
+        times.add_row(str(found.threads), str(found.rows), _duration(found.seconds), f"{found.rows_per_second:.3g}")
+    console.print(times)
+    lines(console, [f"written: {report.picture}"] if report.picture is not None else [])
 
 
-def duration(seconds: float) -> str:
+def draw(report: BenchReport, path: Path) -> BenchReport:
+    """Draw rows per second over the batch size, a line for each number of threads; gives the report with it."""
+    from .figures import figure, literal
+
+    with figure(path) as axes:
+        for threads in dict.fromkeys(found.threads for found in report.measurements):
+            mine = [found for found in report.measurements if found.threads == threads]
+            label = f"{threads} thread{'s' if threads > 1 else ''}"
+            axes.plot([m.rows for m in mine], [m.rows_per_second for m in mine], "o-", label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("rows in a call")
+        axes.set_ylabel("rows per second")
+        axes.set_title(literal(f"{report.model} ({report.leaf}), {report.call}"))
+        axes.legend(frameon=False)
+    return replace(report, picture=str(path))
+
+
+def bench(
+    target: Target,
+    sizes: Sequence[int],
+    threads: Sequence[int] | None,
+    call: str,
+    where: Where,
+    seconds: float,
+    device: str | None,
+    dtype: str | None,
+    on_measured: Callable[[int, int], None],
+) -> BenchReport:
+    """Time calls of batches of these sizes, each for so many seconds, with these numbers of threads."""
+    import torch
+
+    from ..model._operations import BY_SOLVE, operation
+    from .points import choose_points, evaluate
+    from .target import leaf_name
+
+    model = target.load(device, dtype)
+    points = choose_points(target, model, where)
+    # Where it does not converge, it takes another time.
+    kept = evaluate(model, points)[0].points
+    before = torch.get_num_threads()
+    numbers = threads or (before,)
+    method = operation(call, BY_SOLVE).method(model)
+    measurements = []
+    try:
+        for number in numbers:
+            torch.set_num_threads(number)
+            for rows in sizes:
+                times = _times(model, method, kept, rows, seconds)
+                took = median(times)
+                measurements.append(Measurement(number, rows, took, len(times), rows / took))
+                on_measured(len(measurements), len(numbers) * len(sizes))
+    finally:
+        torch.set_num_threads(before)
+    leaf = leaf_name(target.place(device, dtype))
+    return BenchReport(str(target.artifact), target.model, leaf, call, points.source, tuple(measurements))
+
+
+def _times(model: Model, method: Callable[..., object], points: Points, rows: int, seconds: float) -> list[float]:
+    """How long calls of a batch take, behind a first one that is not timed."""
+    times = -(-rows // points.rows)
+    inputs = {n: x.repeat(times, *(1,) * (x.ndim - 1))[:rows].contiguous() for n, x in points.inputs.items()}
+    method(inputs)
+    took: list[float] = []
+    while len(took) < LEAST or sum(took) < seconds:
+        _wait(model)
+        start = time.perf_counter()
+        method(inputs)
+        _wait(model)
+        took.append(time.perf_counter() - start)
+    return took
+
+
+def _wait(model: Model) -> None:
+    """Wait for a GPU, which a call gives its work and does not wait for."""
+    if model.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(model.device)
+
+
+def _duration(seconds: float) -> str:
     """A time, for people."""
     for factor, unit in ((1.0, "s"), (1e3, "ms")):
         if seconds * factor >= 1.0:

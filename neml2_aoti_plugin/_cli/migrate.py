@@ -1,18 +1,27 @@
-"""`neml2-aoti migrate`: rewrite an old artifact for neml2's own runtime."""
+"""`neml2-aoti migrate`: an old artifact in the newest layout and schema, so that neml2's own C++ runtime loads it."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .output import json_option, show
+from ..errors import AOTIError, ArtifactError, InputError
+from .options import FILE, json_option, model_arguments
+from .output import lines, show
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .._workbench.migrate import MigrateReport
+    from .._artifact.locate import Place
+    from .._artifact.rewrite import Rewritten
+    from .target import Target
 
 EPILOG = """\b
 Examples:
@@ -20,11 +29,33 @@ Examples:
   neml2-aoti migrate old/elasticity --out new --drop-derivatives
 """
 
+STUB = """[Models]
+  [{model}]
+    type = {kind}
+    artifact_path = '{model}'
+  []
+[]
+"""
+
+
+@dataclass(frozen=True)
+class MigrateReport:
+    """What was rewritten."""
+
+    artifact: str  # the old artifact
+    model: str  # name of the model
+    schema: int  # of the old artifact
+    release: str  # the neml2 releases that write that schema
+    new_schema: int  # of the new one
+    written: str  # folder of the new artifact
+    stub: str  # the stub beside it
+    leaves: tuple[str, ...]  # as `device/dtype`
+    dropped: tuple[str, ...]  # derivatives that the new artifact lacks, as `out:in`
+
 
 @click.command(epilog=EPILOG, short_help="Rewrite an old artifact for neml2's own runtime.")
-@click.argument("target", metavar="ARTIFACT|STUB")
-@click.argument("model", required=False)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the new artifact and its stub.")
+@model_arguments
+@click.option("--out", type=FILE, required=True, help="Folder for the new artifact and its stub.")
 @click.option("--drop-derivatives", is_flag=True, help="Leave derivatives out whose graphs do not fit.")
 @json_option
 def command(target: str, model: str | None, out: Path, drop_derivatives: bool, as_json: bool) -> int:
@@ -34,8 +65,7 @@ def command(target: str, model: str | None, out: Path, drop_derivatives: bool, a
     so it works where they are what the newest schema expects: not for implicit models from before 3.0.7, whose Newton
     step is one graph, nor for promoted parameters from before 3.0.4. Exit status 1 if it cannot be done.
     """
-    from .._workbench.migrate import migrate
-    from .._workbench.target import find_target
+    from .target import find_target
 
     report = migrate(find_target(target, model), out, drop_derivatives=drop_derivatives)
     return show("migrate", report, as_json, render)
@@ -43,14 +73,122 @@ def command(target: str, model: str | None, out: Path, drop_derivatives: bool, a
 
 def render(report: MigrateReport, console: Console) -> None:
     """Print what was written."""
-    from rich.markup import escape
+    old, new = f"schema {report.schema} (neml2 {report.release})", f"schema {report.new_schema}"
+    head = f"{report.model}: {old} -> {new}, {', '.join(report.leaves)}"
+    dropped = [f"without the derivatives {', '.join(report.dropped)}"] if report.dropped else []
+    lines(console, [head, f"written: {report.written}", f"written: {report.stub}", *dropped])
 
-    lines = [
-        f"{report.model}: schema {report.schema} (neml2 {report.release}) -> schema {report.new_schema}, "
-        f"{', '.join(report.leaves)}",
-        f"written: {report.written}",
-        f"written: {report.stub}",
-    ]
-    if report.dropped:
-        lines.append(f"without the derivatives {', '.join(report.dropped)}")
-    console.print(escape("\n".join(lines)), soft_wrap=True)
+
+def migrate(target: Target, out: Path, *, drop_derivatives: bool = False) -> MigrateReport:
+    """Write the artifact `out/MODEL` and the stub `out/MODEL_aoti.i`; the old ones are not changed."""
+    from .._artifact.decode import read_metadata
+    from .._artifact.upgrade import NEWEST
+    from .._files import require_outside_artifacts
+    from .target import leaf_name, release_of
+
+    there = target.places()
+    rewritten = [_rewritten(place, drop_derivatives) for place in there]
+    schema = read_metadata(there[0].metadata, there[0].folder).schema
+    release = release_of(schema)
+    reasons = list(dict.fromkeys(reason for found in rewritten for reason in found.reasons))
+    if any(found.document != rewritten[0].document for found in rewritten):
+        reasons.append("its leaves have metadata that differ, and the newest layout has one for all")
+    if reasons:
+        raise ArtifactError(
+            f"{target.artifact} (schema {schema}, neml2 {release}) cannot be rewritten: {'; '.join(reasons)}. It runs "
+            "with this plugin as it is. For neml2's own runtime compile the model again: neml2-compile INPUT.i --model "
+            f"{target.model}"
+        )
+    folder, stub = out / target.model, out / f"{target.model}_aoti.i"
+    for path in (folder, stub):
+        require_outside_artifacts(path)
+        if os.path.lexists(path):
+            raise InputError(f"{path}: is there already. Give another folder to --out, or move it away.")
+    _write(folder, stub, there, rewritten[0], _stub(target))
+    return MigrateReport(
+        artifact=str(target.artifact),
+        model=target.model,
+        schema=schema,
+        release=release,
+        new_schema=NEWEST,
+        written=str(folder),
+        stub=str(stub),
+        leaves=tuple(map(leaf_name, there)),
+        dropped=rewritten[0].dropped,
+    )
+
+
+def _rewritten(place: Place, drop_derivatives: bool) -> Rewritten:
+    from .._artifact.decode import read_metadata
+    from .._artifact.files import METADATA
+    from .._artifact.rewrite import rewrite
+
+    # First as a load reads it, which finds what is wrong with it.
+    read_metadata(place.metadata, place.folder)
+    document: dict[str, Any] = json.loads(place.folder.read(place.metadata, METADATA).data)
+    return rewrite(document, str(place.metadata), drop_derivatives=drop_derivatives)
+
+
+def _write(folder: Path, stub: Path, there: list[Place], found: Rewritten, text: str) -> None:
+    """Write all of it to a folder beside its place, look it over, and move it there."""
+    from .._artifact.compatibility import files_of
+    from .._artifact.decode import read_metadata
+    from .._artifact.files import PACKAGE
+    from .._artifact.layout import METADATA
+    from .._artifact.locate import locate
+    from .target import leaf_name
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from None
+    try:
+        draft = scratch / folder.name
+        draft.mkdir()
+        (draft / METADATA).write_text(json.dumps(found.document, indent=2) + "\n", encoding="utf-8")
+        for place in there:
+            leaf = draft / leaf_name(place)
+            leaf.mkdir(parents=True)
+            for name in sorted(files_of(read_metadata(draft / METADATA))):
+                (leaf / name).write_bytes(place.folder.read(place.leaf / name, PACKAGE).data)
+            # What was written must be an artifact of the newest schema with the leaf.
+            new = locate(draft, place.device.type, place.dtype)
+            read_metadata(new.metadata, new.folder)
+        (scratch / stub.name).write_text(text, encoding="utf-8")
+        draft.replace(folder)
+        try:
+            (scratch / stub.name).replace(stub)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except AOTIError:
+        raise
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _stub(target: Target) -> str:
+    """The old stub with the model where the new artifact will be; a short one where there is none."""
+    from .._artifact.stub import AOTI_MODEL, parse_input
+    from .target import require_block
+
+    if target.stub is None:
+        return STUB.format(model=target.model, kind=AOTI_MODEL)
+    import nmhit
+
+    root = parse_input(target.stub)
+    block = require_block(root, "Models", target.model, target.stub)
+    for name in [field.path() for field in block.children(nmhit.NodeType.Field)]:
+        if name != "type":
+            block.remove_child(name)
+    block.add_child(nmhit.Field("artifact_path", f"'{target.model}'"))
+    text: str = root.render()
+    return text.strip("\n") + "\n"
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    why = error.strerror or type(error).__name__
+    return InputError(f"{path}: cannot be written ({why}). Give a folder that can be written to.")

@@ -1,20 +1,46 @@
-"""Options that take NAME=VALUE, a number or a list, read with an error that says what was expected."""
+"""Arguments and options that several commands have, read with an error that says what was expected."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 # More than any machine holds or has; above, numbers overflow in torch.
 MOST_ROWS, MOST_THREADS = 10**15, 4096
 SEED = click.IntRange(0, 2**63 - 1)
+FILE = click.Path(path_type=Path)
+DTYPE = click.Choice(["float64", "float32"])
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def model_arguments(function: _Function) -> _Function:
+    """The arguments that name a model: an artifact or a stub, and the model's name where the stub has several."""
+    function = click.argument("model", required=False)(function)
+    return click.argument("target", metavar="ARTIFACT|STUB")(function)
+
+
+def device_options(function: _Function) -> _Function:
+    """The options that choose a leaf."""
+    function = click.option("--dtype", type=DTYPE, help="Take the leaf of this dtype.")(function)
+    return click.option("--device", metavar="DEVICE", help="Take the leaf of this device, such as cpu or cuda:1.")(
+        function
+    )
+
+
+def json_option(function: _Function) -> _Function:
+    """The option `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print a JSON document instead; see docs/tool.md.")(
+        function
+    )
 
 
 class Finite(click.FloatRange):
-    """A number that is neither NaN nor infinite, in a range."""
+    """A number in a range that is neither NaN nor infinite."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number; fails with what is wrong with it."""
@@ -26,15 +52,7 @@ class Finite(click.FloatRange):
 
 
 def assignments(given: Sequence[str], option: str) -> dict[str, float]:
-    """Read `NAME=VALUE` with a finite number as the value.
-
-    Args:
-        given: what was given, one string each.
-        option: name of the option, for the error.
-
-    Raises:
-        BadParameter: one is of another form, or a name is there twice.
-    """
+    """Read `NAME=VALUE` with finite numbers as the values; `option` is what the error names."""
     found: dict[str, float] = {}
     for text in given:
         name, mark, value = text.partition("=")
@@ -53,16 +71,7 @@ def assignments(given: Sequence[str], option: str) -> dict[str, float]:
 
 
 def counts(text: str, option: str, most: int) -> tuple[int, ...]:
-    """Read whole numbers with commas between, such as `1,100,10000`.
-
-    Args:
-        text: what was given.
-        option: name of the option, for the error.
-        most: the largest one.
-
-    Raises:
-        BadParameter: one is no whole number from 1 to `most`.
-    """
+    """Read whole numbers from 1 to `most` with commas between, such as `1,100,10000`."""
     try:
         found = tuple(int(word) for word in text.split(","))
     except ValueError:
@@ -75,14 +84,7 @@ def counts(text: str, option: str, most: int) -> tuple[int, ...]:
 
 
 def refuse_together(given: Mapping[str, object]) -> None:
-    """Refuse options that each say which points to take: only one of them would be heeded.
-
-    Args:
-        given: the values of these options, by what they are called.
-
-    Raises:
-        UsageError: more than one was given.
-    """
+    """Refuse options, by what they are called, that each say which points to take: only one would be heeded."""
     both = [name for name, value in given.items() if value]
     if len(both) > 1:
         raise click.UsageError(f"{both[0]} says which points to take, and so does {both[1]}. Give one of them.")

@@ -1,6 +1,7 @@
-"""What commands print: tables and trees for people, one JSON document for programs.
+"""What commands print: text and tables for people, one JSON document for programs.
 
-rich is imported when something is printed, so that `--help` does not wait for it.
+rich is imported when something is printed, so that `--help` does not wait for it. Strings are printed as they are: what
+has a colour is a `rich.text.Text`.
 """
 
 from __future__ import annotations
@@ -8,40 +9,31 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import click
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Column, Table
 
 # Of the documents that `--json` prints; it grows when a key is taken away or changes its meaning.
 FORM = 1
 # Wide enough that nothing is cut where nobody looks at the lines.
 PIPED_WIDTH = 400
 
-# What each package is needed for, and how it is installed.
+# How each package is installed that a command may lack.
+_SERVE = "pip install 'neml2-aoti-plugin[serve]'"
 PACKAGES = {
-    "rich": "pip install rich",
-    "safetensors": "pip install safetensors",
+    **{name: f"pip install {name}" for name in ("rich", "safetensors", "neml2", "numpy", "torch")},
+    **dict.fromkeys(("starlette", "uvicorn", "httptools", "orjson", "prometheus_client"), _SERVE),
     "matplotlib": "pip install 'neml2-aoti-plugin[plot]'",
-    "neml2": "pip install neml2",
     "nmhit": "pip install neml2",
-    "numpy": "pip install numpy",
-    "torch": "pip install torch",
-    "starlette": "pip install 'neml2-aoti-plugin[serve]'",
-    "uvicorn": "pip install 'neml2-aoti-plugin[serve]'",
-    "httptools": "pip install 'neml2-aoti-plugin[serve]'",
-    "orjson": "pip install 'neml2-aoti-plugin[serve]'",
-    "prometheus_client": "pip install 'neml2-aoti-plugin[serve]'",
 }
 
 Report = TypeVar("Report", bound="DataclassInstance")
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def missing(package: str | None) -> str | None:
@@ -52,42 +44,10 @@ def missing(package: str | None) -> str | None:
     return f"this needs the package {name}, which is not installed: {PACKAGES[name]}"
 
 
-def json_option(function: _Function) -> _Function:
-    """The option `--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print a JSON document instead; see docs/tool.md.")(
-        function
-    )
-
-
-def device_options(function: _Function) -> _Function:
-    """The options that choose a leaf."""
-    function = click.option("--dtype", type=click.Choice(["float64", "float32"]), help="Take the leaf of this dtype.")(
-        function
-    )
-    return click.option("--device", metavar="DEVICE", help="Take the leaf of this device, such as cpu or cuda:1.")(
-        function
-    )
-
-
 def show(
-    command: str,
-    report: Report,
-    as_json: bool,
-    render: Callable[[Report, Console], None],
-    status: int = 0,
+    command: str, report: Report, as_json: bool, render: Callable[[Report, Console], None], status: int = 0
 ) -> int:
-    """Print a report.
-
-    Args:
-        command: that it is of.
-        report: a dataclass.
-        as_json: whether as a JSON document.
-        render: prints it for people.
-        status: the exit status that goes with it.
-
-    Returns:
-        The exit status.
-    """
+    """Print what a command found, a dataclass, for programs or by `render`; gives the exit status that goes with it."""
     if as_json:
         write_json(command, status, result=asdict(report))
     else:
@@ -108,7 +68,28 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPED_WIDTH)
+    width = None if stream.isatty() else PIPED_WIDTH
+    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
+
+
+def lines(console: Console, texts: Iterable[str]) -> None:
+    """Print lines, which the terminal breaks where they are too long, so that what is copied is one line."""
+    for text in texts:
+        console.print(text, soft_wrap=True)
+
+
+def table(*columns: str | Column) -> Table:
+    """A table without lines but one below its head."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error that is not ours says, in one line."""
+    found = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {found[0]}" if found else type(error).__name__
 
 
 def progress() -> Progress:
@@ -123,13 +104,8 @@ def progress() -> Progress:
     )
 
     shown = console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=shown, disable=not shown.is_terminal, transient=True)
 
 

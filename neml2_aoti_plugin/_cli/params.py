@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .options import assignments
-from .output import device_options, json_option, show
+from ..errors import InputError
+from .inspect import ParameterReport, shown_values
+from .options import FILE, assignments, device_options, json_option, model_arguments
+from .output import lines, show, table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .._workbench.params import ParametersReport
+    from .target import Target
 
 EPILOG = """\b
 Examples:
@@ -23,12 +27,20 @@ Examples:
   python -c "from neml2.aoti import Model; Model('aoti/promoted', parameters='soft.safetensors')"
 """
 
-FILE = click.Path(path_type=Path)
+
+@dataclass(frozen=True)
+class ParametersReport:
+    """The promoted parameters of an artifact."""
+
+    artifact: str  # its path
+    model: str  # name of the model
+    parameters: tuple[ParameterReport, ...]  # with their values: the artifact's, those of a file, or those set
+    changed: tuple[str, ...]  # names of those that differ from the artifact's
+    written: str | None  # the file that was written; null if none was
 
 
 @click.command(epilog=EPILOG, short_help="Promoted parameters: show, set, write to a file.")
-@click.argument("target", metavar="ARTIFACT|STUB")
-@click.argument("model", required=False)
+@model_arguments
 @click.option("--from", "file", type=FILE, help="Begin with the values in this file instead of the artifact's.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a parameter another value.")
 @click.option("--out", type=FILE, help="Write the values to this file (.safetensors).")
@@ -52,8 +64,7 @@ def command(
     that of another artifact with the same parameters, and --out writes it for this one. A file that is there is
     replaced if it holds parameters and is not that of --from; with --force in any case.
     """
-    from .._workbench.params import parameters
-    from .._workbench.target import find_target
+    from .target import find_target
 
     values = assignments(given, "--set")
     if given and out is None:
@@ -64,21 +75,55 @@ def command(
 
 def render(report: ParametersReport, console: Console) -> None:
     """Print the parameters."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
     if not report.parameters:
-        cure = "Promote some: neml2-compile ... -p NAME"
-        console.print(escape(f"{report.model} has no promoted parameters. {cure}"))
+        console.print(f"{report.model} has no promoted parameters. Promote some: neml2-compile ... -p NAME")
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("parameter", "shape", "value", ""):
-        table.add_column(title)
+    values = table("parameter", "shape", "value", "")
     for found in report.parameters:
-        shown = ", ".join(f"{value:.10g}" for value in found.values[:6]) + (", ..." if len(found.values) > 6 else "")
         mark = "changed" if found.name in report.changed else ""
-        table.add_row(escape(found.name), escape(str(list(found.shape))), shown, f"[yellow]{mark}[/]")
-    console.print(table)
-    if report.written is not None:
-        console.print(escape(f"written: {report.written}"))
+        values.add_row(found.name, str(list(found.shape)), shown_values(found, ".10g"), Text(mark, "yellow"))
+    console.print(values)
+    lines(console, [f"written: {report.written}"] if report.written is not None else [])
+
+
+def parameters(
+    target: Target,
+    given: Mapping[str, float],
+    file: Path | None = None,
+    out: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    force: bool = False,
+) -> ParametersReport:
+    """The parameters of an artifact, with those of a file, then with given values; written to a file if asked for."""
+    if out is not None:
+        _require_free(out, [*target.files(device, dtype), *([file] if file is not None and not force else [])], force)
+    model = target.load(device, dtype)
+    before = {name: value.detach().clone() for name, value in model.named_parameters().items()}
+    if file is not None:
+        model.load_parameters(file, same_artifact=False)
+    for name, value in given.items():
+        model.set_parameter(name, value)
+    if out is not None:
+        model.save_parameters(out)
+    reports, changed = [], []
+    for name, now in model.named_parameters().items():
+        entries = tuple(float(entry) for entry in now.detach().cpu().flatten())
+        reports.append(ParameterReport(name, tuple(model.parameter_base_shapes[name]), tuple(now.shape), entries))
+        if now.shape != before[name].shape or not bool((now == before[name]).all()):
+            changed.append(name)
+    written = None if out is None else str(out)
+    return ParametersReport(str(target.artifact), target.model, tuple(reports), tuple(changed), written)
+
+
+def _require_free(out: Path, inputs: list[Path], force: bool) -> None:
+    """Refuse to write over what the command reads, and, unless a person means it, over another file."""
+    from .._files import require_writable
+    from ..model._parameters import is_parameter_file
+
+    require_writable(out, inputs)
+    if not force and out.exists() and not is_parameter_file(out):
+        raise InputError(f"{out}: is there, and holds no parameters. Give another name, or --force to write over it.")

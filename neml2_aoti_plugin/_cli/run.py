@@ -1,20 +1,23 @@
-"""`neml2-aoti run`: run a driver, with a progress bar, and keep its result."""
+"""`neml2-aoti run`: run a driver of an input file step by step, with a progress bar, and keep its result."""
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .interrupt import heeded
-from .options import assignments
-from .output import json_option, progress, show
+from ..errors import InputError, UnknownNameError
+from .options import DTYPE, FILE, assignments, json_option
+from .output import lines, progress, show
+from .process import heeded
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from .._workbench.drive import RunReport
 
 EPILOG = """\b
 Examples:
@@ -23,7 +26,28 @@ Examples:
   neml2-aoti run aoti/promoted_aoti.i driver 'Drivers/driver/save_as:=soft.pt'
 """
 
-FILE = click.Path(path_type=Path)
+
+@dataclass(frozen=True)
+class SeriesReport:
+    """A variable of a run."""
+
+    name: str  # of the variable
+    type: str  # neml2's name of its type
+    shape: tuple[int, ...]  # `(steps, rows, *sub_batch, *base)`; with one row where all have the same value
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A run of a driver."""
+
+    input: str  # the input file
+    driver: str  # name of the driver
+    steps: int  # number of steps, the first one included, in which the model is not called
+    rows: int  # number of points
+    seconds: float  # that the run took, without loading
+    variables: tuple[SeriesReport, ...]  # what was recorded
+    written: str | None  # the file that was written; null if none was
+    saved: str | None  # the file that the driver's own `save_as` names; null if it names none
 
 
 @click.command(epilog=EPILOG, short_help="Run a driver, with a progress bar.")
@@ -34,13 +58,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--parameters", type=FILE, help="Take the promoted parameters from this file (see params).")
 @click.option("--out", type=FILE, help="Write the result to this file: .pt (neml2's form), .npz or .csv.")
 @click.option("--device", metavar="DEVICE", help="Of tensors and of the leaf, such as cpu or cuda:1.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float64", "float32"]),
-    default="float64",
-    show_default=True,
-    help="Of tensors and of the leaf.",
-)
+@click.option("--dtype", type=DTYPE, default="float64", show_default=True, help="Of tensors and of the leaf.")
 @json_option
 def command(
     stub: Path,
@@ -58,8 +76,6 @@ def command(
     PATH:=VALUE overrides an option of the input file, as with neml2-run. Exit status 1 if a step does not converge;
     then no file is written.
     """
-    from .._workbench.drive import run
-
     for text in overrides:
         if ":=" not in text:
             raise click.BadParameter(f"{text!r} is not PATH:=VALUE.", param_hint="PATH:=VALUE")
@@ -87,14 +103,113 @@ def command(
 
 def render(report: RunReport, console: Console) -> None:
     """Print what was run, and what there is now."""
-    from rich.markup import escape
+    head = f"{report.driver}: {report.steps - 1} steps of {report.rows} point(s) in {report.seconds:.2f} s"
+    variables = [f"  {found.name}  {found.type} {list(found.shape)}" for found in report.variables]
+    files = [f"written: {file}" for file in (report.saved, report.written) if file is not None]
+    lines(console, [head, *variables, *files])
 
-    console.print(
-        escape(f"{report.driver}: {report.steps - 1} steps of {report.rows} point(s) in {report.seconds:.2f} s"),
-        soft_wrap=True,
+
+def run(
+    path: Path,
+    driver: str,
+    *,
+    values: Mapping[str, float] | None = None,
+    parameters: Path | None = None,
+    overrides: tuple[str, ...] = (),
+    out: Path | None = None,
+    device: str | None = None,
+    dtype: str = "float64",
+    on_step: Callable[[int, int], None] | None = None,
+) -> RunReport:
+    """Run a driver and write its result, unless a step fails; `on_step` is called behind each of so many steps.
+
+    The promoted parameters of its compiled model are those of the file, but for these values.
+    """
+    from .._files import draft
+    from .points import defaults, load_driver
+    from .result_files import require_format, write_result
+    from .results import from_driver
+
+    if out is not None:
+        require_format(out)
+    # What is to be written is begun before the run, which may take long, so that what cannot be written is known now.
+    with contextlib.ExitStack() as drafts, defaults(device, dtype):
+        read = [path, *([parameters] if parameters is not None else [])]
+        written = None if out is None else drafts.enter_context(draft(out, read))
+        built = load_driver(path, driver, overrides, device=device, dtype=dtype)
+        _require_transient(built, driver, path)
+        _set(built.model, values or {}, parameters)
+        # The driver itself would write without a look ahead, at the end.
+        save_as, built.save_as = built.save_as, ""
+        saved = drafts.enter_context(draft(Path(save_as), read)) if save_as else None
+        seconds = _steps(built, f"[Drivers/{driver}] in {path}", on_step)
+        result = from_driver(built)
+        if saved is not None:
+            built.save_result(saved)
+        if written is not None:
+            write_result(written, built)
+    return RunReport(
+        input=str(path),
+        driver=driver,
+        steps=built.nsteps,
+        rows=result.points,
+        seconds=seconds,
+        variables=tuple(SeriesReport(n, result.types[n], v.shape) for n, v in result.series.items()),
+        written=None if out is None else str(out),
+        saved=save_as or None,
     )
-    for found in report.variables:
-        console.print(escape(f"  {found.name}  {found.type} {list(found.shape)}"), soft_wrap=True)
-    for file in (report.saved, report.written):
-        if file is not None:
-            console.print(escape(f"written: {file}"), soft_wrap=True)
+
+
+def _require_transient(built: Any, driver: str, path: Path) -> None:
+    """Refuse a driver without steps, and variables whose names are ours in files."""
+    from neml2.drivers import TransientDriver
+
+    if not isinstance(built, TransientDriver):
+        raise InputError(f"[Drivers/{driver}] in {path} is of type {type(built).__name__}, expected a TransientDriver.")
+    if not built.nsteps:
+        raise InputError(f"[Drivers/{driver}] in {path} has no steps. Give prescribed_time some entries.")
+    ours = [name for name in (*built.model.input_spec, *built.model.output_spec) if name.startswith("@")]
+    if ours:
+        raise InputError(
+            f"the model of [Drivers/{driver}] in {path} has variables {', '.join(ours)}; names that begin with @ are "
+            "those of the result itself. Give them other names."
+        )
+
+
+def _steps(built: Any, where: str, on_step: Callable[[int, int], None] | None) -> float:
+    """Run a driver; gives the seconds that it took."""
+    last, done = built.nsteps - 1, 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done, last)
+
+    handle = built.model.register_forward_hook(count)
+    start = time.perf_counter()
+    try:
+        built.run()
+    except RuntimeError as error:
+        if type(error).__name__ == "ConvergenceError":
+            error.args = (f"step {done + 1} of {last} of {where}: {error}", *error.args[1:])
+        raise
+    finally:
+        handle.remove()
+    return time.perf_counter() - start
+
+
+def _set(model: Any, values: Mapping[str, float], parameters: Path | None) -> None:
+    """Set promoted parameters of the driver's model; only a compiled one has such."""
+    from .._host.hit import AOTIModel
+
+    if isinstance(model, AOTIModel):
+        if parameters is not None:
+            model._inner.load_parameters(parameters)
+        for name, value in values.items():
+            model.set_parameter(name, value)
+    elif values or parameters is not None:
+        raise UnknownNameError(
+            "only a compiled model has promoted parameters to set, and this driver's is another one. Override the "
+            "input file instead: Models/NAME/OPTION:=VALUE"
+        )

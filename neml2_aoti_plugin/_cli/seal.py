@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .output import json_option, show
+from .options import json_option
+from .output import lines, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,13 +22,9 @@ Examples:
 
 @dataclass(frozen=True)
 class SealReport:
-    """What was sealed.
+    """What was sealed."""
 
-    Args:
-        seals: the files that were written, one for each artifact.
-    """
-
-    seals: tuple[str, ...]
+    seals: tuple[str, ...]  # the files that were written, one for each artifact
 
 
 @click.command(epilog=EPILOG, short_help="Write down what an artifact's files are.")
@@ -40,7 +37,7 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
     only artifacts with a seal load.
     """
     from .._artifact.trust import seal
-    from .._workbench.target import find_target
+    from .target import find_target
 
     # All are looked for before one is sealed.
     targets = [find_target(path) for path in paths]
@@ -49,7 +46,4 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
 
 def render(report: SealReport, console: Console) -> None:
     """Print the files."""
-    from rich.markup import escape
-
-    for file in report.seals:
-        console.print(escape(file), soft_wrap=True)
+    lines(console, report.seals)

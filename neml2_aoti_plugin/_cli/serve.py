@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import FINE
-from .options import MOST_THREADS
-from .output import device_options, json_option, show
+from .options import MOST_THREADS, device_options, json_option
+from .output import show
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .._workbench.target import Target
     from ..serve._listening import Address
     from ..serve._served import Source
+    from .target import Target
 
 TOKEN = "NEML2_AOTI_SERVE_TOKEN"
 TOKEN_BYTES = 1 << 16
@@ -174,8 +174,8 @@ def command(
 
 def _sources(paths: Sequence[str], named: Sequence[str], device: str | None, dtype: str | None) -> list[Source]:
     """The models, each found before one is loaded."""
-    from .._workbench.target import find_target
     from ..serve._served import Source, require_names
+    from .target import find_target
 
     def source(target: Target, name: str) -> Source:
         return Source(name, target.artifact, device, dtype, target.solver)
@@ -261,10 +261,8 @@ def _checked(address: Address, sources: Sequence[Source], token: str | None) -> 
 
 def render(report: ServeReport, console: Console) -> None:
     """Print the models."""
-    from rich.markup import escape
-
     guarded = "with a token" if report.token else "without a token"
-    console.print(escape(f"{report.address}, {'this machine only' if report.local else 'any machine'}, {guarded}"))
+    console.print(f"{report.address}, {'this machine only' if report.local else 'any machine'}, {guarded}")
     for model in report.models:
         sealed = "sealed" if model.sealed else "no seal"
-        console.print(escape(f"{model.name}: {', '.join(model.operations)} ({model.artifact}, {sealed})"))
+        console.print(f"{model.name}: {', '.join(model.operations)} ({model.artifact}, {sealed})")

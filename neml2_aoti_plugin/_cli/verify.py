@@ -1,20 +1,44 @@
-"""`neml2-aoti verify`: does a compiled model do what its source does?"""
+"""`neml2-aoti verify`: does a compiled model do what its source does? Values and derivatives, quantity by quantity."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import InputError
 from . import FINE, SHORT
-from .options import MOST_ROWS, SEED, Finite, assignments, refuse_together
-from .output import device_options, json_option, show
+from .options import (
+    FILE,
+    MOST_ROWS,
+    SEED,
+    Finite,
+    assignments,
+    device_options,
+    json_option,
+    model_arguments,
+    refuse_together,
+)
+from .output import lines, show, table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
-    from .._workbench.verify import Verification
+    from ..model import Model
+    from .eager import Source
+    from .points import Blocks, Evaluated, Pair, Points, Tensors, Where
+    from .target import Target
+
+RTOL = 1e-6
+# Finite differences are no better than this, by the model's dtype.
+DIFFERENCE_RTOL = {"float64": 1e-5, "float32": 1e-3}
+# What is compared where the compiled model gives numbers that are not finite.
+FINITE = "finite numbers"
 
 EPILOG = """\b
 Examples:
@@ -23,12 +47,54 @@ Examples:
   neml2-aoti verify aoti/elasticity
 """
 
-FILE = click.Path(path_type=Path)
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity against its reference."""
+
+    quantity: str  # an output, or a derivative such as `d(stress)/d(strain)`
+    reference: str  # `source`, `differences` or `golden`
+    rows: int  # how many points were compared
+    left_out: int  # how many were not: differences with two steps disagree there
+    # the largest difference of an entry, over the largest entry of the reference; of a derivative that is zero but for
+    # rounding, over 1e-5 of its output over its input
+    worst: float
+    worst_row: int  # the point where that is; -1 where nothing was compared
+    tolerance: float  # what `worst` may be at most
+    passed: bool  # whether it is, and something was compared
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found."""
+
+    artifact: str  # its path
+    model: str  # name of the model
+    leaf: str  # as `device/dtype`
+    points: str  # where they come from, in words
+    rows: int  # how many there are
+    # at how many of them the compiled model did not converge, or gave what is not finite; they are left out
+    not_converged: int
+    comparisons: tuple[Comparison, ...]  # one for each quantity and reference
+    not_compared: tuple[str, ...]  # quantities without a reference, and why
+    recorded: str | None  # the golden file that was written; null if none was, as when a comparison failed
+    passed: bool  # whether all comparisons passed
+    picture: str | None = None  # the file that was drawn; null if none was
+
+
+@dataclass(frozen=True)
+class References:
+    """What to compare with."""
+
+    against: Path | None = None  # input file with the eager model
+    source_model: str | None = None  # name of that model; the compiled one's if None
+    golden: Path | None = None  # the one beside the artifact if None, and neither points nor source are asked for
+    rtol: float = RTOL
+    difference_rtol: float | None = None  # `DIFFERENCE_RTOL` if None
 
 
 @click.command(epilog=EPILOG, short_help="Compare a compiled model with its source.")
-@click.argument("target", metavar="ARTIFACT|STUB")
-@click.argument("model", required=False)
+@model_arguments
 @click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")
 @click.option("--source-model", metavar="NAME", help="The model in INPUT.i, if it has another name there.")
 @click.option("--golden", type=FILE, help="Compare with what --record has written.")
@@ -41,12 +107,12 @@ FILE = click.Path(path_type=Path)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random points.")
 @click.option("--scale", multiple=True, metavar="NAME=VALUE", help="Standard deviation of an input's random entries.")
 @click.option(
-    "--rtol", type=Finite(0.0), default=1e-6, show_default=True, help="Tolerance against source and golden file."
+    "--rtol", type=Finite(0.0), default=RTOL, show_default=True, help="Tolerance against source and golden file."
 )
 @click.option(
     "--difference-rtol", type=Finite(0.0), help="Tolerance against finite differences. [1e-5, of float32 1e-3]"
 )
-@click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png or .svg).")
+@click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png, .svg or .pdf).")
 @device_options
 @json_option
 def command(
@@ -76,58 +142,265 @@ def command(
 
     Errors are relative to the largest entry of each quantity. Exit status 1 if one is above the tolerance.
     """
-    from .._workbench.evaluation import Where
-    from .._workbench.figures import draw_errors, require_drawable
-    from .._workbench.target import find_target
-    from .._workbench.verify import Wanted, verify
-
     scales = assignments(scale, "--scale")
     if source_model is not None and against is None:
         raise click.UsageError("--source-model names a model in INPUT.i. Give that file as well: --against INPUT.i")
     refuse_together({"--golden": golden, "--points": points, "--driver or --scale": driver or scales})
+    from .figures import require_drawable
+    from .points import Where
+    from .target import find_target
+
     if picture is not None:
         require_drawable(picture)
+    references = References(against, source_model, golden, rtol, difference_rtol)
     where = Where(points, driver, rows, seed, scales)
-    wanted = Wanted(against, source_model, golden, where, rtol, difference_rtol)
-    report = verify(find_target(target, model), wanted, device, dtype, record=record)
+    report = verify(find_target(target, model), references, where, device, dtype, record)
     if picture is not None:
-        report = draw_errors(report, picture)
+        report = draw(report, picture)
     return show("verify", report, as_json, render, FINE if report.passed else SHORT)
 
 
 def render(report: Verification, console: Console) -> None:
     """Print the table of errors."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column
+    from rich.text import Text
 
-    apart = (
-        f"; {report.not_converged} did not converge, or are not finite, and are left out"
-        if report.not_converged
-        else ""
-    )
-    console.print(escape(f"{report.model} ({report.leaf}) at {report.rows} points ({report.points}){apart}"))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    count = report.not_converged
+    apart = f"; {count} did not converge, or are not finite, and are left out" if count else ""
+    console.print(f"{report.model} ({report.leaf}) at {report.rows} points ({report.points}){apart}")
     # Only the names of quantities may be broken, in a narrow terminal.
-    table.add_column("quantity", overflow="fold")
-    table.add_column("reference", no_wrap=True)
-    for title in ("points", "worst", "at", "limit", ""):
-        table.add_column(title, justify="right", no_wrap=True)
+    numbers = [Column(title, justify="right", no_wrap=True) for title in ("points", "worst", "at", "limit", "")]
+    errors = table(Column("quantity", overflow="fold"), Column("reference", no_wrap=True), *numbers)
     for found in report.comparisons:
-        table.add_row(
-            escape(found.quantity),
+        errors.add_row(
+            found.quantity,
             found.reference,
             f"{found.rows} (-{found.left_out})" if found.left_out else str(found.rows),
             f"{found.worst:.1e}" if found.rows else "-",
             str(found.worst_row) if found.rows else "-",
             f"{found.tolerance:.0e}",
-            "[green]passed[/]" if found.passed else "[bold red]FAILED[/]",
+            Text("passed", "green") if found.passed else Text("FAILED", "bold red"),
         )
-    console.print(table)
+    console.print(errors)
     if any(found.left_out for found in report.comparisons):
         console.print("(-N): so many points were left out, because the two steps of the differences disagree there")
     for text in report.not_compared:
-        console.print(f"[yellow]not compared[/] {escape(text)}")
-    for file in (report.recorded, report.picture):
-        if file is not None:
-            console.print(escape(f"written: {file}"), soft_wrap=True)
+        console.print(Text.assemble(("not compared", "yellow"), f" {text}"))
+    lines(console, [f"written: {file}" for file in (report.recorded, report.picture) if file is not None])
+
+
+def draw(report: Verification, path: Path) -> Verification:
+    """Draw the worst error of each quantity, and its tolerance; gives the report with it."""
+    from .figures import figure, literal
+
+    shown = report.comparisons[::-1]
+    places = range(len(shown))
+    with figure(path, 7.0, 1.2 + 0.32 * max(len(shown), 1)) as axes:
+        least = 1e-17
+        colours = ["C2" if found.passed else "C3" for found in shown]
+        axes.scatter([max(found.worst, least) for found in shown], places, color=colours, zorder=3)
+        axes.scatter([found.tolerance for found in shown], places, marker="|", s=120, color="0.4")
+        axes.set_yticks(places, [literal(f"{found.quantity} ({found.reference})") for found in shown])
+        axes.set_xscale("log")
+        axes.set_xlim(left=least / 2)
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        axes.set_xlabel("largest error over the largest entry (bars: tolerance)")
+        axes.set_title(literal(f"{report.model} ({report.leaf}), {report.rows} points"))
+    return replace(report, picture=str(path))
+
+
+def verify(
+    target: Target,
+    references: References,
+    where: Where,
+    device: str | None = None,
+    dtype: str | None = None,
+    record: Path | None = None,
+) -> Verification:
+    """Hold a compiled model against its source, finite differences, or a golden file; record one unless that fails."""
+    from .._files import require_writable
+    from .eager import Source
+    from .golden import read_golden, write_golden
+    from .points import choose_points, evaluate
+    from .target import leaf_name
+
+    if record is not None:
+        read = (references.against, references.golden, where.points)
+        require_writable(record, [*target.files(device, dtype), *(file for file in read if file is not None)])
+    model, metadata = target.load(device, dtype), target.metadata(device, dtype)
+    golden_file = references.golden
+    if golden_file is None and references.against is None and record is None and not where.asked_for:
+        golden_file = _golden_beside(target)
+    golden = None if golden_file is None else read_golden(golden_file, model, target.model)
+    points = golden.points if golden is not None else choose_points(target, model, where)
+    found, not_converged = evaluate(model, points)
+    comparisons: list[Comparison] = []
+    not_compared: list[str] = []
+    if references.against is not None:
+        name = references.source_model or target.model
+        source = Source(references.against, name, model, metadata.aliases)
+        more, cannot = _with_source(source, found, points, references.rtol)
+        comparisons += more
+        not_compared += cannot
+    if golden is not None:
+        if found.points.rows != points.rows:
+            raise InputError(
+                f"the model converges at {found.points.rows} of the {points.rows} points of {points.source} only, and "
+                "has converged at all of them when that was recorded. `neml2-aoti inspect` tells the solver's settings."
+            )
+        comparisons += _with("golden", golden.outputs, golden.blocks, found, references.rtol)
+    if references.against is None and golden is None:
+        not_compared.append("values: no source (--against INPUT.i) and no golden file (--golden FILE)")
+    compared = {comparison.quantity for comparison in comparisons}
+    left = {pair: block for pair, block in found.blocks.items() if _derivative(pair) not in compared}
+    more, cannot = _with_differences(model, found, left, references.difference_rtol)
+    comparisons += more
+    not_compared += cannot
+    if not comparisons and record is None:
+        raise InputError(
+            f"there is nothing to compare of {target.model}: {'; '.join(not_compared)}. Name its source (--against "
+            "INPUT.i) or a golden file (--golden FILE), or record one (--record FILE)."
+        )
+    passed = all(comparison.passed for comparison in comparisons)
+    if record is not None and passed:
+        write_golden(record, target.model, metadata.digest, found)
+    return Verification(
+        artifact=str(target.artifact),
+        model=target.model,
+        leaf=leaf_name(target.place(device, dtype)),
+        points=points.source,
+        rows=points.rows,
+        not_converged=not_converged,
+        comparisons=tuple(comparisons),
+        not_compared=tuple(not_compared),
+        recorded=str(record) if record is not None and passed else None,
+        passed=passed,
+    )
+
+
+def _golden_beside(target: Target) -> Path | None:
+    """The golden file that lies beside the artifact."""
+    from .._artifact.layout import root_of
+    from .golden import SUFFIX
+
+    root = root_of(target.artifact)
+    found = root.with_name(root.name + SUFFIX)
+    return found if found.is_file() else None
+
+
+def _with(kind: str, outputs: Tensors, blocks: Blocks, found: Evaluated, rtol: float) -> list[Comparison]:
+    """Compare with all that a reference of this kind gives."""
+    comparisons = [compare(name, kind, value, outputs[name], rtol) for name, value in found.outputs.items()]
+    for pair, block in found.blocks.items():
+        if pair in blocks:
+            scale = scale_of(found, pair, blocks[pair])
+            comparisons.append(compare(_derivative(pair), kind, block, blocks[pair], rtol, scale=scale))
+    return comparisons
+
+
+def _with_source(source: Source, found: Evaluated, points: Points, rtol: float) -> tuple[list[Comparison], list[str]]:
+    """What the source gives is compared, quantity by quantity; of the rest it is said why not."""
+    inputs = {name: value.cpu() for name, value in found.points.inputs.items()}
+    outputs = source.outputs(inputs)
+    blocks, missing = source.blocks(inputs, list(found.blocks))
+    comparisons = _with("source", outputs, blocks, found, rtol)
+    cannot = [f"{_derivative(pair)} with the source: {why}" for pair, why in missing.items()]
+    if len(found.not_finite):
+        try:
+            comparisons.append(_finite(source, found, points, rtol))
+        except InputError as error:
+            cannot.append(f"{FINITE} with the source: {error}")
+    return comparisons, cannot
+
+
+def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Comparison:
+    """Whether the source has numbers that are not finite either, where the compiled model has such."""
+    import torch
+
+    rows = found.not_finite
+    inputs = {name: value.cpu()[rows] for name, value in points.inputs.items()}
+    given = [*source.outputs(inputs).values(), *source.blocks(inputs, list(found.blocks))[0].values()]
+    finite = torch.ones(len(rows), dtype=torch.bool)
+    for value in given:
+        entries = torch.isfinite(value)
+        whole = entries.ndim and len(entries) == len(rows)
+        finite &= entries.reshape(len(rows), -1).all(1) if whole else entries.all()
+    wrong = finite.nonzero().squeeze(-1)
+    at = int(rows[wrong[0] if len(wrong) else 0])
+    return Comparison(FINITE, "source", len(rows), 0, inf if len(wrong) else 0.0, at, rtol, not len(wrong))
+
+
+def _with_differences(
+    model: Model, found: Evaluated, blocks: Blocks, rtol: float | None
+) -> tuple[list[Comparison], list[str]]:
+    """Compare derivatives with finite differences, where these can be taken; of the rest it is said why not."""
+    from .differences import differentiate
+
+    limit = DIFFERENCE_RTOL[str(model.dtype).removeprefix("torch.")] if rtol is None else rtol
+    comparisons, cannot = [], []
+    outs_by: dict[str, list[str]] = {}
+    for out, by in blocks:
+        sites = model.outputs[out].sub_batch_shape or (by in model.inputs and model.inputs[by].sub_batch_shape)
+        batched = by not in model.inputs and found.parameters[by].ndim > len(model.parameter_base_shapes[by])
+        if sites or batched:
+            kind = "a sub-batch" if sites else "a parameter with a batch"
+            cannot.append(f"{_derivative((out, by))}: differences of {kind} are not taken")
+        else:
+            outs_by.setdefault(by, []).append(out)
+    for by, outs in outs_by.items():
+        for out, taken in differentiate(model, found.points.inputs, by, outs).items():
+            pair, scale = (out, by), scale_of(found, (out, by), taken.block[taken.smooth])
+            mine, wanted = blocks[pair], taken.block
+            comparisons.append(compare(_derivative(pair), "differences", mine, wanted, limit, taken.smooth, scale))
+    return comparisons, cannot
+
+
+def scale_of(found: Evaluated, pair: Pair, block: Tensor) -> float:
+    """What an error of a derivative is measured by: the reference's largest entry, or a part of output over input.
+
+    So a derivative that is zero but for rounding has no error to speak of.
+    """
+    from .differences import SCALE, ZERO
+
+    out, by = pair
+    values: Mapping[str, Tensor] = {**found.parameters, **found.points.inputs}
+    largest, size, moved = (
+        float(x.detach().abs().max()) if x.numel() else 0.0 for x in (block, found.outputs[out], values[by])
+    )
+    return max(largest, ZERO * size / (moved or SCALE))
+
+
+def compare(
+    quantity: str,
+    reference: str,
+    found: Tensor,
+    wanted: Tensor,
+    rtol: float,
+    rows: Tensor | None = None,
+    scale: float | None = None,
+) -> Comparison:
+    """Compare one quantity, `(rows, ...)`, at the rows of a mask; `scale` is the largest entry if it is not given."""
+    import torch
+
+    a, b = found.detach().cpu().to(torch.float64), wanted.detach().cpu().to(torch.float64)
+    total = a.shape[0]
+    index = torch.arange(total) if rows is None else rows.cpu().nonzero().squeeze(-1)
+    if not len(index):
+        return Comparison(quantity, reference, 0, total, 0.0, -1, rtol, False)
+    try:
+        b = b.expand(a.shape)
+    except RuntimeError:
+        # Of another shape, it is another quantity.
+        return Comparison(quantity, reference, len(index), total - len(index), inf, int(index[0]), rtol, False)
+    a, b = a[index].reshape(len(index), -1), b[index].reshape(len(index), -1)
+    if scale is None:
+        scale = float(b.abs().max()) if b.numel() else 0.0
+    apart = (a - b).abs().amax(-1) if b.numel() else torch.zeros(len(index))
+    worst, at = apart.max(0)
+    ratio = float(worst) / scale if scale else float(worst)
+    return Comparison(quantity, reference, len(index), total - len(index), ratio, int(index[at]), rtol, ratio <= rtol)
+
+
+def _derivative(pair: Pair) -> str:
+    """What a derivative is called in reports."""
+    return f"d({pair[0]})/d({pair[1]})"

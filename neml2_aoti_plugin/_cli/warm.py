@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from . import FINE, SHORT
-from .output import json_option, show
+from .options import json_option
+from .output import lines, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,17 +23,11 @@ Examples:
 
 @dataclass(frozen=True)
 class WarmReport:
-    """The machine code of solves.
+    """The machine code of solves."""
 
-    Args:
-        implementation: what solves are done by, `native` or `torch`.
-        reason: why.
-        file: where the machine code is kept; empty where it is not.
-    """
-
-    implementation: str
-    reason: str
-    file: str
+    implementation: str  # what solves are done by, `native` or `torch`
+    reason: str  # why
+    file: str  # where the machine code is kept; empty where it is not
 
 
 @click.command(epilog=EPILOG, short_help="Make the machine code of solves ahead.")
@@ -53,8 +48,6 @@ def command(as_json: bool) -> int:
 
 def render(report: WarmReport, console: Console) -> None:
     """Print where the machine code is."""
-    from rich.markup import escape
-
     if report.implementation == "torch":
         text = f"nothing to make: solves are done by torch's operations ({report.reason})"
     elif report.file:
@@ -63,4 +56,4 @@ def render(report: WarmReport, console: Console) -> None:
         text = (
             "the machine code cannot be kept. Name a folder that only you can write to: NEML2_AOTI_PLUGIN_CACHE=FOLDER"
         )
-    console.print(escape(text), soft_wrap=True)
+    lines(console, [text])

@@ -1,29 +1,28 @@
-"""Standard streams that are closed or full end a command with an exit status and a line at most, and no traceback."""
+"""What a process may meet: standard streams that are closed or full, Ctrl-C, SIGTERM.
+
+Each ends the command with an exit status and a line at most: no traceback, and nothing half-written.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TextIO
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, TextIO
 
 from . import CLOSED, INTERRUPTED, WRONG_USE
 
-# What writing to stdout may raise. Files that a command writes have errors of their own, see `files.draft`.
+# What writing to stdout may raise. Files that a command writes have errors of their own, see `_files.draft`.
 LOST = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run a command whose output may have nowhere to go.
-
-    Args:
-        work: the command; returns its exit status.
-
-    Returns:
-        That status; that of a closed pipe, where nobody reads on, or of wrong use where the output cannot be written.
-    """
+    """Run a command whose output may have nowhere to go; gives its exit status, or one that says so."""
     _open_closed()
     stdout = sys.stdout
     try:
@@ -55,6 +54,38 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         _let_go(sys.stderr)
+
+
+@contextmanager
+def heeded() -> Iterator[Callable[[], None]]:
+    """Clean up where Ctrl-C or SIGTERM ends the block; gives a function to call now and then.
+
+    Python raises `KeyboardInterrupt` wherever the program is. In a callback of a weak reference, of which imports make
+    many, or in a bare `except` of some package, it is dropped and the program goes on: the function raises it again.
+    Nothing changes where somebody else handles a signal, or where the program was started to ignore it.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        heed()
+
+    def heed() -> None:
+        if came:
+            raise KeyboardInterrupt if came[-1] == signal.SIGINT else SystemExit(128 + came[-1])
+
+    ours: dict[int, Any] = {}
+    # Only the main thread may set handlers.
+    if threading.current_thread() is threading.main_thread():
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
+    for number in ours:
+        signal.signal(number, note)
+    try:
+        yield heed
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def _open_closed() -> None:

@@ -4,74 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import InputError
 from ..model import Model
-from .points import Points, Tensors
+from .points import Evaluated, Points
 
 KIND = "golden 1"
 WHAT = "a golden file (neml2-aoti verify --record)"
+# Behind the name of the artifact beside which it is looked for when none is named.
 SUFFIX = ".golden.safetensors"
 
-Blocks = dict[tuple[str, str], Tensor]
 
-
-@dataclass(frozen=True)
-class Golden:
-    """What a model gave at some points.
-
-    Args:
-        points: the inputs.
-        outputs: by name, `(rows, *sub_batch, *base)`.
-        blocks: derivatives by (output, input or parameter), as `Model.jacobian` gives them.
-        digest: SHA-256 of the metadata of the artifact that gave them.
-    """
-
-    points: Points
-    outputs: Tensors
-    blocks: Blocks
-    digest: str
-
-
-def beside(artifact: Path) -> Path:
-    """Where a golden file is looked for when none is named: `elasticity.golden.safetensors` beside `elasticity`."""
-    return artifact.with_name(artifact.name + SUFFIX)
-
-
-def write_golden(path: Path, model: str, golden: Golden) -> None:
-    """Write a golden file.
-
-    Args:
-        path: of the file.
-        model: name of the model.
-        golden: what to write.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    tensors = {f"input.{name}": value for name, value in golden.points.inputs.items()}
-    tensors |= {f"output.{name}": value for name, value in golden.outputs.items()}
-    tensors |= {f"derivative.{number}": block for number, block in enumerate(golden.blocks.values())}
-    notes = {"model": model, "metadata_sha256": golden.digest, "derivatives": json.dumps(list(golden.blocks))}
+def write_golden(path: Path, model: str, digest: str, found: Evaluated) -> None:
+    """Write what a model of that name gave, whose metadata has that SHA-256."""
+    tensors = {f"input.{name}": value for name, value in found.points.inputs.items()}
+    tensors |= {f"output.{name}": value for name, value in found.outputs.items()}
+    tensors |= {f"derivative.{number}": block for number, block in enumerate(found.blocks.values())}
+    notes = {"model": model, "metadata_sha256": digest, "derivatives": json.dumps(list(found.blocks))}
     write_tensors(path, KIND, tensors, notes)
 
 
-def read_golden(path: Path, model: Model, name: str) -> Golden:
-    """Read a golden file.
-
-    Args:
-        path: of the file.
-        model: that is to be held against it.
-        name: of that model.
-
-    Raises:
-        InputError: it is no golden file, or that of another model.
-    """
+def read_golden(path: Path, model: Model, name: str) -> Evaluated:
+    """Read a golden file of the model of that name."""
     pairs: list[tuple[str, str]] = []
 
     def check(header: Header) -> Iterable[str]:
@@ -99,8 +55,7 @@ def read_golden(path: Path, model: Model, name: str) -> Golden:
 
     variables = {"input": model.inputs, "output": model.outputs}
     there = [*model.derivative_pairs, *model.parameter_derivative_pairs]
-    found = read_tensors(path, WHAT, check)
-    inputs, outputs = ({name: found.tensors[f"{kind}.{name}"] for name in of} for kind, of in variables.items())
-    blocks = {pair: found.tensors[f"derivative.{number}"] for number, pair in enumerate(pairs)}
-    points = Points({n: v.to(model.dtype) for n, v in inputs.items()}, path.name)
-    return Golden(points, outputs, blocks, found.notes.get("metadata_sha256", ""))
+    found = read_tensors(path, WHAT, check).tensors
+    inputs, outputs = ({name: found[f"{kind}.{name}"] for name in of} for kind, of in variables.items())
+    blocks = {pair: found[f"derivative.{number}"] for number, pair in enumerate(pairs)}
+    return Evaluated(Points({n: v.to(model.dtype) for n, v in inputs.items()}, path.name), outputs, blocks)

@@ -1,27 +1,28 @@
-"""Where a model is evaluated: at the calls of a driver, at points in a file, at random ones."""
+"""Where a model is evaluated, and what it gives there: at calls of a driver, points in a file, random ones."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._artifact.stub import AOTI_MODEL, blocks, parse_input
+from .._solve.outcome import Outcome
 from .._tensor_files import Header, read_tensors
 from ..errors import AOTIError, InputError, UnknownNameError
 from ..model import Model
-from .names import lag
-from .target import Target, find_target, require_block
-
-if TYPE_CHECKING:
-    from .._host.hit import AOTIModel
+from .output import first_line
+from .target import Target, find_target, lag, require_block
 
 Tensors = dict[str, Tensor]
+# By output and by what it is differentiated by, an input or a parameter.
+Pair = tuple[str, str]
+Blocks = dict[Pair, Tensor]
 
 # Around what a driver passes, as a fraction of the largest entry that it passes.
 SPREAD = 0.01
@@ -34,15 +35,10 @@ TIME = "t"
 
 @dataclass(frozen=True)
 class Points:
-    """Inputs of a model.
-
-    Args:
-        inputs: by name, `(rows, *sub_batch, *base)`.
-        source: where they come from, in words.
-    """
+    """Inputs of a model by name, `(rows, *sub_batch, *base)`."""
 
     inputs: Tensors
-    source: str
+    source: str  # where they come from, in words
 
     @property
     def rows(self) -> int:
@@ -54,28 +50,76 @@ class Points:
         return Points({name: value[rows] for name, value in self.inputs.items()}, self.source)
 
 
-def driver_names(target: Target) -> list[str]:
-    """The drivers in a target's stub that drive the target's model."""
-    if target.stub is None:
-        return []
-    found = blocks(parse_input(target.stub), "Drivers")
-    return [name for name, block in found.items() if block.param_optional_str("model", "") == target.model]
+@dataclass(frozen=True)
+class Where:
+    """Which points to evaluate at: those of a file, else of a driver and around it, else random ones."""
+
+    points: Path | None = None
+    driver: str | None = None  # whose calls are taken; the first one of the stub if None
+    rows: int = 16  # how many points of a driver, and how many random ones
+    seed: int = 0  # of the random ones
+    scales: Mapping[str, float] = field(default_factory=dict)  # their standard deviation by input
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether it names points rather than a number of them."""
+        return self.points is not None or self.driver is not None or bool(self.scales)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a model gives at points where it converged, `(rows, ...)`."""
+
+    points: Points
+    outputs: Tensors
+    blocks: Blocks
+    parameters: Tensors = field(default_factory=dict)
+    not_finite: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # indices among all points
+
+
+def choose_points(target: Target, model: Model, where: Where) -> Points:
+    """The points that `where` describes."""
+    if where.points is not None:
+        return read_points(where.points, model)
+    driver = where.driver
+    if driver is None and target.stub is not None:
+        drivers = blocks(parse_input(target.stub), "Drivers").items()
+        driver = next((n for n, block in drivers if block.param_optional_str("model", "") == target.model), None)
+    if driver is None:
+        return random_points(model, where.rows, where.seed, where.scales)
+    driven = driver_points(target, model, driver, where.rows)
+    around = random_points(model, where.rows, where.seed, where.scales, driven)
+    inputs = {name: torch.cat([driven.inputs[name], around.inputs[name]]) for name in model.inputs}
+    return Points(inputs, f"{driven.source}, {around.source}")
+
+
+def evaluate(model: Model, points: Points) -> tuple[Evaluated, int]:
+    """Evaluate a model with all its derivatives where it converges; gives at how many points it does not as well."""
+    on_device = Points({n: v.to(model.device) for n, v in points.inputs.items()}, points.source)
+    solution = model.solve(on_device.inputs, jacobian=bool(model.derivative_pairs))
+    converged = solution.converged
+    rows = int(converged.sum())
+    if rows == 0:
+        raise InputError(
+            f"the model converges at none of the {points.rows} points ({points.source}). Give points that it meets "
+            "(--points FILE, or a stub with a driver), or a scale for its inputs (--scale NAME=VALUE)."
+        )
+    kept = on_device.at(converged)
+    outputs = {name: value[converged] for name, value in solution.outputs.items()}
+    blocks = {(out, by): block[converged] for out, row in solution.blocks.items() for by, block in row.items()}
+    if model.parameter_derivative_pairs:
+        found = model.param_jacobian(kept.inputs)[1]
+        blocks |= {(out, by): block for out, row in found.items() for by, block in row.items()}
+    not_finite = (solution.outcome == Outcome.NOT_FINITE).nonzero().squeeze(-1).cpu()
+    return Evaluated(kept, outputs, blocks, dict(model.named_parameters()), not_finite), points.rows - rows
 
 
 def driver_points(target: Target, model: Model, driver: str, most: int) -> Points:
-    """The inputs that a driver passes to a model.
-
-    Args:
-        target: a stub.
-        model: its model, which says what shape inputs have.
-        driver: name of the driver.
-        most: how many rows to take, spread over the driver's calls.
-
-    Raises:
-        InputError: there is no such driver, or it fails.
-    """
+    """The inputs that a driver passes to its model: at most so many rows, spread over the driver's calls."""
     if target.stub is None:
         raise InputError(f"{target.artifact} is an artifact, which has no drivers. Give the stub beside it.")
+    from .._host.hit import AOTIModel
+
     calls: list[Tensors] = []
 
     def keep(module: Any, arguments: tuple[Any, ...]) -> None:
@@ -84,7 +128,12 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
     device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
     with defaults(device, dtype):
         built = load_driver(target.stub, driver, device=device, dtype=dtype)
-        require_compiled(built, driver, target.stub)
+        if not isinstance(built.model, AOTIModel):
+            kind = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
+            raise InputError(
+                f"[Drivers/{driver}] in {target.stub} drives a {kind}, expected a compiled model of this plugin. If "
+                "NEML2_AOTI_PLUGIN=0 is set, unset it; `neml2-aoti doctor` tells whether the plugin is active."
+            )
         # What the driver gives is not asked for here, and must not take the place of a file.
         built.save_as = ""
         handle = built.model.register_forward_pre_hook(keep)
@@ -100,8 +149,7 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
             handle.remove()
     if not calls:
         raise InputError(f"[Drivers/{driver}] in {target.stub} does not call the model.")
-    together = {name: torch.cat([call[name] for call in calls]) for name in model.inputs}
-    found = Points(together, source)
+    found = Points({name: torch.cat([call[name] for call in calls]) for name in model.inputs}, source)
     if not found.rows:
         raise InputError(f"[Drivers/{driver}] in {target.stub} has no points. Give points in a file (--points FILE).")
     if found.rows <= most:
@@ -112,23 +160,11 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
 def load_driver(
     path: Path, driver: str, overrides: tuple[str, ...] = (), *, device: str | None = None, dtype: str | None = None
 ) -> Any:
-    """Build a driver of an input file.
-
-    Args:
-        path: the file.
-        driver: name of the driver.
-        overrides: HIT overrides, such as `Drivers/driver/save_as:=out.pt`.
-        device: of the leaf of its compiled model.
-        dtype: of that leaf.
-
-    Raises:
-        InputError: there is no such file or driver, or neml2 cannot build it.
-        ArtifactError: the compiled model that it drives cannot run here.
-    """
+    """Build a driver of an input file; device and dtype are those of the leaf, if its model is a compiled one."""
     block = require_block(parse_input(path, overrides), "Drivers", driver, path)
     driven = blocks(parse_input(path, overrides), "Models").get(block.param_optional_str("model", ""))
     if driven is not None and driven.param_optional_str("type", "") == AOTI_MODEL:
-        # A leaf that is not there is told as what it is, wrong use.
+        # A leaf that is not there is reported as what it is, wrong use.
         find_target(path, driven.path(), overrides).place(device, dtype)
     import neml2
 
@@ -145,31 +181,8 @@ def load_driver(
     return built
 
 
-def require_compiled(driver: Any, name: str, path: Path) -> AOTIModel:
-    """The model of a driver, which must be a compiled one that this plugin runs.
-
-    Raises:
-        InputError: it is another.
-    """
-    from .._host.hit import AOTIModel
-
-    found = driver.model
-    if isinstance(found, AOTIModel):
-        return found
-    kind = f"{type(found).__module__}.{type(found).__qualname__}"
-    raise InputError(
-        f"[Drivers/{name}] in {path} drives a {kind}, expected a compiled model of this plugin. If NEML2_AOTI_PLUGIN=0 "
-        "is set, unset it; `neml2-aoti doctor` tells whether the plugin is active."
-    )
-
-
 def flat(inputs: Mapping[str, Tensor], model: Model) -> Tensors:
-    """Inputs with one batch axis that they have in common.
-
-    Args:
-        inputs: by name, `(*batch, *sub_batch, *base)`.
-        model: whose inputs they are.
-    """
+    """Inputs `(*batch, *sub_batch, *base)` with one batch axis that they have in common."""
     natural = {name: variable.natural_shape for name, variable in model.inputs.items()}
     batches = [tuple(inputs[n].shape[: inputs[n].ndim - len(shape)]) for n, shape in natural.items()]
     common = torch.broadcast_shapes(*batches)
@@ -180,85 +193,7 @@ def flat(inputs: Mapping[str, Tensor], model: Model) -> Tensors:
 
 
 def read_points(path: Path, model: Model) -> Points:
-    """Read points from a file: a tensor per input, by name, in a .npz, .pt or .safetensors file.
-
-    Raises:
-        InputError: the file cannot be read, or does not hold the model's inputs.
-    """
-    given = {name: value.to(model.dtype) for name, value in _inputs_in(path, model).items()}
-    try:
-        return Points(flat(given, model), path.name)
-    except RuntimeError:
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
-        raise InputError(f"{path}: the inputs have different numbers of rows: {shapes}.") from None
-
-
-def random_points(
-    model: Model, rows: int, seed: int, scales: Mapping[str, float], around: Points | None = None
-) -> Points:
-    """Random points: around those of a driver, or normally distributed.
-
-    Args:
-        model: whose inputs they are.
-        rows: how many.
-        seed: of the random numbers.
-        scales: standard deviation of an input's entries by name; 1% of the largest entry around a driver's points, else
-            1e-3, if not given.
-        around: the driver's points.
-
-    Raises:
-        UnknownNameError: `scales` names no input.
-    """
-    unknown = [name for name in scales if name not in model.inputs]
-    if unknown:
-        raise UnknownNameError(f"no input {', '.join(unknown)}; the inputs are {', '.join(model.inputs)}.")
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn((rows, *shape), generator=generator, dtype=torch.float64)
-
-    found: Tensors = {}
-    pick = torch.randint(around.rows, (rows,), generator=generator) if around is not None else None
-    for name, variable in model.inputs.items():
-        noise = normal(variable.natural_shape)
-        if around is None or pick is None:
-            found[name] = scales.get(name, SCALE) * noise
-        else:
-            middle = around.inputs[name].to(torch.float64)
-            # Times stay what they are: a step that lasts no time, or less, means nothing.
-            usual = 0.0 if lag(name)[0] == TIME else SPREAD * float(middle.abs().max())
-            found[name] = middle[pick] + scales.get(name, usual) * noise
-    if around is None and {TIME, f"{TIME}~1"} <= found.keys():
-        before = torch.rand(rows, generator=generator, dtype=torch.float64)
-        found[f"{TIME}~1"], found[TIME] = before, before + 0.1 + before.flip(0)
-    return Points({name: value.to(model.dtype) for name, value in found.items()}, f"{rows} random")
-
-
-def joined(parts: list[Points]) -> Points:
-    """Several sets of points as one."""
-    inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs}
-    return Points(inputs, ", ".join(part.source for part in parts))
-
-
-@contextlib.contextmanager
-def defaults(device: str | None, dtype: str) -> Iterator[None]:
-    """Set torch's default device and dtype for a while, as neml2-run does: tensors in input files follow them."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        with torch.device(device) if device is not None else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of neml2's says, in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _inputs_in(path: Path, model: Model) -> Tensors:
+    """Read points from a .npz, .pt or .safetensors file with a tensor per input, by name."""
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
 
@@ -276,4 +211,49 @@ def _inputs_in(path: Path, model: Model) -> Tensors:
                 raise InputError(f"{path}: {name!r} has shape {shape}, expected ({wanted}).")
         return model.inputs
 
-    return read_tensors(path, WHAT, check).tensors
+    given = {name: value.to(model.dtype) for name, value in read_tensors(path, WHAT, check).tensors.items()}
+    try:
+        return Points(flat(given, model), path.name)
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
+        raise InputError(f"{path}: the inputs have different numbers of rows: {shapes}.") from None
+
+
+def random_points(
+    model: Model, rows: int, seed: int, scales: Mapping[str, float], around: Points | None = None
+) -> Points:
+    """Random points, normally distributed: around those of a driver, or around zero.
+
+    The standard deviation of an input that has no scale is 1% of the largest entry around a driver's points, else 1e-3.
+    """
+    unknown = [name for name in scales if name not in model.inputs]
+    if unknown:
+        raise UnknownNameError(f"no input {', '.join(unknown)}; the inputs are {', '.join(model.inputs)}.")
+    generator = torch.Generator().manual_seed(seed)
+    pick = torch.randint(around.rows, (rows,), generator=generator) if around is not None else None
+    found: Tensors = {}
+    for name, variable in model.inputs.items():
+        noise = torch.randn((rows, *variable.natural_shape), generator=generator, dtype=torch.float64)
+        if around is None or pick is None:
+            found[name] = scales.get(name, SCALE) * noise
+        else:
+            middle = around.inputs[name].to(torch.float64)
+            # Times stay what they are: a step that lasts no time, or less, means nothing.
+            usual = 0.0 if lag(name)[0] == TIME else SPREAD * float(middle.abs().max())
+            found[name] = middle[pick] + scales.get(name, usual) * noise
+    if around is None and {TIME, f"{TIME}~1"} <= found.keys():
+        before = torch.rand(rows, generator=generator, dtype=torch.float64)
+        found[f"{TIME}~1"], found[TIME] = before, before + 0.1 + before.flip(0)
+    return Points({name: value.to(model.dtype) for name, value in found.items()}, f"{rows} random")
+
+
+@contextlib.contextmanager
+def defaults(device: str | None, dtype: str) -> Iterator[None]:
+    """Set torch's default device and dtype for a while, as neml2-run does: tensors in input files follow them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model import Model
-
-Tensors = dict[str, Tensor]
+from .points import Tensors
 
 # Of the steps, the larger is this part of the input's largest entry, and the other one half of it.
 STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
@@ -26,48 +25,25 @@ SCALE = 1e-3
 
 @dataclass(frozen=True)
 class Difference:
-    """A derivative by differences.
-
-    Args:
-        block: `(rows, *out_base, *by_base)`.
-        smooth: the rows in which both steps gave the same derivative, from both sides, bool, `(rows,)`.
-    """
+    """A derivative by differences, `(rows, *out_base, *by_base)`."""
 
     block: Tensor
-    smooth: Tensor
+    smooth: Tensor  # the rows in which both steps gave the same derivative, from both sides, bool
 
 
-def by_input(model: Model, inputs: Mapping[str, Tensor], name: str, outs: Sequence[str]) -> dict[str, Difference]:
-    """Derivatives of outputs by one input.
-
-    Args:
-        model: compiled, without sub-batch axes in what is asked for.
-        inputs: `(rows, *base)` by name.
-        name: of the input.
-        outs: names of the outputs.
-    """
-    value = inputs[name]
-
-    def evaluate(moved: Tensor, times: int) -> tuple[Tensors, Tensor]:
-        repeated = {n: x.repeat(times, *(1,) * (x.ndim - 1)) for n, x in inputs.items() if n != name}
-        found = model.solve({**repeated, name: moved})
-        return found.outputs, found.converged
-
-    return central(value, tuple(model.inputs[name].base_shape), outs, evaluate)
-
-
-def by_parameter(model: Model, inputs: Mapping[str, Tensor], name: str, outs: Sequence[str]) -> dict[str, Difference]:
-    """Derivatives of outputs by one promoted parameter that has no batch of its own; else as `by_input`."""
+def differentiate(model: Model, inputs: Mapping[str, Tensor], by: str, outs: Sequence[str]) -> dict[str, Difference]:
+    """Derivatives of outputs, at inputs `(rows, *base)`, by one input, or by one parameter that has no batch."""
+    is_input = by in model.inputs
+    base = tuple(model.inputs[by].base_shape if is_input else model.parameter_base_shapes[by])
     rows = next(iter(inputs.values())).shape[0]
-    value = model.named_parameters()[name].detach()
-    base = tuple(model.parameter_base_shapes[name])
+    value = inputs[by] if is_input else model.named_parameters()[by].detach().expand(rows, *base)
 
     def evaluate(moved: Tensor, times: int) -> tuple[Tensors, Tensor]:
-        repeated = {n: x.repeat(times, *(1,) * (x.ndim - 1)) for n, x in inputs.items()}
-        found = model.solve(repeated, {name: moved})
+        repeated = {n: x.repeat(times, *(1,) * (x.ndim - 1)) for n, x in inputs.items() if n != by}
+        found = model.solve({**repeated, by: moved}) if is_input else model.solve(repeated, {by: moved})
         return found.outputs, found.converged
 
-    return central(value.expand(rows, *base), base, outs, evaluate)
+    return central(value, base, outs, evaluate)
 
 
 def central(
@@ -76,13 +52,9 @@ def central(
     outs: Sequence[str],
     evaluate: Callable[[Tensor, int], tuple[Tensors, Tensor]],
 ) -> dict[str, Difference]:
-    """Derivatives by all entries, from two steps to both sides.
+    """Derivatives by all entries of `value`, `(rows, *base)`, from two steps to both sides.
 
-    Args:
-        value: what to differentiate by, `(rows, *base)`.
-        base: its base shape.
-        outs: names of the outputs.
-        evaluate: outputs, and whether each row converged, for `value` moved and repeated so many times.
+    `evaluate` gives the outputs, and whether each row converged, for the value moved and repeated so many times.
     """
     rows, width = value.shape[0], prod(base)
     largest = float(value.abs().max()) if value.numel() else 0.0

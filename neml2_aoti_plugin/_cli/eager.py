@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,35 +14,23 @@ from .._artifact.schema import Aliases
 from .._artifact.stub import AOTI_MODEL, parse_input
 from ..errors import AOTIError, InputError
 from ..model import Model
-from .points import defaults, first_line
+from .output import first_line
+from .points import Blocks, Pair, Tensors, defaults
 from .target import require_block
 
 # What to give where another file was given.
 SOURCE = "the input file that was compiled"
 
-Tensors = dict[str, Tensor]
-Pair = tuple[str, str]
-Blocks = dict[Pair, Tensor]
-
 
 class Source:
-    """The eager model that a compiled one was made from.
-
-    Args:
-        path: the input file.
-        name: of the model in it.
-        compiled: the compiled model, whose names and shapes are asked for.
-        aliases: of the compiled model: names inside to names at its boundary.
-
-    Raises:
-        InputError: the file has no such model, neml2 cannot build it, or it has other inputs or outputs.
-    """
+    """The eager model that a compiled one was made from, in an input file; its names are those at the boundary."""
 
     def __init__(self, path: Path, name: str, compiled: Model, aliases: Aliases) -> None:
         block = require_block(parse_input(path, what=SOURCE), "Models", name, path)
         if block.param_optional_str("type", "") == AOTI_MODEL:
             raise InputError(f"[Models/{name}] in {path} is compiled itself. Give {SOURCE}.")
         import neml2
+        from neml2.models.common.ImplicitUpdate import ImplicitUpdate
 
         try:
             with defaults(None, "float64"):
@@ -53,7 +41,10 @@ class Source:
             raise InputError(f"[Models/{name}] in {path}: {first_line(error)}") from error
         self._compiled, self._aliases, self._where = compiled, aliases, f"[Models/{name}] in {path}"
         self._inside = {new: old for old, new in {**aliases.inputs, **aliases.outputs}.items()}
-        _tighten(self._model)
+        # It solves to its absolute tolerance, and is not content with a relative one.
+        for update in (module for module in self._model.modules() if isinstance(module, ImplicitUpdate)):
+            update.solver.atol *= 0.1
+            update.solver.rtol = 0.0
         spec, inputs = self._model.input_spec, [self._inside.get(name, name) for name in compiled.inputs]
         outputs = [self._inside.get(name, name) for name in compiled.outputs]
         strange = [n for n in spec if n not in inputs] + [n for n in outputs if n not in self._model.output_spec]
@@ -64,11 +55,7 @@ class Source:
             )
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> Tensors:
-        """Values for inputs `(rows, *sub_batch, *base)` by boundary name; some may have no axis of rows.
-
-        Raises:
-            InputError: the source model itself fails there.
-        """
+        """Values for inputs `(rows, *sub_batch, *base)`; some may have no axis of rows."""
         try:
             found = self._model(*self._typed(inputs).values())
         except Exception as error:
@@ -80,15 +67,10 @@ class Source:
         return {name: values[self._inside.get(name, name)].data.detach() for name in self._compiled.outputs}
 
     def blocks(self, inputs: Mapping[str, Tensor], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
-        """Derivatives, as far as the eager model gives them.
+        """Derivatives by inputs and parameters, and for the pairs that the eager model gives none of, why.
 
-        Args:
-            inputs: as for `outputs`.
-            pairs: outputs with an input or a parameter, by boundary names.
-
-        Returns:
-            Blocks `(rows, *out_base, *by_base)` by pair, and for the other pairs why there is none. Pairs with an input
-            that has a sub-batch are in neither: neml2 and compiled models have blocks of other forms for them.
+        Pairs with an input that has a sub-batch are in neither: neml2 and compiled models have blocks of other forms
+        for them.
         """
         by_inputs = [
             (o, i) for o, i in pairs if i in self._compiled.inputs and not self._compiled.inputs[i].sub_batch_shape
@@ -217,16 +199,3 @@ def _gradients(out: str, value: Tensor, leaves: Mapping[str, Tensor]) -> Blocks:
         (out, by): torch.stack(entries, 1).reshape((rows, *value.shape[1:], *leaves[by].shape[1:]))
         for by, entries in columns.items()
     }
-
-
-def _tighten(model: Any) -> None:
-    """Let an eager model solve to its absolute tolerance, and not be content with a relative one."""
-    for update in _implicit_updates(model):
-        update.solver.atol *= 0.1
-        update.solver.rtol = 0.0
-
-
-def _implicit_updates(model: Any) -> Iterator[Any]:
-    from neml2.models.common.ImplicitUpdate import ImplicitUpdate
-
-    return (module for module in model.modules() if isinstance(module, ImplicitUpdate))

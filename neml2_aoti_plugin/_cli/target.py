@@ -1,0 +1,118 @@
+"""What a command is pointed at: an artifact, or a stub that names one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._artifact.compatibility import files_of
+from .._artifact.decode import read_metadata
+from .._artifact.layout import DEVICE_METADATA, absolute, device_files, find_root, leaves, root_of
+from .._artifact.locate import Place, dtype_name, locate
+from .._artifact.schema import Metadata
+from .._artifact.stub import blocks, is_input_file, model_in
+from .._artifact.upgrade import RELEASES
+from ..errors import ArtifactError, ArtifactNotFoundError, InputError, UnknownNameError
+from ..model import Model
+
+if TYPE_CHECKING:
+    import nmhit
+
+
+@dataclass(frozen=True)
+class Target:
+    """An artifact, and the stub through which it was named.
+
+    A leaf that is not there is an `InputError`; an `ArtifactError` says that the artifact may not be loaded, is not as
+    it was sealed, or is damaged.
+    """
+
+    artifact: Path  # absolute
+    model: str
+    stub: Path | None = None
+    solver: dict[str, Any] | None = None  # Newton settings that the stub gives in place of the artifact's
+
+    def place(self, device: str | None = None, dtype: str | None = None) -> Place:
+        """The leaf for a device and a dtype; see `locate`."""
+        try:
+            return locate(self.artifact, device, dtype)
+        except ArtifactNotFoundError as error:
+            raise InputError(str(error)) from None
+
+    def places(self) -> list[Place]:
+        """All leaves."""
+        root = find_root(self.artifact)
+        if root is None:
+            found = [locate(file) for file in device_files(self.artifact)]
+        else:
+            found = [locate(root[0], device, dtype) for device, dtype in leaves(root[0])]
+        if not found:
+            raise ArtifactError(f"{self.artifact} has metadata and no leaf (a folder DEVICE/DTYPE). Copy it whole.")
+        return found
+
+    def metadata(self, device: str | None = None, dtype: str | None = None) -> Metadata:
+        """The metadata of a leaf, with the stub's Newton settings."""
+        place = self.place(device, dtype)
+        return read_metadata(place.metadata, place.folder, solver=self.solver)
+
+    def files(self, device: str | None = None, dtype: str | None = None) -> list[Path]:
+        """The files that loading a leaf reads."""
+        place, names = self.place(device, dtype), files_of(self.metadata(device, dtype))
+        return [*([self.stub] if self.stub is not None else []), place.metadata, *(place.leaf / n for n in names)]
+
+    def load(self, device: str | None = None, dtype: str | None = None) -> Model:
+        """Load the model."""
+        self.place(device, dtype)
+        return Model(self.artifact, device, dtype, solver=self.solver)
+
+
+def find_target(given: str | os.PathLike[str], model: str | None = None, overrides: tuple[str, ...] = ()) -> Target:
+    """Find the artifact that a path leads to: its folder, its metadata file, or a stub, which overrides may change.
+
+    The name of the model chooses among those of a stub, and is checked for an artifact.
+    """
+    path = absolute(given)
+    if is_input_file(path):
+        name, stub = model_in(path, model, overrides)
+        return Target(stub.artifact, name, path, stub.solver)
+    try:
+        root = root_of(path)
+    except ArtifactNotFoundError as error:
+        raise InputError(str(error)) from None
+    if find_root(path) is not None:
+        found = root.name or root.resolve().name
+    else:
+        found = device_files(path)[0].name.removesuffix(DEVICE_METADATA)
+    if model is not None and model != found:
+        raise UnknownNameError(
+            f"{path} holds the model {found!r}, not {model!r}. Leave the name out, or give that one."
+        )
+    return Target(path, found)
+
+
+def leaf_name(place: Place) -> str:
+    """A leaf as reports name it, `device/dtype`."""
+    return f"{place.device.type}/{dtype_name(place.dtype)}"
+
+
+def release_of(schema: int) -> str:
+    """The neml2 releases that write a schema."""
+    return RELEASES.get(schema, "none; an unreleased neml2")
+
+
+def lag(name: str) -> tuple[str, int]:
+    """Split `x~2`, the value of `x` two steps before, into `x` and 2; a name without a lag has 0."""
+    base, mark, steps = name.rpartition("~")
+    return (base, int(steps)) if mark and steps.isdigit() else (name, 0)
+
+
+def require_block(root: nmhit.Node, section: str, name: str, path: Path) -> nmhit.Node:
+    """The block of a parsed input file, such as `[Drivers/name]`."""
+    found = blocks(root, section)
+    if name not in found:
+        raise UnknownNameError(
+            f"{path} has no block [{section}/{name}]; in [{section}] there are: {', '.join(found) or 'none'}."
+        )
+    return found[name]

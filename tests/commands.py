@@ -1,0 +1,55 @@
+"""The command `neml2-aoti` in this process, which saves the import of torch, and the document that it prints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import references
+from neml2_aoti_plugin import _cli
+from stubs.build import compiled
+from stubs.catalogue import CATALOGUE
+
+
+def printed(*words: object, status: int = 0) -> tuple[str, str]:
+    """What a command that ends with this status prints to stdout and stderr."""
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        found = _cli.main([*map(str, words)])
+    assert found == status, f"exit status {found}:\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
+
+
+def answer(*words: object, status: int = 0) -> Any:
+    """The result of a command."""
+    out, err = printed(*words, "--json", status=status)
+    assert err == ""
+    document = json.loads(out)
+    assert document.keys() == {"form", "command", "status", "result", "error"} and document["error"] is None
+    assert (document["form"], document["command"], document["status"]) == (1, words[0], status)
+    return document["result"]
+
+
+def refused(*words: object, status: int = 2) -> str:
+    """What a command says that refuses what it is given, which is one line, unless click says how it is used."""
+    out, err = printed(*words, "--json", status=status)
+    document = json.loads(out)
+    assert (document["status"], document["result"]) == (status, None)
+    message: str = document["error"]["message"]
+    assert message in err and "Traceback" not in err
+    return message
+
+
+def stub_of(name: str) -> Path:
+    """The stub of a model of the catalogue."""
+    return references.case(name).file
+
+
+def copy_of(name: str, folder: Path) -> Path:
+    """The stub in a copy of a compiled model, which a test may change."""
+    shutil.copytree(compiled(name), folder, dirs_exist_ok=True)
+    return folder / f"{CATALOGUE[name].model}_aoti.i"
