@@ -122,7 +122,7 @@ def test_wrong_runs(tmp_path: Path) -> None:
     for words, said in (
         ([stub, "nobody"], "no block [Drivers/nobody]; in [Drivers] there are: driver"),
         ([tmp_path / "gone.i", "driver"], "no such file"),
-        ([stub, "driver", "--set", "E=1"], "'E' is not a promoted parameter"),
+        ([stub, "driver", "--set", "E=1"], "unknown 'E'"),
         ([stub, "driver", "--set", "promoted.E=stiff"], "is not NAME=VALUE with a finite number"),
         ([stub, "driver", "--set", "promoted.E=1", "--set", "promoted.E=2"], "is given twice"),
         ([stub, "driver", "save_as=x"], "is not PATH:=VALUE"),

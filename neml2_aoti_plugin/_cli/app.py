@@ -12,7 +12,20 @@ from .. import __version__, errors
 from . import FINE, INTERRUPTED, SHORT, WRONG_USE, output
 from .process import say
 
-COMMANDS = ("doctor", "inspect", "verify", "bench", "run", "plot", "params", "seal", "warm", "migrate", "serve")
+# The commands with what the help says of each, for which none of their modules is imported.
+COMMANDS = {
+    "doctor": "What is installed, what is wrong, and what mends it.",
+    "inspect": "What is in a compiled model, as a tree.",
+    "verify": "Compare a compiled model with its source.",
+    "bench": "Rows per second by batch size and threads.",
+    "run": "Run a driver, with a progress bar.",
+    "plot": "Draw results of runs.",
+    "params": "Promoted parameters: show, set, write to a file.",
+    "seal": "Write down what an artifact's files are.",
+    "warm": "Make the machine code of solves ahead.",
+    "migrate": "Rewrite an old artifact for neml2's own runtime.",
+    "serve": "Serve models over HTTP (Open Inference Protocol).",
+}
 
 # In what torch says, of a CPU and of a GPU; it has no class for the former.
 NO_MEMORY = ("can't allocate memory", "out of memory")
@@ -33,7 +46,7 @@ Examples:
 
 
 class Commands(click.Group):
-    """The commands, each imported when it is asked for."""
+    """The commands, each imported when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands, in the order of the help."""
@@ -45,6 +58,11 @@ class Commands(click.Group):
             return None
         command: click.Command = import_module(f"{__package__}.{cmd_name}").command
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(cls=Commands, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})

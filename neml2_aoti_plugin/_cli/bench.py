@@ -67,7 +67,7 @@ class BenchReport:
     picture: str | None = None  # the file that was drawn; null if none was
 
 
-@click.command(epilog=EPILOG, short_help="Rows per second by batch size and threads.")
+@click.command(epilog=EPILOG)
 @model_arguments
 @click.option("--rows", default="1,10,100,1000,10000", show_default=True, help="Batch sizes.")
 @click.option("--threads", help="Numbers of threads. [as many as torch uses]")

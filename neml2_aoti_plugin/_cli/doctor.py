@@ -86,7 +86,7 @@ class Diagnosis:
         return all(finding.level != "problem" for finding in self.findings)
 
 
-@click.command(epilog=EPILOG, short_help="What is installed, what is wrong, and what mends it.")
+@click.command(epilog=EPILOG)
 @click.argument("target", metavar="[ARTIFACT|STUB]", required=False)
 @click.argument("model", required=False)
 @click.option(

@@ -119,7 +119,7 @@ class ArtifactReport:
     segments: tuple[SegmentReport, ...]  # in the order in which they are evaluated
 
 
-@click.command(epilog=EPILOG, short_help="What is in a compiled model, as a tree.")
+@click.command(epilog=EPILOG)
 @model_arguments
 @device_options
 @json_option

@@ -53,7 +53,7 @@ class MigrateReport:
     dropped: tuple[str, ...]  # derivatives that the new artifact lacks, as `out:in`
 
 
-@click.command(epilog=EPILOG, short_help="Rewrite an old artifact for neml2's own runtime.")
+@click.command(epilog=EPILOG)
 @model_arguments
 @click.option("--out", type=FILE, required=True, help="Folder for the new artifact and its stub.")
 @click.option("--drop-derivatives", is_flag=True, help="Leave derivatives out whose graphs do not fit.")

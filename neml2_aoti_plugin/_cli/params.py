@@ -39,7 +39,7 @@ class ParametersReport:
     written: str | None  # the file that was written; null if none was
 
 
-@click.command(epilog=EPILOG, short_help="Promoted parameters: show, set, write to a file.")
+@click.command(epilog=EPILOG)
 @model_arguments
 @click.option("--from", "file", type=FILE, help="Begin with the values in this file instead of the artifact's.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a parameter another value.")

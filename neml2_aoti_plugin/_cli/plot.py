@@ -55,7 +55,7 @@ class PlotReport:
     lines: tuple[LineReport, ...]  # in it
 
 
-@click.command(epilog=EPILOG, short_help="Draw results of runs.")
+@click.command(epilog=EPILOG)
 @click.argument("results", type=FILE, metavar="RESULT...", nargs=-1, required=True)
 @click.option("--out", type=FILE, required=True, help="The picture: .png, .svg or .pdf.")
 @click.option("--x", metavar="NAME", help="Horizontal axis.")

@@ -50,7 +50,7 @@ class RunReport:
     saved: str | None  # the file that the driver's own `save_as` names; null if it names none
 
 
-@click.command(epilog=EPILOG, short_help="Run a driver, with a progress bar.")
+@click.command(epilog=EPILOG)
 @click.argument("stub", type=FILE, metavar="STUB")
 @click.argument("driver")
 @click.argument("overrides", nargs=-1, metavar="[PATH:=VALUE]...")

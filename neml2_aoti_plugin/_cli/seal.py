@@ -27,7 +27,7 @@ class SealReport:
     seals: tuple[str, ...]  # the files that were written, one for each artifact
 
 
-@click.command(epilog=EPILOG, short_help="Write down what an artifact's files are.")
+@click.command(epilog=EPILOG)
 @click.argument("paths", metavar="ARTIFACT|STUB...", nargs=-1, required=True)
 @json_option
 def command(paths: tuple[str, ...], as_json: bool) -> int:

@@ -95,7 +95,7 @@ def limit_options(function: _Function) -> _Function:
     return function
 
 
-@click.command(epilog=EPILOG, short_help="Serve models over HTTP (Open Inference Protocol).")
+@click.command(epilog=EPILOG)
 @click.argument("paths", metavar="[ARTIFACT|STUB]...", nargs=-1)
 @click.option("--name", "named", metavar="NAME=PATH", multiple=True, help="Serve this artifact or stub under NAME.")
 @click.option(

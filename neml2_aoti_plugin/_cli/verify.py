@@ -93,7 +93,7 @@ class References:
     difference_rtol: float | None = None  # `DIFFERENCE_RTOL` if None
 
 
-@click.command(epilog=EPILOG, short_help="Compare a compiled model with its source.")
+@click.command(epilog=EPILOG)
 @model_arguments
 @click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")
 @click.option("--source-model", metavar="NAME", help="The model in INPUT.i, if it has another name there.")

@@ -30,7 +30,7 @@ class WarmReport:
     file: str  # where the machine code is kept; empty where it is not
 
 
-@click.command(epilog=EPILOG, short_help="Make the machine code of solves ahead.")
+@click.command(epilog=EPILOG)
 @json_option
 def command(as_json: bool) -> int:
     """Make machine code for this processor and keep it, so that no first solve waits for it.
