@@ -12,7 +12,7 @@ CODE := neml2_aoti_plugin/_solve/machine_code.bc
 SOURCES := $(wildcard neml2_aoti_plugin/_solve/machine/*.py) $(addprefix neml2_aoti_plugin/_solve/,criteria.py tables.py)
 READY := $(INSTALLED) $(CODE)
 
-.PHONY: help machine-code demo calibrate plate test test-wide long legacy legacy-all lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix lowest
+.PHONY: help machine-code demo calibrate plate test test-wide long legacy legacy-all test-clients lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix lowest
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
@@ -23,6 +23,7 @@ help:
 	@echo "make long    run the long tests: many threads, processes and damaged files"
 	@echo "make legacy  run the tests on an artifact of each older schema, which it compiles first"
 	@echo "make legacy-all  run the tests on all artifacts of older neml2 releases; half an hour of compiling more"
+	@echo "make test-clients  run programs of others around compiled models: felupe, torch-fem, JAX; it installs them"
 	@echo "make lint    check style, format and types"
 	@echo "make format  mend style and format where a tool can"
 	@echo "make docs    build the documentation in build/docs; a warning or a broken link within it is an error"
@@ -80,6 +81,11 @@ legacy: $(READY)
 
 legacy-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m legacy --timeout 3600 $(PYTEST_ARGS)
+
+# The packages of others are large, and come into the environment here.
+test-clients: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group clients
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m clients $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -34,7 +34,8 @@ def strains(points: int) -> torch.Tensor:
     random = torch.Generator().manual_seed(SEED)
     direction = torch.randn(points, 6, generator=random, dtype=torch.float64)
     size = 5e-3 * torch.rand(points, 1, generator=random, dtype=torch.float64)
-    return size * direction / direction.norm(dim=1, keepdim=True)
+    unit: torch.Tensor = direction / direction.norm(dim=1, keepdim=True)
+    return size * unit
 
 
 def caller(way: str) -> Callable[[torch.Tensor], Any]:
@@ -61,7 +62,8 @@ def measure(way: str) -> list[float]:
     call(strains(COUNTS[0]))
     taken = [time.perf_counter() - start]
     for points in COUNTS:
-        strain, times = strains(points), []
+        strain = strains(points)
+        times: list[float] = []
         while sum(times) < SECONDS or len(times) < 3:
             start = time.perf_counter()
             call(strain)
