@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 SWITCH = "NEML2_AOTI_PLUGIN"
 HIT_TYPE = "AOTIModel"
-HIT_MODULE = "neml2_aoti_plugin._host.hit"
+HIT_MODULE, BINDING = "neml2_aoti_plugin._host.hit", "neml2_aoti_plugin._host.binding"
 # neml2's module -> the module of ours whose names stand in for it.
-STAND_INS = {"neml2.aoti._aoti": "neml2_aoti_plugin._host.binding", "neml2.aoti._shim": HIT_MODULE}
+STAND_INS = {"neml2.aoti._aoti": BINDING, "neml2.aoti._shim": HIT_MODULE}
 
 # What neml2 takes from its binding, some of it only at the first solve.
 BINDING_NAMES = (
@@ -53,16 +53,7 @@ class Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Answer for the modules that the plugin stands in for, and for no others.
-
-        Args:
-            fullname: The module that is asked for.
-            path: Where its package lies.
-            target: The module being reloaded, if any.
-
-        Returns:
-            A spec with the stand-in's loader; None leaves the module to the finders behind this one.
-        """
+        """Answer for the modules that the plugin stands in for; None leaves others to the finders behind this one."""
         # The import system holds its global lock here, so nothing is imported before the loaders' turn.
         if fullname in STAND_INS and self.failure is None:
             from importlib.machinery import ModuleSpec
@@ -162,12 +153,8 @@ class _Neml2FirstLoader:
 
 
 def load_stand_ins() -> None:
-    """Import the plugin's modules that stand in, and register the HIT type.
-
-    Raises:
-        Exception: Whatever their import raises.
-    """
-    binding = _import("neml2_aoti_plugin._host.binding")
+    """Import the plugin's modules that stand in, and register the HIT type; raises whatever their import raises."""
+    binding = _import(BINDING)
     for name in BINDING_NAMES:
         getattr(binding, name)
     hit = _import(HIT_MODULE) or _import_unlocked(HIT_MODULE)
@@ -223,11 +210,54 @@ def current() -> Finder | None:
     return next((entry for entry in finders if getattr(entry, "neml2_aoti_plugin", False) is True), None)
 
 
+def replace(finder: Finder) -> None:
+    """Replace what neml2 has by ours, where it was imported first; or leave it as it is."""
+    finder.route = "late"
+    try:
+        load_stand_ins()
+        _replace_aoti()
+        _replace_log_store()
+    except Exception as error:
+        finder.failure = error
+        warn(
+            f"neml2-aoti-plugin was imported after neml2 and cannot take the place of its binding "
+            f"({type(error).__name__}: {error}); neml2 stays as it was."
+        )
+
+
+def _replace_aoti() -> None:
+    for name in STAND_INS:
+        sys.modules.pop(name, None)
+    aoti = sys.modules.get("neml2.aoti")
+    if aoti is None:
+        # The native binding did not import, so neml2 gave its subpackage up; with ours it comes up.
+        vars(sys.modules["neml2"])["_aoti_module"] = _import("neml2.aoti")
+        return
+    for name in STAND_INS:
+        _import(name)
+    vars(aoti).update(Model=sys.modules[BINDING].Model, AOTIModel=sys.modules[HIT_MODULE].AOTIModel)
+
+
+def _replace_log_store() -> None:
+    """Let `neml2.log` steer our store, with the levels that its old one had."""
+    log: ModuleType | None = sys.modules.get("neml2.log")
+    if log is None:
+        return
+    ours = sys.modules[BINDING].log
+    old = log._store
+    ours.apply_env()
+    for channel in log.CHANNELS:
+        level = old.effective_level(channel)
+        if ours.effective_level(channel) != level:
+            ours.set_default_level(channel, level)
+    ours.set_sink(log._forward)
+    vars(log).update(_backend=ours, _store=ours)
+
+
 def arm(route: str) -> None:
     """Put the finder in place, once; where neml2 is imported already, put ours in place of what it has.
 
-    Args:
-        route: "import" or "entry point": what brought us here.
+    `route` is what brought us here: "import" or "entry point".
     """
     global problem
     try:
@@ -240,9 +270,7 @@ def arm(route: str) -> None:
             sys.meta_path.insert(0, found)
             # In mid-import neml2 has yet to ask for its binding.
             if neml2_is_imported():
-                from neml2_aoti_plugin import _late
-
-                _late.activate(found)
+                replace(found)
         elif route == "entry point" and found.torch_was_imported and found.route == "import":
             # Loading the entry point imported the package, which armed a moment ago, with torch in mid-import.
             found.route = route

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from neml2_aoti_plugin import __version__, _autoload
+from neml2_aoti_plugin import _autoload
 
 # What the binding in neml2's wheels does, by torch (major, minor); measured with this neml2.
 _MEASURED_WITH = "3.1.0"
@@ -75,12 +75,8 @@ class Status:
 
 
 def status() -> Status:
-    """Tell whether the plugin is active and what neml2's own binding would have done.
-
-    Returns:
-        The state of this process, as it is now.
-    """
-    neml2, torch = _version("neml2"), _version("torch")
+    """Tell whether the plugin is active and what neml2's own binding would have done, in this process as it is now."""
+    neml2, torch = installed("neml2"), installed("torch")
     owner = _owner()
     active, reason = _activity(neml2, torch, owner)
     finder = _autoload.current()
@@ -91,7 +87,7 @@ def status() -> Status:
         reason=reason,
         armed=None if finder is None else finder.route,
         owner=owner,
-        plugin=__version__,
+        plugin=installed(__name__.partition(".")[0]) or "",
         neml2=neml2,
         torch=torch,
         python=platform.python_version(),
@@ -115,16 +111,7 @@ def _kernels() -> tuple[str, str]:
 
 
 def native_verdict(neml2: str | None, torch: str | None, on_disk: bool | None) -> str:
-    """Say what neml2's own binding does with a torch, as far as it was measured.
-
-    Args:
-        neml2: neml2's version, None where it is absent.
-        torch: torch's version, None where it is absent.
-        on_disk: Whether the binding is installed, None without neml2.
-
-    Returns:
-        A phrase; it begins with "unknown" for what was not measured.
-    """
+    """What neml2's own binding does with a torch, in words that begin with "unknown" for what was not measured."""
     if not on_disk or torch is None:
         return "cannot be used"
     if neml2 != _MEASURED_WITH:
@@ -164,13 +151,15 @@ def _owner() -> str | None:
     return None if cls is None else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package: of what is imported, else of what is installed; None where it is not there."""
+    version = getattr(sys.modules.get(name), "__version__", None)
+    if version is not None:
+        return str(version)
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        # A build that is only on the path has no metadata; what is imported can still say.
-        version = getattr(sys.modules.get(name), "__version__", None)
-        return None if version is None else str(version)
+        return None
 
 
 def _native_on_disk() -> bool | None:

@@ -251,7 +251,7 @@ print(1e3 * wall, 1e3 * cpu)
         "sys.modules['neml2'] = None",
         "sys.modules['neml2'] = object()",
         "sys.modules['neml2'] = type(sys)('neml2')",
-        "sys.modules['neml2_aoti_plugin._late'] = None; sys.modules['neml2'] = type(sys)('neml2')",
+        "sys.modules['neml2_aoti_plugin._host'] = None; sys.modules['neml2'] = type(sys)('neml2')",
     ],
 )
 def test_arming_never_raises(environment: Environment, sabotage: str) -> None:

@@ -34,13 +34,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 BESIDE: dict[str, set[str]] = {
     "__init__": {"_artifact", "_autoload", "_status", "_host", "model", "parallel", "points"},
     "__main__": {"_cli"},
-    "_autoload": {"_late"},
-    "_late": {"_autoload"},
+    "_autoload": set(),
     "_status": {"_autoload", "_solve"},
 }
 # The folder whose modules import neml2 at the top; elsewhere it is imported within functions or not at all.
 WITH_NEML2 = "_host"
-# `_late` and `_autoload` import neml2 and the folders by name, when these are asked for.
+# `_autoload` imports neml2 and the folders by name, when these are asked for.
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neml2_aoti_plugin import _log as log
-from neml2_aoti_plugin._host.callables import CallableProducts
+from neml2_aoti_plugin._host.binding import CallableProducts
 from neml2_aoti_plugin._solve.groups import Group
 from neml2_aoti_plugin._solve.krylov import bicgstab, gmres, solve_linear
 from neml2_aoti_plugin._solve.preconditioned import KrylovSystem

@@ -12,14 +12,15 @@ from neml2.types import TensorWrapper
 from torch import Tensor, nn
 
 from .._artifact.stub import read_stub
-from ..errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError, UnknownNameError
+from .._checks import require_names
+from ..errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError
 from ..model import Model
 from ..model._admission import INITIAL_GUESS
 from ..model._module import CompiledModule, public
 from ..model._outcomes import Blocks, Tensors
 from ..model._parameters import PromotedParameters
 from ..settings import NewtonSettings
-from . import chain, typed
+from . import typed
 from .overrides import OpenSchema, parameter_values
 
 if TYPE_CHECKING:
@@ -73,12 +74,7 @@ class AOTIModel(CompiledModule):
 
     @classmethod
     def from_hit(cls, node: nmhit.Node, factory: Any) -> AOTIModel:
-        """Load the artifact that a `[Models]` block points at.
-
-        Args:
-            node: the block.
-            factory: neml2's input file, with its path, settings, and the device and dtype that were asked for.
-        """
+        """Load the artifact that a `[Models]` block of neml2's input file (`factory`) points at."""
         declared = {name for name in getattr(factory.settings, "example_batch_shape", None) or {} if name != "*"}
         try:
             try:
@@ -179,24 +175,20 @@ class AOTIModel(CompiledModule):
         inputs = self._raw(dict(zip(self.input_spec, args, strict=True)))
         if v is None:
             return tuple(self._evaluate(inputs).values())
-        unknown = [name for name in v if name not in self.input_spec]
-        if unknown:
-            raise UnknownNameError(
-                f"v= has tangents of {', '.join(unknown)}; the inputs are: {', '.join(self.input_spec)}."
-            )
-        pairs = [(out, name) for out in self.output_spec for name in chain.seeded(v, self._inner.inputs)]
+        require_names(v, self.input_spec, f"v= of {self._inner.artifact}", "inputs")
+        pairs = [(out, name) for out in self.output_spec for name in typed.seeded(v, self._inner.inputs)]
         outputs, matrices, batch = self._inner.linearise(inputs, pairs)
         wrapped = typed.wrap(outputs, self.output_spec, len(batch))
         by_pair = dict(zip(pairs, matrices, strict=True))
-        return (*wrapped.values(), chain.push_forward(v, by_pair, self._inner.inputs, wrapped))
+        return (*wrapped.values(), typed.push_forward(v, by_pair, self._inner.inputs, wrapped))
 
     @public
     def call_by_name(self, state: Mapping[str, Value]) -> dict[str, TensorWrapper]:
         """Evaluate the outputs for inputs by name.
 
         Args:
-            state: typed or raw tensors by name, among them the inputs. Unknowns of implicit segments are taken as first
-                iterates; any other name is passed over.
+            state: typed or raw tensors by name, among them the inputs. Unknowns of implicit segments are taken as initial
+                guesses; any other name is passed over.
 
         Returns:
             Typed outputs by name.
@@ -204,13 +196,10 @@ class AOTIModel(CompiledModule):
         Raises:
             UnknownNameError: an input is absent.
         """
-        absent = [name for name in self.input_spec if name not in state]
-        if absent:
-            raise UnknownNameError(f"inputs of {self._inner.artifact}: missing {', '.join(map(repr, absent))}.")
-        iterates = {name: state[name] for name in self._guess_spec if name in state}
-        if iterates:
-            inputs = {name: state[name] for name in self.input_spec}
-            return self._evaluate(self._raw({**inputs, **iterates}))
+        guesses = {name: state[name] for name in self._guess_spec if name in state}
+        if guesses or any(name not in state for name in self.input_spec):
+            inputs = {name: state[name] for name in self.input_spec if name in state}
+            return self._evaluate(self._raw({**inputs, **guesses}))
         return dict(zip(self.output_spec, self(*(state[name] for name in self.input_spec)), strict=True))
 
     def _evaluate(self, inputs: Mapping[str, Tensor]) -> dict[str, TensorWrapper]:
@@ -314,8 +303,8 @@ class AOTIModel(CompiledModule):
         found = typed.unwrap(inputs, self._inner.inputs, self.input_spec, kind, self._inner.artifact)
         if self._guess_spec.keys().isdisjoint(found):
             return found
-        iterates = self._inner.initial_guesses
-        return typed.unwrap(found, iterates, self._guess_spec, INITIAL_GUESS, self._inner.artifact)
+        guesses = self._inner.initial_guesses
+        return typed.unwrap(found, guesses, self._guess_spec, INITIAL_GUESS, self._inner.artifact)
 
     def _batch_rank(self, inputs: Mapping[str, Tensor]) -> int:
         """Number of batch axes that raw inputs and initial guesses have together."""

@@ -40,11 +40,7 @@ class OpenSchema(HitSchema):  # type: ignore[misc]
         """Refuse nothing yet."""
 
     def require_known(self, node: nmhit.Node) -> None:
-        """Refuse all others: for a block whose artifact cannot be loaded.
-
-        Raises:
-            ValueError: the block has an option that is none, as neml2 tells it.
-        """
+        """Refuse all others, with a ValueError of neml2: for a block whose artifact cannot be loaded."""
         super().reject_unknown_fields(node)
 
     @property
@@ -76,22 +72,11 @@ class Option:
 def parameter_values(
     block: nmhit.Node, factory: Any, schema: OpenSchema, parameters: Mapping[str, Parameter]
 ) -> dict[str, Any]:
-    """Find values of promoted parameters among a file's options, and refuse overrides that nobody would read.
+    """The values of promoted parameters (a number, a tensor or a typed one) among a file's options, by boundary name.
 
     `Models/creep/eta` stands for the parameter `creep.eta`, or for one whose name ends in `.creep.eta`; so does the
-    option of the source input that neml2 keeps there, such as `Models/creep/reference_stress`.
-
-    Args:
-        block: of the compiled model.
-        factory: neml2's input file.
-        schema: options of the block.
-        parameters: the promoted parameters of the model, by name at the boundary.
-
-    Returns:
-        A number, a tensor or a typed one by name of parameter.
-
-    Raises:
-        InputError: an override leads nowhere, or its value does not fit.
+    option of the source input that neml2 keeps there, such as `Models/creep/reference_stress`. An override that nobody
+    would read, or whose value does not fit, is an error.
     """
     root, model = factory._root, block.path()
     written = _as_written(factory._path)

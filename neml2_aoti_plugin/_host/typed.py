@@ -1,10 +1,12 @@
-"""neml2's typed tensors at the boundary of a compiled model: to raw ones, and back."""
+"""neml2's typed tensors at the boundary of a compiled model: to raw ones and back, and its first-order chain rule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import neml2
+import torch
 from neml2 import types as neml2_types
 from neml2.types import TensorWrapper
 from torch import Tensor
@@ -14,18 +16,12 @@ from ..errors import ArtifactError, InputError, InputTypeError
 from ..model._outcomes import Blocks, Tensors
 
 Wrapper = type[TensorWrapper]
+# Of each variable, tangents by the name of what they are taken by.
+ChainRule = dict[str, dict[str, TensorWrapper]]
 
 
 def wrapper_class(variable: Variable, name: str) -> Wrapper:
-    """The typed wrapper of a variable.
-
-    Args:
-        variable: of the model.
-        name: at the boundary, for messages.
-
-    Raises:
-        ArtifactError: neml2 has no such type.
-    """
+    """The typed wrapper of a variable, whose `name` is that at the boundary."""
     found = getattr(neml2_types, variable.type, None)
     if not (isinstance(found, type) and issubclass(found, TensorWrapper)):
         raise ArtifactError(
@@ -36,25 +32,14 @@ def wrapper_class(variable: Variable, name: str) -> Wrapper:
 
 
 def wrapper_of_unknown(variable: Variable, name: str) -> Wrapper:
-    """As `wrapper_class`, for an unknown, whose type most artifacts do not tell; any wrapper then.
-
-    Args:
-        variable: the unknown.
-        name: as callers know it, for messages.
-    """
+    """As `wrapper_class`, for an unknown, whose type most artifacts do not tell; any wrapper then."""
     return wrapper_class(variable, name) if variable.type else TensorWrapper
 
 
 def class_of_base_shape(shape: Shape) -> Wrapper | None:
-    """A typed wrapper with a base shape, for parameters, whose types the artifact does not tell.
+    """A typed wrapper with a base shape, for parameters, whose types no artifact tells; None if there is none.
 
     neml2 asks for it to find a child's parameters and their base shapes, and for nothing else.
-
-    Args:
-        shape: the base shape.
-
-    Returns:
-        The wrapper; None where neml2 has none of that shape.
     """
     classes = (getattr(neml2_types, name) for name in ("Scalar", *neml2_types.__all__))
     return next((c for c in classes if isinstance(c, type) and getattr(c, "BASE_SHAPE", None) == shape), None)
@@ -72,19 +57,7 @@ def unwrap(
     kind: str,
     where: object,
 ) -> Tensors:
-    """Raw tensors `(*batch, *sub_batch, *base)` of typed ones; raw ones and unknown names pass.
-
-    Args:
-        values: by name.
-        variables: of the model.
-        spec: their wrapper classes.
-        kind: what the values are, for messages.
-        where: the artifact, for messages.
-
-    Raises:
-        InputTypeError: a value is of another type.
-        InputError: a value has chain-rule axes, or another sub-batch than the model was compiled for.
-    """
+    """Raw tensors `(*batch, *sub_batch, *base)` of typed ones; raw ones and unknown names pass."""
     return {
         name: raw(value, name, variables[name], spec[name], kind, where)
         if isinstance(value, TensorWrapper) and name in variables
@@ -94,7 +67,7 @@ def unwrap(
 
 
 def raw(value: TensorWrapper, name: str, variable: Variable, wanted: Wrapper, kind: str, where: object) -> Tensor:
-    """See `unwrap`, for one value."""
+    """See `unwrap`, for one value; it has no chain-rule axes, and no other sub-batch than was compiled."""
     if not isinstance(value, wanted):
         raise InputTypeError(f"{kind} {name!r} is a {type(value).__name__}, expected a {wanted.__name__}.")
     if value.k_ndim:
@@ -123,23 +96,12 @@ def raw(value: TensorWrapper, name: str, variable: Variable, wanted: Wrapper, ki
 
 
 def batch_rank(inputs: Mapping[str, Tensor], variables: Mapping[str, Variable]) -> int:
-    """Number of batch axes that raw inputs have together.
-
-    Args:
-        inputs: by name, `(*batch, *sub_batch, *base)`.
-        variables: of the model.
-    """
+    """Number of batch axes that raw inputs have together."""
     return max((x.ndim - len(variables[name].natural_shape) for name, x in inputs.items()), default=0)
 
 
 def wrap(values: Mapping[str, Tensor], spec: Mapping[str, Wrapper], rank: int) -> dict[str, TensorWrapper]:
-    """Typed tensors of raw ones; axes between batch and base are the sub-batch.
-
-    Args:
-        values: by name, `(*batch, *sub_batch, *base)`.
-        spec: wrapper classes.
-        rank: number of batch axes.
-    """
+    """Typed tensors of raw ones, with `rank` batch axes; axes between batch and base are the sub-batch."""
     return {
         name: spec[name](value, sub_batch_ndim=max(value.ndim - rank - spec[name].BASE_NDIM, 0))
         for name, value in values.items()
@@ -149,14 +111,7 @@ def wrap(values: Mapping[str, Tensor], spec: Mapping[str, Wrapper], rank: int) -
 def wrap_blocks(
     blocks: Blocks, inputs: Mapping[str, Wrapper], outputs: Mapping[str, Wrapper], rank: int
 ) -> dict[str, dict[str, neml2_types.Tensor]]:
-    """Derivative blocks as neml2's tensors of free base shape.
-
-    Args:
-        blocks: `(*batch, *out_base, *in_base)`, or without the batch axes.
-        inputs: wrapper classes.
-        outputs: wrapper classes.
-        rank: number of batch axes.
-    """
+    """Derivative blocks, with `rank` batch axes or none, as neml2's tensors of free base shape."""
     return {
         out: {
             name: neml2_types.Tensor(
@@ -166,3 +121,61 @@ def wrap_blocks(
         }
         for out, row in blocks.items()
     }
+
+
+# -- the chain rule ---------------------------------------------------------------------------------------------------
+
+
+def seeded(v: Mapping[str, Mapping[str, TensorWrapper]], inputs: Mapping[str, Variable]) -> list[str]:
+    """Names of the inputs that have tangents, in the model's order."""
+    return [name for name in inputs if v.get(name)]
+
+
+def push_forward(
+    v: Mapping[str, Mapping[str, TensorWrapper]],
+    matrices: Mapping[tuple[str, str], Tensor],
+    inputs: Mapping[str, Variable],
+    outputs: Mapping[str, TensorWrapper],
+) -> ChainRule:
+    """Tangents of the outputs for tangents of the inputs, by the matrices `(*batch, entries, entries)` of their pairs.
+
+    Each tangent of an input is `(*K, *batch, *sub_batch, *base)` with any number of leading chain-rule axes, and those
+    of the outputs have the axes of their seeds.
+    """
+    found: ChainRule = {}
+    for (out, name), matrix in matrices.items():
+        value = outputs[out]
+        for leaf, seed in v[name].items():
+            column = _columns(seed, name, inputs[name], matrix.ndim - 2)
+            along = torch.matmul(matrix, column).squeeze(-1)
+            lead = along.shape[:-1]
+            sub_and_base = value.data.shape[value.data.ndim - value.sub_batch_ndim - type(value).BASE_NDIM :]
+            tangent = _like(value, along.reshape((*lead, *sub_and_base)), seed)
+            row = found.setdefault(out, {})
+            row[leaf] = row[leaf] + tangent if leaf in row else tangent
+    return found
+
+
+def _columns(seed: TensorWrapper, name: str, variable: Variable, rank: int) -> Tensor:
+    """A tangent as columns `(*K, *batch, entries, 1)` with `rank` batch axes."""
+    if any(state != "full" for state in seed.k_state):
+        raise InputError(
+            f"the tangent of {name!r} has chain-rule axes that are tied to sub-batch axes (k_state={seed.k_state}); a "
+            "compiled model takes full ones."
+        )
+    data: Tensor = seed.data
+    k, natural = seed.k_ndim, variable.natural_shape
+    base = len(variable.base_shape)
+    own: Shape = tuple(data.shape[k : data.ndim - base - seed.sub_batch_ndim])
+    sites = tuple(data.shape[data.ndim - base - seed.sub_batch_ndim : data.ndim - base])
+    sites = sites or (1,) * len(variable.sub_batch_shape)
+    shaped = data.reshape((*data.shape[:k], *(1,) * (rank - len(own)), *own, *sites, *data.shape[data.ndim - base :]))
+    lead = shaped.shape[: shaped.ndim - len(natural)]
+    return shaped.expand((*lead, *natural)).reshape((*lead, variable.size, 1))
+
+
+def _like(value: TensorWrapper, data: Tensor, seed: TensorWrapper) -> TensorWrapper:
+    """A tangent of an output, with the chain-rule axes of a seed."""
+    wrapper: Wrapper = type(value)
+    axes: dict[str, Any] = {"k_ndim": seed.k_ndim, "k_state": seed.k_state, "k_pairing": seed.k_pairing}
+    return wrapper(data, sub_batch_ndim=value.sub_batch_ndim, **axes)
