@@ -41,17 +41,20 @@ BESIDE: dict[str, set[str]] = {
 WITH_NEML2 = "_host"
 # `_autoload` imports neml2 and the folders by name, when these are asked for.
 
+# Folders whose circles through functions and types are not cured yet.
+NOT_YET = {"_graphs", "_program", "_cli", "serve"}
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports(file: Path, *, top: bool = False) -> Iterator[tuple[int, str]]:
-    """The modules that a file imports, as absolute names, with the lines; within functions too unless `top`."""
+    """The modules that a file imports, as absolute names, with the lines; if `top`, those alone that it runs first."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     inside = file.relative_to(PACKAGE.parent).with_suffix("").parts
-    checked = {id(n) for part in ast.walk(tree) if _for_types(part) for n in ast.walk(part)}
-    later = {id(n) for part in ast.walk(tree) if isinstance(part, ast.FunctionDef) for n in ast.walk(part)}
+    parts = [part for part in ast.walk(tree) if isinstance(part, ast.FunctionDef) or _for_types(part)]
+    later = {id(node) for part in parts for node in ast.walk(part)} if top else set()
     for node in ast.walk(tree):
-        if id(node) in checked or (top and id(node) in later):
+        if id(node) in later:
             continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -94,11 +97,16 @@ def test_neml2_is_imported_at_the_top_in_one_folder_only(file: Path) -> None:
 
 
 def test_no_circles() -> None:
-    """Within a folder too, so that any module can be imported first."""
+    """Within a folder too, and through functions and what only type checkers read."""
     names = {".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts): f for f in MODULES}
+
+    def imported(found: str) -> str | None:
+        """The module of what is imported, which is a module or a name in one; a folder's own module is `__init__`."""
+        there = (found, f"{found}.__init__", *(f"{found.rpartition('.')[0]}{end}" for end in ("", ".__init__")))
+        return next((name for name in there if name in names), None)
+
     edges = {
-        name: {n for _, found in imports(file, top=True) for n in (found, found.rpartition(".")[0]) if n in names}
-        - {name}
+        name: {imported(found) for _, found in imports(file, top=file.parts[-2] in NOT_YET)} - {name, None}
         for name, file in names.items()
     }
     done: set[str] = set()
@@ -106,7 +114,7 @@ def test_no_circles() -> None:
     def visit(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, " -> ".join((*path[path.index(name) :], name))
         if name not in done:
-            for other in sorted(edges[name]):
+            for other in sorted(filter(None, edges[name])):
                 visit(other, (*path, name))
             done.add(name)
 

@@ -187,8 +187,8 @@ class AOTIModel(CompiledModule):
         """Evaluate the outputs for inputs by name.
 
         Args:
-            state: typed or raw tensors by name, among them the inputs. Unknowns of implicit segments are taken as initial
-                guesses; any other name is passed over.
+            state: typed or raw tensors by name, among them the inputs. Unknowns of implicit segments are taken as
+                initial guesses; any other name is passed over.
 
         Returns:
             Typed outputs by name.
