@@ -9,13 +9,12 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .._status import Status, status
+from .._status import Status, installed, status
 from ..errors import AOTIError, InputError
 from . import FINE, SHORT, environment
 from .environment import Finding, Level
@@ -163,7 +162,7 @@ def diagnose(
     else:
         binding = now.native_binding
     return Diagnosis(
-        versions={name: _version(name) for name in PACKAGES} | {"Python": now.python},
+        versions={name: installed(name) for name in PACKAGES} | {"Python": now.python},
         plugin=now,
         binding=binding,
         kernels=kernels,
@@ -176,13 +175,6 @@ def diagnose(
         artifact=artifact,
         findings=(*looked_at, of_kernels, of_compiler, of_threads, of_scratch, *found),
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _of_artifact(
