@@ -266,5 +266,5 @@ class TestDaskArrays:
             map_blocks(case.model, {**cut, "t": da.from_array(arrays["t"], chunks=200)})
         with pytest.raises(InputError, match="another axis than the rows"):
             map_blocks(case.model, {**arrays, "strain": da.from_array(arrays["strain"], chunks=(100, 3))})
-        with pytest.raises(InputError, match="missing strain"):
+        with pytest.raises(InputError, match="missing .strain."):
             map_blocks(case.model, {name: value for name, value in cut.items() if name != "strain"})

@@ -55,10 +55,8 @@ def points_of(name: str, n: int, **options: Any) -> Points:
 @pytest.mark.parametrize("dimension", [3, "plane strain"])
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_results_are_those_of_the_law_by_hand(notation: Any, dimension: Any) -> None:
-    points, hand = (
-        points_of("viscoplasticity", 5, notation=notation, dimension=dimension),
-        radial_return.RadialReturn(5),
-    )
+    points = points_of("viscoplasticity", 5, notation=notation, dimension=dimension)
+    hand = radial_return.RadialReturn(5)
     for step in (1, 2):
         strain = step * gradients(5, 3e-3, dimension)
         found = points.update(strain=written(strain, notation, "strain", dimension), t=float(step))
@@ -125,16 +123,11 @@ class TestPlaneStress:
     def test_stress_out_of_the_plane_vanishes(self, notation: Any) -> None:
         points = points_of("viscoplasticity", 8, notation=notation, dimension="plane stress")
         for step in range(1, 5):
-            found = points.update(
-                strain=written(step * gradients(8, 4e-3, "plane"), notation, "strain", "plane"), t=step
-            )
+            strain = written(step * gradients(8, 4e-3, "plane"), notation, "strain", "plane")
+            found = points.update(strain=strain, t=step)
             assert bool(found.converged.all())
-            stress = points.trial("stress")
-            whole = (
-                stress
-                if notation == "tensor"
-                else convert(stress, "mandel" if notation == "mandel" else "voigt stress", "tensor")
-            )
+            form: Any = "voigt stress" if notation == "voigt" else notation
+            whole = convert(points.trial("stress"), form, "tensor")
             assert np.abs(whole[:, 2]).max() < 1e-8 * np.abs(whole).max()
             points.commit()
 
@@ -308,11 +301,9 @@ class TestWhole:
 
     def test_refused(self) -> None:
         model = references.case("viscoplasticity").model
-        with pytest.raises(
-            InputError, match=r"whole= names 'stress', whose components out of the plane.*trial\('stress'"
-        ):
+        with pytest.raises(InputError, match=r"whole= names 'stress', .*trial\('stress'"):
             Points(model, 1, dimension="plane stress", whole=["stress"])
-        with pytest.raises(UnknownNameError, match="whole= names 't', which is no symmetric tensor"):
+        with pytest.raises(UnknownNameError, match=r"whole= .*: unknown 't'"):
             Points(model, 1, dimension="plane strain", whole=["t"])
 
 
@@ -333,9 +324,7 @@ class TestTold:
         found = points.update(eps=np.array([0, 0, 0, 0, 0, 1e-3]))
         assert np.allclose(found.outputs["sigma"], [[0, 0, 0, 0, 0, shear * 1e-3]])
         # What it does with other names, it is told.
-        with pytest.raises(
-            UnknownNameError, match=r"strains= names 'epsilon', which is no symmetric tensor.*sigma, eps"
-        ):
+        with pytest.raises(UnknownNameError, match=r"strains= .*unknown 'epsilon'.* symmetric tensors are: sigma, eps"):
             Points(model, 1, notation="voigt", strains=["epsilon"])
         plane = Points(model, 1, dimension="plane stress")
         assert plane.update(eps=np.array([1e-3, 0.0, 0.0])).outputs["sigma"].shape == (1, 3)

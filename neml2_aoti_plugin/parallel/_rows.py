@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import whole_number
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
 from ..model._operations import operation as operation_named
@@ -102,8 +103,7 @@ def map_rows(
     """
     begun = time.perf_counter()
     operation_named(operation, OPERATIONS)
-    for name, value in (("rows", rows), ("chunk", chunk)):
-        _require_count(name, value)
+    rows, chunk = (None if n is None else whole_number(n, name, 1) for n, name in ((rows, "rows"), (chunk, "chunk")))
     loaded = loaded_model(model)
     with ExitStack() as stack:
         runner = stack.enter_context(_runner(executor, loaded))
@@ -234,15 +234,6 @@ def _chunk_size(model: Model) -> int:
     """Rows of a chunk that suit a model."""
     program = model._caller.program
     return BLOCKS * program.block if program.implicit and program.block else EXPLICIT
-
-
-def _require_count(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputTypeError(f"{name} is {value!r}, expected a whole number, at least 1.")
-    if value < 1:
-        raise InputError(f"{name} is {value}, expected at least 1.")
 
 
 @contextmanager

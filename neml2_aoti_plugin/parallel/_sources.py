@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import require_names
 from .._files import file_name
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
@@ -206,11 +207,7 @@ def _block(block: object, model: Model, number: int) -> Rows:
 def checked(arrays: Mapping[str, Any], model: Model, where: str) -> tuple[int, frozenset[str]]:
     """The number of rows, and the names of arrays without a row axis; arrays need no more than a dtype and a shape."""
     variables = {**model.initial_guesses, **model.inputs}
-    absent = [name for name in model.inputs if name not in arrays]
-    unknown = [str(name) for name in arrays if name not in variables]
-    if absent or unknown:
-        parts = [f"missing {', '.join(absent)}"] * bool(absent) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
-        raise InputError(f"{where}: {'; '.join(parts)}. The model's inputs are: {', '.join(model.inputs)}.")
+    require_names(arrays, variables, where, "inputs", needed=model.inputs)
     dtype = str(model.dtype).removeprefix("torch.")
     rows: dict[str, int] = {}
     for name, array in arrays.items():

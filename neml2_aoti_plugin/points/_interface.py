@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import require_names
 from ..errors import InputError, InputTypeError, UnknownNameError
 from ..model import Solution
 from ..notation import ORDER, Form, convert, convert_gradient, convert_tangent
@@ -115,12 +116,7 @@ def forms_of(
     symmetric = [name for name, base in bases.items() if base == SYMMETRIC]
     strains, stresses, whole = tuple(strains), tuple(stresses), tuple(whole)
     for names, argument in ((strains, "strains"), (stresses, "stresses"), (whole, "whole")):
-        for name in names:
-            if name not in symmetric:
-                raise UnknownNameError(
-                    f"{argument}= names {name!r}, which is no symmetric tensor of {where}; there are: "
-                    f"{', '.join(symmetric)}."
-                )
+        require_names(names, symmetric, f"{argument}= of {where}", "symmetric tensors")
     reduced = frozenset(symmetric).difference(whole) if plane else frozenset()
     if notation != "voigt":
         return Forms(bases, dict.fromkeys(symmetric, notation), reduced)

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import AOTIError, InputError, InputTypeError, UnknownNameError
+from .._checks import require_names, whole_number
+from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model, as_model
 from . import _state as states
 from ._arrays import Array, Arrays, mask_of, require_not_followed
@@ -68,7 +68,7 @@ class Points:
     ) -> None:
         if dimension not in DIMENSIONS:
             raise InputError(f"dimension is {dimension!r}, expected one of {', '.join(map(repr, DIMENSIONS))}.")
-        self.model, self.n = as_model(model), _count(n)
+        self.model, self.n = as_model(model), whole_number(n, "n")
         self.notation, self.dimension = notation, dimension
         where, outputs = str(self.model.artifact), self.model.outputs
         roles = roles_of(self.model, history or {}, driven)
@@ -123,10 +123,9 @@ class Points:
             InputTypeError: a value is no array, or has the wrong dtype or device.
         """
         found: Tensors = {}
-        for name, value in _named(values, named).items():
-            if name not in self._kept and name not in self._roles.depth:
-                there = ", ".join((*self._roles.depth, *self._kept)) or "nothing"
-                raise UnknownNameError(f"{name!r} is not kept by these points; what is kept is: {there}.")
+        given = _named(values, named)
+        require_names(given, (*self._roles.depth, *self._kept), "initial", "values that are kept")
+        for name, value in given.items():
             variable = self._kept.get(name, name)
             found[name] = self._interface.admitted(name, variable, value, whole=True).clone()
             if not bool(found[name].isfinite().all()):
@@ -235,8 +234,7 @@ class Points:
         Raises:
             UnknownNameError: that value is not kept.
         """
-        if earlier(name, steps) not in self._old:
-            raise UnknownNameError(f"{earlier(name, steps)!r} is not kept; what is kept is: {', '.join(self._old)}.")
+        require_names([earlier(name, steps)], self._old, "committed", "values that are kept")
         return self._interface.shown(name, self._old[earlier(name, steps)])
 
     def trial(self, name: str) -> Array:
@@ -255,8 +253,7 @@ class Points:
             UnknownNameError: the variable is not kept.
         """
         values = self._require_trial("trial").values
-        if name not in values:
-            raise UnknownNameError(f"{name!r} is not kept; what is kept is: {', '.join(values)}.")
+        require_names([name], values, "trial", "variables that are kept")
         return self._interface.shown(name, values[name])
 
     def state(self) -> PointsState:
@@ -327,9 +324,3 @@ def _named(values: Mapping[str, Array] | None, named: Mapping[str, Array]) -> di
     if values is not None and not isinstance(values, Mapping):
         raise InputTypeError(f"values are a {type(values).__name__}, expected names: update(strain=..., t=...).")
     return {**(values or {}), **named}
-
-
-def _count(n: object) -> int:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
-        raise InputTypeError(f"n is {n!r}, expected a number of points.")
-    return int(n)

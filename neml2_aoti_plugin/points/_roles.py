@@ -7,10 +7,11 @@ input, the caller's own value is kept. An input with the name of an output is th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import DerivativeNotCompiledError, InputError, UnknownNameError
+from .._checks import require_names
+from ..errors import DerivativeNotCompiledError, InputError
 from ..model import Model
 from ..model._derivatives import input_pairs
 
@@ -41,17 +42,10 @@ class Roles:
         """The variables by the names under which their earlier values are kept, such as `stress~1`."""
         return {earlier(name, lag): name for name, depth in self.depth.items() for lag in range(1, depth + 1)}
 
-    def require_driven(self, given: Iterable[str]) -> None:
+    def require_driven(self, given: Collection[str]) -> None:
         """Refuse names that are not those of the driven inputs, and that some are absent."""
-        given = tuple(given)
-        absent = [name for name in self.driven if name not in given]
-        unknown = [name for name in given if name not in self.driven]
-        if absent or unknown:
-            own = [name for name in unknown if name in self.lagged or name in self.guesses]
-            hint = f" {', '.join(map(repr, own))}: kept by the points themselves." if own else ""
-            raise UnknownNameError(
-                f"update: missing {absent}, unknown {unknown}; it takes {', '.join(self.driven)}.{hint}"
-            )
+        hints = {name: f"{name!r} is kept by the points themselves." for name in (*self.lagged, *self.guesses)}
+        require_names(given, self.driven, "update", "driven inputs", needed=self.driven, hints=hints)
 
 
 def earlier(name: str, lag: int) -> str:
@@ -62,12 +56,7 @@ def earlier(name: str, lag: int) -> str:
 def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], also_kept: Iterable[str] = ()) -> Roles:
     """Derive what each input is from its name, from `history` and `driven` of `Points`, and which to keep as well."""
     inputs, outputs, told = model.inputs, model.outputs, tuple(driven)
-    for name in (*history, *told):
-        if name not in inputs:
-            raise UnknownNameError(
-                f"{name!r} is told in history= or driven=, but is no input of {model.artifact}; the inputs are: "
-                f"{', '.join(inputs)}."
-            )
+    require_names((*history, *told), inputs, f"history= and driven= of {model.artifact}", "inputs")
     lagged, guesses, given = {}, [], []
     lost: list[str] = []
     for name in inputs:

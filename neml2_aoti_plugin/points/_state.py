@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .._checks import require_names
 from .._files import draft
 from .._tensor_files import Header, read_tensors
 from ..errors import InputError
@@ -71,13 +72,7 @@ class Expected:
         """Refuse a state of another artifact, of another number of points, or of other values."""
         if n != self.n:
             raise InputError(f"the state is one of {n} points, expected {self.n}.")
-        absent = [name for name in self.shapes if name not in shapes]
-        unknown = [name for name in shapes if name not in self.shapes]
-        if absent or unknown:
-            raise InputError(
-                f"the state is not one of this model: missing {absent}, unknown {unknown}; it needs "
-                f"{', '.join(self.shapes)}."
-            )
+        require_names(shapes, self.shapes, "the state", "values that this model keeps", needed=self.shapes)
         for name, shape in self.shapes.items():
             if shapes[name] != (n, *shape):
                 raise InputError(f"the state's {name!r} has shape {shapes[name]}, expected {(n, *shape)}.")
