@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Generator
@@ -58,6 +59,12 @@ def _unless_torch_is_too_old() -> Generator[None, Any, Any]:
 def _wide_stubs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let only tests of the wide suite use its stubs."""
     monkeypatch.setattr(references, "wide_allowed", request.node.get_closest_marker("wide") is not None)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """A copy of the elasticity artifact that a test may damage."""
+    return Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "folder" / "elasticity"))
 
 
 @pytest.fixture(scope="session")

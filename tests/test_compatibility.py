@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,28 +12,12 @@ import torch
 
 import references
 from attacks.archives import ATTACKS, edited, recorded, swapped
+from attacks.artifacts import INPUTS, package, refusal, runs
 from attacks.children import run, run_fresh
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model
 from neml2_aoti_plugin._artifact import compatibility
-from neml2_aoti_plugin._artifact.files import folder_at
 from neml2_aoti_plugin._artifact.package import read_signature
 from neml2_aoti_plugin._artifact.wiring import Wire, wire_fault
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    """A copy of the elasticity artifact that a test may damage."""
-    return Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "folder" / "elasticity"))
-
-
-def package(artifact: Path, name: str = "elasticity") -> Path:
-    return artifact / f"cpu/float64/{name}.pt2"
-
-
-def refusal(artifact: Path, kind: type[Exception] = ArtifactError) -> str:
-    with pytest.raises(kind) as raised:
-        Model(artifact)
-    return str(raised.value)
 
 
 class TestArchives:
@@ -42,22 +27,19 @@ class TestArchives:
         file.write_bytes(ATTACKS[name].make(file.read_bytes()))
         before = sorted(artifact.parent.parent.rglob("*"))
         text = refusal(artifact)
-        assert str(file) in text
-        for word in ATTACKS[name].words:
-            assert word in text, f"{word!r} is not in: {text}"
+        assert all(word in text for word in (str(file), *ATTACKS[name].words)), text
         assert sorted(artifact.parent.parent.rglob("*")) == before
 
     def test_the_real_package_passes(self, artifact: Path) -> None:
         file = package(artifact)
         # What the attacks start from, taken apart and put together again.
         file.write_bytes(recorded()(file.read_bytes()))
-        strain = torch.ones(6, dtype=torch.float64)
-        stress = Model(artifact).forward({"strain": strain})["stress"]
-        assert torch.equal(stress, references.case("elasticity").model.forward({"strain": strain})["stress"])
+        strain = {"strain": torch.ones(6, dtype=torch.float64)}
+        expected = references.case("elasticity").model.forward(strain)["stress"]
+        assert torch.equal(Model(artifact).forward(strain)["stress"], expected)
 
     def test_package_of_another_graph(self, artifact: Path) -> None:
-        file = package(artifact)
-        file.write_bytes(package(artifact, "elasticity_jvp").read_bytes())
+        package(artifact).write_bytes(package(artifact, "elasticity_jvp").read_bytes())
         assert "elasticity_jvp, expected elasticity" in refusal(artifact)
 
     def test_package_that_takes_other_tensors(self, artifact: Path) -> None:
@@ -66,8 +48,7 @@ class TestArchives:
         assert "takes 3 tensors, where the metadata gives it 1 as the value" in refusal(artifact)
 
     def test_package_that_takes_other_shapes(self) -> None:
-        file = package(references.case("elasticity").artifact)
-        signature = read_signature(file, folder_at(file.parent))
+        signature = read_signature(package(references.case("elasticity").artifact))
         assert wire_fault(Wire("x", "value", ((6,),)), signature) == ""
         text = wire_fault(Wire("x", "value", ((7,),)), signature)
         assert "(*, 6) as tensor 0" in text and "(*batch, 7) as the value" in text
@@ -79,26 +60,20 @@ class TestArchives:
         file.write_text(json.dumps(document))
         assert "named by the metadata as value and as jacobian" in refusal(artifact)
 
-    def test_a_folder_and_a_pipe_for_a_package(self, artifact: Path) -> None:
-        import os
-
-        file = package(artifact)
-        file.unlink()
-        file.mkdir()
-        assert "not a file" in refusal(artifact)
-        file.rmdir()
-        os.mkfifo(file)
+    @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+    def test_a_folder_and_a_pipe_for_a_package(self, artifact: Path, make: Callable[[Path], None]) -> None:
+        package(artifact).unlink()
+        make(package(artifact))
         assert "not a file" in refusal(artifact)
 
 
 class TestReport:
     def test_all_findings_at_once_with_a_cure_each(self, artifact: Path) -> None:
-        file, other = package(artifact), package(artifact, "elasticity_jvp")
+        file = package(artifact)
         make = recorded(AOTI_PLATFORM="win32", AOTI_MACHINE="riscv64", AOTI_DEVICE_KEY="cuda")
         file.write_bytes(make(file.read_bytes()))
-        other.unlink()
-        text = refusal(artifact, ArtifactNotFoundError)
-        head, *lines = text.splitlines()
+        package(artifact, "elasticity_jvp").unlink()
+        head, *lines = refusal(artifact, ArtifactNotFoundError).splitlines()
         assert str(artifact) in head and "for 4 reasons" in head
         assert len(lines) == 4
         for line in lines:
@@ -113,58 +88,56 @@ class TestReport:
         assert "{elasticity.pt2, elasticity_jvp.pt2}" in text
 
 
-class TestProcessor:
-    HAVE = frozenset(["fma", "f16c", "avx2", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni"])
-
-    def test_a_superset_is_fine(self) -> None:
-        assert compatibility.lacking("AVX512 AVX512_VNNI", self.HAVE) == []
-        assert compatibility.lacking("AVX2", self.HAVE | {"amx_tile"}) == []
-
-    def test_a_subset_is_refused(self) -> None:
-        assert compatibility.lacking("AVX512 AVX512_VNNI", self.HAVE - {"avx512_vnni"}) == ["avx512_vnni"]
-        assert compatibility.lacking("AVX512", frozenset({"avx2", "fma"})) == [
-            "avx512f",
-            "avx512dq",
-            "avx512bw",
-            "avx512vl",
-        ]
-        assert compatibility.lacking("AVX512 AVX512_VNNI AMX_TILE", self.HAVE) == ["amx_tile", "amx_bf16", "amx_int8"]
-
-    def test_this_machine_can_run_what_it_compiled(self) -> None:
-        assert compatibility.cpu_flags()
-        assert compatibility.lacking("AVX512 AVX512_VNNI" if "avx512f" in compatibility.cpu_flags() else "AVX2") == []
-
-    def test_where_the_system_tells_no_flags_torch_asks_the_processor(self) -> None:
-        has = torch.cpu._is_avx512_supported()
-        assert compatibility.lacking("AVX512", frozenset()) == ([] if has else ["AVX512"])
-
-    @pytest.mark.parametrize(
-        ("built_for", "have", "portable", "refused"),
-        [
-            ("90", (9, 0), False, False),
-            ("80", (8, 6), False, False),
-            ("86", (8, 0), False, True),
-            ("80", (9, 0), False, True),
-            ("80", (9, 0), True, False),
-            ("100", (9, 0), True, True),
-            ("90", (10, 0), True, False),
-            ("gfx90a", (9, 0), False, False),
-            ("", (9, 0), False, False),
-        ],
-    )
-    def test_gpu_generations(self, built_for: str, have: tuple[int, int], portable: bool, refused: bool) -> None:
-        text = compatibility.gpu_fault(built_for, have, portable)
-        assert bool(text) == refused
-        assert not refused or "--device cuda" in text
+HAVE = frozenset(["fma", "f16c", "avx2", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni"])
 
 
-class TestTorch:
-    @pytest.mark.parametrize(
-        ("version", "refused"),
-        [("2.9.1", True), ("1.13", True), ("2.10.0", False), ("2.13.0+cpu", False), ("3.0", False), ("nightly", False)],
-    )
-    def test_torch_that_is_too_old(self, version: str, refused: bool) -> None:
-        assert bool(compatibility.torch_fault(version)) == refused
+@pytest.mark.parametrize(
+    ("needed", "have", "lacking"),
+    [
+        ("AVX512 AVX512_VNNI", HAVE, []),
+        ("AVX2", HAVE | {"amx_tile"}, []),
+        ("AVX512 AVX512_VNNI", HAVE - {"avx512_vnni"}, ["avx512_vnni"]),
+        ("AVX512", frozenset({"avx2", "fma"}), ["avx512f", "avx512dq", "avx512bw", "avx512vl"]),
+        ("AVX512 AVX512_VNNI AMX_TILE", HAVE, ["amx_tile", "amx_bf16", "amx_int8"]),
+        # Where the system tells no flags, torch asks the processor.
+        ("AVX512", frozenset(), [] if torch.cpu._is_avx512_supported() else ["AVX512"]),
+    ],
+)
+def test_what_a_processor_lacks(needed: str, have: frozenset[str], lacking: list[str]) -> None:
+    assert compatibility.lacking(needed, have) == lacking
+
+
+def test_this_machine_can_run_what_it_compiled() -> None:
+    assert compatibility.cpu_flags()
+    assert compatibility.lacking("AVX512 AVX512_VNNI" if "avx512f" in compatibility.cpu_flags() else "AVX2") == []
+
+
+@pytest.mark.parametrize(
+    ("built_for", "have", "portable", "refused"),
+    [
+        ("90", (9, 0), False, False),
+        ("80", (8, 6), False, False),
+        ("86", (8, 0), False, True),
+        ("80", (9, 0), False, True),
+        ("80", (9, 0), True, False),
+        ("100", (9, 0), True, True),
+        ("90", (10, 0), True, False),
+        ("gfx90a", (9, 0), False, False),
+        ("", (9, 0), False, False),
+    ],
+)
+def test_gpu_generations(built_for: str, have: tuple[int, int], portable: bool, refused: bool) -> None:
+    text = compatibility.gpu_fault(built_for, have, portable)
+    assert bool(text) == refused
+    assert not refused or "--device cuda" in text
+
+
+@pytest.mark.parametrize(
+    ("release", "refused"),
+    [("2.9.1", True), ("1.13", True), ("2.10.0", False), ("2.13.0+cpu", False), ("3.0", False), ("nightly", False)],
+)
+def test_torch_that_is_too_old(release: str, refused: bool) -> None:
+    assert bool(compatibility.torch_fault(release)) == refused
 
 
 def test_operators_are_registered_where_neml2_was_not_imported() -> None:
@@ -173,10 +146,8 @@ def test_operators_are_registered_where_neml2_was_not_imported() -> None:
         import sys, torch
         from neml2_aoti_plugin import Model
         model = Model(sys.argv[1])
-        zero = torch.zeros((), dtype=torch.float64)
         inputs = {n: torch.zeros(v.base_shape, dtype=torch.float64) for n, v in model.inputs.items()}
-        inputs["t"] = zero + 1.0
-        print(model.forward(inputs)["stress"].abs().max().item())
+        print(model.forward({**inputs, "t": torch.ones((), dtype=torch.float64)})["stress"].abs().max().item())
         """,
         references.case("calibration").artifact,
     )
@@ -191,9 +162,8 @@ def test_a_library_that_needs_what_torch_lacks_is_refused_and_ends_no_process(ar
         """
         import sys, torch
         from neml2_aoti_plugin import ArtifactError, Model
-        inputs = {"strain": torch.zeros(6, dtype=torch.float64)}
         try:
-            Model(sys.argv[1]).forward(inputs)
+            Model(sys.argv[1]).forward({"strain": torch.zeros(6, dtype=torch.float64)})
         except ArtifactError as error:
             print(error)
         """,
@@ -208,10 +178,9 @@ def test_a_changed_package_is_not_run_later(artifact: Path) -> None:
     # Bytes that nothing else in this process has: what is loaded already is not read again.
     file.write_bytes(recorded(more=str(artifact))(file.read_bytes()))
     model = Model(artifact)
-    inputs = {"strain": torch.zeros(6, dtype=torch.float64)}
-    model.forward(inputs)
+    model.forward(INPUTS)
     file.write_bytes(recorded(AOTI_PLATFORM="linux", more="x")(file.read_bytes()))
     with pytest.raises(ArtifactError, match="has changed since the model was loaded"):
-        model.jacobian(inputs)
-    assert model.forward(inputs)["stress"].shape == (6,)
-    assert Model(artifact).jacobian(inputs)[1]["stress"]["strain"].shape == (6, 6)
+        model.jacobian(INPUTS)
+    assert model.forward(INPUTS)["stress"].shape == (6,) and runs(artifact)
+    assert Model(artifact).jacobian(INPUTS)[1]["stress"]["strain"].shape == (6, 6)

@@ -21,6 +21,7 @@ import torch
 import references
 from attacks import secrets
 from attacks.archives import changed, edited, extra
+from attacks.artifacts import INPUTS, package, refusal, runs
 from attacks.children import run
 from neml2_aoti_plugin import (
     AOTIError,
@@ -38,23 +39,12 @@ from neml2_aoti_plugin.parallel import map_rows
 from neml2_aoti_plugin.points import Points
 
 DATA = Path(__file__).parent / "data"
-INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
 
 
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    """A copy of the elasticity artifact that a test may damage."""
-    return Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "folder" / "elasticity"))
-
-
-def refusal(artifact: Path, kind: type[Exception] = ArtifactError, **options: Any) -> str:
-    with pytest.raises(kind) as raised:
-        Model(artifact, **options)
-    return str(raised.value)
-
-
-def package(artifact: Path) -> Path:
-    return artifact / "cpu/float64/elasticity.pt2"
+def old_metadata(artifact: Path, **changes: Any) -> str:
+    """Its metadata as neml2 wrote it before 3.0.7, in a file per device."""
+    document = json.loads((artifact / "metadata.json").read_text())
+    return json.dumps({**document, "device": "cpu", "dtype": "float64", **changes})
 
 
 HOSTILE = """
@@ -131,18 +121,20 @@ def test_pipes_sockets_and_devices_are_refused_at_once(artifact: Path, roots: st
 
 
 class TestSize:
-    def test_metadata(self, artifact: Path) -> None:
-        os.truncate(artifact / "metadata.json", files.METADATA.limit + 1)
-        assert f"metadata.json: larger than {files.METADATA.limit} bytes" in refusal(artifact)
-
-    def test_package(self, artifact: Path) -> None:
-        os.truncate(package(artifact), files.PACKAGE.limit + 1)
-        assert f"elasticity.pt2: larger than {files.PACKAGE.limit} bytes" in refusal(artifact)
-
-    def test_seal(self, artifact: Path) -> None:
-        seal(artifact)
-        os.truncate(artifact.with_name("elasticity.sha256"), files.SEAL.limit + 1)
-        assert f"elasticity.sha256: cannot read the seal (larger than {files.SEAL.limit} bytes" in refusal(artifact)
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("metadata.json", files.METADATA),
+            ("cpu/float64/elasticity.pt2", files.PACKAGE),
+            ("../elasticity.sha256", files.SEAL),
+        ],
+    )
+    def test_of_a_file_that_is_too_large(self, artifact: Path, name: str, kind: files.Kind) -> None:
+        if kind is files.SEAL:
+            seal(artifact)
+        os.truncate(artifact / name, kind.limit + 1)
+        text = refusal(artifact)
+        assert Path(name).name in text and f"larger than {kind.limit} bytes" in text
 
     def test_a_file_that_shrinks_while_it_is_read(self, tmp_path: Path) -> None:
         """The system tells a size of this file that it does not have."""
@@ -173,17 +165,16 @@ class TestLinks:
         path.symlink_to(os.path.relpath(target, path.parent) if relative else target)
         text = refusal(artifact)
         assert "out of the artifact's folder" in text and f"{ROOTS}={artifact.parent.parent}" in text
-        # The cure that it tells.
+        # The cure that it names.
         monkeypatch.setenv(ROOTS, str(artifact.parent.parent))
-        assert Model(artifact).forward(INPUTS)["stress"].shape == (6,)
+        assert runs(artifact)
         monkeypatch.setenv(ROOTS, str(artifact.parent))
         assert "outside of the folders" in refusal(artifact)
 
     def test_that_lead_out_are_refused_in_the_old_layout(self, artifact: Path, outside: Path) -> None:
-        document = json.loads((artifact / "metadata.json").read_text())
         leaf = artifact / "cpu/float64"
+        (outside / "old_meta.json").write_text(old_metadata(artifact))
         (artifact / "metadata.json").unlink()
-        (outside / "old_meta.json").write_text(json.dumps({**document, "device": "cpu", "dtype": "float64"}))
         (leaf / "old_meta.json").symlink_to(outside / "old_meta.json")
         assert "out of the artifact's folder" in refusal(leaf)
 
@@ -198,12 +189,9 @@ class TestLinks:
         (artifact / "store").mkdir()
         file.rename(artifact / "store" / "a")
         file.symlink_to("../../store/a")
-        assert Model(artifact).forward(INPUTS)["stress"].shape == (6,)
-
-    def test_to_the_artifact_itself_are_followed(self, artifact: Path) -> None:
         link = artifact.with_name("link")
         link.symlink_to(artifact)
-        assert Model(link).forward(INPUTS)["stress"].shape == (6,)
+        assert runs(artifact) and runs(link)
 
     def test_a_link_that_comes_up_while_it_is_opened(
         self, artifact: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,9 +219,8 @@ class TestLinks:
                 variable["name"] = str(package(outside))
         document["segments"][0]["inputs"] = [str(package(outside))]
         (artifact / "metadata.json").write_text(json.dumps(document))
-        with pytest.raises(ArtifactError) as raised:
-            Model(artifact)
-        assert "out of the artifact's folder" in str(raised.value) or "derivative" in str(raised.value)
+        text = refusal(artifact)
+        assert "out of the artifact's folder" in text or "derivative" in text
 
 
 class TestSecrets:
@@ -283,9 +270,8 @@ class TestSecrets:
 
     @pytest.mark.parametrize("key", ["device", "dtype"])
     def test_in_what_a_file_of_the_old_layout_records(self, artifact: Path, key: str) -> None:
-        document = json.loads((artifact / "metadata.json").read_text())
         file = artifact / "cpu/float64/old_meta.json"
-        file.write_text(json.dumps({**document, "device": "cpu", "dtype": "float64", key: secrets.SECRET}))
+        file.write_text(old_metadata(artifact, **{key: secrets.SECRET}))
         text = refusal(file)
         assert secrets.SIGN not in text and f"a str as the {key}" in text
 
@@ -473,18 +459,3 @@ def test_to_a_device_that_is_not_there() -> None:
         with pytest.raises(InputError, match=r"cannot move .*It stays on cpu.*is_available\(\) is False"):
             move()
         assert model.device == torch.device("cpu") and model.forward(INPUTS)["stress"].shape == (6,)
-
-
-def test_a_seal_with_the_line_ends_of_windows(artifact: Path) -> None:
-    file = seal(artifact)
-    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
-    assert Model(artifact).forward(INPUTS)["stress"].shape == (6,)
-    document = artifact / "metadata.json"
-    document.write_text(document.read_text() + " ")
-    with pytest.raises(ArtifactError, match=r"metadata\.json: was changed"):
-        Model(artifact)
-
-
-def test_a_link_to_a_seal_that_is_not_there_is_no_missing_seal(artifact: Path) -> None:
-    artifact.with_name("elasticity.sha256").symlink_to("nothing")
-    assert "a link to a seal that is not there" in refusal(artifact)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,12 +55,13 @@ def two_leaves(tmp_path: Path) -> Path:
     return artifact
 
 
-def of_another_source(artifact: Path, leaf: str) -> None:
-    """Put packages of another source into a leaf; their times stay."""
+def change(leaf: Path, *changes: Callable[[bytes], bytes]) -> None:
+    """Change the packages of a leaf; their times stay."""
     for name in PACKAGES:
-        file = artifact / leaf / name
+        file = leaf / name
         times = file.stat()
-        file.write_bytes(longer(stiffer(file.read_bytes())))
+        for make in changes:
+            file.write_bytes(make(file.read_bytes()))
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
@@ -77,13 +78,6 @@ def without_times(artifact: Path, folder: Path) -> Path:
     return copy
 
 
-@pytest.fixture(autouse=True)
-def _no_warnings() -> object:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
 def test_leaves_of_one_source_load_whichever_was_compiled_first(two_leaves: Path, tmp_path: Path) -> None:
     for artifact in (two_leaves, without_times(two_leaves, tmp_path / "copy")):
         for dtype in ("float64", "float32"):
@@ -91,7 +85,7 @@ def test_leaves_of_one_source_load_whichever_was_compiled_first(two_leaves: Path
 
 
 def test_a_leaf_of_an_earlier_compile_of_another_source_is_refused(two_leaves: Path) -> None:
-    of_another_source(two_leaves, "cpu/float32")
+    change(two_leaves / "cpu/float32", stiffer, longer)
     with pytest.raises(ArtifactError, match=r"cpu/float32: is of an earlier compile.*--device cpu --dtype float32"):
         Model(two_leaves, dtype="float32")
     assert stress(two_leaves, "float64") == pytest.approx(STRESS, rel=1e-12)
@@ -102,7 +96,7 @@ def test_a_leaf_of_an_earlier_compile_of_another_source_is_refused(two_leaves: P
 
 
 def test_where_times_do_not_tell_the_earlier_leaf_it_is_warned_of_both(two_leaves: Path, tmp_path: Path) -> None:
-    of_another_source(two_leaves, "cpu/float32")
+    change(two_leaves / "cpu/float32", stiffer, longer)
     copy = without_times(two_leaves, tmp_path / "copy")
     for dtype in ("float64", "float32"):
         with pytest.warns(UserWarning, match=rf"cpu/{dtype}: is of another source.*compile all leaves again") as told:
@@ -111,20 +105,15 @@ def test_where_times_do_not_tell_the_earlier_leaf_it_is_warned_of_both(two_leave
 
 
 def test_code_of_another_torch_with_the_same_constants_is_no_reason_to_warn(two_leaves: Path, tmp_path: Path) -> None:
-    for name in PACKAGES:
-        file = two_leaves / "cpu/float32" / name
-        file.write_bytes(longer(edited(".cpp", of_another_compiler)(file.read_bytes())))
+    change(two_leaves / "cpu/float32", edited(".cpp", of_another_compiler), longer)
     copy = without_times(two_leaves, tmp_path / "copy")
     for dtype in ("float64", "float32"):
         assert stress(copy, dtype) == pytest.approx(STRESS, rel=1e-6)
 
 
 def test_other_code_with_other_constants_by_the_same_compiler_is_of_another_source(two_leaves: Path) -> None:
-    of_another_source(two_leaves, "cpu/float32")
-    for name in PACKAGES:
-        file = two_leaves / "cpu/float32" / name
-        file.write_bytes(edited(".cpp", lambda text: b"int other;\n" + text)(file.read_bytes()))
-    set_times(two_leaves / "cpu/float32", 1.7e9)
+    change(two_leaves / "cpu/float32", stiffer, longer)
+    change(two_leaves / "cpu/float32", edited(".cpp", lambda text: b"int other;\n" + text))
     with pytest.raises(ArtifactError, match="is of an earlier compile"):
         Model(two_leaves, dtype="float32")
 
@@ -132,10 +121,8 @@ def test_other_code_with_other_constants_by_the_same_compiler_is_of_another_sour
 def test_where_code_constants_and_compiler_differ_it_is_warned_until_the_artifact_is_sealed(
     two_leaves: Path, tmp_path: Path
 ) -> None:
-    of_another_source(two_leaves, "cpu/float32")
-    for name in PACKAGES:
-        file = two_leaves / "cpu/float32" / name
-        file.write_bytes(edited(".cpp", of_another_compiler)(file.read_bytes()))
+    change(two_leaves / "cpu/float32", stiffer, longer)
+    change(two_leaves / "cpu/float32", edited(".cpp", of_another_compiler))
     copy = without_times(two_leaves, tmp_path / "copy")
     with pytest.warns(UserWarning, match=r"cpu/float32: may be of another source.*neml2-aoti seal"):
         Model(copy, dtype="float32")
@@ -150,7 +137,7 @@ def test_a_damaged_leaf_keeps_no_other_from_loading(two_leaves: Path, tmp_path: 
 
 
 def test_inspect_and_doctor_tell_of_every_leaf(two_leaves: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    of_another_source(two_leaves, "cpu/float32")
+    change(two_leaves / "cpu/float32", stiffer, longer)
     shutil.copy(two_leaves / "cpu/float64/elasticity.pt2", two_leaves / "cpu/float64/elasticity_pvjp.pt2")
     leaves = {leaf.dtype: leaf for leaf in describe(find_target(two_leaves)).leaves}
     assert "is of an earlier compile" in leaves["float32"].fault and not leaves["float64"].fault
@@ -176,9 +163,7 @@ def test_devices_of_old_layouts_are_compared_too(two_leaves: Path) -> None:
         shutil.copytree(two_leaves / leaf, root / device)
         (root / device / "elasticity_meta.json").write_text(json.dumps({**document, "device": device}))
     assert [leaf.doubt for leaf in describe(find_target(root)).leaves] == ["", ""]
-    for name in PACKAGES:
-        file = root / "cuda" / name
-        file.write_bytes(longer(stiffer(file.read_bytes())))
+    change(root / "cuda", stiffer, longer)
     with pytest.warns(UserWarning, match=r"cpu: is of another source than .*cuda"):
         Model(root, "cpu")
 

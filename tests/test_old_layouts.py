@@ -63,13 +63,10 @@ def test_a_flat_folder_is_found_from_both_entries(flat: Path) -> None:
 
 
 def test_a_device_folder_is_found_from_all_entries(per_device: Path) -> None:
-    for entry in (per_device, per_device / "cpu", per_device / "cpu" / "bar_meta.json"):
+    cpu = per_device / "cpu"
+    for entry in (per_device, cpu, cpu / "bar_meta.json"):
         place = locate(entry)
-        assert (place.model, place.metadata, place.leaf) == (
-            "bar",
-            per_device / "cpu" / "bar_meta.json",
-            per_device / "cpu",
-        )
+        assert (place.model, place.metadata, place.leaf) == ("bar", cpu / "bar_meta.json", cpu)
     assert locate(per_device, "cuda:1").device == torch.device("cuda", 1)
     assert locate(per_device / "cuda", "cuda").leaf == per_device / "cuda"
 
@@ -111,9 +108,7 @@ def test_a_leaf_that_is_not_there_is_told_before_the_metadata_is_judged(shared: 
         (shared / leaf / "bar.pt2").unlink()
     # What is left is float32, which is taken where no dtype is asked for.
     (shared / "cpu/float32/bar.pt2").unlink()
-    with pytest.raises(
-        ArtifactNotFoundError, match=r"no compiled artifact for device 'cpu'.*without a graph: cpu/float32"
-    ):
+    with pytest.raises(ArtifactNotFoundError, match=r"no .* for device 'cpu'.*without a graph: cpu/float32"):
         Model(shared)
 
 
@@ -121,37 +116,35 @@ def test_a_leaf_that_is_not_there_is_told_before_the_metadata_is_judged(shared: 
 
 
 def test_another_device_is_refused_with_those_there_are(per_device: Path) -> None:
+    with pytest.raises(ArtifactNotFoundError, match=r"device 'xpu'.*cpu/float64.*cuda/float64"):
+        locate(per_device / "cpu" / "bar_meta.json", "xpu")
     shutil.rmtree(per_device / "cuda")
     for entry in (per_device, per_device / "cpu", per_device / "cpu" / "bar_meta.json"):
         with pytest.raises(ArtifactNotFoundError, match=r"device 'cuda'.*leaves: cpu/float64 \(.*bar_meta.json\)"):
             locate(entry, "cuda")
 
 
-def test_neighbouring_leaves_are_listed(per_device: Path) -> None:
-    with pytest.raises(ArtifactNotFoundError, match=r"device 'xpu'.*cpu/float64.*cuda/float64"):
-        locate(per_device / "cpu" / "bar_meta.json", "xpu")
+def record(flat: Path, **changes: object) -> None:
+    """Change what the metadata records."""
+    file = flat / "bar_meta.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_another_dtype_is_refused(flat: Path) -> None:
+def test_another_dtype_than_the_recorded_one_is_refused(flat: Path) -> None:
     assert locate(flat, dtype="float64").dtype == locate(flat, dtype=torch.float64).dtype == torch.float64
     with pytest.raises(ArtifactNotFoundError, match=r"device 'cpu' and dtype 'float32'.*leaves: cpu/float64"):
         locate(flat, dtype="float32")
-
-
-def test_a_recorded_dtype_is_the_callers(flat: Path) -> None:
-    document = {**json.loads((flat / "bar_meta.json").read_text()), "dtype": "float32"}
-    (flat / "bar_meta.json").write_text(json.dumps(document))
+    record(flat, dtype="float32")
     assert locate(flat).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "words"),
     [("device", "tpu", "a str as the device"), ("dtype", "float16", "a str as the dtype"), ("dtype", 3, "3 as the")],
 )
-def test_a_recorded_leaf_that_is_none_is_refused(flat: Path, key: str, value: object, told: str) -> None:
-    document = {**json.loads((flat / "bar_meta.json").read_text()), key: value}
-    (flat / "bar_meta.json").write_text(json.dumps(document))
-    with pytest.raises(ArtifactError, match=f"bar_meta.json: records.*{told}"):
+def test_a_recorded_leaf_that_is_none_is_refused(flat: Path, key: str, value: object, words: str) -> None:
+    record(flat, **{key: value})
+    with pytest.raises(ArtifactError, match=f"bar_meta.json: records.*{words}"):
         locate(flat)
 
 
@@ -219,6 +212,7 @@ def test_an_artifact_that_is_in_neither_place_is_refused_with_both(tmp_path: Pat
     assert "/gone/aoti/rod" in str(error.value) and str(tmp_path / "rod") in str(error.value)
 
 
+SOLVED = "artifact_path = 'bar'\n    solver = newton"
 NEWTON = "[Solvers]\n  [newton]\n    type = {}\n    {}\n  []\n[]\n"
 
 
@@ -243,32 +237,24 @@ NEWTON = "[Solvers]\n  [newton]\n    type = {}\n    {}\n  []\n[]\n"
 def test_settings_come_from_the_solvers_block(
     tmp_path: Path, kind: str, options: str, settings: dict[str, object]
 ) -> None:
-    file = stub(tmp_path, "artifact_path = 'bar'\n    solver = newton", NEWTON.format(kind, options))
+    file = stub(tmp_path, SOLVED, NEWTON.format(kind, options))
     assert asked(file) == Stub(tmp_path / "bar", settings)
 
 
 @pytest.mark.parametrize(
-    ("options", "rest", "told"),
+    ("options", "rest", "words"),
     [
-        ("artifact_path = 'bar'\n solver = newton", "", r"no block \[Solvers/newton\]"),
-        (
-            "artifact_path = 'bar'\n solver = newton",
-            NEWTON.format("DenseLU", ""),
-            "type is 'DenseLU', expected Newton or",
-        ),
-        ("artifact_path = 'bar'\n solver = newton", NEWTON.format("Newton", "atol = 1"), "no option 'atol'.*abs_tol"),
-        (
-            "artifact_path = 'bar'\n solver = newton",
-            NEWTON.format("Newton", "linesearch_c = 1"),
-            "no option 'linesearch_c'",
-        ),
-        ("artifact_path = 'bar'\n solver = newton", NEWTON.format("Newton", "max_its = x"), "max_its is 'x'"),
+        (SOLVED, "", r"no block \[Solvers/newton\]"),
+        (SOLVED, NEWTON.format("DenseLU", ""), "type is 'DenseLU', expected Newton or"),
+        (SOLVED, NEWTON.format("Newton", "atol = 1"), "no option 'atol'.*abs_tol"),
+        (SOLVED, NEWTON.format("Newton", "linesearch_c = 1"), "no option 'linesearch_c'"),
+        (SOLVED, NEWTON.format("Newton", "max_its = x"), "max_its is 'x'"),
         ("artifact_path = 'bar'\n meta = ./bar_meta.json", "", "artifact_path and meta given, expected one of"),
         ("", "", "no artifact given, expected one of artifact_path .* and meta"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: str, rest: str, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: str, rest: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
         neml2.load_model(stub(tmp_path, options, rest), "bar")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from ..errors import ArtifactError, ArtifactNotFoundError
+from ..errors import ArtifactError, ArtifactNotFoundError, InputError
 from .files import METADATA, NAME, Folder, folder_at, keys, reason, shown
 from .schema import AGAIN
 
@@ -132,6 +132,9 @@ def _complaint(error: msgspec.ValidationError, document: dict[str, Any]) -> str:
     text, _, path = str(error).partition(" - at ")
     path = path.strip("`").removeprefix("$").removeprefix(".")
     cause = error.__cause__
+    if isinstance(cause, InputError):
+        # A setting that a user could give as well.
+        return f"{path}: {cause}"
     if isinstance(cause, Unfit) and cause.expected:
         path, expected = f"{path}.{cause.key}".removeprefix("."), cause.expected
         value = _value_at(document, path) if cause.value is _UNKNOWN else cause.value

@@ -1,0 +1,30 @@
+"""Copies of the elasticity artifact, which tests damage, and what is said when they are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neml2_aoti_plugin import ArtifactError, Model
+
+INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
+
+
+def package(artifact: Path, name: str = "elasticity") -> Path:
+    """One of its packages: that of values, or of derivatives (`elasticity_jvp`)."""
+    return artifact / f"cpu/float64/{name}.pt2"
+
+
+def refusal(artifact: Path, kind: type[Exception] = ArtifactError, **options: Any) -> str:
+    """The error that loading it raises."""
+    with pytest.raises(kind) as raised:
+        Model(artifact, **options)
+    return str(raised.value)
+
+
+def runs(artifact: Path) -> bool:
+    """Whether it loads and gives a stress."""
+    return Model(artifact).forward(INPUTS)["stress"].shape == (6,)
