@@ -1,25 +1,41 @@
-"""The page of the torch matrix: what was measured under other Pythons takes its place, and nothing else's."""
+"""The page of the torch matrix: what was measured takes its place, and nothing else's."""
 
 from __future__ import annotations
 
-from tools.torch_matrix.page import with_pythons
-from tools.torch_matrix.results import Measured
-
-PAGE = "# torch releases\n\nAll of it.\n\n## Tests\n\n| a |\n|---|\n\n## What failed\n\nNothing.\n"
+from tools.torch_matrix.cases import Crossing, Measured
+from tools.torch_matrix.page import page
 
 
-def measured(python: str, passed: int, **failed: str) -> Measured:
-    versions = {"Python": python, "torch": "2.13.0", "llvmlite": "0.68.1"}
-    name = f"2.13.0-python{python}"
+def measured(name: str, python: str, passed: int, **failed: str) -> Measured:
+    versions = {"Python": python, "torch": "2.13.0", "llvmlite": "0.50.0"}
     return Measured(name, "2026-11-27", commit="abc", versions=versions, passed=passed, failed=failed, test_seconds=9.0)
 
 
-def test_pythons_get_a_section_of_their_own_and_replace_the_one_before() -> None:
-    once = with_pythons(PAGE, [measured("3.10.13", 7)])
-    assert once.startswith(PAGE[: PAGE.index("## What failed")].rstrip("\n"))
-    assert once.endswith("## What failed\n\nNothing.\n")
-    (line,) = [line for line in once.splitlines() if line.startswith("| 3.10.13 |")]
-    assert "| 7 | 0 |" in line
-    twice = with_pythons(once, [measured("3.10.13", 8), measured("3.12.1", 9, test_x="assert 1 == 2")])
-    assert twice.count("## Pythons") == 1 and "| 7 |" not in twice
-    assert "| 8 | 0 |" in twice and "| 9 | 1 |" in twice and "`test_x`: `assert 1 == 2`" in twice
+def line(text: str, begin: str) -> str:
+    (found,) = [line for line in text.splitlines() if line.startswith(f"| {begin} |")]
+    return found
+
+
+def test_what_was_measured_takes_its_section_and_others_stay() -> None:
+    torch = measured("2.15.0", "3.11.7", 5)
+    torch.stamp = "now"
+    same = Crossing("now", "abc", 1, {"elasticity": 0.0})
+    before = page([torch, measured("python3.10", "3.10.13", 6)], {"2.15.0": {"2.15.0": same}}, jobs=2)
+    assert "| 5 | 0 |" in before and "| 6 | 0 |" in before and "| 2.15.0 | 1: 0 |" in before
+    failed = {"test_x": "assert 1 == 2"}
+    pythons = [measured("python3.10", "3.10.13", 8), measured("python3.12", "3.12.1", 9, **failed)]
+    after = page(pythons, {}, 2, before)
+    assert "| 5 | 0 |" in after and "| 2.15.0 | 1: 0 |" in after
+    assert after.count("## Pythons") == 1 and "| 6 | 0 |" not in after
+    assert "| 8 | 0 |" in line(after, "3.10") and "| 9 | 1 |" in line(after, "3.12")
+    assert "`test_x`: `assert 1 == 2`" in after
+    assert page(pythons, {}, 2, after) == after
+
+
+def test_a_failure_and_a_difference_are_told() -> None:
+    torch = measured("2.15.0", "3.11.7", 0)
+    torch.stamp, torch.trouble = "now", "install: no space"
+    one = Crossing("now", "abc", 2, {"elasticity": 1e-3}, refused={"crystal": "OSError: gone"})
+    text = page([torch], {"2.15.0": {"2.15.0": one}}, jobs=2)
+    assert "stopped at `install: no space`" in text
+    assert "`elasticity` differs by 1.0e-03" in text and "`crystal`: `OSError: gone`" in text

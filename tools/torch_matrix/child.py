@@ -1,23 +1,26 @@
 """What runs in an environment's own process: evaluate compiled stubs, and compare with what another torch gave.
 
-`python -m tools.torch_matrix.child TASK FILE` is started in the copy of the repository, which has no package beside
+`python -m tools.torch_matrix.child TASK [FILE]` is started in the copy of the repository, which has no package beside
 it; it prints what it found as the last line, in JSON.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stubs.build import folder_of
+from stubs.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from neml2_aoti_plugin.model import Model
+
+STUBS = [name for name, stub in CATALOGUE.items() if not stub.wide]
 
 
 def evaluate(model: Model, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -32,26 +35,17 @@ def evaluate(model: Model, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     return outputs, blocks
 
 
-def numbers(file: Path) -> dict[str, Any]:
-    """Evaluate the stubs of the default tests that this torch has compiled, and save inputs and numbers.
-
-    Args:
-        file: Where to save them.
-
-    Returns:
-        The number of stubs evaluated, and what went wrong with the others.
-    """
+def numbers(file: str) -> dict[str, Any]:
+    """Evaluate what this torch has compiled, and save inputs and numbers; give how many, and what went wrong."""
     import torch
 
     import references  # of tests/
-    from stubs.build import folder_of
-    from stubs.catalogue import CATALOGUE
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     troubles: dict[str, str] = {}
-    for name, stub in CATALOGUE.items():
-        if stub.wide or not folder_of(name).is_dir():
+    for name in STUBS:
+        if not folder_of(name).is_dir():
             continue
         try:
             case = references.case(name)
@@ -61,25 +55,14 @@ def numbers(file: Path) -> dict[str, Any]:
             traceback.print_exc()
             troubles[name] = line_of(error)
             continue
-        found[name] = {
-            "artifact": str(case.artifact),
-            "inputs": inputs,
-            "values": values,
-            "derivatives": derivatives,
-        }
+        given = {"artifact": str(case.artifact), "inputs": inputs}
+        found[name] = {**given, "values": values, "derivatives": derivatives}
     torch.save(found, file)
     return {"evaluated": len(found), "not_evaluated": troubles}
 
 
-def cross(file: Path) -> dict[str, Any]:
-    """Evaluate under this torch what another has compiled, and compare with the numbers that the other gave.
-
-    Args:
-        file: What `numbers` has saved under the other torch.
-
-    Returns:
-        The fields of a `Crossing` that are found here.
-    """
+def crossing(file: str) -> dict[str, Any]:
+    """Evaluate what another torch has compiled, compare with its `numbers`, and give fields of a `Crossing`."""
     import torch
     from neml2.aoti import Model
 
@@ -105,22 +88,9 @@ def cross(file: Path) -> dict[str, Any]:
     return {"wanted": len(saved), "values": value_gaps, "derivatives": derivative_gaps, "refused": refused}
 
 
-def adopt(file: Path) -> dict[str, Any]:
-    """Copy compiled stubs to where this environment looks for them.
-
-    Args:
-        file: Names of stubs, each with the folder that another environment has compiled it into.
-
-    Returns:
-        The number of stubs.
-    """
-    from stubs.build import folder_of
-
-    told: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    for name, folder in told.items():
-        shutil.rmtree(folder_of(name), ignore_errors=True)
-        shutil.copytree(folder, folder_of(name))
-    return {"adopted": len(told)}
+def folders() -> dict[str, Any]:
+    """Where this environment looks for the compiled stubs of the default tests, by name."""
+    return {name: str(folder_of(name)) for name in STUBS}
 
 
 def size(value: Tensor) -> float:
@@ -129,15 +99,10 @@ def size(value: Tensor) -> float:
 
 
 def worst(found: dict[str, Tensor], wanted: dict[str, Tensor], least: dict[str, float] | None = None) -> float:
-    """Compare tensors by name; raise where there is no comparing.
+    """Give the largest difference over the largest number of the same tensor, or over what is named for it if larger.
 
-    Args:
-        found: Tensors.
-        wanted: What they should be.
-        least: What the difference is taken over at least, by name.
-
-    Returns:
-        The largest difference over the largest number of the same tensor.
+    Raises:
+        ValueError: There is no comparing.
     """
     if set(found) != set(wanted):
         raise ValueError(f"names {sorted(found)}, and {sorted(wanted)} under the torch that compiled")
@@ -156,15 +121,15 @@ def line_of(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def child(task: str, file: str) -> None:
+def child(task: str, *arguments: str) -> None:
     """Carry out a task in an environment, and print what it found as the last line, in JSON."""
     import neml2_aoti_plugin
 
     place = Path(neml2_aoti_plugin.__file__).resolve()
     if not place.is_relative_to(Path(sys.prefix).resolve()):
-        raise SystemExit(f"neml2_aoti_plugin comes from {place}, not from the wheel")
-    tasks: dict[str, Callable[[Path], dict[str, Any]]] = {"adopt": adopt, "numbers": numbers, "crossing": cross}
-    found = tasks[task](Path(file))
+        raise SystemExit(f"neml2_aoti_plugin comes from {place}, not from what was installed")
+    tasks = {"folders": folders, "numbers": numbers, "crossing": crossing}
+    found = tasks[task](*arguments)  # type: ignore[operator]
     print("\n" + json.dumps(found))
 
 

@@ -9,28 +9,28 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .results import folder_of, release_of
+from .cases import Measured
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "neml2_aoti_plugin"
-CHILD = "tools.torch_matrix.child"
-
+# The file of machine code, which git does not keep and the build makes.
+CODE = f"{PACKAGE}/_solve/machine_code.bc"
 NEML2 = "3.1.0"
 STUB_CACHE = "NEML2_AOTI_PLUGIN_STUB_CACHE"
 # What would change an outcome from the outside.
 OUTSIDE = ("NEML2_", "PYTHON", "TORCH_")
-# Seconds that each step may take.
-LIMITS = {"torch": 1800, "packages": 900, "stubs": 3600, "adopt": 300, "tests": 3600, "numbers": 1200, "crossing": 900}
+# Seconds that a step may take.
+LIMIT = 3600
 GIB = 2**30
 
 
 class StepError(RuntimeError):
-    """A step under one torch failed; the message is one line."""
+    """A step in an environment failed; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -41,153 +41,130 @@ class Workshop:
         folder: The work folder.
         jobs: Processes at a time.
         space: GiB that must be free before torch is installed.
-        python: Python that the environments are made of.
+        python: Python that environments are made of, but for those of `pythons`.
+        pythons: Programs by the name of what is found under them.
+        take_stubs: Whether torches too test with the stubs that this Python has compiled.
     """
 
     folder: Path
     jobs: int
     space: float
     python: Path
+    pythons: dict[str, Path] = field(default_factory=dict)
+    take_stubs: bool = False
 
     @property
     def tree(self) -> Path:
         """The copy of the repository that the tests run from."""
         return self.folder / "tree"
 
-    @property
-    def wheel(self) -> Path:
-        """The wheel under test."""
-        return next((self.folder / "wheel").glob("*.whl"))
+    def built(self, found: Measured) -> Path:
+        """The wheel or the sdist under test."""
+        return next((self.folder / "built").glob("*.tar.gz" if found.variant.sdist else "*.whl"))
 
-    def of(self, torch: str) -> Path:
-        """Give the folder of what was found under one torch."""
-        return folder_of(self.folder, torch)
+    def of(self, found: Measured | str) -> Path:
+        """The folder of what was found, and of the steps' logs."""
+        return self.folder / "results" / (found if isinstance(found, str) else found.name)
 
-    def environment(self, torch: str) -> Path:
-        """Give the folder of one environment, whether it is there or not."""
-        return self.folder / "environments" / torch
+    def environment(self, found: Measured | str) -> Path:
+        """The folder of an environment, whether it is there or not."""
+        return self.folder / "environments" / (found if isinstance(found, str) else found.name)
 
-    def stubs_of(self, torch: str) -> dict[str, str]:
-        """Give the variable that names the stubs of another Python; a torch of its own uses the common cache."""
-        return {} if torch == release_of(torch) else {STUB_CACHE: str(self.of(torch) / "stubs")}
-
-    def program(self, torch: str) -> Path:
-        """Give the Python of one environment."""
-        return self.environment(torch) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-    def run(self, torch: str, step: str, arguments: Sequence[str], *, log: str = "", good: Sequence[int] = (0,)) -> str:
-        """Run an environment's Python in the tree.
+    def run(
+        self, found: Measured, log: str, arguments: Sequence[str], *, beside: bool = False, good: Sequence[int] = (0,)
+    ) -> str:
+        """Run an environment's Python in the tree, and give what it printed.
 
         Args:
-            torch: The environment's torch.
-            step: A key of `LIMITS`.
+            found: Names the environment.
+            log: Name of the step's log.
             arguments: For Python.
-            log: Name of the log; that of the step if not given.
+            beside: Whether it imports modules of the tree.
             good: Exit statuses that are no failure.
-
-        Returns:
-            What it printed.
-
-        Raises:
-            StepError: It took too long, or ended with another status.
         """
-        file = self.of(torch) / f"{log or step}.log"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(OUTSIDE) or k == STUB_CACHE}
-        path = os.pathsep.join(map(str, (self.tree, self.tree / "tests")))
-        variables = (
-            inherited
-            | self.stubs_of(torch)
-            | ({"PYTHONPATH": path} if step in ("adopt", "numbers", "crossing") else {})
-        )
-        command = [str(self.program(torch)), *arguments]
+        file = self.of(found) / f"{log}.log"
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(OUTSIDE) or k == STUB_CACHE}
+        variables |= found.variant.variables
+        if found.compiled_under:
+            variables[STUB_CACHE] = str(self.of(found) / "stubs")
+        if beside:
+            variables["PYTHONPATH"] = os.pathsep.join(map(str, (self.tree, self.tree / "tests")))
+        program = self.environment(found) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        command = [str(program), *arguments]
         with file.open("w", encoding="utf-8") as out:
             out.write(f"$ {shlex.join(command)}\n")
             out.flush()
             try:
                 done = subprocess.run(
-                    command, cwd=self.tree, env=variables, stdout=out, stderr=subprocess.STDOUT, timeout=LIMITS[step]
+                    command, cwd=self.tree, env=variables, stdout=out, stderr=subprocess.STDOUT, timeout=LIMIT
                 )
             except subprocess.TimeoutExpired:
-                raise StepError(f"{step}: not done after {LIMITS[step]} s") from None
+                raise StepError(f"{log}: not done after {LIMIT} s") from None
         text = file.read_text(encoding="utf-8", errors="replace")
         if done.returncode not in good:
-            raise StepError(f"{step}: exit status {done.returncode}: {text.strip().splitlines()[-1][:250]}")
+            raise StepError(f"{log}: exit status {done.returncode}: {text.strip().splitlines()[-1][:250]}")
         return text
 
-    def ask(self, torch: str, task: str, numbers: Path, *, log: str = "") -> dict[str, Any]:
-        """Run a task of `child.py` in an environment, and read the last line that it printed.
-
-        Args:
-            torch: The environment's torch.
-            task: The task, which is a key of `LIMITS` too.
-            numbers: The file with numbers that the task writes or reads.
-            log: Name of the log; that of the task if not given.
-
-        Returns:
-            What it found.
-        """
+    def ask(self, found: Measured, task: str, *arguments: str, log: str = "") -> dict[str, Any]:
+        """Run a task of `child.py` in an environment, and read the last line that it printed."""
         # By name: started by its path, the child would find this folder's environments.py before that of tests/.
-        text = self.run(torch, task, ["-m", CHILD, task, str(numbers)], log=log)
-        found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
-        return found
+        text = self.run(found, log or task, ["-m", "tools.torch_matrix.child", task, *arguments], beside=True)
+        told: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
+        return told
 
 
 def lay_out(shop: Workshop) -> None:
-    """Build the wheel, and copy the repository with the package's sources out of the tests' way.
+    """Build wheel and sdist, and copy the repository with the package's sources out of the tests' way.
 
     The tests build the wheel too. In the copy the sources are therefore still there, but in a folder that is on
-    nobody's path, which the copy's pyproject.toml names.
+    nobody's path, which the copy's pyproject.toml and build hook name.
     """
-    for folder in (shop.tree, shop.folder / "wheel"):
+    for folder in (shop.tree, shop.folder / "built"):
         shutil.rmtree(folder, ignore_errors=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(shop.folder / "built")]
+    subprocess.run(build, cwd=ROOT, check=True)
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True)
+    for name in filter(None, [*listed.stdout.split("\0"), CODE]):
         if (ROOT / name).is_file():
             target = shop.tree / ("sources" if name.startswith(f"{PACKAGE}/") else ".") / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target)
-    project = shop.tree / "pyproject.toml"
-    text = project.read_text(encoding="utf-8")
-    edited = text.replace(f'path = "{PACKAGE}/', f'path = "sources/{PACKAGE}/')
-    edited = edited.replace(f'packages = ["{PACKAGE}"]', f'packages = ["sources/{PACKAGE}"]')
-    if edited.count("sources/") != 2:
-        raise SystemExit(f"{project} does not name the package's folder as this program expects it.")
-    project.write_text(edited, encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-build-isolation", "--wheel-dir", str(shop.folder / "wheel"), str(ROOT)]
-    subprocess.run(command, check=True)
+    for name, places in {"pyproject.toml": 2, "hatch_build.py": 1}.items():
+        text = (shop.tree / name).read_text(encoding="utf-8")
+        for begin in ('path = "', 'packages = ["', 'FILE = "'):
+            text = text.replace(f"{begin}{PACKAGE}", f"{begin}sources/{PACKAGE}")
+        if text.count("sources/") != places:
+            raise SystemExit(f"{name} does not name the package's folder as this program expects it.")
+        (shop.tree / name).write_text(text, encoding="utf-8")
 
 
-def install(shop: Workshop, torch: str) -> None:
-    """Make an environment, or find it, and bring the wheel in it up to date."""
-    folder = shop.environment(torch)
+def install(shop: Workshop, found: Measured) -> None:
+    """Make an environment, or find it, and bring the plugin in it up to date."""
+    folder = shop.environment(found)
     complete = folder / "torch-is-installed"
+    shop.of(found).mkdir(parents=True, exist_ok=True)
     pip = ["-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     if not complete.exists():
         shutil.rmtree(folder, ignore_errors=True)
         make_room(shop)
-        subprocess.run([str(shop.python), "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(shop.pythons.get(found.name, shop.python)), "-m", "venv", str(folder)], check=True)
         # By itself: resolved together with the rest, pip may look at every release of it. Its wheels are large and
         # used once, so they are not kept in pip's cache.
-        shop.run(torch, "torch", [*pip, "--no-cache-dir", f"torch=={release_of(torch)}"])
+        shop.run(found, "torch", [*pip, "--no-cache-dir", f"torch=={found.torch}"])
         complete.touch()
+    own = [f"torch=={found.torch}", f"neml2=={NEML2}", *found.variant.pinned]
+    names = {line.partition("==")[0] for line in own}
     pinned = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line]
-    own = {"torch": release_of(torch), "neml2": NEML2}
-    kept = [line for line in pinned if line.partition("==")[0].strip() not in own]
-    constraints = shop.of(torch) / "constraints.txt"
-    constraints.write_text("\n".join([*kept, *(f"{n}=={v}" for n, v in own.items())]) + "\n", encoding="utf-8")
+    constraints = shop.of(found) / "constraints.txt"
+    kept = [line for line in pinned if line.partition("==")[0].strip() not in names]
+    constraints.write_text("\n".join([*kept, *own]) + "\n", encoding="utf-8")
     # Dependency groups are known to pip from 25.1 on.
-    shop.run(torch, "packages", [*pip, "pip>=25.1"], log="pip")
+    shop.run(found, "pip", [*pip, "pip>=25.1"])
+    built = str(shop.built(found))
     test = ["--group", f"{ROOT / 'pyproject.toml'}:test"]
-    shop.run(torch, "packages", [*pip, "--constraint", str(constraints), f"{shop.wheel}[dask,serve]", *test])
-    shop.run(torch, "packages", [*pip, "--no-deps", "--force-reinstall", str(shop.wheel)], log="wheel")
+    shop.run(found, "packages", [*pip, "--constraint", str(constraints), f"{built}[dask,serve]", *test])
+    shop.run(found, "wheel", [*pip, "--no-deps", "--force-reinstall", built])
 
 
 def make_room(shop: Workshop) -> None:

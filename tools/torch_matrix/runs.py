@@ -1,58 +1,50 @@
-"""What is done under one torch: compile stubs, evaluate them, run the tests, load what others have compiled."""
+"""What is done in one environment: compile or take over stubs, evaluate them, run the tests, load those of others."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from datetime import date, datetime
+from pathlib import Path
 from xml.etree import ElementTree
 
+from stubs.build import compiled
+
+from .cases import TORCHES, Crossing, Measured, read_crossings, write_crossings, write_json
 from .environments import GIB, StepError, Workshop, commit, install, say
-from .results import Crossing, Measured, numbers_of, read_loaded, write_loaded
 
 # Distributions whose versions the page tells.
 TOLD = ("torch", "neml2", "nmhit", "numpy", "scipy", "pytest", "llvmlite")
 
 
-def measure(shop: Workshop, torch: str) -> Measured:
-    """Install, compile, evaluate and test under one torch."""
-    found = Measured(torch, day=str(date.today()), commit=commit())
-    take_steps(
-        shop,
-        found,
-        {
-            "install": lambda: install(shop, torch),
-            "look around": lambda: look_around(shop, found),
-            "compile stubs": lambda: compile_stubs(shop, found),
-            "evaluate": lambda: take_numbers(shop, found),
-            "test": lambda: run_tests(shop, found),
-        },
-    )
-    return found
+def measure(shop: Workshop, found: Measured, *, only_tests: bool = False) -> None:
+    """Take all steps in one environment up to the first that fails, and keep what was found.
 
-
-def measure_tests(shop: Workshop, before: Measured) -> Measured:
-    """Run the tests again under one torch, and keep what else was found."""
-    found = replace(before, day=str(date.today()), commit=commit(), trouble="")
-    steps = {"install": lambda: install(shop, found.torch), "test": lambda: run_tests(shop, found)}
-    take_steps(shop, found, steps)
-    return found
-
-
-def take_steps(shop: Workshop, found: Measured, steps: dict[str, Callable[[], None]]) -> None:
-    """Take steps under one torch, up to the first that fails."""
-    for name, step in steps.items():
+    Args:
+        shop: Where to.
+        found: What was found before, with the name of the environment; it is filled in.
+        only_tests: Whether all but the tests stays as it was found.
+    """
+    found.day, found.commit, found.trouble = str(date.today()), commit(), ""
+    steps: dict[str, Callable[[Workshop, Measured], None]] = {"install": install}
+    if not only_tests:
+        takes = shop.take_stubs or found.name not in TORCHES
+        steps |= {"look around": look_around, "stubs": take_stubs if takes else compile_stubs}
+        steps |= {} if takes else {"evaluate": evaluate}
+    for name, step in (steps | {"test": run_tests}).items():
         start = time.monotonic()
         try:
-            step()
-        except Exception as error:  # whatever it is, the other releases are still to come
+            step(shop, found)
+        except Exception as error:  # whatever it is, the other environments are still to come
             found.trouble = f"{name}: {' '.join(str(error).split())}"
-            say(f"torch {found.torch}: {found.trouble}")
+            say(f"{found.name}: {found.trouble}")
             break
-        say(f"torch {found.torch}: {name}, {time.monotonic() - start:.0f} s")
+        say(f"{found.name}: {name}, {time.monotonic() - start:.0f} s")
+    write_json(shop.of(found) / "result.json", asdict(found))
 
 
 def look_around(shop: Workshop, found: Measured) -> None:
@@ -62,50 +54,65 @@ def look_around(shop: Workshop, found: Measured) -> None:
         "print(json.dumps({d.metadata['Name']: d.version for d in metadata.distributions()} "
         "| {'Python': platform.python_version()}))"
     )
-    text = shop.run(found.torch, "packages", ["-c", code], log="versions")
-    every: dict[str, str] = json.loads(text.splitlines()[-1])
+    every = json.loads(shop.run(found, "versions", ["-c", code]).splitlines()[-1])
     found.versions = {name: every[name] for name in ("Python", *TOLD)}
-    files = (path.lstat() for path in shop.environment(found.torch).rglob("*"))
+    files = (path.lstat() for path in shop.environment(found).rglob("*"))
     found.size = sum(getattr(status, "st_blocks", status.st_size // 512) * 512 for status in files) / GIB
 
 
 def compile_stubs(shop: Workshop, found: Measured) -> None:
-    """Compile the stubs that the default tests use, and count them."""
-    start = time.monotonic()
-    text = shop.run(found.torch, "stubs", ["-m", "stubs.build", "-j", str(shop.jobs)], good=(0, 1))
-    seconds = time.monotonic() - start
+    """Compile the stubs that the default tests use, or find them in the cache, and count them."""
+    text = shop.run(found, "stubs", ["-m", "stubs.build", "-j", str(shop.jobs)], good=(0, 1))
     # Each outcome with what stands below it, which is the error where there was one.
     pieces = re.split(r"^(\w+) +(cached|FAILED|left out: .*|[\d.]+ s)$", text, flags=re.MULTILINE)
-    outcomes = {name: (how, below) for name, how, below in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True)}
-    if not outcomes:
+    if len(pieces) == 1:
         raise StepError(text.strip().splitlines()[-1][:250])
-    for name, (how, below) in outcomes.items():
+    found.compiled = 0
+    for name, how, below in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
         if how == "FAILED":
             found.uncompiled[name] = below.strip().splitlines()[-1]
         elif how.startswith("left out: "):
             found.left_out[name] = how.removeprefix("left out: ")
-        elif how == "cached":
-            found.cached += 1
         else:
             found.compiled += 1
-    found.compile_seconds = seconds if found.compiled else 0.0
 
 
-def take_numbers(shop: Workshop, found: Measured) -> None:
+def take_stubs(shop: Workshop, found: Measured) -> None:
+    """Give an environment, in a cache of its own, what the Python of this process has compiled or compiles now.
+
+    The names of the folders hold a hash of torch's version with its build, which may be another one there.
+    """
+    from torch import __version__
+
+    found.compiled_under = str(__version__)
+    folders = shop.ask(found, "folders")
+    for name, folder in folders.items():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(compiled(name), folder)
+    found.compiled = len(folders)
+
+
+def evaluate(shop: Workshop, found: Measured) -> None:
     """Evaluate what was compiled, for other torches to compare with."""
-    told = shop.ask(found.torch, "numbers", numbers_of(shop.folder, found.torch))
+    told = shop.ask(found, "numbers", str(numbers_of(shop, found.name)))
     found.evaluated, found.not_evaluated = told["evaluated"], told["not_evaluated"]
     found.stamp = datetime.now().isoformat(timespec="seconds")
+
+
+def numbers_of(shop: Workshop, torch: str) -> Path:
+    """Say where the numbers are that a torch gave for what it has compiled."""
+    return shop.of(torch) / "numbers.pt"
 
 
 def run_tests(shop: Workshop, found: Measured) -> None:
     """Run the tests, and count them."""
     found.passed, found.failed, found.skipped, found.test_seconds = 0, {}, 0, 0.0
-    report = shop.of(found.torch) / "tests.xml"
+    report = shop.of(found) / "tests.xml"
     report.unlink(missing_ok=True)
     start = time.monotonic()
     arguments = ["-m", "pytest", "--numprocesses", str(shop.jobs), f"--junitxml={report}", "-q"]
-    shop.run(found.torch, "tests", arguments, good=(0, 1))
+    arguments += [f"tests/{name}.py" for name in found.variant.tests]
+    shop.run(found, "tests", arguments, good=(0, 1))
     found.test_seconds = time.monotonic() - start
     for test in ElementTree.parse(report).getroot().iter("testcase"):
         bad = [outcome for outcome in test if outcome.tag in ("failure", "error")]
@@ -118,24 +125,18 @@ def run_tests(shop: Workshop, found: Measured) -> None:
             found.passed += 1
 
 
-def cross_load(shop: Workshop, here: str, results: dict[str, Measured]) -> dict[str, Crossing]:
+def cross_load(shop: Workshop, here: Measured, results: list[Measured]) -> None:
     """Load under one torch what each has compiled; what was compared before stays as it is."""
-    found = {there: one for there, one in read_loaded(shop.folder, here).items() if there in results}
-    stamps = {t: m.stamp for t, m in results.items() if m.stamp}
-    stale = [t for t, stamp in stamps.items() if t not in found or found[t].stamp != stamp or found[t].trouble]
-    if not stale:
-        return found
-    try:
-        install(shop, here)
-    except Exception as error:
-        say(f"torch {here}: {error}")
-        return found
-    for there in stale:
+    found = read_crossings(shop.folder, results).get(here.name, {})
+    for there in results:
+        if not there.stamp or (there.name in found and not found[there.name].trouble):
+            continue
         try:
-            told = shop.ask(here, "crossing", numbers_of(shop.folder, there), log=f"from-{there}")
-            found[there] = Crossing(stamps[there], commit(), **told)
+            install(shop, here)
+            told = shop.ask(here, "crossing", str(numbers_of(shop, there.name)), log=f"from-{there.name}")
+            one = Crossing(there.stamp, commit(), **told)
         except (StepError, ValueError) as error:
-            found[there] = Crossing(stamps[there], commit(), results[there].evaluated, trouble=str(error))
-        say(f"torch {here}, compiled under {there}: {found[there].summary}")
-        write_loaded(shop.folder, here, found)
-    return found
+            one = Crossing(there.stamp, commit(), there.evaluated, trouble=str(error))
+        found[there.name] = one
+        say(f"torch {here.name}, compiled under {there.name}: {one.summary}")
+        write_crossings(shop.of(here), found)

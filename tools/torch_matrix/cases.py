@@ -1,54 +1,83 @@
-"""What was found under each torch, and the files in the work folder that keep it."""
+"""What can be measured, what was found, and the files in the work folder that keep it."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 TOLERANCE = 1e-12
-# The torch that other Pythons are tested with.
-PYTHON_TORCH = "2.13.0"
+# The torch that all is tested with that is no torch itself.
+COMMON_TORCH = "2.13.0"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to install or to run than the wheel in its usual way.
+
+    Args:
+        told: What the page says of it.
+        sdist: Whether the sdist is installed, not the wheel.
+        variables: Of the tests' environment.
+        pinned: Requirements in place of those in constraints.txt.
+        tests: What of the default tests is run; all if empty.
+    """
+
+    told: str
+    sdist: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
+    pinned: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+
+
+# What the machine code of solves is tested by.
+OF_MACHINE_CODE = ("test_machine_code", "test_newton", "test_block", "test_graph_calls", "test_company")
+VARIANTS = {
+    "sdist": Variant("installed from the sdist", sdist=True),
+    "tensors": Variant("`NEML2_AOTI_PLUGIN_KERNELS=torch`", variables={"NEML2_AOTI_PLUGIN_KERNELS": "torch"}),
+    "llvmlite": Variant(
+        "the lowest llvmlite, with the tests of machine code", pinned=("llvmlite==0.46.0",), tests=OF_MACHINE_CODE
+    ),
+}
 
 
 @dataclass
 class Measured:
-    """What was found under one torch, filled in step by step.
+    """What was found in one environment, filled in step by step.
 
     Args:
-        torch: Its release, as asked for.
+        name: A release of torch, `pythonX.Y`, or a key of `VARIANTS`.
         day: On which this was.
         stamp: When the compiled stubs were evaluated.
         commit: Of the sources.
         versions: Of Python and of some distributions in the environment.
         size: Of the environment, in GiB.
-        compiled: Stubs that were compiled.
-        cached: Stubs that an earlier run had compiled under this torch; under another Python, those it was given.
+        compiled: Number of stubs that the tests had.
+        compiled_under: The torch that compiled them, if it was that of another environment.
         left_out: Stubs that cannot be compiled with a torch as old as this, with the reason.
         uncompiled: Stubs that failed to compile, with the last line of what was said.
-        compile_seconds: For those that were compiled.
         evaluated: Compiled stubs that were loaded and evaluated.
         not_evaluated: The others, with what went wrong.
         passed: Number of tests.
         failed: Names of tests, with the first line of what went wrong.
         skipped: Number of tests.
         test_seconds: Of the whole test run.
-        trouble: The step that stopped all further ones under this torch.
+        trouble: The step that stopped all further ones in this environment.
     """
 
-    torch: str
+    name: str
     day: str = ""
     stamp: str = ""
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     size: float = 0.0
     compiled: int = 0
-    cached: int = 0
+    compiled_under: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
     uncompiled: dict[str, str] = field(default_factory=dict)
-    compile_seconds: float = 0.0
     evaluated: int = 0
     not_evaluated: dict[str, str] = field(default_factory=dict)
     passed: int = 0
@@ -56,6 +85,16 @@ class Measured:
     skipped: int = 0
     test_seconds: float = 0.0
     trouble: str = ""
+
+    @property
+    def torch(self) -> str:
+        """The release of torch to install."""
+        return self.name if self.name in TORCHES else COMMON_TORCH
+
+    @property
+    def variant(self) -> Variant:
+        """How it is installed and run."""
+        return VARIANTS.get(self.name, Variant(""))
 
     @property
     def good(self) -> bool:
@@ -109,61 +148,33 @@ class Crossing:
 Crossings = dict[str, dict[str, Crossing]]
 
 
-def folder_of(work: Path, torch: str) -> Path:
-    """Give the folder of what was found under one torch."""
-    return work / f"torch-{torch}"
+def read_all(work: Path) -> list[Measured]:
+    """What was found so far: torches, Pythons and variants, each in their order."""
+    found = [Measured(**read_json(file)) for file in work.glob("results/*/result.json")]
+    order = [*TORCHES, *VARIANTS]
+    return sorted(
+        found,
+        key=lambda one: (
+            order.index(one.name) if one.name in order else len(TORCHES) - 0.5,
+            [int(number) for number in re.findall(r"\d+", one.name)],
+        ),
+    )
 
 
-def name_of(python: str) -> str:
-    """Name what is found under a Python, by its major and minor number, as a torch is named elsewhere."""
-    return f"{PYTHON_TORCH}-python{python}"
-
-
-def release_of(name: str) -> str:
-    """Give the release of torch in what `name_of` gave, or a release as it is."""
-    return name.partition("-")[0]
-
-
-def numbers_of(work: Path, torch: str) -> Path:
-    """Say where the numbers are that a torch gave for what it has compiled."""
-    return folder_of(work, torch) / "numbers.pt"
-
-
-def read_results(work: Path) -> dict[str, Measured]:
-    """Read what was found so far, by torch."""
-    told = {torch: read_json(_result(work, torch)) for torch in TORCHES}
-    return {torch: Measured(**one) for torch, one in told.items() if one}
-
-
-def read_pythons(work: Path) -> list[Measured]:
-    """Read what was found so far under other Pythons, oldest first."""
-    files = work.glob(f"torch-{name_of('*')}/result.json")
-    found = [Measured(**read_json(file)) for file in files]
-    return sorted(found, key=lambda one: [int(n) for n in one.torch.partition("-python")[2].split(".")])
-
-
-def write_result(work: Path, found: Measured) -> None:
-    """Keep what was found under one torch."""
-    write_json(_result(work, found.torch), asdict(found))
-
-
-def read_loaded(work: Path, here: str) -> dict[str, Crossing]:
-    """Read all that was ever loaded under one torch, by the torch that compiled."""
-    return {there: Crossing(**one) for there, one in read_json(_crossings(work, here)).items()}
-
-
-def write_loaded(work: Path, here: str, found: dict[str, Crossing]) -> None:
-    """Keep what was loaded under one torch."""
-    write_json(_crossings(work, here), {there: asdict(one) for there, one in found.items()})
-
-
-def read_crossings(work: Path, results: dict[str, Measured]) -> Crossings:
-    """Read what was loaded so far of what the results speak of."""
-    loaded = {here: read_loaded(work, here) for here in TORCHES if _crossings(work, here).exists()}
+def read_crossings(work: Path, results: list[Measured]) -> Crossings:
+    """What was loaded so far of what the results speak of, and has not been compiled again since."""
+    stamps = {one.name: one.stamp for one in results}
+    found = {one.name: read_json(work / "results" / one.name / "crossings.json") for one in results}
     return {
-        here: {there: one for there, one in row.items() if there in results and one.stamp == results[there].stamp}
-        for here, row in loaded.items()
+        here: {t: Crossing(**one) for t, one in row.items() if one["stamp"] == stamps.get(t)}
+        for here, row in found.items()
+        if row
     }
+
+
+def write_crossings(folder: Path, found: dict[str, Crossing]) -> None:
+    """Keep what was loaded under one torch."""
+    write_json(folder / "crossings.json", {there: asdict(one) for there, one in found.items()})
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -174,14 +185,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".new")
     scratch.write_text(json.dumps(value, indent=1), encoding="utf-8")
     scratch.replace(file)
-
-
-def _result(work: Path, torch: str) -> Path:
-    return folder_of(work, torch) / "result.json"
-
-
-def _crossings(work: Path, here: str) -> Path:
-    return folder_of(work, here) / "crossings.json"
