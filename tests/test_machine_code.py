@@ -105,6 +105,40 @@ def cubes(code: MachineCode, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found.unknowns[0], found.statistics.iterations, found.statistics.norms
 
 
+@pytest.mark.skipif(sys.platform != "linux" or sys.maxsize < 2**32, reason="lays out memory as Linux does")
+def test_code_is_loaded_into_memory_in_pieces() -> None:
+    """Where large libraries lie between what is free, as with torch for CUDA, its sections still reach each other."""
+    children.run(
+        """
+        import ctypes, mmap
+        from neml2_aoti_plugin._graphs.power import power_executor
+        from neml2_aoti_plugin._solve import machine_code
+
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        no_reserve = 0x4000
+
+        def taken(size):
+            at = libc.mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve, -1, 0)
+            assert at != ctypes.c_void_p(-1).value
+            return at
+
+        # Fill what is free between libraries; then all that is taken lies below what was taken before.
+        for size in (2**shift for shift in range(30, 11, -1)):
+            lowest = taken(size)
+            while (at := taken(size)) > lowest or at < lowest - size:
+                lowest = min(lowest, at)
+        # A hole of each size, in pages, with 3 GiB to the next.
+        holes = [(taken(3 * 2**30 + pages * 4096), pages * 4096) for pages in range(1, 65)]
+        for at, size in holes:
+            assert libc.munmap(at + 3 * 2**30, size) == 0
+        assert machine_code.load() and power_executor()
+        """
+    )
+
+
 @pytest.mark.parametrize(
     ("triple", "magic"),
     [

@@ -97,7 +97,9 @@ def _machine_code() -> int:
     binding.initialize_native_asmprinter()
     parsed = binding.parse_assembly(str(module))
     parsed.verify()
-    engine = binding.create_mcjit_compiler(parsed, binding.Target.from_default_triple().create_target_machine())
+    machine = binding.Target.from_default_triple().create_target_machine()
+    # Its sections side by side, as in `_solve/machine_code.py`.
+    engine = binding.create_mcjit_compiler(parsed, machine, use_lmm=True)
     engine.finalize_object()
     _kept.append(engine)
     return int(engine.get_function_address("power"))

@@ -148,7 +148,9 @@ def loaded(binding: Any, object_file: bytes, machine: Any, kept: Path | None) ->
     """
     empty = binding.parse_assembly("")
     empty.triple = machine.triple
-    engine = binding.create_mcjit_compiler(empty, machine)
+    # All sections side by side: they refer to each other over at most 2 GiB, and where a process has mapped gigabytes
+    # of libraries, as with torch for CUDA, LLVM's own manager of memory puts them farther apart and aborts the process.
+    engine = binding.create_mcjit_compiler(empty, machine, use_lmm=True)
     engine.add_object_file(binding.ObjectFileRef.from_data(object_file))
     engine.finalize_object()
     return MachineCode(
