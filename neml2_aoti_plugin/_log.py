@@ -74,11 +74,7 @@ def reset_defaults() -> None:
 
 
 def apply_env() -> None:
-    """Read `NEML2_LOGS` again.
-
-    Raises:
-        InputError: an entry names an unknown channel or level; the levels in force stay as they were.
-    """
+    """Read `NEML2_LOGS` again; where an entry is wrong, the levels in force stay as they were, and it is an error."""
     entries, faults = _parse(os.environ.get("NEML2_LOGS", ""))
     if faults:
         raise InputError(f"NEML2_LOGS: {'; '.join(faults)}")

@@ -148,18 +148,7 @@ _RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 def newton_settings(**values: Any) -> NewtonSettings:
-    """Check Newton settings.
-
-    Args:
-        values: fields of `NewtonSettings` by name.
-
-    Returns:
-        The settings, with counts as ints and all other numbers as floats.
-
-    Raises:
-        InputError: a value is out of range.
-        InputTypeError: a value has the wrong type.
-    """
+    """Newton settings, checked, with counts as ints and all other numbers as floats."""
     checked = {}
     for name, value in values.items():
         read, wanted = _RULES[name]
@@ -173,20 +162,7 @@ def newton_settings(**values: Any) -> NewtonSettings:
 
 
 def changed_settings(present: NewtonSettings | None, changes: Mapping[str, Any], where: str) -> NewtonSettings:
-    """Newton settings with some of them changed.
-
-    Args:
-        present: those in force; None for a model without implicit segments.
-        changes: by the field names of `NewtonSettings`.
-        where: the model, for messages.
-
-    Returns:
-        The settings, checked.
-
-    Raises:
-        UnknownNameError: there is no such setting.
-        InputError: a value is out of range, or there are no settings to change.
-    """
+    """Newton settings with some of them changed, checked; `present` is None for a model without implicit segments."""
     require_names(changes, _RULES, f"solver of {where}", "settings")
     if present is None:
         raise InputError(f"{where} has no implicit segment, so there is no solver to set.")

@@ -75,7 +75,7 @@ def input_pairs(caller: Caller, chosen: Sequence[tuple[str, str]] | None = None)
     return list(dict.fromkeys(found))
 
 
-def _parameter_pairs(caller: Caller, params: Sequence[str] | None) -> list[Pair]:
+def parameter_pairs(caller: Caller, params: Sequence[str] | None) -> list[Pair]:
     """The compiled pairs by parameters, or those by the parameters that are chosen, each of which must have one."""
     pairs = pairs_by(caller, "parameter")
     if params is None:
@@ -205,13 +205,6 @@ def evaluate(
     return Evaluated(caller.outputs(found.values, call.batch), derivatives, shared, found)
 
 
-def required(caller: Caller, call: Admitted, pairs: Sequence[Pair], *, expand: bool = True) -> Evaluated:
-    """As `evaluate`; rows that do not converge are an error."""
-    evaluated = evaluate(caller, call, pairs, expand=expand)
-    caller.require_convergence(evaluated.found, call, evaluated.derivatives.values())
-    return evaluated
-
-
 def linearise(
     caller: Caller,
     inputs: Mapping[str, Tensor],
@@ -233,25 +226,14 @@ def jacobian(
     caller: Caller,
     inputs: Mapping[str, Tensor],
     overrides: Mapping[str, Tensor] | None,
-    chosen: Sequence[tuple[str, str]] | None,
+    pairs: Sequence[Pair],
     *,
-    expand: bool,
+    expand: bool = True,
 ) -> tuple[Tensors, Blocks]:
-    """See `Model.jacobian`."""
-    pairs = input_pairs(caller, chosen)
-    evaluated = required(caller, caller.admit(inputs, overrides), pairs, expand=expand)
-    return evaluated.outputs, evaluated.blocks
-
-
-def param_jacobian(
-    caller: Caller,
-    inputs: Mapping[str, Tensor],
-    overrides: Mapping[str, Tensor] | None,
-    params: Sequence[str] | None,
-) -> tuple[Tensors, Blocks]:
-    """See `Model.param_jacobian`."""
-    pairs = _parameter_pairs(caller, params)
-    evaluated = required(caller, caller.admit(inputs, overrides), pairs)
+    """Outputs, and the blocks of compiled pairs; see `Model.jacobian` and `Model.param_jacobian`."""
+    call = caller.admit(inputs, overrides)
+    evaluated = evaluate(caller, call, pairs, expand=expand)
+    caller.require_convergence(evaluated.found, call, evaluated.derivatives.values())
     return evaluated.outputs, evaluated.blocks
 
 
@@ -264,11 +246,12 @@ def param_vjp(
 ) -> Tensors:
     """See `Model.param_vjp`."""
     boundary = caller.boundary
-    pairs = _parameter_pairs(caller, params)
+    pairs = parameter_pairs(caller, params)
     needed = dict.fromkeys(out for out, _ in pairs)
     require_names(cotangents, boundary.outputs, f"cotangents of {boundary.where}", "outputs", needed=needed)
     call = caller.admit(inputs, overrides)
-    evaluated = required(caller, call, pairs)
+    evaluated = evaluate(caller, call, pairs)
+    caller.require_convergence(evaluated.found, call, evaluated.derivatives.values())
     gradients: Tensors = {}
     for (out, (_, name)), block in evaluated.derivatives.items():
         cotangent = _cotangent(boundary, out, cotangents[out], tuple(evaluated.outputs[out].shape))

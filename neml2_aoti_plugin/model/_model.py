@@ -327,6 +327,7 @@ class Model(CompiledModule):
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
+        # One matrix for each pair, also for one that is there twice.
         derivatives.input_pairs(self._caller, pairs)
         wanted: list[derivatives.Pair] = [(out, ("input", name)) for out, name in pairs]
         if autograd.is_followed(self._caller, inputs, param_overrides):
@@ -421,7 +422,8 @@ class Model(CompiledModule):
             if found is not None:
                 return found
         with torch.no_grad():
-            return derivatives.jacobian(self._caller, inputs, param_overrides, pairs, expand=expand)
+            wanted = derivatives.input_pairs(self._caller, pairs)
+            return derivatives.jacobian(self._caller, inputs, param_overrides, wanted, expand=expand)
 
     @public
     def param_jacobian(
@@ -440,7 +442,8 @@ class Model(CompiledModule):
             DerivativeNotCompiledError: no derivative by a parameter was compiled, or none by one of `params`.
         """
         with torch.no_grad():
-            return derivatives.param_jacobian(self._caller, inputs, param_overrides, params)
+            wanted = derivatives.parameter_pairs(self._caller, params)
+            return derivatives.jacobian(self._caller, inputs, param_overrides, wanted)
 
     @public
     def param_vjp(
