@@ -64,6 +64,15 @@ class TestLoading:
         stub.write_text(f"[Models]\n  [m]\n    type = AOTIModel\n    artifact_path = '{artifact}'\n  []\n[]\n")
         assert neml2.load_model(stub, "m")._inner.artifact == artifact
 
+    def test_settings_by_what_was_given_to_neml2_compile_alone(self, tmp_path: Path) -> None:
+        artifact = references.case("elasticity").artifact
+        stub = tmp_path / "stub.i"
+        stub.write_text(
+            "[Settings]\n  example_batch_shape = '(${rows},)'\n[]\n"
+            f"[Models]\n  [m]\n    type = AOTIModel\n    artifact_path = '{artifact}'\n  []\n[]\n"
+        )
+        assert neml2.load_model(stub, "m")._inner.artifact == artifact
+
     @pytest.mark.wide
     def test_dtype_is_the_one_compiled(self) -> None:
         assert load("elasticity")._inner.dtype == torch.float64

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
+import nmhit
 import torch
 from neml2.schema import option
 from neml2.types import TensorWrapper
@@ -22,9 +23,6 @@ from ..model._parameters import PromotedParameters
 from ..settings import NewtonSettings
 from . import typed
 from .overrides import OpenSchema, parameter_values
-
-if TYPE_CHECKING:
-    import nmhit
 
 Value: TypeAlias = TensorWrapper | Tensor
 
@@ -75,7 +73,12 @@ class AOTIModel(CompiledModule):
     @classmethod
     def from_hit(cls, node: nmhit.Node, factory: Any) -> AOTIModel:
         """Load the artifact that a `[Models]` block of neml2's input file (`factory`) points at."""
-        declared = {name for name in getattr(factory.settings, "example_batch_shape", None) or {} if name != "*"}
+        try:
+            settings = factory.settings
+        except nmhit.Error:
+            # A stub repeats the settings of its source, without what was given to neml2-compile alone, such as `n:=5`.
+            settings = None
+        declared = {name for name in getattr(settings, "example_batch_shape", None) or {} if name != "*"}
         try:
             try:
                 stub = read_stub(node, Path(factory._path).parent, lambda n: factory._find_in_section("Solvers", n))
