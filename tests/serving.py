@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from stubs.build import compiled
 
 Array = NDArray[Any]
 
@@ -26,6 +29,74 @@ SCRIPT = Path(sys.executable).with_name("neml2-aoti")
 PATIENCE = 120.0
 DTYPES = {"FP64": np.float64, "FP32": np.float32, "INT64": np.int64, "BOOL": np.bool_}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+
+# -- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def artifact(stub: str) -> Path:
+    """The artifact of a stub."""
+    return next(path.parent for path in compiled(stub).glob("*/metadata.json"))
+
+
+def step(rows: int, seed: int = 0, size: float = 3e-3) -> dict[str, Array]:
+    """A time step of the viscoplastic model."""
+    rng = np.random.default_rng(seed)
+    return {
+        "strain": size * rng.standard_normal((rows, 6)),
+        "strain~1": np.zeros((rows, 6)),
+        "t": rng.uniform(0.5, 2.0, rows),
+        "t~1": np.zeros(rows),
+        "equivalent_plastic_strain~1": np.zeros(rows),
+        "stress~1": np.zeros((rows, 6)),
+    }
+
+
+def strain(rows: int, seed: int = 0) -> dict[str, Array]:
+    """Inputs of an elastic model."""
+    return {"strain": 1e-3 * np.random.default_rng(seed).standard_normal((rows, 6))}
+
+
+def tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """The same for a model in this process."""
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def encode(
+    inputs: Mapping[str, Array], binary: bool, parameters: Mapping[str, Any] = {}
+) -> tuple[bytes, dict[str, str]]:
+    """The body of a request, and its headers."""
+    entries: list[dict[str, Any]] = []
+    data = b""
+    for name, array in inputs.items():
+        entry: dict[str, Any] = {"name": name, "shape": list(array.shape), "datatype": NAMES[array.dtype]}
+        if binary:
+            entry["parameters"] = {"binary_data_size": array.nbytes}
+            data += array.tobytes()
+        else:
+            entry["data"] = array.reshape(-1).tolist()
+        entries.append(entry)
+    options = {"binary_data_output": True} if binary else {}
+    head = json.dumps({"inputs": entries, "parameters": {**options, **parameters}}).encode()
+    return head + data, ({"Inference-Header-Content-Length": str(len(head))} if binary else {})
+
+
+def raw(path: str, body: bytes = b"", headers: Mapping[str, str] = {}, method: str = "POST") -> bytes:
+    """A request as it goes over the wire."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in {"Content-Length": len(body), **headers}.items())
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode() + body
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+# -- the service -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,8 +110,7 @@ class Answer:
     @property
     def document(self) -> dict[str, Any]:
         """The JSON in it."""
-        cut = int(self.headers.get("inference-header-content-length", len(self.body)))
-        found: dict[str, Any] = json.loads(self.body[:cut])
+        found: dict[str, Any] = json.loads(self.body[: self._cut])
         return found
 
     @property
@@ -54,8 +124,7 @@ class Answer:
     def arrays(self) -> dict[str, Array]:
         """The tensors in it, from JSON or binary data."""
         assert self.status == 200, self.body
-        rest = self.body[int(self.headers.get("inference-header-content-length", len(self.body))) :]
-        found = {}
+        rest, found = self.body[self._cut :], {}
         for output in self.document["outputs"]:
             dtype, shape = DTYPES[output["datatype"]], output["shape"]
             if "data" in output:
@@ -68,6 +137,10 @@ class Answer:
         assert not rest
         return found
 
+    @property
+    def _cut(self) -> int:
+        return int(self.headers.get("inference-header-content-length", len(self.body)))
+
 
 @dataclass
 class Service:
@@ -75,7 +148,7 @@ class Service:
 
     process: subprocess.Popen[bytes]
     log: Path
-    address: str
+    address: str = ""
     host: str = ""
     port: int = 0
     path: str = ""
@@ -83,16 +156,16 @@ class Service:
 
     def connect(self, timeout: float = 60.0) -> socket.socket:
         """A connection."""
-        if self.path:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.settimeout(timeout)
-            try:
-                connection.connect(self.path)
-            except OSError:
-                connection.close()
-                raise
-            return connection
-        return socket.create_connection((self.host, self.port), timeout)
+        if not self.path:
+            return socket.create_connection((self.host, self.port), timeout)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(timeout)
+        try:
+            connection.connect(self.path)
+        except OSError:
+            connection.close()
+            raise
+        return connection
 
     def request(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}, timeout: float = 60.0
@@ -113,10 +186,13 @@ class Service:
         assert answer.status == 200, answer.body
         return answer.document
 
+    def post(self, model: str, document: Any) -> Answer:
+        """Ask for an evaluation by a document."""
+        return self.request("POST", f"/v2/models/{model}/infer", json.dumps(document).encode())
+
     def infer(self, model: str, inputs: Mapping[str, Array], binary: bool = True, **parameters: Any) -> Answer:
         """Ask for an evaluation."""
-        body, headers = encode(inputs, binary, parameters)
-        return self.request("POST", f"/v2/models/{model}/infer", body, headers)
+        return self.request("POST", f"/v2/models/{model}/infer", *encode(inputs, binary, parameters))
 
     def lines(self, event: str = "") -> list[dict[str, Any]]:
         """The lines of the log, of one kind or all."""
@@ -140,8 +216,7 @@ class Service:
             match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
             if match and match[1] == name:
                 own = dict(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
-                if all(own.get(key) == value for key, value in labels.items()):
-                    total += float(match[3])
+                total += float(match[3]) if labels.items() <= own.items() else 0.0
         return total
 
     def stop(self, patience: float = 60.0) -> int:
@@ -150,47 +225,22 @@ class Service:
         return self.process.wait(patience)
 
 
-def encode(
-    inputs: Mapping[str, Array], binary: bool, parameters: Mapping[str, Any] = {}
-) -> tuple[bytes, dict[str, str]]:
-    """The body of a request, and its headers."""
-    tensors: list[dict[str, Any]] = []
-    data = b""
-    for name, array in inputs.items():
-        tensor: dict[str, Any] = {"name": name, "shape": list(array.shape), "datatype": NAMES[array.dtype]}
-        if binary:
-            tensor["parameters"] = {"binary_data_size": array.nbytes}
-            data += array.tobytes()
-        else:
-            tensor["data"] = array.reshape(-1).tolist()
-        tensors.append(tensor)
-    options = {"binary_data_output": True} if binary else {}
-    head = json.dumps({"inputs": tensors, "parameters": {**options, **parameters}}).encode()
-    return head + data, ({"Inference-Header-Content-Length": str(len(head))} if binary else {})
-
-
 @contextlib.contextmanager
 def started(
-    folder: Path, arguments: Sequence[object], *, ready: int = 1, variables: Mapping[str, str] = {}, **options: Any
+    folder: Path, arguments: Sequence[object], *, ready: int = 1, variables: Mapping[str, str] = {}
 ) -> Iterator[Service]:
-    """Start a service on a free port; it is killed at the end if it still runs.
+    """Start a service on a free port with its log in a folder; it is killed at the end if it still runs.
 
-    Args:
-        folder: for its log.
-        arguments: of the command.
-        ready: number of processes that must listen; 0 waits until it has an address only.
-        variables: of its environment.
-        options: of `subprocess.Popen`.
+    It is there once `ready` processes listen, or with 0 of them once it has an address.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.jsonl"
+    log, errors = folder / "log.jsonl", folder / "errors.txt"
     where = [] if "--uds" in map(str, arguments) else ["--port", "0"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **variables}
-    with log.open("wb") as out, (folder / "errors.txt").open("wb") as errors:
-        process = subprocess.Popen(
-            [str(SCRIPT), "serve", *map(str, arguments), *where], stdout=out, stderr=errors, env=environment, **options
-        )
-    service = Service(process, log, "")
+    with log.open("wb") as out, errors.open("wb") as err:
+        command = [str(SCRIPT), "serve", *map(str, arguments), *where]
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+    service = Service(process, log)
     try:
         service.address = service.wait_for("starting")[0]["address"]
         kind, _, rest = service.address.partition(":")
@@ -205,7 +255,7 @@ def started(
         if process.poll() is None:
             process.kill()
         process.wait(30)
-        told = (folder / "errors.txt").read_text(encoding="utf-8")
+        told = errors.read_text(encoding="utf-8")
         assert told == "", told
 
 

@@ -23,19 +23,13 @@ from neml2_aoti_plugin import ConvergenceError, Model
 from neml2_aoti_plugin._cli.serve import LIMITS, command
 from neml2_aoti_plugin.model import Solution
 from neml2_aoti_plugin.serve import Limits
-from serving import Answer, Array, Service, close, encode, started
-from stubs.build import compiled
+from serving import Answer, Array, Service, artifact, close, encode, started, step, strain, tensors
 
 CLIENTS = Path(__file__).with_name("serve_clients")
 # Names under which stubs are served, where these are not the names of their models.
 STUBS = {"elasticity": "elasticity", "viscoplasticity": "viscoplasticity", "promoted": "promoted"}
 SERVED = [*STUBS, "calibration", "stiff"]
 SY, K = "residual.overstress.sy", "residual.hardening.K"
-
-
-def artifact(stub: str) -> Path:
-    """The artifact of a stub."""
-    return next(path.parent for path in compiled(stub).glob("*/metadata.json"))
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +50,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def models() -> dict[str, Model]:
     """The same models in this process, as the reference."""
     return {name: Model(artifact(name)) for name in (*STUBS, "calibration")}
-
-
-def step(rows: int, seed: int = 0, size: float = 3e-3) -> dict[str, Array]:
-    """A time step of the viscoplastic model."""
-    rng = np.random.default_rng(seed)
-    return {
-        "strain": size * rng.standard_normal((rows, 6)),
-        "strain~1": np.zeros((rows, 6)),
-        "t": rng.uniform(0.5, 2.0, rows),
-        "t~1": np.zeros(rows),
-        "equivalent_plastic_strain~1": np.zeros(rows),
-        "stress~1": np.zeros((rows, 6)),
-    }
-
-
-def strain(rows: int, seed: int = 0) -> dict[str, Array]:
-    return {"strain": 1e-3 * np.random.default_rng(seed).standard_normal((rows, 6))}
-
-
-def tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
 def same(found: Mapping[str, Array], wanted: Mapping[str, torch.Tensor]) -> None:
@@ -102,7 +75,7 @@ def test_what_the_service_tells_of_itself(service: Service) -> None:
         assert service.get(path + "/ready") == {"name": "viscoplasticity", "ready": True}
     extended = service.get("/v2/models/calibration")["parameters"]
     assert extended["promoted_parameters"].keys() == {SY, K}
-    assert list(extended["operations"]) == ["forward", "solve", "jacobian", "jvp", "param_vjp"]
+    assert list(extended["operations"]) == ["forward", "solve", "jacobian", "jvp", "param_jacobian", "param_vjp"]
 
 
 def test_the_openapi_document_is_that_of_the_addresses(service: Service) -> None:
@@ -286,6 +259,9 @@ def reference(
     if operation == "jvp":
         outputs, along = model.jvp(inputs, marked, chosen)
         return {**outputs, **{f"tangent:{name}": value for name, value in along.items()}}
+    if operation == "param_jacobian":
+        outputs, blocks = model.param_jacobian(inputs, chosen)
+        return {**outputs, **{f"{out}:{by}": x for out, row in blocks.items() for by, x in row.items()}}
     return {f"gradient:{name}": value for name, value in model.param_vjp(inputs, marked, chosen).items()}
 
 
@@ -309,7 +285,7 @@ def request_of(name: str, operation: str, rows: int, seed: int) -> dict[str, Arr
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["json", "binary"])
-@pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "jvp", "param_vjp"])
+@pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "jvp", "param_jacobian", "param_vjp"])
 @pytest.mark.parametrize("name", ["promoted", "calibration"])
 def test_operations(name: str, operation: str, binary: bool, service: Service, models: dict[str, Model]) -> None:
     given = request_of(name, operation, 3, 1)
@@ -424,7 +400,7 @@ def together(service: Service, calls: Sequence[Callable[[], Answer]], model: str
     return answers
 
 
-@pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "jvp", "param_vjp"])
+@pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "jvp", "param_jacobian", "param_vjp"])
 def test_gathered_answers_are_those_alone(operation: str, service: Service, models: dict[str, Model]) -> None:
     """Each within 1e-12, whatever the others are; one that fails fails alone."""
     name, rng = "calibration", np.random.default_rng(3)

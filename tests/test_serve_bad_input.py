@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neml2_aoti_plugin import Model
-from serving import Answer, Array, Service, close, encode, started
-from test_serve import artifact, strain
+from serving import Answer, Array, Service, artifact, close, encode, started, strain
 
 PATH = "/v2/models/promoted/infer"
 
@@ -64,113 +63,125 @@ def request(**changes: Any) -> dict[str, Any]:
     return {"inputs": [{key: value for key, value in tensor.items() if value is not ...}]}
 
 
+def parameters(**given: Any) -> dict[str, Any]:
+    """A right request but for its parameters."""
+    return {**request(), "parameters": given}
+
+
+def output(**given: Any) -> dict[str, Any]:
+    """A right request but for the parameters of its output."""
+    return {**request(), "outputs": [{"name": "stress", "parameters": given}]}
+
+
 ONE = request()["inputs"][0]
-BINARY = {"data": ..., "parameters": {"binary_data_size": 48}}
 
 
 @pytest.mark.parametrize(
-    ("document", "data", "said"),
+    ("document", "said"),
     [
         # JSON
-        (b"", b"", "the request is no JSON"),
-        (b"{", b"", "the request is no JSON"),
-        (b"\xff\xfe", b"", "the request is no JSON"),
-        (b"[NaN", b"", "the request is no JSON"),
-        (b"[" * 100_000, b"", "nested too deeply"),
-        (b"[" * 100_000 + b"]" * 100_000, b"", "nested too deeply"),
-        (b'{"inputs":' * 100_000 + b"1" + b"}" * 100_000, b"", "nested too deeply"),
-        (b'{"inputs":' * 99 + b"1" + b"}" * 99, b"", "inputs is an object"),
-        (b'{"id": "a", "inputs": [], "id": "b"}', b"", "'id' is there twice in one object"),
-        (b'{"id": "a:b", "inputs": [{"name": "x", "na\\u006de": "y"}]}', b"", "'name' is there twice in one object"),
-        (b"[NaN," + b"[" * 100_000, b"", "nested too deeply"),
-        (b'{"a":' * 50_000 + b"NaN", b"", "nested too deeply"),
-        ([], b"", "expected a JSON object with 'inputs'"),
-        ({}, b"", "inputs is None, expected a list of tensors: strain"),
-        ({"inputs": {}}, b"", "inputs is {}"),
-        ({"inputs": [7]}, b"", "inputs holds 7"),
-        ({"inputs": [ONE, ONE]}, b"", "input 'strain' is there twice"),
-        ({**request(), "parameter": {}}, b"", "the request: unknown 'parameter'; known are id,"),
-        ({**request(), "id": 7}, b"", "id is 7"),
-        ({**request(), "model_name": "steel"}, b"", "model_name is 'steel', but the address is that of 'promoted'"),
+        (b"", "the request is no JSON"),
+        (b"{", "the request is no JSON"),
+        (b"\xff\xfe", "the request is no JSON"),
+        (b"[NaN", "the request"),
+        (b"[" * 100_000, "the request"),
+        (b"[" * 100_000 + b"]" * 100_000, "the request"),
+        (b'{"inputs":' * 99 + b"1" + b"}" * 99, "inputs is an object"),
+        (b'{"parameters":{"a":' + b"[" * 100_000, "nested too deeply"),
+        (b'{"parameters":{"a":[NaN,' + b"[" * 100_000, "nested too deeply"),
+        (b'{"parameters":' + b'{"a":' * 50_000 + b"NaN", "nested too deeply"),
+        (b'{"id": "a", "inputs": [], "id": "b"}', "'id' is there twice in one object"),
+        (b'{"id": "a:b", "inputs": [], "parameters": {"x": 1, "\\u0078": 2}}', "'x' is there twice in one object"),
+        ([], "the request is [], expected object"),
+        ({}, "the request lacks 'inputs'"),
+        ({"inputs": {}}, "inputs is {}"),
+        ({"inputs": [7]}, "inputs[0] is 7, expected object"),
+        ({"inputs": [ONE, ONE]}, "input 'strain' is there twice"),
+        ({**request(), "parameter": {}}, "unknown field `parameter`"),
+        ({**request(), "id": 7}, "id is 7"),
+        ({**request(), "model_name": "steel"}, "model_name is 'steel', but the address is that of 'promoted'"),
         # names, shapes, dtypes
-        (request(name="stress"), b"", "inputs hold 'stress', which forward does not take. It needs strain"),
-        (request(name=["strain"]), b"", "inputs hold ['strain']"),
-        (request(name=...), b"", "inputs hold None"),
-        (request(shape=[1, 7]), b"", "input 'strain' has the shape [1, 7], expected [rows, 6]"),
-        (request(shape=[6]), b"", "has the shape [6]"),
-        (request(shape=[0, 6]), b"", "has the shape [0, 6], expected [rows, 6] with one row or more"),
-        (request(shape=[-1, 6]), b"", "has the shape [-1, 6]"),
-        (request(shape=[True, 6]), b"", "has the shape [True, 6]"),
-        (request(shape=[1.0, 6]), b"", "has the shape [1.0, 6]"),
-        (request(shape=[1, 6.0]), b"", "has the shape [1, 6.0]"),
-        (request(shape="16"), b"", "has the shape '16'"),
-        (request(shape=[2, 6]), b"", "data has 6 entries, but the shape [2, 6] takes 12"),
-        (request(datatype="FP32"), b"", "input 'strain' has the datatype 'FP32', expected 'FP64'"),
-        (request(datatype=None), b"", "has the datatype None"),
+        (request(name="stress"), "inputs hold 'stress', which forward does not take. It needs strain"),
+        (request(name=["strain"]), "inputs[0].name is ['strain'], expected str"),
+        (request(name=...), "inputs[0] lacks 'name'"),
+        (request(shape=[1, 7]), "input 'strain' has the shape [1, 7], expected [rows, 6]"),
+        (request(shape=[6]), "has the shape [6]"),
+        (request(shape=[0, 6]), "has the shape [0, 6], expected [rows, 6] with one row or more"),
+        (request(shape=[-1, 6]), "has the shape [-1, 6]"),
+        (request(shape=[True, 6]), "inputs[0].shape[0] is True, expected int"),
+        (request(shape=[1, 6.0]), "inputs[0].shape[1] is 6.0, expected int"),
+        (request(shape="16"), "inputs[0].shape is '16'"),
+        (request(shape=[2, 6]), "data has 6 entries, but the shape [2, 6] takes 12"),
+        (request(datatype="FP32"), "input 'strain' has the datatype 'FP32', expected 'FP64'"),
+        (request(datatype=None), "inputs[0].datatype is None"),
         # data
-        (request(data=...), b"", "input 'strain': data is None, expected a list of numbers"),
-        (request(data="AAAA"), b"", "data is 'AAAA'"),
-        (request(data=[0.0] * 5), b"", "data has 5 entries, but the shape [1, 6] takes 6"),
-        (request(data=[0.0] * 5 + ["1"]), b"", "entry 5 of data is '1', expected a number"),
-        (request(data=[0.0] * 5 + [True]), b"", "entry 5 of data is True"),
-        (json.dumps(request()).replace("[0.0,", "[1e999,").encode(), b"", "the number '1e999' is too large"),
-        (json.dumps(request()).replace("[0.0,", "[NaN, -1e999,").encode(), b"", "the number '-1e999' is too large"),
-        (request(data=[None] + [0.0] * 5), b"", "entry 0 of data is None"),
-        (request(data=[[0.0] * 3, [0.0] * 3]), b"", "nested otherwise than the shape [1, 6]"),
-        (request(data=[[[0.0] * 6]]), b"", "nested otherwise"),
-        (request(data=[[0.0] * 5 + [[1]]]), b"", "nested otherwise"),
-        (request(extra=1), b"", "input 'strain': unknown 'extra'"),
-        (request(parameters=[]), b"", "input 'strain': parameters is [], expected an object"),
-        (request(parameters={"shared_memory_region": "x"}), b"", "'shared_memory_region' is of an extension"),
-        # binary data
-        (request(**BINARY), b"", "binary_data_size is 48, but the body has only 0 bytes left"),
-        (request(**BINARY), b"x" * 47, "the body has only 47 bytes left"),
-        (request(**BINARY), b"x" * 49, "the body has 1 bytes more of binary data than its inputs tell"),
-        (request(data=..., parameters={"binary_data_size": 47}), b"x" * 47, "binary_data_size is 47, but FP64 of"),
-        (request(data=..., parameters={"binary_data_size": -48}), b"x" * 48, "binary_data_size is -48"),
-        (request(data=..., parameters={"binary_data_size": 48.0}), b"x" * 48, "binary_data_size is 48.0"),
-        (request(parameters={"binary_data_size": 48}), b"x" * 48, "has both data and binary_data_size"),
+        (request(data=...), "input 'strain': data is absent, expected a list of numbers"),
+        (request(data="AAAA"), "inputs[0].data is 'AAAA'"),
+        (request(data=[0.0] * 5), "data has 5 entries, but the shape [1, 6] takes 6"),
+        (request(data=[0.0] * 5 + ["1"]), "input 'strain': data: [5] is '1', expected float"),
+        (request(data=[0.0] * 5 + [True]), "data: [5] is True"),
+        (request(data=[None] + [0.0] * 5), "data: [0] is None"),
+        (json.dumps(request()).replace("[0.0,", "[1e999,").encode(), "inputs[0].data[0]: Number out of range"),
+        (json.dumps(request()).replace("[0.0,", "[NaN, -1e999,").encode(), "the number '-1e999' is too large"),
+        (request(data=[[0.0] * 3, [0.0] * 3]), "nested otherwise than the shape [1, 6]"),
+        (request(data=[[0.0] * 6, [0.0] * 5]), "nested otherwise"),
+        (request(data=[[[0.0] * 6]]), "data: [0][0] is [0.0"),
+        (request(data=[[0.0] * 5 + [[1]]]), "data: [0][5] is [1], expected float"),
+        (request(extra=1), "inputs[0]: Object contains unknown field `extra`"),
+        (request(parameters=[]), "inputs[0].parameters is [], expected object"),
+        (request(parameters={"shared_memory_region": "x"}), "'shared_memory_region' is of an extension"),
         # outputs
-        ({**request(), "outputs": {}}, b"", "outputs is {}"),
-        ({**request(), "outputs": [{"name": "strain"}]}, b"", "with a name out of stress."),
-        ({**request(), "outputs": [{"name": "stress"}] * 2}, b"", "expected each once"),
-        ({**request(), "outputs": [{"name": "stress", "shape": []}]}, b"", "output 'stress': unknown 'shape'"),
+        ({**request(), "outputs": {}}, "outputs is {}"),
+        ({**request(), "outputs": [{"name": "strain"}]}, "with a name out of stress."),
+        ({**request(), "outputs": [{"name": "stress"}] * 2}, "expected each once"),
         (
-            {**request(), "outputs": [{"name": "stress", "parameters": {"classification": 3}}]},
-            b"",
-            "parameters of output 'stress': 'classification' is of an extension",
+            {**request(), "outputs": [{"name": "stress", "shape": []}]},
+            "outputs[0]: Object contains unknown field `shape`",
         ),
-        (
-            {**request(), "outputs": [{"name": "stress", "parameters": {"binary_data": 1}}]},
-            b"",
-            "output 'stress': binary_data is 1, expected true or false",
-        ),
+        (output(classification=3), "parameters of output 'stress': 'classification' is of an extension"),
+        (output(binary_data=1), "parameters of output 'stress': binary_data is 1, expected bool"),
         # operations and overrides
-        ({**request(), "parameters": {"operation": "hessian"}}, b"", "operation is 'hessian', expected one of forward"),
-        ({**request(), "parameters": {"operation": ["forward"]}}, b"", "operation is ['forward']"),
-        ({**request(), "parameters": {"operations": "solve"}}, b"", "unknown 'operations'; did you mean 'operation'?"),
-        ({**request(), "parameters": {"operation": "jvp"}}, b"", "no tangent, which jvp needs one of: tangent:strain"),
-        ({**request(), "parameters": {"operation": "param_vjp"}}, b"", "inputs lack 'cotangent:stress'"),
-        ({**request(), "parameters": {"parameter_overrides": 7}}, b"", "parameter_overrides is 7"),
-        ({**request(), "parameters": {"parameter_overrides": "{"}}, b"", "the request is no JSON"),
+        (parameters(operation="hessian"), "operation is 'hessian', expected one of forward"),
+        (parameters(operation=["forward"]), "operation is ['forward']"),
+        (parameters(operations="solve"), "unknown 'operations'; did you mean 'operation'?"),
+        (parameters(operation="jvp"), "no tangent, which jvp needs one of: tangent:strain"),
+        (parameters(operation="param_vjp"), "inputs lack 'cotangent:stress'"),
+        (parameters(parameter_overrides=7), "parameter_overrides is 7"),
+        (parameters(parameter_overrides="{"), "the request is no JSON"),
+        (parameters(parameter_overrides="[]"), "parameter_overrides is []"),
+        (parameters(parameter_overrides={"E": 1.0}), "holds 'E', which is no promoted parameter of model 'promoted'"),
         (
-            {**request(), "parameters": {"parameter_overrides": {"E": 1.0}}},
-            b"",
-            "parameter_overrides holds 'E', which is no promoted parameter of model 'promoted'; there are: promoted.E",
-        ),
-        (
-            {**request(), "parameters": {"parameter_overrides": {"promoted.E": [1.0, 2.0]}}},
-            b"",
+            parameters(parameter_overrides={"promoted.E": [1.0, 2.0]}),
             "parameter_overrides: promoted.E is [1.0, 2.0], expected a number, or lists of the shape [1]",
         ),
-        ({**request(), "parameters": {"parameter_overrides": {"promoted.E": True}}}, b"", "promoted.E is True"),
-        ({**request(), "parameters": {"parameter_overrides": {"promoted.E": None}}}, b"", "promoted.E is None"),
+        (parameters(parameter_overrides={"promoted.E": True}), "promoted.E is True"),
+        (parameters(parameter_overrides={"promoted.E": None}), "promoted.E is None"),
     ],
 )
-def test_what_is_wrong_is_named(service: Service, document: Any, data: bytes, said: str) -> None:
-    answer = ask(service, document, data)
+def test_what_is_wrong_is_named(service: Service, document: Any, said: str) -> None:
+    """With the path of its key, and what was found."""
+    answer = ask(service, document)
     assert answer.status == 400 and said in answer.error, answer.body
     assert len(answer.body) < 2000
+
+
+@pytest.mark.parametrize(
+    ("size", "data", "said"),
+    [
+        (48, b"", "binary_data_size is 48, but the body has only 0 bytes left"),
+        (48, b"x" * 47, "the body has only 47 bytes left"),
+        (48, b"x" * 49, "the body has 1 bytes more of binary data than its inputs tell"),
+        (47, b"x" * 47, "binary_data_size is 47, but FP64 of"),
+        (-48, b"x" * 48, "binary_data_size is -48"),
+        (48.0, b"x" * 48, "binary_data_size is 48.0"),
+        (True, b"x" * 48, "binary_data_size is True"),
+    ],
+)
+def test_binary_data_that_are_not_those_that_are_told(service: Service, size: Any, data: bytes, said: str) -> None:
+    answer = ask(service, request(data=..., parameters={"binary_data_size": size}), data)
+    assert answer.status == 400 and said in answer.error, answer.body
+    both = ask(service, request(parameters={"binary_data_size": 48}), b"x" * 48)
+    assert both.status == 400 and "has both data and binary_data_size" in both.error
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "1e3", "99999", "9" * 5000, "", " ", "0x10"])

@@ -28,7 +28,7 @@ PIPED_WIDTH = 400
 _SERVE = "pip install 'neml2-aoti-plugin[serve]'"
 PACKAGES = {
     **{name: f"pip install {name}" for name in ("rich", "safetensors", "neml2", "numpy", "torch")},
-    **dict.fromkeys(("starlette", "uvicorn", "httptools", "orjson", "prometheus_client"), _SERVE),
+    **dict.fromkeys(("starlette", "uvicorn", "anyio", "prometheus_client"), _SERVE),
     "matplotlib": "pip install 'neml2-aoti-plugin[plot]'",
     "nmhit": "pip install neml2",
 }

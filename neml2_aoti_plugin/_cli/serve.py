@@ -38,15 +38,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 LIMITS: tuple[tuple[str, click.ParamType[Any], str], ...] = (
     ("--gather-rows", click.IntRange(1), "Rows that a compiled call gathers; 1 gathers none. [2048]"),
     ("--wait-ms", click.FloatRange(0), "How long a request may wait for others to gather. [0]"),
-    ("--loop-rows", click.IntRange(0), "Calls of more rows run in a thread, and let others in. [1024]"),
     ("--queue-rows", click.IntRange(1), "Rows that may wait for each model. [65536]"),
     ("--request-rows", click.IntRange(1), "Rows of one request. [65536]"),
     ("--body-bytes", click.IntRange(1), "Size of the body of a request. [16777216]"),
     ("--bodies-bytes", click.IntRange(1), "Size of the bodies of all unanswered requests. [268435456]"),
     ("--header-bytes", click.IntRange(256), "Size of the headers of a request. [32768]"),
-    ("--receive-seconds", click.FloatRange(0.01), "In which headers, and then the body, must arrive. [10]"),
+    ("--receive-seconds", click.FloatRange(0.01), "In which the body must arrive. [10]"),
     ("--answer-seconds", click.FloatRange(0.01), "In which a waiting request must be answered. [30]"),
-    ("--idle-seconds", click.FloatRange(0.01), "That a connection may be open without a request. [75]"),
+    ("--idle-seconds", click.FloatRange(0.01), "That a connection may be open without another request. [75]"),
     ("--stop-seconds", click.FloatRange(1), "In which accepted requests are finished at the end. [20]"),
     ("--connections", click.IntRange(1), "Open connections of each process. [1024]"),
 )
@@ -54,15 +53,7 @@ LIMITS: tuple[tuple[str, click.ParamType[Any], str], ...] = (
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that was loaded and called.
-
-    Args:
-        name: under which it is served.
-        artifact: path of the artifact.
-        sealed: whether it has a seal.
-        digest: SHA-256 of its files.
-        operations: that can be asked for.
-    """
+    """A model that was loaded and called: its artifact's path, the SHA-256 of its files, what can be asked for."""
 
     name: str
     artifact: str
@@ -73,14 +64,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class ServeReport:
-    """What would be served.
-
-    Args:
-        address: where.
-        local: whether only programs of this machine can connect there.
-        token: whether requests must have a token.
-        models: each loaded, and each of its operations called once.
-    """
+    """What would be served and where; `local` is that only programs of this machine can connect there."""
 
     address: str
     local: bool
@@ -146,8 +130,7 @@ def command(
 
     from ..serve._limits import Limits
     from ..serve._listening import Address
-    from ..serve._server import Service, run
-    from ..serve._workers import run_many
+    from ..serve._server import Setup, run, run_many
 
     bounds = Limits(**{name: value for name, value in limits.items() if value is not None})
     token = _token(token_file)
@@ -157,16 +140,16 @@ def command(
         _require_safe(address, sources, token, no_token=no_token, allow_unsealed=allow_unsealed)
     if check:
         return show("serve", _checked(address, sources, token), as_json, render)
-    service = Service(tuple(sources), bounds, token, threads, not quiet)
+    setup = Setup(tuple(sources), bounds, token, threads, not quiet)
     bound = address.bind()
     try:
-        event_log = service.event_log()
+        event_log = setup.event_log()
         event_log.write("starting", address=bound.address, workers=workers, process=os.getpid())
         event_log.flush()
         if workers == 1:
-            run(service, bound)
+            run(setup, bound)
         else:
-            run_many(service, bound, workers)
+            run_many(setup, bound, workers)
     finally:
         bound.release()
     return FINE
@@ -244,17 +227,15 @@ def _require_safe(
 def _checked(address: Address, sources: Sequence[Source], token: str | None) -> ServeReport:
     """Load and call the models as a service does."""
     from .._artifact.trust import is_sealed
-    from ..serve._first_calls import call_first
-    from ..serve._operations import Operation
+    from ..serve._evaluation import call_first
     from ..serve._served import Served
 
     models = []
     for source in sources:
         served = Served(source.name, source.load())
         call_first(served)
-        operations = tuple(name for name, known in served.operations.items() if isinstance(known, Operation))
-        sealed = is_sealed(source.artifact)
-        models.append(ServedModel(source.name, str(source.artifact), sealed, served.model.digest, operations))
+        sealed, digest = is_sealed(source.artifact), served.model.digest
+        models.append(ServedModel(source.name, str(source.artifact), sealed, digest, tuple(served.signatures)))
     where = f"unix:{address.uds}" if address.uds is not None else f"{address.host}:{address.port}"
     return ServeReport(where, address.is_local, token is not None, tuple(models))
 

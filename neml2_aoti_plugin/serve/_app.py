@@ -1,38 +1,54 @@
-"""`app`: the service as an ASGI application."""
+"""`app`: the service as an ASGI application, its addresses, and what each request passes on its way."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from secrets import token_hex
 from time import perf_counter
+from typing import Any
 
-from starlette.routing import Router
+import anyio
+import msgspec
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .. import __version__
 from ..errors import InputError
 from ..model import Model, name_at
-from ._asgi import App
-from ._bodies import Bodies
-from ._event_log import EventLog
-from ._first_calls import call_first
-from ._front import Front, Gate
+from ._documents import document, page
+from ._evaluation import call_first
 from ._gathering import Gatherer
-from ._limits import Limits
-from ._metrics import Metrics
-from ._routes import Infer, Models, routes
-from ._served import Served, Source, require_names
+from ._limits import Limits, Refused
+from ._requests import HEADER_LENGTH, JSON, read_call, write_answer
+from ._served import VERSION, Served, Source, require_names
+from ._telemetry import CONTENT_TYPE, EventLog, Metrics
 
 Path_ = str | os.PathLike[str]
-# How often requests that have waited for too long are looked for, in seconds.
-SWEEP = 0.25
+Given = Mapping[str, Path_ | Model] | Iterable[Path_ | Source]
+
+# Of the protocol.
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"]
+# What anybody may ask for, with or without a token: whether the service is there, and the page, which holds nothing.
+OPEN = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
+# Longest id of a request that is taken from the client.
+LONGEST = 128
 
 
-def app(
-    models: Mapping[str, Path_ | Model] | Iterable[Path_ | Source], *, token: str | None = None, **limits: float
-) -> App:
+def app(models: Given, *, token: str | None = None, **limits: float) -> Starlette:
     """The service as an ASGI application, for a server of one's own.
 
     Models are loaded and called once when the server starts the application (ASGI's lifespan), so that each of its
@@ -41,7 +57,7 @@ def app(
     Args:
         models: paths of artifacts or stubs, or loaded models, by name; or paths alone, whose models keep their names.
         token: that requests must have, but for those that ask whether the service is there.
-        limits: fields of `neml2_aoti_plugin.serve._limits.Limits`.
+        limits: fields of `neml2_aoti_plugin.serve.Limits`.
 
     Returns:
         The application.
@@ -49,82 +65,315 @@ def app(
     Raises:
         InputError: a limit has no such value, or two models have the same name, or one a name that no address can have.
     """
-    gate = Gate(token.encode() if token is not None else None)
-    return build(models, Limits(**limits), EventLog(), gate)[0]  # type: ignore[arg-type]
+    return Service(models, Limits(**limits), token, EventLog()).application()  # type: ignore[arg-type]
 
 
-def build(
-    given: Mapping[str, Path_ | Model] | Iterable[Path_ | Source], limits: Limits, event_log: EventLog, gate: Gate
-) -> tuple[App, Models]:
-    """The application, and the models that it will have loaded once it is started.
+@dataclass(eq=False)
+class Record:
+    """What log and metrics tell of one request; it is at `request.state.record`."""
 
-    Args:
-        given: see `app`.
-        limits: of the service.
-        event_log: what happens is told there.
-        gate: who comes in.
+    id: str
+    start: float = field(default_factory=perf_counter)
+    status: int = 0
+    model: str = ""
+    operation: str = ""
+    rows: int = 0
+    error: str = ""
+    # Whether its body has come, or there is none.
+    received: bool = False
 
-    Raises:
-        InputError: see `app`.
-    """
-    sources, metrics, models = _sources(given), Metrics(), Models()
+
+class Service:
+    """The models of one process, none before they are loaded and each has been called once, and their addresses."""
+
+    def __init__(self, given: Given, limits: Limits, token: str | None, event_log: EventLog) -> None:
+        self._sources, self._limits = _sources(given), limits
+        self._token = token.encode() if token is not None else None
+        self.event_log, self.metrics = event_log, Metrics()
+        self._gatherers: dict[str, Gatherer] = {}
+        # Bytes of the bodies of unanswered requests that have come: a length that a client claims keeps nobody out.
+        self._held = 0
+        # Whether new requests are taken; and why models could not be loaded.
+        self.open = True
+        self.failure: Exception | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models."""
+        return list(self._gatherers)
+
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        one = "/v2/models/{model}"
+        both = (one, one + "/versions/{version}")
+        routes = [
+            *(Route(path + "/infer", self._infer, methods=["POST"]) for path in both),
+            Route("/v2/health/live", self._live),
+            Route("/v2/health/ready", self._ready),
+            Route("/v2", self._server),
+            Route("/v2/models", self._models),
+            Route("/v2/repository/index", self._index, methods=["POST"]),
+            Route("/v2/models/stats", self._stats),
+            *(Route(path, self._model) for path in both),
+            *(Route(path + "/ready", self._model_ready) for path in both),
+            *(Route(path + "/config", self._config) for path in both),
+            *(Route(path + "/stats", self._stats) for path in both),
+            Route("/openapi.json", self._openapi),
+            Route("/metrics", self._metrics),
+            Route("/", self._page),
+        ]
+        return Starlette(
+            routes=routes,
+            middleware=[Middleware(Entrance, service=self)],
+            exception_handlers={HTTPException: _refuse},
+            lifespan=self._lifespan,
+        )
 
     @asynccontextmanager
-    async def lifespan(_: object) -> AsyncIterator[None]:
-        pool = ThreadPoolExecutor(1, "neml2-aoti-serve")
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        worker = ThreadPoolExecutor(1, "neml2-aoti-serve")
         try:
-            models.take(_load(sources, limits, metrics, pool, event_log))
-        except Exception as error:
-            models.failure = error
-            event_log.error("not loaded", error)
-            raise
-        sweep = asyncio.create_task(_sweep(models))
-        try:
+            try:
+                self._load(worker)
+            except Exception as error:
+                self.failure = error
+                self.event_log.error("not loaded", error)
+                raise
             yield
         finally:
-            sweep.cancel()
-            pool.shutdown(wait=False, cancel_futures=True)
-            event_log.write("stopped", process=os.getpid())
+            for gatherer in self._gatherers.values():
+                gatherer.stop()
+            worker.shutdown(wait=False, cancel_futures=True)
+            self.event_log.write("stopped", process=os.getpid())
 
-    # Starlette's router alone: what its application wraps around it is the business of Front.
-    router = Router(routes(models, metrics, gate, limits), lifespan=lifespan)
-    return Front(router, gate, event_log, metrics), models
+    def _load(self, worker: ThreadPoolExecutor) -> None:
+        """Load all models, and call each once."""
+        found = []
+        for name, load in self._sources.items():
+            start = perf_counter()
+            served = Served(name, load())
+            call_first(served)
+            found.append(served)
+            seconds = round(perf_counter() - start, 3)
+            self.event_log.write("loaded", model=name, digest=served.model.digest, seconds=seconds)
+        self._gatherers = {one.name: Gatherer(one, self._limits, self.metrics, worker) for one in found}
+
+    def check(self, path: str, headers: Headers) -> None:
+        """Refuse a request that may not come in."""
+        if path in OPEN:
+            return
+        if self._token is not None:
+            kind, _, token = headers.get("authorization", "").partition(" ")
+            # Compared in full either way, so that the time tells nothing.
+            fits = hmac.compare_digest(token.strip().encode(), self._token)
+            if kind.lower() != "bearer" or not fits:
+                raise Refused(401, "a token is needed: the header 'Authorization: Bearer TOKEN' is absent or wrong.")
+        if not self.open:
+            raise Refused(503, "the service is stopping.", retry_after=1)
+
+    def _find(self, request: Request) -> Gatherer:
+        """The model that an address names."""
+        name, version = request.path_params["model"], request.path_params.get("version", VERSION)
+        found = self._gatherers.get(name)
+        if found is None:
+            if not self._gatherers:
+                raise Refused(503, "the models are being loaded.", retry_after=1)
+            raise Refused(404, f"there is no model {name!r}; there are: {', '.join(self._gatherers)}.")
+        if version != VERSION:
+            raise Refused(404, f"model {name!r} has no version {version!r}; it has {VERSION!r}.")
+        request.state.record.model = name
+        return found
+
+    # -- evaluations -------------------------------------------------------------------------------------------------
+
+    async def _infer(self, request: Request) -> Response:
+        gatherer, record = self._find(request), request.state.record
+        served = gatherer.served
+        parts: list[bytes] = []
+        try:
+            await self._receive(request, parts)
+            record.received = True
+            call = read_call(served, b"".join(parts), request.headers.get(HEADER_LENGTH), self._limits)
+            record.operation, record.rows = call.signature.name, call.rows
+            arrays = await gatherer.evaluate(call, request.is_disconnected)
+            headers, body = write_answer(served.name, call, arrays)
+        finally:
+            self._held -= sum(map(len, parts))
+        return Response(body, headers=headers)
+
+    async def _receive(self, request: Request, parts: list[bytes]) -> None:
+        """The body of a request into `parts`, within bounds of size, memory and time."""
+        limits, size = self._limits, 0
+        coding = request.headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise Refused(415, f"the body is compressed by {coding!r}, which is not read here. Send it as it is.")
+        claimed = request.headers.get("content-length", "")
+        if claimed.isdigit() and int(claimed) > limits.body_bytes:
+            raise self._too_large(int(claimed))
+        with anyio.move_on_after(limits.receive_seconds) as time:
+            try:
+                async for part in request.stream():
+                    size += len(part)
+                    if size > limits.body_bytes:
+                        raise self._too_large(size)
+                    if self._held + len(part) > limits.bodies_bytes:
+                        raise Refused(
+                            503,
+                            f"bodies of {self._held} bytes have come with requests that are not answered yet; there is "
+                            f"no room for {len(part)} more.",
+                            retry_after=1,
+                        )
+                    self._held += len(part)
+                    parts.append(part)
+            except ClientDisconnect:
+                raise Refused(400, "the client has closed the connection before the end of the body.") from None
+        if time.cancelled_caught:
+            raise Refused(408, f"the body did not arrive within {limits.receive_seconds:g} s; {size} bytes of it did.")
+
+    def _too_large(self, size: int) -> Refused:
+        return Refused(413, f"the body has {size} bytes or more; {self._limits.body_bytes} are the most here.")
+
+    # -- what is told ------------------------------------------------------------------------------------------------
+
+    async def _server(self, request: Request) -> Response:
+        return _json(request, "server", {"name": "neml2-aoti", "version": __version__, "extensions": EXTENSIONS})
+
+    async def _live(self, request: Request) -> Response:
+        return _json(request, "health", {"live": True})
+
+    async def _ready(self, request: Request) -> Response:
+        if not self._gatherers or not self.open:
+            reason = "the models are being loaded." if self.open else "the service is stopping."
+            raise Refused(503, reason, retry_after=1)
+        return _json(request, "health", {"ready": True})
+
+    async def _models(self, request: Request) -> Response:
+        return _json(request, "metadata", {"models": self.names})
+
+    async def _model(self, request: Request) -> Response:
+        return _json(request, "metadata", self._find(request).served.metadata)
+
+    async def _model_ready(self, request: Request) -> Response:
+        return _json(request, "health", {"name": self._find(request).served.name, "ready": self.open})
+
+    async def _config(self, request: Request) -> Response:
+        return _json(request, "metadata", self._find(request).served.config(self._limits.request_rows))
+
+    async def _stats(self, request: Request) -> Response:
+        chosen = [self._find(request)] if "model" in request.path_params else self._gatherers.values()
+        told = [self.metrics.statistics(gatherer.served) for gatherer in chosen]
+        return _json(request, "metadata", {"model_stats": told})
+
+    async def _index(self, request: Request) -> Response:
+        entries = [{"name": name, "version": VERSION, "state": "READY"} for name in self._gatherers]
+        return _json(request, "metadata", entries)
+
+    async def _openapi(self, request: Request) -> Response:
+        return _json(request, "metadata", document([gatherer.served for gatherer in self._gatherers.values()]))
+
+    async def _page(self, request: Request) -> Response:
+        request.state.record.operation = "page"
+        return page()
+
+    async def _metrics(self, request: Request) -> Response:
+        request.state.record.operation = "metrics"
+        return Response(self.metrics.page(), headers={"content-type": CONTENT_TYPE})
 
 
-def _load(
-    sources: Mapping[str, Callable[[], Model]],
-    limits: Limits,
-    metrics: Metrics,
-    pool: Executor,
-    event_log: EventLog,
-) -> dict[str, Infer]:
-    """Load all models, and call each once."""
-    found, bodies = {}, Bodies(limits)
-    for name, load in sources.items():
-        start = perf_counter()
-        served = Served(name, load())
-        call_first(served)
-        found[name] = Infer(Gatherer(served, limits, metrics, pool), bodies, limits)
-        event_log.write("loaded", model=name, digest=served.model.digest, seconds=round(perf_counter() - start, 3))
-    return found
+def _json(request: Request, kind: str, content: Any) -> Response:
+    request.state.record.operation = kind
+    return Response(msgspec.json.encode(content), media_type=JSON)
 
 
-async def _sweep(models: Models) -> None:
-    while True:
-        await asyncio.sleep(SWEEP)
-        for infer in models.infers.values():
-            infer.gatherer.sweep()
+class Entrance:
+    """What each request passes first: an id, the token, whether the service is still open; then log and metrics."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        self._numbers, self._process = count(), token_hex(4)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        record = Record(self._id(headers.get("x-request-id")))
+        record.received = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        scope.setdefault("state", {})["record"] = record
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", record.id.encode())]
+            await send(message)
+
+        async def refuse(refused: Refused) -> None:
+            if not record.status:
+                record.error = refused.message
+                if not record.received:
+                    # What is left of the body is not worth waiting for.
+                    refused.headers["connection"] = "close"
+                answer = Response(msgspec.json.encode(refused.document), refused.status, refused.headers, JSON)
+                await answer(scope, receive, send_with_id)
+
+        try:
+            self._service.check(scope["path"], headers)
+            await self._app(scope, receive, send_with_id)
+        except Refused as refused:
+            await refuse(refused)
+        except asyncio.CancelledError:
+            # The service has stopped, and waits no longer.
+            if record.status:
+                raise
+            await refuse(Refused(503, "the service stops, and was not done in time.", retry_after=1))
+        except Exception as error:
+            self._service.event_log.error("failed", error, id=record.id)
+            await refuse(Refused(500, f"the service failed; its log says more of request {record.id}."))
+        finally:
+            self._account(scope, record)
+
+    def _id(self, given: str | None) -> str:
+        """The client's own id of the request, or a new one."""
+        if given is not None and len(given) <= LONGEST and given.isascii() and given.isprintable():
+            return given
+        return f"{self._process}-{next(self._numbers)}"
+
+    def _account(self, scope: Scope, record: Record) -> None:
+        seconds, event_log = perf_counter() - record.start, self._service.event_log
+        self._service.metrics.answered(record.model, record.operation, record.status, seconds)
+        if event_log.requests or record.status == 500:
+            fields: dict[str, Any] = {
+                "id": record.id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": record.status,
+                "ms": round(seconds * 1e3, 3),
+            }
+            if record.operation:
+                fields.update(operation=record.operation, rows=record.rows)
+            if record.error:
+                fields["error"] = record.error[:500]
+            event_log.write("request", **fields)
 
 
-def _sources(models: Mapping[str, Path_ | Model] | Iterable[Path_ | Source]) -> dict[str, Callable[[], Model]]:
+async def _refuse(request: Request, error: Exception) -> Response:
+    """What Starlette refuses, such as an address that there is not, in the protocol's form."""
+    assert isinstance(error, HTTPException)
+    path, method, allow = request.scope["path"], request.method, (error.headers or {}).get("Allow")
+    texts = {404: f"there is nothing at {path!r}.", 405: f"{method} does nothing at {path!r}, expected {allow}."}
+    raise Refused(error.status_code, texts.get(error.status_code, error.detail), allow=allow)
+
+
+def _sources(given: Given) -> dict[str, Callable[[], Model]]:
     """How each model is loaded, by name."""
     found: list[tuple[str, Callable[[], Model]]] = []
-    if isinstance(models, Mapping):
-        for name, given in models.items():
-            found.append((name, _itself(given) if isinstance(given, Model) else Source(name, Path(given)).load))
+    if isinstance(given, Mapping):
+        for name, one in given.items():
+            found.append((name, _itself(one) if isinstance(one, Model) else Source(name, Path(one)).load))
     else:
-        for one in models:
-            source = one if isinstance(one, Source) else Source(name_at(one), Path(one))
+        for path in given:
+            source = path if isinstance(path, Source) else Source(name_at(path), Path(path))
             found.append((source.name, source.load))
     if not found:
         raise InputError("there is no model to serve. Give one artifact or more.")

@@ -4,79 +4,61 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import perf_counter
 
-from ._calls import Call
+import anyio
+
 from ._evaluation import Answer, evaluate
-from ._http_exchange import Exchange
-from ._limits import Limits
-from ._metrics import Metrics
-from ._refusals import GONE, Refused
-from ._served import Served
-from ._tensors import Array
+from ._limits import GONE, Limits, Refused
+from ._requests import Array, Call
+from ._served import CONVERGED, Served
+from ._telemetry import Metrics
 
 # How often a call waits for one more turn of the event loop, while requests come in each.
-ROUNDS = 4
+TURNS = 4
+# How often requests that have waited for too long are looked for; seconds.
+SWEEP = 0.25
+# A client that has waited for longer than this may have gone, which is looked for before its evaluation; seconds.
+SOON = 0.1
 
 
 @dataclass(eq=False)
 class Waiting:
-    """A call that waits for its evaluation.
-
-    Args:
-        call: as it was read.
-        exchange: its request, which tells when the client has gone.
-        future: gets the answer.
-        since: when it came.
-    """
+    """A call that waits for its evaluation since some time; `has_gone` says whether its client has."""
 
     call: Call
-    exchange: Exchange
-    future: asyncio.Future[dict[str, Array]]
+    has_gone: Callable[[], Awaitable[bool]]
+    answer: asyncio.Future[dict[str, Array]]
     since: float
 
 
 class Gatherer:
-    """The calls of one model that wait, and the one that is being made.
+    """The calls of one model that wait, and the one that is being evaluated.
 
-    A call is made in the event loop itself: compiled graphs hold the interpreter, and a second thread would only add
-    its changes. Large calls are made in a thread, since other requests can be answered between their blocks of rows.
-
-    Args:
-        served: the model.
-        limits: of the service.
-        metrics: that it counts in.
-        pool: runs large calls.
+    Calls are evaluated in a thread (`worker`), which holds the interpreter only before and after the compiled part. So
+    the event loop reads and answers requests meanwhile, and the next call takes what has come.
     """
 
-    def __init__(self, served: Served, limits: Limits, metrics: Metrics, pool: Executor) -> None:
+    def __init__(self, served: Served, limits: Limits, metrics: Metrics, worker: Executor) -> None:
         self.served = served
-        self._limits, self._metrics, self._pool = limits, metrics, pool
-        self._loop = asyncio.get_running_loop()
+        self._limits, self._metrics, self._worker = limits, metrics, worker
         # By key, in the order in which keys take their turns.
         self._queues: dict[Hashable, deque[Waiting]] = {}
         self._rows = 0
-        self._busy = False
-        self._due: asyncio.Handle | None = None
-        # How many rows there were when it was last looked, and how often that was.
-        self._seen = self._rounds = 0
+        # Set while calls wait; and while they are as many as one evaluation may have.
+        self._some, self._full = asyncio.Event(), asyncio.Event()
+        self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._sweep())]
 
-    def submit(self, call: Call, exchange: Exchange) -> asyncio.Future[dict[str, Array]]:
-        """Let a call wait for its turn.
+    def stop(self) -> None:
+        """Evaluate nothing more."""
+        for task in self._tasks:
+            task.cancel()
 
-        Args:
-            call: as it was read.
-            exchange: its request.
-
-        Returns:
-            What gets its tensors by name, or the refusal.
-
-        Raises:
-            Refused: there is no room in the queue.
-        """
+    async def evaluate(self, call: Call, has_gone: Callable[[], Awaitable[bool]]) -> dict[str, Array]:
+        """The tensors that answer a call, by name, once it had its turn; raises `Refused`."""
         if self._rows + call.rows > self._limits.queue_rows:
             raise Refused(
                 429,
@@ -84,68 +66,50 @@ class Gatherer:
                 f"{self._limits.queue_rows}. Try again later.",
                 retry_after=1,
             )
-        future: asyncio.Future[dict[str, Array]] = self._loop.create_future()
-        queue = self._queues.get(call.head.key)
-        if queue is None:
-            queue = self._queues[call.head.key] = deque()
-        queue.append(Waiting(call, exchange, future, perf_counter()))
+        waiting = Waiting(call, has_gone, asyncio.get_running_loop().create_future(), perf_counter())
+        self._queues.setdefault(call.key, deque()).append(waiting)
         self._rows += call.rows
-        if not self._busy:
-            self._schedule()
-        return future
+        self._some.set()
+        if self._rows >= self._limits.gather_rows:
+            self._full.set()
+        return await waiting.answer
 
-    def sweep(self) -> None:
-        """Refuse calls that have waited for too long, and tell how many rows wait; called from time to time."""
-        limit = perf_counter() - self._limits.answer_seconds
-        for key, queue in list(self._queues.items()):
-            while queue and queue[0].since < limit:
-                late = queue.popleft()
-                self._rows -= late.call.rows
-                if not late.future.done():
-                    late.future.set_exception(
-                        Refused(504, f"not answered within {self._limits.answer_seconds:g} s.", retry_after=1)
-                    )
-            if not queue:
-                del self._queues[key]
-        self._metrics.queued(self.served.name, self._rows)
+    async def _work(self) -> None:
+        """Evaluate what waits, one compiled call after the other."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._queues:
+                self._some.clear()
+                await self._some.wait()
+                await self._let_others_come()
+            if self._limits.wait_ms:
+                await self._wait_for_others()
+            taken = [waiting for waiting in self._take() if await self._is_wanted(waiting)]
+            if taken:
+                calls = [waiting.call for waiting in taken]
+                started = perf_counter()
+                answers = await loop.run_in_executor(self._worker, evaluate, self.served, calls)
+                # Written while the next call is being evaluated.
+                loop.call_soon(self._hand_out, taken, answers, perf_counter() - started)
 
-    def _schedule(self) -> None:
-        wait = self._limits.wait_ms
-        full = self._rows >= self._limits.gather_rows
-        if self._due is not None:
-            if not (wait and full):
+    async def _let_others_come(self) -> None:
+        """Let requests be read whose bytes have come meanwhile, while there are more in each turn of the loop."""
+        for _ in range(TURNS):
+            before = self._rows
+            await asyncio.sleep(0)
+            if self._rows == before or self._full.is_set():
                 return
-            self._due.cancel()
-        # The requests whose bytes have come meanwhile are read before a callback that is scheduled now is called.
-        self._seen, self._rounds = self._rows, 0
-        self._due = (
-            self._loop.call_later(wait / 1e3, self._run) if wait and not full else self._loop.call_soon(self._run)
-        )
 
-    def _run(self) -> None:
-        """Make one call."""
-        self._due = None
-        if self._rows > self._seen and self._rounds < ROUNDS and self._rows < self._limits.gather_rows:
-            # They are still coming.
-            self._seen, self._rounds = self._rows, self._rounds + 1
-            self._due = self._loop.call_soon(self._run)
-            return
-        taken = self._take()
-        if not taken:
-            return
-        calls = [waiting.call for waiting in taken]
-        started = perf_counter()
-        if sum(call.rows for call in calls) <= self._limits.loop_rows:
-            self._hand_out(taken, evaluate(self.served, calls), started)
-            return
-        self._busy = True
-        done = self._pool.submit(evaluate, self.served, calls)
-        done.add_done_callback(
-            lambda found: self._loop.call_soon_threadsafe(self._hand_out, taken, found.result(), started)
-        )
+    async def _wait_for_others(self) -> None:
+        """Wait until there are as many rows as one evaluation may have, or the first call has waited long enough."""
+        first = min((queue[0].since for queue in self._queues.values()), default=0.0)
+        left = first + self._limits.wait_ms / 1e3 - perf_counter()
+        if left > 0 and not self._full.is_set():
+            with anyio.move_on_after(left):
+                await self._full.wait()
 
     def _take(self) -> list[Waiting]:
-        """The calls of the next key, as many as one compiled call may have rows; those whose clients are there."""
+        """The calls of the next key that has some, as many as one compiled call may have rows."""
         taken: list[Waiting] = []
         rows, limit = 0, self._limits.gather_rows
         while self._queues and not taken:
@@ -154,27 +118,51 @@ class Gatherer:
             while queue and (not taken or rows + queue[0].call.rows <= limit):
                 waiting = queue.popleft()
                 self._rows -= waiting.call.rows
-                if waiting.future.done():
-                    continue
-                if waiting.exchange.has_gone():
-                    waiting.future.set_exception(Refused(GONE, "the client has gone."))
-                    continue
-                taken.append(waiting)
-                rows += waiting.call.rows
+                if not waiting.answer.done():
+                    taken.append(waiting)
+                    rows += waiting.call.rows
             if queue:
                 # Behind the other keys.
                 self._queues[key] = queue
+        if self._rows < limit:
+            self._full.clear()
         return taken
 
-    def _hand_out(self, taken: list[Waiting], answers: list[Answer], started: float) -> None:
-        self._busy = False
-        self._metrics.evaluated(self.served.name, taken[0].call, taken, answers, perf_counter() - started)
+    async def _is_wanted(self, waiting: Waiting) -> bool:
+        """Whether somebody still waits for the answer."""
+        if perf_counter() - waiting.since > SOON and await waiting.has_gone() and not waiting.answer.done():
+            waiting.answer.set_exception(Refused(GONE, "the client has gone."))
+        return not waiting.answer.done()
+
+    def _hand_out(self, taken: list[Waiting], answers: list[Answer], seconds: float) -> None:
+        failed = 0
         for waiting, answer in zip(taken, answers, strict=True):
-            if waiting.future.done():
-                continue
             if isinstance(answer, Refused):
-                waiting.future.set_exception(answer)
+                failed += len(answer.rows or ())
+            elif not isinstance(answer, Exception) and CONVERGED in answer:
+                failed += int((~answer[CONVERGED]).sum())
+            if waiting.answer.done():
+                continue
+            if isinstance(answer, Exception):
+                waiting.answer.set_exception(answer)
             else:
-                waiting.future.set_result(answer)
-        if self._queues:
-            self._schedule()
+                waiting.answer.set_result(answer)
+        rows = sum(waiting.call.rows for waiting in taken)
+        self._metrics.evaluated(self.served.name, taken[0].call.signature.name, rows, failed, seconds)
+
+    async def _sweep(self) -> None:
+        """From time to time refuse calls that have waited for too long, and tell how many rows wait."""
+        while True:
+            await asyncio.sleep(SWEEP)
+            limit = perf_counter() - self._limits.answer_seconds
+            for key, queue in list(self._queues.items()):
+                while queue and queue[0].since < limit:
+                    late = queue.popleft()
+                    self._rows -= late.call.rows
+                    if not late.answer.done():
+                        late.answer.set_exception(
+                            Refused(504, f"not answered within {self._limits.answer_seconds:g} s.", retry_after=1)
+                        )
+                if not queue:
+                    del self._queues[key]
+            self._metrics.queued(self.served.name, self._rows)

@@ -12,21 +12,13 @@ from pathlib import Path
 
 from ..errors import InputError
 
-BACKLOG = 2048
 # Of a Unix socket: its user and group, such as that of a proxy.
 MODE = 0o660
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound socket.
-
-    Args:
-        socket: to listen on.
-        address: as a URL.
-        path: of a Unix socket.
-        identity: of what was made there.
-    """
+    """A bound socket: its address as a URL, and of a Unix socket the path and what tells the file made there."""
 
     socket: socket.socket
     address: str
@@ -42,13 +34,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen.
-
-    Args:
-        host: name or address; passed over where `uds` is given.
-        port: number; 0 for any that is free.
-        uds: path of a Unix socket.
-    """
+    """Where to listen: host and port, 0 for any that is free; or else the path of a Unix socket."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -62,11 +48,7 @@ class Address:
         return all(ipaddress.ip_address(found[4][0]).is_loopback for found in self._resolved())
 
     def bind(self) -> Bound:
-        """Bind a socket. It refuses connections until a process that has loaded its models listens.
-
-        Raises:
-            InputError: the address is taken, or there is none such here.
-        """
+        """Bind a socket. It refuses connections until a process that has loaded its models listens."""
         try:
             return self._bind_unix(self.uds) if self.uds is not None else self._bind_tcp()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""A model as the service has it: its name, its operations, and what is told of it."""
+"""A model as the service has it: its name, its operations by the protocol's names, and what is told of it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from ..errors import InputError
 from ..model import Model, Outcome
-from ._operations import DATATYPES, Missing, Operation, operations_of
+from ..model._operations import BY_SOLVE, OPERATIONS, Operation
 
 PLATFORM = "neml2_aoti"
 # The protocol asks for versions; an artifact is one.
 VERSION = "1"
+# The protocol's names of the dtypes that models have, and of those that are sent.
+DATATYPES = {torch.float64: "FP64", torch.float32: "FP32"}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "FP64": np.dtype("<f8"),
+    "FP32": np.dtype("<f4"),
+    "INT64": np.dtype("<i8"),
+    "BOOL": np.dtype("?"),
+}
+# Prefixes of what operations take and give beside the model's own inputs and outputs.
+TANGENT, COTANGENT, GRADIENT = "tangent:", "cotangent:", "gradient:"
+# How each row fared; no variable has such a name.
+CONVERGED, ITERATIONS, OUTCOME = "@converged", "@iterations", "@outcome"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is loaded from.
-
-    Args:
-        name: under which it is served.
-        artifact: the artifact's folder.
-        device: see `Model`.
-        dtype: see `Model`.
-        solver: Newton settings in place of the artifact's own.
-        parameters: a file with values of promoted parameters.
-    """
+    """Where a model is loaded from: the name under which it is served, its artifact, and arguments of `Model`."""
 
     name: str
     artifact: Path
@@ -45,33 +51,62 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Served:
-    """A loaded model under its name.
+class TensorMetadata:
+    """A tensor of a request: the protocol's name of its dtype, and its shape without the rows."""
 
-    Args:
-        name: under which it is served.
-        model: the model; nobody changes it any more.
-        operations: by name.
-        implicit: whether rows may fail to converge.
-        per_row: whether each promoted parameter has one value, in whose place each row may have its own.
-        heads: of requests with binary data, by their JSON; `reading` keeps them.
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    @property
+    def document(self) -> dict[str, object]:
+        """What the model's metadata tells of it."""
+        return {"name": self.name, "datatype": self.datatype, "shape": [-1, *self.shape]}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What an operation of one model takes and gives.
+
+    `inputs` must be given and `optional` may be; `outputs` are in the order of the answer; `pairs` are derivative
+    blocks by the name of their output tensor.
     """
+
+    operation: Operation
+    inputs: dict[str, TensorMetadata]
+    optional: dict[str, TensorMetadata]
+    outputs: tuple[str, ...]
+    pairs: dict[str, tuple[str, str]]
+
+    @property
+    def name(self) -> str:
+        """Of the operation."""
+        return self.operation.name
+
+
+@dataclass(frozen=True)
+class Served:
+    """A loaded model under its name; nobody changes the model any more."""
 
     name: str
     model: Model
-    operations: dict[str, Operation | Missing] = field(init=False)
-    implicit: bool = field(init=False)
+    signatures: dict[str, Signature] = field(init=False)
+    # Why the model lacks the other operations.
+    lacking: dict[str, str] = field(init=False)
+    # Whether each promoted parameter has one value, in whose place each row may have its own.
     per_row: bool = field(init=False)
-    heads: dict[bytes, Any] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         model = self.model
+        _require_own_names(model)
         shapes = model.parameter_base_shapes
-        object.__setattr__(self, "operations", operations_of(model))
-        object.__setattr__(self, "implicit", model.solver is not None)
+        reasons = {name: operation.lacking(model) for name, operation in OPERATIONS.items()}
+        own = {name: list(value.shape) == shapes[name] for name, value in model.named_parameters().items()}
         object.__setattr__(
-            self, "per_row", all(list(x.shape) == shapes[name] for name, x in model.named_parameters().items())
+            self, "signatures", {n: _signature(model, OPERATIONS[n]) for n, why in reasons.items() if not why}
         )
+        object.__setattr__(self, "lacking", {name: why for name, why in reasons.items() if why})
+        object.__setattr__(self, "per_row", all(own.values()))
 
     @property
     def datatype(self) -> str:
@@ -81,28 +116,21 @@ class Served:
     @property
     def metadata(self) -> dict[str, object]:
         """The protocol's metadata of the model; `parameters` tells what requests may ask for."""
-        forward = self.operations["forward"]
-        assert isinstance(forward, Operation)
-
-        outputs = [
-            {"name": name, "datatype": self.datatype, "shape": [-1, *known.natural_shape]}
-            for name, known in self.model.outputs.items()
-        ]
+        outputs = (TensorMetadata(n, self.datatype, tuple(x.natural_shape)) for n, x in self.model.outputs.items())
         return {
             "name": self.name,
             "versions": [VERSION],
             "platform": PLATFORM,
-            "inputs": [port.metadata for port in forward.inputs.values()],
-            "outputs": outputs,
+            "inputs": [known.document for known in self.signatures["forward"].inputs.values()],
+            "outputs": [known.document for known in outputs],
             "parameters": {
                 "operations": {
-                    known.name: {
-                        "inputs": [port.metadata for port in known.inputs.values()],
-                        "optional_inputs": [port.metadata for port in known.optional.values()],
-                        "outputs": list(known.outputs),
+                    name: {
+                        "inputs": [known.document for known in signature.inputs.values()],
+                        "optional_inputs": [known.document for known in signature.optional.values()],
+                        "outputs": list(signature.outputs),
                     }
-                    for known in self.operations.values()
-                    if isinstance(known, Operation)
+                    for name, signature in self.signatures.items()
                 },
                 "promoted_parameters": {
                     name: {"shape": list(value.shape), "value": value.detach().cpu().tolist()}
@@ -115,33 +143,60 @@ class Served:
         }
 
     def config(self, rows: int) -> dict[str, object]:
-        """The model's configuration, as the protocol's extension has it.
-
-        Args:
-            rows: the most that one request may have.
-        """
-        forward = self.operations["forward"]
-        assert isinstance(forward, Operation)
+        """The model's configuration, as the protocol's extension has it; `rows` is the most of one request."""
         kind = f"TYPE_{self.datatype}"
+        inputs = {name: list(known.shape) for name, known in self.signatures["forward"].inputs.items()}
+        outputs = {name: list(known.natural_shape) for name, known in self.model.outputs.items()}
         return {
             "name": self.name,
             "platform": PLATFORM,
             "backend": PLATFORM,
             "max_batch_size": rows,
-            "input": [{"name": n, "data_type": kind, "dims": list(port.shape)} for n, port in forward.inputs.items()],
-            "output": [
-                {"name": n, "data_type": kind, "dims": list(known.natural_shape)}
-                for n, known in self.model.outputs.items()
-            ],
+            "input": [{"name": name, "data_type": kind, "dims": dims} for name, dims in inputs.items()],
+            "output": [{"name": name, "data_type": kind, "dims": dims} for name, dims in outputs.items()],
         }
 
 
-def require_names(names: Sequence[str]) -> None:
-    """Refuse names that no address can have, and names of two models.
+def _signature(model: Model, operation: Operation) -> Signature:
+    """An operation that the model has."""
 
-    Raises:
-        InputError: there is such a name.
-    """
+    def metadata(names: Mapping[str, Any] | Sequence[str], prefix: str = "") -> dict[str, TensorMetadata]:
+        known = {**model.inputs, **model.initial_guesses, **(model.outputs if prefix == COTANGENT else {})}
+        shapes = {name: tuple(known[name].natural_shape) for name in names}
+        return {prefix + n: TensorMetadata(prefix + n, DATATYPES[model.dtype], shape) for n, shape in shapes.items()}
+
+    inputs, optional = metadata(model.inputs), metadata(model.initial_guesses)
+    if operation.takes == "tangents":
+        optional |= metadata(operation.beside(model), TANGENT)
+    elif operation.takes == "cotangents":
+        inputs |= metadata(operation.beside(model), COTANGENT)
+    pairs = {f"{out}:{by}": (out, by) for out, by in operation.pairs(model)}
+    given = {
+        "outputs": tuple(model.outputs),
+        "rows": (CONVERGED, ITERATIONS, OUTCOME),
+        "blocks": tuple(pairs),
+        "along": tuple(TANGENT + out for out in dict.fromkeys(out for out, _ in pairs.values())),
+        "gradients": tuple(GRADIENT + name for name in sorted({by for _, by in pairs.values()})),
+    }
+    outputs = tuple(name for kind in operation.gives for name in given[kind])
+    chosen = pairs if operation.name in BY_SOLVE else {}
+    return Signature(operation, inputs, optional, outputs, chosen)
+
+
+def _require_own_names(model: Model) -> None:
+    """Refuse a model with a variable that has the name of a derivative here: one of both would be lost."""
+    ours = {f"{out}:{by}" for out, by in (*model.derivative_pairs, *model.parameter_derivative_pairs)}
+    ours |= {prefix + name for name in (*model.inputs, *model.outputs) for prefix in (TANGENT, COTANGENT)}
+    for name in (*model.inputs, *model.initial_guesses, *model.outputs):
+        if name in ours:
+            raise InputError(
+                f"a variable is called {name!r}, which is how requests call a derivative. Give it another name in the "
+                "input file, and compile the model again with neml2-compile."
+            )
+
+
+def require_names(names: Sequence[str]) -> None:
+    """Refuse names that no address can have, and names of two models."""
     for place, name in enumerate(names):
         if name in names[:place]:
             raise InputError(f"two models have the name {name!r}. Give one of them another: --name NAME=PATH.")

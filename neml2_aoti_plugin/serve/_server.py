@@ -1,45 +1,56 @@
-"""One process of the service: uvicorn around the application, until it is told to stop."""
+"""The service as processes: uvicorn around the application on a socket, until it is told to stop; one or several.
+
+uvicorn has a supervisor of several processes too. It takes a process for dead whose Python does not answer within
+seconds, and starts one that cannot load its models again and again.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from types import FrameType
 
 import uvicorn
 
-from ._app import build
-from ._connection import bounded
-from ._event_log import EventLog, Handler
-from ._front import Gate
+from ..errors import ArtifactError
+from ._app import Service
 from ._limits import Limits
 from ._listening import Bound
 from ._served import Source
+from ._telemetry import SHARED, EventLog, Handler
 
-# After the time that accepted requests have, for the process itself to end; seconds.
-LEAVE = 3.0
+# After the time that accepted requests have: for the process itself to end, and for the last one to see that; seconds.
+LEAVE, LAST = 3.0, 5.0
+# How soon a thread that waits for the interpreter gets it: the one that evaluates, and that of the event loop, hand it
+# over after each call, and Python's own 5 ms are longer than most calls; seconds.
+SWITCH = 1e-4
+# One that dies sooner than this after its start is not started again at once; seconds.
+SOON = 60.0
+# The seconds before that; and how many in a row may fail to load their models.
+PAUSE, TRIES = 1.0, 5
+# Exit status of a process that could not load its models.
+FAILED = 3
 
 
 @dataclass(frozen=True)
-class Service:
-    """What a process of the service needs to know.
-
-    Args:
-        sources: the models.
-        limits: of each process.
-        token: that requests must have.
-        threads: that torch may use for one operation.
-        log_requests: whether each request gets a line in the log.
-    """
+class Setup:
+    """What each process needs to know: the models, its limits, the token, torch's threads, what the log has."""
 
     sources: tuple[Source, ...]
     limits: Limits = field(default_factory=Limits)
@@ -55,21 +66,16 @@ class Service:
 class Server(uvicorn.Server):
     """uvicorn's server, which takes no new requests once it was told to stop, and ends in time.
 
-    Args:
-        config: of uvicorn.
-        gate: that is closed then.
-        listening: called once connections are accepted.
-        leave: called where it is told to stop before that.
+    `listening` is called once connections are accepted, and `leave` where it is told to stop before that.
     """
 
     def __init__(
-        self, config: uvicorn.Config, gate: Gate, listening: Callable[[], None], leave: Callable[[], None]
+        self, config: uvicorn.Config, service: Service, listening: Callable[[], None], leave: Callable[[], None]
     ) -> None:
         super().__init__(config)
-        self._gate, self._listening, self._leave = gate, listening, leave
+        self._service, self._listening, self._leave = service, listening, leave
         # A compiled call cannot be broken off; where it takes longer than all may, the process leaves it.
-        seconds = (config.timeout_graceful_shutdown or 0) + LEAVE
-        self.last = threading.Timer(seconds, os._exit, (0,))
+        self.last = threading.Timer((config.timeout_graceful_shutdown or 0) + LEAVE, os._exit, (0,))
         self.last.daemon = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -88,30 +94,24 @@ class Server(uvicorn.Server):
             # pass an exception on.
             self._leave()
             os._exit(0)
-        if self._gate.open:
-            self._gate.open = False
+        if self._service.open:
+            self._service.open = False
             self.last.start()
         super().handle_exit(sig, frame)
 
 
-def run(service: Service, bound: Bound, *, owner: bool = True) -> None:
+def run(setup: Setup, bound: Bound, *, owner: bool = True) -> None:
     """Serve until a signal to stop; then finish what was accepted, and return.
 
-    Args:
-        service: what to serve.
-        bound: the socket to listen on.
-        owner: whether the socket is for this process to remove, where it is told to stop before it listens.
-
-    Raises:
-        AOTIError: a model cannot be loaded.
-        RuntimeError: a model cannot be evaluated.
+    The socket is for an `owner` to remove where it is told to stop before it listens. Raises what loading a model, or
+    its first calls, raise.
     """
-    event_log, gate = service.event_log(), Gate(service.token.encode() if service.token is not None else None)
+    event_log, limits = setup.event_log(), setup.limits
     _take_logs(event_log)
-    application, models = build(service.sources, service.limits, event_log, gate)
+    service = Service(setup.sources, limits, setup.token, event_log)
 
     def listening() -> None:
-        event_log.write("listening", address=bound.address, models=list(models.infers), process=os.getpid())
+        event_log.write("listening", address=bound.address, models=service.names, process=os.getpid())
 
     def leave() -> None:
         event_log.write("stopped", process=os.getpid())
@@ -120,8 +120,14 @@ def run(service: Service, bound: Bound, *, owner: bool = True) -> None:
             bound.release()
 
     config = uvicorn.Config(
-        application,
-        http=bounded(service.limits),
+        service.application(),
+        # In Python, and with what httptools lacks: a bound of the headers, and requests that ask for another protocol.
+        http="h11",
+        h11_max_incomplete_event_size=limits.header_bytes,
+        # uvicorn counts the connection that asks as well.
+        limit_concurrency=limits.connections + 1,
+        timeout_keep_alive=math.ceil(limits.idle_seconds),
+        timeout_graceful_shutdown=math.ceil(limits.stop_seconds),
         loop="uvloop" if find_spec("uvloop") else "asyncio",
         ws="none",
         lifespan="on",
@@ -129,27 +135,30 @@ def run(service: Service, bound: Bound, *, owner: bool = True) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=math.ceil(service.limits.idle_seconds),
-        timeout_graceful_shutdown=math.ceil(service.limits.stop_seconds),
     )
-    server = Server(config, gate, listening, leave)
+    server = Server(config, service, listening, leave)
     # From now on, and not only within uvicorn, which restores these handlers and raises the signal again once it has
     # stopped: the exit status is then ours.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
+    sys.setswitchinterval(SWITCH)
+    if bound.path is None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        # The system ends connections whose clients do not read their answers.
+        milliseconds = math.ceil(1e3 * limits.receive_seconds)
+        bound.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     import torch
 
-    torch.set_num_threads(service.threads)
+    torch.set_num_threads(setup.threads)
     try:
         server.run(sockets=[bound.socket])
     except SystemExit:
-        if models.failure is None:
+        if service.failure is None:
             raise
     finally:
         server.last.cancel()
         event_log.flush()
-    if models.failure is not None:
-        raise models.failure
+    if service.failure is not None:
+        raise service.failure
 
 
 def _take_logs(event_log: EventLog) -> None:
@@ -159,3 +168,122 @@ def _take_logs(event_log: EventLog) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.WARNING)
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def run_many(setup: Setup, bound: Bound, count: int) -> None:
+    """Serve by several processes on one socket until a signal to stop.
+
+    Raises `ArtifactError` where processes die again and again before they have loaded their models.
+    """
+    folder = tempfile.mkdtemp(prefix="neml2-aoti-serve-")
+    os.environ[SHARED] = folder
+    try:
+        Supervisor(setup, bound, count).run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Supervisor:
+    """Starts processes, watches them, starts one again where it dies, and stops them together."""
+
+    def __init__(self, setup: Setup, bound: Bound, count: int) -> None:
+        self._setup, self._bound, self._count = setup, bound, count
+        self._event_log = setup.event_log()
+        # Not forked: torch's threads and loaded graphs do not survive a fork.
+        self._context = multiprocessing.get_context("spawn")
+        # When each was started.
+        self._running: dict[BaseProcess, float] = {}
+        self._failed = 0
+        self._stop = False
+
+    def run(self) -> None:
+        """Keep the processes running until a signal to stop."""
+        wake, woken = socket.socketpair()
+        wake.setblocking(False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._told_to_stop)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        try:
+            while not self._stop:
+                while len(self._running) < self._count and not self._stop:
+                    self._start()
+                connection.wait([*(process.sentinel for process in self._running), woken])
+                if not self._stop:
+                    self._replace_dead()
+        finally:
+            signal.set_wakeup_fd(-1)
+            self._end()
+
+    def _told_to_stop(self, *_: object) -> None:
+        self._stop = True
+
+    def _start(self) -> None:
+        process = self._context.Process(target=work, args=(self._setup, self._bound), name="neml2-aoti-serve")
+        # Ctrl-C goes to all processes; this one tells the others, also those that do not listen to signals yet.
+        with _interrupts_wait():
+            process.start()
+        self._running[process] = time.monotonic()
+
+    def _replace_dead(self) -> None:
+        from prometheus_client.multiprocess import mark_process_dead
+
+        for process in [process for process in self._running if process.exitcode is not None]:
+            lived = time.monotonic() - self._running.pop(process)
+            self._event_log.write("process died", level="error", process=process.pid, exitcode=process.exitcode)
+            mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
+            failed = lived < SOON and process.exitcode == FAILED
+            self._failed = self._failed + 1 if failed else 0
+            if self._failed >= TRIES or (failed and not self._running):
+                raise ArtifactError("the processes cannot load their models; the log says why.")
+            if lived < SOON:
+                time.sleep(PAUSE)
+
+    def _end(self) -> None:
+        """Stop all processes: by a signal, and after the time that they have by another one."""
+        for process in self._running:
+            process.terminate()
+        until = time.monotonic() + self._setup.limits.stop_seconds + LAST
+        for process in self._running:
+            process.join(max(0.0, until - time.monotonic()))
+            if process.exitcode is None:
+                self._event_log.write("process killed", level="error", process=process.pid)
+                process.kill()
+                process.join()
+        self._event_log.flush()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait; processes that are started meanwhile never get it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def work(setup: Setup, bound: Bound) -> None:
+    """What each process does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        """Stop when the process that has started this one is gone."""
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    try:
+        run(setup, bound, owner=False)
+    except Exception:
+        # The application has logged it.
+        raise SystemExit(FAILED) from None
+    finally:
+        if not parent.is_alive():
+            shutil.rmtree(os.environ[SHARED], ignore_errors=True)

@@ -1,11 +1,19 @@
-"""The OpenAPI document of the service."""
+"""What the service shows of itself: the OpenAPI document, and the page at `/`, one file that calls it as clients do."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
+from starlette.responses import Response
+
 from .. import __version__
+from ..model._operations import OPERATIONS
 from ._served import Served
 
 _TENSOR = {
@@ -33,7 +41,7 @@ _REQUEST = {
             "properties": {
                 "operation": {
                     "type": "string",
-                    "enum": ["forward", "solve", "jacobian", "jvp", "param_vjp"],
+                    "enum": list(OPERATIONS),
                     "default": "forward",
                 },
                 "parameter_overrides": {"type": "object", "description": "Values of promoted parameters by name."},
@@ -88,11 +96,7 @@ _STATUSES = {
 
 
 def document(models: Sequence[Served]) -> dict[str, Any]:
-    """The document.
-
-    Args:
-        models: that are served.
-    """
+    """The OpenAPI document of a service of some models."""
     name = {
         "name": "model",
         "in": "path",
@@ -165,3 +169,34 @@ def _infer() -> dict[str, Any]:
         "requestBody": {"required": True, "content": body("request")},
         "responses": responses,
     }
+
+
+@cache
+def _page() -> tuple[bytes, str]:
+    """The page, and its content security policy: only its own script and style, and only this service."""
+    text = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    script, style = (_digest(kind, text) for kind in ("script", "style"))
+    policy = (
+        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text.encode(), policy
+
+
+def _digest(kind: str, text: str) -> str:
+    found = re.search(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+    assert found is not None
+    digest = base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def page() -> Response:
+    """The answer at `/`."""
+    content, policy = _page()
+    headers = {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+    return Response(content, media_type="text/html", headers=headers)
