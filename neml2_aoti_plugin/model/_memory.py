@@ -68,7 +68,8 @@ def require_unrecorded(where: str) -> None:
         return
     raise AOTIError(
         f"a call of {where} cannot be recorded or taken over: {by}, and would keep the numbers of this one call in the "
-        "place of the model. Call the model outside of it; torch.compile may hold it, and breaks its graph there."
+        "place of the model. Call the model outside of it, or in the form of an operator that torch knows: "
+        "neml2_aoti_plugin.model.CustomOp. torch.compile may hold a model as it is, and breaks its graph there."
     )
 
 

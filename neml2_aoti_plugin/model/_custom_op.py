@@ -1,0 +1,151 @@
+"""A compiled model as an operator of torch, so that torch.compile and torch.export hold calls without breaking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ._model import Model
+
+NAMESPACE = "neml2_aoti_plugin"
+
+
+class CustomOp(torch.nn.Module):
+    """A compiled model as one operator of torch, `torch.ops.neml2_aoti_plugin.NAME`.
+
+    `torch.compile(..., fullgraph=True)` and `torch.export`, with a dynamic batch too, keep it in their graphs. Autograd
+    follows it by the compiled derivatives, which are evaluated when they are needed. Its parameters are the model's
+    promoted ones. A program that was exported and saved is loaded by a process that has made the same operator.
+
+    Args:
+        model: what is called.
+        name: of the operator, a Python identifier; each is given once in a process.
+
+    Raises:
+        InputError: there is an operator of that name, or it is no identifier.
+    """
+
+    def __init__(self, model: Model, name: str) -> None:
+        super().__init__()
+        self._inputs, self._outputs = list(model.inputs), list(model.outputs)
+        self._names = list(model.named_parameters())
+        self.promoted = torch.nn.ParameterList(model.named_parameters().values())
+        self._op = _register(model, name)
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Evaluate the outputs.
+
+        Args:
+            inputs: by name, each `(*batch, *sub_batch, *base)`, without initial guesses.
+            param_overrides: values of promoted parameters for this call, `(*batch, *base)`.
+
+        Returns:
+            Outputs by name, `(*batch, *sub_batch, *base)`.
+
+        Raises:
+            InputError: an input or parameter is unknown or missing; and what `Model.forward` raises.
+            DerivativeNotCompiledError: in `backward()`, where a derivative that is needed was not compiled.
+        """
+        given = param_overrides or {}
+        unknown = [name for name in inputs if name not in self._inputs] + [n for n in given if n not in self._names]
+        missing = [name for name in self._inputs if name not in inputs]
+        if unknown or missing:
+            raise InputError(
+                f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}. The operator takes "
+                f"the inputs {', '.join(self._inputs)} and the parameters {', '.join(self._names) or '(none)'}."
+            )
+        values = [inputs[name] for name in self._inputs]
+        values += [given.get(name, own) for name, own in zip(self._names, self.promoted, strict=True)]
+        found = self._op(*values)
+        return dict(zip(self._outputs, [found] if isinstance(found, Tensor) else found, strict=True))
+
+
+def _register(model: Model, name: str) -> Any:
+    """Define the operator, what it gives for tensors without values, and its derivative."""
+    if not name.isidentifier():
+        raise InputError(f"{name!r} is no name of an operator of torch; give a Python identifier.")
+    if hasattr(getattr(torch.ops, NAMESPACE), name):
+        raise InputError(
+            f"torch.ops.{NAMESPACE}.{name} is there already. Operators are known to the whole process by their names: "
+            "give another one, or use the CustomOp that was made before."
+        )
+    inputs, outputs, parameters = list(model.inputs), list(model.outputs), list(model.named_parameters())
+    natural = {k: v.natural_shape for k, v in (*model.inputs.items(), *model.outputs.items())}
+    natural |= {k: tuple(shape) for k, shape in model.parameter_base_shapes.items()}
+    given = ", ".join(f"Tensor a{k}" for k in range(len(inputs) + len(parameters)))
+    returned = ", ".join("Tensor" for _ in outputs)
+    cotangents = ", ".join(f"Tensor c{k}" for k in range(len(outputs)))
+
+    def parted(values: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return dict(zip(inputs, values, strict=False)), dict(zip(parameters, values[len(inputs) :], strict=True))
+
+    def call(*values: Tensor) -> Any:
+        found = model.forward(*parted(values))
+        # torch expects memory of the operator's own.
+        fresh = tuple(found[out].clone() for out in outputs)
+        return fresh if len(fresh) > 1 else fresh[0]
+
+    def without_values(*values: Tensor) -> Any:
+        shapes = [v.shape[: v.ndim - len(natural[k])] for k, v in zip((*inputs, *parameters), values, strict=True)]
+        batch = torch.broadcast_shapes(*shapes)
+        fresh = tuple(values[0].new_empty((*batch, *natural[out])) for out in outputs)
+        return fresh if len(fresh) > 1 else fresh[0]
+
+    def pull_back(wanted: list[bool], *values: Tensor) -> list[Tensor]:
+        weights = {out: c for out, c in zip(outputs, values, strict=False) if bool(c.any())}
+        values = values[len(outputs) :]
+        by_name, overrides = parted(values)
+        asked = [name for name, flag in zip((*inputs, *parameters), wanted, strict=True) if flag]
+        found = _by_inputs(model, by_name, overrides, weights, [name for name in asked if name in inputs])
+        by_parameters = [name for name in asked if name not in inputs]
+        if by_parameters and weights:
+            found |= model.param_vjp(by_name, weights, overrides, params=by_parameters)
+        pairs = zip((*inputs, *parameters), values, strict=True)
+        return [found[k].clone() if k in found else torch.zeros_like(v) for k, v in pairs]
+
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", call, mutates_args=(), schema=f"({given}) -> ({returned})")
+    op.register_fake(without_values)
+    backward = torch.library.custom_op(
+        f"{NAMESPACE}::{name}_backward",
+        pull_back,
+        mutates_args=(),
+        schema=f"(bool[] wanted, {cotangents}, {given}) -> Tensor[]",
+    )
+    backward.register_fake(lambda wanted, *values: [torch.empty_like(v) for v in values[len(outputs) :]])
+
+    def differentiate(context: Any, *weights: Tensor) -> Any:
+        found = backward(list(context.needs_input_grad), *weights, *context.saved_tensors)
+        return tuple(g if needed else None for g, needed in zip(found, context.needs_input_grad, strict=True))
+
+    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    op.register_autograd(differentiate, setup_context=keep)
+    return op
+
+
+def _by_inputs(
+    model: Model,
+    inputs: dict[str, Tensor],
+    overrides: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    asked: list[str],
+) -> dict[str, Tensor]:
+    """The gradients by inputs, each of its input's shape."""
+    pairs = [(out, name) for out in weights for name in asked]
+    if not pairs:
+        return {}
+    _, matrices, batch = model.linearise(inputs, pairs, overrides)
+    found: dict[str, Tensor] = {}
+    for (out, name), matrix in zip(pairs, matrices, strict=True):
+        variable = model.inputs[name]
+        weight = weights[out].reshape(*batch, 1, -1)
+        gradient = (weight @ matrix).reshape(*batch, *variable.natural_shape).sum_to_size(inputs[name].shape)
+        found[name] = found[name] + gradient if name in found else gradient
+    return found

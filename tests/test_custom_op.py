@@ -1,0 +1,127 @@
+"""`CustomOp`: a compiled model that torch.compile and torch.export keep in their graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from neml2_aoti_plugin import DerivativeNotCompiledError, InputError
+from neml2_aoti_plugin.model import CustomOp, Model
+from stubs.build import compiled
+
+
+def states(rows: int) -> dict[str, Tensor]:
+    """Inputs of the viscoplastic model: some rows stay elastic, others flow."""
+    random = torch.Generator().manual_seed(rows)
+    zero = torch.zeros((), dtype=torch.float64)
+    return {
+        "strain": 2e-3 * torch.randn(rows, 6, generator=random, dtype=torch.float64),
+        "strain~1": torch.zeros(6, dtype=torch.float64),
+        "t": zero + 1.0,
+        "t~1": zero,
+        "stress~1": torch.zeros(6, dtype=torch.float64),
+        "equivalent_plastic_strain~1": zero,
+    }
+
+
+class Work(torch.nn.Module):
+    """A program around a call: a parameter of its own before, and torch's operations behind."""
+
+    def __init__(self, call: torch.nn.Module) -> None:
+        super().__init__()
+        self.call = call
+        self.scale = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        found = self.call({**inputs, "strain": self.scale * inputs["strain"]})
+        stress: Tensor = found["stress"].square().sum(-1) + found["equivalent_plastic_strain"]
+        return stress
+
+
+def gradients(program: Callable[..., Tensor], work: Work, rows: int) -> list[Tensor]:
+    """What a program gives, and its gradients by the strain and by all parameters."""
+    inputs = states(rows)
+    asked = [inputs["strain"].requires_grad_(), *work.parameters()]
+    found = program(inputs)
+    return [found.detach(), *torch.autograd.grad(found.sum(), asked)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    found = Model(compiled("calibration") / "viscoplasticity")
+    return found.requires_grad_()
+
+
+@pytest.fixture(scope="module")
+def operator(model: Model) -> Iterator[CustomOp]:
+    yield CustomOp(model, "viscoplasticity")
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-12, atol=0.0) for a, b in zip(found, expected, strict=True))
+
+
+def test_values_and_gradients_are_those_of_forward(model: Model, operator: CustomOp) -> None:
+    ours, plain = Work(operator), Work(model)
+    found = gradients(ours, ours, 5)
+    assert len(found) == 5 and all(bool(g.any()) for g in found)
+    assert same(found, gradients(plain, plain, 5))
+
+
+def test_what_torch_asks_of_an_operator(model: Model, operator: CustomOp) -> None:
+    values = [states(3)[name] for name in model.inputs]
+    values += [p.detach() for p in model.named_parameters().values()]
+    checked = torch.library.opcheck(torch.ops.neml2_aoti_plugin.viscoplasticity.default, tuple(values))
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+def test_parameters_of_a_call(model: Model, operator: CustomOp) -> None:
+    override = {"residual.overstress.sy": torch.tensor([100.0, 200.0, 300.0], dtype=torch.float64)}
+    found, expected = operator(states(3), override), model.forward(states(3), override)
+    assert all(torch.equal(found[name], expected[name]) for name in model.outputs)
+
+
+@pytest.mark.wide
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
+def test_compile_without_a_break(model: Model, operator: CustomOp) -> None:
+    work, plain = Work(operator), Work(model)
+    program = torch.compile(work, fullgraph=True)
+    for rows in (3, 5, 8):
+        assert same(gradients(program, work, rows), gradients(plain, plain, rows))
+
+
+def test_export_with_any_batch(operator: CustomOp, tmp_path: Path) -> None:
+    work = Work(operator)
+    rows = {name: ({0: torch.export.Dim("rows")} if name == "strain" else None) for name in states(4)}
+    program = torch.export.export(work, (states(4),), dynamic_shapes=(rows,))
+    torch.export.save(program, tmp_path / "work.pt2")
+    loaded = torch.export.load(tmp_path / "work.pt2").module()
+    for count in (2, 9):
+        assert torch.equal(loaded(states(count)), work(states(count)))
+
+
+def test_a_name_is_given_once(model: Model, operator: CustomOp) -> None:
+    with pytest.raises(InputError, match="viscoplasticity is there already"):
+        CustomOp(model, "viscoplasticity")
+    with pytest.raises(InputError, match="Python identifier"):
+        CustomOp(model, "visco plasticity")
+
+
+def test_names_of_inputs_are_checked(operator: CustomOp) -> None:
+    inputs = states(2)
+    del inputs["t"]
+    with pytest.raises(InputError, match="unknown: time; missing: t"):
+        operator({**inputs, "time": torch.ones((), dtype=torch.float64)})
+
+
+def test_a_derivative_that_was_not_compiled_is_missed_in_backward() -> None:
+    operator = CustomOp(Model(compiled("viscoplasticity") / "viscoplasticity"), "without_all_derivatives")
+    inputs = states(2)
+    inputs["stress~1"].requires_grad_()
+    found = operator(inputs)
+    with pytest.raises(DerivativeNotCompiledError, match="stress:stress~1"):
+        found["stress"].sum().backward()
