@@ -151,7 +151,7 @@ def test_inspect_and_doctor_tell_of_every_leaf(two_leaves: Path, capsys: pytest.
     (problem,) = (f for f in found.findings if f.level == "problem")
     assert "is of an earlier compile" in problem.says and "--dtype float32" in problem.cure
     assert any("elasticity_pvjp.pt2, which the metadata does not name" in f.says for f in found.findings)
-    own = diagnose(find_target(two_leaves), dtype="float32")
+    own = diagnose(find_target(two_leaves, dtype="float32"))
     assert own.artifact is not None and not own.artifact.runs
 
 

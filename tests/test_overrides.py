@@ -11,10 +11,10 @@ import torch
 from neml2.cli.run import main as neml2_run
 
 import references
+from commands import answer
 from legacy import build
 from neml2_aoti_plugin import InputError
 from neml2_aoti_plugin import _cli as cli
-from neml2_aoti_plugin._cli.run import run
 
 
 @functools.cache
@@ -41,11 +41,11 @@ def test_an_override_of_a_promoted_parameter_does_what_it_does_to_the_source(
     tmp_path: Path, name: str, path: str, source: str
 ) -> None:
     case = references.case(name)
-    run(case.file, "driver", values={}, out=tmp_path / "result.pt", overrides=(f"{path}:=2500",))
+    answer("run", case.file, "driver", f"{path}:=2500", "--out", tmp_path / "result.pt")
     found = torch.load(tmp_path / "result.pt")
     last, wanted = stress_of_the_source(name, f"{source}:=2500")
     torch.testing.assert_close(found[f"output.{last}.stress"], wanted, rtol=1e-6, atol=1e-6)
-    run(case.file, "driver", values={}, out=tmp_path / "plain.pt")
+    answer("run", case.file, "driver", "--out", tmp_path / "plain.pt")
     assert not torch.allclose(torch.load(tmp_path / "plain.pt")[f"output.{last}.stress"], wanted, rtol=1e-3)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -15,22 +15,21 @@ from .options import (
     FILE,
     MOST_ROWS,
     MOST_THREADS,
+    Chosen,
     Finite,
     counts,
-    device_options,
     json_option,
-    model_arguments,
+    model_options,
     refuse_together,
 )
-from .output import lines, progress, show, table
+from .output import progress, show, table
 from .process import heeded
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table
 
     from ..model import Model
-    from .points import Points, Where
-    from .target import Target
+    from .points import Points
 
 # A batch size is timed by so many calls at least.
 LEAST = 3
@@ -68,7 +67,7 @@ class BenchReport:
 
 
 @click.command(epilog=EPILOG)
-@model_arguments
+@model_options
 @click.option("--rows", default="1,10,100,1000,10000", show_default=True, help="Batch sizes.")
 @click.option("--threads", help="Numbers of threads. [as many as torch uses]")
 @click.option(
@@ -82,11 +81,9 @@ class BenchReport:
 @click.option("--points", type=FILE, help="Evaluate at these points; see verify.")
 @click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
 @click.option("--plot", "picture", type=FILE, help="Draw rows per second over batch size to this file.")
-@device_options
 @json_option
 def command(
-    target: str,
-    model: str | None,
+    chosen: Chosen,
     rows: str,
     threads: str | None,
     call: str,
@@ -94,8 +91,6 @@ def command(
     points: Path | None,
     driver: str | None,
     picture: Path | None,
-    device: str | None,
-    dtype: str | None,
     as_json: bool,
 ) -> int:
     """Time a compiled model.
@@ -104,39 +99,53 @@ def command(
     """
     refuse_together({"--points": points, "--driver": driver})
     sizes = counts(rows, "--rows", MOST_ROWS)
-    numbers = counts(threads, "--threads", MOST_THREADS) if threads is not None else None
+    import torch
 
+    from ..model._operations import BY_SOLVE, operation
     from .figures import require_drawable
-    from .points import Where
-    from .target import find_target
+    from .points import Where, choose_points, evaluate
+    from .target import leaf_name
 
     if picture is not None:
         require_drawable(picture)
-    found, where = find_target(target, model), Where(points, driver, rows=64)
+    target, before = chosen.find(), torch.get_num_threads()
+    numbers = counts(threads, "--threads", MOST_THREADS) if threads is not None else (before,)
+    measurements: list[Measurement] = []
     with progress() as bar, heeded() as heed:
-        task = bar.add_task(found.model, total=None)
+        task = bar.add_task(target.model, total=len(numbers) * len(sizes))
+        model = target.load()
+        at = choose_points(target, model, Where(points, driver, rows=64))
+        # Where it does not converge, it takes another time.
+        kept = evaluate(model, at)[0].points
+        method = operation(call, BY_SOLVE).method(model)
+        try:
+            for number in numbers:
+                torch.set_num_threads(number)
+                for size in sizes:
+                    times = _times(model, method, kept, size, seconds)
+                    took = median(times)
+                    measurements.append(Measurement(number, size, took, len(times), size / took))
+                    heed()
+                    bar.advance(task)
+        finally:
+            torch.set_num_threads(before)
+    names = (str(target.artifact), target.model, leaf_name(target.place()), call, at.source)
+    report = BenchReport(*names, measurements=tuple(measurements))
+    return show("bench", report if picture is None else draw(report, picture), as_json, render)
 
-        def on_measured(done: int, total: int) -> None:
-            heed()
-            bar.update(task, completed=done, total=total)
 
-        report = bench(found, sizes, numbers, call, where, seconds, device, dtype, on_measured)
-    if picture is not None:
-        report = draw(report, picture)
-    return show("bench", report, as_json, render)
-
-
-def render(report: BenchReport, console: Console) -> None:
-    """Print the table."""
+def render(report: BenchReport) -> Iterator[str | Table]:
+    """The table."""
     from rich.table import Column
 
-    console.print(f"{report.model} ({report.leaf}), {report.call} at {report.points} points")
+    yield f"{report.model} ({report.leaf}), {report.call} at {report.points} points"
     titles = ("threads", "rows", "time of a call", "rows per second")
     times = table(*(Column(title, justify="right") for title in titles))
     for found in report.measurements:
         times.add_row(str(found.threads), str(found.rows), _duration(found.seconds), f"{found.rows_per_second:.3g}")
-    console.print(times)
-    lines(console, [f"written: {report.picture}"] if report.picture is not None else [])
+    yield times
+    if report.picture is not None:
+        yield f"written: {report.picture}"
 
 
 def draw(report: BenchReport, path: Path) -> BenchReport:
@@ -155,46 +164,6 @@ def draw(report: BenchReport, path: Path) -> BenchReport:
         axes.set_title(literal(f"{report.model} ({report.leaf}), {report.call}"))
         axes.legend(frameon=False)
     return replace(report, picture=str(path))
-
-
-def bench(
-    target: Target,
-    sizes: Sequence[int],
-    threads: Sequence[int] | None,
-    call: str,
-    where: Where,
-    seconds: float,
-    device: str | None,
-    dtype: str | None,
-    on_measured: Callable[[int, int], None],
-) -> BenchReport:
-    """Time calls of batches of these sizes, each for so many seconds, with these numbers of threads."""
-    import torch
-
-    from ..model._operations import BY_SOLVE, operation
-    from .points import choose_points, evaluate
-    from .target import leaf_name
-
-    model = target.load(device, dtype)
-    points = choose_points(target, model, where)
-    # Where it does not converge, it takes another time.
-    kept = evaluate(model, points)[0].points
-    before = torch.get_num_threads()
-    numbers = threads or (before,)
-    method = operation(call, BY_SOLVE).method(model)
-    measurements = []
-    try:
-        for number in numbers:
-            torch.set_num_threads(number)
-            for rows in sizes:
-                times = _times(model, method, kept, rows, seconds)
-                took = median(times)
-                measurements.append(Measurement(number, rows, took, len(times), rows / took))
-                on_measured(len(measurements), len(numbers) * len(sizes))
-    finally:
-        torch.set_num_threads(before)
-    leaf = leaf_name(target.place(device, dtype))
-    return BenchReport(str(target.artifact), target.model, leaf, call, points.source, tuple(measurements))
 
 
 def _times(model: Model, method: Callable[..., object], points: Points, rows: int, seconds: float) -> list[float]:

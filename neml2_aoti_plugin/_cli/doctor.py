@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from .options import device_options, json_option
 from .output import show
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table
 
     from .._program.program import Program
     from .target import Target
@@ -86,7 +87,7 @@ class Diagnosis:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("target", metavar="[ARTIFACT|STUB]", required=False)
+@click.argument("path", metavar="[ARTIFACT|STUB]", required=False)
 @click.argument("model", required=False)
 @click.option(
     "--try-binding",
@@ -97,7 +98,7 @@ class Diagnosis:
 @device_options
 @json_option
 def command(
-    target: str | None, model: str | None, try_binding: bool, device: str | None, dtype: str | None, as_json: bool
+    path: str | None, model: str | None, try_binding: bool, device: str | None, dtype: str | None, as_json: bool
 ) -> int:
     """Show what is installed, what is active, what is wrong, and what mends it.
 
@@ -105,13 +106,13 @@ def command(
     """
     from .target import find_target
 
-    found = None if target is None else find_target(target, model)
-    report = diagnose(found, device, dtype, try_binding=try_binding)
+    target = None if path is None else find_target(path, model, device, dtype)
+    report = diagnose(target, try_binding=try_binding)
     return show("doctor", report, as_json, render, FINE if report.healthy else SHORT)
 
 
-def render(report: Diagnosis, console: Console) -> None:
-    """Print what no finding says, then the findings."""
+def render(report: Diagnosis) -> Iterator[Table | str]:
+    """What no finding says, then the findings."""
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -125,27 +126,25 @@ def render(report: Diagnosis, console: Console) -> None:
         "variables": ", ".join(f"{name}={value}" for name, value in report.variables.items()) or "none set",
     }
     if report.artifact is not None:
-        told = report.artifact
-        facts["artifact"] = f"{told.model} ({told.leaf}), schema {told.schema}, neml2 {told.release}"
+        known = report.artifact
+        facts["artifact"] = f"{known.model} ({known.leaf}), schema {known.schema}, neml2 {known.release}"
     above = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in facts.items():
         above.add_row(Text(name, "bold"), value)
-    console.print(above)
-    console.print()
+    yield above
+    yield ""
     below = Table.grid(Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for finding in report.findings:
         cure = Text(f"\n-> {finding.cure}", "bold") if finding.cure else ""
         level = Text(finding.level, COLOURS[finding.level])
         below.add_row(level, finding.subject, Text.assemble(finding.says, cure))
-    console.print(below)
+    yield below
 
 
 # -- what was found ----------------------------------------------------------------------------------------------------
 
 
-def diagnose(
-    target: Target | None = None, device: str | None = None, dtype: str | None = None, *, try_binding: bool = False
-) -> Diagnosis:
+def diagnose(target: Target | None = None, *, try_binding: bool = False) -> Diagnosis:
     """Look this environment over, and an artifact if one is given; to try neml2's own binding takes some seconds."""
     trouble = environment.import_neml2()
     # Whether machine code can be used is known once it has been tried.
@@ -156,7 +155,7 @@ def diagnose(
     scratch, of_scratch = environment.scratch()
     plugin, torch = environment.plugin_finding(now), environment.torch_finding()
     looked_at = (environment.neml2_finding(now.neml2, trouble), plugin, torch)
-    artifact, found = (None, ()) if target is None else _of_artifact(target, device, dtype)
+    artifact, found = (None, ()) if target is None else _of_artifact(target)
     if try_binding:
         binding = tried_binding(target if artifact is not None and artifact.runs else None)
     else:
@@ -177,9 +176,7 @@ def diagnose(
     )
 
 
-def _of_artifact(
-    target: Target, device: str | None, dtype: str | None
-) -> tuple[ArtifactSummary | None, tuple[Finding, ...]]:
+def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding, ...]]:
     """Look an artifact over as a load does; nothing of it is run."""
     from .._artifact.compatibility import check
     from .._artifact.decode import read_metadata
@@ -188,7 +185,7 @@ def _of_artifact(
     from .target import leaf_name, release_of
 
     try:
-        place = target.place(device, dtype)
+        place = target.place()
         found = read_metadata(place.metadata, place.folder, solver=target.solver)
     except InputError:
         # Another leaf was asked for than there is, which is no fault of the artifact.

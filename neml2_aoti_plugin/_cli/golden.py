@@ -6,15 +6,22 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from .._artifact.layout import root_of
 from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import InputError
 from ..model import Model
 from .points import Evaluated, Points
+from .target import Target
 
 KIND = "golden 1"
 WHAT = "a golden file (neml2-aoti verify --record)"
-# Behind the name of the artifact beside which it is looked for when none is named.
-SUFFIX = ".golden.safetensors"
+
+
+def golden_beside(target: Target) -> Path | None:
+    """The golden file beside an artifact, if there is one, by which it is compared where none is named."""
+    root = root_of(target.artifact)
+    found = root.with_name(f"{root.name}.golden.safetensors")
+    return found if found.is_file() else None
 
 
 def write_golden(path: Path, model: str, digest: str, found: Evaluated) -> None:

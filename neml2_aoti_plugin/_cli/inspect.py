@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,10 @@ import click
 from .._artifact import schema as s
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
-from .options import device_options, json_option, model_arguments
+from .options import Chosen, json_option, model_options
 from .output import show
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
 
@@ -120,21 +120,18 @@ class ArtifactReport:
 
 
 @click.command(epilog=EPILOG)
-@model_arguments
-@device_options
+@model_options
 @json_option
-def command(target: str, model: str | None, device: str | None, dtype: str | None, as_json: bool) -> int:
+def command(chosen: Chosen, as_json: bool) -> int:
     """Show what is in a compiled model: leaves, inputs, outputs, parameters, derivatives, segments, files."""
-    from .target import find_target
-
-    return show("inspect", describe(find_target(target, model), device, dtype), as_json, render)
+    return show("inspect", describe(chosen.find()), as_json, render)
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------
 
 
-def render(report: ArtifactReport, console: Console) -> None:
-    """Print the tree."""
+def render(report: ArtifactReport) -> Iterator[Tree]:
+    """The tree."""
     from rich.text import Text
     from rich.tree import Tree
 
@@ -169,7 +166,7 @@ def render(report: ArtifactReport, console: Console) -> None:
     segments = tree.add("segments")
     for number, segment in enumerate(report.segments):
         _add_segment(segments, number, segment)
-    console.print(tree)
+    yield tree
 
 
 def shown_values(parameter: ParameterReport, form: str) -> str:
@@ -222,14 +219,14 @@ def _add_segment(tree: Tree, number: int, segment: SegmentReport) -> None:
 # -- what the tree shows -----------------------------------------------------------------------------------------------
 
 
-def describe(target: Target, device: str | None = None, dtype: str | None = None) -> ArtifactReport:
+def describe(target: Target) -> ArtifactReport:
     """What is in an artifact; if no leaf is asked for, the one that `Model` takes is shown, else the first."""
     from .._artifact.decode import read_metadata
     from .target import leaf_name, release_of
 
     there = target.places()
     usual = next((place for place in there if leaf_name(place) == "cpu/float64"), there[0])
-    place = target.place(device, dtype) if device or dtype else usual
+    place = target.place() if target.device or target.dtype else usual
     metadata = read_metadata(place.metadata, place.folder, solver=target.solver)
     outer = _Outer(metadata)
     inputs, parameters = metadata.aliases.inputs, metadata.aliases.parameters

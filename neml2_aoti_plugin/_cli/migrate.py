@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import AOTIError, ArtifactError, InputError
-from .options import FILE, json_option, model_arguments
-from .output import lines, show
+from .options import FILE, json_option
+from .output import show
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .._artifact.locate import Place
     from .._artifact.rewrite import Rewritten
     from .target import Target
@@ -54,11 +53,12 @@ class MigrateReport:
 
 
 @click.command(epilog=EPILOG)
-@model_arguments
+@click.argument("path", metavar="ARTIFACT|STUB")
+@click.argument("model", required=False)
 @click.option("--out", type=FILE, required=True, help="Folder for the new artifact and its stub.")
 @click.option("--drop-derivatives", is_flag=True, help="Leave derivatives out whose graphs do not fit.")
 @json_option
-def command(target: str, model: str | None, out: Path, drop_derivatives: bool, as_json: bool) -> int:
+def command(path: str, model: str | None, out: Path, drop_derivatives: bool, as_json: bool) -> int:
     """Rewrite an artifact of an older neml2 in the layout and schema of neml2 3.1.0.
 
     neml2's own C++ runtime loads only those; this plugin runs old ones as they are. The graphs are copied unchanged,
@@ -67,16 +67,18 @@ def command(target: str, model: str | None, out: Path, drop_derivatives: bool, a
     """
     from .target import find_target
 
-    report = migrate(find_target(target, model), out, drop_derivatives=drop_derivatives)
+    report = migrate(find_target(path, model), out, drop_derivatives=drop_derivatives)
     return show("migrate", report, as_json, render)
 
 
-def render(report: MigrateReport, console: Console) -> None:
-    """Print what was written."""
+def render(report: MigrateReport) -> Iterator[str]:
+    """What was written."""
     old, new = f"schema {report.schema} (neml2 {report.release})", f"schema {report.new_schema}"
-    head = f"{report.model}: {old} -> {new}, {', '.join(report.leaves)}"
-    dropped = [f"without the derivatives {', '.join(report.dropped)}"] if report.dropped else []
-    lines(console, [head, f"written: {report.written}", f"written: {report.stub}", *dropped])
+    yield f"{report.model}: {old} -> {new}, {', '.join(report.leaves)}"
+    yield f"written: {report.written}"
+    yield f"written: {report.stub}"
+    if report.dropped:
+        yield f"without the derivatives {', '.join(report.dropped)}"
 
 
 def migrate(target: Target, out: Path, *, drop_derivatives: bool = False) -> MigrateReport:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from .target import Target
 
 # More than any machine holds or has; above, numbers overflow in torch.
 MOST_ROWS, MOST_THREADS = 10**15, 4096
@@ -15,16 +20,40 @@ SEED = click.IntRange(0, 2**63 - 1)
 FILE = click.Path(path_type=Path)
 DTYPE = click.Choice(["float64", "float32"])
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def model_arguments(function: _Function) -> _Function:
-    """The arguments that name a model: an artifact or a stub, and the model's name where the stub has several."""
-    function = click.argument("model", required=False)(function)
-    return click.argument("target", metavar="ARTIFACT|STUB")(function)
+@dataclass(frozen=True)
+class Chosen:
+    """A model and one of its leaves, as the command line names them."""
+
+    path: str
+    model: str | None
+    device: str | None
+    dtype: str | None
+
+    def find(self) -> Target:
+        """Find the artifact."""
+        from .target import find_target
+
+        return find_target(self.path, self.model, self.device, self.dtype)
 
 
-def device_options(function: _Function) -> _Function:
+def model_options(function: Callable[..., int]) -> Callable[..., int]:
+    """An artifact or a stub, and the model's name where the stub has several; a device and a dtype that choose a leaf.
+
+    The command is given them as one.
+    """
+
+    @wraps(function)
+    def with_chosen(path: str, model: str | None, device: str | None, dtype: str | None, **others: Any) -> int:
+        return function(Chosen(path, model, device, dtype), **others)
+
+    named = click.argument("model", required=False)(device_options(with_chosen))
+    return click.argument("path", metavar="ARTIFACT|STUB")(named)
+
+
+def device_options(function: Function) -> Function:
     """The options that choose a leaf."""
     function = click.option("--dtype", type=DTYPE, help="Take the leaf of this dtype.")(function)
     return click.option("--device", metavar="DEVICE", help="Take the leaf of this device, such as cpu or cuda:1.")(
@@ -32,7 +61,7 @@ def device_options(function: _Function) -> _Function:
     )
 
 
-def json_option(function: _Function) -> _Function:
+def json_option(function: Function) -> Function:
     """The option `--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print a JSON document instead; see docs/tool.md.")(
         function

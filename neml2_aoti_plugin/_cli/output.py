@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from . import FINE
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from rich.console import Console
@@ -45,13 +47,16 @@ def missing(package: str | None) -> str | None:
 
 
 def show(
-    command: str, report: Report, as_json: bool, render: Callable[[Report, Console], None], status: int = 0
+    command: str, report: Report, as_json: bool, render: Callable[[Report], Iterable[Any]], status: int = FINE
 ) -> int:
-    """Print what a command found, a dataclass, for programs or by `render`; gives the exit status that goes with it."""
+    """Print what a command found, a dataclass, for programs or as `render` gives it; gives the exit status with it."""
     if as_json:
         write_json(command, status, result=asdict(report))
-    else:
-        render(report, console())
+        return status
+    shown = console()
+    for part in render(report):
+        # The terminal breaks a line that is too long, so that what is copied is one line.
+        shown.print(part, soft_wrap=isinstance(part, str))
     return status
 
 
@@ -70,12 +75,6 @@ def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPED_WIDTH
     return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
-
-
-def lines(console: Console, texts: Iterable[str]) -> None:
-    """Print lines, which the terminal breaks where they are too long, so that what is copied is one line."""
-    for text in texts:
-        console.print(text, soft_wrap=True)
 
 
 def table(*columns: str | Column) -> Table:

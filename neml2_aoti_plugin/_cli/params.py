@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +11,11 @@ import click
 
 from ..errors import InputError
 from .inspect import ParameterReport, shown_values
-from .options import FILE, assignments, device_options, json_option, model_arguments
-from .output import lines, show, table
+from .options import FILE, Chosen, assignments, json_option, model_options
+from .output import show, table
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from .target import Target
+    from rich.table import Table
 
 EPILOG = """\b
 Examples:
@@ -40,22 +38,18 @@ class ParametersReport:
 
 
 @click.command(epilog=EPILOG)
-@model_arguments
+@model_options
 @click.option("--from", "file", type=FILE, help="Begin with the values in this file instead of the artifact's.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a parameter another value.")
 @click.option("--out", type=FILE, help="Write the values to this file (.safetensors).")
 @click.option("--force", is_flag=True, help="Write over --out, whatever file it is.")
-@device_options
 @json_option
 def command(
-    target: str,
-    model: str | None,
+    chosen: Chosen,
     file: Path | None,
     given: tuple[str, ...],
     out: Path | None,
     force: bool,
-    device: str | None,
-    dtype: str | None,
     as_json: bool,
 ) -> int:
     """Show the promoted parameters, and write values to a file that `Model(..., parameters=FILE)` takes.
@@ -64,48 +58,17 @@ def command(
     that of another artifact with the same parameters, and --out writes it for this one. A file that is there is
     replaced if it holds parameters and is not that of --from; with --force in any case.
     """
-    from .target import find_target
-
     values = assignments(given, "--set")
     if given and out is None:
         raise click.UsageError("--set changes nothing by itself. Give a file to write as well: --out FILE.safetensors")
-    report = parameters(find_target(target, model), values, file, out, device, dtype, force=force)
-    return show("params", report, as_json, render)
-
-
-def render(report: ParametersReport, console: Console) -> None:
-    """Print the parameters."""
-    from rich.text import Text
-
-    if not report.parameters:
-        console.print(f"{report.model} has no promoted parameters. Promote some: neml2-compile ... -p NAME")
-        return
-    values = table("parameter", "shape", "value", "")
-    for found in report.parameters:
-        mark = "changed" if found.name in report.changed else ""
-        values.add_row(found.name, str(list(found.shape)), shown_values(found, ".10g"), Text(mark, "yellow"))
-    console.print(values)
-    lines(console, [f"written: {report.written}"] if report.written is not None else [])
-
-
-def parameters(
-    target: Target,
-    given: Mapping[str, float],
-    file: Path | None = None,
-    out: Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    *,
-    force: bool = False,
-) -> ParametersReport:
-    """The parameters of an artifact, with those of a file, then with given values; written to a file if asked for."""
+    target = chosen.find()
     if out is not None:
-        _require_free(out, [*target.files(device, dtype), *([file] if file is not None and not force else [])], force)
-    model = target.load(device, dtype)
+        _require_free(out, [*target.files(), *([file] if file is not None and not force else [])], force)
+    model = target.load()
     before = {name: value.detach().clone() for name, value in model.named_parameters().items()}
     if file is not None:
         model.load_parameters(file, same_artifact=False)
-    for name, value in given.items():
+    for name, value in values.items():
         model.set_parameter(name, value)
     if out is not None:
         model.save_parameters(out)
@@ -116,7 +79,24 @@ def parameters(
         if now.shape != before[name].shape or not bool((now == before[name]).all()):
             changed.append(name)
     written = None if out is None else str(out)
-    return ParametersReport(str(target.artifact), target.model, tuple(reports), tuple(changed), written)
+    report = ParametersReport(str(target.artifact), target.model, tuple(reports), tuple(changed), written)
+    return show("params", report, as_json, render)
+
+
+def render(report: ParametersReport) -> Iterator[str | Table]:
+    """The parameters."""
+    from rich.text import Text
+
+    if not report.parameters:
+        yield f"{report.model} has no promoted parameters. Promote some: neml2-compile ... -p NAME"
+        return
+    values = table("parameter", "shape", "value", "")
+    for found in report.parameters:
+        mark = "changed" if found.name in report.changed else ""
+        values.add_row(found.name, str(list(found.shape)), shown_values(found, ".10g"), Text(mark, "yellow"))
+    yield values
+    if report.written is not None:
+        yield f"written: {report.written}"
 
 
 def _require_free(out: Path, inputs: list[Path], force: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +12,9 @@ import click
 
 from ..errors import InputError, UnknownNameError
 from .options import FILE, json_option
-from .output import lines, show
+from .output import show
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .results import Array, Result
 
 EPILOG = """\b
@@ -71,28 +69,9 @@ def command(
     .vonmises, .equivalent (of a strain, the square root of 2/3 of its deviator's product with itself), .norm, .trace,
     .mean. @time and @step are there in any case. Each site of a sub-batch is a line; stress[2].xy is one of them.
     """
-    return show("plot", plot(results, out, x, ys, rows), as_json, render)
-
-
-def render(report: PlotReport, console: Console) -> None:
-    """Print the lines that were drawn."""
-    for line in report.lines:
-        where = f"{_place(line.row, line.site)} of {line.result}"
-        lines(console, [f"  {line.y} over {line.x}, {where}: {line.steps} steps, to {line.y_last:.6g}"])
-    lines(console, [f"written: {report.written}"])
-
-
-def plot(
-    paths: Sequence[Path], out: Path, x: str | None = None, ys: Sequence[str] = (), rows: Sequence[int] = ()
-) -> PlotReport:
-    """Draw results into one picture: all points, if no rows are given.
-
-    The horizontal axis is, if it is not given, the first symmetric tensor among the inputs, as `equivalent`, else the
-    time or the step; the vertical one the first symmetric tensor that is another one, as `vonmises`.
-    """
     from .figures import figure, literal
 
-    found = [(path, _read(path, [*([x] if x else []), *ys])) for path in paths]
+    found = [(path, _read(path, [*([x] if x else []), *ys])) for path in results]
     wanted_x = x or default_x(found[0][1])
     wanted_ys = list(ys) or [default_y(found[0][1], wanted_x)]
     drawn: list[tuple[str, Array, Array, LineReport]] = []
@@ -109,7 +88,16 @@ def plot(
         axes.set_ylabel(literal(wanted_ys[0]) if len(wanted_ys) == 1 else "")
         if 1 < len(drawn) <= LEGEND:
             axes.legend(frameon=False)
-    return PlotReport(str(out), tuple(report for *_, report in drawn))
+    report = PlotReport(str(out), tuple(line for *_, line in drawn))
+    return show("plot", report, as_json, render)
+
+
+def render(report: PlotReport) -> Iterator[str]:
+    """The lines that were drawn."""
+    for line in report.lines:
+        where = f"{_place(line.row, line.site)} of {line.result}"
+        yield f"  {line.y} over {line.x}, {where}: {line.steps} steps, to {line.y_last:.6g}"
+    yield f"written: {report.written}"
 
 
 def _read(path: Path, wanted: Sequence[str]) -> Result:
@@ -146,7 +134,7 @@ def _has(result: Result, wanted: Sequence[str]) -> bool:
 
 
 def default_x(result: Result) -> str:
-    """What to draw along the horizontal axis if nothing is asked for."""
+    """The first symmetric tensor among the inputs, as `equivalent`, else the time or the step."""
     import numpy as np
 
     from .results import STEP, TIME, Column
@@ -159,7 +147,7 @@ def default_x(result: Result) -> str:
 
 
 def default_y(result: Result, x: str) -> str:
-    """What to draw along the vertical axis if nothing is asked for."""
+    """The first symmetric tensor that is another one, as `vonmises`, else the first other variable."""
     from .results import TIME, Column, column_of, parts
 
     others = [name for name in _tensors(result) if name != column_of(x).name]

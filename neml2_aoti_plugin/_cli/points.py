@@ -165,7 +165,7 @@ def load_driver(
     driven = blocks(parse_input(path, overrides), "Models").get(block.param_optional_str("model", ""))
     if driven is not None and driven.param_optional_str("type", "") == AOTI_MODEL:
         # A leaf that is not there is reported as what it is, wrong use.
-        find_target(path, driven.path(), overrides).place(device, dtype)
+        find_target(path, driven.path(), device, dtype, overrides).place()
     import neml2
 
     try:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..errors import InputError, UnknownNameError
 from .options import DTYPE, FILE, assignments, json_option
-from .output import lines, progress, show
+from .output import progress, show
 from .process import heeded
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 EPILOG = """\b
 Examples:
@@ -80,51 +77,6 @@ def command(
         if ":=" not in text:
             raise click.BadParameter(f"{text!r} is not PATH:=VALUE.", param_hint="PATH:=VALUE")
     values = assignments(given, "--set")
-    with progress() as bar, heeded() as heed:
-        task = bar.add_task(driver, total=None)
-
-        def on_step(done: int, last: int) -> None:
-            heed()
-            bar.update(task, completed=done, total=last)
-
-        report = run(
-            stub,
-            driver,
-            values=values,
-            parameters=parameters,
-            overrides=overrides,
-            out=out,
-            device=device,
-            dtype=dtype,
-            on_step=on_step,
-        )
-    return show("run", report, as_json, render)
-
-
-def render(report: RunReport, console: Console) -> None:
-    """Print what was run, and what there is now."""
-    head = f"{report.driver}: {report.steps - 1} steps of {report.rows} point(s) in {report.seconds:.2f} s"
-    variables = [f"  {found.name}  {found.type} {list(found.shape)}" for found in report.variables]
-    files = [f"written: {file}" for file in (report.saved, report.written) if file is not None]
-    lines(console, [head, *variables, *files])
-
-
-def run(
-    path: Path,
-    driver: str,
-    *,
-    values: Mapping[str, float] | None = None,
-    parameters: Path | None = None,
-    overrides: tuple[str, ...] = (),
-    out: Path | None = None,
-    device: str | None = None,
-    dtype: str = "float64",
-    on_step: Callable[[int, int], None] | None = None,
-) -> RunReport:
-    """Run a driver and write its result, unless a step fails; `on_step` is called behind each of so many steps.
-
-    The promoted parameters of its compiled model are those of the file, but for these values.
-    """
     from .._files import draft
     from .points import defaults, load_driver
     from .result_files import require_format, write_result
@@ -132,24 +84,30 @@ def run(
 
     if out is not None:
         require_format(out)
+    read = [stub, *([parameters] if parameters is not None else [])]
     # What is to be written is begun before the run, which may take long, so that what cannot be written is known now.
-    with contextlib.ExitStack() as drafts, defaults(device, dtype):
-        read = [path, *([parameters] if parameters is not None else [])]
+    with progress() as bar, heeded() as heed, contextlib.ExitStack() as drafts, defaults(device, dtype):
+        task = bar.add_task(driver, total=None)
+
+        def on_step(done: int, last: int) -> None:
+            heed()
+            bar.update(task, completed=done, total=last)
+
         written = None if out is None else drafts.enter_context(draft(out, read))
-        built = load_driver(path, driver, overrides, device=device, dtype=dtype)
-        _require_transient(built, driver, path)
-        _set(built.model, values or {}, parameters)
+        built = load_driver(stub, driver, overrides, device=device, dtype=dtype)
+        _require_transient(built, driver, stub)
+        _set(built.model, values, parameters)
         # The driver itself would write without a look ahead, at the end.
         save_as, built.save_as = built.save_as, ""
         saved = drafts.enter_context(draft(Path(save_as), read)) if save_as else None
-        seconds = _steps(built, f"[Drivers/{driver}] in {path}", on_step)
+        seconds = _steps(built, f"[Drivers/{driver}] in {stub}", on_step)
         result = from_driver(built)
         if saved is not None:
             built.save_result(saved)
         if written is not None:
             write_result(written, built)
-    return RunReport(
-        input=str(path),
+    report = RunReport(
+        input=str(stub),
         driver=driver,
         steps=built.nsteps,
         rows=result.points,
@@ -158,6 +116,15 @@ def run(
         written=None if out is None else str(out),
         saved=save_as or None,
     )
+    return show("run", report, as_json, render)
+
+
+def render(report: RunReport) -> Iterator[str]:
+    """What was run, and what there is now."""
+    yield f"{report.driver}: {report.steps - 1} steps of {report.rows} point(s) in {report.seconds:.2f} s"
+    for found in report.variables:
+        yield f"  {found.name}  {found.type} {list(found.shape)}"
+    yield from (f"written: {file}" for file in (report.saved, report.written) if file is not None)
 
 
 def _require_transient(built: Any, driver: str, path: Path) -> None:
@@ -176,15 +143,14 @@ def _require_transient(built: Any, driver: str, path: Path) -> None:
         )
 
 
-def _steps(built: Any, where: str, on_step: Callable[[int, int], None] | None) -> float:
-    """Run a driver; gives the seconds that it took."""
+def _steps(built: Any, where: str, on_step: Callable[[int, int], None]) -> float:
+    """Run a driver, with a call behind each of so many steps; gives the seconds that it took."""
     last, done = built.nsteps - 1, 0
 
     def count(*_: object) -> None:
         nonlocal done
         done += 1
-        if on_step is not None:
-            on_step(done, last)
+        on_step(done, last)
 
     handle = built.model.register_forward_hook(count)
     start = time.perf_counter()

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import click
 
 from .options import json_option
-from .output import lines, show
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from .output import show
 
 EPILOG = """\b
 Examples:
@@ -44,6 +40,6 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
     return show("seal", SealReport(tuple(str(seal(found.artifact)) for found in targets)), as_json, render)
 
 
-def render(report: SealReport, console: Console) -> None:
-    """Print the files."""
-    lines(console, report.seals)
+def render(report: SealReport) -> tuple[str, ...]:
+    """The files."""
+    return report.seals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,8 +15,6 @@ from .options import MOST_THREADS, device_options, json_option
 from .output import show
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..serve._listening import Address
     from ..serve._served import Source
     from .target import Target
@@ -240,10 +238,10 @@ def _checked(address: Address, sources: Sequence[Source], token: str | None) -> 
     return ServeReport(where, address.is_local, token is not None, tuple(models))
 
 
-def render(report: ServeReport, console: Console) -> None:
-    """Print the models."""
+def render(report: ServeReport) -> Iterator[str]:
+    """The models."""
     guarded = "with a token" if report.token else "without a token"
-    console.print(f"{report.address}, {'this machine only' if report.local else 'any machine'}, {guarded}")
+    yield f"{report.address}, {'this machine only' if report.local else 'any machine'}, {guarded}"
     for model in report.models:
         sealed = "sealed" if model.sealed else "no seal"
-        console.print(f"{model.name}: {', '.join(model.operations)} ({model.artifact}, {sealed})")
+        yield f"{model.name}: {', '.join(model.operations)} ({model.artifact}, {sealed})"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """An artifact, and the stub through which it was named.
+    """An artifact, with the leaf that was asked for, and the stub through which it was named.
 
     A leaf that is not there is an `InputError`; an `ArtifactError` says that the artifact may not be loaded, is not as
     it was sealed, or is damaged.
@@ -31,13 +31,15 @@ class Target:
 
     artifact: Path  # absolute
     model: str
+    device: str | None = None
+    dtype: str | None = None
     stub: Path | None = None
     solver: dict[str, Any] | None = None  # Newton settings that the stub gives in place of the artifact's
 
-    def place(self, device: str | None = None, dtype: str | None = None) -> Place:
-        """The leaf for a device and a dtype; see `locate`."""
+    def place(self) -> Place:
+        """The leaf; see `locate`."""
         try:
-            return locate(self.artifact, device, dtype)
+            return locate(self.artifact, self.device, self.dtype)
         except ArtifactNotFoundError as error:
             raise InputError(str(error)) from None
 
@@ -52,23 +54,29 @@ class Target:
             raise ArtifactError(f"{self.artifact} has metadata and no leaf (a folder DEVICE/DTYPE). Copy it whole.")
         return found
 
-    def metadata(self, device: str | None = None, dtype: str | None = None) -> Metadata:
-        """The metadata of a leaf, with the stub's Newton settings."""
-        place = self.place(device, dtype)
+    def metadata(self) -> Metadata:
+        """The metadata of the leaf, with the stub's Newton settings."""
+        place = self.place()
         return read_metadata(place.metadata, place.folder, solver=self.solver)
 
-    def files(self, device: str | None = None, dtype: str | None = None) -> list[Path]:
-        """The files that loading a leaf reads."""
-        place, names = self.place(device, dtype), files_of(self.metadata(device, dtype))
+    def files(self) -> list[Path]:
+        """The files that loading the leaf reads."""
+        place, names = self.place(), files_of(self.metadata())
         return [*([self.stub] if self.stub is not None else []), place.metadata, *(place.leaf / n for n in names)]
 
-    def load(self, device: str | None = None, dtype: str | None = None) -> Model:
+    def load(self) -> Model:
         """Load the model."""
-        self.place(device, dtype)
-        return Model(self.artifact, device, dtype, solver=self.solver)
+        self.place()
+        return Model(self.artifact, self.device, self.dtype, solver=self.solver)
 
 
-def find_target(given: str | os.PathLike[str], model: str | None = None, overrides: tuple[str, ...] = ()) -> Target:
+def find_target(
+    given: str | os.PathLike[str],
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Target:
     """Find the artifact that a path leads to: its folder, its metadata file, or a stub, which overrides may change.
 
     The name of the model chooses among those of a stub, and is checked for an artifact.
@@ -76,7 +84,7 @@ def find_target(given: str | os.PathLike[str], model: str | None = None, overrid
     path = absolute(given)
     if is_input_file(path):
         name, stub = model_in(path, model, overrides)
-        return Target(stub.artifact, name, path, stub.solver)
+        return Target(stub.artifact, name, device, dtype, path, stub.solver)
     try:
         root = root_of(path)
     except ArtifactNotFoundError as error:
@@ -89,7 +97,7 @@ def find_target(given: str | os.PathLike[str], model: str | None = None, overrid
         raise UnknownNameError(
             f"{path} holds the model {found!r}, not {model!r}. Leave the name out, or give that one."
         )
-    return Target(path, found)
+    return Target(path, found, device, dtype)
 
 
 def leaf_name(place: Place) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -16,23 +16,23 @@ from .options import (
     FILE,
     MOST_ROWS,
     SEED,
+    Chosen,
     Finite,
     assignments,
-    device_options,
     json_option,
-    model_arguments,
+    model_options,
     refuse_together,
 )
-from .output import lines, show, table
+from .output import show, table
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
     from torch import Tensor
 
     from ..model import Model
     from .eager import Source
-    from .points import Blocks, Evaluated, Pair, Points, Tensors, Where
-    from .target import Target
+    from .points import Blocks, Evaluated, Pair, Points, Tensors
 
 RTOL = 1e-6
 # Finite differences are no better than this, by the model's dtype.
@@ -82,19 +82,8 @@ class Verification:
     picture: str | None = None  # the file that was drawn; null if none was
 
 
-@dataclass(frozen=True)
-class References:
-    """What to compare with."""
-
-    against: Path | None = None  # input file with the eager model
-    source_model: str | None = None  # name of that model; the compiled one's if None
-    golden: Path | None = None  # the one beside the artifact if None, and neither points nor source are asked for
-    rtol: float = RTOL
-    difference_rtol: float | None = None  # `DIFFERENCE_RTOL` if None
-
-
 @click.command(epilog=EPILOG)
-@model_arguments
+@model_options
 @click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")
 @click.option("--source-model", metavar="NAME", help="The model in INPUT.i, if it has another name there.")
 @click.option("--golden", type=FILE, help="Compare with what --record has written.")
@@ -113,11 +102,9 @@ class References:
     "--difference-rtol", type=Finite(0.0), help="Tolerance against finite differences. [1e-5, of float32 1e-3]"
 )
 @click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png, .svg or .pdf).")
-@device_options
 @json_option
 def command(
-    target: str,
-    model: str | None,
+    chosen: Chosen,
     against: Path | None,
     source_model: str | None,
     golden: Path | None,
@@ -130,8 +117,6 @@ def command(
     rtol: float,
     difference_rtol: float | None,
     picture: Path | None,
-    device: str | None,
-    dtype: str | None,
     as_json: bool,
 ) -> int:
     """Compare a compiled model's values and derivatives with its source.
@@ -146,28 +131,76 @@ def command(
     if source_model is not None and against is None:
         raise click.UsageError("--source-model names a model in INPUT.i. Give that file as well: --against INPUT.i")
     refuse_together({"--golden": golden, "--points": points, "--driver or --scale": driver or scales})
+    from .._files import require_writable
+    from .eager import Source
     from .figures import require_drawable
-    from .points import Where
-    from .target import find_target
+    from .golden import golden_beside, read_golden, write_golden
+    from .points import Where, choose_points, evaluate
+    from .target import leaf_name
 
     if picture is not None:
         require_drawable(picture)
-    references = References(against, source_model, golden, rtol, difference_rtol)
-    where = Where(points, driver, rows, seed, scales)
-    report = verify(find_target(target, model), references, where, device, dtype, record)
+    target, where = chosen.find(), Where(points, driver, rows, seed, scales)
+    if record is not None:
+        require_writable(record, [*target.files(), *(file for file in (against, golden, points) if file is not None)])
+    model, metadata = target.load(), target.metadata()
+    if golden is None and against is None and record is None and not where.asked_for:
+        golden = golden_beside(target)
+    recorded = None if golden is None else read_golden(golden, model, target.model)
+    at = choose_points(target, model, where) if recorded is None else recorded.points
+    found, not_converged = evaluate(model, at)
+    # Comparisons, and in words what is not compared, and why.
+    verdicts: list[Comparison | str] = []
+    if against is not None:
+        source = Source(against, source_model or target.model, model, metadata.aliases)
+        verdicts += _with_source(source, found, at, rtol)
+    if recorded is not None:
+        if found.points.rows != at.rows:
+            raise InputError(
+                f"the model converges at {found.points.rows} of the {at.rows} points of {at.source} only, and has "
+                "converged at all of them when that was recorded. `neml2-aoti inspect` shows the solver's settings."
+            )
+        verdicts += _with("golden", recorded.outputs, recorded.blocks, found, rtol)
+    if against is None and recorded is None:
+        verdicts.append("values: no source (--against INPUT.i) and no golden file (--golden FILE)")
+    compared = {verdict.quantity for verdict in verdicts if isinstance(verdict, Comparison)}
+    left = {pair: block for pair, block in found.blocks.items() if _derivative(pair) not in compared}
+    verdicts += _with_differences(model, found, left, difference_rtol)
+    comparisons = tuple(verdict for verdict in verdicts if isinstance(verdict, Comparison))
+    not_compared = tuple(verdict for verdict in verdicts if isinstance(verdict, str))
+    if not comparisons and record is None:
+        raise InputError(
+            f"there is nothing to compare of {target.model}: {'; '.join(not_compared)}. Name its source (--against "
+            "INPUT.i) or a golden file (--golden FILE), or record one (--record FILE)."
+        )
+    passed = all(comparison.passed for comparison in comparisons)
+    if record is not None and passed:
+        write_golden(record, target.model, metadata.digest, found)
+    report = Verification(
+        artifact=str(target.artifact),
+        model=target.model,
+        leaf=leaf_name(target.place()),
+        points=at.source,
+        rows=at.rows,
+        not_converged=not_converged,
+        comparisons=comparisons,
+        not_compared=not_compared,
+        recorded=str(record) if record is not None and passed else None,
+        passed=passed,
+    )
     if picture is not None:
         report = draw(report, picture)
-    return show("verify", report, as_json, render, FINE if report.passed else SHORT)
+    return show("verify", report, as_json, render, FINE if passed else SHORT)
 
 
-def render(report: Verification, console: Console) -> None:
-    """Print the table of errors."""
+def render(report: Verification) -> Iterator[str | Text | Table]:
+    """The table of errors."""
     from rich.table import Column
     from rich.text import Text
 
     count = report.not_converged
     apart = f"; {count} did not converge, or are not finite, and are left out" if count else ""
-    console.print(f"{report.model} ({report.leaf}) at {report.rows} points ({report.points}){apart}")
+    yield f"{report.model} ({report.leaf}) at {report.rows} points ({report.points}){apart}"
     # Only the names of quantities may be broken, in a narrow terminal.
     numbers = [Column(title, justify="right", no_wrap=True) for title in ("points", "worst", "at", "limit", "")]
     errors = table(Column("quantity", overflow="fold"), Column("reference", no_wrap=True), *numbers)
@@ -181,12 +214,12 @@ def render(report: Verification, console: Console) -> None:
             f"{found.tolerance:.0e}",
             Text("passed", "green") if found.passed else Text("FAILED", "bold red"),
         )
-    console.print(errors)
+    yield errors
     if any(found.left_out for found in report.comparisons):
-        console.print("(-N): so many points were left out, because the two steps of the differences disagree there")
+        yield "(-N): so many points were left out, because the two steps of the differences disagree there"
     for text in report.not_compared:
-        console.print(Text.assemble(("not compared", "yellow"), f" {text}"))
-    lines(console, [f"written: {file}" for file in (report.recorded, report.picture) if file is not None])
+        yield Text.assemble(("not compared", "yellow"), f" {text}")
+    yield from (f"written: {file}" for file in (report.recorded, report.picture) if file is not None)
 
 
 def draw(report: Verification, path: Path) -> Verification:
@@ -209,108 +242,28 @@ def draw(report: Verification, path: Path) -> Verification:
     return replace(report, picture=str(path))
 
 
-def verify(
-    target: Target,
-    references: References,
-    where: Where,
-    device: str | None = None,
-    dtype: str | None = None,
-    record: Path | None = None,
-) -> Verification:
-    """Hold a compiled model against its source, finite differences, or a golden file; record one unless that fails."""
-    from .._files import require_writable
-    from .eager import Source
-    from .golden import read_golden, write_golden
-    from .points import choose_points, evaluate
-    from .target import leaf_name
-
-    if record is not None:
-        read = (references.against, references.golden, where.points)
-        require_writable(record, [*target.files(device, dtype), *(file for file in read if file is not None)])
-    model, metadata = target.load(device, dtype), target.metadata(device, dtype)
-    golden_file = references.golden
-    if golden_file is None and references.against is None and record is None and not where.asked_for:
-        golden_file = _golden_beside(target)
-    golden = None if golden_file is None else read_golden(golden_file, model, target.model)
-    points = golden.points if golden is not None else choose_points(target, model, where)
-    found, not_converged = evaluate(model, points)
-    comparisons: list[Comparison] = []
-    not_compared: list[str] = []
-    if references.against is not None:
-        name = references.source_model or target.model
-        source = Source(references.against, name, model, metadata.aliases)
-        more, cannot = _with_source(source, found, points, references.rtol)
-        comparisons += more
-        not_compared += cannot
-    if golden is not None:
-        if found.points.rows != points.rows:
-            raise InputError(
-                f"the model converges at {found.points.rows} of the {points.rows} points of {points.source} only, and "
-                "has converged at all of them when that was recorded. `neml2-aoti inspect` tells the solver's settings."
-            )
-        comparisons += _with("golden", golden.outputs, golden.blocks, found, references.rtol)
-    if references.against is None and golden is None:
-        not_compared.append("values: no source (--against INPUT.i) and no golden file (--golden FILE)")
-    compared = {comparison.quantity for comparison in comparisons}
-    left = {pair: block for pair, block in found.blocks.items() if _derivative(pair) not in compared}
-    more, cannot = _with_differences(model, found, left, references.difference_rtol)
-    comparisons += more
-    not_compared += cannot
-    if not comparisons and record is None:
-        raise InputError(
-            f"there is nothing to compare of {target.model}: {'; '.join(not_compared)}. Name its source (--against "
-            "INPUT.i) or a golden file (--golden FILE), or record one (--record FILE)."
-        )
-    passed = all(comparison.passed for comparison in comparisons)
-    if record is not None and passed:
-        write_golden(record, target.model, metadata.digest, found)
-    return Verification(
-        artifact=str(target.artifact),
-        model=target.model,
-        leaf=leaf_name(target.place(device, dtype)),
-        points=points.source,
-        rows=points.rows,
-        not_converged=not_converged,
-        comparisons=tuple(comparisons),
-        not_compared=tuple(not_compared),
-        recorded=str(record) if record is not None and passed else None,
-        passed=passed,
-    )
-
-
-def _golden_beside(target: Target) -> Path | None:
-    """The golden file that lies beside the artifact."""
-    from .._artifact.layout import root_of
-    from .golden import SUFFIX
-
-    root = root_of(target.artifact)
-    found = root.with_name(root.name + SUFFIX)
-    return found if found.is_file() else None
-
-
-def _with(kind: str, outputs: Tensors, blocks: Blocks, found: Evaluated, rtol: float) -> list[Comparison]:
+def _with(kind: str, outputs: Tensors, blocks: Blocks, found: Evaluated, rtol: float) -> Iterator[Comparison]:
     """Compare with all that a reference of this kind gives."""
-    comparisons = [compare(name, kind, value, outputs[name], rtol) for name, value in found.outputs.items()]
+    for name, value in found.outputs.items():
+        yield compare(name, kind, value, outputs[name], rtol)
     for pair, block in found.blocks.items():
         if pair in blocks:
             scale = scale_of(found, pair, blocks[pair])
-            comparisons.append(compare(_derivative(pair), kind, block, blocks[pair], rtol, scale=scale))
-    return comparisons
+            yield compare(_derivative(pair), kind, block, blocks[pair], rtol, scale=scale)
 
 
-def _with_source(source: Source, found: Evaluated, points: Points, rtol: float) -> tuple[list[Comparison], list[str]]:
+def _with_source(source: Source, found: Evaluated, points: Points, rtol: float) -> Iterator[Comparison | str]:
     """What the source gives is compared, quantity by quantity; of the rest it is said why not."""
     inputs = {name: value.cpu() for name, value in found.points.inputs.items()}
     outputs = source.outputs(inputs)
     blocks, missing = source.blocks(inputs, list(found.blocks))
-    comparisons = _with("source", outputs, blocks, found, rtol)
-    cannot = [f"{_derivative(pair)} with the source: {why}" for pair, why in missing.items()]
+    yield from _with("source", outputs, blocks, found, rtol)
+    yield from (f"{_derivative(pair)} with the source: {why}" for pair, why in missing.items())
     if len(found.not_finite):
         try:
-            comparisons.append(_finite(source, found, points, rtol))
+            yield _finite(source, found, points, rtol)
         except InputError as error:
-            cannot.append(f"{FINITE} with the source: {error}")
-    return comparisons, cannot
+            yield f"{FINITE} with the source: {error}"
 
 
 def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Comparison:
@@ -330,29 +283,24 @@ def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Co
     return Comparison(FINITE, "source", len(rows), 0, inf if len(wrong) else 0.0, at, rtol, not len(wrong))
 
 
-def _with_differences(
-    model: Model, found: Evaluated, blocks: Blocks, rtol: float | None
-) -> tuple[list[Comparison], list[str]]:
+def _with_differences(model: Model, found: Evaluated, blocks: Blocks, rtol: float | None) -> Iterator[Comparison | str]:
     """Compare derivatives with finite differences, where these can be taken; of the rest it is said why not."""
     from .differences import differentiate
 
     limit = DIFFERENCE_RTOL[str(model.dtype).removeprefix("torch.")] if rtol is None else rtol
-    comparisons, cannot = [], []
     outs_by: dict[str, list[str]] = {}
     for out, by in blocks:
         sites = model.outputs[out].sub_batch_shape or (by in model.inputs and model.inputs[by].sub_batch_shape)
         batched = by not in model.inputs and found.parameters[by].ndim > len(model.parameter_base_shapes[by])
         if sites or batched:
             kind = "a sub-batch" if sites else "a parameter with a batch"
-            cannot.append(f"{_derivative((out, by))}: differences of {kind} are not taken")
+            yield f"{_derivative((out, by))}: differences of {kind} are not taken"
         else:
             outs_by.setdefault(by, []).append(out)
     for by, outs in outs_by.items():
         for out, taken in differentiate(model, found.points.inputs, by, outs).items():
             pair, scale = (out, by), scale_of(found, (out, by), taken.block[taken.smooth])
-            mine, wanted = blocks[pair], taken.block
-            comparisons.append(compare(_derivative(pair), "differences", mine, wanted, limit, taken.smooth, scale))
-    return comparisons, cannot
+            yield compare(_derivative(pair), "differences", blocks[pair], taken.block, limit, taken.smooth, scale)
 
 
 def scale_of(found: Evaluated, pair: Pair, block: Tensor) -> float:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import click
 
 from . import FINE, SHORT
 from .options import json_option
-from .output import lines, show
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from .output import show
 
 EPILOG = """\b
 Examples:
@@ -46,8 +43,8 @@ def command(as_json: bool) -> int:
     return show("warm", report, as_json, render, FINE if code.kept else SHORT)
 
 
-def render(report: WarmReport, console: Console) -> None:
-    """Print where the machine code is."""
+def render(report: WarmReport) -> Iterator[str]:
+    """Where the machine code is."""
     if report.implementation == "torch":
         text = f"nothing to make: solves are done by torch's operations ({report.reason})"
     elif report.file:
@@ -56,4 +53,4 @@ def render(report: WarmReport, console: Console) -> None:
         text = (
             "the machine code cannot be kept. Name a folder that only you can write to: NEML2_AOTI_PLUGIN_CACHE=FOLDER"
         )
-    lines(console, [text])
+    yield text
