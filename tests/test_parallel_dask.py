@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import references
-from neml2_aoti_plugin import ArtifactError, InputError, InputTypeError, Model, map_rows
-from references import Case
+from long_runs import FAILING, ROWS, Arrays, Run, arrays, assert_results, blocks, case, expected, joined
+from neml2_aoti_plugin import ArtifactError, InputError, InputTypeError, Model
 
 pytest.importorskip("distributed")
 pytestmark = [
@@ -25,15 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="starts processes as Linux does"),
 ]
-
-ROWS = 600
-FAILING = [5, 300]
-Arrays = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return references.case("viscoplasticity")
 
 
 @pytest.fixture(scope="module")
@@ -52,43 +43,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def arrays() -> Arrays:
-    random = np.random.default_rng(4)
-    strain = 3e-3 * random.standard_normal((ROWS, 6))
-    strain[FAILING, 1] = np.nan
-    zero = np.zeros(())
-    return {
-        "strain": strain,
-        "strain~1": np.zeros(6),
-        "t": 0.5 + random.random(ROWS),
-        "t~1": zero,
-        "equivalent_plastic_strain~1": zero,
-        "stress~1": np.zeros(6),
-    }
-
-
-@pytest.fixture(scope="module")
-def expected(case: Case, arrays: Arrays) -> Arrays:
-    found = case.model.solve({name: torch.from_numpy(value) for name, value in arrays.items()}, jacobian=True)
-    values = {name: value.numpy() for name, value in found.outputs.items()}
-    return {**values, "stress@strain": found.blocks["stress"]["strain"].numpy(), "@failed": ~found.converged.numpy()}
-
-
 @pytest.fixture
-def source(tmp_path: Path, arrays: Arrays) -> Path:
-    (tmp_path / "in").mkdir()
-    for name, value in arrays.items():
-        np.save(tmp_path / "in" / f"{name}.npy", value)
-    return tmp_path / "in"
-
-
-def assert_results(found: Arrays, expected: Arrays) -> None:
-    assert set(found) >= {"stress", "equivalent_plastic_strain", "@failed"}
-    for name in set(found) & set(expected):
-        largest = np.nanmax(np.abs(expected[name]).astype(float))
-        assert np.allclose(found[name], expected[name], rtol=0, atol=1e-12 * largest, equal_nan=True), name
-    assert np.flatnonzero(found["@failed"]).tolist() == FAILING
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
 
 
 def workers_of(client: Any) -> dict[str, int]:
@@ -99,7 +56,7 @@ def workers_of(client: Any) -> dict[str, int]:
 
 @pytest.mark.long
 class TestMapRows:
-    def test_a_worker_is_killed(self, client: Any, case: Case, source: Path, tmp_path: Path, expected: Arrays) -> None:
+    def test_a_worker_is_killed(self, client: Any, run: Run) -> None:
         client.wait_for_workers(2)
         before = workers_of(client)
         assert len(before) == 2 and os.getpid() not in before.values()
@@ -110,9 +67,9 @@ class TestMapRows:
                 killed.append(next(iter(before.values())))
                 os.kill(killed[0], signal.SIGKILL)
 
-        done = map_rows(case.model, source, tmp_path / "out", executor=client, chunk=20, progress=kill)
+        done = run(executor=client, chunk=20, progress=kill)
         assert killed and done.evaluated == ROWS and done.failed.tolist() == FAILING
-        assert_results({file.stem: np.load(file) for file in (tmp_path / "out").glob("*.npy")}, expected)
+        assert_results(run.results(), expected())
         # It has come again, and has loaded the model before any work; on one thread, as Dask has it.
         client.wait_for_workers(2)
         after = workers_of(client)
@@ -120,16 +77,14 @@ class TestMapRows:
         found = client.run(loaded)
         assert len(found) == 2 and all(models >= 1 and threads == 1 for models, threads in found.values())
 
-    def test_rows_come_back_where_there_are_no_files(
-        self, client: Any, case: Case, arrays: Arrays, expected: Arrays
-    ) -> None:
+    def test_rows_come_back_where_there_are_no_files(self, client: Any, run: Run) -> None:
         found: list[Arrays] = []
-        map_rows(case.model, arrays, found.append, executor=client, chunk=100, progress=False, operation="jacobian")
-        assert len(found) == 6
-        assert_results({name: np.concatenate([part[name] for part in found]) for name in found[0]}, expected)
+        run(arrays(), found.append, executor=client, chunk=100, operation="jacobian")
+        assert len(found) == 5
+        assert_results(joined(found), expected(), *expected())
 
-    def test_an_artifact_that_is_another_one_there(self, client: Any, case: Case, source: Path, tmp_path: Path) -> None:
-        artifact = references.edited(case, tmp_path / "here", lambda _: None)
+    def test_an_artifact_that_is_another_one_there(self, client: Any, run: Run, tmp_path: Path) -> None:
+        artifact = references.edited(case(), tmp_path / "here", lambda _: None)
         model = Model(artifact)
         recipe_of = type(model).__getstate__
         state = recipe_of(model)
@@ -144,7 +99,7 @@ class TestMapRows:
 
             patch.setattr(Model, "__getstate__", and_change)
             with pytest.raises(ArtifactError, match="not the artifact that"):
-                map_rows(model, source, tmp_path / "out", executor=client, chunk=100, progress=False)
+                run(model=model, executor=client)
 
 
 def load(path: Path) -> Model:
@@ -155,21 +110,19 @@ def load(path: Path) -> Model:
 class TestClient:
     """Models as values of a cluster: sent to its workers, and given back by tasks."""
 
-    def test_scattered_model(self, client: Any, case: Case, arrays: Arrays) -> None:
-        inputs = {
-            name: torch.from_numpy(value[10:20] if value.ndim and len(value) == ROWS else value)
-            for name, value in arrays.items()
-        }
-        wanted = case.model.forward(inputs)["stress"]
+    def test_scattered_model(self, client: Any) -> None:
+        model = case().model
+        inputs = {name: torch.from_numpy(value) for name, value in blocks(10)[1].items()}
+        wanted = model.forward(inputs)["stress"]
         for hashed in (True, False):
-            scattered = client.scatter(case.model, broadcast=True, hash=hashed)
+            scattered = client.scatter(model, broadcast=True, hash=hashed)
             assert torch.equal(client.submit(evaluated, scattered, inputs, pure=False).result(), wanted)
 
-    def test_task_that_gives_a_model_back(self, client: Any, case: Case) -> None:
-        future = client.submit(load, case.artifact)
-        assert future.result().digest == case.model.digest
+    def test_task_that_gives_a_model_back(self, client: Any) -> None:
+        future = client.submit(load, case().artifact)
+        assert future.result().digest == case().model.digest
         # From one task to another, on whichever worker.
-        assert client.submit(digest, future).result() == case.model.digest
+        assert client.submit(digest, future).result() == case().model.digest
 
 
 def evaluated(model: Model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -235,36 +188,33 @@ def loaded() -> tuple[int, int]:
 class TestDaskArrays:
     @pytest.mark.long
     @pytest.mark.parametrize("operation", ["forward", "jacobian"])
-    def test_in_and_out(
-        self, client: Any, case: Case, arrays: Arrays, expected: Arrays, tmp_path: Path, operation: str
-    ) -> None:
+    def test_in_and_out(self, client: Any, run: Run, operation: str) -> None:
         import dask.array as da
 
         from neml2_aoti_plugin.parallel.dask import map_blocks
 
-        given: dict[str, Any] = dict(arrays)
+        given: dict[str, Any] = dict(arrays())
         for name in ("strain", "t"):
-            np.save(tmp_path / f"{name}.npy", arrays[name])
-            mapped = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
-            given[name] = da.from_array(mapped, chunks=(150, *mapped.shape[1:]))
-        found = map_blocks(case.model, given, client=client, operation=operation)
-        assert found["stress"].chunks == ((150,) * 4, (6,)) and found["@failed"].dtype == bool
-        names = list(found)
-        values = client.gather(client.compute([found[name] for name in names]))
-        assert_results(dict(zip(names, values, strict=True)), expected)
-        assert "stress@strain" in found or operation == "forward"
+            mapped = np.load(run.source / f"{name}.npy", mmap_mode="r")
+            given[name] = da.from_array(mapped, chunks=(125, *mapped.shape[1:]))
+        found = map_blocks(case().model, given, client=client, operation=operation)
+        assert found["stress"].chunks == ((125,) * 4, (6,)) and found["@failed"].dtype == bool
+        values = client.gather(client.compute(list(found.values())))
+        assert ("stress@strain" in found) == (operation == "jacobian")
+        assert_results(dict(zip(found, values, strict=True)), expected(), *found)
 
-    def test_what_does_not_fit(self, case: Case, arrays: Arrays) -> None:
+    def test_what_does_not_fit(self) -> None:
         import dask.array as da
 
         from neml2_aoti_plugin.parallel.dask import map_blocks
 
+        model, rows = case().model, arrays()
         with pytest.raises(InputTypeError, match="no Dask array"):
-            map_blocks(case.model, arrays)
-        cut = {**arrays, "strain": da.from_array(arrays["strain"], chunks=(100, 6))}
+            map_blocks(model, rows)
+        cut = {**rows, "strain": da.from_array(rows["strain"], chunks=(100, 6))}
         with pytest.raises(InputError, match="cut along the rows otherwise"):
-            map_blocks(case.model, {**cut, "t": da.from_array(arrays["t"], chunks=200)})
+            map_blocks(model, {**cut, "t": da.from_array(rows["t"], chunks=200)})
         with pytest.raises(InputError, match="another axis than the rows"):
-            map_blocks(case.model, {**arrays, "strain": da.from_array(arrays["strain"], chunks=(100, 3))})
-        with pytest.raises(InputError, match="missing .strain."):
-            map_blocks(case.model, {name: value for name, value in cut.items() if name != "strain"})
+            map_blocks(model, {**rows, "strain": da.from_array(rows["strain"], chunks=(100, 3))})
+        with pytest.raises(InputError, match="missing 'strain'"):
+            map_blocks(model, {name: value for name, value in cut.items() if name != "strain"})
