@@ -15,13 +15,10 @@ HEADINGS = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
 
 def problems(text: str, version: str) -> list[str]:
     """What is wrong with a changelog."""
-    found = []
     sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    if sections[:1] != ["[Unreleased]"]:
-        found.append("the first section is not [Unreleased]")
-    for section in sections[1:]:
-        if not re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", section):
-            found.append(f"{section!r} is not '[VERSION] - DATE'")
+    found = [] if sections[:1] == ["[Unreleased]"] else ["the first section is not [Unreleased]"]
+    form = re.compile(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d")
+    found += [f"{section!r} is not '[VERSION] - DATE'" for section in sections[1:] if not form.fullmatch(section)]
     # Nothing has been released yet, or this version is the last one that was.
     if sections[1:] and not sections[1].startswith(f"[{version}]"):
         found.append(f"the last release is {sections[1]}, the package is {version}")
@@ -29,16 +26,10 @@ def problems(text: str, version: str) -> list[str]:
         headings = re.findall(r"^### (.*)$", part, re.MULTILINE)
         found += [f"heading {name!r} is not one of {', '.join(HEADINGS)}" for name in headings if name not in HEADINGS]
         found += [f"heading {name!r} is there twice" for name in set(headings) if headings.count(name) > 1]
-        for block in re.split(r"^### .*$", part, flags=re.MULTILINE)[1:]:
-            found += [f"neither an entry nor its second line: {line!r}" for line in block.splitlines() if stray(line)]
-    marks = ("<<<<", ">>>>", "====")
-    found += [f"a merge was left undone: {line!r}" for line in text.splitlines() if line.startswith(marks)]
-    return found
-
-
-def stray(line: str) -> bool:
-    """Whether a line of a section is neither empty nor part of a list."""
-    return bool(line) and not line.startswith(("- ", "  "))
+        entries = "".join(re.split(r"^### .*$", part, flags=re.MULTILINE)[1:]).splitlines()
+        # A line is empty, an entry, or its second line.
+        found += [f"not part of a list: {line!r}" for line in entries if line and not line.startswith(("- ", "  "))]
+    return found + [f"a merge was left undone: {mark}" for mark in re.findall(r"^(?:<|>|=){4}", text, re.MULTILINE)]
 
 
 def test_the_changelog_keeps_its_form() -> None:
@@ -58,7 +49,7 @@ GOOD = (
         ("[0.1.0] - 2026-01-02", "0.1.0", "is not '\\[VERSION"),
         ("[0.1.0]", "[0.2.0]", "the last release is"),
         ("- A thing.", "- A thing.\n\n### Added", "is there twice"),
-        ("- A thing.", "A thing.", "neither an entry"),
+        ("- A thing.", "A thing.", "not part of a list"),
     ],
 )
 def test_a_bad_one_is_told(old: str, new: str, says: str) -> None:

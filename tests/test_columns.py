@@ -1,75 +1,56 @@
-"""A column in the place of one value per row: the two broadcast against each other, and the caller is told."""
+"""A column in the place of one value per row: the two broadcast against each other, and the caller is warned."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import neml2
 import pytest
 import torch
-from neml2.types import Scalar
 
 import references
 from neml2_aoti_plugin import Model
 from references import Tensors
 
-
-@pytest.fixture(autouse=True)
-def _each_time() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        yield
+CASE = "calibration"
+# What the warning begins with.
+COLUMN = r"'t' has the batch shape \(4, 1\)"
 
 
 @pytest.fixture
 def model() -> Model:
-    return references.case("calibration").model
+    return references.case(CASE).model
 
 
 @pytest.fixture
 def rows() -> Tensors:
     """One row, four times, so that any mixture of them is one that converges."""
-    return {n: x[-1:].repeat(4, *(1,) * (x.ndim - 1)) for n, x in references.case("calibration").rows().items()}
+    return {n: x[-1:].repeat(4, *(1,) * (x.ndim - 1)) for n, x in references.case(CASE).rows().items()}
 
 
-def test_column_is_told_with_names_shapes_and_cure(model: Model, rows: Tensors) -> None:
-    with pytest.warns(UserWarning) as caught:
-        found = model.forward({**rows, "t": rows["t"][:, None]})
-    (warning,) = caught
-    text = str(warning.message)
-    for word in ("'t' has the batch shape (4, 1)", "'strain' (4,)", "to (4, 4)", "t.reshape((4, *base))", "grid"):
-        assert word in text, text
-    assert warning.filename == __file__
-    assert found["stress"].shape == (4, 4, 6)
-
-
-@pytest.mark.parametrize("name", ["solve", "jacobian", "param_jacobian", "forward with grad"])
-def test_every_call_tells(model: Model, rows: Tensors, name: str) -> None:
+@pytest.mark.parametrize("call", ["forward", "solve", "jacobian", "param_jacobian", "forward with grad", "typed"])
+def test_every_call_warns_with_names_shapes_and_cure(call: str, model: Model, rows: Tensors) -> None:
     given = {**rows, "t": rows["t"][:, None]}
-    if name == "forward with grad":
+    if call == "forward with grad":
         given["strain"] = given["strain"].clone().requires_grad_()
-    with pytest.warns(UserWarning, match=r"'t' has the batch shape \(4, 1\)") as caught:
-        getattr(model, name.partition(" ")[0])(given)
+    typed = neml2.load_model(references.case(CASE).file, references.case(CASE).stub.model)
+    with pytest.warns(UserWarning, match=COLUMN) as caught:
+        warnings.simplefilter("always")
+        if call == "typed":
+            typed(*(wrapper(given[name]) for name, wrapper in typed.input_spec.items()))
+        else:
+            getattr(model, call.partition(" ")[0])(given)
     assert caught[0].filename == __file__
+    for word in ("'strain' (4,)", "to (4, 4)", "t.reshape((4, *base))", "grid"):
+        assert word in str(caught[0].message)
 
 
 def test_parameter_and_vector(model: Model, rows: Tensors) -> None:
     name = "residual.hardening.K"
-    column = torch.full((4, 1), 1000.0, dtype=torch.float64)
     with pytest.warns(UserWarning, match=rf"'{name}' has the batch shape \(4, 1\)"):
-        model.forward(rows, {name: column})
+        model.forward(rows, {name: torch.full((4, 1), 1000.0, dtype=torch.float64)})
     with pytest.warns(UserWarning, match=r"'strain' has the batch shape \(4, 1\)"):
-        model.forward({**rows, "strain": rows["strain"][:, None]})
-
-
-def test_typed(rows: Tensors) -> None:
-    case = references.case("calibration")
-    typed = neml2.load_model(case.file, case.stub.model)
-    given = {n: typed.input_spec[n](x) for n, x in rows.items()}
-    with pytest.warns(UserWarning, match="'t' has the batch shape") as caught:
-        typed(*{**given, "t": Scalar(rows["t"][:, None])}.values())
-    assert caught[0].filename == __file__
+        assert model.forward({**rows, "strain": rows["strain"][:, None]})["stress"].shape == (4, 4, 6)
 
 
 def test_once_for_each_place(model: Model, rows: Tensors) -> None:

@@ -51,23 +51,23 @@ LIMITS: tuple[tuple[str, click.ParamType[Any], str], ...] = (
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that was loaded and called: its artifact's path, the SHA-256 of its files, what can be asked for."""
+    """A model that was loaded and called."""
 
-    name: str
-    artifact: str
-    sealed: bool
-    digest: str
-    operations: tuple[str, ...]
+    name: str  # under which it is served
+    artifact: str  # path of the artifact
+    sealed: bool  # whether it has a seal
+    digest: str  # SHA-256 of its files
+    operations: tuple[str, ...]  # that can be asked for
 
 
 @dataclass(frozen=True)
 class ServeReport:
-    """What would be served and where; `local` is that only programs of this machine can connect there."""
+    """What would be served."""
 
-    address: str
-    local: bool
-    token: bool
-    models: tuple[ServedModel, ...]
+    address: str  # where
+    local: bool  # whether only programs of this machine can connect there
+    token: bool  # whether requests must have a token
+    models: tuple[ServedModel, ...]  # each loaded, and each of its operations called once
 
 
 def limit_options(function: _Function) -> _Function:
