@@ -113,7 +113,7 @@ def test_artifacts_of_old_releases(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     old = build.stub(release, scenario)
-    calls = {
+    calls: dict[str, list[object]] = {
         "doctor": [old],
         "inspect": [old],
         "verify": [old, "--against", INPUTS / SCENARIOS[scenario].input, "--rows", 3],
