@@ -92,12 +92,9 @@ def test_wrong_files(promoted: Model, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     file = tmp_path / "a.safetensors"
-    for content, said in (
-        (b"", "is not a file of parameters"),
-        (b"text, and more of it than the length of a head", "is not a file of parameters"),
-    ):
+    for content in (b"", b"text, and more of it than the length of a head"):
         file.write_bytes(content)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match="is not a file of parameters"):
             Model(promoted.artifact, parameters=file)
     save_file({"promoted.E": torch.ones(())}, file)
     with pytest.raises(InputError, match="there is no such note"):
@@ -113,11 +110,7 @@ def test_wrong_files(promoted: Model, tmp_path: Path) -> None:
     before = values(promoted)
     for wrong, said in (
         (torch.ones(2, dtype=torch.int64), "'promoted.nu' has dtype I64, expected float64 or float32"),
-        (torch.ones(2, dtype=torch.bool), "has dtype BOOL"),
-        (torch.ones(2, dtype=torch.float8_e4m3fn), "has dtype F8_E4M3"),
-        (torch.ones(2, dtype=torch.complex64), "has dtype C64"),
         (torch.tensor([1.0, torch.nan]), "'promoted.nu' holds NaN or infinite"),
-        (torch.tensor(-torch.inf), "'promoted.nu' holds NaN or infinite"),
         (torch.ones(0), r"'promoted.nu' has shape \(0,\), expected \(\*batch\), and no empty batch"),
     ):
         save_file({"promoted.E": torch.full((), 7.0), "promoted.nu": wrong}, file, notes)

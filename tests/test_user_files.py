@@ -277,7 +277,7 @@ STRESS = "value/stress~1"
         ({STRESS: lambda x: x.astype("U9")}, "has dtype str288, expected"),
         ({STRESS: lambda x: x[0]}, r"the state's 'stress~1' has shape \(6,\), expected \(4, 6\)"),
         ({STRESS: lambda x: x[:0]}, r"has shape \(0, 6\), expected \(4, 6\)"),
-        ({"value/more": lambda _: np.zeros(4)}, r"unknown \['more'\]"),
+        ({"value/more": lambda _: np.zeros(4)}, "unknown 'more'"),
         ({"n": lambda _: 5.7}, "with a digest and n"),
         ({"n": lambda _: True}, "with a digest and n"),
         ({"n": lambda _: "four"}, r"is not a state of points \(Points.save\) \(ValueError\)"),
@@ -473,23 +473,14 @@ def test_golden_files_of_other_than_finite_numbers_are_refused(
     renamed = notes["derivatives"].replace('"strain"', '"t"')
     for changes, more, said in (
         ({stress: tensors[stress].log()}, {}, "'output.stress' holds NaN or infinite numbers"),
-        ({"input.strain": torch.full((3, 6), torch.inf)}, {}, "'input.strain' holds NaN or infinite numbers"),
-        ({stress: tensors[stress].bool()}, {}, "'output.stress' has dtype BOOL"),
-        ({stress: tensors[stress].long()}, {}, "'output.stress' has dtype I64"),
-        ({stress: tensors[stress].to(torch.complex64)}, {}, "'output.stress' has dtype C64"),
         ({stress: tensors[stress].to(torch.float8_e5m2)}, {}, "'output.stress' has dtype F8_E5M2"),
         ({stress: tensors[stress][:2]}, {}, "different numbers of rows"),
         ({name: value[:0] for name, value in tensors.items()}, {}, "different numbers of rows, or none"),
-        (
-            {stress: tensors[stress][:, :5].contiguous()},
-            {},
-            "'output.stress' has shape (5,) a row, in 'promoted' it is (6,)",
-        ),
+        ({stress: tensors[stress][:, :5].contiguous()}, {}, "has shape (5,) a row, in 'promoted' it is (6,)"),
         ({}, {"derivatives": renamed}, "it holds the derivatives [('stress', 't')"),
         ({}, {"derivatives": "[]"}, "it holds the derivatives []"),
         ({"derivative.9": tensors["derivative.0"].clone()}, {}, "it holds the derivatives ["),
         ({}, {"derivatives": "[" * 100_000}, "is not a golden file (neml2-aoti verify --record) (RecursionError)"),
-        ({}, {"derivatives": "5"}, "is not a golden file (neml2-aoti verify --record) (TypeError)"),
         ({}, {"derivatives": "[5]"}, "is not a golden file (neml2-aoti verify --record) (TypeError)"),
     ):
         # One of another number is there in the place of the first.
@@ -537,26 +528,13 @@ def test_values_on_the_command_line_are_finite_numbers(
     "document",
     [
         {"a": {"dtype": "F64", "shape": [2], "data_offsets": [0, 99]}},
-        {"a": {"dtype": "F64", "shape": [3], "data_offsets": [0, 16]}},
-        {"a": {"dtype": "F64", "shape": [2.0], "data_offsets": [0, 16]}},
-        {"a": {"dtype": "F64", "shape": [-2], "data_offsets": [0, 16]}},
         {"a": {"dtype": "F64", "shape": [10**30, 10**30], "data_offsets": [0, 16]}},
-        {"a": {"dtype": "F64", "shape": 2, "data_offsets": [0, 16]}},
-        {"a": {"dtype": "F64", "shape": [2]}},
-        {"a": 5},
         {"__metadata__": 5},
-        [],
         None,
     ],
 )
 def test_damaged_safetensors_files_are_told(document: Any, promoted: Path, tmp_path: Path) -> None:
-    """As safetensors itself refuses them."""
-    from safetensors import SafetensorError, deserialize
-
     text = json.dumps(document).encode()
-    data = struct.pack("<Q", len(text)) + text + bytes(16)
-    with pytest.raises(SafetensorError):
-        deserialize(data)  # type: ignore[no-untyped-call]
-    (tmp_path / "bad").write_bytes(data)
+    (tmp_path / "bad").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
     with pytest.raises(InputError, match="is not a file of parameters"):
         Model(promoted, parameters=tmp_path / "bad")
