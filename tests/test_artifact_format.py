@@ -51,7 +51,7 @@ def objects(metadata: Object) -> Iterator[tuple[str, Object]]:
     if "solver_config" in metadata:
         yield "Newton settings", metadata["solver_config"]
     for segment in metadata["segments"]:
-        yield f"{segment['kind'].capitalize()} segments", segment
+        yield "Explicit segments" if segment["kind"] == "forward" else "Implicit segments", segment
         for name in ("jacobian_pairs", "param_jacobian_pairs"):
             yield from (("Pairs", pair) for pair in segment.get(name) or [])
         if segment["kind"] == "implicit":
@@ -113,8 +113,7 @@ def test_the_example_is_a_real_one() -> None:
 
 
 def test_an_unknown_key_and_a_missing_one_are_told() -> None:
-    text = (compiled("elasticity") / "elasticity" / "metadata.json").read_text(encoding="utf-8")
-    metadata = json.loads(text)
+    metadata = json.loads((compiled("elasticity") / "elasticity/metadata.json").read_text(encoding="utf-8"))
     metadata["colour"] = "red"
     del metadata["segments"][0]["package"]
-    assert wrong(metadata) == ["Forward segments: 'package' is not there", "Top level: 'colour' is not on the page"]
+    assert wrong(metadata) == ["Explicit segments: 'package' is not there", "Top level: 'colour' is not on the page"]

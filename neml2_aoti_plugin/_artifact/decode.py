@@ -2,7 +2,7 @@
 
 Beside the keys that neml2 3.1.0 writes, the forms have those that `upgrade` leaves of older files: a fused
 `step_package` (with `step_returns`), fused `ift_package` and `param_ift_package`, pairs with an `output` index, per
-segment `newton` settings, and `parameters_among_inputs` where only the package tells in which order a graph takes them.
+segment `newton` settings, and `parameters_among_inputs` where only packages show in which order graphs take them.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _Variable(_Object):
     @cached_property
     def found(self) -> s.Variable:
         found = s.Variable(self.name, self.base_shape, self.sub_batch_shape or (), self.var_type or "")
-        # The shape is told up to three times; a graph that is given another reads beyond its tensors.
+        # The file has the shape up to three times; a graph that is given another reads beyond its tensors.
         of_type = BASE_SHAPES.get(found.type)
         if of_type is not None and tuple(of_type) != found.base_shape:
             raise Unfit("base_shape", f"{of_type}, the shape of a {found.type}")

@@ -23,7 +23,7 @@ _LARGEST = 1.7976931348623157e308
 Whole = Annotated[int, msgspec.Meta(ge=0, le=MAX_ENTRIES)]
 Finite = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]
 Shape = tuple[Whole, ...]
-# Without the spaces and odd characters that would make a riddle of each error that quotes it.
+# Without spaces and odd characters, so that errors can quote it.
 Name = Annotated[str, msgspec.Meta(pattern=rf"^{NAME.pattern}\Z")]
 # The bare name of a file in the leaf folder.
 PackageName = Annotated[str, msgspec.Meta(pattern=r"^[\w~.+\-]{1,124}\.pt2\Z")]
@@ -157,7 +157,7 @@ def _complaint(error: msgspec.ValidationError, document: dict[str, Any]) -> str:
 def _expected(text: str) -> str:
     """What a message of msgspec expects, in plain words and without the value."""
     if text.startswith("Invalid value"):
-        # The only union of forms: segments, told apart by their kind.
+        # The only union of forms is that of segments, by their kind.
         return "one of forward, implicit"
     if text.startswith("Number out of range"):
         return "a number that a double holds"

@@ -1,7 +1,7 @@
 """Is a leaf of the compile that its metadata is of? A leaf of an earlier compile may have been left beside newer ones.
 
 neml2-compile writes one metadata file for all leaves of an artifact, each time it compiles one, and nothing in it says
-which leaf is of which compile. So leaves are compared with each other, and the times of the files tell which is the
+which leaf is of which compile. So leaves are compared with each other, and the times of the files show which is the
 latest. In a copy they may not; then nothing is refused.
 
 What is compared is generated code and constants. The numbers of a source input that were not promoted are constants of
@@ -105,7 +105,7 @@ def _listed(folders: Iterable[Path]) -> str:
 
 
 def _of_one_source(names: Iterable[str], place: Place, other: Path) -> bool | None:
-    """Whether two leaves are of one source: False if a package tells that they are not, None if one leaves it open."""
+    """Whether two leaves are of one source: False if a package shows that they are not, None if one leaves it open."""
     same_device = place.metadata.name == METADATA and other.parent.name == place.leaf.parent.name
     clear = True
     for name in sorted(names):
@@ -120,7 +120,7 @@ def _of_one_source(names: Iterable[str], place: Place, other: Path) -> bool | No
 
 
 def _latest(folders: list[Path], names: Iterable[str], metadata: Path) -> Path | None:
-    """The leaf that the metadata was written with, as far as the times of the files tell."""
+    """The leaf that the metadata was written with, as far as the times of the files show."""
     try:
         spans = {}
         for folder in folders:

@@ -1,4 +1,4 @@
-"""Where the files of an artifact are, told by names alone: its folder, its metadata, its leaves.
+"""Where the files of an artifact are, by names alone: its folder, its metadata, its leaves.
 
 Since neml2 3.0.7 one `metadata.json` stands above the leaves `<device>/<dtype>`. Before that each device has a metadata
 file `<model>_meta.json` with its graphs beside it: up to 3.0.3 in the folder that neml2-compile was given, from 3.0.4

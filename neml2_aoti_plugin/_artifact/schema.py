@@ -31,7 +31,7 @@ class Variable:
     base_shape: Shape
     # Sizes of its site axes.
     sub_batch_shape: Shape = ()
-    # Name of neml2's wrapper class; empty where the file does not tell.
+    # Name of neml2's wrapper class; empty where the file does not say.
     type: str = ""
 
     @cached_property
@@ -266,7 +266,7 @@ class Aliases:
 
 @dataclass(frozen=True)
 class Metadata:
-    """All that the metadata file tells."""
+    """All that is in the metadata file."""
 
     inputs: tuple[Variable, ...]
     outputs: tuple[Variable, ...]

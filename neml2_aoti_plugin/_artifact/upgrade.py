@@ -2,7 +2,7 @@
 
 A step takes a document in the form of one schema and gives one in that of the next, both as plain dicts; `FORMS` are
 checked before it, so that it finds what it needs. What the newest JSON has no keys for is left in those that `decode`
-reads beside them. What an old file lacks is derived where the file tells it, else it is an error by name.
+reads beside them. What an old file lacks is derived where that is possible, else it is an error by name.
 
 Schemas 2 and 3 give the types of variables instead of their shapes. Neither lists what derivatives were asked for:
 there are all that the graphs can give. Both keep Newton settings in each implicit segment, and lay the derivatives of
@@ -110,7 +110,7 @@ def _base_shape(variable: _Typed | _Flat) -> list[int]:
     if variable.var_type not in BASE_SHAPES:
         raise Unfit(
             "var_type",
-            f"one of {', '.join(BASE_SHAPES)}: the file does not tell the shape of {variable.name!r}, which has type "
+            f"one of {', '.join(BASE_SHAPES)}: the file has no shape for {variable.name!r}, which has type "
             f"{variable.var_type!r}",
         )
     return BASE_SHAPES[variable.var_type]

@@ -1,6 +1,6 @@
 """What the metadata hands to each graph, compared with what the graph's package takes.
 
-Up to neml2 3.0.3 the metadata does not tell in which order an explicit segment's graphs take their arguments: a
+Up to neml2 3.0.3 the metadata does not say in which order an explicit segment's graphs take their arguments: a
 promoted parameter stands where its block stood among the inputs, while the metadata lists parameters behind them. Both
 keep their own order; which argument is which shows in the package.
 """
@@ -15,7 +15,7 @@ from ..errors import ArtifactError
 from . import schema as s
 from .package import Signature
 
-# Shape of an argument without its batch axes; None where the metadata does not tell.
+# Shape of an argument without its batch axes; None where the metadata does not say.
 Shapes = tuple[s.Shape | None, ...]
 
 
@@ -29,7 +29,7 @@ class Wire:
     shapes: Shapes
     # How many of the last arguments it may do without.
     optional: int = 0
-    # How many tensors are taken from it; None where the metadata does not tell.
+    # How many tensors are taken from it; None where the metadata does not say.
     returns: int | None = None
 
 
@@ -147,7 +147,7 @@ def _shown(extents: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("*" if n is None else str(n) for n in extents) + ")"
 
 
-# -- the order of arguments where only packages tell it ----------------------------------------------------------------
+# -- the order of arguments where only packages show it ----------------------------------------------------------------
 
 
 def with_argument_order(
@@ -199,7 +199,7 @@ def _shapes(metadata: s.Metadata) -> dict[str, s.Shape]:
 
 
 def _ordering(segment: s.ExplicitInfo) -> list[str]:
-    """The packages that tell the order."""
+    """The packages that show the order."""
     return [segment.value, *([segment.jacobian.file] if segment.jacobian else [])]
 
 
@@ -208,7 +208,7 @@ def argument_order(
 ) -> tuple[str, ...]:
     """The names of a segment's inputs and parameters in the order in which a graph takes them.
 
-    An ArtifactError where the package does not tell, or tells of other arguments than those of `shapes`, as far as
+    An ArtifactError where the package does not show it, or takes other arguments than those of `shapes`, as far as
     these are known.
     """
 

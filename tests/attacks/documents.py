@@ -71,7 +71,7 @@ def junk() -> st.SearchStrategy[Any]:
 def mutations(draw: st.DrawFn, original: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A document with one to three changes, and what they are."""
     document = copy.deepcopy(original)
-    told = []
+    changes = []
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         there = paths(document)
         path = draw(st.sampled_from(there))
@@ -114,5 +114,5 @@ def mutations(draw: st.DrawFn, original: dict[str, Any]) -> tuple[dict[str, Any]
             )
         else:
             parent[key] = nested(draw(st.sampled_from([5, 500])))
-        told.append(f"{kind} {'.'.join(map(str, path))}")
-    return document, told
+        changes.append(f"{kind} {'.'.join(map(str, path))}")
+    return document, changes

@@ -154,7 +154,7 @@ def typical(model: Any) -> dict[str, Tensor]:
 
 
 def refuse(name: str, model: Any) -> list[str]:
-    """Give such a tensor in each place; tell where it was not refused in the right words."""
+    """Give such a tensor in each place; report where it was not refused in the right words."""
     make, words = REFUSED[name]
     wrong = []
     from neml2_aoti_plugin import InputTypeError
@@ -172,7 +172,7 @@ def refuse(name: str, model: Any) -> list[str]:
 
 
 def admit(name: str, model: Any) -> list[str]:
-    """Give such a tensor in each place; tell where it gave other numbers than a plain one."""
+    """Give such a tensor in each place; report where it gave other numbers than a plain one."""
     wrong = []
     plain = calls(model, typical(model), torch.clone)
     for call, run in calls(model, typical(model), ADMITTED[name]).items():

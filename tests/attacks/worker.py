@@ -1,4 +1,4 @@
-"""A process that loads and runs many damaged artifacts, and tells how each ended.
+"""A process that loads and runs many damaged artifacts, and reports how each ended.
 
 `python -m attacks.worker metadata|archive ARTIFACT FOLDER SEED COUNT` copies the artifact into the folder, damages the
 copy COUNT times, and prints one JSON object. It ends with a status other than 0 where something else than a clear error
@@ -68,7 +68,7 @@ class Trial:
             outputs = model.forward(inputs_of(model))
             for name, variable in model.outputs.items():
                 found, base = tuple(outputs[name].shape), variable.base_shape
-                # The metadata does not tell the site axes of outputs, which stand between.
+                # The metadata does not have the site axes of outputs, which stand between.
                 if found[:1] != (ROWS,) or found[len(found) - len(base) :] != base:
                     self.wrong.append(f"{what}: {name} has shape {found}, expected ({ROWS}, ..., {base})")
             self.ends["runs"] += 1
@@ -111,9 +111,9 @@ def damage_metadata(artifact: Path, number: int, count: int) -> Trial:
     @given(documents.mutations(original))
     def one(found: tuple[dict[str, Any], list[str]]) -> None:
         nonlocal done
-        document, told = found
+        document, changes = found
         file.write_text(json.dumps(document), encoding="utf-8")
-        trial("; ".join(told))
+        trial("; ".join(changes))
         done += 1
 
     one()
