@@ -113,6 +113,9 @@ def convert(document: dict[str, Any], form: type[T], file: str) -> T:
         return msgspec.convert(document, form)
     except msgspec.ValidationError as error:
         raise ArtifactError(f"{file}: {_complaint(error, document)} {AGAIN}") from None
+    except UnicodeEncodeError:
+        # JSON can write half of a character, which msgspec takes for no text.
+        raise ArtifactError(f"{file}: holds text with half a character (a lone surrogate). {AGAIN}") from None
 
 
 # What msgspec calls a type, in plain words.
