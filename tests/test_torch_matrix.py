@@ -21,7 +21,7 @@ def test_what_was_measured_takes_its_section_and_others_stay() -> None:
     torch.stamp = "now"
     same = Crossing("now", "abc", 1, {"elasticity": 0.0})
     before = page([torch, measured("python3.10", "3.10.13", 6)], {"2.15.0": {"2.15.0": same}}, jobs=2)
-    assert "| 5 | 0 |" in before and "| 6 | 0 |" in before and "| 2.15.0 | 1: 0 |" in before
+    assert "| all | 5 | 0 |" in before and "| 6 | 0 |" in before and "| 2.15.0 | 1: 0 |" in before
     failed = {"test_x": "assert 1 == 2"}
     pythons = [measured("python3.10", "3.10.13", 8), measured("python3.12", "3.12.1", 9, **failed)]
     after = page(pythons, {}, 2, before)

@@ -35,14 +35,9 @@ def main() -> int:
     """Measure what is missing, and write the page."""
     options = _options()
     pythons = dict(map(_python, options.pythons))
-    shop = Workshop(
-        options.work.expanduser().absolute(),
-        options.jobs,
-        options.space,
-        options.python.absolute(),
-        pythons,
-        options.take_stubs,
-    )
+    work, python = options.work.expanduser().absolute(), options.python.absolute()
+    tests = tuple(options.tests)
+    shop = Workshop(work, options.jobs, options.space, python, pythons, options.take_stubs, tests)
     shop.folder.mkdir(parents=True, exist_ok=True)
     if not options.page_only:
         for name in options.names if options.fresh else ():
@@ -79,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="Python to make environments of")
     parser.add_argument("--pythons", nargs="+", default=[], metavar="PROGRAM", help="run the tests under these Pythons")
     parser.add_argument("--take-stubs", action="store_true", help="compile no stubs under other torches than this one")
+    parser.add_argument("--tests", nargs="+", default=[], metavar="MODULE", help="run these modules of tests alone")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default 2)")
     parser.add_argument("--space", type=float, default=20, help="GiB to be free before an install (default 20)")
     parser.add_argument("--fresh", action="store_true", help="discard what was found before on what is named")

@@ -16,20 +16,14 @@ COMMON_TORCH = "2.13.0"
 
 @dataclass(frozen=True)
 class Variant:
-    """Another way to install or to run than the wheel in its usual way.
-
-    Args:
-        told: What the page says of it.
-        sdist: Whether the sdist is installed, not the wheel.
-        variables: Of the tests' environment.
-        pinned: Requirements in place of those in constraints.txt.
-        tests: What of the default tests is run; all if empty.
-    """
+    """Another way to install or to run than the wheel in its usual way."""
 
     told: str
     sdist: bool = False
     variables: dict[str, str] = field(default_factory=dict)
+    # In place of what constraints.txt has.
     pinned: tuple[str, ...] = ()
+    # Modules of tests; all if empty.
     tests: tuple[str, ...] = ()
 
 
@@ -46,44 +40,34 @@ VARIANTS = {
 
 @dataclass
 class Measured:
-    """What was found in one environment, filled in step by step.
+    """What was found in one environment, filled in step by step; failures by what failed, with a line of why."""
 
-    Args:
-        name: A release of torch, `pythonX.Y`, or a key of `VARIANTS`.
-        day: On which this was.
-        stamp: When the compiled stubs were evaluated.
-        commit: Of the sources.
-        versions: Of Python and of some distributions in the environment.
-        size: Of the environment, in GiB.
-        compiled: Number of stubs that the tests had.
-        compiled_under: The torch that compiled them, if it was that of another environment.
-        left_out: Stubs that cannot be compiled with a torch as old as this, with the reason.
-        uncompiled: Stubs that failed to compile, with the last line of what was said.
-        evaluated: Compiled stubs that were loaded and evaluated.
-        not_evaluated: The others, with what went wrong.
-        passed: Number of tests.
-        failed: Names of tests, with the first line of what went wrong.
-        skipped: Number of tests.
-        test_seconds: Of the whole test run.
-        trouble: The step that stopped all further ones in this environment.
-    """
-
+    # A release of torch, `pythonX.Y`, or a key of `VARIANTS`.
     name: str
     day: str = ""
-    stamp: str = ""
     commit: str = ""
+    # Of Python and of some distributions.
     versions: dict[str, str] = field(default_factory=dict)
+    # Of the environment, in GiB.
     size: float = 0.0
+    # The number of stubs that the tests had, and the torch that compiled them if it was that of another environment.
     compiled: int = 0
     compiled_under: str = ""
+    # Stubs that cannot be compiled with a torch as old as this.
     left_out: dict[str, str] = field(default_factory=dict)
     uncompiled: dict[str, str] = field(default_factory=dict)
+    # When the compiled stubs were evaluated, and how many of them.
+    stamp: str = ""
     evaluated: int = 0
     not_evaluated: dict[str, str] = field(default_factory=dict)
+    # Modules of tests that were run; all if empty.
+    tests: list[str] = field(default_factory=list)
     passed: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     skipped: int = 0
+    # Of the whole step.
     test_seconds: float = 0.0
+    # The step that stopped all further ones.
     trouble: str = ""
 
     @property
@@ -104,23 +88,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Crossing:
-    """What one torch made of the stubs that another, or itself, had compiled.
+    """What one torch made of the stubs that another, or itself, had compiled."""
 
-    Args:
-        stamp: Of the numbers that were compared with.
-        commit: Of the sources with which they were loaded.
-        wanted: Number of compiled stubs.
-        values: Largest relative difference of an output, by stub.
-        derivatives: Largest relative difference of a derivative, by stub that has any.
-        refused: What kept a stub from being loaded or evaluated.
-        trouble: What kept all of them.
-    """
-
+    # Of the numbers that were compared with.
     stamp: str
+    # Of the sources with which they were loaded.
     commit: str = ""
+    # The number of compiled stubs.
     wanted: int = 0
+    # Largest relative difference of an output, or of a derivative, by stub.
     values: dict[str, float] = field(default_factory=dict)
     derivatives: dict[str, float] = field(default_factory=dict)
+    # What kept a stub from being evaluated, or all.
     refused: dict[str, str] = field(default_factory=dict)
     trouble: str = ""
 

@@ -35,23 +35,19 @@ class StepError(RuntimeError):
 
 @dataclass(frozen=True)
 class Workshop:
-    """The work folder, and what is tested there.
-
-    Args:
-        folder: The work folder.
-        jobs: Processes at a time.
-        space: GiB that must be free before torch is installed.
-        python: Python that environments are made of, but for those of `pythons`.
-        pythons: Programs by the name of what is found under them.
-        take_stubs: Whether torches too test with the stubs that this Python has compiled.
-    """
+    """The work folder, and what is tested there."""
 
     folder: Path
     jobs: int
+    # GiB that must be free before torch is installed.
     space: float
+    # What environments are made of, but for those of `pythons`: programs by the name of what is found under them.
     python: Path
     pythons: dict[str, Path] = field(default_factory=dict)
+    # Whether torches too test with the stubs that this Python has compiled.
     take_stubs: bool = False
+    # Modules to run where it is no variant that names its own; all if empty.
+    tests: tuple[str, ...] = ()
 
     @property
     def tree(self) -> Path:
@@ -73,15 +69,7 @@ class Workshop:
     def run(
         self, found: Measured, log: str, arguments: Sequence[str], *, beside: bool = False, good: Sequence[int] = (0,)
     ) -> str:
-        """Run an environment's Python in the tree, and give what it printed.
-
-        Args:
-            found: Names the environment.
-            log: Name of the step's log.
-            arguments: For Python.
-            beside: Whether it imports modules of the tree.
-            good: Exit statuses that are no failure.
-        """
+        """Run an environment's Python in the tree, beside its modules if so; give what it printed, which is kept."""
         file = self.of(found) / f"{log}.log"
         variables = {k: v for k, v in os.environ.items() if not k.startswith(OUTSIDE) or k == STUB_CACHE}
         variables |= found.variant.variables

@@ -69,15 +69,29 @@ def tested(first: str, results: Sequence[Measured], told: str) -> str:
     """A table of test runs, what else was installed, and what failed."""
     if not results:
         return ""
-    head = (first, "measured", "Python", "torch", "llvmlite", "stubs", "passed", "failed", "skipped", "test run")
+    head = (
+        first,
+        "measured",
+        "Python",
+        "torch",
+        "llvmlite",
+        "stubs",
+        "tests",
+        "passed",
+        "failed",
+        "skipped",
+        "test run",
+    )
     others = {f"{name} {version}" for one in results for name, version in one.versions.items()}
     installed = sorted(one for one in others if not one.startswith(("torch ", "Python ", "llvmlite ")))
     sizes = ", ".join(f"{one.name}: {one.size:.1f} GiB" for one in results if one.size)
     untaken = [f"- torch {one.name}: {why}" for one in results for why in one.left_out.values()]
+    some = {", ".join(f"`{name}`" for name in one.tests): None for one in results if one.tests}
+    told += "".join(f" *Some* tests are those of {names}." for names in some)
     return "\n\n".join(
         [
             wrapped(told),
-            table(head, [row(one) for one in results], left=6),
+            table(head, [row(one) for one in results], left=7),
             wrapped(f"Also installed: {', '.join(installed)}. The environments take, by {first}, {sizes}."),
             *(["Left out, and their tests skipped:", "\n".join(untaken)] if untaken else []),
             failures([line for one in results for line in troubles(one)]),
@@ -94,6 +108,7 @@ def row(found: Measured) -> tuple[str, ...]:
         f"{found.day}, {found.commit}",
         *(found.versions.get(name, "") for name in ("Python", "torch", "llvmlite")),
         f"{found.compiled} by {by}" if found.compiled else "no",
+        "some" if found.tests else "all",
         *(map(str, (found.passed, len(found.failed), found.skipped)) if tested else ("no", "", "")),
         f"{found.test_seconds:.0f} s" if tested else "",
     )

@@ -22,13 +22,7 @@ TOLD = ("torch", "neml2", "nmhit", "numpy", "scipy", "pytest", "llvmlite")
 
 
 def measure(shop: Workshop, found: Measured, *, only_tests: bool = False) -> None:
-    """Take all steps in one environment up to the first that fails, and keep what was found.
-
-    Args:
-        shop: Where to.
-        found: What was found before, with the name of the environment; it is filled in.
-        only_tests: Whether all but the tests stays as it was found.
-    """
+    """Take all steps in one environment, or the tests alone, up to the first that fails; keep what was found."""
     found.day, found.commit, found.trouble = str(date.today()), commit(), ""
     steps: dict[str, Callable[[Workshop, Measured], None]] = {"install": install}
     if not only_tests:
@@ -111,7 +105,8 @@ def run_tests(shop: Workshop, found: Measured) -> None:
     report.unlink(missing_ok=True)
     start = time.monotonic()
     arguments = ["-m", "pytest", "--numprocesses", str(shop.jobs), f"--junitxml={report}", "-q"]
-    arguments += [f"tests/{name}.py" for name in found.variant.tests]
+    found.tests = list(found.variant.tests or shop.tests)
+    arguments += [f"tests/{name}.py" for name in found.tests]
     shop.run(found, "tests", arguments, good=(0, 1))
     found.test_seconds = time.monotonic() - start
     for test in ElementTree.parse(report).getroot().iter("testcase"):
