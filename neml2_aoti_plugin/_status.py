@@ -100,13 +100,13 @@ def status() -> Status:
 
 def _kernels() -> tuple[str, str]:
     """What the Newton loop runs on, and how graphs are called."""
-    from ._solve import choice
+    from ._solve import machine_code
 
     try:
-        implementation, reason = choice.chosen()
+        implementation, reason = machine_code.chosen()
     except ValueError as error:
         return str(error), str(error)
-    graphs = "by their C interface" if implementation == choice.NATIVE else "by torch's runner"
+    graphs = "by their C interface" if implementation == machine_code.NATIVE else "by torch's runner"
     return f"{implementation} ({reason})", f"{graphs} ({reason})"
 
 

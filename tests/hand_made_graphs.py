@@ -10,13 +10,16 @@ from ctypes import c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neml2_aoti_plugin._graphs.c_interface import address, function, libtorch, tensor_functions
 from neml2_aoti_plugin._solve import machine_code
-from neml2_aoti_plugin._solve.block import System
+from neml2_aoti_plugin._solve.machine_code import MachineCode
+from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means, Pass
+from neml2_aoti_plugin._solve.newton import Solved
 from neml2_aoti_plugin._solve.tables import CREATE, DATA, DELETE, DIM, SIZES, STRIDES
 
 # The types of the C functions; all of them return an error code.
@@ -45,6 +48,11 @@ class Handles:
         # Machine code calls these.
         self._noting = _Create(self._create), _Delete(self.delete)
         self.functions[[CREATE, DELETE]] = [address(noting) for noting in self._noting]
+
+    @property
+    def means(self) -> Means:
+        """What graphs are called with."""
+        return Means(machine_code.load(), self.functions, 0)
 
     def _create(self, *arguments: int) -> int:
         failed: int = self._make(*arguments)
@@ -92,14 +100,14 @@ class Handles:
 
 @dataclass
 class Container:
-    """See `neml2_aoti_plugin._solve.block.Container`."""
+    """See `neml2_aoti_plugin._solve.native.Container`."""
 
     run: int
     handle: int
 
 
 class HandMadeGraph:
-    """A function in the place of a compiled graph; see `neml2_aoti_plugin._solve.block.CompiledGraph`.
+    """A function in the place of a compiled graph; see `neml2_aoti_plugin._solve.native.CompiledGraph`.
 
     Args:
         function: takes the arguments of the graph, and gives its outputs.
@@ -162,23 +170,45 @@ class HandMadeGraph:
         return 0
 
 
-def system_of(
-    residual: Function, jacobian: Function, n: int, q: int, *, parameters: int = 0, keeps: bool = False
-) -> tuple[System, Handles, HandMadeGraph, HandMadeGraph]:
-    """A system whose graphs are functions, its handles, and its graphs.
+@dataclass
+class System:
+    """A system whose graphs are functions."""
 
-    Args:
-        residual: of unknowns, givens and parameters; gives `-r`.
-        jacobian: of the same; gives the Jacobian and `-r`.
-        n: number of unknowns.
-        q: number of entries of the givens.
-        parameters: number of parameters.
-        keeps: see `HandMadeGraph`.
+    solver: BlockSolver
+
+    def solve(self, u: Tensor, g: Tensor, parameters: Sequence[Tensor], *settings: Any, **options: Any) -> Solved:
+        """Solve from initial guesses `(rows, n)` with givens `(rows, q)`."""
+        return self.run(u, g, parameters, *settings, **options).solved
+
+    def run(self, u: Tensor, g: Tensor, parameters: Sequence[Tensor], *settings: Any, **options: Any) -> Pass:
+        """Solve, and differentiate where that is wanted."""
+        return self.solver.solve([u], [g], len(u), parameters, *settings, **options)
+
+
+def system_of(
+    residual: Function,
+    jacobian: Function,
+    n: int,
+    q: int,
+    *,
+    by_givens: Function | None = None,
+    parameters: int = 0,
+    keeps: bool = False,
+    code: MachineCode | None = None,
+) -> tuple[System, Handles, HandMadeGraph, HandMadeGraph]:
+    """A system, its handles, and its graphs: of the residual `-r`, and of the Jacobian and `-r`.
+
+    `by_givens` gives the derivative of the residual by the givens, at the solution.
     """
     handles = Handles()
     one = HandMadeGraph(residual, handles, 2 + parameters, 1, "residual", keeps=keeps)
     two = HandMadeGraph(jacobian, handles, 2 + parameters, 2, "jacobian", keeps=keeps)
-    return System(one, two, handles.functions, 0, machine_code.load(), n, q, most=1024), handles, one, two
+    of_derivatives: list[HandMadeGraph | None] = [None, None]
+    if by_givens is not None:
+        of_derivatives = [two, HandMadeGraph(by_givens, handles, 2 + parameters, 1, "by_givens", keeps=keeps)]
+    means = Means(code or machine_code.load(), handles.functions, 0)
+    block = Block([one, two, *of_derivatives], [n], [q], parameters)
+    return System(BlockSolver(block, means, most=1024)), handles, one, two
 
 
 # Forms of an output.

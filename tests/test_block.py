@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import references
-from hand_made_graphs import Function, expanded, once, strided, system_of, transposed
+from hand_made_graphs import Function, System, expanded, once, strided, system_of, transposed
 from neml2_aoti_plugin._graphs.c_interface import tensor_functions
 from neml2_aoti_plugin._graphs.power import power_executor
 from neml2_aoti_plugin._solve import machine_code
-from neml2_aoti_plugin._solve.block import System
+from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means
 from neml2_aoti_plugin._solve.newton import Solved
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
 from neml2_aoti_plugin.settings import NewtonSettings
@@ -300,11 +300,12 @@ class TestCompiledGraphsThatFail:
         assert segment.graphs.jacobian is not None
         rows = len(state["t"])
         segment.guess(state, rows)
-        u, g = segment.unknowns.pack(state, rows)[0], segment._givens.pack(state, rows)[0]
+        u, g = segment.unknowns.pack(state, rows)[0], segment.givens.pack(state, rows)[0]
         residual, jacobian = segment.graphs.residual.library(), segment.graphs.jacobian.library()
         fails, executor = failing
         sizes = u.shape[1], g.shape[1]
-        system = System(residual, jacobian, tensor_functions(), executor, machine_code.load(), *sizes, most=1024)
+        means = Means(machine_code.load(), tensor_functions(), executor)
+        system = System(BlockSolver(Block([residual, jacobian, None, None], sizes[:1], sizes[1:]), means, most=1024))
         settings = replace(TIGHT, atol=1e-8, rtol=1e-8)
         right = system.solve(u, g, [], settings)
         before = 0
@@ -396,7 +397,10 @@ class TestLog:
     def test_of_few_iterations(self, miters: int) -> None:
         g = SQUARES.unsqueeze(-1)
         lines = self.lines(square_roots(), torch.ones_like(g), g, NewtonSettings(miters=miters))
-        assert sum(line.startswith("ITERATION") for line in lines) == max(miters - 1, 0) + 1
+        # Rows that a few updates with chord steps do not solve are solved again without.
+        attempts = 1 + sum("solved again" in line for line in lines)
+        assert attempts == (2 if miters == 4 else 1)
+        assert sum(line.startswith("ITERATION") for line in lines) == attempts * (max(miters - 1, 0) + 1)
 
     def test_of_no_row_that_moves(self) -> None:
         g = SQUARES.unsqueeze(-1)

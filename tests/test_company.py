@@ -14,7 +14,7 @@ from torch import Tensor
 
 import references
 from neml2_aoti_plugin import Model
-from neml2_aoti_plugin._solve.choice import VARIABLE
+from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
 from references import Case, Tensors
 from stubs.catalogue import CATALOGUE, EXPLICIT
 

@@ -19,7 +19,7 @@ from neml2_aoti_plugin import Model, status
 from neml2_aoti_plugin import _log as log
 from neml2_aoti_plugin._cli.doctor import diagnose
 from neml2_aoti_plugin._cli.target import find_target
-from neml2_aoti_plugin._solve.choice import VARIABLE
+from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
 from neml2_aoti_plugin.model._plan import SHORT
 from references import difference
 

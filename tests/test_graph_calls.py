@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from hand_made_graphs import Function, Handles, HandMadeGraph, expanded, once, strided, transposed
-from neml2_aoti_plugin._solve import machine_code
-from neml2_aoti_plugin._solve.graph_calls import GraphCaller
+from neml2_aoti_plugin._solve.native import GraphCaller
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
 
 ROWS = (1, 2, 15, 16, 17, 40)
@@ -28,7 +27,7 @@ def call(caller: GraphCaller, *given: Any) -> list[Tensor]:
 def caller_of(function: Function, inputs: int, outputs: int) -> tuple[GraphCaller, Handles, HandMadeGraph]:
     handles = Handles()
     graph = HandMadeGraph(function, handles, inputs, outputs)
-    return GraphCaller(graph, handles.functions, 0, machine_code.load()), handles, graph
+    return GraphCaller(graph, handles.means), handles, graph
 
 
 def arguments(rows: int, sites: int = 3) -> list[Tensor]:

@@ -26,11 +26,12 @@ import references
 from attacks import children
 from attacks.children import REPOSITORY
 from hand_made_graphs import system_of
-from neml2_aoti_plugin._solve import block, code_file, machine_code
+from neml2_aoti_plugin._solve import code_file, machine_code
 from neml2_aoti_plugin._solve.machine_code import MachineCode
+from neml2_aoti_plugin._solve.native import Derivatives
 from neml2_aoti_plugin.settings import NewtonSettings
 
-ENTRIES = {"solve_block", "solve_columns", "call_graph"}
+ENTRIES = {"solve_block", "call_graph"}
 # What the code takes from elsewhere: LLVM's intrinsics, and what C's library has on every platform.
 ELSEWHERE = re.compile(r"llvm\.|(memset|memcpy|memmove|sqrt)$")
 
@@ -74,20 +75,15 @@ def test_bits_do_not_depend_on_the_vectors_of_the_processor() -> None:
     codes = {name: made(cpu, "") for name, (cpu, has) in kinds.items() if has}
     assert "sse2" in codes
     generator = torch.Generator().manual_seed(1)
-    a = torch.randn(37, 9, 9, dtype=torch.float64, generator=generator)
-    b = torch.randn(37, 9, 4, dtype=torch.float64, generator=generator)
     g = torch.randn(37, 5, dtype=torch.float64, generator=generator)
-    right_columns, right = block.columns(machine_code.load(), a, b, [3, 0, 1]), cubes(machine_code.load(), g)
-    exact = torch.linalg.solve(a, -b[..., [3, 0, 1]])
-    assert float((right_columns - exact).abs().max() / exact.abs().max()) < 1e-12
+    right = cubes(machine_code.load(), g)
     for name, code in codes.items():
-        assert torch.equal(block.columns(code, a, b, [3, 0, 1]), right_columns), name
         for one, other in zip(cubes(code, g), right, strict=True):
             assert torch.equal(one, other), name
 
 
-def cubes(code: MachineCode, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve `M u + u^3 = g`; unknowns, iterations and norms."""
+def cubes(code: MachineCode, g: Tensor) -> tuple[Tensor, ...]:
+    """Solve `M u + u^3 = g`; unknowns, iterations, norms and derivatives."""
     factor = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     m = factor @ factor.T / 5 + torch.eye(5, dtype=torch.float64)
 
@@ -97,12 +93,17 @@ def cubes(code: MachineCode, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def jacobian(u: Tensor, g: Tensor) -> list[Tensor]:
         return [m + torch.diag_embed(3.0 * u * u), *residual(u, g)]
 
-    system, *_ = system_of(residual, jacobian, 5, 5)
-    system.code = code
+    def by_givens(u: Tensor, g: Tensor) -> list[Tensor]:
+        return [-torch.eye(5, dtype=torch.float64).repeat(len(u), 1, 1)]
+
+    system, *_ = system_of(residual, jacobian, 5, 5, by_givens=by_givens, code=code)
     settings = NewtonSettings(atol=1e-12, rtol=1e-12, miters=50, ls_max_iters=5)
-    found = system.solve(torch.zeros_like(g), g, [], settings)
-    assert found.statistics.all_converged
-    return found.unknowns[0], found.statistics.iterations, found.statistics.norms
+    found, _, derivatives = system.run(torch.zeros_like(g), g, [], settings, wanted=Derivatives([0, 1, 4]))
+    assert found.statistics.all_converged and derivatives is not None
+    (u,) = found.unknowns
+    exact = torch.linalg.inv(jacobian(u, g)[0])[..., [0, 1, 4]]
+    torch.testing.assert_close(derivatives, exact, rtol=1e-10, atol=1e-10)
+    return u, found.statistics.iterations, found.statistics.norms, derivatives
 
 
 @pytest.mark.skipif(sys.platform != "linux" or sys.maxsize < 2**32, reason="lays out memory as Linux does")
@@ -172,16 +173,25 @@ def undefined(elf: bytes) -> Iterator[str]:
                 yield elf[begin : elf.index(b"\0", begin)].decode()
 
 
-# A process that asks for the machine code, shows where it is kept, and solves two systems with it.
+# A process that asks for the machine code, shows where it is kept, and calls it.
 LOAD = """
-    import sys, torch
-    from neml2_aoti_plugin._solve import block, choice, code_file, machine_code
+    import sys, numpy, torch
+    from neml2_aoti_plugin._solve import code_file, machine_code
+    from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means
+    from neml2_aoti_plugin.settings import NewtonSettings
     machine_code._PATIENCE = 1e9
+    class Graph:
+        inputs, run, handle, file = 2, 0, 0, None
+        def __init__(self, outputs):
+            self.outputs = outputs
+        def container(self):
+            return self
     def show():
         code = machine_code.load()
-        a = torch.tensor([[[0.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
-        b = torch.tensor([[[-2.0], [-10.0]], [[3.0], [4.0]]], dtype=torch.float64)
-        assert block.columns(code, a, b, [0]).flatten().tolist() == [2.0, 1.0, -3.0, -4.0]
+        block = Block([Graph(1), Graph(2), None, None], [2], [1])
+        solver = BlockSolver(block, Means(code, numpy.zeros(9, numpy.int64), 0), 16)
+        found = solver.solve([None], [torch.empty(0, 1)], 0, [], NewtonSettings())
+        assert found.solved.statistics.all_converged and found.solved.unknowns[0].shape == (0, 2)
         print(code.kept)
 """
 SHOW = LOAD + "    show()\n"
@@ -354,8 +364,7 @@ def test_signal_in_the_middle_of_making_it(tmp_path: Path, monkeypatch: pytest.M
             interrupts += 1
     assert interrupts >= 2
     code = machine_code._load()
-    a = torch.eye(3, dtype=torch.float64).unsqueeze(0)
-    assert torch.equal(block.columns(code, a, a, [1])[0, :, 0], -a[0, :, 1])
+    assert cubes(code, torch.ones(3, 5, dtype=torch.float64))[0].shape == (3, 5)
     assert str(code.kept) == str(only(tmp_path))
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from hand_made_graphs import system_of
-from neml2_aoti_plugin._solve import block, machine_code, newton
-from neml2_aoti_plugin._solve.criteria import FINE, criteria_of
+from neml2_aoti_plugin._solve import newton
+from neml2_aoti_plugin._solve.criteria import FINE
 from neml2_aoti_plugin._solve.groups import Group
+from neml2_aoti_plugin._solve.native import Derivatives
 from neml2_aoti_plugin._solve.newton import Solved
 from neml2_aoti_plugin._solve.outcome import Outcome
 from neml2_aoti_plugin._solve.system import Groups, Linearisation, System
-from neml2_aoti_plugin._solve.tensors import TensorRows
+from neml2_aoti_plugin._solve.tensors import solve_rows
 from neml2_aoti_plugin.settings import NewtonSettings
 
 # Plain Newton's method; chord steps have tests of their own.
@@ -116,8 +117,12 @@ def by_tensors(
     **options: bool,
 ) -> Solved:
     layout = (Group("dense"),)
-    rows = TensorRows(Bound(equations, g), [u], (layout, layout), criteria_of(settings, **options))
-    return newton.solve(rows, settings, tell)
+    whole = Bound(equations, g)
+
+    def system(rows: Tensor | None) -> System:
+        return whole if rows is None else whole.take(rows)
+
+    return solve_rows(system, [u], (layout, layout), settings, tell=tell, **options)
 
 
 IMPLEMENTATIONS = {"machine code": by_machine_code, "tensors": by_tensors}
@@ -424,12 +429,11 @@ def test_no_chord_step_follows_a_step_that_was_cut_back(solve: Implementation, l
     """From beyond 1.39 the first step on arctan is cut back; from 0.8 it is not, and a chord step follows."""
     arctan = Equations(lambda u, g: -torch.atan(u), lambda u, g: (1.0 / (1.0 + u * u)).unsqueeze(-1))
     u = torch.tensor([[3.0], [20.0], [0.8]], dtype=torch.float64)
-    settings = NewtonSettings(atol=1e-12, rtol=0.0, miters=2, ls_max_iters=ls_max_iters, ls_cutback=8.0)
-    plain, chord = (
-        solve(arctan, u, torch.zeros_like(u), replace(settings, chord_steps=on)).unknowns[0] for on in (False, True)
-    )
-    assert torch.equal(plain[:2], chord[:2])
-    assert abs(float(chord[2])) < abs(float(plain[2]))
+    settings = NewtonSettings(atol=0.25, rtol=0.0, miters=2, ls_max_iters=ls_max_iters, ls_cutback=8.0)
+    plain, chord = (solve(arctan, u, torch.zeros_like(u), replace(settings, chord_steps=on)) for on in (False, True))
+    assert torch.equal(plain.unknowns[0][:2], chord.unknowns[0][:2])
+    assert plain.statistics.converged.tolist() == [False] * 3
+    assert chord.statistics.converged.tolist() == [False, False, True]
 
 
 def test_coupled_rows_agree_with_scipy(solve: Implementation) -> None:
@@ -476,12 +480,32 @@ def test_bits_of_a_row_do_not_depend_on_its_company(solve: Implementation, toler
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 19, 30])
-def test_columns_of_small_systems(n: int) -> None:
+def test_derivatives_of_small_systems(n: int) -> None:
+    """Of rows that are solved as they begin; one has a Jacobian without an inverse."""
     generator = torch.Generator().manual_seed(n)
     a = torch.randn(9, n, n, dtype=torch.float64, generator=generator) + 3.0 * torch.eye(n, dtype=torch.float64)
     b = torch.randn(9, n, 4, dtype=torch.float64, generator=generator)
+    directions = torch.randn(9, 4, 2, dtype=torch.float64, generator=generator)
     a[5, 0] = 0.0
-    found = block.columns(machine_code.load(), a, b, [2, 0])
-    good = torch.arange(9) != 5
-    torch.testing.assert_close(found[good], -torch.linalg.solve(a[good], b[good][..., [2, 0]]), rtol=1e-10, atol=1e-12)
-    assert bool(found[5].isnan().all())
+    g = torch.arange(9.0, dtype=torch.float64)[:, None].expand(9, 4).contiguous()
+
+    def of_rows(x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda u, g: x[g[:, 0].long()]
+
+    system, handles, *_ = system_of(
+        lambda u, g: [torch.zeros_like(u)],
+        lambda u, g: [of_rows(a)(u, g), torch.zeros_like(u)],
+        n,
+        4,
+        by_givens=lambda u, g: [of_rows(b)(u, g)],
+    )
+    for wanted, right in (
+        (Derivatives([2, 0]), b[..., [2, 0]]),
+        (Derivatives(directions=directions), b @ directions),
+        (Derivatives(directions=directions[:1]), b @ directions[:1]),
+    ):
+        found = system.run(torch.zeros(9, n, dtype=torch.float64), g, [], NewtonSettings(), wanted=wanted).derivatives
+        assert found is not None and not handles.alive and not handles.strays
+        good = torch.arange(9) != 5
+        torch.testing.assert_close(found[good], -torch.linalg.solve(a[good], right[good]), rtol=1e-10, atol=1e-12)
+        assert bool(found[5].isnan().all())

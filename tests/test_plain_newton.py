@@ -19,8 +19,9 @@ import references
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._program import implicit
 from neml2_aoti_plugin._program.blocks import BLOCK_ROWS
-from neml2_aoti_plugin._solve.choice import VARIABLE
+from neml2_aoti_plugin._program.sensitivity import SolvedSegment
 from neml2_aoti_plugin._solve.groups import row_norms
+from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
 from neml2_aoti_plugin.model import Solution
 from references import Case, Tensors
 
@@ -138,10 +139,10 @@ class Solved:
 
 def solved(model: Model, rows: Tensors, monkeypatch: pytest.MonkeyPatch) -> Solved:
     """Solve, and evaluate the residual at what came of it by the compiled graph."""
-    solves: list[tuple[implicit.ImplicitSegment, implicit.Solved]] = []
+    solves: list[tuple[implicit.ImplicitSegment, SolvedSegment]] = []
     solve = implicit.ImplicitSegment.solve
 
-    def noted(segment: implicit.ImplicitSegment, *arguments: Any, **options: Any) -> implicit.Solved:
+    def noted(segment: implicit.ImplicitSegment, *arguments: Any, **options: Any) -> SolvedSegment:
         found = solve(segment, *arguments, **options)
         solves.append((segment, found))
         return found
@@ -221,7 +222,7 @@ def test_a_scenario_runs_in_which_chord_steps_lead_a_row_astray(monkeypatch: pyt
     most: list[int] = []
     solve = implicit.ImplicitSegment.solve
 
-    def noted(*arguments: Any, **options: Any) -> implicit.Solved:
+    def noted(*arguments: Any, **options: Any) -> SolvedSegment:
         found = solve(*arguments, **options)
         most.append(int(found.statistics.iterations.max()))
         return found

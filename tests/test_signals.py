@@ -138,10 +138,10 @@ def test_no_python_runs_inside_the_graphs_of_a_power_law(kernels: str) -> None:
         SETUP
         + """
 from neml2_aoti_plugin._graphs.loaded import Loaded
-from neml2_aoti_plugin._solve import block, choice
+from neml2_aoti_plugin._solve import machine_code, native
 
-machine = choice.machine()[0]
-solve = Loaded.run if machine is None else block.System.solve
+machine = machine_code.machine_code()[0]
+solve = Loaded.run if machine is None else native.BlockSolver.solve
 ran, entered = [], []
 
 def watch(frame, event, what):

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from .._solve import choice, machine_code
+from .._solve import machine_code
 from .._status import Status
 from ..errors import AOTIError
 from .output import first_line
@@ -143,18 +143,18 @@ def newton_loop() -> tuple[KernelsReport, Finding]:
         # It imports llvmlite, which may be there and not work.
         found, reason = means()
     except AOTIError as error:
-        return KernelsReport("", str(error)), Finding(subject, "problem", str(error), f"unset {choice.VARIABLE}")
+        return KernelsReport("", str(error)), Finding(subject, "problem", str(error), f"unset {machine_code.CHOICE}")
     if found is None:
-        asked_for = reason == f"{choice.VARIABLE}={choice.TORCH}"
-        cure = f"unset {choice.VARIABLE}" if asked_for else "pip install -U llvmlite neml2-aoti-plugin"
+        asked_for = reason == f"{machine_code.CHOICE}={machine_code.TORCH}"
+        cure = f"unset {machine_code.CHOICE}" if asked_for else "pip install -U llvmlite neml2-aoti-plugin"
         says = f"by torch's operations, and graphs by torch's runner ({reason}); machine code is faster on a CPU"
-        return KernelsReport(choice.TORCH, reason), Finding(subject, "advice", says, cure)
+        return KernelsReport(machine_code.TORCH, reason), Finding(subject, "advice", says, cure)
     files, kept = len(machine_code.files()), found.code.kept
     if not kept:
         says = "by machine code, which cannot be kept: each process makes it anew, which takes a second"
         cure = f"Name a folder that only you can write to: {machine_code.VARIABLE}=FOLDER"
-        return KernelsReport(choice.NATIVE, reason, files=files), Finding(subject, "advice", says, cure)
-    report = KernelsReport(choice.NATIVE, reason, str(kept.parent), files)
+        return KernelsReport(machine_code.NATIVE, reason, files=files), Finding(subject, "advice", says, cure)
+    report = KernelsReport(machine_code.NATIVE, reason, str(kept.parent), files)
     return report, Finding(subject, "fine", f"by machine code, which is kept in {kept.parent}")
 
 

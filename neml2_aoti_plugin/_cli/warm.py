@@ -34,12 +34,12 @@ def command(as_json: bool) -> int:
 
     NEML2_AOTI_PLUGIN_CACHE names another folder than the user's cache folder. Exit status 1 if it cannot be kept.
     """
-    from .._solve import choice
+    from .._solve import machine_code
 
-    code, reason = choice.machine()
+    code, reason = machine_code.machine_code()
     if code is None:
-        return show("warm", WarmReport(choice.TORCH, reason, ""), as_json, render, FINE)
-    report = WarmReport(choice.NATIVE, reason, str(code.kept or ""))
+        return show("warm", WarmReport(machine_code.TORCH, reason, ""), as_json, render, FINE)
+    report = WarmReport(machine_code.NATIVE, reason, str(code.kept or ""))
     return show("warm", report, as_json, render, FINE if code.kept else SHORT)
 
 

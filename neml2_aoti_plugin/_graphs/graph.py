@@ -111,12 +111,16 @@ class Graph:
             ArtifactError: the graph does not take such arguments.
             AOTIError: the process was forked, and torch would wait for threads that it does not have.
         """
-        if forks.forked_after_use:
-            forks.require_one_thread(self.file)
+        self.require_process()
         ranks = tuple([a.ndim for a in arguments])
         if ranks not in self._compared:
             self._compare(arguments)
             self._compared.add(ranks)
+
+    def require_process(self) -> None:
+        """Refuse to run in a forked process where torch would wait for threads that it does not have."""
+        if forks.forked_after_use:
+            forks.require_one_thread(self.file)
 
     def _first(self, arguments: list[Tensor]) -> list[Tensor]:
         outputs = Graph.__call__(self, arguments)

@@ -97,7 +97,7 @@ def newton_solve_eager_masked(
     layouts = _layouts(unknown_layout, residual_layout, u0)
     criteria = criteria_of(settings, small_steps=True, as_native=True)
     rows = FrozenRows(CallableSystem(residual_fn, step_fn), list(u0), layouts, criteria)
-    found = newton.solve(rows, settings, newton.listener())
+    found = newton.iterate(rows, settings, newton.listener())
     return found.unknowns, found.statistics.converged, rows.updates
 
 
@@ -167,7 +167,7 @@ def _solve(
     rows = LockstepRows(system, list(u0), layouts, criteria_of(settings, as_native=True))
     log.emit("newton", "info", "---- begin newton solve ----")
     try:
-        found = newton.solve(rows, settings, report if collect_log else shown)
+        found = newton.iterate(rows, settings, report if collect_log else shown)
         if log.enabled("newton", "info"):
             log.emit("newton", "info", newton.outcome_line(found.statistics, settings))
     finally:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._artifact.schema import ExplicitInfo, Pair, PairGraph, Variable
 from .._graphs.graph import Graph
-from .parameters import Values
+from .packing import Values
 from .systems import GraphOf, check_arity
 from .tangents import PER_SITE, Columns, Tangents, add, contract, forward_block, per_site
 

@@ -1,9 +1,8 @@
-"""Implicit segments: first iterate, Newton solve, and derivatives by the implicit function theorem."""
+"""Implicit segments: initial guess, Newton solve, and derivatives by the implicit function theorem."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,68 +10,45 @@ from torch import Tensor
 
 from .. import _log as log
 from .._artifact import schema
-from .._graphs.c_interface import Unavailable
-from .._solve import block, newton
+from .._graphs.c_interface import Library, Unavailable
+from .._graphs.graph import Graph
+from .._solve import newton
 from .._solve.criteria import criteria_of
 from .._solve.lockstep import FrozenRows, LockstepRows
-from .._solve.outcome import RowStatistics
-from .._solve.system import Groups
-from .._solve.tensors import TensorRows
+from .._solve.native import Block, BlockSolver, Derivatives, Means, Prediction, UnfitPredictor
+from .._solve.system import Groups, System
+from .._solve.tensors import solve_rows
 from ..settings import NewtonSettings
 from .blocks import MAX_ROWS
-from .native_graph import Means, means
-from .packing import Packing
-from .parameters import Values
-from .sensitivity import Sensitivity, sensitivity_of
+from .native_graph import means
+from .packing import Packing, State, Values
+from .sensitivity import Sensitivity, SolvedSegment
 from .systems import GraphOf, SystemGraphs, check_arity
-from .tangents import Columns, Tangents, add, times
+from .tangents import Columns, Tangents
 
-# A solve of a segment from packed unknowns and givens; the flag asks for small last steps (`substep_del_tol`).
+# A solve by tensors from packed unknowns and givens; the flag asks for small last steps (`substep_del_tol`).
 Solve = Callable[[Groups, Groups, Sequence[Tensor], NewtonSettings, bool], newton.Solved]
 
 
-@dataclass
-class Solved:
-    """A solve with what its derivatives need.
-
-    Args:
-        unknowns: one tensor per group.
-        statistics: how each row fared.
-        givens: the givens that were held.
-        parameters: promoted parameters as the solve's graphs take them.
-        jacobian: blocks at the solution, once they have been asked for.
-    """
-
-    unknowns: Groups
-    statistics: RowStatistics
-    givens: Groups
-    parameters: list[Tensor]
-    jacobian: Groups = field(default_factory=list)
-
-
 class ImplicitSegment:
-    """An implicit segment with its graphs.
-
-    Args:
-        spec: the segment.
-        graph_of: gives the graph of a file.
-        device: that the graphs run on.
-        dtype: that they compute in.
-        lockstep: whether all rows iterate until the slowest has converged, as in neml2's C++ runtime.
-    """
+    """An implicit segment with its graphs; `lockstep` has all rows iterate until the slowest has converged."""
 
     def __init__(
         self, spec: schema.ImplicitInfo, graph_of: GraphOf, device: torch.device, dtype: torch.dtype, lockstep: bool
     ) -> None:
-        self.spec, self._lockstep = spec, lockstep
+        self.spec = spec
         self.graphs = SystemGraphs(spec, graph_of, device, lockstep)
-        self.unknowns, self._givens = Packing(spec.unknowns), Packing(spec.givens)
+        self.unknowns, self.givens = Packing(spec.unknowns), Packing(spec.givens)
         self.predictor = graph_of(spec.predictor.file) if spec.predictor else None
-        # Unknowns that need a first iterate before a predictor speaks.
+        # Unknowns that need an initial guess before a predictor speaks.
         predicted = set(spec.predictor.outputs) - set(spec.predictor.inputs) if spec.predictor else set()
         self._unpredicted = [v for v in spec.unknown_variables if v.name not in predicted]
-        self.sensitivity: Sensitivity | None = sensitivity_of(spec, self.graphs, graph_of)
-        self._solve, self.implementation = _solver(spec, self.graphs, dtype, lockstep)
+        # None where the segment was compiled without derivatives.
+        differentiable = spec.sensitivity or spec.parameter_sensitivity
+        self.sensitivity = Sensitivity(spec, self.graphs, graph_of) if differentiable else None
+        self._by_tensors: Solve = partial(_in_lockstep if lockstep else _by_tensors, self.graphs)
+        found, self.implementation = _means_of(spec, self.graphs, dtype, lockstep)
+        self._by_machine_code = None if found is None else _MachineCode(self, found)
         log.emit("model", "info", f"Newton loop of {graph_of(spec.residual).file.name}: {self.implementation}")
 
     @property
@@ -80,31 +56,24 @@ class ImplicitSegment:
         """Parameters that the graphs take once for all rows."""
         return self.spec.parameters
 
-    def guess(self, state: dict[str, Tensor], rows: int, given: frozenset[str] = frozenset()) -> None:
-        """Put the first iterate of the unknowns into `state`: what the caller gave, else a predictor's, else zero.
-
-        Args:
-            state: variables, `(rows, ...)`.
-            rows: the batch.
-            given: unknowns whose value in `state` the caller gave, so that no predictor has a say in them.
-        """
-        kept = {v.name: state[v.name] for v in self.spec.unknown_variables if v.name in given}
+    def guess(self, state: State, rows: int, given: frozenset[str] = frozenset()) -> None:
+        """Put the initial guess of the unknowns into `state`: what the caller gave, else a predictor's, else zero."""
+        kept = {name: state[name] for name in self.unknowns.names if name in given}
         like = next(iter(state.values()))
         for unknown in self._unpredicted:
             if unknown.name not in state:
                 state[unknown.name] = like.new_zeros((rows, *unknown.natural_shape))
         if self.predictor is not None and self.spec.predictor is not None:
-            self._predict(self.spec.predictor, state, rows)
+            self._predict(self.spec.predictor, self.predictor, state, rows)
             state.update(kept)
 
-    def _predict(self, spec: schema.Predictor, state: dict[str, Tensor], rows: int) -> None:
-        assert self.predictor is not None
+    def _predict(self, spec: schema.Predictor, predictor: Graph, state: State, rows: int) -> None:
         loop = spec.feedback
         if loop is not None:
             state[loop.input.name] = next(iter(state.values())).new_zeros((rows, *loop.input.natural_shape))
         for _ in range(loop.iterations if loop is not None else 1):
-            outputs = self.predictor([state[name] for name in spec.inputs])
-            check_arity(self.predictor, outputs, len(spec.outputs), "predictor ")
+            outputs = predictor([state[name] for name in spec.inputs])
+            check_arity(predictor, outputs, len(spec.outputs), "predictor ")
             for name, value in zip(spec.outputs, outputs, strict=True):
                 state[name] = value if value.shape[0] == rows else value.expand(rows, *value.shape[1:])
             if loop is not None:
@@ -112,162 +81,205 @@ class ImplicitSegment:
 
     def solve(
         self,
-        state: dict[str, Tensor],
+        state: State,
         values: Values,
         rows: int,
         settings: NewtonSettings,
+        given: frozenset[str] = frozenset(),
+        tangents: Tangents | None = None,
         *,
         small_steps: bool = False,
-    ) -> Solved:
-        """Solve for the unknowns from the first iterate in `state`, and write them into it.
+        cut: bool = False,
+    ) -> SolvedSegment:
+        """Solve for the unknowns of the variables in `state`, and write them into it.
 
-        Args:
-            state: givens and first iterate, `(rows, ...)` each.
-            values: promoted parameters.
-            rows: the batch.
-            settings: of the Newton solve.
-            small_steps: whether the relative test also asks for a small last step (`substep_del_tol`).
-
-        Returns:
-            The outcome; rows that have not converged hold their last iterate.
+        Rows that have not converged hold their last iterate. `given` names the unknowns whose initial guess the caller
+        gave. Where there are `tangents`, what `carry` needs of the solve is evaluated with it.
         """
-        givens = self._givens.pack(state, rows)
-        first = self.unknowns.pack(state, rows)
         parameters = values.common(self.spec.parameters)
         speaks = log.enabled("newton", "info")
         if speaks:
             log.emit("newton", "info", "---- begin newton solve ----")
-        found = self._solve_rows(first, givens, parameters, settings, small_steps)
+        solved = None
+        if self._by_machine_code is not None:
+            wanted = None
+            if tangents is not None and self.sensitivity is not None:
+                wanted = self.sensitivity.wanted(tangents, rows, next(iter(state.values())), cut)
+            solved = self._by_machine_code.solve(state, rows, parameters, settings, given, small_steps, wanted)
+        if solved is None:
+            self.guess(state, rows, given)
+            unknowns, givens = self.unknowns.pack(state, rows), self.givens.pack(state, rows)
+            found = self._by_tensors(unknowns, givens, parameters, settings, small_steps)
+            solved = SolvedSegment(found.unknowns, found.statistics, givens, parameters)
         if speaks:
-            log.emit("newton", "info", newton.outcome_line(found.statistics, settings))
+            log.emit("newton", "info", newton.outcome_line(solved.statistics, settings))
             log.emit("newton", "info", "---- end newton solve ----")
-        state.update(self.unknowns.unpack(found.unknowns))
-        return Solved(found.unknowns, found.statistics, givens, parameters)
-
-    def _solve_rows(
-        self, first: Groups, givens: Groups, parameters: Sequence[Tensor], settings: NewtonSettings, small_steps: bool
-    ) -> newton.Solved:
-        """Solve all rows; those that fail with chord steps are solved again, by Newton's method alone."""
-        found = self._solve(first, givens, parameters, settings, small_steps)
-        if found.statistics.all_converged or self._lockstep or not settings.chord_steps:
-            return found
-        # Without an update there was no chord step, and the second solve would end as the first.
-        failed = ~found.statistics.converged & (found.statistics.iterations > 0)
-        rows = failed.nonzero().squeeze(-1)
-        if not len(rows):
-            return found
-        log.emit("newton", "debug", f"{len(rows)} row(s) failed with chord steps, and are solved again without them")
-        first, givens = ([x.index_select(0, rows) for x in groups] for groups in (first, givens))
-        again = self._solve(first, givens, parameters, replace(settings, chord_steps=False), small_steps)
-        return newton.put(found, rows, again)
+        state.update(self.unknowns.unpack(solved.unknowns))
+        return solved
 
     def carry(
-        self, solved: Solved, values: Values, tangents: Tangents, parameters: frozenset[str], *, cut: bool = False
-    ) -> dict[str, Columns]:
-        """Derivatives of the unknowns at the solution.
-
-        Args:
-            solved: the solve.
-            values: promoted parameters.
-            tangents: derivatives of the givens.
-            parameters: authored names of the parameters to differentiate by.
-            cut: whether the solve is over a part of the increment only. The compiled pairs are those that lead from the
-                model's inputs to its outputs over the whole of it; over a part all givens may matter.
-
-        Returns:
-            Of each unknown, its derivatives by the seeds of `tangents` and by `parameters`.
-
-        Raises:
-            DerivativeNotCompiledError: a derivative over a part of the increment is not in the artifact.
-        """
-        found: dict[str, Columns] = {v.name: {} for v in self.spec.unknown_variables}
-        if self.sensitivity is None:
-            return found
-        reached = {v.name for g in self.spec.givens for v in g.variables if tangents.get(v.name)}
-        if reached:
-            whole = cut and not self.sensitivity.covers(reached)
-            direction = (self.sensitivity.along_all if whole else self.sensitivity.along)(solved, tangents, reached)
-            if direction is not None:
-                for name, columns in direction.items():
-                    found[name].update(columns)
-            else:
-                for pair, block in self.sensitivity.blocks(solved):
-                    for seed, column in tangents.get(pair.wrt, {}).items():
-                        add(found[pair.out], seed, times(block, column))
-        if any(name in parameters for name in self.sensitivity.parameters):
-            for pair, block in self.sensitivity.parameter_blocks(solved, values):
-                if pair.wrt in parameters:
-                    add(found[pair.out], ("parameter", pair.wrt), block)
-        return found
-
-
-def _solver(spec: schema.ImplicitInfo, graphs: SystemGraphs, dtype: torch.dtype, lockstep: bool) -> tuple[Solve, str]:
-    """How a segment is solved, and the name of the implementation with the reason for it."""
-    if lockstep:
-        return partial(_in_lockstep, graphs), "torch (lockstep)"
-    if not graphs.factored or dtype != torch.float64 or any(g.structure != "dense" for g in spec.givens):
-        return partial(_by_tensors, graphs), "torch (not one dense group on a CPU in float64)"
-    if len(spec.givens) != 1 or not graphs.residual.takes_one_batch_axis:
-        return partial(_by_tensors, graphs), "torch (not one group of givens, or pinned batch axes)"
-    found, reason = means()
-    if found is None:
-        return partial(_by_tensors, graphs), f"torch ({reason})"
-    n = sum(v.size for v in spec.unknown_variables)
-    q = sum(v.size for g in spec.givens for v in g.variables)
-    return _Native(graphs, found, n, q), f"native ({reason})"
-
-
-class _Native:
-    """Solves one dense group on a CPU by machine code; by tensors where its graphs have no C interface.
-
-    Args:
-        graphs: of the segment.
-        means: what its graphs are called with.
-        n: number of unknowns.
-        q: number of entries of the givens.
-    """
-
-    def __init__(self, graphs: SystemGraphs, means: Means, n: int, q: int) -> None:
-        self._graphs, self._means, self._sizes = graphs, means, (n, q)
-        self._system: block.System | None = None
-        self._by_tensors = False
-
-    def __call__(
         self,
-        first: Groups,
-        givens: Groups,
-        parameters: Sequence[Tensor],
-        settings: NewtonSettings,
-        small_steps: bool,
-    ) -> newton.Solved:
-        """See `Solve`."""
-        graphs = self._graphs
-        assert graphs.jacobian is not None
-        if self._system is None and not self._by_tensors:
-            self._load()
-        if self._system is None or any(p.dtype != torch.float64 or not p.is_contiguous() for p in parameters):
-            return _by_tensors(graphs, first, givens, parameters, settings, small_steps)
-        arguments = [first[0], givens[0], *parameters]
-        graphs.residual.require(arguments)
-        graphs.jacobian.require(arguments)
-        return self._system.solve(
-            first[0], givens[0], parameters, settings, small_steps=small_steps, tell=newton.listener()
-        )
+        solved: SolvedSegment,
+        values: Values,
+        tangents: Tangents,
+        parameters: frozenset[str],
+        *,
+        cut: bool = False,
+    ) -> dict[str, Columns]:
+        """Derivatives of the unknowns at the solution; see `Sensitivity.carry`."""
+        if self.sensitivity is None:
+            return {name: {} for name in self.unknowns.names}
+        return self.sensitivity.carry(solved, values, tangents, parameters, cut)
 
-    def _load(self) -> None:
-        means, libraries = self._means, []
-        assert self._graphs.jacobian is not None
-        for graph in (self._graphs.residual, self._graphs.jacobian):
+
+def _means_of(
+    spec: schema.ImplicitInfo, graphs: SystemGraphs, dtype: torch.dtype, lockstep: bool
+) -> tuple[Means | None, str]:
+    """What machine code solves a segment with, None for tensors; the name of the implementation with the reason."""
+    if lockstep:
+        return None, "torch (lockstep)"
+    if not graphs.factored or dtype != torch.float64 or any(g.structure != "dense" for g in spec.givens):
+        return None, "torch (not one dense group on a CPU in float64)"
+    if len(spec.givens) != 1 or not graphs.residual.takes_one_batch_axis:
+        return None, "torch (not one group of givens, or pinned batch axes)"
+    found, reason = means()
+    return found, f"torch ({reason})" if found is None else f"native ({reason})"
+
+
+class _MachineCode:
+    """Solves a segment of one dense group on a CPU by machine code, where the graphs have a C interface."""
+
+    def __init__(self, segment: ImplicitSegment, means: Means) -> None:
+        self._segment, self._means = segment, means
+        self._unknowns = segment.spec.unknown_variables
+        # The columns at which each unknown begins.
+        self._columns = {v.name: sum(u.size for u in self._unknowns[:k]) for k, v in enumerate(self._unknowns)}
+        # Made at the first call; None where a graph has no C interface.
+        self._solver: BlockSolver | None = None
+        self._looked_for = self._predicts = False
+        # Shapes of parameters that the graphs are known to take.
+        self._required: set[tuple[torch.Size, ...]] = set()
+
+    def solve(
+        self,
+        state: State,
+        rows: int,
+        parameters: list[Tensor],
+        settings: NewtonSettings,
+        given: frozenset[str],
+        small_steps: bool,
+        wanted: Derivatives | None,
+    ) -> SolvedSegment | None:
+        """Solve for the unknowns of all rows; None where that is to be done by tensors."""
+        if not self._looked_for:
+            self._solver, self._looked_for = self._make(), True
+        solver, segment = self._solver, self._segment
+        if solver is None or any(p.dtype != torch.float64 or not p.is_contiguous() for p in parameters):
+            return None
+        kept = [column for name, column in self._columns.items() if name in given]
+        predicted_from: list[Tensor] = []
+        if segment.predictor is not None and len(kept) < len(self._columns):
+            if self._predicts:
+                predicted_from = self._predictor_inputs(state, rows)
+            else:
+                segment.guess(state, rows, given)
+        self._require(solver, rows, parameters)
+        try:
+            found = solver.solve(
+                [state.get(v.name) for v in self._unknowns],
+                [state[name] for name in segment.givens.names],
+                rows,
+                parameters,
+                settings,
+                predicted_from=predicted_from,
+                kept=kept,
+                small_steps=small_steps,
+                wanted=wanted if solver.differentiates else None,
+                tell=newton.listener(),
+            )
+        except UnfitPredictor:
+            # It is run as the graph of an explicit segment is, from now on.
+            self._predicts = False
+            return self.solve(state, rows, parameters, settings, given, small_steps, wanted)
+        solved = found.solved
+        return SolvedSegment(solved.unknowns, solved.statistics, [found.givens], parameters, found.derivatives)
+
+    def _make(self) -> BlockSolver | None:
+        """The solver with the graphs behind their C interface; None where that of the system have none."""
+        segment, graphs, sensitivity = self._segment, self._segment.graphs, self._segment.sensitivity
+        assert graphs.jacobian is not None, "only asked for where the segment is solved directly"
+        system = []
+        for graph in (graphs.residual, graphs.jacobian):
             try:
-                libraries.append(graph.library())
+                system.append(graph.library())
             except Unavailable as error:
                 log.emit("model", "info", f"{graph.file.name}: solved by torch's operations, since {error}")
-                self._by_tensors = True
-                return
-        residual, jacobian = libraries
-        self._system = block.System(
-            residual, jacobian, means.functions, means.executor, means.code, *self._sizes, 2 * MAX_ROWS
+                return None
+        derivatives: list[Library] = []
+        if sensitivity is not None and sensitivity.dense:
+            assert sensitivity.jacobian is not None and sensitivity.by_givens is not None
+            derivatives = _libraries(sensitivity.jacobian, sensitivity.by_givens)
+        predictor = _libraries(segment.predictor) if segment.predictor else []
+        self._predicts = bool(predictor)
+        block = Block(
+            [*system, *(derivatives or (None, None)), *predictor],
+            [v.size for v in self._unknowns],
+            [v.size for group in segment.spec.givens for v in group.variables],
+            len(segment.spec.parameters),
+            self._prediction(segment.spec.predictor) if predictor and segment.spec.predictor else None,
         )
+        return BlockSolver(block, self._means, 2 * MAX_ROWS)
+
+    def _prediction(self, spec: schema.Predictor) -> Prediction:
+        """Where the predictor's outputs go."""
+        loop = spec.feedback
+        sizes = {v.name: v.size for v in self._unknowns}
+        outputs = []
+        for name in spec.outputs:
+            fed = loop.input.name if loop is not None and loop.output == name else name
+            argument = spec.inputs.index(fed) if loop is not None and fed in spec.inputs else -1
+            size = sizes.get(name, loop.input.size if loop is not None and argument >= 0 else 0)
+            outputs.append((size, self._columns.get(name, -1), argument))
+        return Prediction(tuple(outputs), loop.iterations if loop is not None else 1)
+
+    def _predictor_inputs(self, state: State, rows: int) -> list[Tensor]:
+        """What the predictor takes; zeros for unknowns without a value, and for what it gives itself."""
+        spec = self._segment.spec.predictor
+        assert spec is not None and self._segment.predictor is not None
+        inputs = []
+        for name in spec.inputs:
+            if spec.feedback is not None and name == spec.feedback.input.name:
+                inputs.append(torch.zeros(rows, *spec.feedback.input.natural_shape, dtype=torch.float64))
+            elif name in state:
+                inputs.append(state[name])
+            else:
+                shape = next(v.natural_shape for v in self._unknowns if v.name == name)
+                inputs.append(torch.zeros(rows, *shape, dtype=torch.float64))
+        self._segment.predictor.require(inputs)
+        return inputs
+
+    def _require(self, solver: BlockSolver, rows: int, parameters: Sequence[Tensor]) -> None:
+        """Refuse what the graphs would read wrongly; shapes of parameters are compared once."""
+        graphs, sensitivity = self._segment.graphs, self._segment.sensitivity
+        graphs.residual.require_process()
+        shapes = tuple(p.shape for p in parameters)
+        if shapes in self._required:
+            return
+        arguments = [torch.empty(rows, solver.n), torch.empty(rows, solver.q)]
+        arguments = [*(x.to(torch.float64) for x in arguments), *parameters]
+        of_derivatives = (sensitivity.jacobian, sensitivity.by_givens) if sensitivity and solver.differentiates else ()
+        for graph in (graphs.residual, graphs.jacobian, *of_derivatives):
+            if graph is not None:
+                graph.require(arguments)
+        self._required.add(shapes)
+
+
+def _libraries(*graphs: Graph) -> list[Library]:
+    """The graphs behind their C interface; none where one has none, which says why when it is called otherwise."""
+    try:
+        return [graph.library() for graph in graphs]
+    except Unavailable:
+        return []
 
 
 def _by_tensors(
@@ -278,10 +290,13 @@ def _by_tensors(
     settings: NewtonSettings,
     small_steps: bool,
 ) -> newton.Solved:
-    """Solve any system."""
-    criteria = criteria_of(settings, small_steps=small_steps)
-    rows = TensorRows(graphs.system(givens, parameters), first, graphs.layouts, criteria)
-    return newton.solve(rows, settings, newton.listener())
+    """Solve any system, row by row."""
+
+    def system(rows: Tensor | None) -> System:
+        some = givens if rows is None else [x.index_select(0, rows) for x in givens]
+        return graphs.system(some, parameters)
+
+    return solve_rows(system, first, graphs.layouts, settings, small_steps=small_steps, tell=newton.listener())
 
 
 def _in_lockstep(
@@ -297,8 +312,10 @@ def _in_lockstep(
     if not small_steps:
         criteria = criteria_of(settings, as_native=True)
         rows = LockstepRows(graphs.system(givens, parameters), first, graphs.layouts, criteria)
-        found = newton.solve(rows, settings, tell)
+        found = newton.iterate(rows, settings, tell)
         if found.statistics.all_converged:
             return found
     criteria = criteria_of(settings, small_steps=True, as_native=True)
-    return newton.solve(FrozenRows(graphs.system(givens, parameters), first, graphs.layouts, criteria), settings, tell)
+    return newton.iterate(
+        FrozenRows(graphs.system(givens, parameters), first, graphs.layouts, criteria), settings, tell
+    )

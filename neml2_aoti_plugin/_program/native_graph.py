@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,31 +13,15 @@ from .._artifact.package import Package
 from .._graphs.c_interface import Unavailable, tensor_functions
 from .._graphs.graph import Graph
 from .._graphs.power import power_executor
-from .._solve import choice
-from .._solve.graph_calls import GraphCaller
-from .._solve.machine_code import MachineCode
+from .._solve import machine_code
+from .._solve.native import GraphCaller, Means
 from ..errors import AOTIError
 from .blocks import cut
-from .copies import put
+from .packing import put
 from .threads import run_all
 
 # Rows that a graph is called for at a time. Blocks of an implicit segment have fewer.
 GRAPH_ROWS = 1 << 14
-
-
-@dataclass(frozen=True)
-class Means:
-    """What this process calls graphs with by their C interface.
-
-    Args:
-        code: the machine code.
-        functions: addresses of torch's functions for tensors, see `c_interface.tensor_functions`.
-        executor: address of the proxy executor.
-    """
-
-    code: MachineCode
-    functions: np.ndarray
-    executor: int
 
 
 def means() -> tuple[Means | None, str]:
@@ -48,14 +30,14 @@ def means() -> tuple[Means | None, str]:
     Raises:
         InputError: the environment variable that chooses holds another word.
     """
-    code, reason = choice.machine()
+    code, reason = machine_code.machine_code()
     if code is None:
         return None, reason
     try:
         return Means(code, tensor_functions(), power_executor()), reason
     except Unavailable as error:
-        choice.give_up(f"torch {torch.__version__} cannot be called by C functions: {error}")
-    return None, choice.chosen()[1]
+        machine_code.give_up(f"torch {torch.__version__} cannot be called by C functions: {error}")
+    return None, machine_code.chosen()[1]
 
 
 class NativeGraph(Graph):
@@ -114,7 +96,7 @@ class NativeGraph(Graph):
             found, reason = means()
         if found is not None:
             try:
-                return GraphCaller(self.library(), found.functions, found.executor, found.code)
+                return GraphCaller(self.library(), found)
             except Unavailable as error:
                 reason = str(error)
         log.emit("model", "info", f"{self.file.name}: run by torch's runner, since {reason}")

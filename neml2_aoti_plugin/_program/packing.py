@@ -1,22 +1,24 @@
-"""Put variables into the group tensors of an implicit segment's graphs, and take them out again."""
+"""Variables in the group tensors of an implicit segment's graphs, parameters as one call sees them, and copies.
+
+Copies stay in the calling thread: torch copies a large tensor with all its threads. For the blocks of rows here that
+wins next to nothing; and where other programs use the processors too, the call waits at each copy until its helpers
+have had their turn. Nothing is recorded for autograd here, whatever the tensors ask for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._artifact.schema import GroupInfo, Variable
-from .._solve.groups import Group, Layout
-from .copies import joined
 
 State = dict[str, Tensor]
 
-
-def layout_of(groups: Sequence[GroupInfo]) -> Layout:
-    """The layout that the solvers work on."""
-    return tuple(Group(g.structure, g.sub_batch_shape) for g in groups)
+# Up to so many entries torch's operators use one thread (at::internal::GRAIN_SIZE).
+GRAIN = 32768
 
 
 def width_in(variable: Variable, group: GroupInfo) -> int:
@@ -25,11 +27,7 @@ def width_in(variable: Variable, group: GroupInfo) -> int:
 
 
 class Packing:
-    """The way of variables into the tensors of their groups, and back.
-
-    Args:
-        groups: the groups.
-    """
+    """The way of variables into the tensors of their groups, `(rows, *sub_batch if block, n)`, and back."""
 
     def __init__(self, groups: Sequence[GroupInfo]) -> None:
         self._groups = [
@@ -42,15 +40,7 @@ class Packing:
         self.names = tuple(v.name for g in groups for v in g.variables)
 
     def pack(self, state: Mapping[str, Tensor], rows: int) -> list[Tensor]:
-        """Concatenate variables into one tensor per group.
-
-        Args:
-            state: each variable, `(rows, *sub_batch, *base)`.
-            rows: the batch.
-
-        Returns:
-            Per group `(rows, n)` when dense, `(rows, *sub_batch, n)` when block.
-        """
+        """Concatenate variables `(rows, *sub_batch, *base)` into one tensor per group."""
         packed = []
         for variables, _ in self._groups:
             parts = [
@@ -65,17 +55,73 @@ class Packing:
         return packed
 
     def unpack(self, tensors: Sequence[Tensor]) -> State:
-        """Slice group tensors into variables, the inverse of `pack`.
-
-        Args:
-            tensors: one per group, as `pack` gives them.
-
-        Returns:
-            Each variable, `(rows, *sub_batch, *base)`.
-        """
+        """Slice group tensors into variables, the inverse of `pack`."""
         state = {}
         for (variables, widths), tensor in zip(self._groups, tensors, strict=True):
             parts = torch.split_with_sizes(tensor, widths, -1) if len(widths) > 1 else (tensor,)
             for (name, inside, natural), part in zip(variables, parts, strict=True):
                 state[name] = part if inside == natural else part.reshape((tensor.shape[0], *natural))
         return state
+
+
+class Values:
+    """The parameters in force during one call, by authored name: `base_shape`, or `(rows, *base_shape)`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], base_ranks: Mapping[str, int]) -> None:
+        self._tensors = dict(tensors)
+        self._base_ranks = base_ranks
+
+    def per_row(self, names: Iterable[str]) -> list[str]:
+        """Those of the names whose value differs from row to row."""
+        return [name for name in names if self._tensors[name].ndim > self._base_ranks[name]]
+
+    def common(self, names: Iterable[str]) -> list[Tensor]:
+        """Values without a batch axis, for graphs that were traced so."""
+        return [self._tensors[name] for name in names]
+
+    def expanded(self, names: Iterable[str], rows: int) -> list[Tensor]:
+        """Values with one entry per row, `(rows, *base_shape)`."""
+        found = []
+        for name in names:
+            value = self._tensors[name]
+            found.append(value if value.ndim > self._base_ranks[name] else value.expand(rows, *value.shape))
+        return found
+
+    def take(self, rows: Tensor | slice, fixed: Mapping[str, Tensor] | None = None) -> Values:
+        """The values of some rows, with `fixed` ones in the place of those that differ from row to row."""
+        if not self._tensors:
+            return self
+        tensors = {n: t[rows] if t.ndim > self._base_ranks[n] else t for n, t in self._tensors.items()}
+        return Values({**tensors, **(fixed or {})}, self._base_ranks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors side by side along their last axis; a single one is given as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    if _stays(parts[0]):
+        return torch.cat(list(parts), -1)
+    return torch.from_numpy(np.concatenate([part.detach().numpy() for part in parts], -1))
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """A tensor, or its copy with rows one after the other in memory."""
+    if x.is_contiguous():
+        return x
+    return x.contiguous() if _stays(x) else torch.from_numpy(np.ascontiguousarray(x.detach().numpy()))
+
+
+def put(target: Tensor, index: Tensor | slice, x: Tensor) -> None:
+    """Write rows `(as many, ...)`, or `(1, ...)` for all of them, in their places in `target`."""
+    if isinstance(index, Tensor) or _stays(x):
+        target[index] = x
+    else:
+        target.numpy()[index] = x.detach().numpy()
+
+
+def _stays(x: Tensor) -> bool:
+    """Whether torch copies it in the calling thread, or must do it in any case."""
+    return x.numel() < GRAIN or not x.is_cpu

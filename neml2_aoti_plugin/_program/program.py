@@ -19,11 +19,10 @@ from .._solve.newton import Solved
 from ..settings import NewtonSettings
 from . import substepping
 from .blocks import LEAST_ROWS, block_rows, cut
-from .copies import put
 from .explicit import ExplicitSegment
 from .implicit import ImplicitSegment
 from .native_graph import NativeGraph
-from .parameters import Values
+from .packing import Values, put
 from .report import Report, SegmentOutcome
 from .tangents import Columns, Seed, Tangents, dense, select
 from .threads import one_thread, run_all
@@ -105,7 +104,7 @@ class Program:
         """
         specs = [segment.spec for segment in self.implicit]
         parts = [part for spec in specs for part in (spec.step, spec.sensitivity, spec.parameter_sensitivity)]
-        solves = {getattr(part, "solve", None) for part in parts}
+        solves = {getattr(part, name, None) for part in parts for name in ("solve", "solver")}
         found = {file: graph.obstacle() for file, graph in self._graphs.items() if file not in solves}
         return {file: reason for file, reason in found.items() if reason}
 
@@ -233,8 +232,7 @@ class Program:
             if segment.spec.max_substepping_level > 0:
                 statistics, tried = substepping.solve(segment, state, values, rows, used, given, carried, by)
             else:
-                segment.guess(state, rows, given)
-                solved = segment.solve(state, values, rows, used)
+                solved = segment.solve(state, values, rows, used, given, carried)
                 statistics, tried = solved.statistics, Solved(solved.unknowns, solved.statistics)
                 if carried is not None:
                     carried.update(segment.carry(solved, values, carried, by))

@@ -19,8 +19,8 @@ from .._solve import newton
 from .._solve.outcome import Outcome, RowStatistics, blank
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
-from .implicit import ImplicitSegment, Solved
-from .parameters import Values
+from .implicit import ImplicitSegment
+from .packing import Values
 from .tangents import Columns, Tangents, combine, dense, select
 
 _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
@@ -151,9 +151,10 @@ def _solve_part(increment: Increment, a: float, b: float, rows: Tensor, level: i
     local.update({name: value[rows] for name, value in increment.past.items()})
     local.update(_interpolated(spec.roles, increment, local, rows, a, b))
     values = increment.values.take(rows)
-    segment.guess(local, len(rows), increment.given if level == 0 else frozenset())
-    wanted = increment.tangents is not None
-    solved = segment.solve(local, values, len(rows), increment.settings, small_steps=True)
+    given = increment.given if level == 0 else frozenset()
+    here = _tangents_over(increment, local, rows, a, b)
+    cut = b - a < 1.0
+    solved = segment.solve(local, values, len(rows), increment.settings, given, here, small_steps=True, cut=cut)
     if level == 0:
         increment.first = newton.Solved(solved.unknowns, solved.statistics)
     found, total = solved.statistics, increment.statistics
@@ -168,8 +169,9 @@ def _solve_part(increment: Increment, a: float, b: float, rows: Tensor, level: i
     total.iterations[rows] += found.iterations
     total.norms[rows] = found.norms
     total.outcome[rows] = found.outcome
-    if wanted and len(good):
-        _differentiate(increment, solved, values, local, rows, good, a, b)
+    if here is not None and len(good):
+        after = {**here, **segment.carry(solved, values, here, increment.parameters, cut=cut)}
+        _keep_tangents(increment, after, local, rows, good)
     if len(good):
         _advance(increment, local, rows, good)
     if len(good) == len(rows):
@@ -246,35 +248,27 @@ def _successor(name: str) -> str:
     return stem if lag == 1 else f"{stem}~{lag - 1}"
 
 
-def _differentiate(
-    increment: Increment,
-    solved: Solved,
-    values: Values,
-    local: dict[str, Tensor],
-    rows: Tensor,
-    good: Tensor,
-    a: float,
-    b: float,
-) -> None:
-    """Carry the derivatives over the subincrement for the rows that converged."""
-    assert increment.tangents is not None
-    roles = increment.segment.spec.roles
-    here: Tangents = select(increment.tangents, rows)
+def _tangents_over(increment: Increment, local: dict[str, Tensor], rows: Tensor, a: float, b: float) -> Tangents | None:
+    """Derivatives of all variables of some rows over the subincrement [a, b]; None where none are wanted."""
+    whole = increment.tangents
+    if whole is None:
+        return None
+    here: Tangents = select(whole, rows)
     here.update(select(increment.past_tangents, rows))
-    for name, terms in _terms(roles, a, b).items():
-        here[name] = combine(
-            [(f, dense(select({s: increment.tangents.get(s, {})}, rows)[s], local[name])) for f, s in terms]
-        )
-    found = increment.segment.carry(solved, values, here, increment.parameters, cut=b - a < 1.0)
-    where = rows[good]
-    total = len(increment.statistics.outcome)
-    for name, columns in found.items():
-        _write(increment.unknown_tangents.setdefault(name, {}), columns, total, where, good)
-    after: Tangents = {**here, **found}
+    for name, terms in _terms(increment.segment.spec.roles, a, b).items():
+        here[name] = combine([(f, dense(select({s: whole.get(s, {})}, rows)[s], local[name])) for f, s in terms])
+    return here
+
+
+def _keep_tangents(increment: Increment, after: Tangents, local: dict[str, Tensor], rows: Tensor, good: Tensor) -> None:
+    """Keep the derivatives of the rows that converged, and move those of their history on by one."""
+    where, total = rows[good], len(increment.statistics.outcome)
+    for unknown in increment.segment.spec.unknown_variables:
+        _write(increment.unknown_tangents.setdefault(unknown.name, {}), after[unknown.name], total, where, good)
     for name in increment.past:
         source = _successor(name)
         if source in after and source != name:
-            columns = {s: c for s, c in dense(after[source], local[source]).items()}
+            columns: Columns = {**dense(after[source], local[source])}
             _write(increment.past_tangents.setdefault(name, {}), columns, total, where, good)
 
 

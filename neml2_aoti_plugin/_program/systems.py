@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._artifact.schema import DirectStep, FusedStep, ImplicitInfo, KrylovStep
+from .._artifact.schema import DirectStep, FusedStep, GroupInfo, ImplicitInfo, KrylovStep
 from .._graphs.graph import Graph
+from .._solve.groups import Group, Layout
 from .._solve.preconditioned import KrylovSystem, Products
 from .._solve.system import Direction, Groups, Linearisation, System
 from .._solve.tables import VECTOR
 from ..errors import AOTIError, ArtifactError
 from ..settings import KrylovSettings
-from .packing import layout_of
 
 GraphOf = Callable[[str], Graph]
 
@@ -181,6 +181,11 @@ class GraphProducts(Bound):
     def take(self, rows: Tensor) -> Products:
         """See `solve.preconditioned.Products`."""
         return GraphProducts(self.graphs, self._some(rows), self.parameters)
+
+
+def layout_of(groups: Sequence[GroupInfo]) -> Layout:
+    """The layout that the solvers work on."""
+    return tuple(Group(g.structure, g.sub_batch_shape) for g in groups)
 
 
 class SystemGraphs:

@@ -31,15 +31,7 @@ def add(columns: Columns, seed: Seed, term: Tensor) -> None:
 
 
 def dense(columns: Columns, like: Tensor) -> dict[Seed, Tensor]:
-    """Write identities out as matrices, `(1, n, n)`.
-
-    Args:
-        columns: derivatives of one variable.
-        like: the variable, `(rows, ...)`.
-
-    Returns:
-        The same derivatives, none of them None.
-    """
+    """The derivatives of a variable like `(rows, ...)`, with identities written out as matrices, `(1, n, n)`."""
     return {
         seed: torch.eye(prod(like.shape[1:]), dtype=like.dtype, device=like.device).unsqueeze(0)
         if value is None

@@ -13,7 +13,7 @@ PATH = HERE / "machine_code.bc"
 SOURCES = (
     "criteria.py",
     "tables.py",
-    *(f"machine/{name}.py" for name in ("calls", "compiled", "elimination", "emit", "lanes", "newton")),
+    *(f"machine/{name}.py" for name in ("calls", "elimination", "emit", "newton")),
 )
 REBUILD = (
     "In a checkout: make machine-code. Else install the package again: pip install --force-reinstall neml2-aoti-plugin"
@@ -26,16 +26,11 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Code:
-    """Machine code as LLVM's bitcode.
-
-    Args:
-        bitcode: the code.
-        digest: SHA-256 of the whole file.
-        llvm: version of the LLVM that wrote it, which an older one may not be able to read.
-    """
+    """Machine code as LLVM's bitcode, with the SHA-256 of the whole file."""
 
     bitcode: bytes
     digest: str
+    # The version of the LLVM that wrote it, which an older one may not be able to read.
     llvm: tuple[int, ...]
 
 
@@ -49,11 +44,7 @@ def sources() -> str:
 
 
 def read() -> Code:
-    """Read the file.
-
-    Raises:
-        Unusable: it is not there, damaged, or older than its sources.
-    """
+    """Read the file."""
     try:
         content = PATH.read_bytes()
         head, _, bitcode = content.partition(b"\n")

@@ -3,6 +3,8 @@
 What llvmlite has made is kept as an object file, so that the next process need not: in a folder that is this user's
 alone, under the digest of all that it depends on, and behind a digest of its own. A file is written whole or not at
 all; one whose digest is wrong is made anew. Where there is no such folder, each process makes it for itself.
+
+Where there can be no machine code, or an environment variable says so, solves are done by torch's operations.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,9 @@ from ..errors import InputError
 from . import code_file
 from .code_file import Unusable
 
+# The environment variable that chooses what solves are done by.
+CHOICE = "NEML2_AOTI_PLUGIN_KERNELS"
+NATIVE, TORCH = "native", "torch"
 # A folder to keep object files in, in place of the user's cache folder.
 VARIABLE = "NEML2_AOTI_PLUGIN_CACHE"
 _DIGEST = hashlib.sha256().digest_size
@@ -38,33 +45,81 @@ _Function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, c
 
 @dataclass(frozen=True)
 class MachineCode:
-    """The functions, each of which takes the address of a table and gives an integer, without the interpreter.
-
-    Args:
-        solve_block: see `machine/newton.py`.
-        solve_columns: see `machine/newton.py`.
-        call_graph: see `machine/calls.py`.
-        kept: the object file that the code was read from or written to; None where none could be.
-        engine: what holds the code.
-    """
+    """The functions, each of which takes the address of a table and gives an integer, without the interpreter."""
 
     solve_block: Callable[[int], int]
-    solve_columns: Callable[[int], int]
     call_graph: Callable[[int], int]
+    # The object file that the code was read from or written to; None where none could be.
     kept: Path | None
+    # What holds the code.
     engine: Any
 
 
 _lock = threading.Lock()
 _found: MachineCode | None = None
+# Why machine code is given up in this process, once something else that it needs was found missing.
+_given_up: str = ""
+
+
+def give_up(reason: str) -> None:
+    """Use torch's operations from now on, for want of something that is missing."""
+    global _given_up
+    _given_up = reason
+
+
+def chosen() -> tuple[str, str]:
+    """What new models are solved by, `NATIVE` or `TORCH`, and the reason; nothing is imported for that."""
+    word = os.environ.get(CHOICE, "").strip().lower()
+    if word not in ("", NATIVE, TORCH):
+        raise InputError(f"the environment variable {CHOICE} is {word!r}, expected {NATIVE} or {TORCH}.")
+    asked = f"{CHOICE}={word}"
+    if word == TORCH:
+        return TORCH, asked
+    missing = _trouble()
+    if missing:
+        return TORCH, f"{asked}, but {missing}" if word else missing
+    return NATIVE, asked if word else "llvmlite is installed"
+
+
+def machine_code() -> tuple[MachineCode | None, str]:
+    """The machine code, None where torch's operations are used, and the reason for it."""
+    if chosen()[0] == TORCH:
+        return None, chosen()[1]
+    code = _loaded_once()
+    return (code if isinstance(code, MachineCode) else None), chosen()[1]
+
+
+def _trouble() -> str:
+    """Why there is no machine code, as far as is known; nothing where none is known."""
+    if _given_up:
+        return _given_up
+    if _loaded_once.cache_info().currsize > 0:
+        code = _loaded_once()
+        return "" if isinstance(code, MachineCode) else code
+    try:
+        if find_spec("llvmlite") is None:
+            return "llvmlite is not installed (pip install llvmlite)"
+        code_file.read()
+    except ValueError:
+        # It has been imported in another way than from a file; the import will tell.
+        return ""
+    except Unusable as error:
+        return str(error)
+    return ""
+
+
+@cache
+def _loaded_once() -> MachineCode | str:
+    """The machine code, or why there is none."""
+    try:
+        return load()
+    except Unusable as error:
+        log.emit("model", "warning", f"solves are done by torch's operations, which are slower: {error}")
+        return str(error)
 
 
 def load() -> MachineCode:
-    """The machine code of this process, made or read when it is first asked for.
-
-    Raises:
-        Unusable: llvmlite is not there, or cannot make code for this processor.
-    """
+    """The machine code of this process, made or read when it is first asked for."""
     global _found
     if _found is None:
         with _lock:
@@ -138,14 +193,7 @@ def _make(code: code_file.Code, binding: Any, version: str, begun: float) -> Mac
 
 
 def loaded(binding: Any, object_file: bytes, machine: Any, kept: Path | None) -> MachineCode:
-    """Load an object file.
-
-    Args:
-        binding: llvmlite's module.
-        object_file: its content.
-        machine: the processor that it was made for.
-        kept: where it is kept.
-    """
+    """Load an object file that was made for a processor."""
     empty = binding.parse_assembly("")
     empty.triple = machine.triple
     # All sections side by side: they refer to each other over at most 2 GiB, and where a process has mapped gigabytes
@@ -155,7 +203,6 @@ def loaded(binding: Any, object_file: bytes, machine: Any, kept: Path | None) ->
     engine.finalize_object()
     return MachineCode(
         solve_block=_function(engine, "solve_block"),
-        solve_columns=_function(engine, "solve_columns"),
         call_graph=_function(engine, "call_graph"),
         kept=kept,
         engine=engine,
@@ -169,16 +216,7 @@ def target_machine(binding: Any, triple: str, cpu: str, features: str) -> Any:
 
 
 def emit(binding: Any, bitcode: bytes, machine: Any) -> bytes:
-    """Make an object file.
-
-    Args:
-        binding: llvmlite's module.
-        bitcode: the code.
-        machine: of the processor.
-
-    Raises:
-        RuntimeError: the code is not valid for it.
-    """
+    """Make an object file of bitcode for a processor; a RuntimeError says that the code is not valid for it."""
     module = binding.parse_bitcode(bitcode)
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     module.verify()

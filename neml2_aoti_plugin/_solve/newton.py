@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
-
-from torch import Tensor
 
 from .. import _log as log
 from ..settings import NewtonSettings
@@ -15,19 +13,15 @@ from .system import Groups
 
 Tell = Callable[[str], None]
 
-# The lines of the log: of each iteration, and of each trial of the line search.
+# The lines of the log: of each iteration, of each trial of the line search, and before a second attempt.
 ITERATION = "ITERATION {:3d}, |R| = {:.6e}, |R0| = {:.6e}"
 TRIALS = "  LS ITERATION {:3d}, min(alpha) = {:.6e}, max(||R||) = {:.6e}, min(||Rc||) = {:.6e}"
+SECOND_ATTEMPT = "{} row(s) failed with chord steps, and are solved again without them"
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What a solve came to.
-
-    Args:
-        unknowns: the solution of the rows that have converged, the last iterate of the others; one tensor per group.
-        statistics: how each row fared.
-    """
+    """What a solve came to: the solution of the rows that have converged, the last iterate of the others."""
 
     unknowns: Groups
     statistics: RowStatistics
@@ -43,7 +37,7 @@ class Rows(Protocol):
     refused: int
 
     def start(self) -> None:
-        """Evaluate the residual at the first iterate."""
+        """Evaluate the residual at the initial guess."""
         ...
 
     def step(self) -> None:
@@ -75,17 +69,8 @@ class Rows(Protocol):
         ...
 
 
-def solve(rows: Rows, settings: NewtonSettings, tell: Tell | None = None) -> Solved:
-    """Solve `r(u) = 0` for each row.
-
-    Args:
-        rows: the rows at their first iterate.
-        settings: tolerances and limits.
-        tell: takes a line about each iteration and each trial; None where nobody reads them.
-
-    Returns:
-        The unknowns, and how each row fared.
-    """
+def iterate(rows: Rows, settings: NewtonSettings, tell: Tell | None = None) -> Solved:
+    """Solve `r(u) = 0` for each row; `tell` takes the lines of the log, None where nobody reads them."""
     rows.start()
     for i in range(settings.updates + 1):
         if tell is not None:
@@ -104,37 +89,13 @@ def solve(rows: Rows, settings: NewtonSettings, tell: Tell | None = None) -> Sol
     return rows.finish()
 
 
-def put(whole: Solved, rows: Tensor, part: Solved) -> Solved:
-    """Put a second solve of some rows in the place of their first one.
-
-    Args:
-        whole: the first solve of all rows; its tensors are written to.
-        rows: indices of those that were solved again.
-        part: their second solve.
-
-    Returns:
-        The second solve of these rows and the first one of the others; the updates of both solves are added.
-    """
-    for groups, again in zip(whole.unknowns, part.unknowns, strict=True):
-        groups[rows] = again
-    statistics, second = whole.statistics, part.statistics
-    statistics.iterations[rows] += second.iterations
-    statistics.outcome[rows], statistics.norms[rows] = second.outcome, second.norms
-    return Solved(whole.unknowns, replace(statistics, all_converged=bool(statistics.converged.all())))
-
-
 def listener() -> Tell | None:
     """What takes the lines of a solve: the channel `newton` at level `debug`, or nothing where that is off."""
     return (lambda line: log.emit("newton", "debug", line)) if log.enabled("newton", "debug") else None
 
 
 def outcome_line(statistics: RowStatistics, settings: NewtonSettings) -> str:
-    """The line that ends a solve in the log.
-
-    Args:
-        statistics: of the rows.
-        settings: of the solve.
-    """
+    """The line that ends a solve in the log."""
     updates = int(statistics.iterations.max()) if statistics.iterations.numel() else 0
     norm, norm0 = statistics.norm, statistics.norm0
     if statistics.all_converged:

@@ -16,23 +16,34 @@ LANES: Final = 8
 # How the solve of a row ended; `outcome.Outcome` names them.
 CONVERGED, DIVERGED, OUT_OF_ITERATIONS, SINGULAR = range(4)
 
-# What a solve comes to: done, or what is wrong with a graph.
-DONE, RESIDUAL_FAILED, JACOBIAN_FAILED, RESIDUAL_IS_OTHER, JACOBIAN_IS_OTHER = range(5)
+# The graphs of a solve, in the order of their table, and how many outputs those before the predictor have.
+RESIDUAL, JACOBIAN, JACOBIAN_AT_SOLUTION, BY_GIVENS, PREDICTOR, GRAPHS = range(6)
+OUTPUTS: Final = (1, 2, 2, 1)
+# Columns of that table: the function that runs a graph, and its container.
+RUN, CONTAINER, GRAPH_COLUMNS = range(3)
+
+# What a solve comes to: done, or `BROKEN + 2 * graph` where a graph failed, one more where its outputs are of other
+# shapes than the metadata tells.
+DONE, BROKEN = range(2)
 # What the call of a graph comes to: done, failed, outputs of other shapes than the table tells, which it tells now, or
 # outputs that are no such tensors.
 CALLED, FAILED, OTHER, UNREADABLE = range(4)
 
 # The table of functions for tensors; behind them torch's number for float64.
 CREATE, DELETE, DATA, DIM, SIZES, STRIDES, DTYPE, FLOAT64, FUNCTIONS = range(9)
-# Columns of a table of arguments: address, number of axes, address of their sizes, of their strides; then, for the call
-# of a single graph, the entries of a row, 0 for what all rows share.
-ADDRESS, AXES, SIZES_AT, STRIDES_AT, ARGUMENT = range(5)
-WIDTH, GRAPH_ARGUMENT = ARGUMENT, ARGUMENT + 1
+# Columns of a table of arguments: address, number of axes, address of their sizes, of their strides; the entries of a
+# row, 0 for what all rows share.
+ADDRESS, AXES, SIZES_AT, STRIDES_AT, WIDTH, ARGUMENT = range(6)
 # Columns of a table of outputs: where its rows go, the number of axes, and the sizes of these; then the most axes.
 TARGET, OUTPUT_AXES, OUTPUT_SIZES, MOST_AXES = 0, 1, 2, 10
 OUTPUT: Final = OUTPUT_SIZES + MOST_AXES
-# Entries of the room for handles behind those of inputs: two outputs of a graph, and what is asked of one.
-OUTPUTS, SCRATCH = 2, 4
+# Entries of the room for handles behind those of inputs and outputs: what is asked of an output.
+SCRATCH: Final = 4
+# Columns of the table of variables, unknowns before givens: address of the first row, 0 for zeros; entries of a row.
+VARIABLE_ADDRESS, VARIABLE_WIDTH, VARIABLE = range(3)
+# Columns of the table of a predictor's outputs: entries of a row; the column of the unknowns that they go to, and the
+# argument that takes them when the predictor is run again, each -1 for none.
+PREDICTED_WIDTH, PREDICTED_COLUMN, PREDICTED_ARGUMENT, PREDICTED = range(4)
 
 
 class _Solve(NamedTuple):
@@ -44,17 +55,24 @@ class _Solve(NamedTuple):
     Q: int
     UPDATES: int
     CUTS: int
-    RESIDUAL: int
-    RESIDUAL_CONTAINER: int
-    JACOBIAN: int
-    JACOBIAN_CONTAINER: int
+    GRAPHS_AT: int
     EXECUTOR: int
-    ARGUMENTS: int
     FUNCTIONS: int
+    ARGUMENTS: int
     ARGUMENTS_AT: int
     HANDLES: int
-    VECTORS: int
+    VARIABLES: int
+    VARIABLES_AT: int
     GIVENS: int
+    PREDICTIONS: int
+    PREDICTOR_ARGUMENTS: int
+    PREDICTOR_ARGUMENTS_AT: int
+    PREDICTOR_HANDLES: int
+    PREDICTOR_ROOM: int
+    PREDICTED: int
+    PREDICTED_AT: int
+    VECTORS: int
+    GIVEN_VECTORS: int
     NUMBERS: int
     INDICES: int
     FACTORS: int
@@ -62,14 +80,17 @@ class _Solve(NamedTuple):
     PIVOTS: int
     PIVOTS_SIZE: int
     LIMITS: int
-    FIRST_GUESS: int
-    FIRST_GIVENS: int
     NORMS: int
     RECORD: int
     SOLUTION: int
     HISTORY: int
     HISTORY_LINES: int
     FAILED: int
+    SIDES: int
+    COLUMNS_AT: int
+    DIRECTIONS: int
+    DIRECTION_ROW: int
+    DERIVATIVES: int
     FIELDS: int
 
 
@@ -91,42 +112,25 @@ class _Call(NamedTuple):
     FIELDS: int
 
 
-class _Columns(NamedTuple):
-    """Places in the table of linear systems with several right-hand sides."""
-
-    ROWS: int
-    N: int
-    Q: int
-    MATRICES: int
-    SIDES: int
-    COUNT: int
-    CHOSEN: int
-    FACTORS: int
-    FACTORS_SIZE: int
-    PIVOTS: int
-    PIVOTS_SIZE: int
-    FOUND: int
-    FIELDS: int
-
-
-Solve = _Solve(*range(33))
-Call = _Call(*range(13))
-Columns = _Columns(*range(13))
+Solve = _Solve(*range(len(_Solve._fields)))
+Call = _Call(*range(len(_Call._fields)))
 
 # Kinds of vectors of a solve: unknowns, direction, trial, `-r`; further trials of some rows, `-r` there;
-# what last steps lead to, in the places of the rows in the batch. Of givens: of
+# what last steps lead to, and the initial guess, both in the places of the rows in the batch. Of givens: of
 # the live rows, of the further trials.
-U, STEP, TRIAL, B, FURTHER, FURTHER_B, LAST_STEP, VECTOR_KINDS = range(8)
+U, STEP, TRIAL, B, FURTHER, FURTHER_B, LAST_STEP, GUESS, VECTOR_KINDS = range(9)
 OWN, FURTHER_OWN, GIVEN_KINDS = range(3)
 # Columns of `numbers`, of the live rows: residual norm, that of the trial, slope over squared norm, step length.
 NORM, TRIAL_NORM, SLOPE, ALPHA, NUMBER_COLUMNS = range(5)
-# Columns of `indices`: place of a live row in the batch, its row in the linearisation, the slot of its factors; the
-# live row of a further trial.
-PLACE, SOURCE, SLOT, TRIED, INDEX_COLUMNS = range(5)
+# Columns of `indices`: place of a live row in the batch, its row in the linearisation, the slot of its factors, or
+# whether it has factors; the live row of a further trial; the places of all rows of an attempt.
+PLACE, SOURCE, SLOT, TRIED, MEMBER, INDEX_COLUMNS = range(6)
 # Columns of `norms` and of `record`, of all rows: last and first residual norm; outcome and updates.
 LAST, FIRST = range(2)
 OUTCOME, UPDATE = range(2)
-# Columns of `history`, a line each: 0 for an iteration and 1 for trials, its number, and its figures.
+# Kinds of lines of `history`: an iteration, a trial, the rows of a second attempt; then its columns: the kind, a
+# number, and figures.
+ITERATION_LINE, TRIAL_LINE, ATTEMPT_LINE = range(3)
 HISTORY_COLUMNS: Final = 5
 
 # Vectors at the end of the factors beside those of the right-hand side: peaks, their places, whether there was one.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..settings import NewtonSettings
 from . import criteria as by
-from .criteria import Criteria
+from .criteria import Criteria, criteria_of
 from .groups import Layout, finite_rows, per_row, row_dots, row_norms
-from .newton import Solved
+from .newton import SECOND_ATTEMPT, Solved, Tell, iterate
 from .outcome import Outcome, blank
 from .system import Groups, Linearisation, System
 
@@ -235,6 +237,41 @@ class TensorRows(TensorSteps):
             self._solution = _put(self._solution, waiting, moved)
         statistics = self._statistics
         return Solved(self._solution, replace(statistics, all_converged=bool(statistics.converged.all())))
+
+
+def solve_rows(
+    system: Callable[[Tensor | None], System],
+    first: Groups,
+    layouts: tuple[Layout, Layout],
+    settings: NewtonSettings,
+    *,
+    small_steps: bool = False,
+    tell: Tell | None = None,
+) -> Solved:
+    """Solve for each row from its initial guess; rows that fail with chord steps are solved again without them.
+
+    `system` gives the system of some rows, or of all: one for each attempt, for it may keep a preconditioner.
+    """
+
+    def attempt(rows: Tensor | None, first: Groups, settings: NewtonSettings) -> Solved:
+        criteria = criteria_of(settings, small_steps=small_steps)
+        return iterate(TensorRows(system(rows), first, layouts, criteria), settings, tell)
+
+    found = attempt(None, first, settings)
+    statistics = found.statistics
+    if statistics.all_converged or not settings.chord_steps:
+        return found
+    # Without an update there was no chord step, and the second attempt would end as the first.
+    rows = (~statistics.converged & (statistics.iterations > 0)).nonzero().squeeze(-1)
+    if not len(rows):
+        return found
+    if tell is not None:
+        tell(SECOND_ATTEMPT.format(len(rows)))
+    second = attempt(rows, [x.index_select(0, rows) for x in first], replace(settings, chord_steps=False))
+    statistics.iterations[rows] += second.statistics.iterations
+    statistics.outcome[rows], statistics.norms[rows] = second.statistics.outcome, second.statistics.norms
+    statistics = replace(statistics, all_converged=bool(statistics.converged.all()))
+    return Solved(_put(found.unknowns, rows, second.unknowns), statistics)
 
 
 def _moved(u: Groups, steps: Groups, layout: Layout) -> Groups:

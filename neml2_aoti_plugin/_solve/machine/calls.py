@@ -6,8 +6,10 @@ output may come once for all rows, or strided; what is read of it is told by its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -15,6 +17,7 @@ from numba.np import arrayobj
 
 from ..tables import (
     ADDRESS,
+    ARGUMENT,
     AXES,
     CALLED,
     CREATE,
@@ -25,7 +28,6 @@ from ..tables import (
     FAILED,
     FLOAT64,
     FUNCTIONS,
-    GRAPH_ARGUMENT,
     MOST_AXES,
     OTHER,
     OUTPUT,
@@ -42,33 +44,42 @@ from ..tables import (
     WIDTH,
 )
 from ..tables import Call as Table
-from .compiled import entry, inlined, inner
+
+# For any processor of the family: the one at hand is known when the package runs.
+numba.config.CPU_NAME, numba.config.CPU_FEATURES = "generic", ""
+
+
+def inner(function: Callable[..., Any], **options: Any) -> Any:
+    """A function that other such functions call: without the interpreter, without numba's runtime, no exceptions."""
+    options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
+    return numba.njit(nogil=True, error_model="numpy", **options)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A short function that is compiled as if its lines stood where it is called."""
+    return inner(function, inline="always")
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """A function that Python calls, with the address of a table; it gives an integer."""
+    return inner(function)
 
 
 class Graph(NamedTuple):
-    """A graph, as machine code has it.
-
-    Args:
-        run: address of the function that runs it.
-        container: handle of its container.
-        executor: address of its proxy executor.
-        outputs: number of its outputs.
-    """
+    """A graph, as machine code has it: addresses of its function and of its proxy executor, handle of its container."""
 
     run: int
     container: int
     executor: int
     outputs: int
+    # What a solve comes to where it fails.
+    fault: int
 
 
 class Call(NamedTuple):
-    """What all calls of a solve share.
+    """What calls of the same arguments share.
 
-    Args:
-        functions: addresses of the functions for tensors.
-        arguments: the table of arguments; unknowns and givens come first.
-        handles: room for the handles of inputs, and behind them of outputs.
-        scratch: room for one number, and behind it for what is asked of an output.
+    `handles` has room for the handles of inputs, and behind them of outputs; `scratch` for what is asked of an output.
     """
 
     functions: Any
@@ -78,14 +89,7 @@ class Call(NamedTuple):
 
 
 class Output(NamedTuple):
-    """An output of a graph.
-
-    Args:
-        address: of its first entry.
-        row: stride from row to row, 0 for one that is the same in all rows.
-        first: stride of the axis behind the rows.
-        second: stride of the axis behind that; 0 where there is none.
-    """
+    """An output of a graph: its address, the stride of the rows, 0 for one that all share, and of the axes behind."""
 
     address: int
     row: int
@@ -148,7 +152,7 @@ integer_rows, number_rows = _array(types.int64, 2), _array(types.float64, 2)
 
 
 @inner
-def start(graph: Any, call: Any) -> Any:
+def start_graph(graph: Any, call: Any) -> Any:
     """Run a graph on the tensors that the table of arguments tells of; tell whether it failed."""
     functions, arguments, handles = call.functions, call.arguments, call.handles
     count = len(arguments)
@@ -197,7 +201,7 @@ def run(graph: Any, call: Any, u: Any, g: Any, rows: Any) -> Any:
     arguments = call.arguments
     arguments[0, ADDRESS], arguments[1, ADDRESS] = u.ctypes.data, g.ctypes.data
     integers(arguments[0, SIZES_AT], (1,))[0] = integers(arguments[1, SIZES_AT], (1,))[0] = filled(rows)
-    return start(graph, call)
+    return start_graph(graph, call)
 
 
 @inlined
@@ -221,15 +225,14 @@ def look(call: Any, place: Any) -> Any:
 
 
 @inner
-def output(call: Any, place: Any, rows: Any, n: Any, axes: Any) -> Any:
-    """Look at an output `(rows or 1, n)` or `(rows or 1, n, n)`; its address is 0 if it is no such tensor."""
-    nothing, found = Output(0, 0, 0, 0), call.scratch
+def output(call: Any, place: Any, rows: Any, n: Any, m: Any) -> Any:
+    """Look at an output `(rows or 1, n, m)`, `(rows or 1, n)` for no `m`; its address is 0 if it is something else."""
+    nothing, found, axes = Output(0, 0, 0, 0), call.scratch, 2 if m == 0 else 3
     if not look(call, place) or found[0] != axes:
         return nothing
     sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
-    for k in range(1, axes):
-        if sizes[k] != n:
-            return nothing
+    if sizes[1] != n or (axes > 2 and sizes[2] != m):
+        return nothing
     if sizes[0] != filled(rows) and sizes[0] != 1:
         return nothing
     return Output(found[3], strides[0] if sizes[0] == filled(rows) else 0, strides[1], strides[2] if axes > 2 else 0)
@@ -248,45 +251,75 @@ def take(x: Any, row: Any, target: Any, place: Any) -> None:
         target[place, i] = entry_of(x, row, i, 0)
 
 
+@inlined
+def copies(address: Any, room: Any, rows: Any, fill: Any, width: Any) -> None:
+    """Copy rows to a room and fill them up with the first one; zeros where there is no address."""
+    target = number_rows(room, (fill, width))
+    for row in range(fill):
+        source = numbers(address + 8 * width * (row if row < rows else 0), (width,))
+        for i in range(width):
+            target[row, i] = source[i] if address != 0 else 0.0
+
+
+@inner
+def place_rows(call: Any, rows: Any, target: Any, first: Any, width: Any) -> None:
+    """Copy the rows of the output that `look` has asked of to columns of an array, whatever its strides."""
+    found = call.scratch
+    axes = found[0]
+    sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
+    dense, size = True, 1
+    for k in range(axes - 1, 0, -1):
+        dense = dense and (strides[k] == size or sizes[k] == 1)
+        size *= sizes[k]
+    for row in range(rows):
+        at = found[3] + (8 * row * strides[0] if sizes[0] > 1 else 0)
+        if dense:
+            source = numbers(at, (width,))
+            for i in range(width):
+                target[row, first + i] = source[i]
+            continue
+        for i in range(width):
+            rest, offset = i, 0
+            for k in range(axes - 1, 0, -1):
+                offset += rest % sizes[k] * strides[k]
+                rest //= sizes[k]
+            target[row, first + i] = numbers(at + 8 * offset, (1,))[0]
+
+
+@inlined
+def call_with(functions: Any, arguments: Any, count: Any, outputs: Any, handles: Any) -> Any:
+    """A call whose table of arguments and room for handles stand at addresses."""
+    return Call(
+        integers(functions, (FUNCTIONS,)),
+        integer_rows(arguments, (count, ARGUMENT)),
+        integers(handles, (count + outputs,)),
+        integers(handles + 8 * (count + outputs), (SCRATCH,)),
+    )
+
+
 @entry
 def call_graph(table: Any) -> Any:
-    """Run a graph for rows of any number, filled up to so many by copies of the first one.
+    """Run a graph for rows of any number, by a table of `tables.Call`, filled up to so many by copies of the first one.
 
-    Args:
-        table: address of the integers of `tables.Call`.
-
-    Returns:
-        `CALLED`, and the outputs of the rows are at their targets, one after the other; or what was wrong. An output
-        that is the same for all rows has one row.
+    Gives `CALLED`, and the outputs of the rows are at their targets, one after the other; or what was wrong. An output
+    that is the same for all rows has one row.
     """
     t = integers(table, (Table.FIELDS,))
-    count, outputs, rows, fill = t[Table.ARGUMENTS], t[Table.OUTPUTS], t[Table.ROWS], t[Table.FILLED]
-    arguments, told = (
-        integer_rows(t[Table.ARGUMENTS_AT], (count, GRAPH_ARGUMENT)),
-        integer_rows(t[Table.OUTPUTS_AT], (outputs, OUTPUT)),
-    )
-    room = t[Table.ROOM]
-    for k in range(count):
+    outputs, rows, fill, room = t[Table.OUTPUTS], t[Table.ROWS], t[Table.FILLED], t[Table.ROOM]
+    told = integer_rows(t[Table.OUTPUTS_AT], (outputs, OUTPUT))
+    call = call_with(t[Table.FUNCTIONS], t[Table.ARGUMENTS_AT], t[Table.ARGUMENTS], outputs, t[Table.HANDLES])
+    arguments = call.arguments
+    for k in range(len(arguments)):
         width = arguments[k, WIDTH]
         if width == 0:
             continue
         integers(arguments[k, SIZES_AT], (1,))[0] = fill
         if fill != rows:
-            source, copies = number_rows(arguments[k, ADDRESS], (rows, width)), number_rows(room, (fill, width))
-            for row in range(fill):
-                for i in range(width):
-                    copies[row, i] = source[row if row < rows else 0, i]
+            copies(arguments[k, ADDRESS], room, rows, fill, width)
             arguments[k, ADDRESS] = room
             room += 8 * fill * width
-    handles = t[Table.HANDLES]
-    call = Call(
-        integers(t[Table.FUNCTIONS], (FUNCTIONS,)),
-        arguments,
-        integers(handles, (count + outputs,)),
-        integers(handles + 8 * (count + outputs), (SCRATCH,)),
-    )
-    graph = Graph(t[Table.RUN], t[Table.CONTAINER], t[Table.EXECUTOR], outputs)
-    if start(graph, call):
+    graph = Graph(t[Table.RUN], t[Table.CONTAINER], t[Table.EXECUTOR], outputs, 0)
+    if start_graph(graph, call):
         return FAILED
     found = CALLED
     for place in range(outputs):
@@ -302,34 +335,19 @@ def _fetch(call: Any, place: Any, told: Any, rows: Any, fill: Any) -> Any:
     if not look(call, place) or found[0] < 1 or found[0] > MOST_AXES:
         return UNREADABLE
     axes = found[0]
-    sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
+    sizes = integers(found[1], (axes,))
     same, once = told[OUTPUT_AXES] == axes, sizes[0] == 1
     if not once and sizes[0] != fill:
         return UNREADABLE
-    told[OUTPUT_AXES], width, dense = axes, 1, True
-    for k in range(axes - 1, -1, -1):
+    told[OUTPUT_AXES], width = axes, 1
+    for k in range(axes):
         # The first one tells whether there is a row for each.
         size = sizes[k] if k > 0 else (1 if once else 0)
         same = same and told[OUTPUT_SIZES + k] == size
         told[OUTPUT_SIZES + k] = size
-        if k > 0:
-            dense = dense and (strides[k] == width or size == 1)
-            width *= size
+        width *= size if k > 0 else 1
     if not same or told[TARGET] == 0:
         return OTHER
     count = 1 if once else rows
-    target = number_rows(told[TARGET], (count, width))
-    for row in range(count):
-        at = found[3] + 8 * row * strides[0]
-        if dense:
-            source = numbers(at, (width,))
-            for i in range(width):
-                target[row, i] = source[i]
-            continue
-        for i in range(width):
-            rest, offset = i, 0
-            for k in range(axes - 1, 0, -1):
-                offset += rest % sizes[k] * strides[k]
-                rest //= sizes[k]
-            target[row, i] = numbers(at + 8 * offset, (1,))[0]
+    place_rows(call, count, number_rows(told[TARGET], (count, width)), 0, width)
     return CALLED

@@ -17,7 +17,7 @@ from llvmlite import binding
 from neml2_aoti_plugin._solve import code_file
 from neml2_aoti_plugin._solve.machine import calls, newton
 
-ENTRIES = {"solve_block": newton.solve_block, "solve_columns": newton.solve_columns, "call_graph": calls.call_graph}
+ENTRIES = {"solve_block": newton.solve_block, "call_graph": calls.call_graph}
 
 
 def emit() -> bytes:

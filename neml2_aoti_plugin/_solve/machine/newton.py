@@ -1,8 +1,9 @@
 """Newton's method over the rows of a block as one call that needs no interpreter: compiled graphs included.
 
-Each row is decided by its own numbers. The sums of a row are taken in the order of its entries, without reassociation,
-and graphs get whole vectors of rows, so that the bits of a row depend on nothing but the row. The live rows lie
-together at the front of the arrays of `Space`; rows that are done leave, and the others move up.
+The initial guess, the solve and the derivatives at the solution are one pass over the block. Each row is decided by its
+own numbers. The sums of a row are taken in the order of its entries, without reassociation, and graphs get whole
+vectors of rows, so that the bits of a row depend on nothing but the row. The live rows lie together at the front of the
+arrays of `Space`; rows that are done leave, and the others move up.
 """
 
 from __future__ import annotations
@@ -11,63 +12,57 @@ from math import inf, isfinite, nan, sqrt
 from typing import Any, Final, NamedTuple
 
 from .. import criteria as by
+from .. import tables
 from ..tables import (
     ALPHA,
-    ARGUMENT,
+    ATTEMPT_LINE,
     CONVERGED,
     DIVERGED,
     DONE,
     FIRST,
-    FUNCTIONS,
-    FURTHER,
-    FURTHER_B,
-    FURTHER_OWN,
     HISTORY_COLUMNS,
     INDEX_COLUMNS,
-    JACOBIAN_FAILED,
-    JACOBIAN_IS_OTHER,
+    ITERATION_LINE,
     LANES,
     LAST,
-    LAST_STEP,
+    MEMBER,
     NORM,
     NUMBER_COLUMNS,
     OUT_OF_ITERATIONS,
     OUTCOME,
-    OUTPUTS,
-    OWN,
     PLACE,
-    RESIDUAL_FAILED,
-    RESIDUAL_IS_OTHER,
-    SCRATCH,
     SINGULAR,
     SLOPE,
     SLOT,
     SOURCE,
-    STEP,
-    TRIAL,
+    TRIAL_LINE,
     TRIAL_NORM,
     TRIED,
     UPDATE,
-    B,
-    Columns,
     Solve,
-    U,
 )
 from .calls import (
-    Call,
     Graph,
     Output,
+    call_with,
+    copies,
+    entry,
     entry_of,
+    filled,
+    inlined,
+    inner,
     integer_rows,
     integers,
+    look,
     number_rows,
     numbers,
     output,
+    place_rows,
     release,
     run,
+    start_graph,
     take,
 )
-from .compiled import entry, inlined, inner
 from .elimination import (
     clear_sides,
     copy,
@@ -93,37 +88,23 @@ _gains, _carries, _followed = inlined(by.gains), inlined(by.carries), inlined(by
 
 
 class Space(NamedTuple):
-    """The arrays of a solve.
-
-    Args:
-        u: unknowns of the live rows; as are those that follow, `(capacity, n)`.
-        step: directions.
-        trial: trials.
-        b: `-r` at the unknowns, then at the trials.
-        further: further trials of some rows.
-        further_b: `-r` there.
-        last_step: what last steps lead to, in the places of the rows in the batch.
-        g: givens of the live rows, `(capacity, q)`.
-        further_g: givens of the further trials.
-        numbers: see `NORM` and what follows it.
-        indices: see `PLACE` and what follows it.
-        lu: factors.
-        pivots: of the factors.
-        norms: of all rows.
-        record: of all rows.
-        solution: of all rows.
-        history: lines for the log; empty where nobody reads them.
-    """
+    """The arrays of a solve: vectors `(capacity, n)` of the live rows, but for `last_step` and `guess`, of all rows."""
 
     u: Any
     step: Any
     trial: Any
+    # `-r` at the unknowns, then at the trials.
     b: Any
+    # Further trials of some rows, and `-r` there.
     further: Any
     further_b: Any
     last_step: Any
+    guess: Any
+    # Givens of the live rows, of the further trials, `(capacity, q)`, and of all rows, `(rows, q)`.
     g: Any
     further_g: Any
+    givens: Any
+    # Their columns are those of `tables`.
     numbers: Any
     indices: Any
     lu: Any
@@ -131,31 +112,44 @@ class Space(NamedTuple):
     norms: Any
     record: Any
     solution: Any
+    # Lines for the log; empty where nobody reads them.
     history: Any
 
 
+class Graphs(NamedTuple):
+    """The graphs of a solve, and what their calls share."""
+
+    residual: Any
+    jacobian: Any
+    call: Any
+
+
 @inlined
-def _unpacked(p: Any) -> Any:
-    """The criteria in an array."""
-    return by.Criteria(p[0], p[1], p[2], p[3], p[4], p[5] != 0.0, p[6] != 0.0, p[7] != 0.0, p[8], p[9] != 0.0)
+def _unpacked(p: Any, chord_steps: Any) -> Any:
+    """The criteria in an array, with chord steps or without."""
+    return by.Criteria(
+        p[0], p[1], p[2], p[3], p[4], p[5] != 0.0, p[6] != 0.0, p[7] != 0.0, p[8], chord_steps and p[9] != 0.0
+    )
 
 
 @inlined
 def _space(t: Any) -> Any:
     """The arrays that a table names."""
     rows, capacity, n, q = t[Solve.ROWS], t[Solve.CAPACITY], t[Solve.N], t[Solve.Q]
-    vectors, givens = t[Solve.VECTORS], t[Solve.GIVENS]
+    vectors, givens = t[Solve.VECTORS], t[Solve.GIVEN_VECTORS]
     size, given = 8 * capacity * n, 8 * capacity * q
     return Space(
-        number_rows(vectors + U * size, (capacity, n)),
-        number_rows(vectors + STEP * size, (capacity, n)),
-        number_rows(vectors + TRIAL * size, (capacity, n)),
-        number_rows(vectors + B * size, (capacity, n)),
-        number_rows(vectors + FURTHER * size, (capacity, n)),
-        number_rows(vectors + FURTHER_B * size, (capacity, n)),
-        number_rows(vectors + LAST_STEP * size, (capacity, n)),
-        number_rows(givens + OWN * given, (capacity, q)),
-        number_rows(givens + FURTHER_OWN * given, (capacity, q)),
+        number_rows(vectors + tables.U * size, (capacity, n)),
+        number_rows(vectors + tables.STEP * size, (capacity, n)),
+        number_rows(vectors + tables.TRIAL * size, (capacity, n)),
+        number_rows(vectors + tables.B * size, (capacity, n)),
+        number_rows(vectors + tables.FURTHER * size, (capacity, n)),
+        number_rows(vectors + tables.FURTHER_B * size, (capacity, n)),
+        number_rows(vectors + tables.LAST_STEP * size, (capacity, n)),
+        number_rows(vectors + tables.GUESS * size, (capacity, n)),
+        number_rows(givens + tables.OWN * given, (capacity, q)),
+        number_rows(givens + tables.FURTHER_OWN * given, (capacity, q)),
+        number_rows(t[Solve.GIVENS], (rows, q)),
         number_rows(t[Solve.NUMBERS], (capacity, NUMBER_COLUMNS)),
         integer_rows(t[Solve.INDICES], (capacity, INDEX_COLUMNS)),
         numbers(t[Solve.FACTORS], (t[Solve.FACTORS_SIZE],)),
@@ -167,70 +161,181 @@ def _space(t: Any) -> Any:
     )
 
 
+@inlined
+def _graph(t: Any, place: Any, outputs: Any) -> Any:
+    """One of the graphs that a table names."""
+    of = integer_rows(t[Solve.GRAPHS_AT], (tables.GRAPHS, tables.GRAPH_COLUMNS))
+    fault = tables.BROKEN + 2 * place
+    return Graph(of[place, tables.RUN], of[place, tables.CONTAINER], t[Solve.EXECUTOR], outputs, fault)
+
+
 @entry
 def solve_block(table: Any) -> Any:
-    """Solve the rows of a block from their first iterates.
+    """Solve the rows of a block by a table of `tables.Solve`; gives `DONE`, or what is wrong with a graph.
 
-    Args:
-        table: address of the integers of `tables.Solve`; the number of rows that failed is put there.
-
-    Returns:
-        `DONE`, or what is wrong with a graph.
+    The number of rows that failed is put into the table.
     """
     t = integers(table, (Solve.FIELDS,))
-    s = _space(t)
-    criteria = _unpacked(numbers(t[Solve.LIMITS], (CRITERIA,)))
-    count = t[Solve.ARGUMENTS]
-    handles, scratch = t[Solve.HANDLES], t[Solve.HANDLES] + 8 * (count + OUTPUTS)
-    call = Call(
-        integers(t[Solve.FUNCTIONS], (FUNCTIONS,)),
-        integer_rows(t[Solve.ARGUMENTS_AT], (count, ARGUMENT)),
-        integers(handles, (count + OUTPUTS,)),
-        integers(scratch, (SCRATCH,)),
-    )
-    residual = Graph(t[Solve.RESIDUAL], t[Solve.RESIDUAL_CONTAINER], t[Solve.EXECUTOR], 1)
-    jacobian = Graph(t[Solve.JACOBIAN], t[Solve.JACOBIAN_CONTAINER], t[Solve.EXECUTOR], 2)
-    rows, n, updates, cuts = t[Solve.ROWS], t[Solve.N], t[Solve.UPDATES], t[Solve.CUTS]
-    givens = number_rows(t[Solve.FIRST_GIVENS], (rows, t[Solve.Q]))
-    guess = number_rows(t[Solve.FIRST_GUESS], (rows, n))
-    for row in range(rows):
-        copy(guess, row, s.u, row)
-        copy(givens, row, s.g, row)
-    t[Solve.FAILED] = 0
-    if rows == 0:
-        _note_iteration(s, 0, 0, 0)
-        return DONE
-    fault, a = _linearise(jacobian, call, s, rows)
+    s, rows = _space(t), t[Solve.ROWS]
+    call = call_with(t[Solve.FUNCTIONS], t[Solve.ARGUMENTS_AT], t[Solve.ARGUMENTS], 2, t[Solve.HANDLES])
+    graphs = Graphs(_graph(t, tables.RESIDUAL, 1), _graph(t, tables.JACOBIAN, 2), call)
+    _gather(t, s)
+    fault = _predict(t, s) if t[Solve.PREDICTIONS] > 0 and rows > 0 else DONE
     if fault != DONE:
         return fault
-    live, update, line = _begin(s, criteria), 0, 0
+    limits, updates, cuts = numbers(t[Solve.LIMITS], (CRITERIA,)), t[Solve.UPDATES], t[Solve.CUTS]
+    criteria = _unpacked(limits, True)
+    for row in range(rows):
+        s.record[row, UPDATE] = 0
+        s.indices[row, PLACE] = row
+    fault, line = _attempt(graphs, s, rows, updates, cuts, 0, criteria)
+    if fault == DONE and criteria.chord_steps:
+        failed = _failed_rows(s)
+        if failed > 0:
+            line = _note(s, line, ATTEMPT_LINE, failed, 0.0, 0.0, 0.0)
+            fault, line = _attempt(graphs, s, failed, updates, cuts, line, _unpacked(limits, False))
+    if fault == DONE:
+        fault = _take_last_steps(graphs, s)
+    t[Solve.FAILED] = 0
+    for row in range(rows):
+        if s.record[row, OUTCOME] != CONVERGED:
+            t[Solve.FAILED] += 1
+    if fault == DONE and t[Solve.SIDES] > 0 and rows > 0:
+        fault = _differentiate(t, s, call)
+    return fault
+
+
+@inner
+def _gather(t: Any, s: Any) -> None:
+    """Put the variables side by side: unknowns to the initial guess, givens to their rows."""
+    rows, n = t[Solve.ROWS], t[Solve.N]
+    variables = integer_rows(t[Solve.VARIABLES_AT], (t[Solve.VARIABLES], tables.VARIABLE))
+    first = 0
+    for k in range(len(variables)):
+        address, width = variables[k, tables.VARIABLE_ADDRESS], variables[k, tables.VARIABLE_WIDTH]
+        of_unknowns = first < n
+        target = s.guess if of_unknowns else s.givens
+        at = first if of_unknowns else first - n
+        for row in range(rows):
+            source = numbers(address + 8 * width * row, (width,))
+            for i in range(width):
+                target[row, at + i] = source[i] if address != 0 else 0.0
+        first += width
+
+
+@inner
+def _predict(t: Any, s: Any) -> Any:
+    """Run the predictor as often as it is to be run, each time with what came out of it before; fill the guess."""
+    rows, outputs = t[Solve.ROWS], t[Solve.PREDICTED]
+    fill = filled(rows)
+    graph = _graph(t, tables.PREDICTOR, outputs)
+    count = t[Solve.PREDICTOR_ARGUMENTS]
+    call = call_with(t[Solve.FUNCTIONS], t[Solve.PREDICTOR_ARGUMENTS_AT], count, outputs, t[Solve.PREDICTOR_HANDLES])
+    arguments, room = call.arguments, t[Solve.PREDICTOR_ROOM]
+    for k in range(count):
+        width = arguments[k, tables.WIDTH]
+        copies(arguments[k, tables.ADDRESS], room, rows, fill, width)
+        arguments[k, tables.ADDRESS] = room
+        integers(arguments[k, tables.SIZES_AT], (1,))[0] = fill
+        room += 8 * fill * width
+    predicted = integer_rows(t[Solve.PREDICTED_AT], (outputs, tables.PREDICTED))
+    for _ in range(t[Solve.PREDICTIONS]):
+        if start_graph(graph, call):
+            return graph.fault
+        sound = True
+        for place in range(outputs):
+            width, column = predicted[place, tables.PREDICTED_WIDTH], predicted[place, tables.PREDICTED_COLUMN]
+            again = predicted[place, tables.PREDICTED_ARGUMENT]
+            if width == 0:
+                continue
+            if not (look(call, place) and _gives_rows(call, fill, width)):
+                sound = False
+                continue
+            if column >= 0:
+                place_rows(call, rows, s.guess, column, width)
+            if again >= 0:
+                target = number_rows(arguments[again, tables.ADDRESS], (fill, width))
+                place_rows(call, rows, target, 0, width)
+                for row in range(rows, fill):
+                    copy(target, 0, target, row)
+        release(graph, call)
+        if not sound:
+            return graph.fault + 1
+    return DONE
+
+
+@inlined
+def _gives_rows(call: Any, fill: Any, width: Any) -> Any:
+    """Whether the output that was looked at has rows, or one for all, of so many entries."""
+    axes = call.scratch[0]
+    if axes < 1:
+        return False
+    sizes = integers(call.scratch[1], (axes,))
+    size = 1
+    for k in range(1, axes):
+        size *= sizes[k]
+    return size == width and (sizes[0] == fill or sizes[0] == 1)
+
+
+@inner
+def _failed_rows(s: Any) -> Any:
+    """Set the rows that have failed after an update as those of the next attempt; give their number.
+
+    Without an update there was no chord step, and a second attempt would end as the first.
+    """
+    failed = 0
+    for row in range(len(s.record)):
+        outcome = s.record[row, OUTCOME]
+        if outcome > CONVERGED and s.record[row, UPDATE] > 0:
+            s.indices[failed, PLACE] = row
+            failed += 1
+    return failed
+
+
+@inner
+def _attempt(graphs: Any, s: Any, rows: Any, updates: Any, cuts: Any, line: Any, criteria: Any) -> Any:
+    """Solve the rows at the places in `indices` from their initial guess; give what is wrong, and the next line."""
+    for k in range(rows):
+        row = s.indices[k, PLACE]
+        s.indices[k, MEMBER] = row
+        copy(s.guess, row, s.u, k)
+        copy(s.givens, row, s.g, k)
+    if rows == 0:
+        return DONE, _note_iteration(s, line, 0, 0, 0)
+    fault, a = _linearise(graphs.jacobian, graphs.call, s, rows)
+    if fault != DONE:
+        return fault, line
+    live, update = _begin(s, rows, criteria), 0
     while True:
-        line = _note_iteration(s, line, update, live)
+        line = _note_iteration(s, line, update, live, rows)
         if live == 0 or update == updates:
             break
         if update > 0:
-            fault, a = _linearise(jacobian, call, s, live)
+            fault, a = _linearise(graphs.jacobian, graphs.call, s, live)
             if fault != DONE:
-                return fault
+                return fault, line
         update += 1
         live = _advance(a, live, update, s)
-        release(jacobian, call)
-        fault, followed, line = _try(residual, call, s, live, cuts, line, criteria)
+        release(graphs.jacobian, graphs.call)
+        fault, followed, line = _try(graphs.residual, graphs.call, s, live, cuts, line, criteria)
         if fault != DONE:
-            return fault
+            return fault, line
         live = _settle(followed, live, update, s, criteria)
     if update == 0:
-        release(jacobian, call)
+        release(graphs.jacobian, graphs.call)
     for k in range(live):
-        # They stay where they are.
-        row = s.indices[k, PLACE]
-        copy(s.u, k, s.solution, row)
-        s.record[row, OUTCOME], s.record[row, UPDATE] = OUT_OF_ITERATIONS, update
-        s.norms[row, LAST] = s.numbers[k, NORM]
-    for row in range(rows):
-        if s.record[row, OUTCOME] > CONVERGED:
-            t[Solve.FAILED] += 1
-    return _take_last_steps(residual, jacobian, call, s, givens)
+        _leave(s, k, s.u, OUT_OF_ITERATIONS, update, s.numbers[k, NORM])
+    return DONE, line
+
+
+@inlined
+def _leave(s: Any, k: Any, unknowns: Any, outcome: Any, updates: Any, norm: Any) -> None:
+    """Let a live row go with its outcome, after so many updates of this attempt."""
+    row = s.indices[k, PLACE]
+    copy(unknowns, k, s.solution, row)
+    s.record[row, OUTCOME] = outcome
+    s.record[row, UPDATE] += updates
+    s.norms[row, LAST] = norm
 
 
 @inner
@@ -238,12 +343,12 @@ def _linearise(jacobian: Any, call: Any, s: Any, rows: Any) -> Any:
     """Evaluate the Jacobian and `-r` of the first rows, the latter into `b`; outputs are to be released."""
     nothing = Output(0, 0, 0, 0)
     if run(jacobian, call, s.u, s.g, rows):
-        return JACOBIAN_FAILED, nothing
+        return jacobian.fault, nothing
     n = s.u.shape[1]
-    a, b = output(call, 0, rows, n, 3), output(call, 1, rows, n, 2)
+    a, b = output(call, 0, rows, n, n), output(call, 1, rows, n, 0)
     if a.address == 0 or b.address == 0:
         release(jacobian, call)
-        return JACOBIAN_IS_OTHER, nothing
+        return jacobian.fault + 1, nothing
     for k in range(rows):
         take(b, k, s.b, k)
     return DONE, a
@@ -253,35 +358,33 @@ def _linearise(jacobian: Any, call: Any, s: Any, rows: Any) -> Any:
 def _evaluate(residual: Any, call: Any, u: Any, g: Any, into: Any, rows: Any) -> Any:
     """Evaluate `-r` of the first rows."""
     if run(residual, call, u, g, rows):
-        return RESIDUAL_FAILED
-    b = output(call, 0, rows, u.shape[1], 2)
+        return residual.fault
+    b = output(call, 0, rows, u.shape[1], 0)
     for k in range(rows):
         if b.address != 0:
             take(b, k, into, k)
     release(residual, call)
-    return DONE if b.address != 0 else RESIDUAL_IS_OTHER
+    return DONE if b.address != 0 else residual.fault + 1
 
 
 @inner
-def _begin(s: Any, criteria: Any) -> Any:
-    """Judge the first iterates of all rows; give the number of those that go on."""
+def _begin(s: Any, rows: Any, criteria: Any) -> Any:
+    """Judge the initial guesses of the rows; give the number of those that go on."""
     live = 0
-    for row in range(len(s.solution)):
-        norm = norm_of(s.b, row)
-        s.norms[row, LAST] = s.norms[row, FIRST] = norm
-        s.record[row, UPDATE] = 0
+    for k in range(rows):
+        row, norm = s.indices[k, PLACE], norm_of(s.b, k)
+        s.norms[row, FIRST] = norm
         # Nothing is relative to the first norm yet.
         small = norm < criteria.atol or norm == 0.0
         if small or not isfinite(norm):
-            s.record[row, OUTCOME] = CONVERGED if small else DIVERGED
-            copy(s.u, row, s.solution, row)
+            _leave(s, k, s.u, CONVERGED if small else DIVERGED, 0, norm)
             continue
-        if live != row:
-            copy(s.u, row, s.u, live)
-            copy(s.g, row, s.g, live)
-            copy(s.b, row, s.b, live)
+        if live != k:
+            copy(s.u, k, s.u, live)
+            copy(s.g, k, s.g, live)
+            copy(s.b, k, s.b, live)
         s.numbers[live, NORM] = norm
-        s.indices[live, PLACE] = s.indices[live, SOURCE] = row
+        s.indices[live, PLACE], s.indices[live, SOURCE] = row, k
         live += 1
     return live
 
@@ -310,17 +413,15 @@ def _advance(a: Any, live: Any, update: Any, s: Any) -> Any:
         end = min(start + LANES, live)
         _directions(a, s, start, end)
         for k in range(start, end):
-            row, norm = s.indices[k, PLACE], s.numbers[k, NORM]
+            norm = s.numbers[k, NORM]
             if not (take_side(s.lu, k, s.step, kept) and had_pivots(s.lu, k, n)):
-                s.record[row, OUTCOME], s.record[row, UPDATE] = SINGULAR, update - 1
-                s.norms[row, LAST] = norm
-                copy(s.u, k, s.solution, row)
+                _leave(s, k, s.u, SINGULAR, update - 1, norm)
                 continue
             if kept != k:
                 copy(s.u, k, s.u, kept)
                 copy(s.g, k, s.g, kept)
                 s.numbers[kept, NORM] = norm
-                s.indices[kept, PLACE] = row
+                s.indices[kept, PLACE] = s.indices[k, PLACE]
             s.indices[kept, SLOT] = k
             slope = 0.0
             for i in range(n):
@@ -414,39 +515,19 @@ def _set_chord_steps(live: Any, s: Any, criteria: Any) -> Any:
 
 @inner
 def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any:
-    """Accept the trials, and the chord steps that let the residual fall; rows that are done leave, the others move up.
-
-    Gives the number of those that stay.
-    """
-    n = s.u.shape[1]
-    for i in range(followed):
-        k, norm = s.indices[i, TRIED], norm_of(s.further_b, i)
-        if norm < s.numbers[k, TRIAL_NORM]:
-            s.numbers[k, NORM] = s.numbers[k, TRIAL_NORM]
-            s.numbers[k, TRIAL_NORM] = norm
-            for j in range(n):
-                s.step[k, j] = s.further[i, j] - s.trial[k, j]
-            copy(s.further, i, s.trial, k)
-            copy(s.further_b, i, s.b, k)
+    """Accept the trials; rows that are done leave, the others move up. Gives the number of those that stay."""
+    _accept_chord_steps(followed, s)
     kept = 0
     for k in range(live):
         row, norm = s.indices[k, PLACE], s.numbers[k, TRIAL_NORM]
-        norm0 = s.norms[row, FIRST]
-        done = _converged(norm, norm0, criteria)
+        done = _converged(norm, s.norms[row, FIRST], criteria)
         if done and criteria.small_steps:
             moved = s.numbers[k, ALPHA] * norm_of(s.step, k)
             done = _small_step(moved, norm_of(s.trial, k), norm, criteria)
         if done or not isfinite(norm):
-            s.record[row, OUTCOME], s.record[row, UPDATE] = CONVERGED if done else DIVERGED, update
-            s.norms[row, LAST] = norm
-            copy(s.trial, k, s.solution, row)
-            if done and _gains(norm, norm0, criteria):
-                if not _carries(norm, s.numbers[k, NORM], norm0, criteria):
-                    s.record[row, OUTCOME] = WAITING
-                elif substitute_one(s.lu, s.pivots, s.indices[k, SLOT], s.b, k):
-                    s.record[row, OUTCOME] = STEPPING
-                    for i in range(n):
-                        s.last_step[row, i] = s.trial[k, i] + s.b[k, i]
+            _leave(s, k, s.trial, CONVERGED if done else DIVERGED, update, norm)
+            if done:
+                _set_last_step(s, k, row, norm, criteria)
             continue
         copy(s.trial, k, s.u, kept)
         if kept != k:
@@ -457,10 +538,38 @@ def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any
     return kept
 
 
+@inlined
+def _accept_chord_steps(followed: Any, s: Any) -> None:
+    """Make the chord steps that let the residual fall the trials of their rows."""
+    for i in range(followed):
+        k, norm = s.indices[i, TRIED], norm_of(s.further_b, i)
+        if norm < s.numbers[k, TRIAL_NORM]:
+            s.numbers[k, NORM] = s.numbers[k, TRIAL_NORM]
+            s.numbers[k, TRIAL_NORM] = norm
+            for j in range(s.u.shape[1]):
+                s.step[k, j] = s.further[i, j] - s.trial[k, j]
+            copy(s.further, i, s.trial, k)
+            copy(s.further_b, i, s.b, k)
+
+
+@inlined
+def _set_last_step(s: Any, k: Any, row: Any, norm: Any, criteria: Any) -> None:
+    """Set the last step of a row that has converged, by the factors at hand, or let it wait for factors of its own."""
+    norm0 = s.norms[row, FIRST]
+    if not _gains(norm, norm0, criteria):
+        return
+    if not _carries(norm, s.numbers[k, NORM], norm0, criteria):
+        s.record[row, OUTCOME] = WAITING
+    elif substitute_one(s.lu, s.pivots, s.indices[k, SLOT], s.b, k):
+        s.record[row, OUTCOME] = STEPPING
+        for i in range(s.u.shape[1]):
+            s.last_step[row, i] = s.trial[k, i] + s.b[k, i]
+
+
 @inner
-def _take_last_steps(residual: Any, jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
+def _take_last_steps(graphs: Any, s: Any) -> Any:
     """Take the last steps that let the residual fall; tell what is wrong with a graph."""
-    fault = _set_last_steps(jacobian, call, s, givens)
+    fault = _take_linearisations(graphs.jacobian, graphs.call, s)
     if fault != DONE:
         return fault
     stepping = 0
@@ -468,12 +577,12 @@ def _take_last_steps(residual: Any, jacobian: Any, call: Any, s: Any, givens: An
         if s.record[row, OUTCOME] == STEPPING:
             s.record[row, OUTCOME] = CONVERGED
             copy(s.last_step, row, s.u, stepping)
-            copy(givens, row, s.g, stepping)
+            copy(s.givens, row, s.g, stepping)
             s.indices[stepping, PLACE] = row
             stepping += 1
     if stepping == 0:
         return DONE
-    fault = _evaluate(residual, call, s.u, s.g, s.b, stepping)
+    fault = _evaluate(graphs.residual, graphs.call, s.u, s.g, s.b, stepping)
     for k in range(stepping):
         row = s.indices[k, PLACE]
         if fault == DONE and norm_of(s.b, k) < s.norms[row, LAST]:
@@ -482,14 +591,14 @@ def _take_last_steps(residual: Any, jacobian: Any, call: Any, s: Any, givens: An
 
 
 @inner
-def _set_last_steps(jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
+def _take_linearisations(jacobian: Any, call: Any, s: Any) -> Any:
     """Set the last steps of the rows that wait for a linearisation of their own; tell what is wrong with the graph."""
     n, waiting = s.u.shape[1], 0
     for row in range(len(s.record)):
         if s.record[row, OUTCOME] == WAITING:
             s.record[row, OUTCOME] = CONVERGED
             copy(s.solution, row, s.u, waiting)
-            copy(givens, row, s.g, waiting)
+            copy(s.givens, row, s.g, waiting)
             s.indices[waiting, PLACE], s.indices[waiting, SOURCE] = row, waiting
             waiting += 1
     if waiting == 0:
@@ -511,19 +620,90 @@ def _set_last_steps(jacobian: Any, call: Any, s: Any, givens: Any) -> Any:
 
 
 @inner
-def _note_iteration(s: Any, line: Any, update: Any, live: Any) -> Any:
+def _differentiate(t: Any, s: Any, call: Any) -> Any:
+    """Solve `A X = -B` at the solution for chosen columns of `B`, or for its products with directions.
+
+    `B` is the derivative of the residual by the givens. NaN in rows whose `A` is singular.
+    """
+    rows, n, q = t[Solve.ROWS], t[Solve.N], t[Solve.Q]
+    for row in range(rows):
+        copy(s.solution, row, s.u, row)
+        copy(s.givens, row, s.g, row)
+        s.indices[row, SOURCE] = row
+    jacobian = _graph(t, tables.JACOBIAN_AT_SOLUTION, 2)
+    fault, a = _linearise(jacobian, call, s, rows)
+    if fault != DONE:
+        return fault
+    for start in range(0, rows, LANES):
+        end = min(start + LANES, rows)
+        for k in range(start, end):
+            load(a, k, s.lu, k, n)
+        fill_up(s.lu, end, n)
+        factor(s.lu, s.pivots, start // LANES, n)
+        for k in range(start, end):
+            s.indices[k, SLOT] = 1 if had_pivots(s.lu, k, n) else 0
+    release(jacobian, call)
+    by_givens = _graph(t, tables.BY_GIVENS, 1)
+    if run(by_givens, call, s.u, s.g, rows):
+        return by_givens.fault
+    b = output(call, 0, rows, n, q)
+    if b.address != 0:
+        for start in range(0, rows, LANES):
+            _derivatives_of(t, s, b, start, min(start + LANES, rows))
+    release(by_givens, call)
+    return DONE if b.address != 0 else by_givens.fault + 1
+
+
+@inlined
+def _derivatives_of(t: Any, s: Any, b: Any, start: Any, end: Any) -> None:
+    """The derivatives of a group of rows, by all right-hand sides."""
+    n, q, sides = t[Solve.N], t[Solve.Q], t[Solve.SIDES]
+    columns = integers(t[Solve.COLUMNS_AT], (sides,))
+    directions, step = t[Solve.DIRECTIONS], t[Solve.DIRECTION_ROW]
+    found = number_rows(t[Solve.DERIVATIVES], (t[Solve.ROWS] * sides, n))
+    side = side_in(s.lu, n)
+    for c in range(sides):
+        for lane in range(LANES):
+            row = min(start + lane, end - 1)
+            for i in range(n):
+                if directions == 0:
+                    total = entry_of(b, row, i, columns[c])
+                else:
+                    along = numbers(directions + 8 * row * step, (q * sides,))
+                    total = 0.0
+                    for j in range(q):
+                        total += entry_of(b, row, i, j) * along[j * sides + c]
+                s.lu[side + i * LANES + lane] = -total
+        substitute(s.lu, s.pivots, start // LANES, n)
+        for row in range(start, end):
+            sound = s.indices[row, SLOT] != 0
+            for i in range(n):
+                found[row * sides + c, i] = s.lu[side + i * LANES + row - start] if sound else nan
+
+
+@inner
+def _note(s: Any, line: Any, kind: Any, number: Any, one: Any, two: Any, three: Any) -> Any:
+    """Note a line for the log, if anybody reads it; give the next one."""
+    if line >= len(s.history):
+        return line
+    s.history[line, 0], s.history[line, 1] = kind, number
+    s.history[line, 2], s.history[line, 3], s.history[line, 4] = one, two, three
+    return line + 1
+
+
+@inner
+def _note_iteration(s: Any, line: Any, update: Any, live: Any, rows: Any) -> Any:
     """Note the largest residual norm of the live rows and their largest first one; of all rows where none is live."""
     if line >= len(s.history):
         return line
     worst = worst0 = 0.0
-    for k in range(live if live > 0 else len(s.norms)):
-        row = s.indices[k, PLACE] if live > 0 else k
-        norm, norm0 = s.numbers[k, NORM] if live > 0 else s.norms[k, LAST], s.norms[row, FIRST]
+    for k in range(live if live > 0 else rows):
+        row = s.indices[k, PLACE if live > 0 else MEMBER]
+        norm, norm0 = s.numbers[k, NORM] if live > 0 else s.norms[row, LAST], s.norms[row, FIRST]
         # One that is no number is the largest.
         worst = norm if norm > worst or norm != norm else worst
         worst0 = norm0 if norm0 > worst0 or norm0 != norm0 else worst0
-    s.history[line, 0], s.history[line, 1], s.history[line, 2], s.history[line, 3] = 0.0, update, worst, worst0
-    return line + 1
+    return _note(s, line, ITERATION_LINE, update, worst, worst0, 0.0)
 
 
 @inner
@@ -537,42 +717,4 @@ def _note_trials(s: Any, line: Any, trial: Any, live: Any, criteria: Any) -> Any
         alpha = min(alpha, s.numbers[k, ALPHA])
         worst = norm if norm > worst or norm != norm else worst
         least = min(least, s.numbers[k, NORM] * sqrt(max(1.0 - criteria.c * s.numbers[k, ALPHA] * slope, 0.0)))
-    s.history[line, 0], s.history[line, 1] = 1.0, trial
-    s.history[line, 2], s.history[line, 3], s.history[line, 4] = alpha, worst, least
-    return line + 1
-
-
-@entry
-def solve_columns(table: Any) -> Any:
-    """Solve `A X = -B` for chosen columns of `B`, row by row; NaN where a matrix is singular.
-
-    Args:
-        table: address of the integers of `tables.Columns`.
-
-    Returns:
-        `DONE`.
-    """
-    t = integers(table, (Columns.FIELDS,))
-    rows, n, q, count = t[Columns.ROWS], t[Columns.N], t[Columns.Q], t[Columns.COUNT]
-    a, b = Output(t[Columns.MATRICES], n * n, n, 1), Output(t[Columns.SIDES], n * q, q, 1)
-    chosen, found = integers(t[Columns.CHOSEN], (count,)), number_rows(t[Columns.FOUND], (rows * count, n))
-    lu = numbers(t[Columns.FACTORS], (t[Columns.FACTORS_SIZE],))
-    pivots = integers(t[Columns.PIVOTS], (t[Columns.PIVOTS_SIZE],))
-    side = side_in(lu, n)
-    for start in range(0, rows, LANES):
-        lanes = min(LANES, rows - start)
-        for lane in range(lanes):
-            load(a, start + lane, lu, lane, n)
-        fill_up(lu, lanes, n)
-        factor(lu, pivots, 0, n)
-        for c in range(count):
-            for lane in range(LANES):
-                row = start + min(lane, lanes - 1)
-                for i in range(n):
-                    lu[side + i * LANES + lane] = -entry_of(b, row, i, chosen[c])
-            substitute(lu, pivots, 0, n)
-            for lane in range(lanes):
-                sound = had_pivots(lu, lane, n)
-                for i in range(n):
-                    found[(start + lane) * count + c, i] = lu[side + i * LANES + lane] if sound else nan
-    return DONE
+    return _note(s, line, TRIAL_LINE, trial, alpha, worst, least)
