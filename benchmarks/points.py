@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from neml2_aoti_plugin import Model, Points
+from neml2_aoti_plugin.notation import Form, convert
 from neml2_aoti_plugin.points import PointsState
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
@@ -57,8 +58,11 @@ def line(name: str, rows: int, notation: Any, seconds: float) -> str:
     points = Points(model, rows, notation=notation, pairs=pairs)
     points.restore(PointsState({key: inputs[key] for key in points.kept}, model.digest, rows))
     # The driven inputs as the caller writes them.
-    forms = points._interface.forms
-    given = {key: forms.outward(key, inputs[key]).clone().numpy() for key in points.driven}
+    form: Form = "voigt strain" if notation == "voigt" else notation
+    given = {
+        key: (convert(inputs[key], "mandel", form) if inputs[key].shape[-1:] == (6,) else inputs[key]).clone().numpy()
+        for key in points.driven
+    }
 
     def update() -> object:
         points.revert()

@@ -29,8 +29,10 @@ NOTATIONS: tuple[Notation, ...] = get_args(Notation)
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 
 SYMMETRIC = (6,)
-# Entries of a vector of six that lie in the plane, and those that do not.
-IN_PLANE, OUT_OF_PLANE = [0, 1, 5], [2, 3, 4]
+# Entries of a vector of six that callers give and get; of a 3 x 3 tensor in a plane dimension it is the 2 x 2 in it.
+COMPONENTS: dict[Dimension, list[int]] = {3: [0, 1, 2, 3, 4, 5], "plane strain": [0, 1, 5], "plane stress": [0, 1, 5]}
+# Those out of the plane.
+OUT_OF_PLANE = [2, 3, 4]
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,18 @@ class Forms:
     bases: dict[str, Base]
     # The form of each symmetric tensor.
     forms: dict[str, Form]
-    # Symmetric tensors of which callers give and get the components in the plane only.
+    # Entries that callers give and get of the symmetric tensors that they do not give whole.
+    components: list[int]
     reduced: frozenset[str]
 
     def shape(self, name: str, *, whole: bool = False) -> Base:
         """Base shape of a variable as the caller writes it; in three dimensions in any case if `whole`."""
         if name not in self.forms:
             return self.bases[name]
-        plane = name in self.reduced and not whole
+        reduced = name in self.reduced and not whole
         if self.forms[name] == "tensor":
-            return (2, 2) if plane else (3, 3)
-        return (len(IN_PLANE),) if plane else SYMMETRIC
+            return (2, 2) if reduced else (3, 3)
+        return (len(self.components),) if reduced else SYMMETRIC
 
     def inward(self, name: str, value: Tensor, *, whole: bool = False) -> Tensor:
         """Bring a caller's value, `(..., *shape)`, to the model's form."""
@@ -64,7 +67,7 @@ class Forms:
             if form == "tensor":
                 embedded[..., :2, :2] = value
             else:
-                embedded[..., IN_PLANE] = value
+                embedded[..., self.components] = value
             value = embedded
         return convert(value, form, "mandel")
 
@@ -74,7 +77,7 @@ class Forms:
         if form is None:
             return value
         found = convert(value, "mandel", form)
-        return found if whole else self._in_plane(found, name, 0)
+        return found if whole else self._reduced(found, name, 0)
 
     def tangent(self, out: str, by: str, block: Tensor) -> Tensor:
         """Bring a derivative, `(..., *out base, *by base)`, to the caller's forms."""
@@ -88,25 +91,24 @@ class Forms:
             moved = convert(block.movedim(-1 - behind, -1), "mandel", form_out)
             last = range(moved.ndim - axes, moved.ndim)
             block = moved.movedim(tuple(last), tuple(k - behind for k in last))
-        return self._in_plane(self._in_plane(block, by, 0), out, len(self.shape(by)))
+        return self._reduced(self._reduced(block, by, 0), out, len(self.shape(by)))
 
-    def _in_plane(self, value: Tensor, name: str, behind: int) -> Tensor:
+    def _reduced(self, value: Tensor, name: str, behind: int) -> Tensor:
         """The components that the caller gets of a variable whose axes have `behind` axes behind them."""
         if name not in self.reduced:
             return value
         last = value.ndim - 1 - behind
         if self.forms[name] == "tensor":
             return value.narrow(last, 0, 2).narrow(last - 1, 0, 2)
-        return value.index_select(last, torch.tensor(IN_PLANE, device=value.device))
+        return value.index_select(last, torch.tensor(self.components, device=value.device))
 
 
 def forms_of(
     bases: dict[str, Base],
     notation: Notation,
+    dimension: Dimension,
     strains: Iterable[str],
     stresses: Iterable[str],
-    *,
-    plane: bool,
     whole: Iterable[str],
     where: str,
 ) -> Forms:
@@ -117,9 +119,10 @@ def forms_of(
     strains, stresses, whole = tuple(strains), tuple(stresses), tuple(whole)
     for names, argument in ((strains, "strains"), (stresses, "stresses"), (whole, "whole")):
         require_names(names, symmetric, f"{argument}= of {where}", "symmetric tensors")
-    reduced = frozenset(symmetric).difference(whole) if plane else frozenset()
+    components = COMPONENTS[dimension]
+    reduced = frozenset(symmetric).difference(whole) if len(components) < 6 else frozenset()
     if notation != "voigt":
-        return Forms(bases, dict.fromkeys(symmetric, notation), reduced)
+        return Forms(bases, dict.fromkeys(symmetric, notation), components, reduced)
     found: dict[str, Form] = {}
     for name in symmetric:
         strain = name in strains or ("strain" in name and name not in stresses)
@@ -130,7 +133,7 @@ def forms_of(
                 f"or as a stress. Tell it: Points(..., strains=[{name!r}]) or stresses=[{name!r}]."
             )
         found[name] = "voigt strain" if strain else "voigt stress"
-    return Forms(bases, found, reduced)
+    return Forms(bases, found, components, reduced)
 
 
 # -- values and results of points --------------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ class Interface:
             return f"{wanted}."
         if shape[1:] == one:
             return f"{wanted}: there are {self.n} points."
-        parts = ", ".join(ORDER[k] for k in (IN_PLANE if one[-1] == len(IN_PLANE) else range(6)))
+        parts = ", ".join(ORDER[k] for k in (range(6) if one[-1:] == SYMMETRIC else self.forms.components))
         kind = "symmetric tensors in components" if form == "tensor" else f"{parts} in the form {form!r}"
         return (
             f"{wanted}: {kind}.{_conversion(name, shape, one, form)} Points(..., notation=...) says how tensors are "

@@ -81,7 +81,7 @@ class Points:
         if constraint is not None:
             self.pairs = constraint.condensable(self.model, self.pairs, chosen=pairs is not None)
             constraint.require_reduced(whole)
-        forms = forms_of(bases, notation, strains, stresses, plane=dimension != 3, whole=whole, where=where)
+        forms = forms_of(bases, notation, dimension, strains, stresses, whole, where)
         arrays = Arrays(self.model.dtype, self.model.device)
         self._roles, self._kept = roles, roles.kept
         self._interface = Interface(self.n, arrays, forms, roles.natural)
