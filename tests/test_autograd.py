@@ -1,12 +1,11 @@
 """torch differentiates and maps compiled models: reverse and forward mode, functional transforms, many time steps.
 
-References are the compiled blocks, which test_contract.py compares with eager neml2 and finite differences, eager
-neml2's own autograd, and finite differences by torch's gradcheck.
+References are finite differences by torch's gradcheck, and eager neml2's own autograd. That torch's transforms give
+what the model's own operations give, test_ways.py asks of every model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import neml2
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck
+from torch.autograd import gradcheck
 
 import references
 from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, Model
@@ -22,7 +21,6 @@ from references import Tensors, difference
 
 # Models all of whose derivatives were compiled.
 DERIVED = ["elasticity", "promoted", "composed", "krylov", "calibration", "promoted_implicit", "renamed"]
-WITH_PARAMETERS = ["promoted", "calibration", "promoted_implicit", "renamed"]
 
 
 def leaves(rows: Tensors) -> Tensors:
@@ -39,46 +37,7 @@ def weighted(outputs: Tensors) -> Tensor:
     return torch.stack([(w[name] * x).sum() for name, x in outputs.items()]).sum()
 
 
-def contracted(blocks: Tensors, cotangents: Tensors) -> Tensor:
-    """Cotangents of all outputs times the blocks by one input, with one batch axis."""
-    terms = []
-    for out, block in blocks.items():
-        w = cotangents[out]
-        product = block * w.reshape(w.shape + (1,) * (block.ndim - w.ndim))
-        terms.append(product.flatten(1, w.ndim - 1).sum(1) if w.ndim > 1 else product)
-    return torch.stack(terms).sum(0)
-
-
 class TestReverse:
-    @pytest.mark.parametrize("name", DERIVED)
-    def test_gradients_by_inputs_are_the_compiled_blocks_contracted(self, name: str) -> None:
-        case = references.case(name)
-        model, rows = case.model, leaves(case.rows())
-        outputs = model.forward(rows)
-        assert all(x.requires_grad for x in outputs.values())
-        weighted(outputs).backward()
-        _, blocks = model.jacobian(case.rows())
-        plain = case.model.forward(case.rows())
-        for out, x in outputs.items():
-            assert torch.equal(x.detach(), plain[out]) or difference(x, plain[out]) < 1e-14
-        for wrt, leaf in rows.items():
-            column = {out: full(row[wrt], len(leaf), plain[out], leaf) for out, row in blocks.items()}
-            assert leaf.grad is not None
-            assert difference(leaf.grad, contracted(column, weights(plain))) < 1e-12, wrt
-
-    @pytest.mark.parametrize("name", WITH_PARAMETERS)
-    def test_gradients_by_parameters_are_those_of_param_vjp(self, name: str) -> None:
-        case = references.case(name)
-        model, rows = case.load(), case.rows()
-        model.requires_grad_()
-        outputs = model.forward(rows)
-        weighted(outputs).backward()
-        expected = model.param_vjp(rows, weights(outputs))
-        assert expected
-        for parameter, value in model.named_parameters().items():
-            assert value.grad is not None
-            assert difference(value.grad, expected[parameter]) < 1e-12, parameter
-
     @pytest.mark.parametrize("name", DERIVED)
     def test_gradcheck(self, name: str) -> None:
         """Finite differences of the model itself, by inputs and parameters together, reverse and forward."""
@@ -122,23 +81,6 @@ class TestReverse:
             expected = wide[name].grad
             assert expected is not None and x.grad is not None
             assert difference(x.grad, expected.sum_to_size(x.shape)) < 1e-12, name
-
-    def test_sub_batch(self) -> None:
-        case = references.case("cross_group")
-        rows = case.rows()
-        rows["stress"] = rows["stress"].clone().requires_grad_()
-        outputs = case.model.forward(rows)
-        w = weights(outputs)["strain"]
-        (w * outputs["strain"]).sum().backward()
-        _, blocks = case.model.jacobian(case.rows())
-        block = blocks["strain"]["stress"]
-        assert rows["stress"].grad is not None
-        assert difference(rows["stress"].grad, torch.einsum("bo,boi->bi", w, block)) < 1e-12
-
-
-def full(block: Tensor, count: int, out: Tensor, leaf: Tensor) -> Tensor:
-    """A block with its batch axis."""
-    return block if block.ndim == out.ndim + leaf.ndim - 1 else block.expand(count, *block.shape)
 
 
 class TestFrozen:
@@ -247,28 +189,7 @@ class TestMissing:
             model.forward({"strian": torch.zeros(6, dtype=torch.float64, requires_grad=True)})
 
 
-class TestForward:
-    @pytest.mark.parametrize("name", ["elasticity", "calibration", "composed"])
-    def test_dual_numbers_give_the_jvp(self, name: str) -> None:
-        case = references.case(name)
-        rows = case.rows()
-        tangents = {n: 1e-3 * references.size(x) * torch.ones_like(x) for n, x in rows.items()}
-        expected = case.model.jvp(rows, tangents)[1]
-        with forward_ad.dual_level():
-            duals = {n: forward_ad.make_dual(x, tangents[n]) for n, x in rows.items()}
-            for out, value in case.model.forward(duals).items():
-                assert difference(forward_ad.unpack_dual(value).tangent, expected[out]) < 1e-12, out
-
-
 class TestFunctional:
-    def test_vmap_is_the_batch(self) -> None:
-        case = references.case("calibration")
-        rows = case.rows()
-        expected = case.model.forward(rows)
-        found = torch.func.vmap(case.model.forward)(rows)
-        for name, x in expected.items():
-            assert torch.equal(found[name], x), name
-
     def test_vmap_over_another_axis_and_over_some_inputs(self) -> None:
         case = references.case("calibration")
         rows = case.rows()
@@ -289,25 +210,6 @@ class TestFunctional:
         found = torch.func.vmap(case.model.forward)({n: x[:0] for n, x in case.rows().items()})
         for out, value in case.model.forward(case.rows()).items():
             assert found[out].shape == (0, *value.shape[1:]), out
-
-    def test_vmap_over_sites_and_plain_values(self) -> None:
-        case = references.case("cross_group")
-        rows = case.rows()
-        assert any(v.sub_batch_shape for v in case.model.inputs.values())
-        found = torch.func.vmap(case.model.forward)(rows)
-        for name, x in case.model.forward(rows).items():
-            assert torch.equal(found[name], x), name
-
-    @pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd])
-    def test_jacobians_per_row(self, transform: Callable[..., Any]) -> None:
-        case = references.case("calibration")
-        rows = case.rows()
-
-        def stress(strain: Tensor, row: Tensors) -> Tensor:
-            return case.model.forward({**row, "strain": strain})["stress"]
-
-        found = torch.func.vmap(transform(stress))(rows["strain"], rows)
-        assert difference(found, case.model.jacobian(rows)[1]["stress"]["strain"]) < 1e-12
 
     def test_functional_call_takes_other_parameters(self) -> None:
         case = references.case("promoted")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import references
 from neml2_aoti_plugin import DerivativeNotCompiledError
+from neml2_aoti_plugin.model._operations import OPERATIONS, Operation
 from references import Case, Tensors, difference, finite_differences, size
 from stubs import catalogue
 from stubs.catalogue import CATALOGUE
@@ -33,18 +34,24 @@ PROMOTED = [name for name, stub in CATALOGUE.items() if "-p" in stub.flags]
 
 ranks = pytest.mark.parametrize("rank", RANKS, ids=RANKS.get)
 models = pytest.mark.parametrize("case", CATALOGUE, indirect=True)
-models_with_derivatives = pytest.mark.parametrize("case", DERIVED, indirect=True)
-# Differences need double precision.
-models_with_differences = pytest.mark.parametrize("case", [n for n in DERIVED if n in DOUBLE], indirect=True)
 # The last span of a cut step starts from a state that the caller does not have.
 implicit_models = pytest.mark.parametrize(
     "case", [n for n in CATALOGUE if n not in EXPLICIT + SUBSTEPPED], indirect=True
 )
-# neml2 cuts steps in compiled models only.
-models_with_eager_derivatives = pytest.mark.parametrize(
-    "case", [n for n in DERIVED if n not in SUBSTEPPED], indirect=True
-)
-models_with_parameters = pytest.mark.parametrize("case", PROMOTED, indirect=True)
+derived = pytest.mark.parametrize("case", DERIVED, indirect=True)
+with_parameters = pytest.mark.parametrize("case", PROMOTED, indirect=True)
+
+INPUTS, PARAMETERS = OPERATIONS["jacobian"], OPERATIONS["param_jacobian"]
+# The operations that give blocks, with the models that have some; neml2 cuts steps in compiled models only, and
+# differences need double precision.
+BLOCKS = [(INPUTS, name) for name in DERIVED] + [(PARAMETERS, name) for name in PROMOTED]
+EAGER_BLOCKS = [(o, name) for o, name in BLOCKS if name not in SUBSTEPPED or o is PARAMETERS]
+DIFFERENCES = [(o, name) for o, name in BLOCKS if name in DOUBLE or o is PARAMETERS]
+
+
+def of_blocks(pairs: list[tuple[Operation, str]]) -> pytest.MarkDecorator:
+    marks = [pytest.param(o, name, id=f"{o.name}-{name}") for o, name in pairs]
+    return pytest.mark.parametrize(("operation", "case"), marks, indirect=["case"])
 
 
 @pytest.fixture
@@ -137,167 +144,121 @@ class TestForward:
             assert difference(found[name], explicit[name]) < eager_tolerance, name
 
 
-class TestJacobian:
+def blocks_at(case: Case, operation: Operation, inputs: Tensors) -> tuple[Tensors, dict[tuple[str, str], Tensor]]:
+    """Outputs, and blocks by pair, with the caller's batch."""
+    if operation is INPUTS:
+        outputs, blocks = case.model.jacobian(inputs, expand=True)
+    else:
+        outputs, blocks = case.model.param_jacobian(inputs)
+    return outputs, {(out, by): block for out, row in blocks.items() for by, block in row.items()}
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("operation", [INPUTS, PARAMETERS], ids=lambda operation: operation.name)
     @models
-    def test_has_exactly_the_compiled_pairs(self, case: Case) -> None:
-        pairs = case.model.derivative_pairs
-        if not pairs:
-            with pytest.raises(DerivativeNotCompiledError, match=r"neml2-compile .* -d "):
-                case.model.jacobian(case.rows())
+    def test_are_exactly_the_compiled_pairs(self, case: Case, operation: Operation) -> None:
+        pairs = operation.pairs(case.model)
+        if pairs:
+            outputs, blocks = blocks_at(case, operation, case.rows())
+            assert sorted(blocks) == sorted(pairs)
+            assert list(outputs) == case.model.output_names
             return
-        outputs, blocks = case.model.jacobian(case.rows())
-        assert sorted((out, wrt) for out, row in blocks.items() for wrt in row) == sorted(pairs)
-        assert list(outputs) == case.model.output_names
+        contraction = OPERATIONS["jvp" if operation is INPUTS else "param_vjp"]
+        flag = "-d" if operation is INPUTS else "-p"
+        for call in (operation.method(case.model), partial(contraction.method(case.model), **{contraction.takes: {}})):
+            with pytest.raises(DerivativeNotCompiledError, match=rf"neml2-compile .* {flag} "):
+                call(case.rows())
 
     @ranks
-    @models_with_eager_derivatives
-    def test_agrees_with_eager(self, case: Case, rank: int, eager_tolerance: float) -> None:
+    @of_blocks(EAGER_BLOCKS)
+    def test_agree_with_eager(self, case: Case, operation: Operation, rank: int, eager_tolerance: float) -> None:
         inputs = of_rank(case, rank)
-        outputs, blocks = case.model.jacobian(inputs)
+        outputs, blocks = blocks_at(case, operation, inputs)
         rows = case.rows() if rank else {name: x[-1:] for name, x in case.rows().items()}
-        expected = case.eager_jacobian(rows)
-        batch = tuple(next(iter(inputs.values())).shape[:rank])
-        for out, wrt in case.model.derivative_pairs:
-            if wrt not in expected[out]:
-                assert not blocks[out][wrt].any(), f"{wrt} is only an initial guess"
+        if operation is INPUTS:
+            expected = case.eager_jacobian(rows)
+        else:
+            expected = case.eager_param_jacobian(rows, list(dict.fromkeys(by for _, by in blocks)))
+        for (out, by), block in blocks.items():
+            if by not in expected[out]:
+                assert not block.any(), f"{by} is only an initial guess"
                 continue
-            block = spread(blocks[out][wrt], batch, case, out, wrt)
-            least = sensitivity(outputs[out], inputs[wrt], 1e-6)
-            assert difference(flattened(block, rank), expected[out][wrt], least) < eager_tolerance, (out, wrt)
+            least = sensitivity(outputs[out], inputs[by], 1e-6) if operation is INPUTS else 0.0
+            assert difference(flattened(block, rank), expected[out][by], least) < eager_tolerance, (out, by)
 
-    @models_with_differences
-    def test_agrees_with_finite_differences(self, case: Case) -> None:
+    @of_blocks(DIFFERENCES)
+    def test_agree_with_finite_differences(self, case: Case, operation: Operation) -> None:
         rows = references.few(case)
-        outputs, blocks = case.model.jacobian(rows)
-        count = next(iter(rows.values())).shape[0]
+        outputs, blocks = blocks_at(case, operation, rows)
+        values = rows if operation is INPUTS else dict(case.model.named_parameters())
+        for by in dict.fromkeys(by for _, by in blocks):
+            if operation is INPUTS:
+                base = case.model.inputs[by].natural_shape
+            else:
+                base = tuple(case.model.parameter_base_shapes[by])
 
-        def forward(name: str, x: Tensor) -> Tensors:
-            return case.model.forward({**rows, name: x})
+            def moved(x: Tensor, by: str = by, base: tuple[int, ...] = base) -> Tensors:
+                if operation is INPUTS:
+                    return case.model.forward({**rows, by: x})
+                return case.model.forward(rows, {by: x.reshape(-1, 1, *base)})
 
-        for wrt in dict.fromkeys(i for _, i in case.model.derivative_pairs):
-            rank = len(case.model.inputs[wrt].natural_shape)
-            found = finite_differences(partial(forward, wrt), rows[wrt], rank)
-            for out in (o for o, i in case.model.derivative_pairs if i == wrt):
-                block = spread(blocks[out][wrt], (count,), case, out, wrt)
-                least = sensitivity(outputs[out], rows[wrt], 1e-3)
-                assert difference(block, found[out], least) < AGAINST_DIFFERENCES, (out, wrt)
+            found = finite_differences(moved, values[by], len(base))
+            for out in (out for out, other in blocks if other == by):
+                least = sensitivity(outputs[out], values[by], 1e-3) if operation is INPUTS else 0.0
+                assert difference(blocks[out, by], found[out], least) < AGAINST_DIFFERENCES, (out, by)
 
 
-class TestJvp:
+class TestContractions:
     @ranks
-    @models
-    def test_contracts_the_jacobian(self, case: Case, rank: int, own_tolerance: float) -> None:
+    @derived
+    def test_jvp_contracts_the_jacobian(self, case: Case, rank: int, own_tolerance: float) -> None:
         inputs = of_rank(case, rank)
-        if not case.model.derivative_pairs:
-            with pytest.raises(DerivativeNotCompiledError, match=r"neml2-compile .* -d "):
-                case.model.jvp(inputs, {})
-            return
         tangents = directions(case, inputs)
         outputs, along = case.model.jvp(inputs, tangents)
-        values, blocks = case.model.jacobian(inputs)
-        batch = tuple(next(iter(inputs.values())).shape[:rank])
-        assert list(outputs) == case.model.output_names
-        for out, row in blocks.items():
-            assert difference(outputs[out], values[out]) < own_tolerance, out
-            expected = torch.zeros_like(outputs[out])
-            largest = 0.0
-            for wrt, block in row.items():
-                axes = len(case.model.inputs[wrt].natural_shape)
-                whole = spread(block, batch, case, out, wrt)
-                shaped = tangents[wrt].reshape(
-                    (*batch, *(1,) * (whole.ndim - axes - rank), *tangents[wrt].shape[rank:])
-                )
-                term = (whole * shaped).flatten(whole.ndim - axes).sum(-1) if axes else whole * shaped
-                expected = expected + term
-                largest = max(largest, float(term.abs().max()))
-            assert difference(along[out], expected, largest) < max(own_tolerance, 1e-10), out
-
-    @models_with_differences
-    def test_of_one_input_agrees_with_differences_along_it(self, case: Case) -> None:
-        rows = references.few(case)
-        wrt = case.model.derivative_pairs[0][1]
-        tangent = directions(case, rows)[wrt]
-        _, along = case.model.jvp(rows, {wrt: tangent})
-        lengths = torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=torch.float64).reshape(4, *(1,) * tangent.ndim) * 1e-5
-        found = case.model.forward({**rows, wrt: rows[wrt] + lengths * tangent})
-        assert set(along) == {out for out, i in case.model.derivative_pairs if i == wrt}
+        values, blocks = blocks_at(case, INPUTS, inputs)
+        assert list(outputs) == case.model.output_names and list(along) == list(dict.fromkeys(out for out, _ in blocks))
         for out, value in along.items():
-            near, back, far, far_back = found[out]
-            slope = (8 * (near - back) - (far - far_back)) / 12e-5
-            assert difference(value, slope, 1e-3 * size(near)) < AGAINST_DIFFERENCES, out
-
-
-class TestParameterDerivatives:
-    @models
-    def test_has_exactly_the_compiled_pairs(self, case: Case) -> None:
-        pairs = case.model.parameter_derivative_pairs
-        if not pairs:
-            with pytest.raises(DerivativeNotCompiledError, match=r"neml2-compile .* -p "):
-                case.model.param_jacobian(case.rows())
-            with pytest.raises(DerivativeNotCompiledError, match=r"neml2-compile .* -p "):
-                case.model.param_vjp(case.rows(), {})
-            return
-        outputs, blocks = case.model.param_jacobian(case.rows())
-        assert sorted((out, name) for out, row in blocks.items() for name in row) == sorted(pairs)
-        assert list(outputs) == case.model.output_names
+            assert difference(outputs[out], values[out]) < own_tolerance, out
+            terms = []
+            for by in (by for other, by in blocks if other == out):
+                block, tangent = blocks[out, by], tangents[by]
+                axes = len(case.model.inputs[by].natural_shape)
+                shaped = tangent.reshape(
+                    (*tangent.shape[:rank], *(1,) * (block.ndim - axes - rank), *tangent.shape[rank:])
+                )
+                terms.append((block * shaped).flatten(block.ndim - axes).sum(-1) if axes else block * shaped)
+            largest = max(float(term.abs().max()) for term in terms)
+            assert difference(value, torch.stack(terms).sum(0), largest) < max(own_tolerance, 1e-10), out
 
     @ranks
-    @models_with_parameters
-    def test_agrees_with_eager(self, case: Case, rank: int, eager_tolerance: float) -> None:
-        pairs = case.model.parameter_derivative_pairs
-        inputs = of_rank(case, rank)
-        _, blocks = case.model.param_jacobian(inputs)
-        rows = case.rows() if rank else {name: x[-1:] for name, x in case.rows().items()}
-        expected = case.eager_param_jacobian(rows, list(dict.fromkeys(name for _, name in pairs)))
-        for out, name in pairs:
-            assert difference(flattened(blocks[out][name], rank), expected[out][name]) < eager_tolerance, (out, name)
-
-    @models_with_parameters
-    def test_agrees_with_finite_differences(self, case: Case) -> None:
-        pairs = case.model.parameter_derivative_pairs
-        rows = references.few(case)
-        _, blocks = case.model.param_jacobian(rows)
-        for name in dict.fromkeys(n for _, n in pairs):
-            value = case.model.named_parameters()[name]
-            base = tuple(case.model.parameter_base_shapes[name])
-
-            def with_value(x: Tensor, name: str = name, base: tuple[int, ...] = base) -> Tensors:
-                return case.model.forward(rows, {name: x.reshape(-1, 1, *base)})
-
-            found = finite_differences(with_value, value, len(base))
-            for out in (o for o, n in pairs if n == name):
-                assert difference(blocks[out][name], found[out]) < AGAINST_DIFFERENCES, (out, name)
-
-    @ranks
-    @models_with_parameters
+    @with_parameters
     def test_vjp_contracts_the_jacobian(self, case: Case, rank: int, own_tolerance: float) -> None:
-        pairs = case.model.parameter_derivative_pairs
         inputs = of_rank(case, rank)
-        outputs, blocks = case.model.param_jacobian(inputs)
+        outputs, blocks = blocks_at(case, PARAMETERS, inputs)
         generator = torch.Generator().manual_seed(11)
         cotangents = {
             out: torch.randn(outputs[out].shape, generator=generator, dtype=case.dtype)
-            for out in dict.fromkeys(o for o, _ in pairs)
+            for out in dict.fromkeys(out for out, _ in blocks)
         }
         found = case.model.param_vjp(inputs, cotangents)
-        assert sorted(found) == sorted({name for _, name in pairs})
+        assert sorted(found) == sorted({name for _, name in blocks})
         for name, gradient in found.items():
             base = len(case.model.parameter_base_shapes[name])
-            expected = torch.zeros_like(gradient)
-            largest = 0.0
-            for out in (o for o, n in pairs if n == name):
-                weighted = cotangents[out].reshape((*cotangents[out].shape, *(1,) * base)) * blocks[out][name]
-                expected = expected + weighted.flatten(0, weighted.ndim - base - 1).sum(0)
-                largest = max(largest, float(weighted.abs().max()))
+            terms = [
+                cotangents[out].reshape((*cotangents[out].shape, *(1,) * base)) * block
+                for (out, other), block in blocks.items()
+                if other == name
+            ]
+            expected = torch.stack([term.flatten(0, term.ndim - base - 1).sum(0) for term in terms]).sum(0)
+            largest = max(float(term.abs().max()) for term in terms)
             assert gradient.shape == case.model.named_parameters()[name].shape
             assert difference(gradient, expected, largest) < own_tolerance, name
 
-    @models_with_parameters
+    @with_parameters
     def test_vjp_of_one_value_per_row_is_one_gradient_per_row(self, case: Case, own_tolerance: float) -> None:
-        pairs = case.model.parameter_derivative_pairs
         rows = references.few(case)
         count = next(iter(rows.values())).shape[0]
-        name = pairs[0][1]
+        name = case.model.parameter_derivative_pairs[0][1]
         factors = 1 + 0.01 * torch.arange(count, dtype=case.dtype)
         base = case.model.parameter_base_shapes[name]
         values = factors.reshape(count, *(1,) * len(base)) * case.model.named_parameters()[name]
@@ -308,12 +269,3 @@ class TestParameterDerivatives:
             row = {n: x[k] for n, x in rows.items()}
             alone = case.model.param_vjp(row, {n: x[k] for n, x in ones.items()}, {name: values[k]})
             assert difference(found[name][k], alone[name]) < max(own_tolerance, 1e-10), k
-
-
-def spread(block: Tensor, batch: tuple[int, ...], case: Case, out: str, wrt: str) -> Tensor:
-    """A derivative block with the caller's batch, which constant ones of a single forward segment come without."""
-    wanted = (*batch, *case.model.outputs[out].base_shape, *case.model.inputs[wrt].base_shape)
-    if block.ndim < len(wanted):
-        assert len(case.model.output_names) >= 1 and case.implicit is None, "only explicit models have constant blocks"
-        return block.expand(wanted)
-    return block

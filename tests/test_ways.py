@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from torch.autograd import forward_ad
 
 import references
 from neml2_aoti_plugin import DerivativeNotCompiledError, Model, map_rows
@@ -197,10 +198,39 @@ def by_service(question: Question) -> Tensors:
     return {name: torch.from_numpy(np.array(value)) for name, value in answer.arrays.items()}
 
 
+def by_torch(question: Question) -> Tensors:
+    """torch's own transforms of `forward`: vmap, forward mode, and reverse mode for a row and for parameters."""
+    model, rows, beside = question.model, question.rows, question.beside
+    operation = question.operation.name
+    if operation == "forward":
+        return dict(torch.func.vmap(model.forward)(rows))
+    if operation == "jvp":
+        with forward_ad.dual_level():
+            given = {n: forward_ad.make_dual(x, beside[n]) if n in beside else x for n, x in rows.items()}
+            found = {n: forward_ad.unpack_dual(x) for n, x in model.forward(given).items()}
+        outs = {out for out, _ in model.derivative_pairs}
+        along = {f"tangent:{name}": x.tangent for name, x in found.items() if name in outs}
+        return {**{name: x.primal for name, x in found.items()}, **along}
+    if operation == "param_vjp":
+        model = question.case.load(tight=False).requires_grad_()
+        outputs = model.forward(rows)
+        torch.autograd.backward([outputs[name] for name in beside], list(beside.values()))
+        wanted = {name for _, name in model.parameter_derivative_pairs}
+        return {
+            f"gradient:{n}": p.grad for n, p in model.named_parameters().items() if n in wanted and p.grad is not None
+        }
+    results: Tensors = dict(model.forward(rows))
+    for out, by in model.derivative_pairs:
+        slope = torch.func.jacrev(lambda x, row, out=out, by=by: model.forward({**row, by: x})[out])
+        results[f"{out}:{by}"] = torch.func.vmap(slope)(rows[by], rows)
+    return results
+
+
 HIT = ("forward", "jacobian", "jvp", "param_jacobian", "param_vjp")
 WAYS: dict[str, tuple[Callable[[Question], Tensors], tuple[str, ...]]] = {
     "AOTIModel": (functools.partial(by_hit_type, typed=False), HIT),
     "typed": (functools.partial(by_hit_type, typed=True), HIT),
+    "torch": (by_torch, ("forward", "jacobian", "jvp", "param_vjp")),
     "threads": (by_threads, tuple(OPERATIONS)),
     "map_rows": (by_map_rows, ("forward", "jacobian")),
     "service": (by_service, ("forward", "solve", "jacobian", "jvp", "param_vjp")),
@@ -212,10 +242,16 @@ WAYS: dict[str, tuple[Callable[[Question], Tensors], tuple[str, ...]]] = {
 def test_gives_what_the_model_gives(name: str, way: str, operation: str) -> None:
     question = Question(name, OPERATIONS[operation])
     run = WAYS[way][0]
-    if question.operation.lacking(question.model):
-        for call in (question.by_model, functools.partial(run, question)):
-            with pytest.raises(DerivativeNotCompiledError):
-                call()
+    lacking = bool(question.operation.lacking(question.model))
+    if way == "torch" and operation == "jvp":
+        # Forward mode asks for the tangents of all outputs.
+        lacking = {out for out, _ in question.model.derivative_pairs} != set(question.model.outputs)
+    elif way == "torch" and lacking:
+        # Reverse mode finds out in backward; see test_autograd.py.
+        return
+    if lacking:
+        with pytest.raises(DerivativeNotCompiledError):
+            run(question)
         return
     expected, found = question.by_model(), run(question)
     assert sorted(found) == sorted(expected)
