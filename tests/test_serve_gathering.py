@@ -65,7 +65,7 @@ def test_each_gets_what_it_would_get_alone(stub: str) -> None:
         for given, overrides in asked:
             parameters = {"operation": operation.name, **({"parameter_overrides": overrides} if overrides else {})}
             body, headers = encode(given, True, parameters)
-            calls.append(read_call(served, body, headers["Inference-Header-Content-Length"], Limits()))
+            calls.append(read_call(served, body, headers["Inference-Header-Content-Length"].encode(), Limits()))
         keys: dict[Any, list[int]] = {}
         for place, call in enumerate(calls):
             keys.setdefault(call.key, []).append(place)
@@ -113,7 +113,7 @@ def test_a_rate_where_no_time_passes_fails_its_own_request(operation: str) -> No
     calls = []
     for given in asked:
         body, headers = encode(given, True, {"operation": operation})
-        calls.append(read_call(served, body, headers["Inference-Header-Content-Length"], Limits()))
+        calls.append(read_call(served, body, headers["Inference-Header-Content-Length"].encode(), Limits()))
     before, refused, after = evaluate(served, calls)
     assert isinstance(refused, Refused) and (refused.status, refused.rows) == (422, [1])
     assert "1 of 2 rows failed (not finite: 1). 't' equals 't~1' in 1 of these rows" in refused.message

@@ -18,7 +18,6 @@ from typing import Any
 import anyio
 import msgspec
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -70,8 +69,10 @@ def app(models: Given, *, token: str | None = None, **limits: float) -> Starlett
 
 @dataclass(eq=False)
 class Record:
-    """What log and metrics tell of one request; it is at `request.state.record`."""
+    """One request, and what log and metrics tell of it; it is at `request.state.record`."""
 
+    # The last one where there are several of a name. Starlette's own look through all of them each time.
+    headers: dict[bytes, bytes]
     id: str
     start: float = field(default_factory=perf_counter)
     status: int = 0
@@ -158,15 +159,15 @@ class Service:
             self.event_log.write("loaded", model=name, digest=served.model.digest, seconds=seconds)
         self._gatherers = {one.name: Gatherer(one, self._limits, self.metrics, worker) for one in found}
 
-    def check(self, path: str, headers: Headers) -> None:
+    def check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Refuse a request that may not come in."""
         if path in OPEN:
             return
         if self._token is not None:
-            kind, _, token = headers.get("authorization", "").partition(" ")
+            kind, _, token = headers.get(b"authorization", b"").partition(b" ")
             # Compared in full either way, so that the time tells nothing.
-            fits = hmac.compare_digest(token.strip().encode(), self._token)
-            if kind.lower() != "bearer" or not fits:
+            fits = hmac.compare_digest(token.strip(), self._token)
+            if kind.lower() != b"bearer" or not fits:
                 raise Refused(401, "a token is needed: the header 'Authorization: Bearer TOKEN' is absent or wrong.")
         if not self.open:
             raise Refused(503, "the service is stopping.", retry_after=1)
@@ -191,9 +192,9 @@ class Service:
         served = gatherer.served
         parts: list[bytes] = []
         try:
-            await self._receive(request, parts)
+            await self._receive(request, record.headers, parts)
             record.received = True
-            call = read_call(served, b"".join(parts), request.headers.get(HEADER_LENGTH), self._limits)
+            call = read_call(served, b"".join(parts), record.headers.get(HEADER_LENGTH.encode()), self._limits)
             record.operation, record.rows = call.signature.name, call.rows
             arrays = await gatherer.evaluate(call, request.is_disconnected)
             headers, body = write_answer(served.name, call, arrays)
@@ -201,13 +202,13 @@ class Service:
             self._held -= sum(map(len, parts))
         return Response(body, headers=headers)
 
-    async def _receive(self, request: Request, parts: list[bytes]) -> None:
+    async def _receive(self, request: Request, headers: dict[bytes, bytes], parts: list[bytes]) -> None:
         """The body of a request into `parts`, within bounds of size, memory and time."""
         limits, size = self._limits, 0
-        coding = request.headers.get("content-encoding", "identity")
+        coding = headers.get(b"content-encoding", b"identity").decode("latin-1")
         if coding.lower() != "identity":
             raise Refused(415, f"the body is compressed by {coding!r}, which is not read here. Send it as it is.")
-        claimed = request.headers.get("content-length", "")
+        claimed = headers.get(b"content-length", b"")
         if claimed.isdigit() and int(claimed) > limits.body_bytes:
             raise self._too_large(int(claimed))
         with anyio.move_on_after(limits.receive_seconds) as time:
@@ -297,9 +298,9 @@ class Entrance:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        record = Record(self._id(headers.get("x-request-id")))
-        record.received = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        headers = dict(scope["headers"])
+        record = Record(headers, self._id(headers.get(b"x-request-id")))
+        record.received = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
         scope.setdefault("state", {})["record"] = record
 
         async def send_with_id(message: Message) -> None:
@@ -333,10 +334,10 @@ class Entrance:
         finally:
             self._account(scope, record)
 
-    def _id(self, given: str | None) -> str:
+    def _id(self, given: bytes | None) -> str:
         """The client's own id of the request, or a new one."""
-        if given is not None and len(given) <= LONGEST and given.isascii() and given.isprintable():
-            return given
+        if given is not None and len(given) <= LONGEST and given.isascii() and given.decode().isprintable():
+            return given.decode()
         return f"{self._process}-{next(self._numbers)}"
 
     def _account(self, scope: Scope, record: Record) -> None:

@@ -10,76 +10,16 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import msgspec
 from starlette.responses import Response
 
 from .. import __version__
 from ..model._operations import OPERATIONS
+from ._requests import InputOptions, OutputOptions, Request, RequestOptions
 from ._served import Served
 
-_TENSOR = {
-    "type": "object",
-    "required": ["name", "shape", "datatype"],
-    "properties": {
-        "name": {"type": "string"},
-        "shape": {
-            "type": "array",
-            "items": {"type": "integer"},
-            "description": "The first extent is that of the rows.",
-        },
-        "datatype": {"type": "string", "enum": ["FP64", "FP32", "INT64", "BOOL"]},
-        "parameters": {"type": "object", "properties": {"binary_data_size": {"type": "integer"}}},
-        "data": {"type": "array", "items": {}, "description": "Flat, or nested like the shape."},
-    },
-}
-_REQUEST = {
-    "type": "object",
-    "required": ["inputs"],
-    "properties": {
-        "id": {"type": "string"},
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "operation": {
-                    "type": "string",
-                    "enum": list(OPERATIONS),
-                    "default": "forward",
-                },
-                "parameter_overrides": {"type": "object", "description": "Values of promoted parameters by name."},
-                "binary_data_output": {"type": "boolean", "default": False},
-            },
-            "description": "Custom parameters, such as a priority, are passed over.",
-        },
-        "inputs": {"type": "array", "items": {"$ref": "#/components/schemas/tensor"}},
-        "outputs": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["name"],
-                "properties": {
-                    "name": {"type": "string"},
-                    "parameters": {"type": "object", "properties": {"binary_data": {"type": "boolean"}}},
-                },
-            },
-        },
-    },
-}
-_ANSWER = {
-    "type": "object",
-    "properties": {
-        "model_name": {"type": "string"},
-        "model_version": {"type": "string"},
-        "id": {"type": "string"},
-        "outputs": {"type": "array", "items": {"$ref": "#/components/schemas/tensor"}},
-    },
-}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {"type": "string"},
-        "rows": {"type": "array", "items": {"type": "integer"}, "description": "Rows that failed."},
-    },
-}
+_SCHEMA = "#/components/schemas/{name}"
+
 # What each status means, beside 200.
 _STATUSES = {
     "400": "Something about the request is wrong; the message names it.",
@@ -132,11 +72,27 @@ def document(models: Sequence[Served]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": {"tensor": _TENSOR, "request": _REQUEST, "answer": _ANSWER, "error": _ERROR},
+            "schemas": _schemas(),
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"token": []}],
     }
+
+
+def _schemas() -> dict[str, Any]:
+    """The forms of requests, those by which they are decoded, and of answers."""
+    options = (RequestOptions, InputOptions, OutputOptions)
+    _, found = msgspec.json.schema_components((Request, *options), ref_template=_SCHEMA)
+    # Parameters may have any names; these are those that are read.
+    for kind in ("Request", "Input", "Output"):
+        found[kind]["properties"]["parameters"] = {"$ref": _SCHEMA.format(name=f"{kind}Options")}
+    found["RequestOptions"]["properties"]["operation"]["enum"] = list(OPERATIONS)
+    text, rows = {"type": "string"}, {"type": "array", "items": {"type": "integer"}, "description": "Rows that failed."}
+    outputs = {"type": "array", "items": {"$ref": _SCHEMA.format(name="Input")}}
+    told = {"model_name": text, "model_version": text, "id": text, "outputs": outputs}
+    found["Answer"] = {"type": "object", "properties": told}
+    found["Error"] = {"type": "object", "required": ["error"], "properties": {"error": text, "rows": rows}}
+    return found
 
 
 def _get(summary: str, *, open_: bool = False, media: str = "application/json") -> dict[str, Any]:
@@ -156,17 +112,17 @@ def _infer() -> dict[str, Any]:
 
     def body(name: str) -> dict[str, Any]:
         return {
-            "application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}},
+            "application/json": {"schema": {"$ref": _SCHEMA.format(name=name)}},
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         }
 
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/error"}}}
-    responses: dict[str, Any] = {"200": {"description": "The outputs.", "content": body("answer")}}
+    error = {"application/json": {"schema": {"$ref": _SCHEMA.format(name="Error")}}}
+    responses: dict[str, Any] = {"200": {"description": "The outputs.", "content": body("Answer")}}
     responses.update((status, {"description": text, "content": error}) for status, text in _STATUSES.items())
     return {
         "summary": "Evaluate a model.",
         "parameters": [header],
-        "requestBody": {"required": True, "content": body("request")},
+        "requestBody": {"required": True, "content": body("Request")},
         "responses": responses,
     }
 

@@ -100,7 +100,7 @@ class Call:
     key: Hashable = None
 
 
-def read_call(served: Served, body: bytes, header_length: str | None, limits: Limits) -> Call:
+def read_call(served: Served, body: bytes, header_length: bytes | None, limits: Limits) -> Call:
     """Read a request for a model; `header_length` is the header that tells the length of the JSON part, if any."""
     cut = len(body) if header_length is None else _header_length(header_length, len(body))
     request = read_request(body[:cut])
@@ -222,14 +222,14 @@ def _options(given: dict[str, Any] | None, kind: type[_Options], where: str) -> 
 # -- what is asked ---------------------------------------------------------------------------------------------------
 
 
-def _header_length(text: str, total: int) -> int:
+def _header_length(text: bytes, total: int) -> int:
     """The length of the JSON part of a request with binary data."""
-    if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= total:
+    if text.isdigit() and len(text) < 20 and int(text) <= total:
         return int(text)
     raise Refused(
         400,
-        f"the header Inference-Header-Content-Length is {shown(text)}, expected the length of the JSON part, {total} "
-        "(the length of the body) at most.",
+        f"the header Inference-Header-Content-Length is {shown(text.decode('latin-1'))}, expected the length of the "
+        f"JSON part, {total} (the length of the body) at most.",
     )
 
 
