@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from neml2_aoti_plugin import Model
 from stubs.build import compiled
 
 Array = NDArray[Any]
@@ -94,6 +96,47 @@ def read_all(connection: socket.socket) -> bytes:
         while part := connection.recv(65536):
             parts.append(part)
     return b"".join(parts)
+
+
+# -- what is wanted --------------------------------------------------------------------------------------------------
+
+
+def reference(
+    model: Model, operation: str, given: Mapping[str, Array], overrides: Mapping[str, Array] = {}
+) -> dict[str, Array]:
+    """What a model gives in this process, by the names that the service has."""
+    arguments = [tensors({name: value for name, value in given.items() if ":" not in name})]
+    if operation in ("jvp", "param_vjp"):
+        arguments.append(tensors({name.partition(":")[2]: value for name, value in given.items() if ":" in name}))
+    expand = {"expand": True} if operation == "jacobian" else {}
+    told = getattr(model, operation)(*arguments, tensors(overrides) or None, **expand)
+    if operation == "forward":
+        found = dict(told)
+    elif operation == "solve":
+        rows = {"@converged": told.converged, "@iterations": told.iterations, "@outcome": told.outcome}
+        found = {**told.outputs, **rows}
+    elif operation == "jvp":
+        found = {**told[0], **{f"tangent:{name}": value for name, value in told[1].items()}}
+    elif operation == "param_vjp":
+        found = {f"gradient:{name}": value for name, value in told.items()}
+    else:
+        found = {**told[0], **{f"{out}:{by}": x for out, row in told[1].items() for by, x in row.items()}}
+    return {name: value.detach().numpy() for name, value in found.items()}
+
+
+def close(found: Array, wanted: Array) -> None:
+    """Compare numbers to the rounding of the largest, NaN for NaN."""
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape, (found, wanted)
+    scale = float(np.abs(np.nan_to_num(wanted)).max(initial=0.0))
+    relative = 1e-6 if wanted.dtype == np.float32 else 1e-12
+    np.testing.assert_allclose(found, wanted, rtol=relative, atol=relative * max(scale, 1e-6), equal_nan=True)
+
+
+def same(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> None:
+    """Compare tensors by name."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        close(found[name], value)
 
 
 # -- the service -----------------------------------------------------------------------------------------------------
@@ -259,8 +302,45 @@ def started(
         assert told == "", told
 
 
-def close(found: Array, wanted: Array) -> None:
-    """Compare numbers to 1e-12 of the largest, NaN for NaN."""
-    assert found.shape == wanted.shape, (found.shape, wanted.shape)
-    scale = float(np.nanmax(np.abs(wanted), initial=0.0)) or 1.0
-    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12 * scale, equal_nan=True)
+# -- the application alone -------------------------------------------------------------------------------------------
+
+Ask = Callable[..., Awaitable[Answer]]
+
+
+def asking(application: Any) -> Ask:
+    """What asks an ASGI application as a server does: by method, path, body and headers."""
+
+    async def ask(method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}) -> Answer:
+        sent: list[dict[str, Any]] = []
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> dict[str, Any]:
+            for message in messages:
+                return message
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": lines, "root_path": ""}
+        await application(scope, receive, send)
+        told = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return Answer(sent[0]["status"], told, sent[1]["body"])
+
+    return ask
+
+
+@contextlib.asynccontextmanager
+async def running(application: Any) -> AsyncIterator[Ask]:
+    """Start an ASGI application and stop it, as servers do."""
+    told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    task = asyncio.create_task(application({"type": "lifespan", "asgi": {"version": "3.0"}}, told.get, said.put))
+    for event in ("startup", "shutdown"):
+        await told.put({"type": f"lifespan.{event}"})
+        assert (await said.get())["type"] == f"lifespan.{event}.complete"
+        if event == "startup":
+            yield asking(application)
+    await task

@@ -1,15 +1,15 @@
-"""The service through HTTP: the protocol, its clients, all operations, and requests that are gathered."""
+"""The service through HTTP: the protocol, its clients, parameters, failures, and what is answered meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -17,24 +17,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from neml2_aoti_plugin import ConvergenceError, Model
 from neml2_aoti_plugin._cli.serve import LIMITS, command
-from neml2_aoti_plugin.model import Solution
 from neml2_aoti_plugin.serve import Limits
-from serving import Answer, Array, Service, artifact, close, encode, started, step, strain, tensors
+from serving import Answer, Service, artifact, close, encode, raw, reference, same, started, step, strain, tensors
 
 CLIENTS = Path(__file__).with_name("serve_clients")
-# Names under which stubs are served, where these are not the names of their models.
-STUBS = {"elasticity": "elasticity", "viscoplasticity": "viscoplasticity", "promoted": "promoted"}
+STUBS = ("elasticity", "viscoplasticity", "promoted")
 SERVED = [*STUBS, "calibration", "stiff"]
 SY, K = "residual.overstress.sy", "residual.hardening.K"
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    arguments: list[str | Path] = [artifact(stub) for stub in STUBS.values()]
+    arguments: list[str | Path] = [artifact(stub) for stub in STUBS]
     folder = tmp_path_factory.mktemp("service")
     stiff = Model(artifact("promoted"))
     stiff.set_parameter("promoted.E", 2e5)
@@ -48,14 +45,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Model]:
-    """The same models in this process, as the reference."""
-    return {name: Model(artifact(name)) for name in (*STUBS, "calibration")}
-
-
-def same(found: Mapping[str, Array], wanted: Mapping[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        close(found[name], value.detach().numpy())
+    """Some of the same models in this process, as the reference."""
+    return {name: Model(artifact(name)) for name in ("viscoplasticity", "promoted")}
 
 
 # -- the protocol ----------------------------------------------------------------------------------------------------
@@ -91,9 +82,9 @@ def test_the_openapi_document_is_that_of_the_addresses(service: Service) -> None
     listed = document["paths"]["/v2/models/{model}"]["parameters"][0]["schema"]["enum"]
     assert listed == SERVED
     # Each reference leads somewhere.
-    for reference in set(json.dumps(document).split('"$ref": "')[1:]):
+    for path in set(json.dumps(document).split('"$ref": "')[1:]):
         place: Any = document
-        for part in reference.partition('"')[0].removeprefix("#/").split("/"):
+        for part in path.partition('"')[0].removeprefix("#/").split("/"):
             place = place[part]
 
 
@@ -170,14 +161,15 @@ def test_requests_have_ids_and_the_log_has_no_tensors(service: Service) -> None:
 # -- clients ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("client", ["triton", "triton_aio", "kserve_rest"])
+@pytest.mark.parametrize("client", ["triton.py http", "triton.py aio", "kserve_rest.py"])
 def test_clients_of_the_protocol(client: str, service: Service, models: dict[str, Model]) -> None:
-    package = client.partition("_")[0].replace("triton", "tritonclient")
+    package = "kserve" if client.startswith("kserve") else "tritonclient"
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     inputs = step(3)
+    file, *kind = client.split()
     done = subprocess.run(
-        [sys.executable, str(CLIENTS / f"{client}.py"), f"{service.host}:{service.port}", "viscoplasticity"],
+        [sys.executable, str(CLIENTS / file), *kind, f"{service.host}:{service.port}", "viscoplasticity"],
         input=json.dumps({name: array.tolist() for name, array in inputs.items()}),
         capture_output=True,
         text=True,
@@ -191,12 +183,11 @@ def test_clients_of_the_protocol(client: str, service: Service, models: dict[str
         assert found["config"] == service.get("/v2/models/viscoplasticity/config")
         assert [told["name"] for told in found["statistics"]["model_stats"]] == ["viscoplasticity"]
         assert [told["name"] for told in found["index"]] == SERVED
-    wanted = models["viscoplasticity"].solve(tensors(inputs))
+    wanted = reference(models["viscoplasticity"], "solve", inputs)
     for mode in ("json", "binary"):
         assert found[mode]["id"] == "seven"
-        close(np.array(found[mode]["stress"]), wanted.outputs["stress"].numpy())
-        every = {name: np.array(value) for name, value in found[mode]["all"].items()}
-        same(every, by_name(wanted))
+        close(np.array(found[mode]["stress"]), wanted["stress"])
+        same({name: np.array(value, wanted[name].dtype) for name, value in found[mode]["all"].items()}, wanted)
     status, message = found["error"]
     assert status == "400" and "inputs lack 'strain~1', 't'" in message
 
@@ -239,65 +230,7 @@ def test_configuration_statistics_and_index(service: Service) -> None:
     assert json.loads(index.body) == [{"name": name, "version": "1", "state": "READY"} for name in SERVED]
 
 
-# -- operations ------------------------------------------------------------------------------------------------------
-
-
-def reference(
-    model: Model, operation: str, given: Mapping[str, Array], overrides: Mapping[str, Array]
-) -> dict[str, Any]:
-    """What a model gives in this process, by the names that the service has."""
-    inputs = tensors({name: value for name, value in given.items() if ":" not in name})
-    chosen = tensors(overrides) or None
-    if operation == "forward":
-        return dict(model.forward(inputs, chosen))
-    if operation == "solve":
-        return by_name(model.solve(inputs, chosen))
-    if operation == "jacobian":
-        outputs, blocks = model.jacobian(inputs, chosen, expand=True)
-        return {**outputs, **{f"{out}:{by}": x for out, row in blocks.items() for by, x in row.items()}}
-    marked = tensors({name.partition(":")[2]: value for name, value in given.items() if ":" in name})
-    if operation == "jvp":
-        outputs, along = model.jvp(inputs, marked, chosen)
-        return {**outputs, **{f"tangent:{name}": value for name, value in along.items()}}
-    if operation == "param_jacobian":
-        outputs, blocks = model.param_jacobian(inputs, chosen)
-        return {**outputs, **{f"{out}:{by}": x for out, row in blocks.items() for by, x in row.items()}}
-    return {f"gradient:{name}": value for name, value in model.param_vjp(inputs, marked, chosen).items()}
-
-
-def by_name(found: Solution) -> dict[str, torch.Tensor]:
-    """What the operation `solve` gives."""
-    fared = {"@converged": found.converged, "@iterations": found.iterations, "@outcome": found.outcome}
-    return {**found.outputs, **fared}
-
-
-def request_of(name: str, operation: str, rows: int, seed: int) -> dict[str, Array]:
-    """Inputs for an operation of a model."""
-    rng = np.random.default_rng(seed + 1000)
-    given = step(rows, seed) if name in ("viscoplasticity", "calibration") else strain(rows, seed)
-    if operation == "jvp":
-        given["tangent:strain"] = rng.standard_normal((rows, 6))
-    if operation == "param_vjp":
-        given["cotangent:stress"] = rng.standard_normal((rows, 6))
-        if name == "calibration":
-            given["cotangent:equivalent_plastic_strain"] = rng.standard_normal(rows)
-    return given
-
-
-@pytest.mark.parametrize("binary", [False, True], ids=["json", "binary"])
-@pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "jvp", "param_jacobian", "param_vjp"])
-@pytest.mark.parametrize("name", ["promoted", "calibration"])
-def test_operations(name: str, operation: str, binary: bool, service: Service, models: dict[str, Model]) -> None:
-    given = request_of(name, operation, 3, 1)
-    first, second = models[name].named_parameters()
-    own = float(models[name].named_parameters()[first].detach())
-    for overrides in ({}, {first: np.array(1.1 * own)}, {first: own * np.array([0.9, 1.0, 1.2])}):
-        parameters = {"operation": operation}
-        if overrides:
-            parameters["parameter_overrides"] = {n: x.tolist() for n, x in overrides.items()}  # type: ignore[assignment]
-        found = service.infer(name, given, binary, **parameters).arrays
-        same(found, reference(models[name], operation, given, overrides))
-    assert second in service.get(f"/v2/models/{name}")["parameters"]["promoted_parameters"]
+# -- parameters and initial guesses ---------------------------------------------------------------------------------
 
 
 def test_parameters_out_of_a_file(service: Service, models: dict[str, Model]) -> None:
@@ -314,50 +247,46 @@ def test_overrides_may_come_as_text(service: Service, models: dict[str, Model]) 
     same(found, reference(models["promoted"], "forward", given, {"promoted.E": np.array(5e4)}))
 
 
-def test_first_iterates_may_be_given(service: Service, models: dict[str, Model]) -> None:
-    given = step(2)
-    iterates = list(models["viscoplasticity"].initial_guesses)
+def test_initial_guesses_may_be_given(service: Service, models: dict[str, Model]) -> None:
+    given, model = step(2), models["viscoplasticity"]
     told = service.get("/v2/models/viscoplasticity")["parameters"]["operations"]["forward"]["optional_inputs"]
-    assert iterates and [port["name"] for port in told] == iterates
-    exact = reference(models["viscoplasticity"], "forward", given, {})
-    known = [name for name in iterates if name in exact]
-    found = service.infer(
-        "viscoplasticity", {**given, **{n: exact[n].numpy() for n in known}}, operation="solve"
-    ).arrays
-    assert np.allclose(found["stress"], exact["stress"].numpy(), rtol=1e-6)
-    assert (
-        found["@iterations"] <= service.infer("viscoplasticity", given, operation="solve").arrays["@iterations"]
-    ).all()
+    assert model.initial_guesses and [known["name"] for known in told] == list(model.initial_guesses)
+    wanted = reference(model, "solve", given)
+    known = {name: wanted[name] for name in model.initial_guesses if name in wanted}
+    found = service.infer("viscoplasticity", {**given, **known}, operation="solve").arrays
+    assert np.allclose(found["stress"], wanted["stress"], rtol=1e-6)
+    assert (found["@iterations"] <= wanted["@iterations"]).all()
 
 
-def test_rows_that_fail_are_told(service: Service) -> None:
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_fail_are_named(service: Service) -> None:
     given = step(4)
     given["strain"][[1, 3], 0] = np.nan
     answer = service.infer("viscoplasticity", given)
     assert answer.status == 422 and answer.document["rows"] == [1, 3]
     assert answer.error.startswith("2 of 4 rows failed (diverged: 1, 3).")
-    for operation in ("jacobian", "jvp", "param_vjp"):
-        given = request_of("calibration", operation, 4, 0)
-        given["strain"][2] = np.nan
-        assert service.infer("calibration", given, operation=operation).document["rows"] == [2]
-    found = service.infer("calibration", step(4) | {"strain": given["strain"]}, operation="solve").arrays
-    assert found["@converged"].tolist() == [True, True, False, True] and np.isnan(found["stress"][2]).all()
+    found = service.infer("calibration", given, operation="solve").arrays
+    assert found["@converged"].tolist() == [True, False, True, False] and np.isnan(found["stress"][1]).all()
     words = service.get("/v2/models/calibration")["parameters"]["outcomes"]
-    assert [words[code] for code in found["@outcome"]] == ["converged", "converged", "diverged", "converged"]
+    assert [words[code] for code in found["@outcome"]] == ["converged", "diverged"] * 2
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("operation", ["forward", "jacobian", "jvp", "param_vjp"])
+@pytest.mark.parametrize("operation", ["forward", "jacobian", "jvp", "param_jacobian", "param_vjp"])
 def test_results_that_are_not_finite_are_refused(operation: str, rows: int, service: Service) -> None:
     """Where no solve fails: in a model of explicit segments alone. Its neighbours in the same call are right."""
-    given = request_of("promoted", operation, rows, 0)
+    given = strain(rows)
     given["strain"][-1, 2] = np.inf
-    answer = service.infer("promoted", given, operation=operation)
+    beside = {"jvp": "tangent:strain", "param_vjp": "cotangent:stress"}.get(operation)
+    more = {beside: np.ones((rows, 6))} if beside else {}
+    answer = service.infer("promoted", {**given, **more}, operation=operation)
     assert answer.status == 422 and answer.document["rows"] == [rows - 1]
     assert f"1 of {rows} rows failed (not finite: {rows - 1}). 'strain' is not finite" in answer.error
-    fared = service.infer("promoted", {"strain": given["strain"]}, operation="solve").arrays
-    assert fared["@outcome"].tolist() == [0] * (rows - 1) + [4] and np.isnan(fared["stress"][-1]).all()
-    assert np.isfinite(fared["stress"][:-1]).all()
+    found = service.infer("promoted", given, operation="solve").arrays
+    assert found["@outcome"].tolist() == [0] * (rows - 1) + [4] and np.isnan(found["stress"][-1]).all()
+    assert np.isfinite(found["stress"][:-1]).all()
 
 
 @pytest.mark.parametrize("cause", ["not finite", "no time", "too far"])
@@ -384,111 +313,43 @@ def test_operations_that_were_not_compiled(service: Service) -> None:
     assert "-p PARAMETER" in answer.error
 
 
-# -- gathering -------------------------------------------------------------------------------------------------------
+# -- during a large call ---------------------------------------------------------------------------------------------
 
 
-def together(service: Service, calls: Sequence[Callable[[], Answer]], model: str) -> list[Answer]:
-    """Answers to requests that all wait behind a large one, so that they are gathered."""
-    # Large enough to run until all others have come.
-    large = step(60000, 9, 2e-2) if model in ("viscoplasticity", "calibration") else strain(60000, 9)
-    with ThreadPoolExecutor(len(calls) + 1) as pool:
-        first = pool.submit(lambda: service.infer(model, large, operation="solve"))
+@contextlib.contextmanager
+def busy(service: Service) -> Iterator[Future[Answer]]:
+    """While a large call is evaluated."""
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(lambda: service.infer("viscoplasticity", step(60000, 9, 2e-2), operation="solve"))
         time.sleep(0.15)
-        found = [pool.submit(call) for call in calls]
-        answers = [future.result() for future in found]
-        assert first.result().status == 200
-    return answers
-
-
-@pytest.mark.parametrize("operation", ["forward", "solve", "jacobian", "jvp", "param_jacobian", "param_vjp"])
-def test_gathered_answers_are_those_alone(operation: str, service: Service, models: dict[str, Model]) -> None:
-    """Each within 1e-12, whatever the others are; one that fails fails alone."""
-    name, rng = "calibration", np.random.default_rng(3)
-    own = {n: float(x.detach()) for n, x in models[name].named_parameters().items()}
-    requests: list[tuple[dict[str, Array], dict[str, Array]]] = []
-    for place in range(24):
-        rows = int(rng.integers(1, 5))
-        kinds: list[dict[str, Array]] = [
-            {},
-            {SY: np.array(own[SY] * 1.1)},
-            {SY: own[SY] * rng.uniform(0.9, 1.1, rows), K: np.array(0.9 * own[K])},
-        ]
-        requests.append((request_of(name, operation, rows, place), kinds[place % 3]))
-    for place in (4, 11):
-        requests[place][0]["strain"][0] = np.nan
-
-    def asked(place: int) -> Callable[[], Answer]:
-        given, overrides = requests[place]
-        values = {n: x.tolist() for n, x in overrides.items()}
-        parameters: dict[str, Any] = {"operation": operation, **({"parameter_overrides": values} if values else {})}
-        return lambda: service.infer(name, given, place % 2 == 0, **parameters)
-
-    labels = {"model": name, "operation": operation}
-    before = service.metric("neml2_gathered_rows_count", **labels)
-    answers = together(service, [asked(place) for place in range(len(requests))], name)
-    # The large request is one more call, of the operation solve; the few that came too late are some more.
-    assert service.metric("neml2_gathered_rows_count", **labels) - before <= 10
-    for place, (answer, (given, overrides)) in enumerate(zip(answers, requests, strict=True)):
-        if place in (4, 11) and operation != "solve":
-            assert answer.status == 422 and answer.document["rows"] == [0]
-        else:
-            same(answer.arrays, reference(models[name], operation, given, overrides))
-
-
-def test_where_a_gathered_call_raises_each_is_evaluated_alone(service: Service, models: dict[str, Model]) -> None:
-    name = "viscoplasticity"
-    iterate = "stress"
-    assert iterate in models[name].initial_guesses
-    steps = [{**step(2, seed), iterate: np.zeros((2, 6))} for seed in range(6)]
-    # Found only when the model is called, which raises for the call as a whole.
-    steps[3][iterate][1] = np.nan
-    answers = together(service, [lambda one=one: service.infer(name, one) for one in steps], name)  # type: ignore[misc]
-    for place, (answer, one) in enumerate(zip(answers, steps, strict=True)):
-        if place == 3:
-            assert answer.status == 400 and "'stress' is not finite" in answer.error
-        else:
-            same(answer.arrays, reference(models[name], "forward", one, {}))
+        yield large
+        assert large.result().status == 200
 
 
 def test_a_client_that_has_gone_costs_nothing(service: Service) -> None:
-    body, headers = encode(step(50), binary=True)
-    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    path = "/v2/models/viscoplasticity/infer"
-    text = f"POST {path} HTTP/1.1\r\nHost: x\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-    def leave() -> Answer:
-        with service.connect() as connection:
-            connection.sendall(text)
-            time.sleep(0.05)
-        return service.request("GET", "/v2/health/live")
-
+    text = raw("/v2/models/viscoplasticity/infer", *encode(step(50), binary=True))
     labels = {"model": "viscoplasticity", "operation": "forward"}
     before = service.metric("neml2_rows_total", **labels)
-    together(service, [leave] * 4, "viscoplasticity")
+    with busy(service):
+        for _ in range(4):
+            with service.connect() as connection:
+                connection.sendall(text)
+                time.sleep(0.05)
     assert service.metric("neml2_rows_total", **labels) == before
     time.sleep(0.2)
     assert [line["status"] for line in service.lines("request")].count(499) == 4
 
 
-def test_health_is_answered_during_a_large_call(service: Service) -> None:
-    stop = threading.Event()
-    worst = 0.0
-
-    def ask() -> None:
-        nonlocal worst
-        while not stop.is_set():
+def test_others_are_answered_during_a_large_call(service: Service) -> None:
+    """Both what needs no model and evaluations of other models are read meanwhile."""
+    with busy(service) as large:
+        answered = 0
+        while not large.done():
             begin = time.perf_counter()
             assert service.request("GET", "/v2/health/ready").status == 200
-            worst = max(worst, time.perf_counter() - begin)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    begin = time.perf_counter()
-    assert service.infer("viscoplasticity", step(60000), operation="solve").status == 200
-    whole = time.perf_counter() - begin
-    stop.set()
-    thread.join()
-    assert worst < whole / 2, (worst, whole)
+            answered += not large.done()
+            assert time.perf_counter() - begin < 5
+        assert answered > 2
 
 
 # -- documents and examples ------------------------------------------------------------------------------------------

@@ -1,99 +1,115 @@
-"""Requests read and evaluated together, without HTTP: for models of every kind, each gets what it would get alone."""
+"""Requests that come at once, to the application alone: for models of every kind, each gets what it would get alone."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from neml2_aoti_plugin import ConvergenceError, Model
-from neml2_aoti_plugin.serve._evaluation import call_first, evaluate
-from neml2_aoti_plugin.serve._limits import Limits, Refused
-from neml2_aoti_plugin.serve._requests import read_call, write_answer
-from neml2_aoti_plugin.serve._served import Served, Signature
-from serving import Answer, Array, artifact, encode
-from test_serve import reference
+from neml2_aoti_plugin.serve import app
+from serving import DTYPES, Array, artifact, encode, reference, running, same, step
 
 STUBS = (
-    *("cross_group", "krylov", "predictor_loop", "promoted", "substepping"),
+    *("calibration", "cross_group", "krylov", "predictor_loop", "promoted", "substepping"),
     *("chaboche", "composed", "crystal", "elasticity_float32", "elasticity_rank2", "elasticity_static"),
     *("mixed_control", "porous", "promoted_implicit", "rate_independent", "renamed"),
 )
-REQUESTS = 12
+REQUESTS, FAILING = 12, 4
 # Steps of time of the same length: with others, some models have several solutions at random inputs.
 TIMES = {"t": 1.0, "t~1": 0.0, "t~2": -1.0}
+INFER = "/v2/models/model/infer"
+
+Asked = tuple[dict[str, Array], dict[str, Array]]
 
 
-Asked = tuple[dict[str, Array], dict[str, Any]]
-
-
-def requests(model: Model, operation: Signature, rng: np.random.Generator) -> list[Asked]:
+def requests(model: Model, takes: dict[str, Any]) -> list[Asked]:
     """Inputs and overrides: small numbers at random, a step of time, and a NaN in one request."""
-    dtype = {torch.float64: np.float64, torch.float32: np.float32}[model.dtype]
+    rng = np.random.default_rng(0)
     own = {name: value.detach().numpy() for name, value in model.named_parameters().items()}
+    optional = [known for known in takes["optional_inputs"] if known["name"].startswith("tangent:")]
     found: list[Asked] = []
-    names = list(operation.inputs)
-    names += [name for name in operation.optional if name.startswith("tangent:")]
     for place in range(REQUESTS):
         rows = int(rng.integers(1, 4))
-        given = {
-            name: 1e-3 * rng.standard_normal((rows, *{**operation.inputs, **operation.optional}[name].shape))
-            for name in names
-        }
-        given |= {name: np.full(rows, time) for name, time in TIMES.items() if name in given}
-        overrides: dict[str, Any] = {}
+        given: dict[str, Array] = {}
+        for known in (*takes["inputs"], *optional):
+            name, shape = known["name"], (rows, *known["shape"][1:])
+            value = np.full(rows, TIMES[name]) if name in TIMES else 1e-3 * rng.standard_normal(shape)
+            given[name] = value.astype(DTYPES[known["datatype"]])
+        overrides: dict[str, Array] = {}
         if own and place % 3:
             first, *_, last = [*own, *own]
-            overrides[first] = (own[first] * 1.1).tolist()
+            overrides[first] = own[first] * 1.1
             if place % 3 == 2:
-                overrides[last] = (own[last] * rng.uniform(0.9, 1.1, (rows, *([1] * own[last].ndim)))).tolist()
-        found.append(({name: value.astype(dtype) for name, value in given.items()}, overrides))
-    found[4][0][names[0]][0] = np.nan
+                overrides[last] = own[last] * rng.uniform(0.9, 1.1, (rows, *([1] * own[last].ndim)))
+        found.append((given, overrides))
+    next(iter(found[FAILING][0].values()))[0] = np.nan
     return found
+
+
+def failing(model: Model, operation: str, given: dict[str, Array], overrides: dict[str, Array]) -> list[int]:
+    """The rows of a request that fail."""
+    try:
+        wanted = reference(model, operation, given, overrides)
+    except ConvergenceError as error:
+        rows: list[int] = error.rows.tolist()  # type: ignore[attr-defined]
+        return rows
+    if all(np.isfinite(value).all() for value in wanted.values()):
+        return []
+    # Explicit models give NaN for NaN.
+    return [row for row, x in enumerate(next(iter(given.values()))) if not np.isfinite(x).all()]
 
 
 @pytest.mark.parametrize("stub", [*STUBS, pytest.param("cohesive", marks=pytest.mark.wide)])
 def test_each_gets_what_it_would_get_alone(stub: str) -> None:
     model = Model(artifact(stub))
-    served = Served(stub, model)
-    call_first(served)
-    for operation in served.signatures.values():
-        asked = requests(model, operation, np.random.default_rng(0))
-        calls = []
-        for given, overrides in asked:
-            parameters = {"operation": operation.name, **({"parameter_overrides": overrides} if overrides else {})}
-            body, headers = encode(given, True, parameters)
-            calls.append(read_call(served, body, headers["Inference-Header-Content-Length"].encode(), Limits()))
-        keys: dict[Any, list[int]] = {}
-        for place, call in enumerate(calls):
-            keys.setdefault(call.key, []).append(place)
-        # Those with other values of parameters, and those without.
-        assert len(keys) == (2 if model.parameter_base_shapes else 1)
-        for places in keys.values():
-            answers = evaluate(served, [calls[place] for place in places])
-            for place, answer in zip(places, answers, strict=True):
-                given, overrides = asked[place]
-                values = {n: np.array(x) for n, x in overrides.items()}
-                try:
-                    wanted = reference(model, operation.name, given, values)
-                    failed = []
-                    if operation.name != "solve" and not all(bool(x.isfinite().all()) for x in wanted.values()):
-                        # Explicit models give NaN for NaN.
-                        failed = [
-                            k for k, x in enumerate(given[next(iter(operation.inputs))]) if not np.isfinite(x).all()
-                        ]
-                except ConvergenceError as error:
-                    failed = error.rows.tolist()  # type: ignore[attr-defined]
-                if failed:
-                    assert isinstance(answer, Refused) and answer.status == 422 and answer.rows == failed
-                    continue
-                assert not isinstance(answer, Exception), answer
-                told = Answer(200, *write_answer(stub, calls[place], answer)).arrays
-                assert told.keys() == wanted.keys()
-                for name, value in wanted.items():
-                    _close(told[name], value.numpy(), operation.name)
+    # Those with values of parameters of their own, and those without; one call each where that cannot be per row.
+    bases = model.parameter_base_shapes
+    per_row = all(list(x.shape) == bases[name] for name, x in model.named_parameters().items())
+    calls = (2 if bases else 1) if per_row else REQUESTS
+
+    async def use() -> None:
+        async with running(app({"model": model})) as ask:
+            told = (await ask("GET", "/v2/models/model")).document["parameters"]["operations"]
+            for operation, takes in told.items():
+                asked = requests(model, takes)
+                bodies = []
+                for place, (given, overrides) in enumerate(asked):
+                    values = {name: value.tolist() for name, value in overrides.items()}
+                    more = {"parameter_overrides": values} if values else {}
+                    bodies.append(encode(given, place % 2 == 0, {"operation": operation, **more}))
+                answers = await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
+                metrics = (await ask("GET", "/metrics")).body.decode()
+                counted = f'neml2_gathered_rows_count{{model="model",operation="{operation}"}} {float(calls)}'
+                assert counted in metrics, metrics
+                for answer, (given, overrides) in zip(answers, asked, strict=True):
+                    rows = failing(model, operation, given, overrides)
+                    if rows and operation != "solve":
+                        assert answer.status == 422 and answer.document["rows"] == rows
+                    else:
+                        same(answer.arrays, reference(model, operation, given, overrides))
+
+    asyncio.run(use())
+
+
+def test_where_a_gathered_call_raises_each_is_evaluated_alone() -> None:
+    model = Model(artifact("viscoplasticity"))
+    asked = [{**step(2, seed), "stress": np.zeros((2, 6))} for seed in range(6)]
+    # An initial guess, found only when the model is called, which raises for the call as a whole.
+    asked[3]["stress"][1] = np.nan
+
+    async def use() -> None:
+        async with running(app({"model": model})) as ask:
+            answers = await asyncio.gather(*(ask("POST", INFER, *encode(one, True)) for one in asked))
+        for place, (answer, one) in enumerate(zip(answers, asked, strict=True)):
+            if place == 3:
+                assert answer.status == 400 and "'stress' is not finite" in answer.error
+            else:
+                same(answer.arrays, reference(model, "forward", one))
+
+    asyncio.run(use())
 
 
 @pytest.mark.wide
@@ -101,31 +117,21 @@ def test_each_gets_what_it_would_get_alone(stub: str) -> None:
 def test_a_rate_where_no_time_passes_fails_its_own_request(operation: str) -> None:
     """In an explicit model, where no solve fails: refused by name, and gathered neighbours are right."""
     model = Model(artifact("cohesive"))
-    served = Served("cohesive", model)
-    known = served.signatures[operation]
     rng = np.random.default_rng(0)
-    asked = []
-    for place in range(3):
-        names = [*known.inputs, *(name for name in known.optional if name.startswith("tangent:"))]
-        given = {name: rng.uniform(0.1, 0.5, (2, *{**known.inputs, **known.optional}[name].shape)) for name in names}
-        given |= {"t": np.array([2.0, 3.0]), "t~1": np.array([1.0, 3.0 if place == 1 else 2.0])}
-        asked.append(given)
-    calls = []
-    for given in asked:
-        body, headers = encode(given, True, {"operation": operation})
-        calls.append(read_call(served, body, headers["Inference-Header-Content-Length"].encode(), Limits()))
-    before, refused, after = evaluate(served, calls)
-    assert isinstance(refused, Refused) and (refused.status, refused.rows) == (422, [1])
-    assert "1 of 2 rows failed (not finite: 1). 't' equals 't~1' in 1 of these rows" in refused.message
-    for given, answer in ((asked[0], before), (asked[2], after)):
-        assert not isinstance(answer, Exception)
-        for name, value in reference(model, operation, given, {}).items():
-            _close(answer[name], value.numpy(), operation)
 
+    async def use() -> None:
+        async with running(app({"model": model})) as ask:
+            takes = (await ask("GET", "/v2/models/model")).document["parameters"]["operations"][operation]
+            asked = []
+            for place in range(3):
+                known = [*takes["inputs"], *(x for x in takes["optional_inputs"] if "tangent:" in x["name"])]
+                given = {x["name"]: rng.uniform(0.1, 0.5, (2, *x["shape"][1:])) for x in known}
+                asked.append({**given, "t": np.array([2.0, 3.0]), "t~1": np.array([1.0, 3.0 if place == 1 else 2.0])})
+            bodies = [encode(given, True, {"operation": operation}) for given in asked]
+            before, refused, after = await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
+        assert refused.status == 422 and refused.document["rows"] == [1]
+        assert "1 of 2 rows failed (not finite: 1). 't' equals 't~1' in 1 of these rows" in refused.error
+        for given, answer in ((asked[0], before), (asked[2], after)):
+            same(answer.arrays, reference(model, operation, given))
 
-def _close(found: Array, wanted: Array, operation: str) -> None:
-    assert found.dtype == wanted.dtype and found.shape == wanted.shape
-    # Sums over rows, and what is zero by cancellation, have the rounding of their largest terms.
-    scale = float(np.abs(np.nan_to_num(wanted)).max(initial=0.0))
-    relative = 1e-12 if wanted.dtype == np.float64 else 1e-6
-    np.testing.assert_allclose(found, wanted, rtol=relative, atol=relative * max(scale, 1e-6), err_msg=operation)
+    asyncio.run(use())

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,21 @@ import pytest
 from neml2_aoti_plugin import InputError, Model, seal
 from neml2_aoti_plugin import _cli as cli
 from neml2_aoti_plugin.serve import app
-from serving import PATIENCE, SCRIPT, Service, artifact, close, encode, raw, read_all, started, step, strain
+from serving import (
+    PATIENCE,
+    SCRIPT,
+    Service,
+    artifact,
+    asking,
+    close,
+    encode,
+    raw,
+    read_all,
+    running,
+    started,
+    step,
+    strain,
+)
 
 TOKEN = "of-the-test-9d1f"
 INFER = "/v2/models/elasticity/infer"
@@ -374,77 +388,32 @@ def test_two_on_one_address(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 # -- an application of one's own -------------------------------------------------------------------------------------
 
 
-async def exchange(application: Any, method: str, path: str, body: bytes = b"", more: Any = ()) -> tuple[int, bytes]:
-    """Ask an ASGI application, as a server does."""
-    sent: list[dict[str, Any]] = []
-    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive() -> dict[str, Any]:
-        for message in messages:
-            return message
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http",
-        "method": method,
-        "path": path,
-        "query_string": b"",
-        "headers": list(more),
-        "root_path": "",
-    }
-    await application(scope, receive, send)
-    return sent[0]["status"], sent[1]["body"]
-
-
-@contextlib.asynccontextmanager
-async def started_by_a_server(application: Any) -> AsyncIterator[None]:
-    """Start an application and stop it, as servers do (ASGI's lifespan)."""
-    told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    task = asyncio.create_task(application({"type": "lifespan", "asgi": {"version": "3.0"}}, told.get, said.put))
-    for event in ("startup", "shutdown"):
-        await told.put({"type": f"lifespan.{event}"})
-        assert (await said.get())["type"] == f"lifespan.{event}.complete"
-        if event == "startup":
-            yield
-    await task
-
-
 def test_an_application_for_another_server() -> None:
-    model = Model(artifact("elasticity"))
-    application = app({"steel": model, "other": artifact("elasticity")}, token=TOKEN, request_rows=10)
+    models = {"steel": Model(artifact("elasticity")), "other": artifact("elasticity")}
+    application = app(models, token=TOKEN, request_rows=10)
     body, _ = encode(strain(2), binary=False)
-    token = [(b"authorization", f"Bearer {TOKEN}".encode())]
+    token, path = {"Authorization": f"Bearer {TOKEN}"}, "/v2/models/steel/infer"
 
     async def use() -> None:
         # Before the server has started it.
-        assert (await exchange(application, "GET", "/v2/health/ready"))[0] == 503
-        assert (await exchange(application, "POST", "/v2/models/steel/infer", body, token))[0] == 503
-        async with started_by_a_server(application):
-            assert (await exchange(application, "GET", "/v2/health/ready"))[0] == 200
-            assert (await exchange(application, "POST", "/v2/models/steel/infer", body))[0] == 401
-            found = await asyncio.gather(
-                *(exchange(application, "POST", f"/v2/models/{name}/infer", body, token) for name in ("steel", "other"))
-            )
-            documents = [json.loads(text) for _, text in found]
-            assert [status for status, _ in found] == [200, 200]
-            assert documents[0]["outputs"] == documents[1]["outputs"]
-            large, _ = encode(strain(11), binary=False)
-            assert (await exchange(application, "POST", "/v2/models/steel/infer", large, token))[0] == 413
+        ask = asking(application)
+        assert (await ask("GET", "/v2/health/ready")).status == 503
+        assert (await ask("POST", path, body, token)).status == 503
+        async with running(application):
+            assert (await ask("GET", "/v2/health/ready")).status == 200
+            assert (await ask("POST", path, body)).status == 401
+            other = path.replace("steel", "other")
+            found = await asyncio.gather(*(ask("POST", one, body, token) for one in (path, other)))
+            assert found[0].document["outputs"] == found[1].document["outputs"]
+            assert (await ask("POST", path, encode(strain(11), binary=False)[0], token)).status == 413
 
     asyncio.run(use())
 
 
 def test_an_application_takes_stubs_by_the_names_of_their_models() -> None:
-    application = app([artifact("elasticity").with_name("elasticity_aoti.i")])
-
     async def use() -> None:
-        async with started_by_a_server(application):
-            assert (await exchange(application, "GET", "/v2/models/elasticity"))[0] == 200
+        async with running(app([artifact("elasticity").with_name("elasticity_aoti.i")])) as ask:
+            assert (await ask("GET", "/v2/models/elasticity")).status == 200
 
     asyncio.run(use())
 

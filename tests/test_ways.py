@@ -233,7 +233,7 @@ WAYS: dict[str, tuple[Callable[[Question], Tensors], tuple[str, ...]]] = {
     "torch": (by_torch, ("forward", "jacobian", "jvp", "param_vjp")),
     "threads": (by_threads, tuple(OPERATIONS)),
     "map_rows": (by_map_rows, ("forward", "jacobian")),
-    "service": (by_service, ("forward", "solve", "jacobian", "jvp", "param_vjp")),
+    "service": (by_service, tuple(OPERATIONS)),
 }
 
 
