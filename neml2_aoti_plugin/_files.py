@@ -170,7 +170,7 @@ def _mode_of(target: Path, inputs: Iterable[Path]) -> int | None:
 
 
 def _beside(target: Path) -> Path:
-    """A name that nobody can foresee, with the same ending, by which matplotlib and NumPy tell the format."""
+    """A name that nobody can foresee, with the same ending, from which matplotlib and NumPy take the format."""
     return target.with_name(f".{target.stem[:100]}-{secrets.token_hex(8)}{target.suffix}")
 
 

@@ -21,7 +21,7 @@ from .errors import AOTIError, InputError, InputTypeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The note that tells what a safetensors file is.
+# The note that says what a safetensors file is.
 KIND = "neml2-aoti"
 # Of a file; and of the tensors in one that are more than it is itself, since an npz file may be compressed.
 MOST_BYTES, MOST_COMPRESSED_BYTES = 1 << 36, 1 << 30

@@ -101,7 +101,7 @@ class TestRoles:
             Points(model, 1)
         assert Points(model, 1, driven=["sigma~1"]).driven == ("strain", "t", "sigma~1")
         assert "stress~1" in Points(model, 1, history={"sigma~1": "stress~1"}).kept
-        with pytest.raises(InputError, match="tells 'sigma~1' to be 'stress', expected a name such as"):
+        with pytest.raises(InputError, match="says that 'sigma~1' is 'stress', expected a name such as"):
             Points(model, 1, history={"sigma~1": "stress"})
         with pytest.raises(InputError, match=r"'sigma~1' has the base shape \(6,\) and 't' \(\)"):
             Points(model, 1, history={"sigma~1": "t~1"})

@@ -537,15 +537,8 @@ class TestFiles:
         points, file = begun(), tmp_path / "state.npz"
         before = points.state()
         points.save(file)
-        whole = file.read_bytes()
-        for name, data in {
-            "cut off": whole[: len(whole) // 2],
-            "empty": b"",
-            "text": b"stress",
-            "pickle": pickle.dumps({"format": "neml2-aoti-plugin points 1"}),
-            "flipped": whole.replace(b"NUMPY", b"NUMPX"),
-        }.items():
-            (tmp_path / name).write_bytes(data)
+        (tmp_path / "pickle").write_bytes(pickle.dumps({"format": "neml2-aoti-plugin points 1"}))
+        (tmp_path / "cut off").write_bytes(file.read_bytes()[:1000])
         np.savez(tmp_path / "other.npz", a=np.zeros(3))
         np.savez(tmp_path / "newer.npz", format="neml2-aoti-plugin points 2", digest="", n=4)
         np.savez(tmp_path / "objects.npz", format=np.array([{}], dtype=object))

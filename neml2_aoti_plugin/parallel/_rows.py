@@ -165,11 +165,7 @@ class _Run:
     def _known(self, journal: Journal) -> Iterator[_Chunk]:
         for start, stop, rows in self.source.chunks(self.size):
             if (start, stop) in journal.done:
-
-                def compare(found: Result, start: int = start, stop: int = stop) -> None:
-                    journal.require_same_rows(start, stop, found.digest)
-
-                yield self._task(start, stop, rows), compare
+                yield self._task(start, stop, rows), partial(_require_same_rows, journal, start, stop)
 
     def _coming(self) -> Iterator[_Chunk]:
         for start, stop, rows in self.source.chunks(self.size):
@@ -212,8 +208,12 @@ class _Run:
         self.synced = time.monotonic()
 
 
+def _require_same_rows(journal: Journal, start: int, stop: int, found: Result) -> None:
+    journal.require_same_rows(start, stop, found.digest)
+
+
 def _identity(model: Model, operation: str, source: Source, size: int, fields: Fields) -> dict[str, Any]:
-    """What a run is, so that another one is told from it; its rows are known by the digests of the chunks."""
+    """What distinguishes a run from another one; its rows are known by the digests of the chunks."""
     parameters = hashlib.sha256()
     for name, value in model.named_parameters().items():
         parameters.update(name.encode() + value.detach().contiguous().numpy().tobytes())

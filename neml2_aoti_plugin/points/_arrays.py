@@ -66,7 +66,7 @@ class Arrays:
             if with_memory(found, what, "the tensor for").data_ptr() != found.data_ptr():
                 raise InputError(f"{what} is a view whose memory does not hold its values; pass a plain tensor.")
         else:
-            # NumPy tells whether the owner of the memory allows to write to it; torch does not.
+            # NumPy knows whether the owner of the memory allows to write to it; torch does not.
             other = hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray)
             array = _taken(value, what, np.from_dlpack) if other else value
             if not isinstance(array, np.ndarray):
@@ -134,7 +134,7 @@ def _taken(value: Array, what: str, take: Callable[[Array], Any]) -> Any:
 
 
 def _overlaps_itself(value: Tensor) -> bool:
-    """Whether two entries may be one; no slice of an array whose entries are all its own is told to be such."""
+    """Whether two entries may be one; never so for a slice of an array whose entries are all its own."""
     reach = 0
     for step, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1:

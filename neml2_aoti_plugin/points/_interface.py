@@ -129,8 +129,8 @@ def forms_of(
         stress = name in stresses or ("stress" in name and name not in strains)
         if strain == stress:
             raise InputError(
-                f"{where}: it can't be told whether Voigt's notation writes {name!r} as a strain, with shears doubled, "
-                f"or as a stress. Tell it: Points(..., strains=[{name!r}]) or stresses=[{name!r}]."
+                f"{where}: it is not clear whether Voigt's notation writes {name!r} as a strain, with shears doubled, "
+                f"or as a stress. Say it: Points(..., strains=[{name!r}]) or stresses=[{name!r}]."
             )
         found[name] = "voigt strain" if strain else "voigt stress"
     return Forms(bases, found, components, reduced)

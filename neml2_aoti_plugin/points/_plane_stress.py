@@ -184,17 +184,17 @@ def failed(found: Solution, rows: Tensor, outcome: Outcome) -> Solution:
 
 
 def plane_stress_of(
-    where: str, bases: Mapping[str, Base], pairs: Sequence[Pair], driven: Sequence[str], told: Pair | None
+    where: str, bases: Mapping[str, Base], pairs: Sequence[Pair], driven: Sequence[str], chosen: Pair | None
 ) -> PlaneStress:
-    """Find which stress vanishes and which strain is sought; `told` are both, where the caller names them."""
+    """Find which stress vanishes and which strain is sought; `chosen` are both, where the caller names them."""
     fitting = [(out, by) for out, by in pairs if by in driven and bases[out] == SYMMETRIC and bases[by] == SYMMETRIC]
-    if told is not None:
-        if tuple(told) not in fitting:
+    if chosen is not None:
+        if tuple(chosen) not in fitting:
             raise InputError(
-                f"{where}: stress_strain= names {told!r}, which is no compiled derivative of a symmetric tensor by a "
+                f"{where}: stress_strain= names {chosen!r}, which is no compiled derivative of a symmetric tensor by a "
                 f"driven one; there are: {fitting or 'none'}. Compile it: neml2-compile ... -d OUT:IN."
             )
-        return PlaneStress(*told, bases)
+        return PlaneStress(*chosen, bases)
     if not fitting:
         raise InputError(
             f"{where}: plane stress needs the derivative of the stress by the strain, which was not compiled. Compile "
@@ -202,7 +202,7 @@ def plane_stress_of(
         )
     if len(fitting) > 1 and ("stress", "strain") not in fitting:
         raise InputError(
-            f"{where}: it can't be told which stress vanishes out of the plane, and by which strain. Tell it: "
+            f"{where}: it is not clear which stress vanishes out of the plane, and by which strain. Say it: "
             f"Points(..., stress_strain=({fitting[0][0]!r}, {fitting[0][1]!r})), or another one of {fitting}."
         )
     return PlaneStress(*(("stress", "strain") if len(fitting) > 1 else fitting[0]), bases)

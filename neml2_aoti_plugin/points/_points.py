@@ -39,7 +39,7 @@ class Points:
         dimension: 3; `plane strain` or `plane stress`, where driven inputs and results have xx, yy, xy, `(n, 3)` or
             `(n, 2, 2)`. Driven inputs that are no symmetric tensors are given whole in any case.
         pairs: (output, driven input) pairs for the tangent; all that were compiled if not given.
-        history: inputs that are earlier values under names that do not tell, as `{"old_stress": "stress~1"}`.
+        history: inputs that are earlier values under other names, as `{"old_stress": "stress~1"}`.
         driven: inputs that are given with each update although their names say otherwise.
         strains: symmetric tensors that Voigt's notation writes as strains; by default those with `strain` in the name.
         stresses: those that it writes as stresses; by default those with `stress` in the name.
@@ -47,7 +47,7 @@ class Points:
         stress_strain: the output and the driven input that plane stress is about, where there are several.
 
     Raises:
-        InputError: something cannot be derived from the model's names and has to be told, or a value is wrong.
+        InputError: something does not follow from the model's names and has to be given, or a value is wrong.
         DerivativeNotCompiledError: a derivative in `pairs` was not compiled.
     """
 

@@ -55,27 +55,27 @@ def earlier(name: str, lag: int) -> str:
 
 def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], also_kept: Iterable[str] = ()) -> Roles:
     """Derive what each input is from its name, from `history` and `driven` of `Points`, and which to keep as well."""
-    inputs, outputs, told = model.inputs, model.outputs, tuple(driven)
-    require_names((*history, *told), inputs, f"history= and driven= of {model.artifact}", "inputs")
+    inputs, outputs, chosen = model.inputs, model.outputs, tuple(driven)
+    require_names((*history, *chosen), inputs, f"history= and driven= of {model.artifact}", "inputs")
     lagged, guesses, given = {}, [], []
     lost: list[str] = []
     for name in inputs:
-        match = None if name in told else _LAG.match(history.get(name, name))
-        if name in history and name not in told and match is None:
-            raise InputError(f"history= tells {name!r} to be {history[name]!r}, expected a name such as 'stress~1'.")
+        match = None if name in chosen else _LAG.match(history.get(name, name))
+        if name in history and name not in chosen and match is None:
+            raise InputError(f"history= says that {name!r} is {history[name]!r}, expected a name such as 'stress~1'.")
         if match is not None and (match["name"] in outputs or match["name"] in inputs):
             lagged[name] = (match["name"], int(match["lag"]))
         elif match is not None:
             lost.append(name)
-        elif name in outputs and name not in told:
+        elif name in outputs and name not in chosen:
             guesses.append(name)
         else:
             given.append(name)
     if lost:
         first = lost[0]
         raise InputError(
-            f"{model.artifact}: it can't be told where {', '.join(map(repr, lost))} come from, since no output or "
-            "input has the name without the number of steps. Tell it: Points(..., "
+            f"{model.artifact}: it is not clear where {', '.join(map(repr, lost))} come from, since no output or "
+            "input has the name without the number of steps. Say it: Points(..., "
             f"history={{{first!r}: 'VARIABLE~1'}}) where it is an earlier value under another name, or "
             f"driven=[{first!r}] where you give it to each update."
         )
@@ -91,7 +91,7 @@ def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], al
         if inputs[taken].base_shape != base:
             raise InputError(
                 f"{model.artifact}: {taken!r} has the base shape {inputs[taken].base_shape} and {name!r} {base}, so "
-                f"that one is no earlier value of the other. Tell it: Points(..., driven=[{taken!r}])."
+                f"that one is no earlier value of the other. Say it: Points(..., driven=[{taken!r}])."
             )
         bases[name] = base
         # The metadata have the sub-batch of inputs, and not always that of outputs.
