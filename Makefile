@@ -23,7 +23,7 @@ help:
 	@echo "make long    run the long tests: many threads, processes and damaged files"
 	@echo "make legacy  run the tests on an artifact of each older schema, which it compiles first"
 	@echo "make legacy-all  run the tests on all artifacts of older neml2 releases; half an hour of compiling more"
-	@echo "make test-clients  run programs of others around compiled models: felupe, torch-fem, JAX; it installs them"
+	@echo "make test-clients  run programs of others around compiled models: felupe, torch-fem, JAX, pyzag; it installs them"
 	@echo "make lint    check style, format and types"
 	@echo "make format  mend style and format where a tool can"
 	@echo "make docs    build the documentation in build/docs; a warning or a broken link within it is an error"

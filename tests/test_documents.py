@@ -22,8 +22,8 @@ from stubs.catalogue import CATALOGUE
 BARE = {"docs/reliability.md"}
 # Compiles for an hour, with old releases.
 NOT_RUN = {"legacy/README.md"}
-# Run against a service, by tests/test_serve.py.
-ELSEWHERE = {"docs/service.md"}
+# Run against a service, by tests/test_serve.py; with pyzag, by tests/test_pyzag.py.
+ELSEWHERE = {"docs/service.md", "docs/howto/pyzag.md"}
 # What these pages run takes longer than the default suite may.
 WIDE = {"docs/howto/convergence.md", "docs/howto/renames.md", "docs/scaling.md", "docs/tool.md"}
 # Has a compile that no stub of the catalogue has.

@@ -35,6 +35,11 @@ MODEL, DIGEST = "model", "metadata_sha256"
 class Group(nn.Module):
     """A part of the qualified names of parameters: `elasticity` in `elasticity.E`."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        # By which neml2's adapter to pyzag finds the parameters of a model's parts.
+        self._hit_name = name
+
 
 class PromotedParameters:
     """The promoted parameters of a model by boundary name.
@@ -67,8 +72,9 @@ class PromotedParameters:
         found = {}
         for name, (node, leaf) in self._homes.items():
             value = node._parameters.get(leaf)
-            # A parametrised value (torch.nn.utils.parametrize) is an attribute only.
-            found[name] = value if value is not None else getattr(node, leaf)
+            # A parametrised value (torch.nn.utils.parametrize) is an attribute only; pyzag's adapter makes it typed.
+            value = value if value is not None else getattr(node, leaf)
+            found[name] = value if isinstance(value, Tensor) else value.data
         return found
 
     def home(self, name: str) -> tuple[nn.Module, str]:
@@ -207,7 +213,7 @@ def _home(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
     *path, leaf = name.split(".")
     for part in path:
         # Not by add_module, which refuses names that are attributes of the model, such as `forward`.
-        owner = owner._modules.setdefault(part, Group())  # type: ignore[assignment]
+        owner = owner._modules.setdefault(part, Group(part))  # type: ignore[assignment]
     return owner, leaf
 
 
