@@ -123,7 +123,7 @@ def test_artifacts_of_old_releases(
     if schema > 2:
         # The driver in the stub of 3.0.0 has a word that neml2 3.1.0 does not know.
         driver = "pull" if scenario == "forward" else "history"
-        calls |= {"run": [old, driver, "--out", "r.csv"], "plot": ["r.csv", "--x", "t", "--out", "r.png"]}
+        calls |= {"run": [old, driver, "--out", "r.csv"], "plot": ["r.csv", "--x", "@time", "--out", "r.png"]}
     for command, words in calls.items():
         report = answer(command, *words)
         assert not mismatches(report, REPORTS[command])
