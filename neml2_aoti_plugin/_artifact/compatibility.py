@@ -43,6 +43,18 @@ _AGAIN = "Copy the package again, or compile the model again."
 
 def check(metadata: Metadata, place: Place) -> dict[str, Package]:
     """The packages by the names that the metadata has for them, or an ArtifactError with all that is wrong."""
+    packages, faults, missing = find_faults(metadata, place)
+    if not faults:
+        return packages
+    error = ArtifactNotFoundError if missing else ArtifactError
+    if len(faults) == 1:
+        raise error(faults[0])
+    listed = "\n".join(f"- {fault}" for fault in faults)
+    raise error(f"{place.leaf} cannot run here, for {len(faults)} reasons:\n{listed}")
+
+
+def find_faults(metadata: Metadata, place: Place) -> tuple[dict[str, Package], list[str], bool]:
+    """The packages; what is wrong where, each with its cure; and whether a file is missing."""
     names = sorted(files_of(metadata))
     handed = wires(metadata)
     packages: dict[str, Package] = {}
@@ -67,9 +79,7 @@ def check(metadata: Metadata, place: Place) -> dict[str, Package]:
     for name in names:
         for text in findings[name]:
             found.setdefault(text, []).append(name)
-    if found:
-        raise (ArtifactNotFoundError if missing else ArtifactError)(_report(found, place))
-    return packages
+    return packages, [f"{_where(files, place)}: {text}" for text, files in found.items()], missing
 
 
 def files_of(metadata: Metadata) -> set[str]:
@@ -90,19 +100,11 @@ def files_of(metadata: Metadata) -> set[str]:
     return found
 
 
-def _report(found: dict[str, list[str]], place: Place) -> str:
-    """One line where there is one finding; else a list of all."""
-    lines = []
-    for text, names in found.items():
-        if not names:
-            lines.append(f"{place.leaf}: {text}")
-        elif len(names) == 1:
-            lines.append(f"{place.leaf / names[0]}: {text}")
-        else:
-            lines.append(f"{place.leaf}{os.sep}{{{', '.join(names)}}}: {text}")
-    if len(lines) == 1:
-        return lines[0]
-    return f"{place.leaf} cannot run here, for {len(lines)} reasons:\n" + "\n".join(f"- {line}" for line in lines)
+def _where(files: list[str], place: Place) -> str:
+    """Packages of a leaf as one path; the leaf itself where there are none."""
+    if len(files) > 1:
+        return f"{place.leaf}{os.sep}{{{', '.join(files)}}}"
+    return str(place.leaf / files[0] if files else place.leaf)
 
 
 # -- one package -------------------------------------------------------------------------------------------------------

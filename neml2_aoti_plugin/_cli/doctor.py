@@ -178,7 +178,7 @@ def diagnose(target: Target | None = None, *, try_binding: bool = False) -> Diag
 
 def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding, ...]]:
     """Look an artifact over as a load does; nothing of it is run."""
-    from .._artifact.compatibility import check
+    from .._artifact.compatibility import find_faults
     from .._artifact.decode import read_metadata
     from .._artifact.kinship import kinship
     from .._program.program import Program
@@ -194,16 +194,9 @@ def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding,
         return None, (_problem(str(error)),)
     sealed = place.folder.sealed is not None
     leaf = leaf_name(place)
-    findings = []
-    packages = {}
-    try:
-        packages = check(found, place)
-    except AOTIError as error:
-        lines = str(error).splitlines()
-        listed = [line.removeprefix("- ") for line in lines[1:]] if len(lines) > 1 else lines
-        findings = [_problem(line) for line in listed]
-    runs = not findings and not kinship(found, place).fault
-    findings += _of_leaves(target)
+    packages, faults, _ = find_faults(found, place)
+    runs = not faults and not kinship(found, place).fault
+    findings = [*map(_problem, faults), *_of_leaves(target)]
     if runs:
         findings.append(Finding("artifact", "fine", f"{target.model} ({leaf}, schema {found.schema}) can run here"))
         # A variable that holds a wrong word has a finding of its own.
