@@ -186,12 +186,12 @@ def path_of_group(group: Any) -> Path:
 
 
 def _from_blocks(given: Iterable[Any], model: Model, rows: int | None) -> Source:
-    checked = (_block(block, model, number) for number, block in enumerate(given))
-    first = next(checked, None)
+    blocks = (_block(block, model, number) for number, block in enumerate(given))
+    first = next(blocks, None)
     if first is None:
         raise InputError("source gives no block of rows.")
     row = {name: array[:1] for name, array in first.items()}
-    return Source(rows, row, blocks=itertools.chain([first], checked))
+    return Source(rows, row, blocks=itertools.chain([first], blocks))
 
 
 def _block(block: object, model: Model, number: int) -> Rows:
