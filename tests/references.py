@@ -48,12 +48,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One entry of the stub catalogue, compiled.
-
-    Args:
-        stub: the entry.
-        folder: where its compiled stub is.
-    """
+    """One entry of the stub catalogue, compiled, and the folder of its stub."""
 
     stub: Stub
     folder: Path
@@ -96,12 +91,7 @@ class Case:
     # -- compiled ---------------------------------------------------------------------------------------------------
 
     def load(self, *, tight: bool = True, **options: Any) -> Model:
-        """Load the compiled model anew.
-
-        Args:
-            tight: whether to tighten the tolerances of its solves.
-            options: further arguments of `Model`.
-        """
+        """Load the compiled model anew, with further arguments of `Model`; if `tight`, with tightened tolerances."""
         model = Model(self.artifact, **options)
         if tight and self.implicit is not None:
             model.set_solver_config(**self.newton)
@@ -251,15 +241,10 @@ class Case:
     def residual_and_outputs(
         self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensors]:
-        """Put the compiled solution into the eager equations.
+        """The residual of the eager equations at the compiled solution, `(rows, entries)`.
 
-        Args:
-            inputs: with one batch axis.
-            outputs: of the compiled model.
-
-        Returns:
-            The residual of the implicit part at the compiled unknowns, `(rows, entries)`, and what the explicit parts
-            before and behind it give with these unknowns.
+        With what the explicit parts before and behind the implicit one give with these unknowns. Inputs have one batch
+        axis.
         """
         assert self.implicit is not None
         system = self.implicit.system
@@ -322,16 +307,7 @@ def _case(name: str) -> Case:
 
 
 def edited(of: Case, folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
-    """An artifact with the graphs of a case and changed metadata.
-
-    Args:
-        of: the case.
-        folder: where to put it.
-        edit: changes the decoded metadata in place.
-
-    Returns:
-        The artifact's folder.
-    """
+    """The folder of an artifact with the graphs of a case and metadata that `edit` has changed in place."""
     root = folder / of.stub.model
     root.mkdir(parents=True)
     metadata = json.loads((of.artifact / "metadata.json").read_text(encoding="utf-8"))
@@ -378,13 +354,7 @@ def size(value: Tensor) -> float:
 
 
 def difference(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
-    """Largest deviation relative to the largest entry that was expected.
-
-    Args:
-        found: to be judged.
-        expected: the reference, of the same shape.
-        least: magnitude below which the deviation is no longer taken relative to what was expected.
-    """
+    """Largest deviation relative to the largest entry that was expected, or to `least` if that is larger."""
     assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return 0.0
@@ -395,15 +365,9 @@ def difference(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
 
 
 def finite_differences(function: Callable[[Tensor], Tensors], at: Tensor, base_rank: int) -> Tensors:
-    """Derivatives by central differences of fourth order.
+    """Derivatives by central differences of fourth order: of each output, `(*batch, *out_base, *base)`.
 
-    Args:
-        function: of a tensor `(4 * entries, *at.shape)`; gives tensors with the same leading axes.
-        at: point of evaluation, `(*batch, *base)`.
-        base_rank: number of base axes of `at`.
-
-    Returns:
-        Of each output, `(*batch, *out_base, *base)`.
+    The function takes `(4 * entries, *at.shape)`, with `at` `(*batch, *base)`, and gives the same leading axes.
     """
     base = tuple(at.shape[at.ndim - base_rank :])
     entries = prod(base)
@@ -428,15 +392,8 @@ def bisected(
 ) -> tuple[Tensors, int]:
     """Take one row over an increment, in halves of halves where a solve fails.
 
-    Args:
-        step: solves for the unknowns; raises `ConvergenceError`.
-        row: inputs, with one row.
-        forces: name at the start of the increment, by name at its end.
-        states: name of the lagged unknown, by unknown.
-        depth: how often the increment may be halved.
-
-    Returns:
-        The unknowns at the end, and the number of solves that succeeded.
+    `forces` and `states` lead to the names at the start of the increment from those at its end; the increment may be
+    halved `depth` times. Gives the unknowns at the end, and the number of solves that succeeded.
     """
     chained = dict(row)
     spans = 0
@@ -469,16 +426,9 @@ def bisected(
 class Viscoplasticity:
     """Viscoplasticity of Perzyna's kind with isotropic hardening, written anew for numpy in components 3 x 3.
 
-    s' = C : (e' - p' n), p' = <sqrt(2/3) (q - Y - h(p)) / eta>^m, n = 3/2 dev(s) / q. The factor sqrt(2/3) is that
-    of neml2's YieldFunction, although its documentation leaves it out.
-
-    Args:
-        young: Young's modulus.
-        poisson: Poisson's ratio.
-        yield_stress: Y.
-        hardening: h.
-        eta: reference stress of the flow rate.
-        exponent: m.
+    s' = C : (e' - p' n), p' = <sqrt(2/3) (q - Y - h(p)) / eta>^m, n = 3/2 dev(s) / q, with Y the yield stress, h the
+    hardening, eta the reference stress of the flow rate and m its exponent. The factor sqrt(2/3) is that of neml2's
+    YieldFunction, although its documentation leaves it out.
     """
 
     young: float
@@ -517,19 +467,3 @@ class Viscoplasticity:
 # The constants of stubs/viscoplasticity.i and stubs/substepping.i.
 VISCOPLASTICITY = Viscoplasticity(190_000.0, 0.3, 180.0, lambda p: 1800.0 * p, 60.0, 4.0)
 SUBSTEPPING = Viscoplasticity(60_000.0, 0.35, 30.0, lambda p: 20.0 * (1.0 - np.exp(-150.0 * p)), 40.0, 8.0)
-
-
-def mandel(tensor: np.ndarray) -> np.ndarray:
-    """Components of symmetric tensors `(..., 3, 3)` as neml2 orders and scales them: xx, yy, zz, yz, xz, xy."""
-    root = np.sqrt(2.0)
-    parts = [(0, 0, 1.0), (1, 1, 1.0), (2, 2, 1.0), (1, 2, root), (0, 2, root), (0, 1, root)]
-    return np.stack([factor * tensor[..., i, j] for i, j, factor in parts], -1)
-
-
-def from_mandel(vector: np.ndarray) -> np.ndarray:
-    """The inverse of `mandel`."""
-    root = np.sqrt(2.0)
-    xx, yy, zz = vector[..., 0], vector[..., 1], vector[..., 2]
-    yz, xz, xy = (vector[..., k] / root for k in (3, 4, 5))
-    rows = [np.stack(row, -1) for row in ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))]
-    return np.stack(rows, -2)
