@@ -200,7 +200,7 @@ class TestCopies:
         model = Model(case.artifact, mode="lockstep")
         model.set_solver_config(1e-6, 1e-7, 9, "BACKTRACKING", 1, 2.0, 1e-3)
         for other in copies(model).values():
-            assert other.mode == "lockstep" and other._caller.settings == model._caller.settings
+            assert other.mode == "lockstep" and other.solver == model.solver
             found, expected = other.forward(case.rows()), model.forward(case.rows())
             assert all(torch.equal(found[name], x) for name, x in expected.items())
 

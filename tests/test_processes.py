@@ -135,36 +135,9 @@ class TestAtOnce:
         assert leftovers(scratch) == []
 
 
-class TestFork:
-    def test_before_the_first_call(self, artifact: str, right: float) -> None:
-        out = run(
-            SETUP + "model = Model(artifact)\nassert in_fork(lambda: print(stress(model)[0, 0].item())) == 0", artifact
-        )
-        assert abs(float(out) - right) < 1e-9
-
-    def test_after_a_call_it_is_refused_with_what_to_do(self, artifact: str) -> None:
-        out = run(
-            SETUP
-            + """
-torch.set_num_threads(2)
-model = Model(artifact)
-before = stress(model, 100)
-assert in_fork(lambda: stress(model)) == 1
-assert in_fork(lambda: stress(Model(artifact))) == 1
-assert torch.equal(stress(model, 100), before)
-""",
-            artifact,
-        )
-        lines = out.splitlines()
-        assert len(lines) == 2
-        for line in lines:
-            assert line.startswith("AOTIError: ") and "forked" in line
-            assert "get_context('spawn')" in line and "torch.set_num_threads(1)" in line
-
-    def test_after_a_call_on_one_thread(self, artifact: str) -> None:
-        run(
-            SETUP
-            + """
+# Programs whose forked processes must call the model as they do.
+FORKS = {
+    "after a call on one thread": """
 model = Model(artifact)
 before = stress(model, 100)
 
@@ -176,13 +149,7 @@ def work():
 assert in_fork(work) == 0
 assert torch.equal(stress(model, 100), before)
 """,
-            artifact,
-        )
-
-    def test_while_another_thread_is_in_a_call(self, artifact: str) -> None:
-        run(
-            SETUP
-            + """
+    "while another thread is in a call": """
 torch.set_num_threads(1)
 model = Model(artifact)
 before = stress(model)
@@ -202,14 +169,7 @@ stop.set()
 thread.join()
 assert ends == [0] * 15, ends
 """,
-            artifact,
-            limit=120,
-        )
-
-    def test_by_another_thread_in_mid_call(self, artifact: str) -> None:
-        run(
-            SETUP
-            + """
+    "by another thread in mid-call": """
 torch.set_num_threads(1)
 model = Model(artifact)
 before = stress(model)
@@ -234,14 +194,7 @@ while not over.is_set():
 thread.join()
 assert ends == [0] * 25, ends
 """,
-            artifact,
-            limit=120,
-        )
-
-    def test_by_a_signal_handler_in_mid_call(self, artifact: str) -> None:
-        run(
-            SETUP
-            + """
+    "by a signal handler in mid-call": """
 torch.set_num_threads(1)
 model = Model(artifact)
 before = stress(model)
@@ -271,9 +224,38 @@ for number in range(20):
         os._exit(0 if all(ends) else 1)
 assert ends == [True] * 20, ends
 """,
-            artifact,
-            limit=120,
+}
+
+
+class TestFork:
+    def test_before_the_first_call(self, artifact: str, right: float) -> None:
+        out = run(
+            SETUP + "model = Model(artifact)\nassert in_fork(lambda: print(stress(model)[0, 0].item())) == 0", artifact
         )
+        assert abs(float(out) - right) < 1e-9
+
+    def test_after_a_call_it_is_refused_with_what_to_do(self, artifact: str) -> None:
+        out = run(
+            SETUP
+            + """
+torch.set_num_threads(2)
+model = Model(artifact)
+before = stress(model, 100)
+assert in_fork(lambda: stress(model)) == 1
+assert in_fork(lambda: stress(Model(artifact))) == 1
+assert torch.equal(stress(model, 100), before)
+""",
+            artifact,
+        )
+        lines = out.splitlines()
+        assert len(lines) == 2
+        for line in lines:
+            assert line.startswith("AOTIError: ") and "forked" in line
+            assert "get_context('spawn')" in line and "torch.set_num_threads(1)" in line
+
+    @pytest.mark.parametrize("when", FORKS)
+    def test_a_fork_goes_on(self, artifact: str, when: str) -> None:
+        run(SETUP + FORKS[when], artifact, limit=120)
 
     @pytest.mark.long
     def test_spawned_pool(self, artifact: str, right: float, tmp_path: Path) -> None:
@@ -397,43 +379,37 @@ class TestTemporaryFolders:
         assert abs(float(run(LOAD, artifact, TMPDIR=str(scratch)).split()[0]) - right) < 1e-9
         assert leftovers(scratch) == []
 
-    def test_no_room(self, artifact: str, right: float) -> None:
-        out = run(
-            SETUP
-            + """
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    @pytest.mark.parametrize(
+        ("spoil", "mend", "words"),
+        [
+            pytest.param(
+                "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+                "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))",
+                "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))",
+                ["cannot unpack it to", "File too large", "TMPDIR"],
+                id="no room",
+            ),
+            pytest.param(
+                "tempfile.tempdir = '/proc'",
+                "tempfile.tempdir = None",
+                ["cannot make a folder to unpack it to", "TMPDIR"],
+                id="no folder can be made",
+            ),
+        ],
+    )
+    def test_nowhere_to_unpack(self, artifact: str, right: float, spoil: str, mend: str, words: list[str]) -> None:
+        program = f"""
 model = Model(artifact)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+{spoil}
 try:
     stress(model)
 except AOTIError as error:
     print(str(error).replace("\\n", " "))
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+{mend}
 print(stress(model)[0, 0].item())
-""",
-            artifact,
-        )
-        text, value = out.splitlines()
-        assert "cannot unpack it to" in text and "File too large" in text and "TMPDIR" in text
-        assert abs(float(value) - right) < 1e-9
-
-    def test_no_folder_can_be_made(self, artifact: str, right: float) -> None:
-        out = run(
-            SETUP
-            + """
-model = Model(artifact)
-tempfile.tempdir = "/proc"
-try:
-    stress(model)
-except AOTIError as error:
-    print(str(error).replace("\\n", " "))
-tempfile.tempdir = None
-print(stress(model)[0, 0].item())
-""",
-            artifact,
-        )
-        text, value = out.splitlines()
-        assert "cannot make a folder to unpack it to" in text and "TMPDIR" in text
+"""
+        text, value = run(SETUP + program, artifact).splitlines()
+        assert all(word in text for word in words), text
         assert abs(float(value) - right) < 1e-9
 
 
