@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from neml2_aoti_plugin._cli.app import COMMANDS
 from neml2_aoti_plugin._cli.output import console
 from neml2_aoti_plugin._cli.process import heeded
 from stubs.build import compiled
+from stubs.catalogue import CATALOGUE
 from tools.json_forms import REPORTS
 
 STUBS = ("elasticity", "promoted")
@@ -63,6 +65,7 @@ def start(
 # What each command is given; those behind come to what those before have written.
 CALLS: dict[str, list[str]] = {
     "doctor": ["aoti/elasticity"],
+    "example": ["first"],
     "inspect": ["aoti/promoted_aoti.i"],
     "verify": ["aoti/promoted_aoti.i", "--rows", "4"],
     "bench": ["aoti/elasticity", "--rows", "1,8", "--seconds", "0"],
@@ -80,8 +83,9 @@ def test_each_command_gives_its_document_and_says_it_in_words(there: Path) -> No
     assert set(CALLS) == set(REPORTS) == set(COMMANDS)
     for command, words in CALLS.items():
         assert not mismatches(answer(command, *words), REPORTS[command])
-        if command == "migrate":
-            shutil.rmtree(there / "new")
+        # These write over nothing.
+        for folder in ("first", "new") if command in ("example", "migrate") else ():
+            shutil.rmtree(there / folder, ignore_errors=True)
         assert printed(command, *words)[0].strip()
     assert (there / "new/elasticity/metadata.json").is_file() and (there / "curve.svg").is_file()
 
@@ -132,6 +136,16 @@ def test_artifacts_of_old_releases(
         assert "Newton step is one graph" in refused("migrate", old, "--out", "new", status=1)
     else:
         assert not mismatches(answer("migrate", old, "--out", "new"), REPORTS["migrate"])
+
+
+def test_the_example_is_the_stub_of_that_name_and_its_command_compiles_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    report, stub = answer("example", folder), CATALOGUE["viscoplasticity"]
+    assert Path(report["written"]).read_bytes() == stub.path.read_bytes()
+    options = ["--driver", "driver", *stub.flags, "--output-dir", str(folder / "aoti")]
+    assert shlex.split(report["compile"]) == ["neml2-compile", report["written"], *options]
+    assert "is there already" in refused("example", folder)
+    assert "cannot be made" in refused("example", Path(report["written"]) / "more")
 
 
 # -- help, errors, and what is not installed -----------------------------------------------------------------------

@@ -24,7 +24,10 @@ def test_wheel_is_for_every_platform_and_holds_only_the_package(wheel: Path) -> 
     package = [name for name in names if name.startswith("neml2_aoti_plugin/")]
     # Beside Python, the page of the service and the machine code.
     others = {name for name in package if not name.endswith(".py")}
-    assert others == {f"neml2_aoti_plugin/{name}" for name in ("py.typed", "serve/page.html", "_solve/machine_code.bc")}
+    assert others == {
+        f"neml2_aoti_plugin/{name}"
+        for name in ("py.typed", "serve/page.html", "_solve/machine_code.bc", "_cli/viscoplasticity.i")
+    }
     sources = Path(neml2_aoti_plugin.__file__).parent
     if sources.parent == Path(__file__).parents[1]:
         assert {name for name in package if name.endswith(".py")} == {

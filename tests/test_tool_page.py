@@ -23,7 +23,7 @@ from tools import json_forms
 
 PAGE = json_forms.PAGE.read_text(encoding="utf-8")
 # In an order in which each finds what it needs.
-RUN = ("doctor", "inspect", "verify", "run", "plot", "params", "seal", "serve")
+RUN = ("doctor", "example", "inspect", "verify", "run", "plot", "params", "seal", "serve")
 # bench takes long at its defaults; what takes a process of its own runs once, with the page; a service would not end.
 NOT_RUN = re.compile(r"--try-binding|neml2-aoti serve (?!.*--check)")
 

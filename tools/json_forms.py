@@ -15,6 +15,7 @@ from typing import Any
 
 from neml2_aoti_plugin._cli.bench import BenchReport
 from neml2_aoti_plugin._cli.doctor import Diagnosis
+from neml2_aoti_plugin._cli.example import ExampleReport
 from neml2_aoti_plugin._cli.inspect import ArtifactReport
 from neml2_aoti_plugin._cli.migrate import MigrateReport
 from neml2_aoti_plugin._cli.params import ParametersReport
@@ -30,6 +31,7 @@ BEGIN, END = "<!-- forms: python -m tools.json_forms -->", "<!-- end of forms --
 
 REPORTS: dict[str, type] = {
     "doctor": Diagnosis,
+    "example": ExampleReport,
     "inspect": ArtifactReport,
     "verify": Verification,
     "bench": BenchReport,

@@ -15,6 +15,7 @@ from .process import say
 # The commands with what the help says of each, for which none of their modules is imported.
 COMMANDS = {
     "doctor": "What is installed, what is wrong, and what mends it.",
+    "example": "Write an input file to begin with.",
     "inspect": "What is in a compiled model, as a tree.",
     "verify": "Compare a compiled model with its source.",
     "bench": "Rows per second by batch size and threads.",
