@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -304,13 +303,8 @@ NEEDS = {
     "ASIMD": ("asimd",),
     "ZVECTOR": ("vx",),
 }
-# Where the system tells no flags, torch asks the processor for some of them.
-_ASK = {
-    "AVX2": "_is_avx2_supported",
-    "AVX512": "_is_avx512_supported",
-    "AVX512_VNNI": "_is_vnni_supported",
-    "AMX_TILE": "_is_amx_tile_supported",
-}
+# Where the system lists no flags, torch knows whether the processor has some of them.
+_LEVELS = {"AVX2": ("AVX2", "AVX512"), "AVX512": ("AVX512",)}
 _SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -323,19 +317,20 @@ def machine(name: str | None = None) -> str:
 def lacking(instruction_sets: str, have: frozenset[str] | None = None) -> list[str]:
     """What a processor lacks of instruction sets in inductor's spelling, with spaces between.
 
-    `have` are its flags, this machine's if None. Flags are listed, or names of instruction sets where the system tells
+    `have` are its flags, this machine's if None. Flags are listed, or names of instruction sets where the system lists
     no flags. What is not known counts as there.
     """
     flags = cpu_flags() if have is None else have
     wanted = instruction_sets.upper().split()
     if flags:
         return list(dict.fromkeys(flag for name in wanted for flag in NEEDS.get(name, ()) if flag not in flags))
-    return [name for name in wanted if name in _ASK and not getattr(torch.cpu, _ASK[name], lambda: True)()]
+    level = torch.backends.cpu.get_cpu_capability()
+    return [name for name in wanted if name in _LEVELS and level not in _LEVELS[name]]
 
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """Flags of this machine's processor; empty where the system does not tell."""
+    """Flags of this machine's processor; empty where the system lists none."""
     try:
         # Line by line: with many cores the system takes its time to write the whole file.
         with Path("/proc/cpuinfo").open() as lines:
@@ -374,8 +369,8 @@ def operator_fault(names: tuple[str, ...]) -> str:
     listed = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
     if all(name.startswith("neml2::") for name in absent):
         return (
-            f"calls {listed}, which neml2 {_neml2()} does not register. Install the neml2 that compiled the "
-            "model, or compile the model again with neml2-compile."
+            f"calls {listed}, which the neml2 that is installed here does not register. Install the neml2 that "
+            "compiled the model, or compile the model again with neml2-compile."
         )
     if all(name.startswith("aten::") for name in absent):
         return (
@@ -408,10 +403,3 @@ def _known(name: str) -> bool:
     except (AttributeError, RuntimeError):
         raise LookupError(name) from None
     return True
-
-
-def _neml2() -> str:
-    try:
-        return version("neml2")
-    except PackageNotFoundError:
-        return "(not installed)"

@@ -7,7 +7,7 @@ segment `newton` settings, and `parameters_among_inputs` where only packages sho
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import Annotated, Any, cast, get_args
 
 import msgspec
 
-from ..errors import ArtifactError, InputError
-from ..settings import KrylovSettings, NewtonSettings, newton_settings
+from ..errors import ArtifactError
+from ..settings import KrylovSettings, NewtonSettings, changed_settings, newton_settings
 from . import schema as s
 from .document import (
     Finite,
@@ -66,11 +66,7 @@ def read_metadata(file: Path, folder: Folder | None = None, *, solver: dict[str,
 
 def with_solver(found: s.Metadata, solver: dict[str, Any]) -> s.Metadata:
     """The metadata with other Newton settings in all implicit segments, by the field names of `NewtonSettings`."""
-    known = [field.name for field in fields(NewtonSettings)]
-    unknown = [name for name in solver if name not in known]
-    if unknown:
-        raise InputError(f"solver has no setting {', '.join(unknown)}; there are {', '.join(known)}.")
-    checked = newton_settings(**solver)
+    checked = changed_settings(NewtonSettings(), solver, "the model")
     given = {name: getattr(checked, name) for name in solver}
     changed = (
         replace(part, newton=replace(part.newton, **given)) if isinstance(part, s.ImplicitInfo) else part
