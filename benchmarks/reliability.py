@@ -27,7 +27,7 @@ from neml2_aoti_plugin import Model, seal
 from neml2_aoti_plugin._artifact import compatibility
 from neml2_aoti_plugin._artifact.decode import read_metadata
 from neml2_aoti_plugin._artifact.locate import locate
-from neml2_aoti_plugin._artifact.package import open_archive, operators_in, read_signature
+from neml2_aoti_plugin._artifact.package import open_archive, operators_in, signature_in
 from neml2_aoti_plugin._graphs.unpack import load_runner
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
@@ -56,7 +56,7 @@ def load(artifact: Path) -> None:
     print(f"{artifact.name}: {len(files)} graphs, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")
     show("find the leaf", milliseconds(lambda: locate(artifact)))
     show("read the metadata", milliseconds(lambda: read_metadata(place.metadata)))
-    packages = compatibility.check(metadata, place)
+    packages = compatibility.check(metadata, place).packages
     checked = milliseconds(lambda: compatibility.check(metadata, place))
 
     def first() -> None:
@@ -99,7 +99,7 @@ def calls(artifact: Path) -> None:
         with open_archive(file, file.read_bytes()) as archive:
             if "neml2::opaque_pow" not in operators_in(archive):
                 continue
-        signature = read_signature(file)
+            signature = signature_in(archive)
         assert signature is not None
         given = [torch.ones([1 if n is None else n for n in a.extents], dtype=a.dtype) for a in signature.arguments]
         as_it_is = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)

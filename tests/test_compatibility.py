@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,11 +10,10 @@ import torch
 
 import references
 from attacks.archives import ATTACKS, edited, recorded, swapped
-from attacks.artifacts import INPUTS, package, refusal, runs
+from attacks.artifacts import INPUTS, package, refusal, runs, signature_of
 from attacks.children import run, run_fresh
 from neml2_aoti_plugin import ArtifactError, ArtifactNotFoundError, Model
 from neml2_aoti_plugin._artifact import compatibility
-from neml2_aoti_plugin._artifact.package import read_signature
 from neml2_aoti_plugin._artifact.wiring import Wire, wire_fault
 
 
@@ -48,7 +45,7 @@ class TestArchives:
         assert "takes 3 tensors, where the metadata gives it 1 as the value" in refusal(artifact)
 
     def test_package_that_takes_other_shapes(self) -> None:
-        signature = read_signature(package(references.case("elasticity").artifact))
+        signature = signature_of(package(references.case("elasticity").artifact))
         assert wire_fault(Wire("x", "value", ((6,),)), signature) == ""
         text = wire_fault(Wire("x", "value", ((7,),)), signature)
         assert "(*, 6) as tensor 0" in text and "(*batch, 7) as the value" in text
@@ -59,12 +56,6 @@ class TestArchives:
         document["segments"][0]["jvp_package"] = document["segments"][0]["package"]
         file.write_text(json.dumps(document))
         assert "named by the metadata as value and as jacobian" in refusal(artifact)
-
-    @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-    def test_a_folder_and_a_pipe_for_a_package(self, artifact: Path, make: Callable[[Path], None]) -> None:
-        package(artifact).unlink()
-        make(package(artifact))
-        assert "not a file" in refusal(artifact)
 
 
 class TestReport:

@@ -23,9 +23,6 @@ from neml2_aoti_plugin import ArtifactError, Model
 from neml2_aoti_plugin._artifact.compatibility import check
 from neml2_aoti_plugin._artifact.decode import read_metadata
 from neml2_aoti_plugin._artifact.locate import locate
-from neml2_aoti_plugin._artifact.package import Argument, Signature
-from neml2_aoti_plugin._artifact.schema import ExplicitInfo
-from neml2_aoti_plugin._artifact.wiring import order_faults
 
 SHEAR = {"strain": torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)}
 
@@ -176,7 +173,7 @@ def test_other_files_do_not_keep_a_model_from_being_copied(
 
 
 class TestWhileItIsLoaded:
-    """What was read first, such as in which order a graph takes its arguments, must go with what is checked later."""
+    """What was read first must go with what is checked later."""
 
     def test_metadata_that_changed(self, artifact: Path) -> None:
         place = locate(artifact)
@@ -191,11 +188,3 @@ class TestWhileItIsLoaded:
         file.write_text(json.dumps({**document, "device": "cpu", "dtype": "float64"}))
         place = locate(file)
         assert place.digest == read_metadata(file, place.folder).digest
-
-    def test_the_order_of_arguments_that_changed(self) -> None:
-        plain, typed = Argument(torch.float64, (), ""), Argument(torch.float64, (None, 6), "SR2")
-        segment = ExplicitInfo("a.pt2", ("x",), ("y",), ("p",), arguments=("x", "p"))
-        metadata = replace(read_metadata(references.case("elasticity").artifact / "metadata.json"), segments=(segment,))
-        assert order_faults(metadata, Path("leaf"), {"a.pt2": Signature((typed, plain), 1)}) == {}
-        found = order_faults(metadata, Path("leaf"), {"a.pt2": Signature((plain, typed), 1)})
-        assert "changed while the model was loaded" in found["a.pt2"]

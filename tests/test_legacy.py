@@ -23,6 +23,7 @@ from data import collect
 from legacy import build
 from legacy.catalogue import EVERY, SCENARIOS, pairs, release_named
 from neml2_aoti_plugin import DerivativeNotCompiledError, Model
+from neml2_aoti_plugin._artifact.compatibility import check
 from neml2_aoti_plugin._artifact.decode import read_metadata
 from neml2_aoti_plugin._artifact.locate import locate
 from neml2_aoti_plugin._artifact.schema import ExplicitInfo, ImplicitInfo, Metadata
@@ -283,7 +284,8 @@ def segment(metadata: Metadata) -> ImplicitInfo:
 
 @having("promoted_provider")
 def test_a_parameter_ahead_of_the_input(release: str) -> None:
-    first = described(release, "promoted_provider").segments[0]
+    checked = check(described(release, "promoted_provider"), locate(entry(release, "promoted_provider")))
+    first = checked.metadata.segments[0]
     assert isinstance(first, ExplicitInfo)
     ahead = ("young.value", "strain") if release_named(release).schema < 7 else ("strain", "young.value")
     assert (first.taken, first.inputs, first.parameters) == (ahead, ("strain",), ("young.value",))

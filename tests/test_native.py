@@ -11,8 +11,9 @@ from torch import Tensor
 
 import references
 from attacks.archives import archive_of, entries_of
+from attacks.artifacts import signature_of
 from attacks.children import run
-from neml2_aoti_plugin._artifact.package import open_archive, operators_in, read_signature
+from neml2_aoti_plugin._artifact.package import open_archive, operators_in
 from neml2_aoti_plugin._graphs.native import operators, repacked
 from neml2_aoti_plugin._graphs.unpack import load_runner
 
@@ -24,7 +25,7 @@ def packages() -> list[Path]:
 
 
 def arguments(file: Path) -> list[Tensor]:
-    signature = read_signature(file)
+    signature = signature_of(file)
     assert signature is not None
     generator = torch.Generator().manual_seed(0)
     return [

@@ -33,29 +33,42 @@ from .package import (
     signature_in,
 )
 from .schema import Metadata
-from .wiring import Wire, order_faults, roles_fault, wire_fault, wires
+from .wiring import wire_faults, with_argument_order
 
 OLDEST_TORCH = (2, 10)
 _HERE = "Compile the model here with neml2-compile."
 _AGAIN = "Copy the package again, or compile the model again."
 
 
-def check(metadata: Metadata, place: Place) -> dict[str, Package]:
-    """The packages by the names that the metadata has for them, or an ArtifactError with all that is wrong."""
-    packages, faults, missing = find_faults(metadata, place)
-    if not faults:
-        return packages
-    error = ArtifactNotFoundError if missing else ArtifactError
-    if len(faults) == 1:
-        raise error(faults[0])
-    listed = "\n".join(f"- {fault}" for fault in faults)
-    raise error(f"{place.leaf} cannot run here, for {len(faults)} reasons:\n{listed}")
+@dataclass(frozen=True)
+class Checked:
+    """An artifact that was looked over."""
+
+    # With the order of arguments where only packages show it.
+    metadata: Metadata
+    # By the names that the metadata has for them.
+    packages: dict[str, Package]
+    # What is wrong where, each with its cure.
+    faults: list[str]
+    # Whether a file is missing.
+    missing: bool
 
 
-def find_faults(metadata: Metadata, place: Place) -> tuple[dict[str, Package], list[str], bool]:
-    """The packages; what is wrong where, each with its cure; and whether a file is missing."""
+def check(metadata: Metadata, place: Place) -> Checked:
+    """Look an artifact over, and refuse it with all that is wrong in one error."""
+    found = look_over(metadata, place)
+    if not found.faults:
+        return found
+    error = ArtifactNotFoundError if found.missing else ArtifactError
+    if len(found.faults) == 1:
+        raise error(found.faults[0])
+    listed = "\n".join(f"- {fault}" for fault in found.faults)
+    raise error(f"{place.leaf} cannot run here, for {len(found.faults)} reasons:\n{listed}")
+
+
+def look_over(metadata: Metadata, place: Place) -> Checked:
+    """Look an artifact over, without running any of it."""
     names = sorted(files_of(metadata))
-    handed = wires(metadata)
     packages: dict[str, Package] = {}
     # By what is wrong, the packages it is wrong with.
     found: dict[str, list[str]] = {}
@@ -67,18 +80,20 @@ def find_faults(metadata: Metadata, place: Place) -> tuple[dict[str, Package], l
     for name in names:
         file = place.leaf / name
         try:
-            packages[name], findings[name] = _inspect(file, place, [w for w in handed if w.file == name])
+            packages[name], findings[name] = _inspect(file, place)
         except ArtifactError as error:
             findings[name] = [str(error).removeprefix(f"{file}: ")]
             missing = missing or isinstance(error, ArtifactNotFoundError)
-    signatures = {name: package.signature for name, package in packages.items()}
-    for more in (roles_fault(handed), order_faults(metadata, place.leaf, signatures)):
-        for name, text in more.items():
-            findings[name].append(text)
+    # A package that is damaged has a fault already, and no signature.
+    taken = {name: p.signature for name, p in packages.items() if p.signature is not None or not findings[name]}
+    metadata, more = with_argument_order(metadata, taken)
+    for name, text in (*more, *wire_faults(metadata, taken)):
+        findings[name].append(text)
     for name in names:
-        for text in findings[name]:
+        for text in dict.fromkeys(findings[name]):
             found.setdefault(text, []).append(name)
-    return packages, [f"{_where(files, place)}: {text}" for text, files in found.items()], missing
+    faults = [f"{_where(files, place)}: {text}" for text, files in found.items()]
+    return Checked(metadata, packages, faults, missing)
 
 
 def files_of(metadata: Metadata) -> set[str]:
@@ -127,13 +142,13 @@ looked_over: dict[tuple[str, str], _Inside] = {}
 _MANY = 4096
 
 
-def _inspect(file: Path, place: Place, handed: list[Wire]) -> tuple[Package, list[str]]:
-    """A package, and what speaks against running it here; `handed` is what the metadata gives its graph."""
+def _inspect(file: Path, place: Place) -> tuple[Package, list[str]]:
+    """A package, and what speaks against running it here, whatever the metadata gives its graph."""
     data, digest = read_package(file, place.folder)
     known = (digest, file.stem)
     inside = looked_over.get(known)
     if inside is None:
-        inside = looked_over[known] = _look_over(file, data)
+        inside = looked_over[known] = _look_into(file, data)
         # Not without end, however many artifacts a process goes through.
         if len(looked_over) > _MANY:
             for old in list(looked_over)[:-_MANY]:
@@ -147,11 +162,10 @@ def _inspect(file: Path, place: Place, handed: list[Wire]) -> tuple[Package, lis
         have = torch.cuda.get_device_capability(place.device)
         faults.append(gpu_fault(build.compute_capability, have, inside.portable))
     faults.append(operator_fault(inside.operators))
-    faults += [wire_fault(wire, inside.signature) for wire in handed]
-    return package, list(dict.fromkeys(fault for fault in faults if fault))
+    return package, [fault for fault in faults if fault]
 
 
-def _look_over(file: Path, data: bytes) -> _Inside:
+def _look_into(file: Path, data: bytes) -> _Inside:
     with open_archive(file, data) as archive:
         faults = archive_faults(archive) or _contents_faults(archive, file, data)
         if faults:

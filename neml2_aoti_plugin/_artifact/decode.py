@@ -32,10 +32,8 @@ from .document import (
     one_of,
     read_document,
 )
-from .files import NAME, Folder, folder_at, named
-from .package import read_signature
+from .files import NAME, Folder, named
 from .upgrade import BASE_SHAPES, NEWEST, released_form, upgrade
-from .wiring import with_argument_order
 
 
 def read_metadata(file: Path, folder: Folder | None = None, *, solver: dict[str, Any] | None = None) -> s.Metadata:
@@ -43,7 +41,6 @@ def read_metadata(file: Path, folder: Folder | None = None, *, solver: dict[str,
 
     `solver` are Newton settings that take the place of the file's, such as those of a stub's `[Solvers]` block.
     """
-    folder = folder or folder_at(file.parent)
     document, digest = read_document(file, folder)
     form = released_form(document, str(file))
     written = document["schema_version"]
@@ -60,8 +57,7 @@ def read_metadata(file: Path, folder: Folder | None = None, *, solver: dict[str,
             f"{file}: written in schema {written}, which no neml2 release wrote; read like schema {form} it does not "
             f"fit: {error}"
         ) from error
-    ordered = with_argument_order(found, file.parent, lambda package: read_signature(package, folder))
-    return with_solver(replace(ordered, digest=digest), solver or {})
+    return with_solver(replace(found, digest=digest), solver or {})
 
 
 def with_solver(found: s.Metadata, solver: dict[str, Any]) -> s.Metadata:

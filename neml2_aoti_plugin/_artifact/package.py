@@ -24,7 +24,7 @@ import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError
 from . import files
-from .files import AGAIN, Contents, Folder, folder_at, named, reason
+from .files import AGAIN, Contents, Folder, named, reason
 
 # `zipfile` needs it, and Python 3.13 cannot import it once the working directory is gone.
 codecs.lookup("cp437")
@@ -252,12 +252,6 @@ def _entry_fault(info: zipfile.ZipInfo) -> str:
 
 
 # -- what it says of itself --------------------------------------------------------------------------------------------
-
-
-def read_signature(file: Path, folder: Folder | None = None) -> Signature | None:
-    """What the graph of a package takes; None where the package does not spell it out."""
-    with open_archive(file, read_package(file, folder or folder_at(file.parent)).data) as archive:
-        return signature_in(archive)
 
 
 def signature_in(archive: zipfile.ZipFile) -> Signature | None:

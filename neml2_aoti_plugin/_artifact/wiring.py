@@ -7,9 +7,8 @@ keep their own order; which argument is which shows in the package.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ..errors import ArtifactError
 from . import schema as s
@@ -100,6 +99,24 @@ def _packed(group: s.GroupInfo) -> s.Shape:
     return (*group.sub_batch_shape, sum(v.width for v in group.variables))
 
 
+def wire_faults(metadata: s.Metadata, signatures: Mapping[str, Signature | None]) -> Iterator[tuple[str, str]]:
+    """Packages that cannot take or be what the metadata says, each with what is wrong and the cure."""
+    roles: dict[str, list[str]] = {}
+    for wire in wires(metadata):
+        if wire.role not in roles.setdefault(wire.file, []):
+            roles[wire.file].append(wire.role)
+        fault = wire_fault(wire, signatures.get(wire.file))
+        if fault:
+            yield wire.file, fault
+    for file, of in roles.items():
+        if len(of) > 1:
+            yield (
+                file,
+                f"is named by the metadata as {' and as '.join(of)}, which it cannot be both. The metadata was edited: "
+                "copy the whole artifact folder, or compile again.",
+            )
+
+
 def wire_fault(wire: Wire, signature: Signature | None) -> str:
     """What is wrong, with the cure, where a graph does not take what the metadata gives it; empty for nothing."""
     if signature is None:
@@ -129,20 +146,6 @@ def wire_fault(wire: Wire, signature: Signature | None) -> str:
     return ""
 
 
-def roles_fault(found: list[Wire]) -> dict[str, str]:
-    """Packages that the metadata names for two things, with what is wrong and the cure."""
-    roles: dict[str, list[str]] = {}
-    for wire in found:
-        if wire.role not in roles.setdefault(wire.file, []):
-            roles[wire.file].append(wire.role)
-    return {
-        file: f"is named by the metadata as {' and as '.join(of)}, which it cannot be both. The metadata was edited: "
-        "copy the whole artifact folder, or compile again."
-        for file, of in roles.items()
-        if len(of) > 1
-    }
-
-
 def _shown(extents: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("*" if n is None else str(n) for n in extents) + ")"
 
@@ -151,61 +154,35 @@ def _shown(extents: tuple[int | None, ...]) -> str:
 
 
 def with_argument_order(
-    metadata: s.Metadata, leaf: Path, signature_of: Callable[[Path], Signature | None]
-) -> s.Metadata:
-    """The metadata with the order of arguments wherever it is open; `signature_of` reads it from a package."""
-    shapes = _shapes(metadata)
+    metadata: s.Metadata, signatures: Mapping[str, Signature | None]
+) -> tuple[s.Metadata, list[tuple[str, str]]]:
+    """The metadata with the order of arguments wherever it is open; and packages that do not show it, with the cure.
+
+    Packages without a signature here have faults of their own.
+    """
+    shapes = {v.name: v.natural_shape for v in metadata.inputs} | {p.name: p.shape for p in metadata.parameters}
+    faults: list[tuple[str, str]] = []
 
     def ordered(segment: s.Segment) -> s.Segment:
         if not isinstance(segment, s.ExplicitInfo) or not segment.parameters_among_inputs:
             return segment
-        files = _ordering(segment)
-        orders = {file: argument_order(segment, shapes, signature_of(leaf / file), leaf / file) for file in files}
-        if len(set(orders.values())) > 1:
-            raise ArtifactError(
-                f"{leaf}: {' and '.join(files)} take their arguments in different orders, {orders}. Compile the model "
-                "again."
-            )
-        return replace(segment, arguments=orders[segment.value], parameters_among_inputs=False)
-
-    return replace(metadata, segments=tuple(map(ordered, metadata.segments)))
-
-
-def order_faults(metadata: s.Metadata, leaf: Path, signatures: Mapping[str, Signature | None]) -> dict[str, str]:
-    """Of packages that take their arguments in another order than the one that was found, what is wrong.
-
-    The order was read from packages before they were looked over; these may be others by then.
-    """
-    shapes = _shapes(metadata)
-    found = {}
-    for segment in metadata.segments:
-        if not isinstance(segment, s.ExplicitInfo) or not segment.arguments:
-            continue
-        for file in _ordering(segment):
-            if file not in signatures:
-                continue
+        files = [segment.value, *([segment.jacobian.file] if segment.jacobian else [])]
+        orders = {}
+        for file in filter(signatures.__contains__, files):
             try:
-                order = argument_order(segment, shapes, signatures[file], leaf / file)
-            except ArtifactError:
-                order = ()
-            if order != segment.arguments:
-                found[file] = "was changed while the model was loaded. Load the model again."
-    return found
+                orders[file] = argument_order(segment, shapes, signatures[file])
+            except ArtifactError as error:
+                faults.append((file, str(error)))
+        if len(set(orders.values())) > 1:
+            faults.append((segment.value, f"takes its arguments in another order than {files[1]}. Compile it again."))
+        if not orders:
+            return segment
+        return replace(segment, arguments=next(iter(orders.values())), parameters_among_inputs=False)
+
+    return replace(metadata, segments=tuple(map(ordered, metadata.segments))), faults
 
 
-def _shapes(metadata: s.Metadata) -> dict[str, s.Shape]:
-    """Shapes of the model's inputs and of stored parameters."""
-    return {v.name: v.natural_shape for v in metadata.inputs} | {p.name: p.shape for p in metadata.parameters}
-
-
-def _ordering(segment: s.ExplicitInfo) -> list[str]:
-    """The packages that show the order."""
-    return [segment.value, *([segment.jacobian.file] if segment.jacobian else [])]
-
-
-def argument_order(
-    segment: s.ExplicitInfo, shapes: dict[str, s.Shape], signature: Signature | None, file: Path
-) -> tuple[str, ...]:
+def argument_order(segment: s.ExplicitInfo, shapes: dict[str, s.Shape], signature: Signature | None) -> tuple[str, ...]:
     """The names of a segment's inputs and parameters in the order in which a graph takes them.
 
     An ArtifactError where the package does not show it, or takes other arguments than those of `shapes`, as far as
@@ -214,7 +191,7 @@ def argument_order(
 
     def unclear(why: str) -> ArtifactError:
         return ArtifactError(
-            f"{file}: cannot tell in which order the graph takes the inputs {', '.join(segment.inputs)} and the "
+            f"does not show in which order its graph takes the inputs {', '.join(segment.inputs)} and the "
             f"promoted parameters {', '.join(segment.parameters)}: {why}. Compile the model again with neml2 3.0.4 or "
             "later."
         )

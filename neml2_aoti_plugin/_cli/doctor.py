@@ -178,7 +178,7 @@ def diagnose(target: Target | None = None, *, try_binding: bool = False) -> Diag
 
 def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding, ...]]:
     """Look an artifact over as a load does; nothing of it is run."""
-    from .._artifact.compatibility import find_faults
+    from .._artifact.compatibility import look_over
     from .._artifact.decode import read_metadata
     from .._artifact.kinship import kinship
     from .._program.program import Program
@@ -194,14 +194,14 @@ def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding,
         return None, (_problem(str(error)),)
     sealed = place.folder.sealed is not None
     leaf = leaf_name(place)
-    packages, faults, _ = find_faults(found, place)
-    runs = not faults and not kinship(found, place).fault
-    findings = [*map(_problem, faults), *_of_leaves(target)]
+    checked = look_over(found, place)
+    runs = not checked.faults and not kinship(found, place).fault
+    findings = [*map(_problem, checked.faults), *_of_leaves(target)]
     if runs:
         findings.append(Finding("artifact", "fine", f"{target.model} ({leaf}, schema {found.schema}) can run here"))
         # A variable that holds a wrong word has a finding of its own.
         with suppress(InputError):
-            findings += _of_graphs(Program(found, packages, place.device, lockstep=False))
+            findings += _of_graphs(Program(checked.metadata, checked.packages, place.device, lockstep=False))
     says = "sealed, and as it was sealed" if sealed else f"none; `neml2-aoti seal {target.artifact}` would write one"
     findings.append(Finding("seal", "fine", says))
     release = release_of(found.schema)

@@ -111,7 +111,8 @@ class Model(CompiledModule):
         """Load a leaf, that of a recipe if there is one; the promoted parameters stay what they are."""
         place = locate(self._given, device, dtype)
         metadata = read_metadata(place.metadata, place.folder, solver=self._solver)
-        packages = check(metadata, place)
+        checked = check(metadata, place)
+        metadata, packages = checked.metadata, checked.packages
         kin = kinship(metadata, place)
         if kin.fault:
             raise ArtifactError(kin.fault)

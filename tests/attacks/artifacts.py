@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from neml2_aoti_plugin import ArtifactError, Model
+from neml2_aoti_plugin._artifact.package import Signature, open_archive, signature_in
 
 INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
 
@@ -16,6 +17,12 @@ INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
 def package(artifact: Path, name: str = "elasticity") -> Path:
     """One of its packages: that of values, or of derivatives (`elasticity_jvp`)."""
     return artifact / f"cpu/float64/{name}.pt2"
+
+
+def signature_of(file: Path) -> Signature | None:
+    """What the graph of a package takes."""
+    with open_archive(file, file.read_bytes()) as archive:
+        return signature_in(archive)
 
 
 def refusal(artifact: Path, kind: type[Exception] = ArtifactError, **options: Any) -> str:
