@@ -126,6 +126,35 @@ class TestTorchFem:
             assert parameter.grad.item() == pytest.approx((ends[0] - ends[1]) / (2.0 * step), rel=1e-6)
 
 
+def test_lmfit_takes_an_exact_jacobian() -> None:
+    import lmfit
+
+    model, names = calibration(), ("residual.overstress.sy", "residual.hardening.K")
+    zero = torch.zeros((), dtype=torch.float64)
+    strain = 2e-3 * torch.randn(20, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    inputs = {
+        **{"strain": strain, "strain~1": torch.zeros_like(strain), "stress~1": torch.zeros_like(strain)},
+        **{"t": zero + 1.0, "t~1": zero, "equivalent_plastic_strain~1": zero},
+    }
+    data = model.forward(inputs)["stress"]
+
+    def at(parameters: Any) -> dict[str, torch.Tensor]:
+        values = parameters.valuesdict().values()
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in zip(names, values, strict=True)}
+
+    def residual(parameters: Any) -> Any:
+        return (model.forward(inputs, at(parameters))["stress"] - data).flatten().numpy()
+
+    def jacobian(parameters: Any) -> Any:
+        blocks = model.param_jacobian(inputs, at(parameters))[1]["stress"]
+        return np.stack([blocks[name].flatten().numpy() for name in names], 1)
+
+    parameters = lmfit.create_params(sy={"value": 150.0, "min": 50.0, "max": 400.0}, K={"value": 1000.0})
+    found = lmfit.minimize(residual, parameters, method="least_squares", jac=jacobian)
+    assert found.params["sy"].value == pytest.approx(180.0, rel=1e-6)
+    assert found.params["K"].value == pytest.approx(1800.0, rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def material() -> Any:
     import jax
