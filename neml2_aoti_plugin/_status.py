@@ -155,7 +155,8 @@ def installed(name: str) -> str | None:
     """The version of a package: of what is imported, else of what is installed; None where it is not there."""
     version = getattr(sys.modules.get(name), "__version__", None)
     if version is not None:
-        return str(version)
+        # neml2's own begins with a v.
+        return str(version).removeprefix("v")
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -53,3 +54,14 @@ def copy_of(name: str, folder: Path) -> Path:
     """The stub in a copy of a compiled model, which a test may change."""
     shutil.copytree(compiled(name), folder, dirs_exist_ok=True)
     return folder / f"{CATALOGUE[name].model}_aoti.i"
+
+
+def source_input(text: str) -> str:
+    """An input file, of a line for each block: `Section/name Type option=value ...`, quoted as in a shell."""
+    sections: dict[str, list[str]] = {}
+    for line in text.strip().splitlines():
+        where, kind, *options = shlex.split(line)
+        section, _, name = where.partition("/")
+        fields = [f"type = {kind}", *("{} = '{}'".format(*option.split("=", 1)) for option in options)]
+        sections.setdefault(section, []).append("\n".join([f"[{name}]", *fields, "[]"]))
+    return "\n".join(f"[{section}]\n{chr(10).join(blocks)}\n[]" for section, blocks in sections.items())

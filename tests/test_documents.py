@@ -70,15 +70,13 @@ def run(page: str, place: Path) -> None:
     program = place / f"page_{Path(page).stem}.py"
     program.write_text(page_shell.script(text_of(page), bare=page in BARE), encoding="utf-8")
     # Without what this process has imported or set.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("NEML2_")}
-    cache = {name: os.environ[name] for name in ("NEML2_AOTI_PLUGIN_STUB_CACHE",) if name in os.environ}
+    kept = {n: v for n, v in os.environ.items() if not n.startswith("NEML2_") or n == "NEML2_AOTI_PLUGIN_STUB_CACHE"}
     paths = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
-    # The kernels would be compiled anew in each environment that runs this.
-    more = {"PYTHONPATH": paths, "NEML2_AOTI_PLUGIN_KERNELS": "torch", "MPLBACKEND": "Agg"}
+    variables = {**kept, "PYTHONPATH": paths, "NEML2_AOTI_PLUGIN_KERNELS": "torch", "MPLBACKEND": "Agg"}
     with subprocess.Popen(
         [sys.executable, program.name],
         cwd=place,
-        env={**kept, **cache, **more},
+        env=variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -150,14 +148,6 @@ def test_each_example_is_listed() -> None:
     text = text_of("examples/README.md")
     programs = [path.name for path in (ROOT / "examples").glob("*.py") if path.name != "__init__.py"]
     assert not [name for name in programs if f"| [{name}]({name}) |" not in text]
-
-
-def test_a_page_becomes_a_program_line_by_line() -> None:
-    page = "# Title\n\n```python\na = 1\n```\n\n```sh\nmake lint\n```\n\n```text\nno = program\n```\n"
-    program = page_shell.script(page).splitlines()
-    assert program[0].startswith("from page_shell")
-    assert program[3] == "a = 1" and program[7] == "make lint" and "no = program" not in program
-    compile("\n".join(program), "page", "exec")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def test_a_healthy_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     diagnosis = answer("doctor", stub)
     assert diagnosis["plugin"]["active"]
     assert diagnosis["artifact"]["runs"] and not diagnosis["artifact"]["sealed"]
-    assert diagnosis["versions"].keys() >= {"neml2", "torch", "llvmlite", "neml2-aoti-plugin", "Python"}
+    assert diagnosis["versions"].keys() >= {"torch", "llvmlite", "neml2-aoti-plugin", "Python"}
+    assert diagnosis["versions"]["neml2"] == version("neml2")
     assert all(finding["cure"] for finding in diagnosis["findings"] if finding["level"] != "fine")
     # It fits a terminal of the usual width.
     monkeypatch.setattr("neml2_aoti_plugin._cli.output.PIPED_WIDTH", 80)

@@ -53,7 +53,7 @@ def test_a_forward_document_becomes_what_the_newest_neml2_writes(release: str) -
     assert (found.reasons, found.dropped, old) == ((), (), before)
     for segment in new["segments"] if release == "3.0.3" else ():
         for pair in segment["jacobian_pairs"]:
-            # Schema 3 does not tell which blocks are constant.
+            # Schema 3 does not record which blocks are constant.
             pair["batch_independent"] = False
     assert found.document == new
 
@@ -148,7 +148,7 @@ def test_metadata_is_that_of_the_newest_release(migrated: tuple[str, Path], requ
     found = json.loads((folder / "metadata.json").read_text())
     wanted = json.loads(build.metadata("3.1.0", scenario).read_text())
     if "3.0.0" in request.node.name or "3.0.3" in request.node.name:
-        # These do not tell which blocks are constant.
+        # These do not record which blocks are constant.
         wanted["segments"][0]["jacobian_pairs"][0]["batch_independent"] = False
     if scenario == "implicit":
         # What 3.0.7 does not write has a default.

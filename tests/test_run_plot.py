@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import references
-from commands import answer, refused, stub_of
+from commands import answer, refused, source_input, stub_of
 from neml2_aoti_plugin._cli.plot import invariant
 from neml2_aoti_plugin._cli.result_files import layouts, read_result
 
@@ -235,39 +235,16 @@ def test_sites_are_kept_apart_from_points(ending: str, tmp_path: Path) -> None:
 
 # Elasticity under names that files, columns and pictures use themselves, or read as more than a name.
 NAMES = """
-[Tensors]
-  [times]
-    type = Python
-    expr = 'Scalar(torch.linspace(0.0, 2.0, 3, dtype=torch.float64))'
-  []
-  [strains]
-    type = Python
-    expr = 'SR2(torch.linspace(0.0, 1.0e-3, 3, dtype=torch.float64).reshape(-1, 1, 1) * torch.ones(SHAPE, 6))'
-  []
-[]
-[Drivers]
-  [driver]
-    type = TransientDriver
-    model = 'law'
-    prescribed_time = 'times'
-    prescribed_SR2_names = 'STRAIN'
-    prescribed_SR2_values = 'strains'
-  []
-[]
-[Models]
-  [law]
-    type = LinearIsotropicElasticity
-    strain = 'STRAIN'
-    stress = 'STRESS'
-    coefficients = '1000 0.25'
-    coefficient_types = 'YOUNGS_MODULUS POISSONS_RATIO'
-  []
-[]
-"""
+Tensors/times Python expr="Scalar(torch.linspace(0.0, 2.0, 3, dtype=torch.float64))"
+Tensors/strains Python expr="SR2(torch.linspace(0.0, 1.0e-3, 3, dtype=torch.float64).reshape(-1, 1, 1) * torch.ones(SHAPE, 6))"
+Drivers/driver TransientDriver model=law prescribed_time=times prescribed_SR2_names=STRAIN prescribed_SR2_values=strains
+Models/law LinearIsotropicElasticity strain=STRAIN stress=STRESS coefficients='1000 0.25' coefficient_types='YOUNGS_MODULUS POISSONS_RATIO'
+"""  # noqa: E501
 
 
 def written(path: Path, strain: str, stress: str, shape: str = "2") -> Path:
-    path.write_text(NAMES.replace("STRAIN", strain).replace("STRESS", stress).replace("SHAPE", shape))
+    text = NAMES.replace("STRAIN", strain).replace("STRESS", stress).replace("SHAPE", shape)
+    path.write_text(source_input(text))
     return path
 
 
@@ -312,7 +289,7 @@ def test_a_run_without_points_is_written_and_not_drawn(ending: str, tmp_path: Pa
 
 @pytest.mark.parametrize(("count", "part"), [(6, "xx"), (3, "x")])
 def test_a_scalar_at_six_points_is_no_tensor(count: int, part: str, tmp_path: Path) -> None:
-    """A .pt file tells no types: what is asked for says what it is, and without that nothing is guessed."""
+    """A .pt file records no types: what is asked for says what it is, and without that nothing is guessed."""
     saved, picture = tmp_path / "saved.pt", tmp_path / "a.svg"
     times = {f"input.{step}.t": torch.tensor(float(step), dtype=torch.float64) for step in range(3)}
     values = {f"output.{step}.x": step * torch.arange(count, dtype=torch.float64) for step in (1, 2)}

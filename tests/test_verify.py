@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import references
-from commands import answer, copy_of, printed, refused, stub_of
+from commands import answer, copy_of, printed, refused, source_input, stub_of
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._cli.differences import central
 from neml2_aoti_plugin._cli.points import Evaluated, Points
@@ -92,27 +92,12 @@ def test_bad_sources(tmp_path: Path) -> None:
         assert said in refused("verify", stub_of("elasticity"), "--against", source, "--source-model", name)
 
 
+# A source of the stub `promoted` that gives a quantity more.
 MORE = """
-[Models]
-  [{leaf}]
-    type = LinearIsotropicElasticity
-    strain = 'strain'
-    stress = 'stress'
-    coefficients = '{coefficients}'
-    coefficient_types = 'YOUNGS_MODULUS POISSONS_RATIO'
-  []
-  [volume]
-    type = SR2Invariant
-    invariant_type = I1
-    tensor = 'strain'
-    invariant = 'volume'
-  []
-  [more]
-    type = ComposedModel
-    models = '{leaf} volume'
-  []
-[]
-"""
+Models/LEAF LinearIsotropicElasticity strain=strain stress=stress coefficients='COEFFICIENTS' coefficient_types='YOUNGS_MODULUS POISSONS_RATIO'
+Models/volume SR2Invariant invariant_type=I1 tensor=strain invariant=volume
+Models/more ComposedModel models='LEAF volume'
+"""  # noqa: E501
 
 
 @pytest.mark.parametrize("leaf", ["promoted", "hooke"])
@@ -120,7 +105,7 @@ def test_a_source_that_gives_more_or_fewer_derivatives(leaf: str, tmp_path: Path
     """One output more depends on no parameter; where parameters have other names, differences take their place."""
     line = next(line for line in source_of("promoted").read_text().splitlines() if "coefficients =" in line)
     source = tmp_path / "more.i"
-    source.write_text(MORE.format(leaf=leaf, coefficients=line.split("'")[1]))
+    source.write_text(source_input(MORE.replace("LEAF", leaf).replace("COEFFICIENTS", line.split("'")[1])))
     report = verified("promoted", "--against", source, "--source-model", "more", "--rows", 4)
     lost = [f"d(stress)/d(promoted.{name})" for name in ("E", "nu")]
     instead = "source" if leaf == "promoted" else "differences"
@@ -153,74 +138,20 @@ def test_pictures_are_reported(words: tuple[object, ...], tmp_path: Path) -> Non
     assert answer(*arguments, "--plot", picture)["picture"] == str(picture)
 
 
-# x moves by (2 a + k) dt in a step: told by a sum alone, or by a solve for x. k depends on nothing.
+# x moves by (2 a + k) dt in a step: given by a sum alone, or by a solve for x. k depends on nothing.
 CONSTANT = """
-[Tensors]
-  [times]
-    type = Python
-    expr = 'Scalar(torch.linspace(0.0, 2.0, 5, dtype=torch.float64))'
-  []
-  [values]
-    type = Python
-    expr = 'Scalar(torch.arange(15, dtype=torch.float64).reshape(5, 3))'
-  []
-[]
-[Drivers]
-  [driver]
-    type = TransientDriver
-    model = 'law'
-    prescribed_time = 'times'
-    prescribed_Scalar_names = 'a'
-    prescribed_Scalar_values = 'values'
-  []
-[]
-[Models]
-  [rate]
-    type = ScalarLinearCombination
-    from = 'a k'
-    to = 'x_rate'
-    weights = '2 1'
-  []
-  [constant]
-    type = ScalarConstantParameter
-    value = 4
-    parameter = 'k'
-  []
-  [step]
-    type = ScalarBackwardEulerTimeIntegration
-    variable = 'x'
-  []
-  [residual]
-    type = ComposedModel
-    models = 'rate step'
-  []
-  [update]
-    type = ImplicitUpdate
-    equation_system = 'system'
-    solver = 'newton'
-  []
-  [law]
-    type = ComposedModel
-    models = 'constant LAST'
-    additional_outputs = 'k'
-  []
-[]
-[EquationSystems]
-  [system]
-    type = NonlinearSystem
-    model = 'residual'
-    unknowns = 'x'
-  []
-[]
-[Solvers]
-  [newton]
-    type = Newton
-    linear_solver = 'lu'
-  []
-  [lu]
-    type = DenseLU
-  []
-[]
+Tensors/times Python expr="Scalar(torch.linspace(0.0, 2.0, 5, dtype=torch.float64))"
+Tensors/values Python expr="Scalar(torch.arange(15, dtype=torch.float64).reshape(5, 3))"
+Drivers/driver TransientDriver model=law prescribed_time=times prescribed_Scalar_names=a prescribed_Scalar_values=values
+Models/rate ScalarLinearCombination from='a k' to=x_rate weights='2 1'
+Models/constant ScalarConstantParameter value=4 parameter=k
+Models/step ScalarBackwardEulerTimeIntegration variable=x
+Models/residual ComposedModel models='rate step'
+Models/update ImplicitUpdate equation_system=system solver=newton
+Models/law ComposedModel models='constant LAST' additional_outputs=k
+EquationSystems/system NonlinearSystem model=residual unknowns=x
+Solvers/newton Newton linear_solver=lu
+Solvers/lu DenseLU
 """
 
 
@@ -229,7 +160,7 @@ CONSTANT = """
 def test_an_output_that_depends_on_no_input_is_the_same_in_all_rows(last: str, out: str, tmp_path: Path) -> None:
     """Graphs give it without rows. It feeds later segments, and is one of the outputs."""
     source = tmp_path / "law.i"
-    source.write_text(CONSTANT.replace("LAST", last))
+    source.write_text(source_input(CONSTANT.replace("LAST", last)))
     command = [str(Path(sys.executable).with_name("neml2-compile")), str(source), "--driver", "driver", "-q"]
     pairs = ["-d", f"{out}:a", "-d", "k:a", "--output-dir", str(tmp_path)]
     subprocess.run([*command, *pairs], env={**os.environ, **QUICK}, check=True)

@@ -33,7 +33,7 @@ NO_MEMORY = ("can't allocate memory", "out of memory")
 
 HELP = """Look at, check and run compiled NEML2 models.
 
-ARTIFACT is the folder that neml2-compile wrote, and STUB the input file beside it, MODEL_aoti.i. Each command tells
+ARTIFACT is the folder that neml2-compile wrote, and STUB the input file beside it, MODEL_aoti.i. Each command says
 more with --help, and prints a JSON document with --json.
 
 Exit status: 0 if all is well, 1 if the artifact or the model falls short, 2 for wrong use.

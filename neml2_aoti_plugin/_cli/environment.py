@@ -23,7 +23,7 @@ Level = Literal["fine", "advice", "problem"]
 THREADS = "OMP_NUM_THREADS"
 # The largest packages seen have a few megabytes; below this there is no room for several processes.
 LEAST_ROOM = 1 << 28
-# The instruction sets that torch tells apart on each kind of processor.
+# The instruction sets that torch distinguishes on each kind of processor.
 SETS = {"x86_64": ("AVX2", "AVX512", "AVX512_VNNI", "AMX_TILE"), "aarch64": ("ASIMD",), "s390x": ("ZVECTOR",)}
 
 

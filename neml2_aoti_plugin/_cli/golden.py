@@ -55,7 +55,7 @@ def read_golden(path: Path, model: Model, name: str) -> Evaluated:
             raise InputError(f"{path}: its tensors have different numbers of rows, or none. Give another golden file.")
         for of, natural in known.items():
             shape = header.claims[of].shape
-            # Artifacts do not tell the sites of outputs.
+            # Artifacts do not record the sites of outputs.
             if shape[len(shape) - len(natural) :] != natural:
                 raise InputError(f"{other}: {of!r} has shape {shape[1:]} a row, in {name!r} it is {natural}.")
         return header.claims

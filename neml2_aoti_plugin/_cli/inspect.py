@@ -38,7 +38,7 @@ class VariableReport:
     """An input or an output."""
 
     name: str  # at the boundary of the model
-    type: str  # neml2's name of its type; empty where the artifact does not tell
+    type: str  # neml2's name of its type; empty where the artifact does not record it
     base_shape: tuple[int, ...]  # axes that its type owns
     sub_batch_shape: tuple[int, ...]  # sizes of its site axes
     # `force`, `old force`, `old state`, `initial guess` or `input`; of an output `state` or `output`
@@ -94,7 +94,7 @@ class LeafReport:
     bytes: int  # of all its packages
     # platform, processor and instruction sets, as the packages record them; empty where they do not
     built_for: str
-    fault: str  # why it does not belong to the metadata, with the cure; empty if it does for all that can be told
+    fault: str  # why it does not belong to the metadata, with the cure; empty if it does, as far as is known
     doubt: str  # why it may not belong to it, with the cure; empty if there is no doubt
     left: tuple[str, ...]  # packages in it that the metadata does not name; an earlier compile left them
     absent: tuple[str, ...]  # packages that the metadata names and it does not have

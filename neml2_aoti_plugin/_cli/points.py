@@ -26,7 +26,7 @@ Blocks = dict[Pair, Tensor]
 
 # Around what a driver passes, as a fraction of the largest entry that it passes.
 SPREAD = 0.01
-# Of random numbers where there is no driver to tell what is usual.
+# Of random numbers where there is no driver to show what is usual.
 SCALE = 1e-3
 FORMATS = (".npz", ".pt", ".safetensors")
 WHAT = f"a file with a tensor per input ({', '.join(FORMATS)})"
@@ -132,7 +132,7 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
             kind = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
             raise InputError(
                 f"[Drivers/{driver}] in {target.stub} drives a {kind}, expected a compiled model of this plugin. If "
-                "NEML2_AOTI_PLUGIN=0 is set, unset it; `neml2-aoti doctor` tells whether the plugin is active."
+                "NEML2_AOTI_PLUGIN=0 is set, unset it; `neml2-aoti doctor` shows whether the plugin is active."
             )
         # What the driver gives is not asked for here, and must not take the place of a file.
         built.save_as = ""

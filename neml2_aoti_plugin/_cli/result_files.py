@@ -1,7 +1,7 @@
 """Results of runs in files: .pt as neml2 writes it, .npz and .csv.
 
 Symmetric tensors are in Mandel notation, `xx yy zz yz xz xy` with the last three times the square root of 2, in .pt and
-.npz files as in neml2; a .csv file has tensor components. A .pt file tells no types: its shapes are read.
+.npz files as in neml2; a .csv file has tensor components. A .pt file records no types: its shapes are read.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FORMATS = (".pt", ".npz", ".csv")
 WHAT = "a result (neml2-aoti run --out, neml2-run with save_as)"
 # The names of tensors in what a driver saves.
 KEY = re.compile(r"(input|output)\.(\d+)\.(.+)", re.ASCII | re.DOTALL)
-# The types that shapes tell apart; a last axis of any other size is no base axis.
+# The types that shapes distinguish; a last axis of any other size is no base axis.
 BASES: dict[str, Shape] = {kind: BASE_SHAPES[kind] for kind in ("Scalar", "SR2", "Vec", "R2")}
 
 

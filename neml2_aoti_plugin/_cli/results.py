@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     # By name and step, `(*batch, *sub_batch, *base)`, each with its number of sub-batch axes.
     Values = dict[str, dict[int, tuple[Array, int]]]
 
-# Names of ours, which no variable has; the types are the entry of a .npz file that tells them, as JSON.
+# Names of ours, which no variable has; the types are the entry of a .npz file that records them, as JSON.
 TIME, STEP, POINT, TYPES = "@time", "@step", "@point", "@types"
 BASE_SHAPES: dict[str, tuple[int, ...]] = {
     **{"Scalar": (), "SR2": (6,), "R2": (3, 3), "SSR4": (6, 6), "Quaternion": (4,)},
