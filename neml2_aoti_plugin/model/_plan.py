@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from .._artifact.schema import Shape
@@ -41,8 +40,10 @@ class Plan:
         # Which inputs the graph takes.
         self._taken = tuple(order.index(name) for name in spec.inputs)
         self._as_given = self._taken == tuple(range(len(order)))
-        self._outputs = tuple((name, spec.outputs.index(v.name)) for name, v in boundary.outputs.items())
-        self._in_order = tuple(place for _, place in self._outputs) == tuple(range(len(spec.outputs)))
+        self._names = tuple(enumerate(boundary.outputs))
+        # Which of the graph's outputs are the model's.
+        self._places = tuple(spec.outputs.index(v.name) for v in boundary.outputs.values())
+        self._in_order = self._places == tuple(range(len(spec.outputs)))
         self._shapes = tuple(v.natural_shape for v in boundary.outputs.values())
         # Of each pair, names, place, base shape of the block, and whether it does not depend on the row.
         self._pairs: list[tuple[str, str, int, Shape, bool]] = []
@@ -64,20 +65,26 @@ class Plan:
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """As `Model.forward`; None where the plan does not hold."""
-        outputs = self._evaluated(self._boundary.listed(inputs))
+        outputs = self.values(self._boundary.listed(inputs))
         if outputs is None:
             return None
         found = {}
-        for name, place in self._outputs:
-            found[name] = outputs[place]
+        for number, name in self._names:
+            found[name] = outputs[number]
         return found
 
     def values(self, inputs: list[Any]) -> list[Tensor] | None:
         """The outputs for inputs, both in the model's order; None where the plan does not hold."""
-        outputs = self._evaluated(inputs)
-        if outputs is None or self._in_order:
-            return outputs
-        return [outputs[place] for _, place in self._outputs]
+        rows = self._boundary.plain(inputs)
+        simple = self._simple.get(rows)
+        if not rows or simple is False:
+            return None
+        outputs = self._call(inputs, rows, blocks=False)
+        if simple is None:
+            simple = _note(self._simple, rows, self._are_simple(outputs, rows))
+        if not simple:
+            return None
+        return outputs if self._in_order else [outputs[place] for place in self._places]
 
     def jacobian(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Blocks] | None:
         """As `Model.jacobian`; None where the plan does not hold."""
@@ -94,8 +101,8 @@ class Plan:
             if ways is None:
                 return None
         values = {}
-        for name, place in self._outputs:
-            values[name] = outputs[place]
+        for number, name in self._names:
+            values[name] = outputs[self._places[number]]
         blocks: Blocks = {}
         for out, by, place, once, copied in ways:
             block = outputs[place]
@@ -104,17 +111,6 @@ class Plan:
             blocks.setdefault(out, {})[by] = block.contiguous() if copied else block
         return values, blocks
 
-    def _evaluated(self, inputs: list[Any]) -> list[Tensor] | None:
-        """What the graph of values gives, where that is what callers get."""
-        rows = self._boundary.plain(inputs)
-        simple = self._simple.get(rows)
-        if not rows or simple is False:
-            return None
-        outputs = self._call(inputs, rows, blocks=False)
-        if simple is None:
-            simple = _note(self._simple, rows, self._are_simple(outputs, rows))
-        return outputs if simple else None
-
     def _call(self, inputs: list[Any], rows: int, *, blocks: bool) -> list[Tensor]:
         graph = self._both if blocks else self._value
         arguments = inputs if self._as_given else [inputs[place] for place in self._taken]
@@ -122,12 +118,11 @@ class Plan:
 
     def _are_simple(self, outputs: list[Tensor], rows: int) -> bool:
         """Whether the outputs are what callers get; the general way complains of those that are too few."""
-        if len(outputs) < len(self._outputs):
+        if len(outputs) <= max(self._places):
             return False
-        found = [outputs[place] for _, place in self._outputs]
+        found = [(outputs[place], shape) for place, shape in zip(self._places, self._shapes, strict=True)]
         return all(
-            x.shape == torch.Size((rows, *shape)) and x.dtype == self._boundary.dtype and x.is_contiguous()
-            for x, shape in zip(found, self._shapes, strict=True)
+            x.shape == (rows, *shape) and x.dtype == self._boundary.dtype and x.is_contiguous() for x, shape in found
         )
 
     def _ways_of(self, outputs: list[Tensor], rows: int) -> tuple[Way, ...] | None:
