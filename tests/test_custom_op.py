@@ -114,7 +114,7 @@ def test_a_name_is_given_once(model: Model, operator: CustomOp) -> None:
 def test_names_of_inputs_are_checked(operator: CustomOp) -> None:
     inputs = states(2)
     del inputs["t"]
-    with pytest.raises(InputError, match="unknown: time; missing: t"):
+    with pytest.raises(InputError, match="missing 't'; unknown 'time'"):
         operator({**inputs, "time": torch.ones((), dtype=torch.float64)})
 
 

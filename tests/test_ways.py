@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 
 import references
 from neml2_aoti_plugin import DerivativeNotCompiledError, Model, map_rows
+from neml2_aoti_plugin.model import CustomOp
 from neml2_aoti_plugin.model._operations import OPERATIONS, Operation
 from neml2_aoti_plugin.serve import app
 from references import Tensors, difference
@@ -160,6 +161,17 @@ def by_hit_type(question: Question, *, typed: bool) -> Tensors:
     return named(question.operation, plain(found), question.model)
 
 
+@functools.cache
+def operator(name: str) -> CustomOp:
+    return CustomOp(loaded(name), f"ways_{name}")
+
+
+def by_operator(question: Question) -> Tensors:
+    """The model as an operator of torch."""
+    found: Tensors = operator(question.case.stub.name)(question.rows)
+    return found
+
+
 def by_threads(question: Question) -> Tensors:
     """Several threads that call one model at once."""
     with ThreadPoolExecutor(THREADS) as pool:
@@ -230,6 +242,7 @@ HIT = ("forward", "jacobian", "jvp", "param_jacobian", "param_vjp")
 WAYS: dict[str, tuple[Callable[[Question], Tensors], tuple[str, ...]]] = {
     "AOTIModel": (functools.partial(by_hit_type, typed=False), HIT),
     "typed": (functools.partial(by_hit_type, typed=True), HIT),
+    "CustomOp": (by_operator, ("forward",)),
     "torch": (by_torch, ("forward", "jacobian", "jvp", "param_vjp")),
     "threads": (by_threads, tuple(OPERATIONS)),
     "map_rows": (by_map_rows, ("forward", "jacobian")),

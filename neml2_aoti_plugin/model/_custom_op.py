@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import require_names
 from ..errors import InputError
 from ._model import Model
 
@@ -53,13 +54,8 @@ class CustomOp(torch.nn.Module):
             DerivativeNotCompiledError: in `backward()`, where a derivative that is needed was not compiled.
         """
         given = param_overrides or {}
-        unknown = [name for name in inputs if name not in self._inputs] + [n for n in given if n not in self._names]
-        missing = [name for name in self._inputs if name not in inputs]
-        if unknown or missing:
-            raise InputError(
-                f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}. The operator takes "
-                f"the inputs {', '.join(self._inputs)} and the parameters {', '.join(self._names) or '(none)'}."
-            )
+        require_names(inputs, self._inputs, "inputs of the operator", "inputs", needed=self._inputs)
+        require_names(given, self._names, "param_overrides of the operator", "promoted parameters")
         values = [inputs[name] for name in self._inputs]
         values += [given.get(name, own) for name, own in zip(self._names, self.promoted, strict=True)]
         found = self._op(*values)

@@ -16,8 +16,7 @@ from .._artifact.schema import Shape
 from .._program.explicit import ExplicitSegment
 from .._program.program import Program
 from ._admission import FORMS, Boundary
-
-Blocks = dict[str, dict[str, Tensor]]
+from ._outcomes import Blocks, Tensors
 
 # Up to so many rows torch's runner, which looks at nothing, is the shortest way.
 SHORT = 1 << 16
@@ -63,7 +62,7 @@ class Plan:
         self._simple: dict[int, bool] = {}
         self._ways: dict[int, tuple[Way, ...] | None] = {}
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensors | None:
         """As `Model.forward`; None where the plan does not hold."""
         outputs = self.values(self._boundary.listed(inputs))
         if outputs is None:
@@ -86,7 +85,7 @@ class Plan:
             return None
         return outputs if self._in_order else [outputs[place] for place in self._places]
 
-    def jacobian(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Blocks] | None:
+    def jacobian(self, inputs: Mapping[str, Tensor]) -> tuple[Tensors, Blocks] | None:
         """As `Model.jacobian`; None where the plan does not hold."""
         if not self._has_blocks:
             return None
