@@ -92,12 +92,7 @@ def tensor_functions() -> np.ndarray:
 
 
 class Container:
-    """A graph with its constants, for one thread at a time.
-
-    Args:
-        handle: of the library's object.
-        library: that made it.
-    """
+    """A graph with its constants, for one thread at a time."""
 
     def __init__(self, handle: int, library: Library) -> None:
         self.handle, self.library = handle, library
@@ -111,15 +106,7 @@ class Container:
 
 
 class Library:
-    """The loaded library of a package.
-
-    Args:
-        path: of the library, which may be removed afterwards.
-        file: its package, for messages.
-
-    Raises:
-        Unavailable: it does not export what is needed.
-    """
+    """The loaded library of a package."""
 
     def __init__(self, path: Path, file: Path) -> None:
         self.file = file
@@ -138,11 +125,7 @@ class Library:
         self._spare.append(first)
 
     def container(self) -> Container:
-        """A container that nobody else has.
-
-        Raises:
-            AOTIError: the graph cannot be made ready.
-        """
+        """A container that nobody else has."""
         with suppress(IndexError):
             return self._spare.pop()
         handle = ctypes.c_void_p()

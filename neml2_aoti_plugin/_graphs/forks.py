@@ -38,14 +38,7 @@ def note_use() -> None:
 
 
 def require_one_thread(file: Path) -> None:
-    """Refuse to run a graph where torch would wait for threads that the fork left behind.
-
-    Args:
-        file: of the graph, for the message.
-
-    Raises:
-        AOTIError: torch uses more than one thread.
-    """
+    """Refuse to run a graph where torch would wait for threads that the fork left behind."""
     if torch.get_num_threads() != 1:
         raise AOTIError(
             f"{file}: this process was forked from one in which a compiled model had already run, and torch's "

@@ -18,12 +18,7 @@ CUDA_ALIGNMENT = 16
 
 
 class Graph:
-    """One compiled graph.
-
-    Args:
-        package: as it was looked over.
-        device: that it runs on.
-    """
+    """One compiled graph."""
 
     def __init__(self, package: Package, device: torch.device) -> None:
         self.file = package.file
@@ -47,22 +42,14 @@ class Graph:
         self._loaded.load()
 
     def library(self) -> Library:
-        """What is called without the interpreter, with tensors that `require` has looked at.
-
-        Raises:
-            Unavailable: the graph cannot be called so.
-        """
+        """What is called without the interpreter, with tensors that `require` has looked at."""
         reason = self._obstacle()
         if reason:
             raise Unavailable(reason)
         return self._loaded.library()
 
     def obstacle(self) -> str:
-        """Why the graph cannot be called by its C interface, as far as is known without loading it; else empty.
-
-        Raises:
-            ArtifactError: the package is not what it was.
-        """
+        """Why the graph cannot be called by its C interface, as far as is known without loading it; else empty."""
         return self._obstacle() or self._loaded.obstacle()
 
     def _obstacle(self) -> str:
@@ -81,21 +68,7 @@ class Graph:
         behind: Sequence[Tensor] = (),
         order: tuple[int, ...] | None = None,
     ) -> list[Tensor]:
-        """Run the graph.
-
-        Args:
-            batched: the leading arguments, each `(rows, ...)`.
-            common: the arguments behind them, without a batch axis.
-            behind: arguments behind these, each `(rows, ...)`.
-            order: which of all these the graph takes first, second, ...; as given if None.
-
-        Returns:
-            The outputs, each `(rows, ...)`, or `(1, ...)` where it does not depend on the row.
-
-        Raises:
-            ArtifactError: the graph does not take such arguments, or its package cannot be loaded.
-            AOTIError: the graph failed.
-        """
+        """Run the graph."""
         arguments = [a if a.is_contiguous() else a.contiguous() for a in (*batched, *common, *behind)]
         if order is not None:
             arguments = [arguments[i] for i in order]
@@ -105,12 +78,7 @@ class Graph:
         return self._loaded.run(arguments)
 
     def require(self, arguments: Sequence[Tensor]) -> None:
-        """Refuse arguments that the graph would read wrongly, in its order; those of the same ranks are compared once.
-
-        Raises:
-            ArtifactError: the graph does not take such arguments.
-            AOTIError: the process was forked, and torch would wait for threads that it does not have.
-        """
+        """Refuse arguments that the graph would read wrongly, in its order; those of the same ranks are compared once."""
         self.require_process()
         ranks = tuple([a.ndim for a in arguments])
         if ranks not in self._compared:
@@ -155,13 +123,7 @@ def _fits(given: Tensor, taken: Argument) -> bool:
 
 
 class PinnedGraph(Graph):
-    """A graph that was traced with batch axes other than one free one: rows are padded and folded onto them.
-
-    Args:
-        package: as it was looked over.
-        device: that it runs on.
-        axes: the traced batch axes; None for a free one, which only the first can be.
-    """
+    """A graph that was traced with batch axes other than one free one: rows are padded and folded onto them."""
 
     def __init__(self, package: Package, device: torch.device, axes: tuple[int | None, ...]) -> None:
         super().__init__(package, device)

@@ -24,12 +24,7 @@ _PLACES = 8
 
 
 class Loaded:
-    """A package that is loaded when it first runs, and the lock under which it runs.
-
-    Args:
-        package: as it was looked over.
-        device: that it runs on.
-    """
+    """A package that is loaded when it first runs, and the lock under which it runs."""
 
     def __init__(self, package: Package, device: torch.device) -> None:
         self.file = package.file
@@ -54,13 +49,7 @@ class Loaded:
             self._load()
 
     def library(self) -> Library:
-        """The library of the package, for calls by its C interface; loaded when it is first asked for.
-
-        Raises:
-            Unavailable: the graph cannot be called so.
-            ArtifactError: the package is not what it was.
-            AOTIError: there is no room to unpack it, or it cannot be made ready.
-        """
+        """The library of the package, for calls by its C interface; loaded when it is first asked for."""
         with self.lock:
             if self._library is None:
                 try:
@@ -77,18 +66,7 @@ class Loaded:
         return obstacle(self.file, self._read())
 
     def run(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        """Run the graph.
-
-        Args:
-            arguments: as it takes them.
-
-        Returns:
-            Its outputs.
-
-        Raises:
-            ArtifactError: the package cannot be loaded, or is not what it was.
-            AOTIError: the graph failed, there is no room to unpack it, or the process was forked.
-        """
+        """Run the graph."""
         if forks.forked_after_use:
             forks.require_one_thread(self.file)
         with self.lock:
@@ -154,15 +132,7 @@ _loaded: dict[tuple[str, torch.device], Loaded] = {}
 
 
 def loaded(package: Package, device: torch.device) -> Loaded:
-    """The one object of this process for a package, wherever it lies: what has the same bytes is the same.
-
-    Args:
-        package: as it was looked over.
-        device: that it runs on.
-
-    Returns:
-        What runs it.
-    """
+    """The one object of this process for a package, wherever it lies: what has the same bytes is the same."""
     key = (package.digest, device)
     found = _loaded.get(key)
     if found is None:

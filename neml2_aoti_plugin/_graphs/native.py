@@ -36,27 +36,16 @@ LISTED = "wrapper.json"
 
 @dataclass(frozen=True)
 class Operators:
-    """What a graph calls by name, as it is loaded.
+    """What a graph calls by name, as it is loaded."""
 
-    Args:
-        changed: entries of the package that differ from those in the file, by name.
-        python: whether an operator is left that may be written in Python.
-    """
-
+    # Entries of the package that differ from those in the file, by name.
     changed: dict[str, bytes]
+    # Whether an operator is left that may be written in Python.
     python: bool
 
 
 def operators(archive: zipfile.ZipFile, device: torch.device) -> Operators:
-    """Replace neml2's power in Python by torch's, and leave the question for singular matrices out.
-
-    Args:
-        archive: the open package, which has been looked over.
-        device: that the graph runs on.
-
-    Returns:
-        What has changed, and whether operators in Python are left.
-    """
+    """Replace neml2's power in Python by torch's, and leave the question for singular matrices out."""
     names = operators_in(archive)
     changed: dict[str, bytes] = {}
     power = PYTHON_POWER in names and same_as_torch(device)
@@ -67,15 +56,7 @@ def operators(archive: zipfile.ZipFile, device: torch.device) -> Operators:
 
 
 def repacked(archive: zipfile.ZipFile, changed: dict[str, bytes]) -> bytes:
-    """Make a package anew.
-
-    Args:
-        archive: the open package.
-        changed: entries that take the place of those of the same names.
-
-    Returns:
-        The bytes of a package with all other entries as they are.
-    """
+    """Make a package anew."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as package:
         for info in archive.infolist():
@@ -85,12 +66,7 @@ def repacked(archive: zipfile.ZipFile, changed: dict[str, bytes]) -> bytes:
 
 
 def _exchanged(listed: bytes, *, power: bool) -> tuple[bytes, tuple[str, ...]]:
-    """Exchange operators in a list; give the list, and the names that are in it.
-
-    Args:
-        listed: the list.
-        power: whether neml2's power is exchanged.
-    """
+    """Exchange operators in a list; give the list, and the names that are in it."""
     content = json.loads(listed)
     nodes = [entry["node"] for entry in content["nodes"]]
     for node in nodes:

@@ -33,11 +33,7 @@ _kept: list[Any] = []
 
 @cache
 def power_executor() -> int:
-    """The address of a proxy executor whose only operator is the power.
-
-    Raises:
-        Unavailable: torch calls it otherwise than expected, or it cannot be made.
-    """
+    """The address of a proxy executor whose only operator is the power."""
     entry = _entry()
     table = (ctypes.c_void_p * _ENTRIES)()
     table[entry] = _machine_code()

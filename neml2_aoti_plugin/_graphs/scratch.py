@@ -37,12 +37,7 @@ _swept: set[str] = set()
 
 
 class Scratch:
-    """A new folder that only this user may enter.
-
-    Args:
-        path: of the folder.
-        temporary: the folder for temporary files that it lies in, for messages.
-    """
+    """A new folder that only this user may enter."""
 
     def __init__(self, path: str, temporary: str) -> None:
         self.path = path
@@ -50,19 +45,7 @@ class Scratch:
         self.names: list[str] = []
 
     def write(self, name: str, data: bytes | memoryview, file: Path) -> Path:
-        """Write a file that is not there yet.
-
-        Args:
-            name: of the file.
-            data: its bytes.
-            file: the package that it comes from, for messages.
-
-        Returns:
-            Its path.
-
-        Raises:
-            AOTIError: there is no room, or it cannot be written for another reason.
-        """
+        """Write a file that is not there yet."""
         target = Path(self.path) / name
         self.names.append(name)
         try:
@@ -92,14 +75,7 @@ class Scratch:
 
 @contextmanager
 def scratch_folder(file: Path) -> Iterator[Scratch]:
-    """A new folder that only this user may enter, gone afterwards.
-
-    Args:
-        file: the package that it is for, for messages.
-
-    Raises:
-        AOTIError: no folder can be made.
-    """
+    """A new folder that only this user may enter, gone afterwards."""
     try:
         folder, lock = _made(tempfile.gettempdir())
     except OSError as error:
@@ -113,17 +89,7 @@ def scratch_folder(file: Path) -> Iterator[Scratch]:
 
 
 def _made(temporary: str) -> tuple[Scratch, int | None]:
-    """Make a folder; it is the caller's to remove, and then to close the handle.
-
-    Args:
-        temporary: the folder for temporary files to make it in.
-
-    Returns:
-        The folder, with the handle that holds its lock, if there are locks.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """Make a folder; it is the caller's to remove, and then to close the handle."""
     if sys.platform == "win32":
         return Scratch(tempfile.mkdtemp(prefix=f"{PARENT}-"), temporary), None
     parent = os.path.join(temporary, f"{PARENT}-{os.getuid()}")
@@ -190,11 +156,7 @@ def _locked(folder: Scratch, marker: str) -> tuple[Scratch, int | None]:
 
 
 def sweep(parent: str) -> None:
-    """Remove folders of processes that were killed while they had them.
-
-    Args:
-        parent: the folder that they lie in.
-    """
+    """Remove folders of processes that were killed while they had them."""
     if sys.platform == "win32" or os.listdir not in os.supports_fd:
         return
     try:

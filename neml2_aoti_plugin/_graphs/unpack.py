@@ -33,20 +33,7 @@ from .scratch import Scratch, scratch_folder
 
 
 def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, bool]:
-    """Load a graph.
-
-    Args:
-        file: its package, for messages.
-        data: the bytes of the package.
-        device: that it runs on.
-
-    Returns:
-        torch's object with the method `run`, and whether the graph may call operators that are written in Python.
-
-    Raises:
-        ArtifactError: the package cannot be unpacked without harm, or torch cannot load it.
-        AOTIError: there is no room to unpack it.
-    """
+    """Load a graph."""
     with _sound(file, data) as archive, scratch_folder(file) as folder:
         called = operators(archive, device)
         own = getattr(torch._C._aoti, "AOTIModelContainerRunnerCpu", None) if device.type == "cpu" else None
@@ -63,17 +50,7 @@ def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, boo
 
 
 def load_library(file: Path, data: bytes) -> Library:
-    """Load the library of a graph for a CPU, to be called by its C interface.
-
-    Args:
-        file: its package, for messages.
-        data: the bytes of the package.
-
-    Raises:
-        Unavailable: it cannot be called so.
-        ArtifactError: the package cannot be unpacked without harm.
-        AOTIError: there is no room to unpack it, or it cannot be made ready.
-    """
+    """Load the library of a graph for a CPU, to be called by its C interface."""
     reason = obstacle(file, data)
     if reason:
         raise Unavailable(reason)
@@ -82,18 +59,7 @@ def load_library(file: Path, data: bytes) -> Library:
 
 
 def obstacle(file: Path, data: bytes) -> str:
-    """Why a graph for a CPU cannot be called by its C interface, as far as its package tells; nothing of it is run.
-
-    Args:
-        file: its package, for messages.
-        data: the bytes of the package.
-
-    Returns:
-        The reason; empty where nothing is in the way.
-
-    Raises:
-        ArtifactError: the package cannot be unpacked without harm.
-    """
+    """Why a graph for a CPU cannot be called by its C interface, as far as its package tells; nothing of it is run."""
     with _sound(file, data) as archive:
         names = set(operators_in(archive))
         if names - {PYTHON_POWER}:

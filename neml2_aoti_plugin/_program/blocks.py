@@ -25,14 +25,7 @@ LEAST_ROWS = 128
 
 
 def block_rows(segments: Iterable[ImplicitInfo]) -> int:
-    """Rows to solve at a time.
-
-    Args:
-        segments: what is solved.
-
-    Raises:
-        InputError: the environment variable holds no such number.
-    """
+    """Rows to solve at a time."""
     given = os.environ.get(BLOCK_ROWS, "").strip()
     if given:
         if not given.isdecimal() or int(given) == 0:

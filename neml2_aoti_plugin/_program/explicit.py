@@ -14,14 +14,7 @@ from .tangents import PER_SITE, Columns, Tangents, add, contract, forward_block,
 
 
 class ExplicitSegment:
-    """An explicit segment (neml2 calls it forward) with its graphs.
-
-    Args:
-        spec: the segment.
-        graph_of: gives the graph of a file.
-        per_row: whether the graphs take promoted parameters once per row.
-        known: variables of the model, by name.
-    """
+    """An explicit segment (neml2 calls it forward) with its graphs."""
 
     def __init__(self, spec: ExplicitInfo, graph_of: GraphOf, per_row: bool, known: Mapping[str, Variable]) -> None:
         self.spec = spec

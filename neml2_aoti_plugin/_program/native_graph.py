@@ -25,11 +25,7 @@ GRAPH_ROWS = 1 << 14
 
 
 def means() -> tuple[Means | None, str]:
-    """What graphs are called with by their C interface, and the reason; None where torch's runner runs all of them.
-
-    Raises:
-        InputError: the environment variable that chooses holds another word.
-    """
+    """What graphs are called with by their C interface, and the reason; None where torch's runner runs all of them."""
     code, reason = machine_code.machine_code()
     if code is None:
         return None, reason
@@ -44,10 +40,6 @@ class NativeGraph(Graph):
     """A graph on a CPU with one free batch axis.
 
     Where it cannot be called by its C interface, it is run by torch's runner.
-
-    Args:
-        package: as it was looked over.
-        device: that it runs on.
     """
 
     def __init__(self, package: Package, device: torch.device) -> None:

@@ -30,28 +30,18 @@ from .threads import one_thread, run_all
 
 @dataclass
 class Evaluation:
-    """What an evaluation gives.
+    """What an evaluation gives."""
 
-    Args:
-        values: the variables that were asked for, `(rows, ...)`.
-        tangents: their derivatives by each seed, `(rows, entries, m)`; a seed that does not reach them is absent.
-        report: how the solves fared; None where the model has none.
-    """
-
+    # The variables that were asked for, `(rows, ...)`.
     values: dict[str, Tensor]
+    # Their derivatives by each seed, `(rows, entries, m)`; a seed that does not reach them is absent.
     tangents: dict[str, dict[Seed, Tensor]]
+    # How the solves fared; None where the model has none.
     report: Report | None
 
 
 class Program:
-    """The segments of a leaf with their graphs.
-
-    Args:
-        metadata: of the artifact.
-        packages: its graphs as they were looked over, by the names that the metadata has for them.
-        device: that they run on.
-        lockstep: whether Newton solves iterate all rows until the slowest has converged.
-    """
+    """The segments of a leaf with their graphs."""
 
     def __init__(
         self, metadata: Metadata, packages: Mapping[str, Package], device: torch.device, lockstep: bool
@@ -98,9 +88,6 @@ class Program:
         """The graphs that torch's runner runs for what they are, by name of the package, with the reason.
 
         Nothing is loaded. Graphs of linear solves are left out: torch's runner always runs them, where they are called.
-
-        Raises:
-            ArtifactError: a package is not what it was.
         """
         specs = [segment.spec for segment in self.implicit]
         parts = [part for spec in specs for part in (spec.step, spec.sensitivity, spec.parameter_sensitivity)]
@@ -149,20 +136,7 @@ class Program:
         tangents: Mapping[str, Columns] | None = None,
         by: Iterable[str] = (),
     ) -> Evaluation:
-        """Evaluate the segments for all rows.
-
-        Args:
-            state: the inputs by authored name, `(rows, *sub_batch, *base)`.
-            parameters: values by authored name, `base_shape` or `(rows, *base_shape)`.
-            rows: the batch.
-            wanted: names of the variables to return.
-            settings: Newton settings in place of the artifact's.
-            tangents: derivatives of the inputs, if derivatives are wanted.
-            by: parameters to differentiate by.
-
-        Returns:
-            Values, derivatives and the report of the solves.
-        """
+        """Evaluate the segments for all rows."""
         values = Values(parameters, self._base_ranks)
         names, seeds = list(wanted), frozenset(by)
         parts = list(self.parts(values, rows))
@@ -245,12 +219,7 @@ class Program:
 
 
 class _Room:
-    """Where blocks of rows, evaluated in any order by any thread, put their results.
-
-    Args:
-        rows: of the whole batch.
-        blocks: number of blocks.
-    """
+    """Where blocks of rows, evaluated in any order by any thread, put their results."""
 
     def __init__(self, rows: int, blocks: int) -> None:
         self._rows = rows
@@ -260,13 +229,7 @@ class _Room:
         self._outcomes: list[tuple[Tensor | slice | None, list[SegmentOutcome]] | None] = [None] * blocks
 
     def write(self, number: int, index: Tensor | slice, part: Evaluation) -> None:
-        """Put the results of a block in their places.
-
-        Args:
-            number: of the block.
-            index: its rows.
-            part: its results.
-        """
+        """Put the results of a block in their places."""
         with self._lock:
             for name, value in part.values.items():
                 if name not in self._values:

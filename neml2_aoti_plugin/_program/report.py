@@ -16,14 +16,7 @@ from .packing import Packing
 
 @dataclass(frozen=True)
 class SegmentOutcome:
-    """One segment's solve over some rows.
-
-    Args:
-        segment: its index.
-        unknowns: the packing of its unknowns.
-        statistics: how its rows fared.
-        tried: what the solve came to without substepping.
-    """
+    """One segment's solve over some rows."""
 
     segment: int
     unknowns: Packing
@@ -33,14 +26,10 @@ class SegmentOutcome:
 
 @dataclass
 class Report:
-    """How the implicit segments fared.
-
-    Args:
-        rows: of the whole batch.
-        parts: the outcomes of some rows, with the place of these in the batch; None for all of it.
-    """
+    """How the implicit segments fared."""
 
     rows: int
+    # The outcomes of some rows, with the place of these in the batch; None for all of it.
     parts: list[tuple[Tensor | slice | None, list[SegmentOutcome]]] = field(default_factory=list)
 
     @property

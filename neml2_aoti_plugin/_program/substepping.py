@@ -28,33 +28,22 @@ _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
 
 @dataclass
 class Increment:
-    """What all subincrements of one call share, and what they have come to.
-
-    Args:
-        segment: the segment.
-        state: all variables of the call at the increment's ends.
-        values: promoted parameters.
-        settings: of the Newton solve.
-        tangents: derivatives of the variables, where they are wanted.
-        parameters: parameters to differentiate by.
-        past: givens with a lag, and first iterates, at the start of each row's current subincrement.
-        past_tangents: their derivatives.
-        unknowns: solution of each row.
-        unknown_tangents: its derivatives, per row.
-        statistics: how the rows fared.
-        given: unknowns whose first iterate the caller gave; it serves the increment as a whole.
-    """
+    """What all subincrements of one call share, and what they have come to."""
 
     segment: ImplicitSegment
+    # All variables of the call at the increment's ends.
     state: dict[str, Tensor]
     values: Values
     settings: NewtonSettings
+    # Derivatives of the variables, where they are wanted.
     tangents: Tangents | None
     parameters: frozenset[str]
+    # Givens with a lag, and first iterates, at the start of each row's current subincrement.
     past: dict[str, Tensor]
     past_tangents: Tangents
     unknowns: dict[str, Tensor]
     statistics: RowStatistics
+    # Unknowns whose first iterate the caller gave; it serves the increment as a whole.
     given: frozenset[str]
     unknown_tangents: Tangents = field(default_factory=dict)
     solves: int = 0
@@ -73,21 +62,7 @@ def solve(
     tangents: Tangents | None = None,
     parameters: frozenset[str] = frozenset(),
 ) -> tuple[RowStatistics, newton.Solved]:
-    """Solve for the unknowns of all rows, and write them into `state` and their derivatives into `tangents`.
-
-    Args:
-        segment: the segment.
-        state: all variables, `(rows, ...)` each.
-        values: promoted parameters.
-        rows: the batch.
-        settings: of the Newton solve.
-        given: unknowns whose first iterate the caller gave, in `state`.
-        tangents: derivatives of the variables; None if no derivatives are wanted.
-        parameters: parameters to differentiate by.
-
-    Returns:
-        How each row fared, and what the solve over the whole increment came to.
-    """
+    """Solve for the unknowns of all rows, and write them into `state` and their derivatives into `tangents`."""
     spec = segment.spec
     # Which increments are cut is part of the result; it follows from plain Newton steps, as in neml2.
     settings = replace(settings, chord_steps=False)

@@ -22,15 +22,10 @@ GraphOf = Callable[[str], Graph]
 
 @dataclass(frozen=True)
 class Bound:
-    """The residual graph with all but the unknowns bound; what the systems of all kinds share.
-
-    Args:
-        graphs: of the segment.
-        g: givens, one tensor per group, `(rows, ...)`.
-        parameters: promoted parameters, without a batch.
-    """
+    """The residual graph with all but the unknowns bound; what the systems of all kinds share."""
 
     graphs: SystemGraphs
+    # Givens, one tensor per group, `(rows, ...)`.
     g: Groups
     parameters: Sequence[Tensor]
 
@@ -65,12 +60,7 @@ class Blocks:
 
 
 class Factors:
-    """A dense Jacobian, factored when it is first solved with; see `solve.system.Linearisation`.
-
-    Args:
-        a: `(rows, n, n)`, or its factors.
-        pivots: of the factors; None while there are none.
-    """
+    """A dense Jacobian, factored when it is first solved with; see `solve.system.Linearisation`."""
 
     reusable = True
 
@@ -189,15 +179,7 @@ def layout_of(groups: Sequence[GroupInfo]) -> Layout:
 
 
 class SystemGraphs:
-    """The graphs of an implicit segment's system.
-
-    Args:
-        segment: the segment.
-        graph_of: gives the graph of a file.
-        device: that they run on.
-        as_native: whether linear systems are solved by the graphs alone, and as by neml2's C++ runtime where that
-            iterates.
-    """
+    """The graphs of an implicit segment's system."""
 
     jacobian: Graph | None = None
     solve: Graph | None = None

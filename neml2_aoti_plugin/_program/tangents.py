@@ -55,16 +55,7 @@ def times(block: Tensor, column: Tensor | None) -> Tensor:
 
 
 def forward_block(output: Tensor, pair: Pair, file: str) -> Tensor:
-    """View a forward graph's output as `(rows or 1, *sites, out, wrt)`.
-
-    Args:
-        output: `(rows or 1, *sites, *out_base, *wrt_base)`, or a matrix that the pair is cut out of.
-        pair: the pair.
-        file: the graph, for messages.
-
-    Returns:
-        The block; sites are those axes that are left between.
-    """
+    """View a forward graph's output as `(rows or 1, *sites, out, wrt)`."""
     if pair.row is not None and pair.column is not None:
         return output[..., pair.row : pair.row + pair.rows, pair.column : pair.column + pair.columns]
     base = len(pair.out_base_shape) + len(pair.wrt_base_shape)
@@ -78,18 +69,7 @@ def forward_block(output: Tensor, pair: Pair, file: str) -> Tensor:
 
 
 def contract(block: Tensor, pair: Pair, out_sites: tuple[int, ...], column: Tensor | None, file: str) -> Tensor:
-    """Multiply a forward block with the derivative of the variable it is by.
-
-    Args:
-        block: `(rows or 1, *sites, out, wrt)`.
-        pair: the pair.
-        out_sites: sub-batch shape of the output.
-        column: `(rows or 1, entries of wrt, m)`; None for the identity.
-        file: the graph, for messages.
-
-    Returns:
-        `(rows or 1, entries of out, m)`.
-    """
+    """Multiply a forward block with the derivative of the variable it is by."""
     if block.ndim == 3 and not out_sites and not pair.wrt_sub_batch_shape:
         return times(block, column)
     sites, wrt_sites = tuple(block.shape[1:-2]), pair.wrt_sub_batch_shape

@@ -25,12 +25,6 @@ def run_all(tasks: Sequence[Task]) -> None:
 
     The others help: tasks are taken one by one by whoever is free, so that a call never waits for threads that are
     busy with another one, be it that of the caller's caller.
-
-    Args:
-        tasks: what to do.
-
-    Raises:
-        BaseException: what a task raised first. Nothing else is begun after that, and what had been begun has ended.
     """
     helpers = min(torch.get_num_threads(), len(tasks)) - 1
     if helpers < 1:

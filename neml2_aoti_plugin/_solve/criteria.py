@@ -21,43 +21,28 @@ LEAST_SQUARES, MOST_SQUARES = 1e-280, 1e300
 
 
 class Criteria(NamedTuple):
-    """The settings that the criteria read, as numbers; see `NewtonSettings`.
-
-    Args:
-        atol: limit of the residual norm.
-        rtol: limit of that norm relative to its first value.
-        trial_rtol: the same for a trial that stands without a test of its decrease; neml2 asks for `atol` there (0), as
-            is done here where such a trial might not have converged yet, for want of a small step.
-        c: slack of the acceptance.
-        cutback: divisor of the step length.
-        strong_wolfe: whether the acceptance is that of STRONG_WOLFE.
-        searching: whether trials are tested at all.
-        small_steps: whether the relative test also asks for a small last step.
-        step_tol: how small, relative to the unknowns.
-        chord_steps: whether a row may take a second step by the same factors.
-    """
+    """The settings that the criteria read, as numbers; see `NewtonSettings`."""
 
     atol: float
+    # Limit of that norm relative to its first value.
     rtol: float
+    # The same for a trial that stands without a test of its decrease; neml2 asks for `atol` there (0), as is done here
+    # where such a trial might not have converged yet, for want of a small step.
     trial_rtol: float
     c: float
     cutback: float
+    # Whether the acceptance is that of STRONG_WOLFE.
     strong_wolfe: bool
     searching: bool
+    # Whether the relative test also asks for a small last step.
     small_steps: bool
     step_tol: float
+    # Whether a row may take a second step by the same factors.
     chord_steps: bool
 
 
 def criteria_of(settings: NewtonSettings, *, small_steps: bool = False, as_native: bool = False) -> Criteria:
-    """The criteria of a solve.
-
-    Args:
-        settings: of the solve.
-        small_steps: whether the relative test also asks for a small last step (`substep_del_tol`).
-        as_native: whether the iterates are those of neml2's C++ runtime, whose line search tests a trial that has
-            converged by the relative tolerance alone, and which takes no chord steps.
-    """
+    """The criteria of a solve."""
     return Criteria(
         float(settings.atol),
         float(settings.rtol),
@@ -78,14 +63,7 @@ def converged(norm: Any, norm0: Any, criteria: Criteria) -> Any:
 
 
 def small_step(moved: Any, size: Any, norm: Any, criteria: Criteria) -> Any:
-    """Whether the last step allows a row to have converged.
-
-    Args:
-        moved: norm of the step.
-        size: norm of the unknowns after it.
-        norm: residual norm; one that meets the absolute tolerance needs no small step.
-        criteria: of the solve.
-    """
+    """Whether the last step allows a row to have converged."""
     return (norm < criteria.atol) | (moved < criteria.step_tol * (size + criteria.atol))
 
 
@@ -95,14 +73,6 @@ def accepted(trial: Any, norm: Any, norm0: Any, slope: Any, alpha: Any, criteria
     Both tests ask that the square of the residual norm falls in proportion to the step length: `BACKTRACKING` takes
     the slope `b . du`, `STRONG_WOLFE` the squared norm itself, without a test of the curvature (neml2's definitions).
     A trial whose residual norm is small enough stands in any case.
-
-    Args:
-        trial: residual norm at the trial.
-        norm: residual norm before the step.
-        norm0: residual norm at the first iterate.
-        slope: `b . du` before the step, divided by the square of `norm`.
-        alpha: step length.
-        criteria: of the solve.
     """
     ratio = trial / norm
     most = 1.0 - criteria.c * alpha if criteria.strong_wolfe else 1.0 - 2.0 * criteria.c * alpha * slope
@@ -114,13 +84,6 @@ def followed(trial: Any, norm: Any, norm0: Any, alpha: Any, criteria: Criteria) 
 
     A chord step is one by the factors that are at hand. With it the method is of third order for two residuals and one
     Jacobian per update: J. F. Traub, Iterative Methods for the Solution of Equations, 1964.
-
-    Args:
-        trial: residual norm after the step.
-        norm: residual norm before it.
-        norm0: residual norm at the first iterate.
-        alpha: its step length.
-        criteria: of the solve.
     """
     steep = (alpha == 1.0) & (trial <= STEEP * norm) & (trial > 0.0)
     return criteria.chord_steps & steep & (trial >= criteria.atol) & (trial >= criteria.rtol * norm0)
@@ -137,12 +100,6 @@ def carries(norm: Any, before: Any, norm0: Any, criteria: Criteria) -> Any:
     Where a step lets the residual fall by a factor, another one by the same linearisation lets it fall by twice that
     factor, to first order: the Jacobian has changed by twice as much as its mean along the step. Where that is too
     little, the last step has a linearisation of its own.
-
-    Args:
-        norm: residual norm.
-        before: residual norm before the step.
-        norm0: residual norm at the first iterate.
-        criteria: of the solve.
     """
     after = 2.0 * norm * (norm / before)
     return (after <= FINE * criteria.atol) | (after <= FINE * criteria.rtol * norm0)

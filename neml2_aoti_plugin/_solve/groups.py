@@ -22,13 +22,9 @@ Structure = Literal["dense", "block"]
 
 @dataclass(frozen=True)
 class Group:
-    """One group of a vector of the system.
+    """One group of a vector of the system."""
 
-    Args:
-        structure: `dense` (sites flattened onto the last axis) or `block` (sites on axes of their own).
-        sub_batch_shape: sizes of the site axes.
-    """
-
+    # `dense` (sites flattened onto the last axis) or `block` (sites on axes of their own).
     structure: Structure
     sub_batch_shape: tuple[int, ...] = ()
 
@@ -57,15 +53,7 @@ def per_row(values: Tensor, group: Group) -> Tensor:
 
 
 def row_norm_squares(groups: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Sum the squares of each row over all groups.
-
-    Args:
-        groups: one tensor per group, `(*batch, *sub_batch, n)` or `(*batch, n)`; batch shapes that broadcast.
-        layout: the group of each tensor.
-
-    Returns:
-        `(*batch,)`.
-    """
+    """Sum the squares of each row over all groups."""
     total = None
     for tensor, group in zip(groups, layout, strict=True):
         squares = tensor.square().sum(group.axes)
@@ -75,12 +63,7 @@ def row_norm_squares(groups: Sequence[Tensor], layout: Layout) -> Tensor:
 
 
 def row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Euclidean norm of each row over all groups, `(*batch,)`; squares that overflow or vanish are taken with scaling.
-
-    Args:
-        groups: as for `row_norm_squares`.
-        layout: as for `row_norm_squares`.
-    """
+    """Euclidean norm of each row over all groups, `(*batch,)`; squares that overflow or vanish are taken with scaling."""
     squares = row_norm_squares(groups, layout)
     norm = squares.sqrt()
     doubtful = ~((squares > LEAST_SQUARES) & (squares < MOST_SQUARES))
@@ -102,12 +85,7 @@ def _scaled_row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
 
 
 def finite_rows(groups: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Rows whose entries are all finite, bool, `(*batch,)`.
-
-    Args:
-        groups: as for `row_norm_squares`.
-        layout: as for `row_norm_squares`.
-    """
+    """Rows whose entries are all finite, bool, `(*batch,)`."""
     found = None
     for tensor, group in zip(groups, layout, strict=True):
         finite = tensor.isfinite().all(group.axes)
@@ -121,15 +99,6 @@ def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layou
 
     Groups that are paired may differ in batch rank (an unbatched residual and a batched step) and in structure
     (one dense, one block); each is then flattened to one trailing axis.
-
-    Args:
-        left: one tensor per group.
-        right: one tensor per group, each of as many entries per row as its partner.
-        left_layout: the groups of `left`.
-        right_layout: the groups of `right`.
-
-    Returns:
-        `(*batch,)`, with the batch shapes broadcast.
     """
     total: Tensor | None = None
     for a, b, a_group, b_group in zip(left, right, left_layout, right_layout, strict=True):

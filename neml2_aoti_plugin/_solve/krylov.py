@@ -24,18 +24,14 @@ Operator = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LinearSolution:
-    """What an iterative linear solve came to.
+    """What an iterative linear solve came to."""
 
-    Args:
-        x: `(rows, N)`; the last iterate where the solve did not converge.
-        iterations: iterations taken, those of the slowest row.
-        done: rows that have converged, `(rows,)`.
-        used: iterations that each row took part in, `(rows,)`.
-    """
-
+    # `(rows, N)`; the last iterate where the solve did not converge.
     x: Tensor
     iterations: int
+    # Rows that have converged, `(rows,)`.
     done: Tensor
+    # Iterations that each row took part in, `(rows,)`.
     used: Tensor
 
 
@@ -43,12 +39,6 @@ def solve_linear(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Op
     """Solve `A x = b` by the method that the settings name, from `x = 0`.
 
     A solve that does not converge is no error: the channel `linear` carries a warning.
-
-    Args:
-        matvec: `v -> A v`, both `(rows, N)`.
-        b: right-hand sides, `(rows, N)`.
-        settings: method, tolerances and limits.
-        minv: `r -> M^-1 r`, the preconditioner; none is the identity.
     """
     solution = (gmres if settings.method == "gmres" else bicgstab)(matvec, b, settings, minv)
     if log.enabled("linear", "warning"):
@@ -90,8 +80,6 @@ def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator 
     least-squares problem is kept triangular by Givens rotations. The test compares the norm of the preconditioned
     residual with that of the plain right-hand side, as neml2 does; `x = 0` is accepted only if the plain residual,
     which is `b` there, passes too (otherwise a preconditioner of small norm would end the solve before it began).
-
-    Args and returns: as `solve_linear`; `settings.max_its` is the number of products `A v` of the iterations.
     """
     apply = minv if minv is not None else _identity
     b_norm = _norm(b)
@@ -187,8 +175,6 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
 
     van der Vorst, SIAM J. Sci. Stat. Comput. 13 (1992) 631-644. The iteration works on `b` divided by a power of two,
     which brings its largest entry near 1 and changes no digit, so that inner products can be told from zero.
-
-    Args and returns: as `solve_linear`; an iteration takes two products `A v`.
     """
     apply = minv if minv is not None else _identity
     eps = torch.finfo(b.dtype).eps

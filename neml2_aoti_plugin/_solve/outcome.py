@@ -38,15 +38,7 @@ _WORDS = {
 
 
 def not_finite_rows(values: Iterable[Tensor], batch: tuple[int, ...]) -> Tensor | None:
-    """Rows in which a value is NaN or infinite.
-
-    Args:
-        values: results, each `(*batch, ...)`.
-        batch: the batch shape.
-
-    Returns:
-        `(*batch,)`, bool; None where all is finite.
-    """
+    """Rows in which a value is NaN or infinite."""
     found: Tensor | None = None
     for value in values:
         # The sum answers for all entries at once, but for finite ones whose sum overflows.
@@ -66,15 +58,11 @@ def failed_where(outcome: Tensor, rows: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """How each row fared.
+    """How each row fared."""
 
-    Args:
-        record: an `Outcome` and the number of Newton updates, int64, `(rows, 2)`.
-        norms: last residual norm and that at the first iterate, `(rows, 2)`.
-        all_converged: whether all rows have converged.
-    """
-
+    # An `Outcome` and the number of Newton updates, int64, `(rows, 2)`.
     record: Tensor
+    # Last residual norm and that at the first iterate, `(rows, 2)`.
     norms: Tensor
     all_converged: bool
 
@@ -112,27 +100,14 @@ def statistics_of(
 
 
 def blank(rows: int, like: Tensor) -> RowStatistics:
-    """Statistics of rows that have not been solved: none has converged.
-
-    Args:
-        rows: how many.
-        like: has the dtype and the device of the norms.
-    """
+    """Statistics of rows that have not been solved: none has converged."""
     record = torch.zeros(rows, 2, dtype=torch.int64, device=like.device)
     record[:, 0] = int(Outcome.OUT_OF_ITERATIONS)
     return RowStatistics(record, like.new_zeros(rows, 2), rows == 0)
 
 
 def first_failure(parts: Sequence[RowStatistics]) -> tuple[RowStatistics, Tensor]:
-    """Statistics over several solves of the same rows, one after the other.
-
-    Args:
-        parts: the statistics of each solve; one at least.
-
-    Returns:
-        Of each row the outcome and the norms of the first solve that failed, or those of the last one, with the
-        updates of all; and the index of the solve that failed, -1 for none, `(rows,)`.
-    """
+    """Statistics over several solves of the same rows, one after the other."""
     last = parts[-1]
     outcome, norm, norm0 = last.outcome, last.norm, last.norm0
     index = torch.where(last.converged, -1, len(parts) - 1)

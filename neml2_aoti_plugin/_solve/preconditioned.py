@@ -42,16 +42,12 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class KrylovLinearisation:
-    """The products at some unknowns, with a preconditioner; see `system.Linearisation`.
+    """The products at some unknowns, with a preconditioner; see `system.Linearisation`."""
 
-    Args:
-        system: that it belongs to, which is told how many iterations a solve took.
-        u: the unknowns.
-        state: of the preconditioner; None for none.
-    """
-
+    # That it belongs to, which is told how many iterations a solve took.
     system: KrylovSystem
     u: Groups
+    # Of the preconditioner; None for none.
     state: Sequence[Tensor] | None
     reusable: bool = True
 
@@ -82,16 +78,7 @@ class KrylovLinearisation:
 
 
 class KrylovSystem:
-    """A system that is solved iteratively; made anew for each solve, for it keeps the preconditioner.
-
-    Args:
-        products: of the system.
-        settings: the linear solve and how long a preconditioner is kept.
-        layouts: of the unknown groups and of the residual groups; dense only.
-
-    Raises:
-        AOTIError: a group is not dense.
-    """
+    """A system that is solved iteratively; made anew for each solve, for it keeps the preconditioner."""
 
     def __init__(self, products: Products, settings: KrylovSettings, layouts: tuple[Layout, Layout]) -> None:
         if any(group.structure != "dense" for layout in layouts for group in layout):

@@ -18,14 +18,7 @@ from .system import Groups, Linearisation, System
 
 
 class TensorSteps:
-    """Newton steps of rows with a line search: what the row-wise and the lockstep solve share.
-
-    Args:
-        system: with all but the unknowns bound.
-        u: first iterate, one tensor per unknown group.
-        layouts: of the unknown groups and of the residual groups.
-        criteria: of the solve.
-    """
+    """Newton steps of rows with a line search: what the row-wise and the lockstep solve share."""
 
     _norm0: Tensor
     _norm: Tensor
