@@ -16,8 +16,7 @@ from torch import Tensor
 
 import references
 from hand_made_graphs import Function, System, expanded, once, strided, system_of, transposed
-from neml2_aoti_plugin._graphs.c_interface import tensor_functions
-from neml2_aoti_plugin._graphs.power import power_executor
+from neml2_aoti_plugin._graphs.c_interface import power_executor, tensor_functions
 from neml2_aoti_plugin._solve import machine_code
 from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means
 from neml2_aoti_plugin._solve.newton import Solved

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import references
 from attacks.children import run, run_fresh
-from neml2_aoti_plugin._program.threads import run_all
+from neml2_aoti_plugin._graphs.threads import run_all
 from references import Tensors
 
 # Blocks of viscoplasticity have 1,024 rows: five of them, the last one not of whole vectors.

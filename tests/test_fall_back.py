@@ -166,7 +166,7 @@ def test_pinned_batch_axes(name: str, told: list[str], monkeypatch: pytest.Monke
 PROGRAM = """
     import os, sys, torch
     from neml2_aoti_plugin import Model, _log as log, status
-    from neml2_aoti_plugin._graphs import c_interface, power
+    from neml2_aoti_plugin._graphs import c_interface
     log.set_default_level("model", "info")
     {before}
     zero, six = torch.zeros((), dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
@@ -195,13 +195,13 @@ PROCESSES = {
         "there is no function aoti_torch_gone",
     ),
     "torch lacks the call of an operator": (
-        'power._CALL = "aoti_torch_proxy_gone"',
+        'c_interface._CALL = "aoti_torch_proxy_gone"',
         "there is no function aoti_torch_proxy_gone",
     ),
-    "torch lacks the power": ('power._POWER = "aoti_torch_cpu_gone"', "there is no function aoti_torch_cpu_gone"),
+    "torch lacks the power": ('c_interface._POWER = "aoti_torch_cpu_gone"', "there is no function aoti_torch_cpu_gone"),
     # It is called, gives 0 as one that succeeds, and calls nothing.
     "torch calls no entry": (
-        'power._CALL = "aoti_torch_device_type_cpu"',
+        'c_interface._CALL = "aoti_torch_device_type_cpu"',
         "torch does not call a proxy executor as expected",
     ),
     "no llvmlite": ("sys.modules['llvmlite'] = None", "llvmlite is not installed"),

@@ -20,7 +20,7 @@ GROUND = {"errors", "settings", "_checks", "_files", "_log", "notation", "_tenso
 # Each folder, and the folders that it may import besides itself and the ground.
 MAY_IMPORT: dict[str, set[str]] = {
     "_artifact": set(),
-    "_graphs": {"_artifact"},
+    "_graphs": {"_artifact", "_solve"},
     "_solve": set(),
     "_program": {"_artifact", "_graphs", "_solve"},
     "model": {"_artifact", "_program", "_solve"},
@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_host": {"_artifact", "model", "_program", "_solve"},
     "points": {"model"},
     "serve": {"model", "_solve"},
-    "_cli": {"_artifact", "_host", "model", "_program", "serve", "_solve", "_status"},
+    "_cli": {"_artifact", "_graphs", "_host", "model", "_program", "serve", "_solve", "_status"},
 }
 # Modules beside the folders: activation, and the command.
 BESIDE: dict[str, set[str]] = {
@@ -42,7 +42,7 @@ WITH_NEML2 = "_host"
 # `_autoload` imports neml2 and the folders by name, when these are asked for.
 
 # Folders whose circles through functions and types are not cured yet.
-NOT_YET = {"_graphs", "_cli"}
+NOT_YET = {"_cli"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from neml2_aoti_plugin import _log as log
 from neml2_aoti_plugin._host.binding import CallableProducts
-from neml2_aoti_plugin._solve.groups import Group
-from neml2_aoti_plugin._solve.krylov import bicgstab, gmres, solve_linear
-from neml2_aoti_plugin._solve.preconditioned import KrylovSystem
+from neml2_aoti_plugin._solve.krylov import KrylovSystem, bicgstab, gmres, solve_linear
+from neml2_aoti_plugin._solve.system import Group
 from neml2_aoti_plugin.errors import AOTIError
 from neml2_aoti_plugin.settings import KrylovSettings
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from neml2_aoti_plugin import _log as log
 from neml2_aoti_plugin._host.binding import newton_solve_eager, newton_solve_eager_masked
-from neml2_aoti_plugin._solve import groups as layout
-from neml2_aoti_plugin._solve.groups import Group
+from neml2_aoti_plugin._solve import system as layout
+from neml2_aoti_plugin._solve.system import Group
 from neml2_aoti_plugin.errors import ConvergenceError
 from neml2_aoti_plugin.settings import NewtonSettings
 

@@ -14,7 +14,7 @@ from attacks.archives import archive_of, entries_of
 from attacks.artifacts import signature_of
 from attacks.children import run
 from neml2_aoti_plugin._artifact.package import open_archive, operators_in
-from neml2_aoti_plugin._graphs.native import operators, repacked
+from neml2_aoti_plugin._graphs.operators import operators, repacked
 from neml2_aoti_plugin._graphs.unpack import load_runner
 
 CPU = torch.device("cpu")
@@ -155,7 +155,7 @@ def test_the_caller_s_modes_do_not_matter(within: str) -> None:
         + f"""
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from neml2_aoti_plugin._graphs import native
+from neml2_aoti_plugin._graphs import operators as native
 
 class Watch(TorchFunctionMode):
     def __torch_function__(self, f, types, args=(), kwargs=None):

@@ -15,11 +15,10 @@ from torch import Tensor
 from hand_made_graphs import system_of
 from neml2_aoti_plugin._solve import newton
 from neml2_aoti_plugin._solve.criteria import FINE
-from neml2_aoti_plugin._solve.groups import Group
 from neml2_aoti_plugin._solve.native import Derivatives
 from neml2_aoti_plugin._solve.newton import Solved
 from neml2_aoti_plugin._solve.outcome import Outcome
-from neml2_aoti_plugin._solve.system import Groups, Linearisation, System
+from neml2_aoti_plugin._solve.system import Group, Groups, Linearisation, System
 from neml2_aoti_plugin._solve.tensors import solve_rows
 from neml2_aoti_plugin.settings import NewtonSettings
 

@@ -18,10 +18,10 @@ from torch import Tensor
 import references
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._program import implicit
-from neml2_aoti_plugin._program.blocks import BLOCK_ROWS
+from neml2_aoti_plugin._program.program import BLOCK_ROWS
 from neml2_aoti_plugin._program.sensitivity import SolvedSegment
-from neml2_aoti_plugin._solve.groups import row_norms
 from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
+from neml2_aoti_plugin._solve.system import row_norms
 from neml2_aoti_plugin.model import Solution
 from references import Case, Tensors
 

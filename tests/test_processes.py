@@ -346,7 +346,7 @@ class TestTemporaryFolders:
             """
             import sys, time
             from pathlib import Path
-            from neml2_aoti_plugin._graphs.scratch import scratch_folder
+            from neml2_aoti_plugin._graphs.unpack import scratch_folder
             with scratch_folder(Path("x.pt2")) as folder:
                 folder.write("half.so", b"half", Path("x.pt2"))
                 print(folder.path, flush=True)

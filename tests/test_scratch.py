@@ -13,7 +13,7 @@ import pytest
 
 import references
 from attacks.children import run
-from neml2_aoti_plugin._graphs import scratch as unpacked
+from neml2_aoti_plugin._graphs import unpack as unpacked
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no owners and no locks of this kind")
 

@@ -136,7 +136,7 @@ def torch_finding() -> Finding:
 
 def newton_loop() -> tuple[KernelsReport, Finding]:
     """Are solves done by machine code, and is it kept?"""
-    from .._program.native_graph import means
+    from .._graphs.graph import means
 
     subject = "Newton loop"
     try:

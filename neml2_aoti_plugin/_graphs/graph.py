@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .. import _log as log
 from .._artifact.package import Argument, Package
+from .._solve import machine_code
+from .._solve.native import GraphCaller, Means
 from ..errors import AOTIError, ArtifactError
-from . import forks
-from .c_interface import Library, Unavailable
-from .loaded import loaded
+from .c_interface import Library, Unavailable, power_executor, tensor_functions
+from .loaded import loaded, require_one_thread
+from .threads import cut, run_all
 
 # CUDA kernels are compiled for inputs at such addresses; a slice of rows may start elsewhere.
 CUDA_ALIGNMENT = 16
+# Rows that a graph is called for at a time by its C interface. Blocks of an implicit segment have fewer.
+GRAPH_ROWS = 1 << 14
+
+
+def means() -> tuple[Means | None, str]:
+    """What graphs are called with by their C interface, and the reason; None where torch's runner runs all of them."""
+    code, reason = machine_code.machine_code()
+    if code is None:
+        return None, reason
+    try:
+        return Means(code, tensor_functions(), power_executor()), reason
+    except Unavailable as error:
+        machine_code.give_up(f"torch {torch.__version__} cannot be called by C functions: {error}")
+    return None, machine_code.chosen()[1]
 
 
 class Graph:
@@ -24,11 +42,7 @@ class Graph:
         self.file = package.file
         self.signature = package.signature
         self.device = device
-        self._on_cuda = device.type == "cuda"
         self._loaded = loaded(package, device)
-        # What runs the graph for contiguous arguments, in its order, of which there are as many and of the same ranks
-        # each time: after the first, without another comparison.
-        self.again: Callable[[list[Tensor]], list[Tensor]] = self._first
         # Ranks of arguments that were compared with the signature; they are few, and the same from call to call.
         self._compared: set[tuple[int, ...]] = set()
 
@@ -68,32 +82,35 @@ class Graph:
         behind: Sequence[Tensor] = (),
         order: tuple[int, ...] | None = None,
     ) -> list[Tensor]:
-        """Run the graph."""
-        arguments = [a if a.is_contiguous() else a.contiguous() for a in (*batched, *common, *behind)]
+        """Run the graph: arguments `(rows, ...)`, then some without a batch axis, then some `(rows, ...)`.
+
+        `order` says which of all these the graph takes first, second, ...; as given if None. The outputs are
+        `(rows, ...)`, or `(1, ...)` where they do not depend on the row.
+        """
+        arguments = [*batched, *common, *behind]
+        has_rows = [True] * len(batched) + [False] * len(common) + [True] * len(behind)
         if order is not None:
-            arguments = [arguments[i] for i in order]
-        if self._on_cuda:
+            arguments, has_rows = [arguments[i] for i in order], [has_rows[i] for i in order]
+        return self._run([a if a.is_contiguous() else a.contiguous() for a in arguments], has_rows)
+
+    def _run(self, arguments: list[Tensor], has_rows: list[bool]) -> list[Tensor]:
+        """Run the graph for contiguous arguments, in its order; which of them have rows."""
+        if self.device.type == "cuda":
             arguments = [a if a.data_ptr() % CUDA_ALIGNMENT == 0 else a.clone() for a in arguments]
+        return self.run_short(arguments)
+
+    def run_short(self, arguments: list[Tensor]) -> list[Tensor]:
+        """Run the graph by torch's runner, for contiguous arguments in its order: the shortest way for few rows."""
         self.require(arguments)
         return self._loaded.run(arguments)
 
     def require(self, arguments: Sequence[Tensor]) -> None:
-        """Refuse arguments that the graph would read wrongly, in its order; those of the same ranks are compared once."""
-        self.require_process()
+        """Refuse arguments that the graph would read wrongly; those of the same ranks are compared once."""
+        require_one_thread(self.file)
         ranks = tuple([a.ndim for a in arguments])
         if ranks not in self._compared:
             self._compare(arguments)
             self._compared.add(ranks)
-
-    def require_process(self) -> None:
-        """Refuse to run in a forked process where torch would wait for threads that it does not have."""
-        if forks.forked_after_use:
-            forks.require_one_thread(self.file)
-
-    def _first(self, arguments: list[Tensor]) -> list[Tensor]:
-        outputs = Graph.__call__(self, arguments)
-        self.again = self._loaded.run
-        return outputs
 
     def _compare(self, arguments: Sequence[Tensor]) -> None:
         """Refuse arguments that the graph would read wrongly: it looks at none of this itself."""
@@ -114,12 +131,71 @@ class Graph:
                 )
 
 
-def _fits(given: Tensor, taken: Argument) -> bool:
-    return (
-        given.dtype == taken.dtype
-        and given.ndim == len(taken.extents)
-        and all(n is None or n == m for n, m in zip(taken.extents, given.shape, strict=True))
-    )
+class NativeGraph(Graph):
+    """A graph on a CPU with one free batch axis, called by its C interface, or else by torch's runner."""
+
+    def __init__(self, package: Package, device: torch.device) -> None:
+        super().__init__(package, device)
+        # What calls it, once it has been looked for; None where there is nothing.
+        self._caller: GraphCaller | None = None
+        self._looked_for = False
+
+    def _run(self, arguments: list[Tensor], has_rows: list[bool]) -> list[Tensor]:
+        if not self._looked_for:
+            self._caller, self._looked_for = self._find_caller(), True
+        caller = self._caller
+        rows = next((a.shape[0] for a, has in zip(arguments, has_rows, strict=True) if has), 0)
+        if caller is None or not rows or any(a.dtype != torch.float64 for a in arguments):
+            return super()._run(arguments, has_rows)
+        self.require(arguments)
+        call = caller if rows <= GRAPH_ROWS else partial(_in_blocks, caller)
+        found = call(arguments, has_rows, rows)
+        if found is None:
+            self._caller = None
+            log.emit("model", "info", f"{self.file.name}: run by torch's runner, since an output has no rows")
+            return super()._run(arguments, has_rows)
+        return found
+
+    def _find_caller(self) -> GraphCaller | None:
+        found, reason = None, self._obstacle()
+        if not reason:
+            found, reason = means()
+        if found is not None:
+            try:
+                return GraphCaller(self.library(), found)
+            except Unavailable as error:
+                reason = str(error)
+        log.emit("model", "info", f"{self.file.name}: run by torch's runner, since {reason}")
+        return None
+
+
+def _in_blocks(caller: GraphCaller, arguments: list[Tensor], has_rows: list[bool], rows: int) -> list[Tensor] | None:
+    """Run the graph for blocks of rows, on all threads; the first block tells the shapes of the outputs."""
+    first, *rest = cut(rows, GRAPH_ROWS)
+
+    def run(block: slice, into: list[Tensor] | None = None) -> list[Tensor] | None:
+        some = [x[block] if has else x for x, has in zip(arguments, has_rows, strict=True)]
+        return caller(some, has_rows, block.stop - block.start, into)
+
+    begun = run(first)
+    if begun is None:
+        return None
+    # What is the same for all rows comes once; a block has more than one row.
+    once = [x.shape[0] == 1 for x in begun]
+    whole = [x if one else x.new_empty((rows, *x.shape[1:])) for x, one in zip(begun, once, strict=True)]
+
+    def write(block: slice) -> None:
+        into = [torch.empty_like(x) if one else x[block] for x, one in zip(whole, once, strict=True)]
+        if run(block, into) is None:
+            raise AOTIError("a graph gives tensors of another form for some rows than for others; compile it again.")
+
+    def copy() -> None:
+        for x, into, one in zip(begun, whole, once, strict=True):
+            if not one:
+                into[first] = x
+
+    run_all([copy, *(partial(write, block) for block in rest)])
+    return whole
 
 
 class PinnedGraph(Graph):
@@ -181,3 +257,11 @@ def _join(parts: list[Tensor], rows: int, per_call: int) -> Tensor:
     if per_call > 1 and parts[0].shape[0] == 1:
         return parts[0]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
+
+
+def _fits(given: Tensor, taken: Argument) -> bool:
+    return (
+        given.dtype == taken.dtype
+        and given.ndim == len(taken.extents)
+        and all(n is None or n == m for n, m in zip(taken.extents, given.shape, strict=True))
+    )

@@ -2,20 +2,25 @@
 
 A library that torch has loaded is never unloaded, nor is it by torch's own loader: a process that loads a model again
 and again would grow each time.
+
+torch's threads do not come along in a fork, and a call that waits for them never ends: a process that was forked after
+a graph had run may run graphs on one thread only. A graph that another thread was in the midst of is loaded anew.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from .._artifact.package import Package
 from ..errors import AOTIError, ArtifactError
-from . import forks
 from .c_interface import Library, Unavailable
 from .unpack import load_library, load_runner, obstacle
 
@@ -41,7 +46,7 @@ class Loaded:
         self._calls_python = False
         # Whether the graph runs, and may call Python.
         self.inside = False
-        forks.watch(self)
+        _graphs.add(self)
 
     def load(self) -> None:
         """Load the package, if it is not loaded yet."""
@@ -54,7 +59,7 @@ class Loaded:
             if self._library is None:
                 try:
                     self._library = load_library(self.file, self._read())
-                    forks.note_use()
+                    note_use()
                 except Unavailable as error:
                     self._library = str(error)
         if isinstance(self._library, str):
@@ -67,8 +72,8 @@ class Loaded:
 
     def run(self, arguments: Sequence[Tensor]) -> list[Tensor]:
         """Run the graph."""
-        if forks.forked_after_use:
-            forks.require_one_thread(self.file)
+        if forked_after_use:
+            require_one_thread(self.file)
         with self.lock:
             if self.runner is None:
                 self._load()
@@ -106,7 +111,7 @@ class Loaded:
     def _load(self) -> None:
         if self.runner is None:
             self.runner, self._calls_python = load_runner(self.file, self._read(), self._device)
-            forks.note_use()
+            note_use()
 
     def seen(self, package: Package) -> None:
         """Note another place where the same bytes are."""
@@ -126,6 +131,13 @@ class Loaded:
                 failure = failure or error
         assert failure is not None
         raise failure
+
+
+_graphs: WeakSet[Loaded] = WeakSet()
+# Runners whose state is that of a thread which the fork left behind; to take them down would wait for it.
+_abandoned: list[Any] = []
+_ran = False
+forked_after_use = False
 
 
 _loaded: dict[tuple[str, torch.device], Loaded] = {}
@@ -153,3 +165,37 @@ def _is_from_torch(error: RuntimeError) -> bool:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def note_use() -> None:
+    """Note that this process has run a graph."""
+    global _ran
+    _ran = True
+
+
+def require_one_thread(file: Path) -> None:
+    """Refuse to run a graph where torch would wait for threads that the fork left behind."""
+    if forked_after_use and torch.get_num_threads() != 1:
+        raise AOTIError(
+            f"{file}: this process was forked from one in which a compiled model had already run, and torch's "
+            "threads do not come along: the call would never end. Start processes with "
+            "multiprocessing.get_context('spawn'), or fork before the first call, or call torch.set_num_threads(1) in "
+            "the new process first."
+        )
+
+
+def _in_child() -> None:
+    global forked_after_use
+    forked_after_use = _ran
+    for graph in list(_graphs):
+        # The lock is held by a thread that is gone, or by this one, which goes on with its call.
+        if graph.lock.acquire(blocking=False):
+            graph.lock.release()
+            continue
+        _abandoned.append(graph.runner)
+        graph.runner, graph.inside = None, False
+        graph.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

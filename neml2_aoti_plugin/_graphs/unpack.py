@@ -3,12 +3,26 @@
 torch's own package loader opens the file once more, after it has been looked over, checks no checksum, runs a compiler
 where the library is missing, and leaves its folder behind when the process is killed. Here the bytes that were looked
 over are those that run, and the folder is gone as soon as they are loaded.
+
+Each folder is of one process, gone when it is done with, and swept up after a process that was killed. They lie in a
+folder of this user alone in the temporary folder. Nothing is ever removed but what this module made: a folder of its
+name form in that parent, of this user and closed to others, that holds a marker and plain files only, and that no
+living process has locked. Where the parent may be somebody else's, there is no parent and no sweep.
 """
 
 from __future__ import annotations
 
+import atexit
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -28,8 +42,203 @@ from .._artifact.package import (
 from ..errors import AOTIError, ArtifactError
 from .c_interface import Library, Unavailable
 from .c_interface import obstacle as obstacle_in_library
-from .native import PYTHON_POWER, operators, repacked, same_as_torch
-from .scratch import Scratch, scratch_folder
+from .operators import PYTHON_POWER, operators, repacked, same_as_torch
+
+if sys.platform != "win32":
+    import fcntl
+
+PARENT = "neml2-aoti-plugin"
+MARKER = ".neml2-aoti-plugin-unpacked"
+MARK = b"This folder was made by neml2-aoti-plugin for one process. It may be removed once no process uses it.\n"
+FORM = re.compile(r"unpacked-[0-9]{1,10}-[0-9a-f]{32}")
+
+# Folders that could not be removed while their library is loaded, as on Windows.
+_kept: set[str] = set()
+_swept: set[str] = set()
+
+
+class Scratch:
+    """A new folder that only this user may enter."""
+
+    def __init__(self, path: str, temporary: str) -> None:
+        self.path = path
+        self.temporary = temporary
+        self.names: list[str] = []
+
+    def write(self, name: str, data: bytes | memoryview, file: Path) -> Path:
+        """Write a file that is not there yet."""
+        target = Path(self.path) / name
+        self.names.append(name)
+        try:
+            with target.open("xb", buffering=0) as out:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[out.write(rest) :]
+        except OSError as error:
+            raise AOTIError(
+                f"{file}: cannot unpack it to {self.path} ({error.strerror or error}); it takes {len(data)} bytes. "
+                f"{_cure(error)}"
+            ) from error
+        return target
+
+    def remove(self) -> None:
+        """Remove the folder, also where no more files can be opened, which a walk through it would need."""
+        for name in self.names:
+            with suppress(OSError):
+                os.unlink(os.path.join(self.path, name))
+        try:
+            os.rmdir(self.path)
+        except OSError:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if os.path.isdir(self.path):
+            _kept.add(self.path)
+
+
+@contextmanager
+def scratch_folder(file: Path) -> Iterator[Scratch]:
+    """A new folder that only this user may enter, gone afterwards."""
+    try:
+        folder, lock = _made(tempfile.gettempdir())
+    except OSError as error:
+        raise AOTIError(f"{file}: cannot make a folder to unpack it to: {error}. {_cure(error)}") from error
+    try:
+        yield folder
+    finally:
+        folder.remove()
+        if lock is not None:
+            os.close(lock)
+
+
+def _made(temporary: str) -> tuple[Scratch, int | None]:
+    """Make a folder; it is the caller's to remove, and then to close the handle."""
+    if sys.platform == "win32":
+        return Scratch(tempfile.mkdtemp(prefix=f"{PARENT}-"), temporary), None
+    parent = os.path.join(temporary, f"{PARENT}-{os.getuid()}")
+    while _own(parent):
+        if temporary not in _swept:
+            _swept.add(temporary)
+            sweep(parent)
+        path = os.path.join(parent, f"unpacked-{os.getpid()}-{secrets.token_hex(16)}")
+        try:
+            os.mkdir(path, 0o700)
+        except FileNotFoundError:
+            # Somebody tidied up the temporary folder.
+            continue
+        return _locked(Scratch(path, temporary), MARKER)
+    return _locked(Scratch(tempfile.mkdtemp(prefix=f"{PARENT}-"), temporary), "")
+
+
+def _own(parent: str) -> bool:
+    """Make the parent folder if it is not there; tell whether it is this user's alone."""
+    try:
+        os.mkdir(parent, 0o700)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    try:
+        return _is_private(os.lstat(parent))
+    except OSError:
+        return True
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Whether what was looked at is a folder of this user that is closed to all others."""
+    return (
+        sys.platform != "win32"
+        and stat.S_ISDIR(status.st_mode)
+        and status.st_uid == os.getuid()
+        and stat.S_IMODE(status.st_mode) == 0o700
+    )
+
+
+def _locked(folder: Scratch, marker: str) -> tuple[Scratch, int | None]:
+    """Lock a folder, then mark it: from then on it may be swept up, but not as long as it is locked."""
+    if sys.platform == "win32":
+        return folder, None
+    handle = None
+    try:
+        handle = os.open(folder.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            # Some network file systems have no locks; then nobody may sweep there, and there is no marker.
+            return folder, handle
+        if marker:
+            folder.names.append(marker)
+            with open(os.path.join(folder.path, marker), "xb", buffering=0) as out:
+                out.write(MARK)
+    except BaseException:
+        folder.remove()
+        if handle is not None:
+            os.close(handle)
+        raise
+    return folder, handle
+
+
+def sweep(parent: str) -> None:
+    """Remove folders of processes that were killed while they had them."""
+    if sys.platform == "win32" or os.listdir not in os.supports_fd:
+        return
+    try:
+        above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        if _is_private(os.fstat(above)):
+            for name in os.listdir(above):
+                if FORM.fullmatch(name):
+                    with suppress(OSError):
+                        _sweep_one(name, above)
+    except OSError:
+        pass
+    finally:
+        os.close(above)
+
+
+def _sweep_one(name: str, above: int) -> None:
+    """Remove one folder, if it is one that this module made and nobody uses."""
+    if sys.platform == "win32":
+        return
+    folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+    try:
+        if not _is_private(os.fstat(folder)):
+            return
+        # Whoever made it holds the lock; the system takes it from a process that is killed.
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        inside = os.listdir(folder)
+        for entry in inside:
+            status = os.stat(entry, dir_fd=folder, follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
+                return
+        if MARKER not in inside or not _is_marked(folder):
+            return
+        # The marker last: if this process is killed now, the next one goes on.
+        for entry in sorted(inside, key=lambda entry: entry == MARKER):
+            os.unlink(entry, dir_fd=folder)
+        os.rmdir(name, dir_fd=above)
+    finally:
+        os.close(folder)
+
+
+def _is_marked(folder: int) -> bool:
+    handle = os.open(MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        return os.read(handle, len(MARK) + 1) == MARK
+    finally:
+        os.close(handle)
+
+
+@atexit.register
+def _remove_kept() -> None:
+    for path in _kept:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _cure(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Close files that are open, or allow this process more of them (ulimit -n), and call again."
+    return "Make room there, or set TMPDIR to a folder that can be written to, and start again."
 
 
 def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, bool]:

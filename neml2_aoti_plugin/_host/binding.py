@@ -16,12 +16,10 @@ from .. import _log as log
 from .._checks import whole_number
 from .._solve import newton
 from .._solve.criteria import criteria_of
-from .._solve.groups import Group, Layout, Structure
-from .._solve.krylov import solve_linear
-from .._solve.lockstep import FrozenRows, LockstepRows
+from .._solve.krylov import KrylovSystem, Products, solve_linear
 from .._solve.outcome import Outcome
-from .._solve.preconditioned import KrylovSystem, Products
-from .._solve.system import Direction, Groups, Linearisation, System
+from .._solve.system import Direction, Group, Groups, Layout, Linearisation, Structure, System
+from .._solve.tensors import FrozenRows, LockstepRows
 from ..errors import ConvergenceError, InputError
 from ..model import Model
 from ..model._outcomes import advice

@@ -1,4 +1,4 @@
-"""Forward segments: one graph call for the values, or one for values and derivative blocks together."""
+"""Explicit segments: one graph call for the values, or one for values and derivative blocks together."""
 
 from __future__ import annotations
 

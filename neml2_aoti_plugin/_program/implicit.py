@@ -11,20 +11,21 @@ from torch import Tensor
 from .. import _log as log
 from .._artifact import schema
 from .._graphs.c_interface import Library, Unavailable
-from .._graphs.graph import Graph
+from .._graphs.graph import Graph, means
+from .._graphs.loaded import require_one_thread
 from .._solve import newton
 from .._solve.criteria import criteria_of
-from .._solve.lockstep import FrozenRows, LockstepRows
 from .._solve.native import Block, BlockSolver, Derivatives, Means, Prediction, UnfitPredictor
 from .._solve.system import Groups, System
-from .._solve.tensors import solve_rows
+from .._solve.tensors import FrozenRows, LockstepRows, solve_rows
 from ..settings import NewtonSettings
-from .blocks import MAX_ROWS
-from .native_graph import means
 from .packing import Packing, State, Values
 from .sensitivity import Sensitivity, SolvedSegment
 from .systems import GraphOf, SystemGraphs, check_arity
 from .tangents import Columns, Tangents
+
+# Rows of a block at most; workspaces for more are not kept.
+MAX_ROWS = 1024
 
 # A solve by tensors from packed unknowns and givens; the flag asks for small last steps (`substep_del_tol`).
 Solve = Callable[[Groups, Groups, Sequence[Tensor], NewtonSettings, bool], newton.Solved]
@@ -261,7 +262,7 @@ class _MachineCode:
     def _require(self, solver: BlockSolver, rows: int, parameters: Sequence[Tensor]) -> None:
         """Refuse what the graphs would read wrongly; shapes of parameters are compared once."""
         graphs, sensitivity = self._segment.graphs, self._segment.sensitivity
-        graphs.residual.require_process()
+        require_one_thread(graphs.residual.file)
         shapes = tuple(p.shape for p in parameters)
         if shapes in self._required:
             return

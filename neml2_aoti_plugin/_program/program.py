@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -13,19 +14,49 @@ from torch import Tensor
 
 from .. import _log as log
 from .._artifact.package import Package
-from .._artifact.schema import ExplicitInfo, Metadata, Variable
-from .._graphs.graph import Graph, PinnedGraph
+from .._artifact.schema import ExplicitInfo, ImplicitInfo, Metadata, Variable
+from .._graphs.graph import Graph, NativeGraph, PinnedGraph
+from .._graphs.threads import cut, one_thread, run_all
 from .._solve.newton import Solved
+from .._solve.tables import VECTOR
+from ..errors import InputError
 from ..settings import NewtonSettings
 from . import substepping
-from .blocks import LEAST_ROWS, block_rows, cut
 from .explicit import ExplicitSegment
-from .implicit import ImplicitSegment
-from .native_graph import NativeGraph
+from .implicit import MAX_ROWS, ImplicitSegment
 from .packing import Values, put
 from .report import Report, SegmentOutcome
 from .tangents import Columns, Seed, Tangents, dense, select
-from .threads import one_thread, run_all
+
+# A block's vectors and matrices are to stay in a core's cache while Newton's method goes over them again and again; yet
+# it must have rows enough that the work in Python, which hardly depends on their number, is a small part. Its size does
+# not depend on the number of threads.
+
+# The environment variable that says how many rows, in place of what is found here.
+BLOCK_ROWS = "NEML2_AOTI_PLUGIN_BLOCK_ROWS"
+
+# What the matrices and vectors of a block may take, and how many rows it has in any case: whole vectors.
+BYTES = 1 << 20
+MIN_ROWS = 256
+# Blocks of fewer rows are not worth another thread.
+LEAST_ROWS = 128
+
+
+def block_rows(segments: Iterable[ImplicitInfo]) -> int:
+    """Rows to solve at a time."""
+    given = os.environ.get(BLOCK_ROWS, "").strip()
+    if given:
+        if not given.isdecimal() or int(given) == 0:
+            raise InputError(
+                f"the environment variable {BLOCK_ROWS} is {given!r}, expected a number of rows, at least 1."
+            )
+        return int(given)
+    entries = 1
+    for segment in segments:
+        u = sum(v.size for v in segment.unknown_variables)
+        g = sum(v.size for group in segment.givens for v in group.variables)
+        entries = max(entries, u * u + 4 * u + g)
+    return min(max(BYTES // (8 * entries), MIN_ROWS), MAX_ROWS) // VECTOR * VECTOR
 
 
 @dataclass
@@ -67,8 +98,8 @@ class Program:
         self._base_ranks = {p.name: len(p.base_shape) for p in metadata.parameters}
         self.implicit = [s for s in self.segments if isinstance(s, ImplicitSegment)]
         unknowns = {v.name for s in self.implicit for v in s.spec.unknown_variables}
-        # Unknowns whose first iterate a caller may give, although they are no inputs.
-        self.first_iterates = frozenset(unknowns - {v.name for v in metadata.inputs})
+        # Unknowns whose initial guess a caller may give, although they are no inputs.
+        self.initial_guesses = frozenset(unknowns - {v.name for v in metadata.inputs})
         # Rows to solve at a time; None for all of them.
         blockwise = self.implicit and not lockstep and device.type == "cpu"
         self.block = block_rows(segment.spec for segment in self.implicit) if blockwise else None
@@ -115,7 +146,7 @@ class Program:
         self.batch_axes = argument.extents[: len(argument.extents) - rank]
 
     def _takes_rows_of_parameters(self, segment: ExplicitInfo) -> bool:
-        """Whether a forward graph takes promoted parameters with the batch axes, or as stored."""
+        """Whether an explicit graph takes promoted parameters with the batch axes, or as stored."""
         signature = self.graph(segment.value).signature if segment.parameters else None
         if signature is None or len(signature.arguments) != len(segment.taken):
             return True
@@ -136,7 +167,11 @@ class Program:
         tangents: Mapping[str, Columns] | None = None,
         by: Iterable[str] = (),
     ) -> Evaluation:
-        """Evaluate the segments for all rows."""
+        """Evaluate the segments for all rows.
+
+        `state` has the inputs by authored name, `(rows, *sub_batch, *base)`; `tangents` their derivatives, if these
+        are wanted; `by` names parameters to differentiate by; `settings` stand in place of the artifact's.
+        """
         values = Values(parameters, self._base_ranks)
         names, seeds = list(wanted), frozenset(by)
         parts = list(self.parts(values, rows))
@@ -193,7 +228,7 @@ class Program:
         by: frozenset[str],
     ) -> Evaluation:
         carried: Tangents | None = None if tangents is None else dict(tangents)
-        given = self.first_iterates.intersection(state)
+        given = self.initial_guesses.intersection(state)
         outcomes: list[SegmentOutcome] = []
         for i, segment in enumerate(self.segments):
             if isinstance(segment, ExplicitSegment):

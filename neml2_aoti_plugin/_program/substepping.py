@@ -38,12 +38,12 @@ class Increment:
     # Derivatives of the variables, where they are wanted.
     tangents: Tangents | None
     parameters: frozenset[str]
-    # Givens with a lag, and first iterates, at the start of each row's current subincrement.
+    # Givens with a lag, and initial guesses, at the start of each row's current subincrement.
     past: dict[str, Tensor]
     past_tangents: Tangents
     unknowns: dict[str, Tensor]
     statistics: RowStatistics
-    # Unknowns whose first iterate the caller gave; it serves the increment as a whole.
+    # Unknowns whose initial guess the caller gave; it serves the increment as a whole.
     given: frozenset[str]
     unknown_tangents: Tangents = field(default_factory=dict)
     solves: int = 0
@@ -215,7 +215,7 @@ def _advance(increment: Increment, local: dict[str, Tensor], rows: Tensor, good:
 
 
 def _successor(name: str) -> str:
-    """What a history variable holds one subincrement later: the next younger lag; a first iterate stays itself."""
+    """What a history variable holds one subincrement later: the next younger lag; a initial guess stays itself."""
     lag = _lag(name)
     if lag == 0:
         return name

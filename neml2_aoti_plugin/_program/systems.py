@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .._artifact.schema import DirectStep, FusedStep, GroupInfo, ImplicitInfo, KrylovStep
 from .._graphs.graph import Graph
-from .._solve.groups import Group, Layout
-from .._solve.preconditioned import KrylovSystem, Products
-from .._solve.system import Direction, Groups, Linearisation, System
+from .._solve.krylov import KrylovSystem, Products
+from .._solve.system import Direction, Group, Groups, Layout, Linearisation, System
 from .._solve.tables import VECTOR
 from ..errors import AOTIError, ArtifactError
 from ..settings import KrylovSettings
@@ -30,7 +29,7 @@ class Bound:
     parameters: Sequence[Tensor]
 
     def residual(self, u: Groups) -> Groups:
-        """See `solve.system.System`."""
+        """See `system.System`."""
         b = self.graphs.residual([*u, *self.g], self.parameters)
         check_arity(self.graphs.residual, b, self.graphs.residual_groups)
         return b
@@ -42,7 +41,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A Jacobian in blocks that a graph solves with; see `solve.system.Linearisation`."""
+    """A Jacobian in blocks that a graph solves with; see `system.Linearisation`."""
 
     graph: Graph
     a: Groups
@@ -50,17 +49,17 @@ class Blocks:
     reusable: bool = True
 
     def solve(self, b: Groups) -> Groups:
-        """See `solve.system.Linearisation`."""
+        """See `system.Linearisation`."""
         return on_sound_rows(self.graph, [*self.a, *b], self.u)
 
     def take(self, rows: Tensor) -> Linearisation:
-        """See `solve.system.Linearisation`."""
+        """See `system.Linearisation`."""
         a, u = ([x.index_select(0, rows) for x in groups] for groups in (self.a, self.u))
         return Blocks(self.graph, a, u)
 
 
 class Factors:
-    """A dense Jacobian, factored when it is first solved with; see `solve.system.Linearisation`."""
+    """A dense Jacobian, factored when it is first solved with; see `system.Linearisation`."""
 
     reusable = True
 
@@ -68,22 +67,22 @@ class Factors:
         self._a, self._pivots = a, pivots
 
     def solve(self, b: Groups) -> Groups:
-        """See `solve.system.Linearisation`; a row without a pivot comes back not finite."""
+        """See `system.Linearisation`; a row without a pivot comes back not finite."""
         if self._pivots is None:
             self._a, self._pivots = torch.linalg.lu_factor_ex(self._a)[:2]
         return [torch.linalg.lu_solve(self._a, self._pivots, b[0].unsqueeze(-1)).squeeze(-1)]
 
     def take(self, rows: Tensor) -> Linearisation:
-        """See `solve.system.Linearisation`."""
+        """See `system.Linearisation`."""
         pivots = None if self._pivots is None else self._pivots.index_select(0, rows)
         return Factors(self._a.index_select(0, rows), pivots)
 
 
 class DirectSystem(Bound):
-    """A Jacobian graph and a graph of the direct solve; see `solve.system.System`."""
+    """A Jacobian graph and a graph of the direct solve; see `system.System`."""
 
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
-        """See `solve.system.System`."""
+        """See `system.System`."""
         graphs, rows = self.graphs, u[0].shape[0]
         assert graphs.jacobian is not None and graphs.solve is not None
         a, b = jacobian(graphs, u, self.g, self.parameters)
@@ -91,15 +90,15 @@ class DirectSystem(Bound):
         return b, Factors(a[0]) if graphs.factored else Blocks(graphs.solve, a, u)
 
     def take(self, rows: Tensor) -> System:
-        """See `solve.system.System`."""
+        """See `system.System`."""
         return DirectSystem(self.graphs, self._some(rows), self.parameters)
 
 
 class FusedSystem(Bound):
-    """One graph of the whole step (older releases); see `solve.system.System`."""
+    """One graph of the whole step (older releases); see `system.System`."""
 
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
-        """See `solve.system.System`."""
+        """See `system.System`."""
         graphs, count = self.graphs, len(u)
         assert graphs.step is not None
         step = graphs.step
@@ -119,16 +118,16 @@ class FusedSystem(Bound):
         return self.residual(u), Direction(found)
 
     def take(self, rows: Tensor) -> System:
-        """See `solve.system.System`."""
+        """See `system.System`."""
         return FusedSystem(self.graphs, self._some(rows), self.parameters)
 
 
 class GraphProducts(Bound):
-    """Matrix-vector products and a preconditioner; see `solve.preconditioned.Products`.
+    """Matrix-vector products and a preconditioner; see `krylov.Products`.
 
     Iterative solves enlarge what graphs round otherwise in the last rows of a call, those that do not fill a vector of
-    the processor. So that a row does not depend on its company, calls are filled up to whole vectors, except where all
-    is done as by neml2's C++ runtime.
+    the processor. So that a row is independent of the rest of the batch, calls are filled up to whole vectors, except
+    where all is done as by neml2's C++ runtime.
     """
 
     def _run(
@@ -143,18 +142,18 @@ class GraphProducts(Bound):
         return [x[:rows] if x.shape[0] == rows + more else x for x in outputs]
 
     def residual(self, u: Groups) -> Groups:
-        """See `solve.preconditioned.Products`."""
+        """See `krylov.Products`."""
         b = self._run(self.graphs.residual, [*u, *self.g], self.parameters)
         check_arity(self.graphs.residual, b, self.graphs.residual_groups)
         return b
 
     def product(self, u: Groups, v: Groups) -> Sequence[Tensor]:
-        """See `solve.preconditioned.Products`."""
+        """See `krylov.Products`."""
         assert self.graphs.matvec is not None
         return self._run(self.graphs.matvec, [*u, *self.g], self.parameters, v)
 
     def set_up(self, u: Groups) -> Sequence[Tensor] | None:
-        """See `solve.preconditioned.Products`."""
+        """See `krylov.Products`."""
         graph = self.graphs.precond_setup
         if graph is None or self.graphs.precond_apply is None:
             return None
@@ -164,12 +163,12 @@ class GraphProducts(Bound):
         return self._run(graph, [*u, *self.g], self.parameters if takes_them else ())
 
     def precondition(self, state: Sequence[Tensor], r: Tensor) -> Tensor:
-        """See `solve.preconditioned.Products`."""
+        """See `krylov.Products`."""
         assert self.graphs.precond_apply is not None
         return self._run(self.graphs.precond_apply, [*state, r])[0]
 
     def take(self, rows: Tensor) -> Products:
-        """See `solve.preconditioned.Products`."""
+        """See `krylov.Products`."""
         return GraphProducts(self.graphs, self._some(rows), self.parameters)
 
 

@@ -55,7 +55,10 @@ def times(block: Tensor, column: Tensor | None) -> Tensor:
 
 
 def forward_block(output: Tensor, pair: Pair, file: str) -> Tensor:
-    """View a forward graph's output as `(rows or 1, *sites, out, wrt)`."""
+    """View an explicit graph's output as `(rows or 1, *sites, out, wrt)`.
+
+    It is `(rows or 1, *sites, *out_base, *wrt_base)`, or a matrix that the pair is cut out of.
+    """
     if pair.row is not None and pair.column is not None:
         return output[..., pair.row : pair.row + pair.rows, pair.column : pair.column + pair.columns]
     base = len(pair.out_base_shape) + len(pair.wrt_base_shape)
@@ -69,7 +72,10 @@ def forward_block(output: Tensor, pair: Pair, file: str) -> Tensor:
 
 
 def contract(block: Tensor, pair: Pair, out_sites: tuple[int, ...], column: Tensor | None, file: str) -> Tensor:
-    """Multiply a forward block with the derivative of the variable it is by."""
+    """Multiply an explicit block `(rows or 1, *sites, out, wrt)` with the derivative of the variable it is by.
+
+    `column` is `(rows or 1, entries of wrt, m)`, None for the identity; gives `(rows or 1, entries of out, m)`.
+    """
     if block.ndim == 3 and not out_sites and not pair.wrt_sub_batch_shape:
         return times(block, column)
     sites, wrt_sites = tuple(block.shape[1:-2]), pair.wrt_sub_batch_shape
@@ -98,7 +104,7 @@ def contract(block: Tensor, pair: Pair, out_sites: tuple[int, ...], column: Tens
 
 
 def per_site(block: Tensor, pair: Pair, out_sites: tuple[int, ...], file: str) -> Tensor:
-    """A forward block over the sites of its variables, `(rows or 1, *sites, *out_base, *wrt_base)`."""
+    """An explicit block over the sites of its variables, `(rows or 1, *sites, *out_base, *wrt_base)`."""
     spread = _on_sites(block, out_sites or pair.wrt_sub_batch_shape, pair, file)
     return spread.reshape((*spread.shape[:-2], *pair.out_base_shape, *pair.wrt_base_shape))
 

@@ -42,7 +42,11 @@ class Criteria(NamedTuple):
 
 
 def criteria_of(settings: NewtonSettings, *, small_steps: bool = False, as_native: bool = False) -> Criteria:
-    """The criteria of a solve."""
+    """The criteria of a solve.
+
+    `as_native` asks for the iterates of neml2's C++ runtime, whose line search tests a trial that has converged by the
+    relative tolerance alone, and which takes no chord steps.
+    """
     return Criteria(
         float(settings.atol),
         float(settings.rtol),
@@ -63,7 +67,7 @@ def converged(norm: Any, norm0: Any, criteria: Criteria) -> Any:
 
 
 def small_step(moved: Any, size: Any, norm: Any, criteria: Criteria) -> Any:
-    """Whether the last step allows a row to have converged."""
+    """Whether the last step, of norm `moved` to unknowns of norm `size`, allows a row to have converged."""
     return (norm < criteria.atol) | (moved < criteria.step_tol * (size + criteria.atol))
 
 
@@ -72,7 +76,8 @@ def accepted(trial: Any, norm: Any, norm0: Any, slope: Any, alpha: Any, criteria
 
     Both tests ask that the square of the residual norm falls in proportion to the step length: `BACKTRACKING` takes
     the slope `b . du`, `STRONG_WOLFE` the squared norm itself, without a test of the curvature (neml2's definitions).
-    A trial whose residual norm is small enough stands in any case.
+    A trial whose residual norm is small enough stands in any case. `trial` and `norm` are residual norms at the trial
+    and before the step, `slope` is divided by the square of `norm`, and `alpha` is the step length.
     """
     ratio = trial / norm
     most = 1.0 - criteria.c * alpha if criteria.strong_wolfe else 1.0 - 2.0 * criteria.c * alpha * slope

@@ -62,7 +62,7 @@ class RowStatistics:
 
     # An `Outcome` and the number of Newton updates, int64, `(rows, 2)`.
     record: Tensor
-    # Last residual norm and that at the first iterate, `(rows, 2)`.
+    # Last residual norm and that at the initial guess, `(rows, 2)`.
     norms: Tensor
     all_converged: bool
 
@@ -83,7 +83,7 @@ class RowStatistics:
 
     @property
     def norm0(self) -> Tensor:
-        """Residual norm at the first iterate, `(rows,)`."""
+        """Residual norm at the initial guess, `(rows,)`."""
         return self.norms[..., 1]
 
     @property

@@ -1,16 +1,117 @@
-"""What a Newton solve asks of a system of equations.
+"""What a Newton solve asks of a system of equations, and reductions over what belongs to one row of its vectors.
 
-A vector of the system (unknowns, residual) is a list of tensors, one per group, with the rows leading.
+A vector of the system (unknowns or residual) is a list of tensors, one per group. A dense group has shape
+`(*batch, n)`: all its variables and their sites flattened onto one axis. A block group has shape
+`(*batch, *sub_batch, n)`: the sites keep their axes. One row is one entry of `batch`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from .criteria import LEAST_SQUARES, MOST_SQUARES
+
 Groups = list[Tensor]
+Structure = Literal["dense", "block"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of a vector of the system."""
+
+    # `dense` (sites flattened onto the last axis) or `block` (sites on axes of their own).
+    structure: Structure
+    sub_batch_shape: tuple[int, ...] = ()
+
+    @cached_property
+    def trailing(self) -> int:
+        """Number of trailing axes that belong to a row."""
+        return 1 if self.structure == "dense" else len(self.sub_batch_shape) + 1
+
+    @cached_property
+    def axes(self) -> tuple[int, ...]:
+        """The trailing axes, counted from the end."""
+        return tuple(range(-self.trailing, 0))
+
+
+Layout = tuple[Group, ...]
+
+
+def row_shape(tensor: Tensor, group: Group) -> torch.Size:
+    """The batch shape of one group's tensor: `()` for a row on its own."""
+    return tensor.shape[: tensor.ndim - group.trailing]
+
+
+def per_row(values: Tensor, group: Group) -> Tensor:
+    """View row values `(*batch,)` so that they broadcast against a tensor of `group`."""
+    return values.reshape(values.shape + (1,) * group.trailing)
+
+
+def row_norm_squares(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Sum the squares of each row over all groups, one tensor each, whose batch shapes broadcast; `(*batch,)`."""
+    total = None
+    for tensor, group in zip(groups, layout, strict=True):
+        squares = tensor.square().sum(group.axes)
+        total = squares if total is None else total + squares
+    assert total is not None, "a system has at least one group"
+    return total
+
+
+def row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Euclidean norm of each row over all groups, `(*batch,)`; squares that overflow or vanish are scaled first."""
+    squares = row_norm_squares(groups, layout)
+    norm = squares.sqrt()
+    doubtful = ~((squares > LEAST_SQUARES) & (squares < MOST_SQUARES))
+    return torch.where(doubtful, _scaled_row_norms(groups, layout), norm) if bool(doubtful.any()) else norm
+
+
+def _scaled_row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """As `row_norms`, with each row divided by its largest entry first."""
+    largest = None
+    for tensor, group in zip(groups, layout, strict=True):
+        peak = tensor.abs().amax(group.axes)
+        largest = peak if largest is None else torch.maximum(largest, peak)
+    assert largest is not None, "a system has at least one group"
+    # A zero row must not become 0/0; an infinite or NaN row must stay non-finite.
+    scale = torch.where(largest > 0, largest, 1.0)
+    scale = torch.where(largest.isfinite(), scale, 1.0)
+    scaled = [tensor / per_row(scale, group) for tensor, group in zip(groups, layout, strict=True)]
+    return row_norm_squares(scaled, layout).sqrt() * scale
+
+
+def finite_rows(groups: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Rows whose entries are all finite, bool, `(*batch,)`."""
+    found = None
+    for tensor, group in zip(groups, layout, strict=True):
+        finite = tensor.isfinite().all(group.axes)
+        found = finite if found is None else found & finite
+    assert found is not None, "a system has at least one group"
+    return found
+
+
+def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layout, right_layout: Layout) -> Tensor:
+    """Dot product of each row of two vectors, group `k` of one with group `k` of the other.
+
+    Groups that are paired may differ in batch rank (an unbatched residual and a batched step) and in structure
+    (one dense, one block); each is then flattened to one trailing axis.
+    """
+    total: Tensor | None = None
+    for a, b, a_group, b_group in zip(left, right, left_layout, right_layout, strict=True):
+        if a_group.trailing == b_group.trailing == 1:
+            dots = torch.linalg.vecdot(a, b)
+        elif a_group.trailing == b_group.trailing:
+            dots = (a * b).sum(a_group.axes)
+        else:
+            dots = (a.flatten(-a_group.trailing) * b.flatten(-b_group.trailing)).sum(-1)
+        total = dots if total is None else total + dots
+    assert total is not None, "a system has at least one group"
+    return total
 
 
 class Linearisation(Protocol):

@@ -1,4 +1,9 @@
-"""The rows of a solve as tensors: any device, any number of groups, any linear solver; simple before fast."""
+"""The rows of a solve as tensors: any device, any number of groups, any linear solver; simple before fast.
+
+Rows that keep step with one another take the iterates of neml2's C++ runtime, operation for operation: all take every
+iteration until all have converged, and none takes a last step. What it evaluates without need is left out, and a norm
+whose square overflows is taken with scaling (there it is infinite, and makes the next finite norm look converged).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,9 @@ from torch import Tensor
 from ..settings import NewtonSettings
 from . import criteria as by
 from .criteria import Criteria, criteria_of
-from .groups import Layout, finite_rows, per_row, row_dots, row_norms
 from .newton import SECOND_ATTEMPT, Solved, Tell, iterate
-from .outcome import Outcome, blank
-from .system import Groups, Linearisation, System
+from .outcome import Outcome, blank, statistics_of
+from .system import Groups, Layout, Linearisation, System, finite_rows, per_row, row_dots, row_norms
 
 
 class TensorSteps:
@@ -37,7 +41,7 @@ class TensorSteps:
         self._update, self.refused = 0, 0
 
     def _evaluate_first(self) -> Tensor:
-        """Evaluate the residual at the first iterate; give the rows that are done there."""
+        """Evaluate the residual at the initial guess; give the rows that are done there."""
         self._b = self._system.residual(self._u)
         self._norm = self._norm0 = row_norms(self._b, self._of_r)
         # Nothing is relative to the first norm yet.
@@ -230,6 +234,83 @@ class TensorRows(TensorSteps):
             self._solution = _put(self._solution, waiting, moved)
         statistics = self._statistics
         return Solved(self._solution, replace(statistics, all_converged=bool(statistics.converged.all())))
+
+
+class LockstepRows(TensorSteps):
+    """Rows that move until all of them have converged at the same iterate; see `newton.Rows`.
+
+    The batch may have any number of axes, and the initial guess fewer than the residual.
+    """
+
+    @property
+    def updates(self) -> int:
+        """Number of updates that the rows have taken."""
+        return self._update
+
+    def start(self) -> None:
+        """See `newton.Rows`."""
+        self._done = self._evaluate_first()
+        self._judge()
+
+    def settle(self) -> None:
+        """See `newton.Rows`."""
+        before = self._u
+        self._u, self._b, self._norm = self._trial, self._trial_b, self._trial_norm
+        self._done = self._have_converged(before)
+        self._judge()
+
+    def _judge(self) -> None:
+        """Tell whether the rows go on: not if all have converged, nor if one is lost."""
+        going = ~self._done
+        self.live = int(going.count_nonzero())
+        if self.live and bool((going & ~self._norm.isfinite()).any()):
+            self.live = 0
+
+    def finish(self) -> Solved:
+        """See `newton.Rows`."""
+        outcome = torch.where(self._norm.isfinite(), int(Outcome.OUT_OF_ITERATIONS), int(Outcome.DIVERGED))
+        outcome = torch.where(self._done, int(Outcome.CONVERGED), outcome)
+        updates = torch.full_like(outcome, self._update)
+        statistics = statistics_of(outcome, updates, self._norm, self._norm0, bool(self._done.all()))
+        # A solve that is content with its initial guess must not hand the caller's own tensor back.
+        return Solved(self._u if self._update else [x.clone() for x in self._u], statistics)
+
+
+class FrozenRows(LockstepRows):
+    """Rows that move no more once they have converged, so that each fails by itself.
+
+    The relative test also asks that the last step of the row was small (`substep_del_tol`), for the initial guess of a
+    subincrement may be so far off that the relative test alone means little.
+    """
+
+    _frozen: Tensor | None = None
+
+    def start(self) -> None:
+        """See `newton.Rows`; a initial guess that is common to all rows gets the batch shape."""
+        super().start()
+        batch = self._norm.shape
+        groups = zip(self._u, self._of_u, strict=True)
+        self._u = [x.expand(batch + x.shape[x.ndim - g.trailing :]).contiguous() for x, g in groups]
+        # A finite norm over an infinite one would look converged.
+        self._norm0 = torch.where(self._norm0.isfinite(), self._norm0, torch.nan)
+
+    def _direction(self, du: Groups) -> Groups:
+        frozen = self._frozen
+        if frozen is None:
+            return du
+        return [d.masked_fill(per_row(frozen, group), 0.0) for d, group in zip(du, self._of_u, strict=True)]
+
+    def _must_stand(self) -> Tensor:
+        stands = super()._must_stand()
+        return stands if self._frozen is None else stands | self._frozen
+
+    def _have_converged(self, before: Groups) -> Tensor:
+        found = super()._have_converged(before)
+        self._frozen = found if self._frozen is None else found | self._frozen
+        return self._frozen
+
+    def _judge(self) -> None:
+        self.live = int((~self._done & self._norm.isfinite()).count_nonzero())
 
 
 def solve_rows(

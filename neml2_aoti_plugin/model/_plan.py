@@ -113,7 +113,7 @@ class Plan:
     def _call(self, inputs: list[Any], rows: int, *, blocks: bool) -> list[Tensor]:
         graph = self._both if blocks else self._value
         arguments = inputs if self._as_given else [inputs[place] for place in self._taken]
-        return graph.again(arguments) if rows <= SHORT else graph(arguments)
+        return graph.run_short(arguments) if rows <= SHORT else graph(arguments)
 
     def _are_simple(self, outputs: list[Tensor], rows: int) -> bool:
         """Whether the outputs are what callers get; the general way complains of those that are too few."""

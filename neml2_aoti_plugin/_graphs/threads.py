@@ -1,4 +1,4 @@
-"""Tasks shared by the threads that torch may use, as its own operators do."""
+"""Blocks of rows shared by the threads that torch may use, as its own operators do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from .._graphs.c_interface import Unavailable, function, libtorch
+from .._solve.tables import VECTOR
+from .c_interface import Unavailable, function, libtorch
 
 Task = Callable[[], None]
 
@@ -18,6 +19,16 @@ _lock = threading.Lock()
 # Threads that wait for tasks, and how many; made when they are first needed.
 _pool: ThreadPoolExecutor | None = None
 _size = 0
+
+
+def cut(rows: int, block: int) -> Iterator[slice]:
+    """Cut a batch into blocks of about the same size, of whole vectors; a batch of up to one and a half is one."""
+    if rows <= block + block // 2:
+        yield slice(0, rows)
+        return
+    size = -(-rows // -(-rows // block))
+    size = -(-size // VECTOR) * VECTOR
+    yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def run_all(tasks: Sequence[Task]) -> None:
