@@ -34,8 +34,8 @@ from ._tasks import OPERATIONS, Result, Task, digest, evaluate, evaluate_rows, l
 
 # How often what is done is written to disk and to the journal, in seconds.
 SYNC = 5.0
-# Rows of a chunk: so many blocks, which a model that solves something cuts rows into; and of one that solves nothing.
-BLOCKS, EXPLICIT = 16, 1 << 16
+# Rows of a chunk, of a model that solves something, which are blocks for some dozen threads; and of one that does not.
+IMPLICIT, EXPLICIT = 1 << 14, 1 << 16
 # Tasks that are sent ahead for each worker, so that none waits for the caller; and workers, where an executor does not
 # say how many it has.
 AHEAD, UNKNOWN = 2, 64
@@ -107,7 +107,7 @@ def map_rows(
     loaded = loaded_model(model)
     with ExitStack() as stack:
         runner = stack.enter_context(_runner(executor, loaded))
-        size = chunk or _chunk_size(loaded)
+        size = chunk or (EXPLICIT if loaded.solver is None else IMPLICIT)
         given = open_source(source, loaded, rows)
         target = open_sink(sink)
         first = evaluate_rows(loaded, operation, given.first, 1)
@@ -228,12 +228,6 @@ def _identity(model: Model, operation: str, source: Source, size: int, fields: F
         "source": {name: [array.dtype.name, list(array.shape)] for name, array in sorted(source.first.items())},
         "results": {name: [dtype, list(tail)] for name, (dtype, tail) in sorted(fields.items())},
     }
-
-
-def _chunk_size(model: Model) -> int:
-    """Rows of a chunk that suit a model."""
-    program = model._caller.program
-    return BLOCKS * program.block if program.implicit and program.block else EXPLICIT
 
 
 @contextmanager
