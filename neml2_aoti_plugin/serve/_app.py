@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -105,21 +105,25 @@ class Service:
 
     def application(self) -> Starlette:
         """The ASGI application."""
-        one = "/v2/models/{model}"
+        one, told, find = "/v2/models/{model}", self._told, self._find
         both = (one, one + "/versions/{version}")
+        itself = {"name": "neml2-aoti", "version": __version__, "extensions": EXTENSIONS}
+        of_model: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            "": told("metadata", lambda request: find(request).served.metadata),
+            "/ready": told("health", lambda request: {"name": find(request).served.name, "ready": self.open}),
+            "/config": told("metadata", lambda request: find(request).served.config(self._limits.request_rows)),
+            "/stats": told("metadata", self._stats),
+        }
         routes = [
             *(Route(path + "/infer", self._infer, methods=["POST"]) for path in both),
-            Route("/v2/health/live", self._live),
-            Route("/v2/health/ready", self._ready),
-            Route("/v2", self._server),
-            Route("/v2/models", self._models),
-            Route("/v2/repository/index", self._index, methods=["POST"]),
-            Route("/v2/models/stats", self._stats),
-            *(Route(path, self._model) for path in both),
-            *(Route(path + "/ready", self._model_ready) for path in both),
-            *(Route(path + "/config", self._config) for path in both),
-            *(Route(path + "/stats", self._stats) for path in both),
-            Route("/openapi.json", self._openapi),
+            Route("/v2/health/live", told("health", lambda _: {"live": True})),
+            Route("/v2/health/ready", told("health", self._ready)),
+            Route("/v2", told("server", lambda _: itself)),
+            Route("/v2/models", told("metadata", lambda _: {"models": self.names})),
+            Route("/v2/repository/index", told("metadata", self._index), methods=["POST"]),
+            Route("/v2/models/stats", told("metadata", self._stats)),
+            *(Route(path + rest, endpoint) for path in both for rest, endpoint in of_model.items()),
+            Route("/openapi.json", told("metadata", self._openapi)),
             Route("/metrics", self._metrics),
             Route("/", self._page),
         ]
@@ -236,41 +240,30 @@ class Service:
 
     # -- what is told ------------------------------------------------------------------------------------------------
 
-    async def _server(self, request: Request) -> Response:
-        return _json(request, "server", {"name": "neml2-aoti", "version": __version__, "extensions": EXTENSIONS})
+    def _told(self, kind: str, content: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
+        """An endpoint that gives a document; `kind` is what log and metrics call it."""
 
-    async def _live(self, request: Request) -> Response:
-        return _json(request, "health", {"live": True})
+        async def endpoint(request: Request) -> Response:
+            request.state.record.operation = kind
+            return Response(msgspec.json.encode(content(request)), media_type=JSON)
 
-    async def _ready(self, request: Request) -> Response:
+        return endpoint
+
+    def _ready(self, _: Request) -> dict[str, bool]:
         if not self._gatherers or not self.open:
             reason = "the models are being loaded." if self.open else "the service is stopping."
             raise Refused(503, reason, retry_after=1)
-        return _json(request, "health", {"ready": True})
+        return {"ready": True}
 
-    async def _models(self, request: Request) -> Response:
-        return _json(request, "metadata", {"models": self.names})
-
-    async def _model(self, request: Request) -> Response:
-        return _json(request, "metadata", self._find(request).served.metadata)
-
-    async def _model_ready(self, request: Request) -> Response:
-        return _json(request, "health", {"name": self._find(request).served.name, "ready": self.open})
-
-    async def _config(self, request: Request) -> Response:
-        return _json(request, "metadata", self._find(request).served.config(self._limits.request_rows))
-
-    async def _stats(self, request: Request) -> Response:
+    def _stats(self, request: Request) -> dict[str, Any]:
         chosen = [self._find(request)] if "model" in request.path_params else self._gatherers.values()
-        told = [self.metrics.statistics(gatherer.served) for gatherer in chosen]
-        return _json(request, "metadata", {"model_stats": told})
+        return {"model_stats": [self.metrics.statistics(gatherer.served) for gatherer in chosen]}
 
-    async def _index(self, request: Request) -> Response:
-        entries = [{"name": name, "version": VERSION, "state": "READY"} for name in self._gatherers]
-        return _json(request, "metadata", entries)
+    def _index(self, _: Request) -> list[dict[str, str]]:
+        return [{"name": name, "version": VERSION, "state": "READY"} for name in self._gatherers]
 
-    async def _openapi(self, request: Request) -> Response:
-        return _json(request, "metadata", document([gatherer.served for gatherer in self._gatherers.values()]))
+    def _openapi(self, _: Request) -> dict[str, Any]:
+        return document([gatherer.served for gatherer in self._gatherers.values()])
 
     async def _page(self, request: Request) -> Response:
         request.state.record.operation = "page"
@@ -279,11 +272,6 @@ class Service:
     async def _metrics(self, request: Request) -> Response:
         request.state.record.operation = "metrics"
         return Response(self.metrics.page(), headers={"content-type": CONTENT_TYPE})
-
-
-def _json(request: Request, kind: str, content: Any) -> Response:
-    request.state.record.operation = kind
-    return Response(msgspec.json.encode(content), media_type=JSON)
 
 
 class Entrance:

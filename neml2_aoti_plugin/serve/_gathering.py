@@ -22,7 +22,7 @@ TURNS = 4
 # How often requests that have waited for too long are looked for; seconds.
 SWEEP = 0.25
 # A client that has waited for longer than this may have gone, which is looked for before its evaluation; seconds.
-SOON = 0.1
+SOON = 0.2
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ class Gatherer:
                 calls = [waiting.call for waiting in taken]
                 started = perf_counter()
                 answers = await loop.run_in_executor(self._worker, evaluate, self.served, calls)
-                # Written while the next call is being evaluated.
+                # What waits is evaluated while these answers are written.
                 loop.call_soon(self._hand_out, taken, answers, perf_counter() - started)
 
     async def _let_others_come(self) -> None:
