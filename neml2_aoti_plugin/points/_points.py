@@ -161,7 +161,7 @@ class Points:
             AOTIError: there is no state to step from.
             UnknownNameError: a driven input is absent, or a name is not that of one.
             InputError: an array has another shape, is not symmetric, can't be written to, or shares memory with another
-                result; or an array or a parameter requires grad, which an update would drop (but under torch.no_grad).
+                result; or an array or a parameter requires grad and torch.no_grad is not in force.
             InputTypeError: an array has another dtype or device, masked entries, or is none.
         """
         given = _named(values, named)
@@ -173,23 +173,25 @@ class Points:
                 "first; without arguments all of it is zero."
             )
         self._roles.require_driven(given)
-        face, pairs = self._interface, self.pairs if tangent else ()
-        driven = {name: face.admitted(name, name, given[name]) for name in self.driven}
-        targets = face.targets({} if out is None else out, self.model.output_names, pairs)
+        interface, pairs = self._interface, self.pairs if tangent else ()
+        # All that the caller gave is looked over before anything is evaluated.
+        driven = {name: interface.admitted(name, name, given[name]) for name in self.driven}
+        targets = interface.targets({} if out is None else out, self.model.output_names, pairs)
         found, driven = self._evaluator.step(driven, self._old, self._trial, pairs)
-        before = self._trial.hardest if self._trial is not None else 0
-        hardest = max(before, int(found.iterations.max())) if self.n else 0
-        fine = bool(found.converged.all())
-        # What the caller has in its hands is copied; results may be written over what it gave.
+        hardest = int(found.iterations.max()) if self.n else 0
+        if self._trial is not None:
+            hardest = max(hardest, self._trial.hardest)
+        factor = step_factor(hardest, failed=not bool(found.converged.all()))
+        # Before results are written, which may be over what the caller gave.
         kept = {name: value.clone() for name, value in driven.items() if name in self._roles.depth}
-        results = face.results(found, pairs, targets)
+        results = interface.results(found, pairs, targets)
         for name in dict.fromkeys((*self._roles.depth, *self._evaluator.unknowns)):
             if name not in driven:
                 value = found.outputs[name]
+                # The caller has results in its hands, and may write to them.
                 kept[name] = value.clone() if value is results[name] else value
         self._trial = Trial(kept, found.converged.clone(), hardest)
         torch_kind = any(isinstance(value, Tensor) for value in given.values())
-        factor = step_factor(hardest, failed=not fine)
         refuse = partial(require_in_tangent, self.model, self.driven, pairs if tangent else None)
         return result_of(results, found, pairs, factor, refuse, torch_kind=torch_kind)
 
