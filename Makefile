@@ -34,7 +34,7 @@ help:
 	@echo "make benchmark    measure against neml2's C++ runtime and others, for an hour; writes docs/performance.md"
 	@echo "make benchmark-check    tell in minutes what has become slower since benchmarks/reference.json was written"
 	@echo "make benchmark-service    load the service with requests, for some minutes; writes its part of docs/service.md"
-	@echo "make lowest  test the service with the lowest releases that pyproject.toml allows, for some minutes"
+	@echo "make lowest  test the service and the reading of artifacts with the lowest releases that pyproject.toml allows"
 	@echo "make torch-matrix    test under several torch releases and cross-load; hours, 40 GB; writes docs/compatibility.md"
 	@echo "make clean   remove the virtual environment and what was built"
 
@@ -134,7 +134,7 @@ benchmark-service: $(READY)
 torch-matrix: $(READY)
 	$(BIN)/python -m tools.torch_matrix --jobs $(JOBS) $(MATRIX_ARGS) $(TORCHES)
 
-# The service with the lowest releases of what it is made of, in the environment build/lowest.
+# The service and the reading of artifacts with the lowest releases of what they are made of, in the environment build/lowest.
 lowest: $(READY)
 	$(BIN)/python -m stubs.build --jobs $(JOBS)
 	$(BIN)/python -m tools.lowest $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""Test the service with the lowest releases that pyproject.toml allows of what it is made of.
+"""Test the service and the reading of artifacts with the lowest releases that pyproject.toml allows.
 
 `python -m tools.lowest`, in the repository root; arguments are handed on to pytest. It makes the environment
 build/lowest, with the lowest release of each package of the extra `serve`, and of the small packages that every
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "lowest"
 # Their lowest releases belong to those of torch and of Python; see `make torch-matrix`.
 OTHERS = ("neml2", "llvmlite", "numpy", "torch")
-TESTS = "tests/test_serve*.py"
+TESTS = ("tests/test_serve*.py", "tests/test_artifact_format.py")
 # Other packages' clients need newer releases of the same packages.
 LEFT_OUT = "not clients_of_the_protocol"
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     # What the new environment has itself comes first.
     Path(site, "the_rest.pth").write_text("\n".join(dict.fromkeys(paths)) + "\n", encoding="utf-8")
     subprocess.run([*install, "--no-deps", "--no-build-isolation", str(ROOT)], check=True)
-    tests = [str(path) for path in sorted(ROOT.glob(TESTS))]
+    tests = [str(path) for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
     # Old releases warn of what newer ones of other packages have replaced.
     command = [str(python), "-m", "pytest", "-W", "default", "-k", LEFT_OUT, *tests, *arguments]
     return subprocess.run(command, cwd=ROOT).returncode
