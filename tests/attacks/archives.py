@@ -10,8 +10,8 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 Entries = list[tuple[zipfile.ZipInfo, bytes]]
 
@@ -85,39 +85,20 @@ def calling(target: str) -> Callable[[bytes], bytes]:
     return extra("{graph}evil.wrapper.json", json.dumps({"nodes": [{"node": {"target": target}}]}).encode())
 
 
-def twice(entries: Entries, graph: str) -> None:
-    """Add another library of the same name: which one is checked, and which one runs?"""
+def twice(entries: Entries, name: Callable[[str], str] = str) -> Entries:
+    """Add another library of a name that is the same in some way: which one is checked, and which one runs?"""
     info, data = next((i, d) for i, d in entries if i.filename.endswith(".so"))
-    entries.append((info, data[:-1] + b"\1"))
-
-
-def in_other_case(entries: Entries, graph: str) -> None:
-    """Add a library whose name differs in case only."""
-    info, data = next((i, d) for i, d in entries if i.filename.endswith(".so"))
-    other = zipfile.ZipInfo(info.filename.upper())
-    entries.append((other, data))
+    return [*entries, (zipfile.ZipInfo(name(info.filename)), data[:-1] + b"\1")]
 
 
 def overlapping(data: bytes) -> bytes:
     """Have two entries of the directory lie over the same bytes."""
     end = data.rfind(b"PK\5\6")
-    size, start = struct.unpack_from("<II", data, end + 12)
-    count = struct.unpack_from("<H", data, end + 10)[0]
-    directory = bytearray(data[start : start + size])
-    at, offsets = 0, []
-    for _ in range(count):
-        name, more, comment = struct.unpack_from("<HHH", directory, at + 28)
-        offsets.append(at)
-        at += 46 + name + more + comment
-    first, second = offsets[0], offsets[1]
-    where = struct.unpack_from("<I", directory, first + 42)[0]
-    struct.pack_into("<I", directory, second + 42, where)
-    return data[:start] + bytes(directory) + data[start + size :]
-
-
-def bomb(data: bytes) -> bytes:
-    """Add an entry that unpacks to a thousand times its size."""
-    return extra("{graph}weights.bin", bytes(1 << 27), compress=zipfile.ZIP_DEFLATED)(data)
+    first = struct.unpack_from("<I", data, end + 16)[0]
+    second = data.index(b"PK\1\2", first + 4)
+    out = bytearray(data)
+    out[second + 42 : second + 46] = data[first + 42 : first + 46]
+    return bytes(out)
 
 
 def claimed_size(data: bytes) -> bytes:
@@ -136,22 +117,11 @@ def encrypted(data: bytes) -> bytes:
     return bytes(out)
 
 
-def truncated_library(data: bytes) -> bytes:
-    """Cut the library inside an archive that is otherwise right."""
-    return edited(".so", lambda d: d[: len(d) // 2])(data)
-
-
-@dataclass(frozen=True)
-class Attack:
-    """One way to make a package hostile or broken.
-
-    Args:
-        make: the package's bytes, changed.
-        words: what the refusal must say.
-    """
+class Attack(NamedTuple):
+    """One way to make a package hostile or broken, and what the refusal must say."""
 
     make: Callable[[bytes], bytes]
-    words: list[str] = field(default_factory=list)
+    words: list[str]
 
 
 LINK = (stat.S_IFLNK | 0o777) << 16
@@ -165,10 +135,10 @@ ATTACKS = {
     "backslash": Attack(extra("{graph}..\\..\\escape.so"), [OUT]),
     "symbolic link": Attack(extra("{graph}link", b"/etc/passwd", LINK), ["symbolic link"]),
     "device": Attack(extra("{graph}device", b"", (stat.S_IFCHR | 0o666) << 16), ["neither a file nor a folder"]),
-    "twice": Attack(changed(twice), ["is there twice"]),
-    "twice but for case": Attack(changed(in_other_case), ["is there twice"]),
+    "twice": Attack(changed(lambda e, g: twice(e)), ["is there twice"]),
+    "twice but for case": Attack(changed(lambda e, g: twice(e, str.upper)), ["is there twice"]),
     "overlapping": Attack(overlapping, ["lie over each other"]),
-    "bomb": Attack(bomb, ["unpacks from"]),
+    "bomb": Attack(extra("{graph}a", bytes(1 << 27), compress=zipfile.ZIP_DEFLATED), ["unpacks from"]),
     "claims a size": Attack(claimed_size, ["claims two sizes"]),
     "encrypted": Attack(encrypted, ["encrypted"]),
     "another method": Attack(extra("{graph}a", b"x" * 99, compress=zipfile.ZIP_LZMA), ["compressed by method 14"]),
@@ -180,7 +150,7 @@ ATTACKS = {
     "library below": Attack(extra("{graph}below/other.so", b"\x7fELF"), ["2 compiled libraries"]),
     "empty library": Attack(edited(".so", lambda d: b""), ["library is empty"]),
     "text as library": Attack(edited(".so", lambda d: b"#!/bin/sh\necho owned\n"), ["not an ELF file"]),
-    "library cut off": Attack(truncated_library, ["cut off"]),
+    "library cut off": Attack(edited(".so", lambda d: d[: len(d) // 2]), ["cut off"]),
     "library's header cut off": Attack(edited(".so", lambda d: d[:40]), ["cut off"]),
     "library of a big machine": Attack(edited(".so", lambda d: d[:5] + b"\2" + d[6:]), ["another kind of machine"]),
     "library of another machine": Attack(

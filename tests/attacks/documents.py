@@ -11,22 +11,8 @@ Path = tuple[str | int, ...]
 
 HUGE = [2**31, 2**31 - 1, 2**40, 2**63, 2**64, 10**30, -1, -(2**63), 1e308, 1e-320, -0.0]
 SPECIAL = [float("nan"), float("inf"), -float("inf")]
-NAMES = [
-    "",
-    ".",
-    "..",
-    "../outside.pt2",
-    "../../outside.pt2",
-    "/etc/passwd",
-    "sub/inside.pt2",
-    "C:outside.pt2",
-    "\0.pt2",
-    "a" * 5000,
-    "\u202e2tp.",
-    "\ud800",
-    "__class__",
-    "metadata.json",
-]
+NAMES = ["", ".", "..", "../outside.pt2", "../../outside.pt2", "/etc/passwd", "sub/inside.pt2", "C:outside.pt2"]
+NAMES += ["\0.pt2", "a" * 5000, "\u202e2tp.", "\ud800", "__class__", "metadata.json"]
 
 
 def paths(value: Any, at: Path = ()) -> list[Path]:
@@ -82,14 +68,14 @@ def mutations(draw: st.DrawFn, original: dict[str, Any]) -> tuple[dict[str, Any]
             parent[key] = draw(junk())
         elif kind == "other":
             parent[key] = copy.deepcopy(at(document, draw(st.sampled_from(there))))
-        elif kind == "number":
-            numbers = [p for p in there if type(at(document, p)) in (int, float)]
-            if not numbers:
+        elif kind in ("number", "name"):
+            alike = [p for p in there if type(at(document, p)) in ((str,) if kind == "name" else (int, float))]
+            if not alike:
                 continue
-            path = draw(st.sampled_from(numbers))
-            at(document, path[:-1])[path[-1]] = draw(
-                st.integers(-2, 40) | st.sampled_from(HUGE + SPECIAL) | st.floats(width=32)
-            )
+            path = draw(st.sampled_from(alike))
+            names = st.sampled_from(NAMES + [at(document, p) for p in alike])
+            numbers = st.integers(-2, 40) | st.sampled_from(HUGE + SPECIAL) | st.floats(width=32)
+            at(document, path[:-1])[path[-1]] = draw(names if kind == "name" else numbers)
         elif kind == "remove":
             del parent[key]
         elif kind == "repeat":
@@ -104,14 +90,6 @@ def mutations(draw: st.DrawFn, original: dict[str, Any]) -> tuple[dict[str, Any]
             first, second = at(document, path), at(document, other)
             at(document, path[:-1])[path[-1]] = second
             at(document, other[:-1])[other[-1]] = first
-        elif kind == "name":
-            texts = [p for p in there if isinstance(at(document, p), str)]
-            if not texts:
-                continue
-            path = draw(st.sampled_from(texts))
-            at(document, path[:-1])[path[-1]] = draw(
-                st.sampled_from(NAMES) | st.sampled_from([at(document, p) for p in texts])
-            )
         else:
             parent[key] = nested(draw(st.sampled_from([5, 500])))
         changes.append(f"{kind} {'.'.join(map(str, path))}")
