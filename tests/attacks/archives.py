@@ -224,11 +224,9 @@ TWICE_SHEAR = 158914.72868217053
 
 
 def with_shear(value: float, tag: str = "") -> Callable[[bytes], bytes]:
-    """Change a number in the elasticity graph, and the bytes of its package, without changing any size.
+    """Give the elasticity graph another value of twice its shear modulus, without changing any size.
 
-    Args:
-        value: in place of twice the shear modulus.
-        tag: of one length for all that are exchanged; makes bytes that no other test has.
+    The tag, of one length for all that are exchanged, makes bytes that no other test has.
     """
     old, new = (struct.pack("<d", number) for number in (TWICE_SHEAR, value))
 

@@ -64,13 +64,7 @@ def _live(source: str, arguments: list[str], variables: dict[str, str], output: 
 
 
 class Child:
-    """A program that runs in a process of its own.
-
-    Args:
-        source: of the program; its arguments are in `sys.argv[1:]`.
-        arguments: made into text.
-        variables: of the environment.
-    """
+    """A program that runs in a process of its own, its arguments as text in `sys.argv[1:]`."""
 
     def __init__(self, source: str, arguments: tuple[object, ...], variables: dict[str, str]) -> None:
         handle, self._output = tempfile.mkstemp(prefix="child-", suffix=".out")
