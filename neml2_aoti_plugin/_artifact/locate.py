@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError, InputError
-from .document import read_document
-from .files import Folder, shown
+from .document import Form, convert, one_of, read_document
+from .files import Folder
 from .layout import (
     DEVICE_METADATA,
     DEVICES,
@@ -126,10 +126,15 @@ def _chosen(
 # -- where each device has its own metadata file, which records device and dtype ---------------------------------------
 
 
+class _Label(Form):
+    """What such a file records of itself; the dtype is a label there, and no choice."""
+
+    device: Annotated[str, one_of(*DEVICES)] = "cpu"
+    dtype: Annotated[str, one_of(*DTYPE_NAMES)] = "float64"
+
+
 @dataclass(frozen=True)
 class _Recorded:
-    """A metadata file, and what it records of itself."""
-
     file: Path
     device: str
     dtype: str
@@ -140,17 +145,20 @@ class _Recorded:
 
 
 def _of_device(path: Path, device: str | torch.device | None, dtype: str | torch.dtype | None, folder: Folder) -> Place:
-    """The leaf of a device; the dtype is a label there, and no choice."""
+    """The leaf of a device."""
     here = device_files_at(path)
-    present = _readable(here or device_files_below(path), device, folder)
+    asked = None if device is None or device == "" else device_of(device).type
+    present = [_recorded(file, asked, folder) for file in here or device_files_below(path)]
     wanted = device_of(device, present[0].device if here and len(present) == 1 else None)
     precision = dtype_name(dtype)
     fitting = [leaf for leaf in present if leaf.device == wanted.type and precision in (None, leaf.dtype)]
     if not fitting:
-        listed = ", ".join(map(str, _beside(present[0], wanted, folder) if here else present))
-        asked = f"device '{wanted.type}'" + (f" and dtype '{precision}'" if precision else "")
+        beside = device_files_below(here[0].parent.parent) if here and here[0].parent.name in DEVICES else []
+        files = [file for file in beside if file.name == here[0].name]
+        listed = ", ".join(str(_recorded(file, wanted.type, folder)) for file in files) or ", ".join(map(str, present))
+        leaf_asked = f"device '{wanted.type}'" + (f" and dtype '{precision}'" if precision else "")
         raise ArtifactNotFoundError(
-            f"no compiled artifact for {asked} at {path}; compiled leaves: {listed}. Load one of these (device=, "
+            f"no compiled artifact for {leaf_asked} at {path}; compiled leaves: {listed}. Load one of these (device=, "
             "dtype=, or its path), or compile the one you need with neml2-compile."
         )
     if len(fitting) > 1:
@@ -162,42 +170,16 @@ def _of_device(path: Path, device: str | torch.device | None, dtype: str | torch
     return Place(model, leaf.file, leaf.file.parent, wanted, DTYPES[leaf.dtype], folder, leaf.digest)
 
 
-def _recorded(file: Path, folder: Folder) -> _Recorded:
-    document, digest = read_document(file, folder)
-    device, dtype = document.get("device", "cpu"), document.get("dtype", "float64")
-    if device not in DEVICES or dtype not in list(DTYPES):
-        raise ArtifactError(
-            f"{file}: records {_described('device', device, DEVICES)} and {_described('dtype', dtype, DTYPES)}, "
-            f"expected one of {', '.join(DEVICES)} and one of {', '.join(DTYPES)}. The metadata is damaged or was "
-            "edited; compile the model again with neml2-compile."
-        )
-    return _Recorded(file, device, dtype, digest)
-
-
-def _described(key: str, value: object, known: Iterable[str]) -> str:
-    return f"{key} {value!r}" if value in list(known) else f"{shown(value)} as the {key}"
-
-
-def _readable(found: list[Path], device: str | torch.device | None, folder: Folder) -> list[_Recorded]:
-    """What the files record; a damaged one of another device than that asked for is passed over.
+def _recorded(file: Path, asked: str | None, folder: Folder) -> _Recorded:
+    """What a file records; a damaged one of another device than that asked for is passed over.
 
     So a leaf that is not there is reported, whatever the others are worth.
     """
-    wanted = None if device is None or device == "" else device_of(device).type
-    present = []
-    for file in found:
-        try:
-            present.append(_recorded(file, folder))
-        except ArtifactError:
-            if wanted is None or file.parent.name not in DEVICES or file.parent.name == wanted:
-                raise
-            present.append(_Recorded(file, file.parent.name, "damaged", ""))
-    return present
-
-
-def _beside(leaf: _Recorded, wanted: torch.device, folder: Folder) -> list[_Recorded]:
-    """The leaves of the same model: those in the neighbouring device folders as well, where there are such folders."""
-    if leaf.file.parent.name not in DEVICES:
-        return [leaf]
-    files = [file for file in device_files_below(leaf.file.parent.parent) if file.name == leaf.file.name]
-    return _readable(files, wanted, folder) or [leaf]
+    try:
+        document, digest = read_document(file, folder)
+        label = convert(document, _Label, str(file))
+        return _Recorded(file, label.device, label.dtype, digest)
+    except ArtifactError:
+        if asked is None or file.parent.name not in DEVICES or file.parent.name == asked:
+            raise
+        return _Recorded(file, file.parent.name, "damaged", "")
