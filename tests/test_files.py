@@ -137,7 +137,7 @@ class TestSize:
         assert Path(name).name in text and f"larger than {kind.limit} bytes" in text
 
     def test_a_file_that_shrinks_while_it_is_read(self, tmp_path: Path) -> None:
-        """The system tells a size of this file that it does not have."""
+        """The system gives this file a size that it does not have."""
         there = [path for path in (Path("/sys/kernel/uevent_seqnum"), Path("/sys/kernel/profiling")) if path.is_file()]
         if not there:
             pytest.skip("no file of a size that it does not have")
@@ -370,8 +370,8 @@ class TestPaths:
             references.case("elasticity").artifact,
             tmp_path / "gone",
         )
-        told, shape = out.splitlines()
-        assert "the working directory is gone" in told and "absolute path" in told
+        text, shape = out.splitlines()
+        assert "the working directory is gone" in text and "absolute path" in text
         assert shape == "torch.Size([6])"
 
     def test_a_graph_is_told_what_it_belongs_to(self, artifact: Path) -> None:
@@ -430,14 +430,14 @@ class TestStub:
 
 
 class TestLeafBeforeMetadata:
-    """A leaf that is not there is told, whatever the metadata is worth."""
+    """A leaf that is not there is reported, whatever the metadata is worth."""
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}'])
     @pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float32"}])
     def test_new_layout(self, artifact: Path, text: str, options: dict[str, str]) -> None:
         (artifact / "metadata.json").write_text(text)
-        told = refusal(artifact, ArtifactNotFoundError, **options)
-        assert "no compiled artifact for device" in told and "cpu/float64" in told
+        text = refusal(artifact, ArtifactNotFoundError, **options)
+        assert "no compiled artifact for device" in text and "cpu/float64" in text
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 4, "device": "tpu"}'])
     def test_old_layout(self, tmp_path: Path, text: str) -> None:
@@ -445,8 +445,8 @@ class TestLeafBeforeMetadata:
         file = tmp_path / "bar" / "cpu" / "bar_meta.json"
         file.write_text(text)
         for path in (tmp_path / "bar", tmp_path / "bar" / "cpu", file):
-            told = refusal(path, ArtifactNotFoundError, device="cuda")
-            assert "no compiled artifact for device 'cuda'" in told and f"cpu/damaged ({file})" in told
+            text = refusal(path, ArtifactNotFoundError, device="cuda")
+            assert "no compiled artifact for device 'cuda'" in text and f"cpu/damaged ({file})" in text
             refusal(path, device="cpu")
             refusal(path)
 

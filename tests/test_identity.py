@@ -82,8 +82,8 @@ class TestExchange:
         exchange(package(artifact), variant(artifact, 4.0))
         with pytest.raises(ArtifactError, match=r"elasticity\.pt2: has changed since the model was loaded"):
             stress(model)
-        told = r"not the artifact that the pickled model was made from: elasticity\.pt2 differ"
-        with pytest.raises(ArtifactError, match=told):
+        text = r"not the artifact that the pickled model was made from: elasticity\.pt2 differ"
+        with pytest.raises(ArtifactError, match=text):
             pickle.loads(data)
         exchange(package(artifact), variant(artifact, 3.0))
         assert stress(model) == stress(pickle.loads(data)) == 3.0 * TWICE_SHEAR

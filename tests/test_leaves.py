@@ -99,9 +99,9 @@ def test_where_times_do_not_tell_the_earlier_leaf_it_is_warned_of_both(two_leave
     change(two_leaves / "cpu/float32", stiffer, longer)
     copy = without_times(two_leaves, tmp_path / "copy")
     for dtype in ("float64", "float32"):
-        with pytest.warns(UserWarning, match=rf"cpu/{dtype}: is of another source.*compile all leaves again") as told:
+        with pytest.warns(UserWarning, match=rf"cpu/{dtype}: is of another source.*compile all leaves again") as given:
             Model(copy, dtype=dtype)
-        assert told[0].filename == __file__
+        assert given[0].filename == __file__
 
 
 def test_code_of_another_torch_with_the_same_constants_is_no_reason_to_warn(two_leaves: Path, tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_inspect_and_doctor_tell_of_every_leaf(two_leaves: Path, capsys: pytest.
     assert "is of an earlier compile" in leaves["float32"].fault and not leaves["float64"].fault
     assert leaves["float64"].left == ("elasticity_pvjp.pt2",) and not leaves["float32"].left
     assert cli.main(["inspect", str(two_leaves)]) == 0
-    told = capsys.readouterr().out
-    assert "is of an earlier compile" in told and "not named by the metadata: elasticity_pvjp.pt2" in told
+    text = capsys.readouterr().out
+    assert "is of an earlier compile" in text and "not named by the metadata: elasticity_pvjp.pt2" in text
     # What is asked for runs; the leaf beside it does not belong there all the same.
     found = diagnose(find_target(two_leaves))
     assert found.artifact is not None and found.artifact.runs and not found.healthy

@@ -264,15 +264,15 @@ def driver_result(file: Path, name: str, dtype: torch.dtype) -> Tensors:
 @having("implicit")
 def test_newton_settings_of_the_release(release: str) -> None:
     """They stand in the segment, in the stub, or in the file; 3.0.0 lost the line search."""
-    told = asdict(segment(described(NEWEST, "implicit")).newton)
+    expected = asdict(segment(described(NEWEST, "implicit")).newton)
     own = segment(described(release, "implicit")).newton
     if release_named(release).schema == 2:
-        told["ls_max_iters"] = 1
+        expected["ls_max_iters"] = 1
     if release_named(release).schema == 7:
         assert own == type(own)()
         stub = neml2.load_model(build.stub(release, "implicit"), "creep")
         own = segment(stub._inner._metadata).newton
-    assert asdict(own) == told
+    assert asdict(own) == expected
 
 
 def segment(metadata: Metadata) -> ImplicitInfo:

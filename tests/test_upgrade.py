@@ -277,7 +277,7 @@ def order(signature: Signature | None, inputs: tuple[str, ...] = ("strain",)) ->
         # 3.0.0 hands all of them over as plain tensors; a parameter has no free axis.
         (taking(((None, 6), ""), ((), "")), ("strain", "E")),
         (taking(((), ""), ((None, 6), "")), ("E", "strain")),
-        # A pinned batch has no free axis; 3.0.3, which first pins it, tells by type.
+        # A pinned batch has no free axis; 3.0.3, which first pins it, has types.
         (taking(((), ""), ((2, 6), SR2)), ("E", "strain")),
         # Inputs keep their own order around a parameter.
         (taking(((None,), SCALAR), ((), ""), ((None, 6), SR2)), ("T", "E", "strain")),
