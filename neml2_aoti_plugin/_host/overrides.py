@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nmhit
 import torch
@@ -49,24 +49,15 @@ class OpenSchema(HitSchema):  # type: ignore[misc]
         return [field.name for field in self.fields]
 
 
-@dataclass(frozen=True)
-class Option:
-    """An option of an input file: `section/block/name`; a file's top level has options without a block, too."""
+class Option(NamedTuple):
+    """An option of an input file, `section/block/name`; the parts are empty from the right where there are fewer."""
 
     path: str
+    section: str
+    block: str
+    name: str
+    text: str  # the value, as it was written
     field: Any
-
-    @property
-    def parts(self) -> tuple[str, str, str]:
-        """Section, block and name; empty from the right where there are fewer."""
-        section, _, rest = self.path.partition("/")
-        block, _, name = rest.partition("/")
-        return section, block, name
-
-    @property
-    def text(self) -> str:
-        """The value, as it was written."""
-        return str(self.field.raw_val())
 
 
 def parameter_values(
@@ -85,7 +76,7 @@ def parameter_values(
     old, solver = block.find("meta") is not None, block.param_optional_str("solver", "")
     values = {}
     for option in _options(root):
-        section, name, key = option.parts
+        section, name, key = option.section, option.block, option.name
         own = (section, name) == ("Models", model)
         if own and key in {"type", *schema.names}:
             continue
@@ -127,7 +118,10 @@ def _options(node: nmhit.Node) -> Iterator[Option]:
     """All options below a node."""
     for child in node.children():
         if child.type() == nmhit.NodeType.Field:
-            yield Option(child.fullpath(), child)
+            path = child.fullpath()
+            section, _, rest = path.partition("/")
+            block, _, name = rest.partition("/")
+            yield Option(path, section, block, name, str(child.raw_val()), child)
         elif child.type() == nmhit.NodeType.Section:
             yield from _options(child)
 
@@ -141,8 +135,7 @@ def _blocks(root: nmhit.Node, section: str) -> Iterator[nmhit.Node]:
 
 def _parameter(option: Option, authored: Mapping[str, str], model: str) -> str | None:
     """The promoted parameter, by its name at the boundary, that an option of `[Models]` stands for."""
-    _, block, key = option.parts
-    key = key.replace("/", ".")
+    block, key = option.block, option.name.replace("/", ".")
     below = {name: inside for name, inside in authored.items() if f".{inside}".rpartition(".")[0].endswith(f".{block}")}
     keys = {key, *_attributes(key, {inside.rpartition(".")[2] for inside in below.values()})}
     found = [name for name, inside in below.items() if inside.rpartition(".")[2] in keys]
@@ -210,7 +203,7 @@ def _other_models(model: str, factory: Any) -> Iterator[tuple[str, dict[str, str
 
 def _is_read(option: Option, holder: Any, kind: str, written: Collection[str]) -> bool:
     """Whether neml2 may read an option that is not of `[Models]`, or of a block there that has a type."""
-    section, block, key = option.parts
+    section, block, key = option.section, option.block, option.name
     if not block:
         # A variable, which programs give to every input file, whether it refers to it or not.
         return True
@@ -239,7 +232,7 @@ def _cure(
     option: Option, kind: str, model: str, schema: OpenSchema, authored: Mapping[str, str], root: nmhit.Node
 ) -> str:
     """What can be changed instead."""
-    section, block, key = option.parts
+    section, block, key = option.section, option.block, option.name
     if section == "Solvers" and not kind:
         return (
             "The Newton settings are in the artifact. To change them, add a solver and name it: "
