@@ -70,34 +70,36 @@ def refused(load: Load, artifact: Path, error: type[Exception], *words: str, **o
     return text
 
 
+def without(name: str) -> Callable[[Path], Path]:
+    """What removes a file or folder of an artifact."""
+
+    def remove(artifact: Path) -> Path:
+        path = artifact / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        return artifact
+
+    return remove
+
+
+# What is not there: what leads to the artifact, options of the load, and what the error must tell.
+MISSING: dict[str, tuple[Callable[[Path], Path], dict[str, Any], list[str]]] = {
+    "folder": (lambda a: a.with_name("elastic"), {}, ["elastic", "no such", "elasticity", "neml2-compile"]),
+    "metadata": (without("metadata.json"), {}, ["metadata.json", "neml2-compile"]),
+    "dtype": (Path, {"dtype": "float32"}, ["'cpu'", "'float32'", "cpu/float64", "--device cpu --dtype float32"]),
+    "device": (Path, {"device": "cuda"}, ["'cuda'", "cpu/float64", "neml2-compile", "--device cuda"]),
+    "leaf": (without("cpu"), {}, ["(none)", "neml2-compile"]),
+    "package": (without("cpu/float64/elasticity.pt2"), {}, ["elasticity.pt2", "compile the model again"]),
+}
+
+
 class TestArtifact:
-    def test_no_folder(self, load: Load, tmp_path: Path) -> None:
-        refused(load, tmp_path / "gone", ArtifactNotFoundError, str(tmp_path / "gone"), "no such", "neml2-compile")
-
-    def test_no_folder_tells_what_is_beside(self, load: Load, artifact: Path) -> None:
-        refused(load, artifact.with_name("elastic"), ArtifactNotFoundError, "elastic", "elasticity")
-
-    def test_folder_without_metadata(self, load: Load, artifact: Path) -> None:
-        (artifact / "metadata.json").unlink()
-        refused(load, artifact, ArtifactNotFoundError, str(artifact), "metadata.json", "neml2-compile")
-
-    def test_no_leaf_for_the_dtype(self, load: Load, artifact: Path) -> None:
-        text = refused(load, artifact, ArtifactNotFoundError, "no compiled artifact for device", dtype="float32")
-        assert "'cpu'" in text and "'float32'" in text
-        assert "cpu/float64" in text
-        assert re.search(r"neml2-compile .*--device cpu --dtype float32", text)
-
-    def test_no_leaf_for_the_device(self, load: Load, artifact: Path) -> None:
-        text = refused(load, artifact, ArtifactNotFoundError, "'cuda'", "cpu/float64", device="cuda")
-        assert re.search(r"neml2-compile .*--device cuda", text)
-
-    def test_no_leaf_at_all(self, load: Load, artifact: Path) -> None:
-        shutil.rmtree(artifact / "cpu")
-        refused(load, artifact, ArtifactNotFoundError, "(none)", "neml2-compile")
-
-    def test_missing_package(self, load: Load, artifact: Path) -> None:
-        (artifact / "cpu/float64/elasticity.pt2").unlink()
-        refused(load, artifact, ArtifactNotFoundError, "elasticity.pt2", "compile the model again")
+    @pytest.mark.parametrize("what", MISSING)
+    def test_what_is_not_there_is_named(self, load: Load, artifact: Path, what: str) -> None:
+        change, options, words = MISSING[what]
+        refused(load, change(artifact), ArtifactNotFoundError, *words, **options)
 
     def test_package_that_is_none(self, load: Load, artifact: Path) -> None:
         file = artifact / "cpu/float64/elasticity.pt2"
