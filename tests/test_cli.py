@@ -163,10 +163,12 @@ def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place
     assert environment.run(code).count("Examples:") == 1 + len(COMMANDS)
     took = []
     for _ in range(5):
-        begin = time.perf_counter()
+        before = os.times()
         start(environment, place, "--help")
-        took.append(time.perf_counter() - begin)
-    assert min(took) < 0.3
+        # Of a processor, since the machine may be busy; it takes 0.06 s.
+        after = os.times()
+        took.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(took) < 0.15
 
 
 @pytest.mark.parametrize(

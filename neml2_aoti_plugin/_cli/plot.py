@@ -111,8 +111,8 @@ def _read(path: Path, wanted: Sequence[str]) -> Result:
         unsure = [name for name in readings[0].series if len({read.series[name].shape for read in readings}) > 1]
         may_be = (", ".join(_in_words(read, name) for name in unsure) for read in readings)
         raise InputError(
-            f"{path}: a .pt file records no types, and this one may hold {', or '.join(may_be)}. Name what to draw (--y "
-            "NAME of a scalar, --y NAME.PART of a tensor), or draw a .npz or .csv file."
+            f"{path}: a .pt file records no types, and this one may hold {', or '.join(may_be)}. Name what to draw "
+            "(--y NAME of a scalar, --y NAME.PART of a tensor), or draw a .npz or .csv file."
         )
     return next((found for found in readings if _has(found, wanted)), readings[0])
 
