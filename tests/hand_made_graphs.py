@@ -107,16 +107,7 @@ class Container:
 
 
 class HandMadeGraph:
-    """A function in the place of a compiled graph; see `neml2_aoti_plugin._solve.native.CompiledGraph`.
-
-    Args:
-        function: takes the arguments of the graph, and gives its outputs.
-        handles: of the tensors.
-        inputs: number of arguments.
-        outputs: number of outputs.
-        name: in messages.
-        keeps: whether it gives the same memory again in other calls, as a graph does with its constants.
-    """
+    """A function in the place of a compiled graph; see `neml2_aoti_plugin._solve.native.CompiledGraph`."""
 
     def __init__(
         self,

@@ -42,17 +42,7 @@ class Result:
 
 
 def stress_and_tangent(increment: Array, dt: Array, stress: Array, p: Array) -> tuple[Array, Array, Array]:
-    """One step from a state.
-
-    Args:
-        increment: of the strain, `(n, 6)`.
-        dt: time of the step, `(n,)`.
-        stress: before the step, `(n, 6)`.
-        p: equivalent plastic strain before the step, `(n,)`.
-
-    Returns:
-        Stress, equivalent plastic strain, and derivative of the stress by the strain, `(n, 6, 6)`.
-    """
+    """One step from a state."""
     trial = stress @ DEVIATORIC + 2.0 * SHEAR * increment @ DEVIATORIC
     mean = ((stress + 3.0 * BULK * increment) @ ONE / 3.0)[:, None] * ONE
     norm = np.linalg.norm(trial, axis=1)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 import references
-from hand_made_graphs import Function, System, expanded, once, strided, system_of, transposed
+from hand_made_graphs import Function, Handles, HandMadeGraph, System, expanded, once, strided, system_of, transposed
 from neml2_aoti_plugin._graphs.c_interface import power_executor, tensor_functions
 from neml2_aoti_plugin._solve import machine_code
-from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means
+from neml2_aoti_plugin._solve.machine_code import CHOICE
+from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means, Prediction, UnfitPredictor
 from neml2_aoti_plugin._solve.newton import Solved
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
 from neml2_aoti_plugin.settings import NewtonSettings
@@ -420,3 +421,77 @@ def arctans_and_squares() -> Equations:
         lambda u, g: -torch.where(g == 0.0, torch.atan(u), u * u),
         lambda u, g: torch.where(g == 0.0, 1.0 / (1.0 + u * u), 2.0 * u).unsqueeze(-1),
     )
+
+
+class TestInitialGuess:
+    """A predictor that gives the first of two unknowns, `(rows,)` and `(rows, 2)`, from a given and from itself."""
+
+    ROWS = 19
+
+    def guess(
+        self, predictor: Function, times: int = 1, kept: Sequence[int] = (), second: Tensor | None = None
+    ) -> tuple[Tensor, Handles]:
+        """The initial guess: a solve without an update ends there."""
+        handles = Handles()
+        graphs = [
+            HandMadeGraph(lambda u, g: [torch.ones_like(u)], handles, 2, 1),
+            HandMadeGraph(lambda u, g: [torch.eye(3).double().repeat(len(u), 1, 1), torch.ones_like(u)], handles, 2, 2),
+            None,
+            None,
+            HandMadeGraph(predictor, handles, 2, 2, "predictor"),
+        ]
+        # The second output feeds the second argument, and belongs to no unknown.
+        prediction = Prediction(((1, 0, -1), (2, -1, 1)), times)
+        solver = BlockSolver(Block(graphs, [1, 2], [1], prediction=prediction), handles.means, most=64)
+        g = torch.arange(1.0, self.ROWS + 1, dtype=torch.float64)
+        found = solver.solve(
+            [torch.full_like(g, 7.0), second],
+            [g],
+            self.ROWS,
+            [],
+            NewtonSettings(miters=1),
+            predicted_from=[g, torch.zeros(self.ROWS, 2, dtype=torch.float64)],
+            kept=kept,
+        )
+        assert torch.equal(found.givens[:, 0], g)
+        return found.solved.unknowns[0], handles
+
+    @pytest.mark.parametrize("times", [1, 3])
+    @pytest.mark.parametrize("form", [torch.clone, transposed, strided])
+    def test_comes_of_what_the_predictor_gave_before(self, times: int, form: Callable[[Tensor], Tensor]) -> None:
+        second = torch.randn(self.ROWS, 2, dtype=torch.float64)
+        found, handles = self.guess(lambda g, x: [g + 10.0 * x[:, 1], form(x + g[:, None])], times, second=second)
+        g = torch.arange(1.0, self.ROWS + 1, dtype=torch.float64)
+        assert torch.equal(found[:, 0], g + 10.0 * (times - 1) * g)
+        assert torch.equal(found[:, 1:], second)
+        assert not handles.alive and not handles.strays
+
+    def test_is_the_callers_where_there_is_one_and_zero_without(self) -> None:
+        found, _ = self.guess(lambda g, x: [g, x], kept=[0])
+        assert torch.equal(found, torch.tensor([7.0, 0.0, 0.0]).double().expand(self.ROWS, 3))
+
+    @pytest.mark.parametrize("other", [lambda x: x[:, None].expand(-1, 3), lambda x: x[0], lambda x: x.float()])
+    def test_of_another_form_is_left_to_others(self, other: Callable[[Tensor], Tensor]) -> None:
+        with pytest.raises(UnfitPredictor, match=r"^predictor\.pt2: returned tensors of other shapes"):
+            self.guess(lambda g, x: [other(g), x])
+
+    def test_of_a_predictor_that_fails(self) -> None:
+        def fails(g: Tensor, x: Tensor) -> list[Tensor]:
+            raise RuntimeError("no guess")
+
+        with pytest.raises(AOTIError, match=r"^predictor\.pt2: the compiled graph failed: no guess"):
+            self.guess(fails)
+
+
+@pytest.mark.parametrize("name", ["viscoplasticity", "chaboche", "predictor_loop", "composed", "crystal"])
+def test_guess_and_derivatives_are_those_of_graphs_called_one_by_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = references.case(name)
+    rows = case.rows()
+    found, segment = case.load(), case.load()._caller.program.implicit[0]
+    kinds: list[object] = [found.solve(rows).outputs, found.jacobian(rows)[1] if segment.sensitivity else {}]
+    monkeypatch.setenv(CHOICE, "torch")
+    other = case.load()
+    for one, two in zip(kinds, [other.solve(rows).outputs, other.jacobian(rows)[1] if kinds[1] else {}], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)

@@ -33,13 +33,11 @@ class Equations:
     """`r(u, g) = 0` row by row, with the Jacobian; counts the different rows that were evaluated.
 
     Machine code fills the rows of a call up to whole vectors by copies of the first one.
-
-    Args:
-        residual: `-r`, `(rows, n)`.
-        jacobian: `dr/du`, `(rows, n, n)`.
     """
 
+    # `-r`, `(rows, n)`.
     residual: Callable[[Tensor, Tensor], Tensor]
+    # `dr/du`, `(rows, n, n)`.
     jacobian: Callable[[Tensor, Tensor], Tensor]
     residuals: int = 0
     jacobians: int = 0
@@ -369,12 +367,7 @@ def test_line_search_goes_on_where_a_small_step_is_wanting(solve: Implementation
 
 @dataclass
 class Traub:
-    """Newton's method with chord steps on one equation, in plain Python.
-
-    Args:
-        f: the function whose root is sought.
-        slope: its derivative.
-    """
+    """Newton's method with chord steps on one equation, in plain Python."""
 
     f: Callable[[Any], Any]
     slope: Callable[[Any], Any]

@@ -122,18 +122,15 @@ def test_no_row_fails_by_chord_steps(ls_max_iters: int, implementation: str) -> 
 
 @dataclass(frozen=True)
 class Solved:
-    """What `Model.solve` gave, and how the last implicit segment ended.
+    """What `Model.solve` gave, and how the last implicit segment ended."""
 
-    Args:
-        rows: as `Model.solve` gives them.
-        unknowns: `(rows, n)`.
-        left: norm of the residual there, `(rows,)`.
-        limit: that this norm was to fall below, `(rows,)`.
-    """
-
+    # As `Model.solve` gives them.
     rows: Solution
+    # `(rows, n)`.
     unknowns: Tensor
+    # Norm of the residual there, `(rows,)`.
     left: Tensor
+    # That this norm was to fall below, `(rows,)`.
     limit: Tensor
 
 

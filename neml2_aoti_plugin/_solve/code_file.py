@@ -13,7 +13,7 @@ PATH = HERE / "machine_code.bc"
 SOURCES = (
     "criteria.py",
     "tables.py",
-    *(f"machine/{name}.py" for name in ("calls", "elimination", "emit", "newton")),
+    *(f"machine/{name}.py" for name in ("calls", "elimination", "emit", "newton", "space")),
 )
 REBUILD = (
     "In a checkout: make machine-code. Else install the package again: pip install --force-reinstall neml2-aoti-plugin"

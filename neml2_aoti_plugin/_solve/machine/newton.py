@@ -8,8 +8,8 @@ arrays of `Space`; rows that are done leave, and the others move up.
 
 from __future__ import annotations
 
-from math import inf, isfinite, nan, sqrt
-from typing import Any, Final, NamedTuple
+from math import isfinite, nan
+from typing import Any, Final
 
 from .. import criteria as by
 from .. import tables
@@ -20,14 +20,10 @@ from ..tables import (
     DIVERGED,
     DONE,
     FIRST,
-    HISTORY_COLUMNS,
-    INDEX_COLUMNS,
-    ITERATION_LINE,
     LANES,
     LAST,
     MEMBER,
     NORM,
-    NUMBER_COLUMNS,
     OUT_OF_ITERATIONS,
     OUTCOME,
     PLACE,
@@ -35,32 +31,24 @@ from ..tables import (
     SLOPE,
     SLOT,
     SOURCE,
-    TRIAL_LINE,
     TRIAL_NORM,
     TRIED,
     UPDATE,
     Solve,
 )
 from .calls import (
-    Graph,
     Output,
     call_with,
-    copies,
     entry,
     entry_of,
-    filled,
     inlined,
     inner,
-    integer_rows,
     integers,
-    look,
     number_rows,
     numbers,
     output,
-    place_rows,
     release,
     run,
-    start_graph,
     take,
 )
 from .elimination import (
@@ -77,6 +65,7 @@ from .elimination import (
     substitute_one,
     take_side,
 )
+from .space import Graphs, gather, graph_of, note, note_iteration, note_trials, predict, space
 
 # In `record` of a row that has converged: it waits for a last step with a linearisation of its own; it has a last step.
 WAITING: Final = -1
@@ -87,86 +76,12 @@ _converged, _small_step, _accepted = inlined(by.converged), inlined(by.small_ste
 _gains, _carries, _followed = inlined(by.gains), inlined(by.carries), inlined(by.followed)
 
 
-class Space(NamedTuple):
-    """The arrays of a solve: vectors `(capacity, n)` of the live rows, but for `last_step` and `guess`, of all rows."""
-
-    u: Any
-    step: Any
-    trial: Any
-    # `-r` at the unknowns, then at the trials.
-    b: Any
-    # Further trials of some rows, and `-r` there.
-    further: Any
-    further_b: Any
-    last_step: Any
-    guess: Any
-    # Givens of the live rows, of the further trials, `(capacity, q)`, and of all rows, `(rows, q)`.
-    g: Any
-    further_g: Any
-    givens: Any
-    # Their columns are those of `tables`.
-    numbers: Any
-    indices: Any
-    lu: Any
-    pivots: Any
-    norms: Any
-    record: Any
-    solution: Any
-    # Lines for the log; empty where nobody reads them.
-    history: Any
-
-
-class Graphs(NamedTuple):
-    """The graphs of a solve, and what their calls share."""
-
-    residual: Any
-    jacobian: Any
-    call: Any
-
-
 @inlined
 def _unpacked(p: Any, chord_steps: Any) -> Any:
     """The criteria in an array, with chord steps or without."""
     return by.Criteria(
         p[0], p[1], p[2], p[3], p[4], p[5] != 0.0, p[6] != 0.0, p[7] != 0.0, p[8], chord_steps and p[9] != 0.0
     )
-
-
-@inlined
-def _space(t: Any) -> Any:
-    """The arrays that a table names."""
-    rows, capacity, n, q = t[Solve.ROWS], t[Solve.CAPACITY], t[Solve.N], t[Solve.Q]
-    vectors, givens = t[Solve.VECTORS], t[Solve.GIVEN_VECTORS]
-    size, given = 8 * capacity * n, 8 * capacity * q
-    return Space(
-        number_rows(vectors + tables.U * size, (capacity, n)),
-        number_rows(vectors + tables.STEP * size, (capacity, n)),
-        number_rows(vectors + tables.TRIAL * size, (capacity, n)),
-        number_rows(vectors + tables.B * size, (capacity, n)),
-        number_rows(vectors + tables.FURTHER * size, (capacity, n)),
-        number_rows(vectors + tables.FURTHER_B * size, (capacity, n)),
-        number_rows(vectors + tables.LAST_STEP * size, (capacity, n)),
-        number_rows(vectors + tables.GUESS * size, (capacity, n)),
-        number_rows(givens + tables.OWN * given, (capacity, q)),
-        number_rows(givens + tables.FURTHER_OWN * given, (capacity, q)),
-        number_rows(t[Solve.GIVENS], (rows, q)),
-        number_rows(t[Solve.NUMBERS], (capacity, NUMBER_COLUMNS)),
-        integer_rows(t[Solve.INDICES], (capacity, INDEX_COLUMNS)),
-        numbers(t[Solve.FACTORS], (t[Solve.FACTORS_SIZE],)),
-        integers(t[Solve.PIVOTS], (t[Solve.PIVOTS_SIZE],)),
-        number_rows(t[Solve.NORMS], (rows, 2)),
-        integer_rows(t[Solve.RECORD], (rows, 2)),
-        number_rows(t[Solve.SOLUTION], (rows, n)),
-        number_rows(t[Solve.HISTORY], (t[Solve.HISTORY_LINES], HISTORY_COLUMNS)),
-    )
-
-
-@inlined
-def _graph(t: Any, place: Any, outputs: Any) -> Any:
-    """One of the graphs that a table names."""
-    of = integer_rows(t[Solve.GRAPHS_AT], (tables.GRAPHS, tables.GRAPH_COLUMNS))
-    fault = tables.BROKEN + 2 * place
-    return Graph(of[place, tables.RUN], of[place, tables.CONTAINER], t[Solve.EXECUTOR], outputs, fault)
 
 
 @entry
@@ -176,11 +91,11 @@ def solve_block(table: Any) -> Any:
     The number of rows that failed is put into the table.
     """
     t = integers(table, (Solve.FIELDS,))
-    s, rows = _space(t), t[Solve.ROWS]
+    s, rows = space(t), t[Solve.ROWS]
     call = call_with(t[Solve.FUNCTIONS], t[Solve.ARGUMENTS_AT], t[Solve.ARGUMENTS], 2, t[Solve.HANDLES])
-    graphs = Graphs(_graph(t, tables.RESIDUAL, 1), _graph(t, tables.JACOBIAN, 2), call)
-    _gather(t, s)
-    fault = _predict(t, s) if t[Solve.PREDICTIONS] > 0 and rows > 0 else DONE
+    graphs = Graphs(graph_of(t, tables.RESIDUAL, 1), graph_of(t, tables.JACOBIAN, 2), call)
+    gather(t, s)
+    fault = predict(t, s) if t[Solve.PREDICTIONS] > 0 and rows > 0 else DONE
     if fault != DONE:
         return fault
     limits, updates, cuts = numbers(t[Solve.LIMITS], (CRITERIA,)), t[Solve.UPDATES], t[Solve.CUTS]
@@ -192,7 +107,7 @@ def solve_block(table: Any) -> Any:
     if fault == DONE and criteria.chord_steps:
         failed = _failed_rows(s)
         if failed > 0:
-            line = _note(s, line, ATTEMPT_LINE, failed, 0.0, 0.0, 0.0)
+            line = note(s, line, ATTEMPT_LINE, failed, 0.0, 0.0, 0.0)
             fault, line = _attempt(graphs, s, failed, updates, cuts, line, _unpacked(limits, False))
     if fault == DONE:
         fault = _take_last_steps(graphs, s)
@@ -203,78 +118,6 @@ def solve_block(table: Any) -> Any:
     if fault == DONE and t[Solve.SIDES] > 0 and rows > 0:
         fault = _differentiate(t, s, call)
     return fault
-
-
-@inner
-def _gather(t: Any, s: Any) -> None:
-    """Put the variables side by side: unknowns to the initial guess, givens to their rows."""
-    rows, n = t[Solve.ROWS], t[Solve.N]
-    variables = integer_rows(t[Solve.VARIABLES_AT], (t[Solve.VARIABLES], tables.VARIABLE))
-    first = 0
-    for k in range(len(variables)):
-        address, width = variables[k, tables.VARIABLE_ADDRESS], variables[k, tables.VARIABLE_WIDTH]
-        of_unknowns = first < n
-        target = s.guess if of_unknowns else s.givens
-        at = first if of_unknowns else first - n
-        for row in range(rows):
-            source = numbers(address + 8 * width * row, (width,))
-            for i in range(width):
-                target[row, at + i] = source[i] if address != 0 else 0.0
-        first += width
-
-
-@inner
-def _predict(t: Any, s: Any) -> Any:
-    """Run the predictor as often as it is to be run, each time with what came out of it before; fill the guess."""
-    rows, outputs = t[Solve.ROWS], t[Solve.PREDICTED]
-    fill = filled(rows)
-    graph = _graph(t, tables.PREDICTOR, outputs)
-    count = t[Solve.PREDICTOR_ARGUMENTS]
-    call = call_with(t[Solve.FUNCTIONS], t[Solve.PREDICTOR_ARGUMENTS_AT], count, outputs, t[Solve.PREDICTOR_HANDLES])
-    arguments, room = call.arguments, t[Solve.PREDICTOR_ROOM]
-    for k in range(count):
-        width = arguments[k, tables.WIDTH]
-        copies(arguments[k, tables.ADDRESS], room, rows, fill, width)
-        arguments[k, tables.ADDRESS] = room
-        integers(arguments[k, tables.SIZES_AT], (1,))[0] = fill
-        room += 8 * fill * width
-    predicted = integer_rows(t[Solve.PREDICTED_AT], (outputs, tables.PREDICTED))
-    for _ in range(t[Solve.PREDICTIONS]):
-        if start_graph(graph, call):
-            return graph.fault
-        sound = True
-        for place in range(outputs):
-            width, column = predicted[place, tables.PREDICTED_WIDTH], predicted[place, tables.PREDICTED_COLUMN]
-            again = predicted[place, tables.PREDICTED_ARGUMENT]
-            if width == 0:
-                continue
-            if not (look(call, place) and _gives_rows(call, fill, width)):
-                sound = False
-                continue
-            if column >= 0:
-                place_rows(call, rows, s.guess, column, width)
-            if again >= 0:
-                target = number_rows(arguments[again, tables.ADDRESS], (fill, width))
-                place_rows(call, rows, target, 0, width)
-                for row in range(rows, fill):
-                    copy(target, 0, target, row)
-        release(graph, call)
-        if not sound:
-            return graph.fault + 1
-    return DONE
-
-
-@inlined
-def _gives_rows(call: Any, fill: Any, width: Any) -> Any:
-    """Whether the output that was looked at has rows, or one for all, of so many entries."""
-    axes = call.scratch[0]
-    if axes < 1:
-        return False
-    sizes = integers(call.scratch[1], (axes,))
-    size = 1
-    for k in range(1, axes):
-        size *= sizes[k]
-    return size == width and (sizes[0] == fill or sizes[0] == 1)
 
 
 @inner
@@ -301,13 +144,13 @@ def _attempt(graphs: Any, s: Any, rows: Any, updates: Any, cuts: Any, line: Any,
         copy(s.guess, row, s.u, k)
         copy(s.givens, row, s.g, k)
     if rows == 0:
-        return DONE, _note_iteration(s, line, 0, 0, 0)
+        return DONE, note_iteration(s, line, 0, 0, 0)
     fault, a = _linearise(graphs.jacobian, graphs.call, s, rows)
     if fault != DONE:
         return fault, line
     live, update = _begin(s, rows, criteria), 0
     while True:
-        line = _note_iteration(s, line, update, live, rows)
+        line = note_iteration(s, line, update, live, rows)
         if live == 0 or update == updates:
             break
         if update > 0:
@@ -439,12 +282,12 @@ def _try(residual: Any, call: Any, s: Any, live: Any, cuts: Any, line: Any, crit
     Gives what is wrong with the graph, the number of chord steps, and the next line for the log.
     """
     if live == 0:
-        return DONE, 0, _note_trials(s, line, 1, live, criteria)
+        return DONE, 0, note_trials(s, line, 1, live, criteria)
     fault = _evaluate(residual, call, s.trial, s.g, s.b, live)
     for k in range(live):
         s.numbers[k, TRIAL_NORM] = norm_of(s.b, k)
         s.indices[k, TRIED] = k
-    line = _note_trials(s, line, 1, live, criteria)
+    line = note_trials(s, line, 1, live, criteria)
     refused = _shorten(live, s, criteria) if fault == DONE and cuts > 0 else 0
     cut = 0
     while fault == DONE and refused > 0:
@@ -455,7 +298,7 @@ def _try(residual: Any, call: Any, s: Any, live: Any, cuts: Any, line: Any, crit
             copy(s.further, i, s.trial, k)
             copy(s.further_b, i, s.b, k)
             s.numbers[k, TRIAL_NORM] = norm_of(s.b, k)
-        line = _note_trials(s, line, cut + 1, live, criteria)
+        line = note_trials(s, line, cut + 1, live, criteria)
         refused = _shorten(refused, s, criteria) if cut < cuts else 0
     followed = _set_chord_steps(live, s, criteria) if fault == DONE and criteria.chord_steps else 0
     if followed > 0:
@@ -630,7 +473,7 @@ def _differentiate(t: Any, s: Any, call: Any) -> Any:
         copy(s.solution, row, s.u, row)
         copy(s.givens, row, s.g, row)
         s.indices[row, SOURCE] = row
-    jacobian = _graph(t, tables.JACOBIAN_AT_SOLUTION, 2)
+    jacobian = graph_of(t, tables.JACOBIAN_AT_SOLUTION, 2)
     fault, a = _linearise(jacobian, call, s, rows)
     if fault != DONE:
         return fault
@@ -643,7 +486,7 @@ def _differentiate(t: Any, s: Any, call: Any) -> Any:
         for k in range(start, end):
             s.indices[k, SLOT] = 1 if had_pivots(s.lu, k, n) else 0
     release(jacobian, call)
-    by_givens = _graph(t, tables.BY_GIVENS, 1)
+    by_givens = graph_of(t, tables.BY_GIVENS, 1)
     if run(by_givens, call, s.u, s.g, rows):
         return by_givens.fault
     b = output(call, 0, rows, n, q)
@@ -679,42 +522,3 @@ def _derivatives_of(t: Any, s: Any, b: Any, start: Any, end: Any) -> None:
             sound = s.indices[row, SLOT] != 0
             for i in range(n):
                 found[row * sides + c, i] = s.lu[side + i * LANES + row - start] if sound else nan
-
-
-@inner
-def _note(s: Any, line: Any, kind: Any, number: Any, one: Any, two: Any, three: Any) -> Any:
-    """Note a line for the log, if anybody reads it; give the next one."""
-    if line >= len(s.history):
-        return line
-    s.history[line, 0], s.history[line, 1] = kind, number
-    s.history[line, 2], s.history[line, 3], s.history[line, 4] = one, two, three
-    return line + 1
-
-
-@inner
-def _note_iteration(s: Any, line: Any, update: Any, live: Any, rows: Any) -> Any:
-    """Note the largest residual norm of the live rows and their largest first one; of all rows where none is live."""
-    if line >= len(s.history):
-        return line
-    worst = worst0 = 0.0
-    for k in range(live if live > 0 else rows):
-        row = s.indices[k, PLACE if live > 0 else MEMBER]
-        norm, norm0 = s.numbers[k, NORM] if live > 0 else s.norms[row, LAST], s.norms[row, FIRST]
-        # One that is no number is the largest.
-        worst = norm if norm > worst or norm != norm else worst
-        worst0 = norm0 if norm0 > worst0 or norm0 != norm0 else worst0
-    return _note(s, line, ITERATION_LINE, update, worst, worst0, 0.0)
-
-
-@inner
-def _note_trials(s: Any, line: Any, trial: Any, live: Any, criteria: Any) -> Any:
-    """Note the least step length, the largest trial norm and the least that would be accepted."""
-    if line >= len(s.history):
-        return line
-    alpha, worst, least = 1.0, 0.0, inf if live > 0 else 0.0
-    for k in range(live):
-        norm, slope = s.numbers[k, TRIAL_NORM], 1.0 if criteria.strong_wolfe else 2.0 * s.numbers[k, SLOPE]
-        alpha = min(alpha, s.numbers[k, ALPHA])
-        worst = norm if norm > worst or norm != norm else worst
-        least = min(least, s.numbers[k, NORM] * sqrt(max(1.0 - criteria.c * s.numbers[k, ALPHA] * slope, 0.0)))
-    return _note(s, line, TRIAL_LINE, trial, alpha, worst, least)
