@@ -27,7 +27,7 @@ from test_newton import SQUARES, Equations, by_machine_code, by_tensors, coupled
 
 N = 5
 TIGHT = NewtonSettings(atol=1e-11, rtol=1e-12, ls_max_iters=6)
-# From some of these first iterates, steps on arctan are cut back; on squares, last steps have their own Jacobian.
+# From some of these initial guesses, steps on arctan are cut back; on squares, last steps have their own Jacobian.
 STARTS = torch.tensor([[3.0], [20.0], [0.8], [-8.0], [1.0], [5.0]], dtype=torch.float64)
 KINDS = torch.tensor([[0.0]] * 4 + [[1.0]] * 2, dtype=torch.float64)
 

@@ -156,7 +156,7 @@ def test_systems_of_two_groups_agree_with_scipy(seed: int, ls_type: LineSearch, 
         np.testing.assert_allclose(found[row].numpy(), expected.x, rtol=1e-9, atol=1e-11)
 
 
-def test_converged_at_the_first_iterate() -> None:
+def test_converged_at_the_initial_guess() -> None:
     problem = cubic(C)
     guess = cubic_root(C)
     u, iterations = problem.solve(guess, replace(TIGHT, atol=1e-6))

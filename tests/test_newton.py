@@ -405,7 +405,7 @@ def test_chord_steps(solve: Implementation, copies: int) -> None:
 
 
 def test_chord_steps_that_let_the_residual_grow_are_taken_back(solve: Implementation) -> None:
-    """The slope is 1 at the first iterate 0 and 4.8 at the next one, 1, where the function is 0.4."""
+    """The slope is 1 at the initial guess 0 and 4.8 at the next one, 1, where the function is 0.4."""
     method = Traub(lambda u: ((3.0 * u - 2.6) * u + 1.0) * u - 1.0, lambda u: (9.0 * u - 5.2) * u + 1.0)
     expected, root = method.updates(0.0, 1e-6)
     assert method.taken_back > 0

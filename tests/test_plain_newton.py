@@ -1,4 +1,4 @@
-"""No row fails that plain Newton's method solves, and both solve it alike: random states, rates and first iterates.
+"""No row fails that plain Newton's method solves, and both solve it alike: random states, rates and initial guesses.
 
 Plain Newton's method has neither chord steps nor last steps, and takes a row alone: it is lockstep mode, row by row,
 which has the iterates of neml2's C++ runtime. The row-wise mode without chord steps tells of many more rows.
@@ -73,7 +73,7 @@ def drawn(name: str, count: int, seed: int) -> Tensors:
 
 
 def with_poor_starts(model: Model, rows: Tensors, seed: int) -> Tensors:
-    """The same rows with first iterates around zero, as large as the unknowns get, or much larger."""
+    """The same rows with initial guesses around zero, as large as the unknowns get, or much larger."""
     generator = torch.Generator().manual_seed(seed)
     solved = model.solve(rows)
     found = dict(rows)

@@ -13,8 +13,7 @@ from torch import Tensor
 from .. import errors
 from .._artifact.schema import Aliases, Shape
 from .._program.implicit import ImplicitSegment
-from .._program.program import Program
-from .._program.report import Report
+from .._program.program import Program, Report
 from .._solve.outcome import Outcome, failed_where, not_finite_rows
 from ..settings import NewtonSettings
 

@@ -246,7 +246,7 @@ class TestDerivatives:
         for name, value in model.forward({**rows, "stress": first}).items():
             assert torch.equal(found[name], value), name
 
-    def test_vmap_over_first_iterates_only(self, model: Model, rows: Tensors) -> None:
+    def test_vmap_over_initial_guesses_only(self, model: Model, rows: Tensors) -> None:
         row = {name: x[-1] for name, x in rows.items()}
         starts = torch.stack([torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)])
         found = torch.func.vmap(lambda x: model.forward({**row, "stress": x})["stress"])(starts)
