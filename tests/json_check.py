@@ -9,16 +9,7 @@ from typing import Any
 
 
 def mismatches(value: Any, hint: Any, path: str = "") -> list[str]:
-    """What is not as the type says.
-
-    Args:
-        value: decoded JSON.
-        hint: a dataclass, or the type of one of its fields.
-        path: of the value, for messages.
-
-    Returns:
-        A line for each difference; none if all is as it should be.
-    """
+    """A line for each part of decoded JSON that is not as a type says, or as a dataclass's fields do."""
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         names = [field.name for field in dataclasses.fields(hint)]

@@ -34,9 +34,7 @@ HERE = ("neml2-aoti ", "neml2-run ", "neml2-inspect ")
 def script(text: str, *, bare: bool = False) -> str:
     """The program of a page, each block on its own lines, so that a traceback tells the line of the page.
 
-    Args:
-        text: of the page.
-        bare: whether a block without a language is a shell block if it begins with a command.
+    With `bare`, a block without a language is a shell block if it begins with a command.
     """
     lines: list[str] = []
     inside, opening = None, ""
@@ -105,13 +103,7 @@ def _here(command: str) -> None:
 
 
 def run(command: str, folder: Path | None = None, limit: float = 240) -> None:
-    """Run a command in a shell, which finds the programs of this environment first.
-
-    Args:
-        command: as it would be typed.
-        folder: where; the current one if not given.
-        limit: seconds that it may take.
-    """
+    """Run a command in a shell, which finds the programs of this environment first."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     with subprocess.Popen(
         command,

@@ -331,11 +331,10 @@ def test_a_client_that_has_gone_costs_nothing(service: Service) -> None:
     text = raw("/v2/models/viscoplasticity/infer", *encode(step(50), binary=True))
     labels = {"model": "viscoplasticity", "operation": "forward"}
     before = service.metric("neml2_rows_total", **labels)
-    with busy(service):
-        with contextlib.ExitStack() as stack:
-            for _ in range(4):
-                stack.enter_context(service.connect()).sendall(text)
-            time.sleep(0.05)
+    with busy(service), contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(service.connect()).sendall(text)
+        time.sleep(0.05)
     assert service.metric("neml2_rows_total", **labels) == before
     time.sleep(0.2)
     assert [line["status"] for line in service.lines("request")].count(499) == 4

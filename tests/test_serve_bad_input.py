@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neml2_aoti_plugin import Model
-from serving import Answer, Array, Service, artifact, close, encode, started, strain
+from serving import Answer, Array, Service, artifact, close, encode, raw, read_all, reference, started, strain
 
 PATH = "/v2/models/promoted/infer"
 
@@ -44,10 +48,7 @@ def memory(service: Service) -> float:
 def right() -> tuple[dict[str, Array], Array]:
     """A request that is right, and the stress that answers it."""
     inputs = strain(3)
-    model = Model(artifact("promoted"))
-    import torch
-
-    return inputs, model.forward({"strain": torch.from_numpy(inputs["strain"])})["stress"].numpy()
+    return inputs, reference(Model(artifact("promoted")), "forward", inputs)["stress"]
 
 
 def ask(service: Service, document: Any, data: bytes = b"", length: str | None = None) -> Answer:
@@ -342,63 +343,45 @@ def test_what_is_no_http(service: Service, start: bytes, rest: bytes) -> None:
     """It is refused or waited for; a connection that was refused is closed."""
     with service.connect(0.05) as connection:
         connection.sendall(start + rest)
-        answer = b""
-        try:
-            while part := connection.recv(65536):
-                answer += part
-        except (TimeoutError, ConnectionResetError):
-            pass
-    assert answer == b"" or answer.startswith(b"HTTP/1.1 ") or answer.startswith(b"HTTP/1.0 ")
-    if answer:
-        assert 400 <= int(answer[9:12]) < 500 or int(answer[9:12]) == 200, answer
+        with contextlib.suppress(TimeoutError):
+            answer = b""
+            answer = read_all(connection)
+    assert re.match(rb"$|HTTP/1\.[01] (200|4\d\d) ", answer), answer
 
 
 @SETTINGS
 @given(path=st.text(min_size=1, max_size=20))
 def test_addresses_of_any_text(service: Service, path: str) -> None:
-    from urllib.parse import quote
-
     for address in (f"/v2/models/{quote(path, safe='')}", f"/{quote(path)}"):
         answer = service.request("GET", address)
-        assert answer.status in (200, 307, 400, 404) and (answer.status in (200, 307) or answer.error)
+        assert answer.status in (200, 307) or (answer.status in (400, 404) and answer.error)
 
 
 def test_neighbours_are_right_and_it_is_still_there(service: Service, right: tuple[dict[str, Array], Array]) -> None:
     """Bad requests and good ones at the same time."""
-    from concurrent.futures import ThreadPoolExecutor
-
     inputs, stress = right
     nan = {"strain": np.full((1, 6), np.nan)}
 
-    def good(_: int) -> None:
-        close(service.infer("promoted", inputs).arrays["stress"], stress)
-
-    def bad(place: int) -> None:
-        if place % 3 == 0:
+    def one(place: int) -> None:
+        if place % 2:
+            close(service.infer("promoted", inputs).arrays["stress"], stress)
+        elif place % 3 == 0:
             assert service.infer("promoted", nan).status == 422
-        elif place % 3 == 1:
-            assert ask(service, request(shape=[1, 7])).status == 400
         else:
-            assert ask(service, b"{" * 1000).status == 400
+            assert ask(service, b"{" * 1000 if place % 3 == 1 else request(shape=[1, 7])).status == 400
 
     with ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(good if place % 2 else bad, place) for place in range(200)]
-        for future in waiting:
-            future.result()
+        list(pool.map(one, range(200)))
     assert service.get("/v2/health/ready") == {"ready": True}
 
 
 def test_bytes_of_a_right_request_in_any_parts(service: Service, right: tuple[dict[str, Array], Array]) -> None:
     """However the network cuts it, and several on one connection."""
     inputs, stress = right
-    body, headers = encode(inputs, binary=True)
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-    text = (head + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n").encode() + body
-    rng = np.random.default_rng(0)
+    several = raw(PATH, *encode(inputs, binary=True)) * 5
+    cuts = [0, *sorted(np.random.default_rng(0).integers(0, len(several), 40).tolist()), len(several)]
     with service.connect(10) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        several = text * 5
-        cuts = [0, *sorted(rng.integers(0, len(several), 40).tolist()), len(several)]
         for begin, end in pairwise(cuts):
             connection.sendall(several[begin:end])
             time.sleep(0.002)

@@ -10,7 +10,7 @@ import pytest
 
 from neml2_aoti_plugin import ConvergenceError, Model
 from neml2_aoti_plugin.serve import app
-from serving import DTYPES, Array, artifact, encode, reference, running, same, step
+from serving import DTYPES, Array, artifact, encode, reference, running, same, step, strain
 
 STUBS = (
     *("calibration", "cross_group", "krylov", "predictor_loop", "promoted", "substepping"),
@@ -21,6 +21,7 @@ REQUESTS, FAILING = 12, 4
 # Steps of time of the same length: with others, some models have several solutions at random inputs.
 TIMES = {"t": 1.0, "t~1": 0.0, "t~2": -1.0}
 INFER = "/v2/models/model/infer"
+LABELS = '{model="model",operation="forward"}'
 
 Asked = tuple[dict[str, Array], dict[str, Array]]
 
@@ -110,6 +111,23 @@ def test_where_a_gathered_call_raises_each_is_evaluated_alone() -> None:
                 same(answer.arrays, reference(model, "forward", one))
 
     asyncio.run(use())
+
+
+@pytest.mark.parametrize(
+    ("limits", "calls"),
+    [({"wait_ms": 500}, 1), ({"wait_ms": 60_000, "gather_rows": 4}, 1), ({"gather_rows": 1}, 2)],
+    ids=["for some time", "until there are enough", "not at all"],
+)
+def test_requests_wait_for_others(limits: dict[str, float], calls: int) -> None:
+    async def use() -> None:
+        async with running(app({"model": artifact("elasticity")}, **limits)) as ask:
+            first = asyncio.create_task(ask("POST", INFER, *encode(strain(2), True)))
+            await asyncio.sleep(0.05)
+            second = await ask("POST", INFER, *encode(strain(2), False))
+            same((await first).arrays, second.arrays)
+            assert f"neml2_call_seconds_count{LABELS} {float(calls)}" in (await ask("GET", "/metrics")).body.decode()
+
+    asyncio.run(asyncio.wait_for(use(), 30))
 
 
 @pytest.mark.wide
