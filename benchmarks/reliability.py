@@ -60,7 +60,7 @@ def load(artifact: Path) -> None:
     checked = milliseconds(lambda: compatibility.check(metadata, place))
 
     def first() -> None:
-        compatibility.looked_over.clear()
+        compatibility.known_packages.clear()
         compatibility.check(metadata, place)
 
     def read_again() -> None:

@@ -138,7 +138,7 @@ class _Inside:
 
 
 # By digest and name of the package: the same bytes need not be looked over again.
-looked_over: dict[tuple[str, str], _Inside] = {}
+known_packages: dict[tuple[str, str], _Inside] = {}
 _MANY = 4096
 
 
@@ -146,13 +146,13 @@ def _inspect(file: Path, place: Place) -> tuple[Package, list[str]]:
     """A package, and what speaks against running it here, whatever the metadata gives its graph."""
     data, digest = read_package(file, place.folder)
     known = (digest, file.stem)
-    inside = looked_over.get(known)
+    inside = known_packages.get(known)
     if inside is None:
-        inside = looked_over[known] = _look_into(file, data)
+        inside = known_packages[known] = _look_into(file, data)
         # Not without end, however many artifacts a process goes through.
-        if len(looked_over) > _MANY:
-            for old in list(looked_over)[:-_MANY]:
-                looked_over.pop(old, None)
+        if len(known_packages) > _MANY:
+            for old in list(known_packages)[:-_MANY]:
+                known_packages.pop(old, None)
     package = Package(file, place.folder, digest, inside.signature)
     if inside.faults:
         return package, list(inside.faults)
