@@ -22,7 +22,7 @@ from neml2_aoti_plugin._artifact.schema import (
     Metadata,
     Segment,
 )
-from neml2_aoti_plugin._artifact.wiring import argument_order
+from neml2_aoti_plugin._artifact.wiring import argument_order, with_argument_order
 from neml2_aoti_plugin.errors import ArtifactError, InputError
 from neml2_aoti_plugin.settings import NewtonSettings
 
@@ -318,6 +318,21 @@ def test_kinds_come_from_the_call_spec() -> None:
 def test_promotion_leaves_the_order_open_until_the_package_is_read(release: str) -> None:
     first = read(document(release, "promoted_provider")).segments[0]
     assert isinstance(first, ExplicitInfo) and first.parameters_among_inputs and first.parameters == ("young.value",)
-    settled = replace(first, arguments=("young.value", "strain"), parameters_among_inputs=False)
-    assert settled.order == (1, 0)
-    assert replace(first, arguments=("strain", "young.value")).order is None
+    assert first.jacobian is not None
+    metadata = replace(read(document(release, "promoted_provider")), segments=(first,))
+    behind, ahead = taking(((None, 6), SR2), ((), "")), taking(((), ""), ((None, 6), SR2))
+    for signature, order in ((behind, None), (ahead, (1, 0))):
+        ((settled,), faults) = ordered(metadata, {first.value: signature, first.jacobian.file: signature})
+        assert not faults and isinstance(settled, ExplicitInfo) and settled.order == order
+        assert not settled.parameters_among_inputs
+    ((_,), ((file, fault),)) = ordered(metadata, {first.value: ahead, first.jacobian.file: behind})
+    assert file == first.value and "another order" in fault
+    ((open_one,), ((file, fault),)) = ordered(metadata, {first.value: None})
+    assert open_one is first and file == first.value and "does not show" in fault
+    # A package that is missing or damaged has a fault of its own.
+    assert ordered(metadata, {}) == ((first,), [])
+
+
+def ordered(metadata: Metadata, signatures: dict[str, Signature | None]) -> tuple[tuple[Segment, ...], Any]:
+    found, faults = with_argument_order(metadata, signatures)
+    return found.segments, faults
