@@ -152,11 +152,14 @@ def plan_of(program: Program, boundary: Boundary) -> Plan | None:
     if len(program.segments) > 1 or not isinstance(segment, ExplicitSegment):
         return None
     spec = segment.spec
+    taken, given = {v.name for v in boundary.inputs.values()}, {v.name for v in boundary.outputs.values()}
     straight = (
         boundary.device.type == "cpu"
         and program.batch_axes == (None,)
         and spec.order is None
         and bool(spec.inputs)
         and not spec.parameters
+        and taken.issuperset(spec.inputs)
+        and given.issubset(spec.outputs)
     )
     return Plan(program, segment, boundary) if straight else None
