@@ -18,8 +18,8 @@ import torch
 import references
 from commands import answer, copy_of, printed, refused, source_input, stub_of
 from neml2_aoti_plugin import Model
-from neml2_aoti_plugin._cli.differences import central
 from neml2_aoti_plugin._cli.points import Evaluated, Points
+from neml2_aoti_plugin._cli.references import central
 from neml2_aoti_plugin._cli.result_files import read_result
 from neml2_aoti_plugin._cli.verify import scale_of
 from stubs.build import QUICK, compiled

@@ -22,7 +22,7 @@ from .options import (
     model_options,
     refuse_together,
 )
-from .output import progress, show, table
+from .output import figure, literal, progress, require_drawable, show, table
 from .process import heeded
 
 if TYPE_CHECKING:
@@ -102,7 +102,6 @@ def command(
     import torch
 
     from ..model._operations import BY_SOLVE, operation
-    from .figures import require_drawable
     from .points import Where, choose_points, evaluate
     from .target import leaf_name
 
@@ -150,8 +149,6 @@ def render(report: BenchReport) -> Iterator[str | Table]:
 
 def draw(report: BenchReport, path: Path) -> BenchReport:
     """Draw rows per second over the batch size, a line for each number of threads; gives the report with it."""
-    from .figures import figure, literal
-
     with figure(path) as axes:
         for threads in dict.fromkeys(found.threads for found in report.measurements):
             mine = [found for found in report.measurements if found.threads == threads]

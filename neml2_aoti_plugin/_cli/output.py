@@ -1,7 +1,7 @@
-"""What commands print: text and tables for people, one JSON document for programs.
+"""What commands print and draw: text, tables and pictures for people, one JSON document for programs.
 
-rich is imported when something is printed, so that `--help` does not wait for it. Strings are printed as they are: what
-has a colour is a `rich.text.Text`.
+rich and matplotlib are imported when they are used, so that `--help` does not wait for them. Strings are printed as
+they are: what has a colour is a `rich.text.Text`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .._files import draft, require_writable
+from ..errors import InputError
 from . import FINE
 
 if TYPE_CHECKING:
@@ -34,6 +38,9 @@ PACKAGES = {
     "matplotlib": "pip install 'neml2-aoti-plugin[plot]'",
     "nmhit": "pip install neml2",
 }
+
+FORMATS = (".png", ".svg", ".pdf")
+DPI = 150
 
 Report = TypeVar("Report", bound="DataclassInstance")
 
@@ -117,3 +124,38 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def require_drawable(path: Path) -> None:
+    """Refuse a picture whose ending is another, or that cannot be written, ahead of long work."""
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
+    # What is missing is reported now as well.
+    import matplotlib  # noqa: F401
+
+    require_writable(path)
+
+
+def literal(text: str) -> str:
+    """A name as matplotlib shows it: `$` begins no formula there, and `_` at the beginning hides no label."""
+    return ("\u2009" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+@contextmanager
+def figure(path: Path, width: float = 6.4, height: float = 4.6) -> Iterator[Any]:
+    """Give the axes of a figure, in inches, which is written to the file at the end."""
+    require_drawable(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with draft(path) as scratch:
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(drawn)
+        axes = drawn.subplots()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        yield axes
+        drawn.savefig(scratch, dpi=DPI, format=path.suffix.lower().removeprefix("."))

@@ -12,7 +12,7 @@ import click
 
 from ..errors import InputError, UnknownNameError
 from .options import FILE, json_option
-from .output import show
+from .output import figure, literal, show
 
 if TYPE_CHECKING:
     from .results import Array, Result
@@ -69,8 +69,6 @@ def command(
     .vonmises, .equivalent (of a strain, the square root of 2/3 of its deviator's product with itself), .norm, .trace,
     .mean. @time and @step are there in any case. Each site of a sub-batch is a line; stress[2].xy is one of them.
     """
-    from .figures import figure, literal
-
     found = [(path, _read(path, [*([x] if x else []), *ys])) for path in results]
     wanted_x = x or default_x(found[0][1])
     wanted_ys = list(ys) or [default_y(found[0][1], wanted_x)]

@@ -23,7 +23,7 @@ from .options import (
     model_options,
     refuse_together,
 )
-from .output import show, table
+from .output import figure, literal, require_drawable, show, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..model import Model
-    from .eager import Source
     from .points import Blocks, Evaluated, Pair, Points, Tensors
+    from .references import Source
 
 RTOL = 1e-6
 # Finite differences are no better than this, by the model's dtype.
@@ -132,10 +132,8 @@ def command(
         raise click.UsageError("--source-model names a model in INPUT.i. Give that file as well: --against INPUT.i")
     refuse_together({"--golden": golden, "--points": points, "--driver or --scale": driver or scales})
     from .._files import require_writable
-    from .eager import Source
-    from .figures import require_drawable
-    from .golden import golden_beside, read_golden, write_golden
     from .points import Where, choose_points, evaluate
+    from .references import Source, golden_beside, read_golden, write_golden
     from .target import leaf_name
 
     if picture is not None:
@@ -224,8 +222,6 @@ def render(report: Verification) -> Iterator[str | Text | Table]:
 
 def draw(report: Verification, path: Path) -> Verification:
     """Draw the worst error of each quantity, and its tolerance; gives the report with it."""
-    from .figures import figure, literal
-
     shown = report.comparisons[::-1]
     places = range(len(shown))
     with figure(path, 7.0, 1.2 + 0.32 * max(len(shown), 1)) as axes:
@@ -285,7 +281,7 @@ def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Co
 
 def _with_differences(model: Model, found: Evaluated, blocks: Blocks, rtol: float | None) -> Iterator[Comparison | str]:
     """Compare derivatives with finite differences, where these can be taken; of the rest it is said why not."""
-    from .differences import differentiate
+    from .references import differentiate
 
     limit = DIFFERENCE_RTOL[str(model.dtype).removeprefix("torch.")] if rtol is None else rtol
     outs_by: dict[str, list[str]] = {}
@@ -308,7 +304,7 @@ def scale_of(found: Evaluated, pair: Pair, block: Tensor) -> float:
 
     So a derivative that is zero but for rounding has no error to speak of.
     """
-    from .differences import SCALE, ZERO
+    from .references import SCALE, ZERO
 
     out, by = pair
     values: Mapping[str, Tensor] = {**found.parameters, **found.points.inputs}

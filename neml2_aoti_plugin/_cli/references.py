@@ -1,8 +1,10 @@
-"""neml2's eager model of the same input file: values and derivatives to hold a compiled model against."""
+"""What `verify` holds a compiled model against: its source, finite differences, and what was recorded earlier."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._artifact.layout import root_of
 from .._artifact.schema import Aliases
 from .._artifact.stub import AOTI_MODEL, parse_input
+from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import AOTIError, InputError
 from ..model import Model
 from .output import first_line
-from .points import Blocks, Pair, Tensors, defaults
-from .target import require_block
+from .points import Blocks, Evaluated, Pair, Points, Tensors, defaults
+from .target import Target, require_block
 
 # What to give where another file was given.
 SOURCE = "the input file that was compiled"
+GOLDEN = "golden 1"
+GOLDEN_FILE = "a golden file (neml2-aoti verify --record)"
+# Of the steps, the larger is this part of the input's largest entry, and the other one half of it.
+STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
+# Two estimates, or slopes from both sides, that differ by more than this part of the largest entry are not of one
+# derivative.
+AGREE = 1e-3
+# What is below this part of the output over the input is zero but for rounding.
+ZERO = 1e-5
+# Of an input that is zero everywhere.
+SCALE = 1e-3
+
+
+# -- the source --------------------------------------------------------------------------------------------------------
 
 
 class Source:
@@ -199,3 +217,123 @@ def _gradients(out: str, value: Tensor, leaves: Mapping[str, Tensor]) -> Blocks:
         (out, by): torch.stack(entries, 1).reshape((rows, *value.shape[1:], *leaves[by].shape[1:]))
         for by, entries in columns.items()
     }
+
+
+# -- finite differences ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A derivative by differences, `(rows, *out_base, *by_base)`."""
+
+    block: Tensor
+    smooth: Tensor  # the rows in which both steps gave the same derivative, from both sides, bool
+
+
+def differentiate(model: Model, inputs: Mapping[str, Tensor], by: str, outs: Sequence[str]) -> dict[str, Difference]:
+    """Derivatives of outputs, at inputs `(rows, *base)`, by one input, or by one parameter that has no batch."""
+    is_input = by in model.inputs
+    base = tuple(model.inputs[by].base_shape if is_input else model.parameter_base_shapes[by])
+    rows = next(iter(inputs.values())).shape[0]
+    value = inputs[by] if is_input else model.named_parameters()[by].detach().expand(rows, *base)
+
+    def evaluate(moved: Tensor, times: int) -> tuple[Tensors, Tensor]:
+        repeated = {n: x.repeat(times, *(1,) * (x.ndim - 1)) for n, x in inputs.items() if n != by}
+        found = model.solve({**repeated, by: moved}) if is_input else model.solve(repeated, {by: moved})
+        return found.outputs, found.converged
+
+    return central(value, base, outs, evaluate)
+
+
+def central(
+    value: Tensor,
+    base: tuple[int, ...],
+    outs: Sequence[str],
+    evaluate: Callable[[Tensor, int], tuple[Tensors, Tensor]],
+) -> dict[str, Difference]:
+    """Derivatives by all entries of `value`, `(rows, *base)`, from two steps to both sides.
+
+    `evaluate` gives the outputs, and whether each row converged, for the value moved and repeated so many times.
+    """
+    rows, width = value.shape[0], prod(base)
+    largest = float(value.abs().max()) if value.numel() else 0.0
+    step = STEPS[value.dtype] * (largest or SCALE)
+    steps = step * torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=value.dtype, device=value.device)
+    directions = torch.eye(width, dtype=value.dtype, device=value.device).reshape(width, *base)
+    moves = steps.reshape(4, 1, 1, *(1,) * len(base)) * directions.unsqueeze(1)
+    moved = (value + moves).reshape(4 * width * rows, *base)
+    values, converged = evaluate(moved, 4 * width)
+    middle, stays = evaluate(value, 1)
+    whole = converged.reshape(4 * width, rows).all(0) & stays
+    found = {}
+    for out in outs:
+        shape = tuple(values[out].shape[1:])
+        far, back, near, nearer = values[out].reshape(4, width, rows, prod(shape)).to(torch.float64)
+        coarse, fine = (far - back) / (2 * steps[0]), (near - nearer) / (2 * steps[2])
+        # The error of a central difference goes with the square of its step.
+        best = (4 * fine - coarse) / 3
+        found_largest = float(best[:, whole].abs().max()) if bool(whole.any()) and best.numel() else 0.0
+        size = float(middle[out][whole].abs().max()) if bool(whole.any()) and best.numel() else 0.0
+        scale = max(found_largest, ZERO * size / (largest or SCALE))
+        # The slopes from both sides differ by an amount that goes with the step, unless there is a kink.
+        between = middle[out].reshape(rows, prod(shape)).to(torch.float64)
+        jump = 2 * (near + nearer - 2 * between) / steps[2] - (far + back - 2 * between) / steps[0]
+        apart = torch.maximum((fine - coarse).abs(), jump.abs()).amax((0, 2))
+        smooth = whole & (apart <= AGREE * scale)
+        block = best.permute(1, 2, 0).reshape(rows, *shape, *base)
+        found[out] = Difference(block, smooth)
+    return found
+
+
+# -- golden files ------------------------------------------------------------------------------------------------------
+
+
+def golden_beside(target: Target) -> Path | None:
+    """The golden file beside an artifact, if there is one, by which it is compared where none is named."""
+    root = root_of(target.artifact)
+    found = root.with_name(f"{root.name}.golden.safetensors")
+    return found if found.is_file() else None
+
+
+def write_golden(path: Path, model: str, digest: str, found: Evaluated) -> None:
+    """Write what a model of that name gave, whose metadata has that SHA-256."""
+    tensors = {f"input.{name}": value for name, value in found.points.inputs.items()}
+    tensors |= {f"output.{name}": value for name, value in found.outputs.items()}
+    tensors |= {f"derivative.{number}": block for number, block in enumerate(found.blocks.values())}
+    notes = {"model": model, "metadata_sha256": digest, "derivatives": json.dumps(list(found.blocks))}
+    write_tensors(path, GOLDEN, tensors, notes)
+
+
+def read_golden(path: Path, model: Model, name: str) -> Evaluated:
+    """Read a golden file of the model of that name."""
+    pairs: list[tuple[str, str]] = []
+
+    def check(header: Header) -> Iterable[str]:
+        header.require_kind(GOLDEN, GOLDEN_FILE)
+        other = f"{path}: is of another model ({header.notes.get('model')!r})"
+        known = {f"{kind}.{n}": v.natural_shape for kind, of in variables.items() for n, v in of.items()}
+        blocks = {name for name in header.claims if name.startswith("derivative.")}
+        differing = sorted(name.partition(".")[2] for name in (header.claims.keys() - blocks) ^ known.keys())
+        if differing:
+            raise InputError(
+                f"{other}, not of {name!r}: {', '.join(differing)} are not in both. Give the golden file of this model."
+            )
+        pairs.extend((str(out), str(by)) for out, by in json.loads(header.notes.get("derivatives", "[]")))
+        if not set(pairs) <= set(there) or blocks != {f"derivative.{number}" for number in range(len(pairs))}:
+            raise InputError(f"{other}: it holds the derivatives {pairs}, in {name!r} there are: {there or 'none'}.")
+        rows = {claim.shape[:1] for claim in header.claims.values()}
+        if len(rows) != 1 or rows & {(), (0,)}:
+            raise InputError(f"{path}: its tensors have different numbers of rows, or none. Give another golden file.")
+        for of, natural in known.items():
+            shape = header.claims[of].shape
+            # Artifacts do not record the sites of outputs.
+            if shape[len(shape) - len(natural) :] != natural:
+                raise InputError(f"{other}: {of!r} has shape {shape[1:]} a row, in {name!r} it is {natural}.")
+        return header.claims
+
+    variables = {"input": model.inputs, "output": model.outputs}
+    there = [*model.derivative_pairs, *model.parameter_derivative_pairs]
+    found = read_tensors(path, GOLDEN_FILE, check).tensors
+    inputs, outputs = ({name: found[f"{kind}.{name}"] for name in of} for kind, of in variables.items())
+    blocks = {pair: found[f"derivative.{number}"] for number, pair in enumerate(pairs)}
+    return Evaluated(Points({n: v.to(model.dtype) for n, v in inputs.items()}, path.name), outputs, blocks)
