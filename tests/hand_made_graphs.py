@@ -19,7 +19,7 @@ from neml2_aoti_plugin._graphs.c_interface import address, function, libtorch, t
 from neml2_aoti_plugin._solve import machine_code
 from neml2_aoti_plugin._solve.machine_code import MachineCode
 from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means, Pass
-from neml2_aoti_plugin._solve.newton import Solved
+from neml2_aoti_plugin._solve.outcome import Solved
 from neml2_aoti_plugin._solve.tables import CREATE, DATA, DELETE, DIM, SIZES, STRIDES
 
 # The types of the C functions; all of them return an error code.

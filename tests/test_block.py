@@ -20,7 +20,7 @@ from neml2_aoti_plugin._graphs.c_interface import power_executor, tensor_functio
 from neml2_aoti_plugin._solve import machine_code
 from neml2_aoti_plugin._solve.machine_code import CHOICE
 from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means, Prediction, UnfitPredictor
-from neml2_aoti_plugin._solve.newton import Solved
+from neml2_aoti_plugin._solve.outcome import Solved
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
 from neml2_aoti_plugin.settings import NewtonSettings
 from test_newton import SQUARES, Equations, by_machine_code, by_tensors, coupled, double_roots, square_roots

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -152,7 +152,8 @@ def test_systems_of_two_groups_agree_with_scipy(seed: int, ls_type: LineSearch, 
             jac=lambda x, row=row: m[row].numpy() + np.diag(3 * x**2),
             tol=1e-13,
         )
-        assert expected.success
+        # scipy gives up now and then, when no step is an improvement to the last bits.
+        assume(expected.success)
         np.testing.assert_allclose(found[row].numpy(), expected.x, rtol=1e-9, atol=1e-11)
 
 

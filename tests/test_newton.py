@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from hand_made_graphs import system_of
-from neml2_aoti_plugin._solve import newton
 from neml2_aoti_plugin._solve.criteria import FINE
 from neml2_aoti_plugin._solve.native import Derivatives
-from neml2_aoti_plugin._solve.newton import Solved
-from neml2_aoti_plugin._solve.outcome import Outcome
+from neml2_aoti_plugin._solve.outcome import Outcome, Solved, Tell
 from neml2_aoti_plugin._solve.system import Group, Groups, Linearisation, System
 from neml2_aoti_plugin._solve.tensors import solve_rows
 from neml2_aoti_plugin.settings import NewtonSettings
@@ -91,7 +89,7 @@ def by_machine_code(
     u: Tensor,
     g: Tensor,
     settings: NewtonSettings,
-    tell: newton.Tell | None = None,
+    tell: Tell | None = None,
     **options: bool,
 ) -> Solved:
     system, handles, *_ = system_of(
@@ -110,7 +108,7 @@ def by_tensors(
     u: Tensor,
     g: Tensor,
     settings: NewtonSettings,
-    tell: newton.Tell | None = None,
+    tell: Tell | None = None,
     **options: bool,
 ) -> Solved:
     layout = (Group("dense"),)

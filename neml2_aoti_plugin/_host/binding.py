@@ -14,10 +14,9 @@ from torch import Tensor
 
 from .. import _log as log
 from .._checks import whole_number
-from .._solve import newton
 from .._solve.criteria import criteria_of
 from .._solve.krylov import KrylovSystem, Products, solve_linear
-from .._solve.outcome import Outcome
+from .._solve.outcome import Outcome, listener, outcome_line
 from .._solve.system import Direction, Group, Groups, Layout, Linearisation, Structure, System
 from .._solve.tensors import FrozenRows, LockstepRows
 from ..errors import ConvergenceError, InputError
@@ -95,7 +94,7 @@ def newton_solve_eager_masked(
     layouts = _layouts(unknown_layout, residual_layout, u0)
     criteria = criteria_of(settings, small_steps=True, as_native=True)
     rows = FrozenRows(CallableSystem(residual_fn, step_fn), list(u0), layouts, criteria)
-    found = newton.iterate(rows, settings, newton.listener())
+    found = rows.solve(settings, listener())
     return found.unknowns, found.statistics.converged, rows.updates
 
 
@@ -155,7 +154,7 @@ def _solve(
 ) -> tuple[list[Tensor], bool, int, list[str]]:
     """Solve in lockstep, or raise for the batch as a whole."""
     trace: list[str] = []
-    shown = newton.listener()
+    shown = listener()
 
     def report(line: str) -> None:
         trace.append(line)
@@ -165,9 +164,9 @@ def _solve(
     rows = LockstepRows(system, list(u0), layouts, criteria_of(settings, as_native=True))
     log.emit("newton", "info", "---- begin newton solve ----")
     try:
-        found = newton.iterate(rows, settings, report if collect_log else shown)
+        found = rows.solve(settings, report if collect_log else shown)
         if log.enabled("newton", "info"):
-            log.emit("newton", "info", newton.outcome_line(found.statistics, settings))
+            log.emit("newton", "info", outcome_line(found.statistics, settings))
     finally:
         log.emit("newton", "info", "---- end newton solve ----")
     statistics = found.statistics

@@ -13,9 +13,9 @@ from .._artifact import schema
 from .._graphs.c_interface import Library, Unavailable
 from .._graphs.graph import Graph, means
 from .._graphs.loaded import require_one_thread
-from .._solve import newton
 from .._solve.criteria import criteria_of
 from .._solve.native import Block, BlockSolver, Derivatives, Means, Prediction, UnfitPredictor
+from .._solve.outcome import Solved, listener, outcome_line
 from .._solve.system import Groups, System
 from .._solve.tensors import FrozenRows, LockstepRows, solve_rows
 from ..settings import NewtonSettings
@@ -28,7 +28,7 @@ from .tangents import Columns, Tangents
 MAX_ROWS = 1024
 
 # A solve by tensors from packed unknowns and givens; the flag asks for small last steps (`substep_del_tol`).
-Solve = Callable[[Groups, Groups, Sequence[Tensor], NewtonSettings, bool], newton.Solved]
+Solve = Callable[[Groups, Groups, Sequence[Tensor], NewtonSettings, bool], Solved]
 
 
 class ImplicitSegment:
@@ -113,7 +113,7 @@ class ImplicitSegment:
             found = self._by_tensors(unknowns, givens, parameters, settings, small_steps)
             solved = SolvedSegment(found.unknowns, found.statistics, givens, parameters)
         if speaks:
-            log.emit("newton", "info", newton.outcome_line(solved.statistics, settings))
+            log.emit("newton", "info", outcome_line(solved.statistics, settings))
             log.emit("newton", "info", "---- end newton solve ----")
         state.update(self.unknowns.unpack(solved.unknowns))
         return solved
@@ -196,7 +196,7 @@ class _MachineCode:
                 kept=kept,
                 small_steps=small_steps,
                 wanted=wanted if solver.differentiates else None,
-                tell=newton.listener(),
+                tell=listener(),
             )
         except UnfitPredictor:
             # It is run as the graph of an explicit segment is, from now on.
@@ -290,14 +290,14 @@ def _by_tensors(
     parameters: Sequence[Tensor],
     settings: NewtonSettings,
     small_steps: bool,
-) -> newton.Solved:
+) -> Solved:
     """Solve any system, row by row."""
 
     def system(rows: Tensor | None) -> System:
         some = givens if rows is None else [x.index_select(0, rows) for x in givens]
         return graphs.system(some, parameters)
 
-    return solve_rows(system, first, graphs.layouts, settings, small_steps=small_steps, tell=newton.listener())
+    return solve_rows(system, first, graphs.layouts, settings, small_steps=small_steps, tell=listener())
 
 
 def _in_lockstep(
@@ -307,16 +307,14 @@ def _in_lockstep(
     parameters: Sequence[Tensor],
     settings: NewtonSettings,
     small_steps: bool,
-) -> newton.Solved:
+) -> Solved:
     """Iterate as the C++ runtime does; a batch that fails is iterated again, to tell which rows did."""
-    tell = newton.listener()
+    tell = listener()
     if not small_steps:
         criteria = criteria_of(settings, as_native=True)
         rows = LockstepRows(graphs.system(givens, parameters), first, graphs.layouts, criteria)
-        found = newton.iterate(rows, settings, tell)
+        found = rows.solve(settings, tell)
         if found.statistics.all_converged:
             return found
     criteria = criteria_of(settings, small_steps=True, as_native=True)
-    return newton.iterate(
-        FrozenRows(graphs.system(givens, parameters), first, graphs.layouts, criteria), settings, tell
-    )
+    return FrozenRows(graphs.system(givens, parameters), first, graphs.layouts, criteria).solve(settings, tell)

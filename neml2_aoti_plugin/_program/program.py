@@ -17,8 +17,7 @@ from .._artifact.package import Package
 from .._artifact.schema import ExplicitInfo, ImplicitInfo, Metadata, Variable
 from .._graphs.graph import Graph, NativeGraph, PinnedGraph
 from .._graphs.threads import cut, one_thread, run_all
-from .._solve.newton import Solved
-from .._solve.outcome import RowStatistics, blank, first_failure
+from .._solve.outcome import RowStatistics, Solved, blank, first_failure
 from .._solve.tables import VECTOR
 from ..errors import InputError
 from ..settings import NewtonSettings

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .. import _log as log
 from .._artifact.schema import Given
-from .._solve import newton
-from .._solve.outcome import Outcome, RowStatistics, blank
+from .._solve.outcome import Outcome, RowStatistics, Solved, blank
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
 from .implicit import ImplicitSegment
@@ -49,7 +48,7 @@ class Increment:
     solves: int = 0
     depth: int = 0
     substepped: Tensor | None = None
-    first: newton.Solved | None = None
+    first: Solved | None = None
 
 
 def solve(
@@ -61,7 +60,7 @@ def solve(
     given: frozenset[str] = frozenset(),
     tangents: Tangents | None = None,
     parameters: frozenset[str] = frozenset(),
-) -> tuple[RowStatistics, newton.Solved]:
+) -> tuple[RowStatistics, Solved]:
     """Solve for the unknowns of all rows, and write them into `state` and their derivatives into `tangents`."""
     spec = segment.spec
     # Which increments are cut is part of the result; it follows from plain Newton steps, as in neml2.
@@ -131,7 +130,7 @@ def _solve_part(increment: Increment, a: float, b: float, rows: Tensor, level: i
     cut = b - a < 1.0
     solved = segment.solve(local, values, len(rows), increment.settings, given, here, small_steps=True, cut=cut)
     if level == 0:
-        increment.first = newton.Solved(solved.unknowns, solved.statistics)
+        increment.first = Solved(solved.unknowns, solved.statistics)
     found, total = solved.statistics, increment.statistics
     ok = found.converged
     good = ok.nonzero().squeeze(-1)

@@ -20,8 +20,7 @@ from ..settings import NewtonSettings
 from . import tables
 from .criteria import criteria_of
 from .machine_code import MachineCode
-from .newton import ITERATION, SECOND_ATTEMPT, TRIALS, Solved, Tell
-from .outcome import RowStatistics
+from .outcome import ITERATION, SECOND_ATTEMPT, TRIALS, RowStatistics, Solved, Tell
 from .tables import VECTOR
 from .tables import Call as CallTable
 from .tables import Solve as Table

@@ -1,8 +1,8 @@
-"""What became of the rows of a solve."""
+"""What became of the rows of a solve, and the lines of the log about it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from math import isfinite
@@ -10,7 +10,17 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from .. import _log as log
+from ..settings import NewtonSettings
 from . import tables
+from .system import Groups
+
+Tell = Callable[[str], None]
+
+# The lines of the log: of each iteration, of each trial of the line search, and before a second attempt.
+ITERATION = "ITERATION {:3d}, |R| = {:.6e}, |R0| = {:.6e}"
+TRIALS = "  LS ITERATION {:3d}, min(alpha) = {:.6e}, max(||R||) = {:.6e}, min(||Rc||) = {:.6e}"
+SECOND_ATTEMPT = "{} row(s) failed with chord steps, and are solved again without them"
 
 
 class Outcome(IntEnum):
@@ -92,6 +102,14 @@ class RowStatistics:
         return self.outcome == Outcome.CONVERGED
 
 
+@dataclass(frozen=True)
+class Solved:
+    """What a solve came to: the solution of the rows that have converged, the last iterate of the others."""
+
+    unknowns: Groups
+    statistics: RowStatistics
+
+
 def statistics_of(
     outcome: Tensor, iterations: Tensor, norm: Tensor, norm0: Tensor, all_converged: bool
 ) -> RowStatistics:
@@ -107,7 +125,7 @@ def blank(rows: int, like: Tensor) -> RowStatistics:
 
 
 def first_failure(parts: Sequence[RowStatistics]) -> tuple[RowStatistics, Tensor]:
-    """Statistics over several solves of the same rows, one after the other."""
+    """Statistics over several solves of the same rows, one after the other, and which solve failed first, else -1."""
     last = parts[-1]
     outcome, norm, norm0 = last.outcome, last.norm, last.norm0
     index = torch.where(last.converged, -1, len(parts) - 1)
@@ -119,3 +137,22 @@ def first_failure(parts: Sequence[RowStatistics]) -> tuple[RowStatistics, Tensor
         index = torch.where(fine, index, i)
         iterations = iterations + part.iterations
     return statistics_of(outcome, iterations, norm, norm0, all(part.all_converged for part in parts)), index
+
+
+def listener() -> Tell | None:
+    """What takes the lines of a solve: the channel `newton` at level `debug`, or nothing where that is off."""
+    return (lambda line: log.emit("newton", "debug", line)) if log.enabled("newton", "debug") else None
+
+
+def outcome_line(statistics: RowStatistics, settings: NewtonSettings) -> str:
+    """The line that ends a solve in the log."""
+    updates = int(statistics.iterations.max()) if statistics.iterations.numel() else 0
+    norm, norm0 = statistics.norm, statistics.norm0
+    if statistics.all_converged:
+        absolute, relative = bool((norm < settings.atol).all()), bool((norm < settings.rtol * norm0).all())
+        reason = "both" if absolute and relative else "abs_tol" if absolute else "rel_tol" if relative else "mixed"
+        return f"{'converged' if updates else 'converged at predictor'} (iters={updates}, reason={reason})"
+    if not bool(norm.isfinite().all()):
+        return f"diverged at iter {updates} (non-finite residual)"
+    worst, worst0 = norm.max().item(), norm0.max().item()
+    return f"NOT converged (max_iters={settings.miters}, |R|={worst:.6e}, |R0|={worst0:.6e})"

@@ -43,11 +43,6 @@ class Group:
 Layout = tuple[Group, ...]
 
 
-def row_shape(tensor: Tensor, group: Group) -> torch.Size:
-    """The batch shape of one group's tensor: `()` for a row on its own."""
-    return tensor.shape[: tensor.ndim - group.trailing]
-
-
 def per_row(values: Tensor, group: Group) -> Tensor:
     """View row values `(*batch,)` so that they broadcast against a tensor of `group`."""
     return values.reshape(values.shape + (1,) * group.trailing)

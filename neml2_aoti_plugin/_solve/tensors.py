@@ -7,6 +7,7 @@ whose square overflows is taken with scaling (there it is infinite, and makes th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,13 +17,16 @@ from torch import Tensor
 from ..settings import NewtonSettings
 from . import criteria as by
 from .criteria import Criteria, criteria_of
-from .newton import SECOND_ATTEMPT, Solved, Tell, iterate
-from .outcome import Outcome, blank, statistics_of
+from .outcome import ITERATION, SECOND_ATTEMPT, TRIALS, Outcome, Solved, Tell, blank, statistics_of
 from .system import Groups, Layout, Linearisation, System, finite_rows, per_row, row_dots, row_norms
 
 
-class TensorSteps:
-    """Newton steps of rows with a line search: what the row-wise and the lockstep solve share."""
+class TensorSteps(ABC):
+    """Newton's method over rows with a line search: what the row-wise and the lockstep solve share."""
+
+    # The number of rows that still move, and of those whose trial may not stand.
+    live: int
+    refused: int
 
     _norm0: Tensor
     _norm: Tensor
@@ -40,6 +44,37 @@ class TensorSteps:
         self._of_u, self._of_r = layouts
         self._update, self.refused = 0, 0
 
+    def solve(self, settings: NewtonSettings, tell: Tell | None = None) -> Solved:
+        """Solve `r(u) = 0` for each row; `tell` takes the lines of the log, None where nobody reads them."""
+        self._start()
+        for i in range(settings.updates + 1):
+            if tell is not None:
+                tell(ITERATION.format(i, *self._worst()))
+            if not self.live or i == settings.updates:
+                break
+            self._step()
+            for k in range(1, settings.ls_max_iters):
+                if tell is not None:
+                    tell(TRIALS.format(k, *self._trials()))
+                if not self.refused or k > settings.cuts:
+                    break
+                self._cut_back()
+            self._chord()
+            self._settle()
+        return self._finish()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Evaluate the residual at the initial guess."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Accept the trials; rows that are done leave."""
+
+    @abstractmethod
+    def _finish(self) -> Solved:
+        """Take the last steps that are left, and give the outcome of all rows."""
+
     def _evaluate_first(self) -> Tensor:
         """Evaluate the residual at the initial guess; give the rows that are done there."""
         self._b = self._system.residual(self._u)
@@ -47,8 +82,8 @@ class TensorSteps:
         # Nothing is relative to the first norm yet.
         return (self._norm < self._criteria.atol) | (self._norm == 0.0)
 
-    def step(self) -> None:
-        """See `newton.Rows`."""
+    def _step(self) -> None:
+        """Linearise, solve for the direction, and judge the trial at full step length."""
         self._update += 1
         b, self._linear = self._system.linearise(self._u)
         self._du = self._direction(self._linear.solve(b))
@@ -72,13 +107,14 @@ class TensorSteps:
         """Rows that are not cut back, whatever their trial."""
         return ~finite_rows(self._du, self._of_u)
 
-    def cut_back(self) -> None:
-        """See `newton.Rows`."""
+    def _cut_back(self) -> None:
+        """Shorten the steps of the refused rows, and judge their trials."""
         self._alpha = torch.where(self._stands, self._alpha, self._alpha / self._criteria.cutback)
         self._evaluate_trial()
 
-    def chord(self) -> None:
-        """See `newton.Rows`; neml2's runtime takes no chord steps."""
+    def _chord(self) -> None:
+        """Take a second step by the factors at hand with the rows that gain by it; neml2's runtime takes none."""
+        return
 
     def _evaluate_trial(self) -> None:
         moves = zip(self._u, self._du, self._of_u, strict=True)
@@ -98,12 +134,12 @@ class TensorSteps:
             found = found & by.small_step(moved, row_norms(self._u, self._of_u), self._norm, self._criteria)
         return found
 
-    def worst(self) -> tuple[float, float]:
-        """See `newton.Rows`."""
+    def _worst(self) -> tuple[float, float]:
+        """The largest residual norm of the live rows, and the largest first one, for the log."""
         return _largest(self._norm), _largest(self._norm0)
 
-    def trials(self) -> tuple[float, float, float]:
-        """See `newton.Rows`."""
+    def _trials(self) -> tuple[float, float, float]:
+        """The least step length, the largest trial norm and the least that would be accepted, for the log."""
         if not self._alpha.numel():
             return 1.0, 0.0, 0.0
         slope = 1.0 if self._criteria.strong_wolfe else 2.0 * self._slope
@@ -112,10 +148,9 @@ class TensorSteps:
 
 
 class TensorRows(TensorSteps):
-    """The rows of a row-wise solve; see `newton.Rows`. Their tensors have one batch axis."""
+    """The rows of a row-wise solve. Their tensors have one batch axis."""
 
-    def start(self) -> None:
-        """See `newton.Rows`."""
+    def _start(self) -> None:
         self._whole = self._system
         done = self._evaluate_first()
         rows = self.live = len(self._norm)
@@ -127,8 +162,8 @@ class TensorRows(TensorSteps):
         self._leave(Outcome.DIVERGED, ~self._norm.isfinite())
         self._leave(Outcome.CONVERGED, done[self._place])
 
-    def chord(self) -> None:
-        """See `newton.Rows`; a linearisation that serves one right-hand side only takes none."""
+    def _chord(self) -> None:
+        """A linearisation that serves one right-hand side only takes none."""
         if not (self.live and self._linear.reusable):
             return
         followed = by.followed(self._trial_norm, self._norm, self._norm0, self._alpha, self._criteria)
@@ -148,8 +183,7 @@ class TensorRows(TensorSteps):
         self._trial_b = _put(self._trial_b, rows, [x[better] for x in further_b])
         self._trial_norm = self._trial_norm.index_copy(0, rows, norm[better])
 
-    def settle(self) -> None:
-        """See `newton.Rows`."""
+    def _settle(self) -> None:
         if not self.live:
             return
         origin, before = self._u, self._norm
@@ -216,14 +250,13 @@ class TensorRows(TensorSteps):
         self.live = len(staying)
         self._system = self._system.take(staying)
 
-    def worst(self) -> tuple[float, float]:
-        """See `newton.Rows`; those of all rows where none is live."""
+    def _worst(self) -> tuple[float, float]:
+        """Those of all rows where none is live."""
         if self.live:
-            return super().worst()
+            return super()._worst()
         return _largest(self._statistics.norm), _largest(self._statistics.norm0)
 
-    def finish(self) -> Solved:
-        """See `newton.Rows`."""
+    def _finish(self) -> Solved:
         if self.live:
             self._leave(Outcome.OUT_OF_ITERATIONS, torch.ones_like(self._norm, dtype=torch.bool))
         waiting = torch.cat(self._waiting) if self._waiting else self._place
@@ -237,7 +270,7 @@ class TensorRows(TensorSteps):
 
 
 class LockstepRows(TensorSteps):
-    """Rows that move until all of them have converged at the same iterate; see `newton.Rows`.
+    """Rows that move until all of them have converged at the same iterate.
 
     The batch may have any number of axes, and the initial guess fewer than the residual.
     """
@@ -247,13 +280,11 @@ class LockstepRows(TensorSteps):
         """Number of updates that the rows have taken."""
         return self._update
 
-    def start(self) -> None:
-        """See `newton.Rows`."""
+    def _start(self) -> None:
         self._done = self._evaluate_first()
         self._judge()
 
-    def settle(self) -> None:
-        """See `newton.Rows`."""
+    def _settle(self) -> None:
         before = self._u
         self._u, self._b, self._norm = self._trial, self._trial_b, self._trial_norm
         self._done = self._have_converged(before)
@@ -266,8 +297,7 @@ class LockstepRows(TensorSteps):
         if self.live and bool((going & ~self._norm.isfinite()).any()):
             self.live = 0
 
-    def finish(self) -> Solved:
-        """See `newton.Rows`."""
+    def _finish(self) -> Solved:
         outcome = torch.where(self._norm.isfinite(), int(Outcome.OUT_OF_ITERATIONS), int(Outcome.DIVERGED))
         outcome = torch.where(self._done, int(Outcome.CONVERGED), outcome)
         updates = torch.full_like(outcome, self._update)
@@ -285,9 +315,9 @@ class FrozenRows(LockstepRows):
 
     _frozen: Tensor | None = None
 
-    def start(self) -> None:
-        """See `newton.Rows`; a initial guess that is common to all rows gets the batch shape."""
-        super().start()
+    def _start(self) -> None:
+        """An initial guess that is common to all rows gets the batch shape."""
+        super()._start()
         batch = self._norm.shape
         groups = zip(self._u, self._of_u, strict=True)
         self._u = [x.expand(batch + x.shape[x.ndim - g.trailing :]).contiguous() for x, g in groups]
@@ -329,7 +359,7 @@ def solve_rows(
 
     def attempt(rows: Tensor | None, first: Groups, settings: NewtonSettings) -> Solved:
         criteria = criteria_of(settings, small_steps=small_steps)
-        return iterate(TensorRows(system(rows), first, layouts, criteria), settings, tell)
+        return TensorRows(system(rows), first, layouts, criteria).solve(settings, tell)
 
     found = attempt(None, first, settings)
     statistics = found.statistics
