@@ -18,8 +18,9 @@ from .options import (
     Chosen,
     Finite,
     counts,
+    device_options,
     json_option,
-    model_options,
+    model_arguments,
     refuse_together,
 )
 from .output import figure, literal, progress, require_drawable, show, table
@@ -67,7 +68,7 @@ class BenchReport:
 
 
 @click.command(epilog=EPILOG)
-@model_options
+@model_arguments
 @click.option("--rows", default="1,10,100,1000,10000", show_default=True, help="Batch sizes.")
 @click.option("--threads", help="Numbers of threads. [as many as torch uses]")
 @click.option(
@@ -81,6 +82,7 @@ class BenchReport:
 @click.option("--points", type=FILE, help="Evaluate at these points; see verify.")
 @click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
 @click.option("--plot", "picture", type=FILE, help="Draw rows per second over batch size to this file.")
+@device_options
 @json_option
 def command(
     chosen: Chosen,

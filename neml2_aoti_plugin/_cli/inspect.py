@@ -12,7 +12,7 @@ import click
 from .._artifact import schema as s
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
-from .options import Chosen, json_option, model_options
+from .options import Chosen, device_options, json_option, model_arguments
 from .output import show
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ class ArtifactReport:
 
 
 @click.command(epilog=EPILOG)
-@model_options
+@model_arguments
+@device_options
 @json_option
 def command(chosen: Chosen, as_json: bool) -> int:
     """Show what is in a compiled model: leaves, inputs, outputs, parameters, derivatives, segments, files."""

@@ -39,17 +39,17 @@ class Chosen:
         return find_target(self.path, self.model, self.device, self.dtype)
 
 
-def model_options(function: Callable[..., int]) -> Callable[..., int]:
-    """An artifact or a stub, and the model's name where the stub has several; a device and a dtype that choose a leaf.
+def model_arguments(function: Callable[..., int]) -> Callable[..., int]:
+    """An artifact or a stub, and the model's name where the stub has several.
 
-    The command is given them as one.
+    The command is given them as one, with the options of `device_options`.
     """
 
     @wraps(function)
     def with_chosen(path: str, model: str | None, device: str | None, dtype: str | None, **others: Any) -> int:
         return function(Chosen(path, model, device, dtype), **others)
 
-    named = click.argument("model", required=False)(device_options(with_chosen))
+    named = click.argument("model", required=False)(with_chosen)
     return click.argument("path", metavar="ARTIFACT|STUB")(named)
 
 

@@ -11,7 +11,7 @@ import click
 
 from ..errors import InputError
 from .inspect import ParameterReport, shown_values
-from .options import FILE, Chosen, assignments, json_option, model_options
+from .options import FILE, Chosen, assignments, device_options, json_option, model_arguments
 from .output import show, table
 
 if TYPE_CHECKING:
@@ -38,11 +38,12 @@ class ParametersReport:
 
 
 @click.command(epilog=EPILOG)
-@model_options
+@model_arguments
 @click.option("--from", "file", type=FILE, help="Begin with the values in this file instead of the artifact's.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a parameter another value.")
 @click.option("--out", type=FILE, help="Write the values to this file (.safetensors).")
 @click.option("--force", is_flag=True, help="Write over --out, whatever file it is.")
+@device_options
 @json_option
 def command(
     chosen: Chosen,

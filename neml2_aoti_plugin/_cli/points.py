@@ -119,11 +119,13 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
     if target.stub is None:
         raise InputError(f"{target.artifact} is an artifact, which has no drivers. Give the stub beside it.")
     from .._host.hit import AOTIModel
+    from .._host.typed import unwrap
 
     calls: list[Tensors] = []
 
     def keep(module: Any, arguments: tuple[Any, ...]) -> None:
-        calls.append(flat(module._raw(dict(zip(module.input_spec, arguments, strict=True))), model))
+        given = dict(zip(module.input_spec, arguments, strict=True))
+        calls.append(flat(unwrap(given, model.inputs, module.input_spec, "input", target.artifact), model))
 
     device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
     with defaults(device, dtype):

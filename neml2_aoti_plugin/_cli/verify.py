@@ -19,8 +19,9 @@ from .options import (
     Chosen,
     Finite,
     assignments,
+    device_options,
     json_option,
-    model_options,
+    model_arguments,
     refuse_together,
 )
 from .output import figure, literal, require_drawable, show, table
@@ -83,7 +84,7 @@ class Verification:
 
 
 @click.command(epilog=EPILOG)
-@model_options
+@model_arguments
 @click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")
 @click.option("--source-model", metavar="NAME", help="The model in INPUT.i, if it has another name there.")
 @click.option("--golden", type=FILE, help="Compare with what --record has written.")
@@ -102,6 +103,7 @@ class Verification:
     "--difference-rtol", type=Finite(0.0), help="Tolerance against finite differences. [1e-5, of float32 1e-3]"
 )
 @click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png, .svg or .pdf).")
+@device_options
 @json_option
 def command(
     chosen: Chosen,
