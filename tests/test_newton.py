@@ -453,7 +453,7 @@ def test_implementations_agree(tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [1e-6, 1e-8, 1e-10])
-def test_bits_of_a_row_do_not_depend_on_its_company(solve: Implementation, tolerance: float) -> None:
+def test_bits_of_a_row_are_independent_of_the_rest_of_the_batch(solve: Implementation, tolerance: float) -> None:
     settings = NewtonSettings(atol=tolerance, rtol=tolerance, ls_max_iters=6)
     generator = torch.Generator().manual_seed(6)
     g = torch.logspace(-3, 3, 65, dtype=torch.float64).unsqueeze(-1) * torch.randn(

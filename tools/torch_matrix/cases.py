@@ -28,7 +28,7 @@ class Variant:
 
 
 # What the machine code of solves is tested by.
-OF_MACHINE_CODE = ("test_machine_code", "test_newton", "test_block", "test_graph_calls", "test_company")
+OF_MACHINE_CODE = ("test_machine_code", "test_newton", "test_block", "test_graph_calls", "test_independent_rows")
 VARIANTS = {
     "sdist": Variant("installed from the sdist", sdist=True),
     "tensors": Variant("`NEML2_AOTI_PLUGIN_KERNELS=torch`", variables={"NEML2_AOTI_PLUGIN_KERNELS": "torch"}),

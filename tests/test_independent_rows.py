@@ -1,4 +1,4 @@
-"""A row fares the same in whatever company: alone, in pairs, in batches of all sizes, in any order, across blocks.
+"""A row is independent of the rest of the batch: alone, in pairs, in batches of all sizes, in any order, across blocks.
 
 Solved by machine code it has the same bits.
 """
