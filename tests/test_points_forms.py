@@ -99,6 +99,60 @@ def test_every_tangent_is_that_of_the_results(notation: Any, dimension: Any) -> 
             assert np.allclose(along, difference, rtol=2e-6, atol=2e-6 * np.abs(difference).max())
 
 
+YIELD, HARDENING = "residual.overstress.sy", "residual.hardening.K"
+
+
+class TestParameters:
+    @pytest.mark.parametrize("dimension", [3, *PLANES])
+    @pytest.mark.parametrize("notation", NOTATIONS)
+    def test_tangents_are_those_of_the_results(self, notation: Any, dimension: Any) -> None:
+        """Central differences by a value for each point and by one for all, which overrides give."""
+        pairs = [("stress", YIELD), ("stress", "strain"), ("equivalent_plastic_strain", HARDENING)]
+        points = points_of("calibration", 4, notation=notation, dimension=dimension, pairs=pairs)
+        at = {"strain": written(gradients(4, 4e-3, dimension), notation, "strain", dimension), "t": 1.0}
+        values: dict[str, Any] = {YIELD: np.array([150.0, 160.0, 170.0, 180.0]), HARDENING: 1500.0}
+        found = points.update(at, param_overrides=values)
+        assert [(out, by) for out, row in found.tangent.items() for by in row] == sorted(
+            pairs, key=lambda p: p[0][0] == "e"
+        )
+        for out, by, step in (("stress", YIELD, 1e-3), ("equivalent_plastic_strain", HARDENING, 1e-2)):
+            up, down = (
+                points.update(at, param_overrides={**values, by: values[by] + sign * step}).outputs[out]
+                for sign in (1.0, -1.0)
+            )
+            expected = (up - down) / (2 * step)
+            assert found.tangent[out][by].shape == expected.shape and np.abs(expected).max() > 0.0
+            assert np.allclose(found.tangent[out][by], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+    @pytest.mark.parametrize("dimension", [3, "plane stress"])
+    def test_overrides_are_those_of_each_point_and_of_this_update(self, dimension: Any) -> None:
+        strain, yields = written(gradients(3, 6e-3, dimension), "mandel", "strain", dimension), [100.0, 200.0, 300.0]
+        points = points_of("calibration", 3, dimension=dimension)
+        before = points.update(strain=strain, t=1.0).outputs["stress"]
+        found = points.update(strain=strain, t=1.0, param_overrides={YIELD: torch.tensor(yields).double()})
+        assert isinstance(found.outputs["stress"], torch.Tensor) and bool(found.converged.all())
+        for k in range(3):
+            model = references.case("calibration").load()
+            model.set_parameter(YIELD, yields[k])
+            alone = Points(model, 1, dimension=dimension)
+            alone.initial()
+            expected = alone.update(strain=strain[k], t=1.0)
+            assert np.allclose(found.outputs["stress"][k], expected.outputs["stress"][0], rtol=1e-9, atol=1e-7)
+            assert np.allclose(found.tangent["stress"]["strain"][k], expected.tangent["stress"]["strain"][0], rtol=1e-6)
+        again = points.update(strain=strain, t=1.0).outputs["stress"]
+        assert np.allclose(again, before, rtol=1e-9, atol=1e-7) and not np.allclose(again, found.outputs["stress"])
+
+    def test_points_that_are_attempted_again_keep_their_own(self) -> None:
+        points, yields = points_of("calibration", 2), np.array([100.0, 300.0])
+        near, far = np.zeros((2, 6)), np.zeros((2, 6))
+        near[:, 0], far[1, 0] = 5e-3, np.nan
+        expected = points.update(strain=near, t=1.0, param_overrides={YIELD: yields}).outputs["stress"]
+        # The second point fails, and with it the guess of the next update.
+        assert points.update(strain=far, t=1.0, param_overrides={YIELD: yields}).failed == [1]
+        found = points.update(strain=near, t=1.0, param_overrides={YIELD: yields})
+        assert not found.failed and np.allclose(found.outputs["stress"], expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize("notation", NOTATIONS)
 class TestPlaneStress:
     def test_closed_form(self, notation: Any) -> None:

@@ -295,7 +295,7 @@ CALLS: list[tuple[Callable[[Points], Any], type[Exception], str]] = [
     (lambda p: p.update(strain=ZERO), UnknownNameError, "missing 't'.*driven inputs are: strain, t"),
     (lambda p: p.update(strain=ZERO, t=2.0, temperature=300.0), UnknownNameError, "unknown 'temperature'"),
     (lambda p: p.update({"stress~1": ZERO}, strain=ZERO, t=2.0), UnknownNameError, "'stress~1' is kept by the points"),
-    (lambda p: p.update(cast(Any, ZERO), t=2.0), InputTypeError, "values are a ndarray, expected names: update"),
+    (lambda p: p.update(cast(Any, ZERO), t=2.0), InputTypeError, "values are a ndarray, expected a dict by name"),
     (lambda p: p.update(strain=ZERO, t=2.0, out={"sress": ZERO}), UnknownNameError, r"out holds 'sress'.*'stress', "),
     (
         lambda p: p.update(strain=ZERO, t=2.0, tangent=False, out={("stress", "strain"): np.zeros((N, 6, 6))}),
@@ -436,9 +436,47 @@ class TestConstruction:
         with pytest.raises(error, match=words):
             Points(given.pop("model"), given.pop("n"), **given)
 
-    def test_a_derivative_by_a_parameter_is_told_where_it_is(self) -> None:
-        with pytest.raises(DerivativeNotCompiledError, match=r"'promoted.E' is a promoted.*Model.param_jacobian"):
-            Points(references.case("promoted").model, N, pairs=[("stress", "promoted.E")])
+    def test_a_derivative_by_a_parameter_that_was_not_compiled(self, tmp_path: Path) -> None:
+        def fewer(metadata: dict[str, Any]) -> None:
+            metadata["parameter_derivatives"] = [["stress", "promoted.E"]]
+
+        model = Model(references.edited(references.case("promoted"), tmp_path, fewer))
+        pairs = [("stress", "promoted.E")]
+        assert Points(model, N, pairs=pairs, dimension="plane stress").pairs == tuple(pairs)
+        with pytest.raises(DerivativeNotCompiledError, match=r"d\(stress\)/d\(promoted.nu\) was not.*-d stress:"):
+            Points(model, N, pairs=[("stress", "promoted.nu")])
+        with pytest.raises(DerivativeNotCompiledError, match=r"d\(stress\)/d\(promoted.nu\) was not.*-d stress:"):
+            Points(model, N).update(strain=strains()).tangent["stress"]["promoted.nu"]
+        with pytest.raises(InputError, match=r"Points\(..., pairs=\[\('stress', 'promoted.E'\)\]\)"):
+            Points(model, N).update(strain=strains()).tangent["stress"]["promoted.E"]
+
+
+class TestParameters:
+    @pytest.mark.parametrize(
+        ("values", "error", "words"),
+        [
+            ({"promoted.G": 1.0}, UnknownNameError, "param_overrides: unknown 'promoted.G'.*promoted parameters are:"),
+            ([1.0], InputTypeError, "param_overrides are a list, expected a dict"),
+            (
+                {"promoted.E": np.ones(5)},
+                InputError,
+                r"'promoted.E' has shape \(5,\), expected \(4,\), a value for each",
+            ),
+            ({"promoted.E": np.ones((4, 6))}, InputError, r"'promoted.E' has shape \(4, 6\)"),
+            ({"promoted.E": np.ones(4, np.float32)}, InputTypeError, "'promoted.E' has dtype float32"),
+            ({"promoted.E": "1"}, InputTypeError, "'promoted.E' is a str"),
+        ],
+    )
+    def test_overrides_that_are_refused(self, values: Any, error: type[Exception], words: str) -> None:
+        points = Points(references.case("promoted").model, N)
+        refused(points, lambda p: p.update(strain=strains(), param_overrides=values), error, words)
+
+    def test_values_of_another_number_of_points_in_the_model(self) -> None:
+        model = references.case("promoted").load()
+        model.set_parameter("promoted.E", torch.full((5,), 1e5).double())
+        for n in (1, N):
+            with pytest.raises(InputError, match=rf"'promoted.E' has shape \(5,\), expected \({n},\)"):
+                Points(model, n).update(strain=strains()[:n])
 
 
 def test_a_parameter_that_requires_grad_is_refused() -> None:

@@ -57,8 +57,13 @@ def pairs_by(caller: Caller, kind: Literal["input", "parameter"]) -> list[Pair]:
     )
 
 
-def input_pairs(caller: Caller, chosen: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
-    """The compiled pairs by inputs, or those that are chosen, each of which must be one."""
+def input_pairs(
+    caller: Caller, chosen: Sequence[tuple[str, str]] | None = None, *, or_parameters: bool = False
+) -> list[Pair]:
+    """The compiled pairs by inputs, or those that are chosen, each of which must be one.
+
+    With `or_parameters` those that are chosen may be by promoted parameters, too.
+    """
     if chosen is None:
         return pairs_by(caller, "input")
     found: list[Pair] = []
@@ -68,10 +73,13 @@ def input_pairs(caller: Caller, chosen: Sequence[tuple[str, str]] | None = None)
         out, by = pair
         what = f"{pair!r} in pairs of {caller.boundary.where}"
         require_names([out], caller.boundary.outputs, what, "outputs")
-        require_names([by], caller.boundary.inputs, what, "inputs", hints=_of_parameters(caller))
-        if not is_compiled(caller, out, ("input", by)):
-            raise not_compiled(caller, out, ("input", by))
-        found.append((out, ("input", by)))
+        parameter = or_parameters and by in caller.promoted.specs and by not in caller.boundary.inputs
+        kind = "parameter" if parameter else "input"
+        if kind == "input":
+            require_names([by], caller.boundary.inputs, what, "inputs", hints=_of_parameters(caller))
+        if not is_compiled(caller, out, (kind, by)):
+            raise not_compiled(caller, out, (kind, by))
+        found.append((out, (kind, by)))
     return list(dict.fromkeys(found))
 
 

@@ -355,7 +355,7 @@ class Model(CompiledModule):
             inputs: as for `forward`.
             param_overrides: as for `forward`.
             jacobian: whether to evaluate derivative blocks too.
-            pairs: as for `jacobian`, which they imply.
+            pairs: as for `jacobian`, which they imply; here a pair may be of an output and a promoted parameter, too.
             expand: as for `jacobian`, but that blocks have the batch axes unless told otherwise.
 
         Returns:
@@ -366,7 +366,8 @@ class Model(CompiledModule):
             InputError: as for `forward`.
         """
         with torch.no_grad():
-            wanted = derivatives.input_pairs(self._caller, pairs) if jacobian or pairs is not None else []
+            asked = jacobian or pairs is not None
+            wanted = derivatives.input_pairs(self._caller, pairs, or_parameters=True) if asked else []
             call = self._caller.admit(inputs, param_overrides)
             found = derivatives.evaluate(self._caller, call, wanted, expand=expand)
             return solution(found.outputs, found.blocks, found.shared, found.found.report, call.batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -43,24 +43,25 @@ class Evaluator:
     plane_stress: PlaneStress | None
 
     def step(
-        self, driven: Tensors, old: Tensors, trial: Trial | None, pairs: Sequence[Pair]
+        self, driven: Tensors, old: Tensors, trial: Trial | None, pairs: Sequence[Pair], parameters: Tensors
     ) -> tuple[Solution, Tensors]:
         """Evaluate a step at all points, from the state `old` and the last update of the step, if there was one.
 
-        The driven inputs, `(n, ...)`, are given back; in plane stress with the strains out of the plane.
+        The driven inputs, `(n, ...)`, are given back; in plane stress with the strains out of the plane. `parameters`
+        are values in the place of the model's own.
         """
         inputs = {**driven, **{name: old[earlier(*of)] for name, of in self.roles.lagged.items()}}
         inputs.update({name: old[earlier(name, 1)] for name in self.roles.guesses})
         guesses = {} if trial is None else {name: self._usable(name, trial.values[name], old) for name in self.unknowns}
         constraint = self.plane_stress
         if constraint is None:
-            return evaluate(self.model, inputs, guesses, pairs), driven
+            return evaluate(self.model, inputs, guesses, pairs, parameters), driven
 
         def at(rows: Tensor | None, strain: Tensor, known: Tensors | None) -> Solution:
             own = {name: value if rows is None else value[rows] for name, value in inputs.items()}
             own[constraint.strain] = strain
             starts = guesses if known is None else {n: self._usable(n, x, old, rows) for n, x in known.items()}
-            return evaluate(self.model, own, starts, constraint.needed(pairs), rows)
+            return evaluate(self.model, own, starts, constraint.needed(pairs), parameters, rows)
 
         strain = constraint.start(driven[constraint.strain], old, trial.values if trial else None)
         found, strain = constraint.solve(at, strain, self.unknowns)
@@ -88,36 +89,40 @@ def advanced(roles: Roles, old: Tensors, now: Tensors, mask: Tensor | None) -> T
 
 
 def evaluate(
-    model: Model, inputs: Tensors, guesses: Tensors, pairs: Sequence[Pair], rows: Tensor | None = None
+    model: Model,
+    inputs: Tensors,
+    guesses: Tensors,
+    pairs: Sequence[Pair],
+    parameters: Tensors,
+    rows: Tensor | None = None,
 ) -> Solution:
     """Evaluate points in one call of the model; those that fail from initial guesses once more without.
 
     `rows` says which of all points these are. The updates of a point are those of the attempt that counted.
     """
     wanted = pairs or None
-    found = model.solve({**inputs, **guesses}, _parameters(model, rows), pairs=wanted)
+    found = model.solve({**inputs, **guesses}, _at(model, parameters, rows), pairs=wanted)
     if not guesses or bool(found.converged.all()):
         return found
     failed = (~found.converged).nonzero().squeeze(-1)
     again = model.solve(
         {name: value[failed] for name, value in inputs.items()},
-        _parameters(model, failed if rows is None else rows[failed]),
+        _at(model, parameters, failed if rows is None else rows[failed]),
         pairs=wanted,
     )
     write(found, failed, again)
     return found
 
 
-def _parameters(model: Model, rows: Tensor | None) -> Mapping[str, Tensor] | None:
-    """Parameters that have a value for each point, for some of the points."""
+def _at(model: Model, parameters: Tensors, rows: Tensor | None) -> Tensors:
+    """The parameters in the place of the model's own, for some of the points: also those with a value for each."""
     if rows is None:
-        return None
-    bases = model.parameter_base_shapes
-    return {
-        name: value[rows]
-        for name, value in model.named_parameters().items()
-        if value.ndim > len(bases[name]) and value.shape[0] > 1
-    }
+        return parameters
+    found, bases = dict(parameters), model.parameter_base_shapes
+    for name, value in {**model.named_parameters(), **parameters}.items():
+        if value.ndim > len(bases[name]) and value.shape[0] > 1:
+            found[name] = value[rows]
+    return found
 
 
 def step_factor(updates: int, *, failed: bool) -> float:

@@ -39,9 +39,9 @@ OUT_OF_PLANE = [2, 3, 4]
 class Forms:
     """How a caller writes the variables; everything that depends on notation and dimension is here."""
 
-    # Base shapes in the model, by variable.
+    # Base shapes in the model, by variable and by promoted parameter.
     bases: dict[str, Base]
-    # The form of each symmetric tensor.
+    # The form of each variable that is a symmetric tensor. Parameters are as the model has them.
     forms: dict[str, Form]
     # Entries that callers give and get of the symmetric tensors that they do not give whole.
     components: list[int]
@@ -104,7 +104,8 @@ class Forms:
 
 
 def forms_of(
-    bases: dict[str, Base],
+    variables: dict[str, Base],
+    parameters: dict[str, Base],
     notation: Notation,
     dimension: Dimension,
     strains: Iterable[str],
@@ -112,10 +113,11 @@ def forms_of(
     whole: Iterable[str],
     where: str,
 ) -> Forms:
-    """Find the form of each symmetric tensor; the arguments are those of `Points`, and `where` is the artifact."""
+    """Find the form of each symmetric tensor, from base shapes and arguments of `Points`; of the artifact `where`."""
     if notation not in NOTATIONS:
         raise InputError(f"notation is {notation!r}, expected one of {', '.join(NOTATIONS)}.")
-    symmetric = [name for name, base in bases.items() if base == SYMMETRIC]
+    bases = {**parameters, **variables}
+    symmetric = [name for name, base in variables.items() if base == SYMMETRIC]
     strains, stresses, whole = tuple(strains), tuple(stresses), tuple(whole)
     for names, argument in ((strains, "strains"), (stresses, "stresses"), (whole, "whole")):
         require_names(names, symmetric, f"{argument}= of {where}", "symmetric tensors")
@@ -145,8 +147,9 @@ class PointsResult:
 
     Args:
         outputs: by name, `(n, *sub_batch, *base)` in the caller's notation; NaN at points that failed.
-        tangent: derivatives of outputs by driven inputs, `tangent[out][by]`, `(n, *out base, *by base)`. To ask for
-            one that was not compiled is a `DerivativeNotCompiledError` with the command that compiles it.
+        tangent: derivatives of outputs by driven inputs and, where `pairs` has them, by promoted parameters:
+            `tangent[out][by]`, `(n, *out base, *by base)`. To ask for one that was not compiled is a
+            `DerivativeNotCompiledError` with the command that compiles it.
         converged: `(n,)`, bool.
         iterations: Newton updates at each point, `(n,)`; in plane stress those of the hardest of its solves.
         outcome: how each point's solve ended, an `Outcome`, `(n,)`.
@@ -194,6 +197,15 @@ class Interface:
         except InputError as error:
             raise InputError(f"{name!r}: {error}") from None
         return found.expand(self.n, *natural) if shape == one else found
+
+    def require_parameter(self, name: str, value: Tensor) -> None:
+        """Refuse a value of a promoted parameter that is neither one for all points nor one for each."""
+        base = self.forms.bases[name]
+        if tuple(value.shape) not in (base, (1, *base), (self.n, *base)):
+            raise InputError(
+                f"the parameter {name!r} has shape {tuple(value.shape)}, expected {(self.n, *base)}, a value for each "
+                f"of {self.n} points, or {base} for all alike."
+            )
 
     def _shape_message(self, name: str, variable: str, shape: Base, one: Base) -> str:
         form = self.forms.forms.get(variable)

@@ -41,7 +41,7 @@ class PlaneStress:
 
     stress: str
     strain: str
-    # Base shapes of all variables.
+    # Base shapes of all variables and parameters.
     bases: Mapping[str, Base]
 
     @property
@@ -51,7 +51,7 @@ class PlaneStress:
 
     def condensable(self, model: Model, pairs: Sequence[Pair], *, chosen: bool) -> tuple[Pair, ...]:
         """The pairs whose condensed derivatives follow from what was compiled; all of them where the caller chose."""
-        there = set(model.derivative_pairs)
+        there = {*model.derivative_pairs, *model.parameter_derivative_pairs}
         found = []
         for out, by in pairs:
             missing = [pair for pair in ((out, self.strain), (self.stress, by)) if pair not in there]

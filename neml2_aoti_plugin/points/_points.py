@@ -38,7 +38,8 @@ class Points:
             xx, yy, zz, yz, xz, xy.
         dimension: 3; `plane strain` or `plane stress`, where driven inputs and results have xx, yy, xy, `(n, 3)` or
             `(n, 2, 2)`. Driven inputs that are no symmetric tensors are given whole in any case.
-        pairs: (output, driven input) pairs for the tangent; all that were compiled if not given.
+        pairs: (output, driven input) and (output, promoted parameter) pairs for the tangent; all that were compiled by
+            driven inputs if not given.
         history: inputs that are earlier values under other names, as `{"old_stress": "stress~1"}`.
         driven: inputs that are given with each update although their names say otherwise.
         strains: symmetric tensors that Voigt's notation writes as strains; by default those with `strain` in the name.
@@ -74,14 +75,17 @@ class Points:
         roles = roles_of(self.model, history or {}, driven)
         bases = {**{name: v.base_shape for name, v in outputs.items()}, **roles.bases}
         constraint = None
+        parameters = {name: tuple(base) for name, base in self.model.parameter_base_shapes.items()}
         if dimension == "plane stress":
-            constraint = plane_stress_of(where, bases, self.model.derivative_pairs, roles.driven, stress_strain)
+            constraint = plane_stress_of(
+                where, {**bases, **parameters}, self.model.derivative_pairs, roles.driven, stress_strain
+            )
             roles = roles_of(self.model, history or {}, driven, [constraint.strain])
         self.pairs = pairs_of(self.model, roles.driven, pairs)
         if constraint is not None:
             self.pairs = constraint.condensable(self.model, self.pairs, chosen=pairs is not None)
             constraint.require_reduced(whole)
-        forms = forms_of(bases, notation, dimension, strains, stresses, whole, where)
+        forms = forms_of(bases, parameters, notation, dimension, strains, stresses, whole, where)
         arrays = Arrays(self.model.dtype, self.model.device)
         self._roles, self._kept = roles, roles.kept
         self._interface = Interface(self.n, arrays, forms, roles.natural)
@@ -143,6 +147,7 @@ class Points:
         *,
         out: Mapping[str | Pair, Array] | None = None,
         tangent: bool = True,
+        param_overrides: Mapping[str, Array] | None = None,
         **named: Array,
     ) -> PointsResult:
         """Evaluate a step from the state to values of the driven inputs; the state stays as it is.
@@ -151,6 +156,8 @@ class Points:
             values: driven inputs by name, for names that are no Python identifiers.
             out: arrays of the caller that results are written to: by output, or by (output, input) for a tangent.
             tangent: whether to evaluate the tangent.
+            param_overrides: values of promoted parameters for this update only, `(n, *base)` or, for all points,
+                `(*base)`; as the model has them, in Mandel's notation and three dimensions.
             named: driven inputs by name, `(n, *sub_batch, *base)` in the caller's notation and dimension, or without
                 `n` for all points; a number for a scalar.
 
@@ -159,25 +166,31 @@ class Points:
 
         Raises:
             AOTIError: there is no state to step from.
-            UnknownNameError: a driven input is absent, or a name is not that of one.
+            UnknownNameError: a driven input is absent, or a name is not that of one, or of a parameter.
             InputError: an array has another shape, is not symmetric, can't be written to, or shares memory with another
                 result; or an array or a parameter requires grad and torch.no_grad is not in force.
             InputTypeError: an array has another dtype or device, masked entries, or is none.
         """
         given = _named(values, named)
+        interface, overrides = self._interface, _mapping(param_overrides, "param_overrides")
         for name, parameter in self.model.named_parameters().items():
             require_not_followed(parameter, f"the parameter {name!r}")
+            interface.require_parameter(name, parameter)
         if not self._begun:
             raise AOTIError(
                 f"these points have no state yet, and the model needs {', '.join(self._roles.lagged)}. Call initial() "
                 "first; without arguments all of it is zero."
             )
         self._roles.require_driven(given)
-        interface, pairs = self._interface, self.pairs if tangent else ()
+        require_names(overrides, self.model.parameter_base_shapes, "param_overrides", "promoted parameters")
+        pairs = self.pairs if tangent else ()
         # All that the caller gave is looked over before anything is evaluated.
         driven = {name: interface.admitted(name, name, given[name]) for name in self.driven}
+        parameters = {name: interface.arrays.tensor(value, name) for name, value in overrides.items()}
+        for name, value in parameters.items():
+            interface.require_parameter(name, value)
         targets = interface.targets({} if out is None else out, self.model.output_names, pairs)
-        found, driven = self._evaluator.step(driven, self._old, self._trial, pairs)
+        found, driven = self._evaluator.step(driven, self._old, self._trial, pairs, parameters)
         hardest = int(found.iterations.max()) if self.n else 0
         if self._trial is not None:
             hardest = max(hardest, self._trial.hardest)
@@ -191,7 +204,7 @@ class Points:
                 # The caller has results in its hands, and may write to them.
                 kept[name] = value.clone() if value is results[name] else value
         self._trial = Trial(kept, found.converged.clone(), hardest)
-        torch_kind = any(isinstance(value, Tensor) for value in given.values())
+        torch_kind = any(isinstance(value, Tensor) for value in (*given.values(), *overrides.values()))
         refuse = partial(require_in_tangent, self.model, self.driven, pairs if tangent else None)
         return result_of(results, found, pairs, factor, refuse, torch_kind=torch_kind)
 
@@ -323,6 +336,11 @@ class Points:
 
 def _named(values: Mapping[str, Array] | None, named: Mapping[str, Array]) -> dict[str, Array]:
     """Values by name, from both ways to give them."""
+    return {**_mapping(values, "values"), **named}
+
+
+def _mapping(values: Mapping[str, Array] | None, what: str) -> Mapping[str, Array]:
+    """What was given by name, if anything was."""
     if values is not None and not isinstance(values, Mapping):
-        raise InputTypeError(f"values are a {type(values).__name__}, expected names: update(strain=..., t=...).")
-    return {**(values or {}), **named}
+        raise InputTypeError(f"{what} are a {type(values).__name__}, expected a dict by name.")
+    return values or {}

@@ -100,7 +100,10 @@ def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], al
 
 
 def pairs_of(model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None) -> tuple[Pair, ...]:
-    """The pairs of the tangent: those that the caller wants, or all that were compiled by driven inputs."""
+    """The pairs of the tangent: those that the caller wants, or all that were compiled by driven inputs.
+
+    Those by promoted parameters are evaluated only where the caller names them, since each has its price.
+    """
     if pairs is None:
         return tuple((out, by) for out, by in model.derivative_pairs if by in driven)
     for pair in pairs:
@@ -111,12 +114,12 @@ def pairs_of(model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None) 
 def require_pair(model: Model, driven: Sequence[str], pair: Pair) -> None:
     """Refuse a pair that cannot be in the tangent."""
     by = pair[-1] if isinstance(pair, tuple | list) and pair else None
-    others = f"the tangent of points is by a driven input: {', '.join(driven)}."
-    if by in model.named_parameters():
-        raise DerivativeNotCompiledError(f"{by!r} is a promoted parameter; {others} Call Model.param_jacobian.")
     if by in model.inputs and by not in driven:
-        raise DerivativeNotCompiledError(f"{by!r} is kept by the points; {others} Or Points(..., driven=[{by!r}]).")
-    input_pairs(model._caller, [pair])
+        raise DerivativeNotCompiledError(
+            f"{by!r} is kept by the points; the tangent of points is by a driven input ({', '.join(driven)}) or a "
+            f"promoted parameter. Or Points(..., driven=[{by!r}])."
+        )
+    input_pairs(model._caller, [pair], or_parameters=True)
 
 
 def require_in_tangent(
