@@ -139,7 +139,7 @@ def read_request(text: bytes) -> Request:
                 return found
         except msgspec.ValidationError:
             raise
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             # No JSON, unless it is the JSON of Python's module.
             pass
         document = _read_slowly(text)
@@ -191,7 +191,7 @@ def _refuse(error: msgspec.ValidationError, document: Any, where: str) -> NoRetu
         for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
             value = value[key or int(index)]
         found = shown(value)
-    except (msgspec.DecodeError, LookupError, TypeError, RecursionError):
+    except (msgspec.DecodeError, ValueError, LookupError, TypeError, RecursionError):
         # The place is one that has no name of its own, such as a value of an object.
         pass
     raise Refused(400, f"{place} is {found}, expected {expected[1]}.") from None
