@@ -23,25 +23,29 @@ Array = NDArray[np.float64]
 
 NOTATIONS = ("mandel", "voigt", "tensor")
 PLANES = ("plane strain", "plane stress")
+DIMENSIONS: tuple[Any, ...] = (3, *PLANES, "axisymmetric")
 YOUNG, POISSON = 205_000.0, 0.29
 
 
 def gradients(n: int, size: float, dimension: Any = 3) -> Array:
-    """Symmetric 3 x 3 strains; in the plane only where the dimension is a plane one."""
+    """Symmetric 3 x 3 strains; in the plane only where the dimension is a plane one, and without shears out of it."""
     found = size * np.random.default_rng(3).normal(size=(n, 3, 3))
     if dimension != 3:
-        found[:, 2], found[:, :, 2] = 0.0, 0.0
+        found[:, 2, :2], found[:, :2, 2] = 0.0, 0.0
+    if dimension not in (3, "axisymmetric"):
+        found[:, 2, 2] = 0.0
     half: Array = 0.5 * (found + found.swapaxes(1, 2))
     return half
 
 
 def written(tensors: Array, notation: str, kind: str, dimension: Any = 3) -> Array:
     """Tensors `(n, 3, 3)` as a caller writes them, by hand."""
-    if dimension != 3:
-        if notation == "tensor":
-            return tensors[:, :2, :2]
+    if dimension != 3 and notation != "tensor":
         shear = {"mandel": np.sqrt(2.0), "voigt": 2.0 if kind == "strain" else 1.0}[notation]
-        return np.stack([tensors[:, 0, 0], tensors[:, 1, 1], shear * tensors[:, 0, 1]], 1)
+        hoop = [tensors[:, 2, 2]] if dimension == "axisymmetric" else []
+        return np.stack([tensors[:, 0, 0], tensors[:, 1, 1], *hoop, shear * tensors[:, 0, 1]], 1)
+    if dimension not in (3, "axisymmetric"):
+        return tensors[:, :2, :2]
     form: Any = notation if notation != "voigt" else f"voigt {kind}"
     return convert(tensors, "tensor", form)
 
@@ -52,7 +56,7 @@ def points_of(name: str, n: int, **options: Any) -> Points:
     return points
 
 
-@pytest.mark.parametrize("dimension", [3, "plane strain"])
+@pytest.mark.parametrize("dimension", [3, "plane strain", "axisymmetric"])
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_results_are_those_of_the_law_by_hand(notation: Any, dimension: Any) -> None:
     points = points_of("viscoplasticity", 5, notation=notation, dimension=dimension)
@@ -70,7 +74,7 @@ def test_results_are_those_of_the_law_by_hand(notation: Any, dimension: Any) -> 
         assert np.allclose(points.committed("stress"), written(stress, notation, "stress"), atol=1e-6)
 
 
-@pytest.mark.parametrize("dimension", [3, *PLANES])
+@pytest.mark.parametrize("dimension", DIMENSIONS)
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_every_tangent_is_that_of_the_results(notation: Any, dimension: Any) -> None:
     """Central differences of the results, along symmetric directions as the caller writes them."""
@@ -99,11 +103,34 @@ def test_every_tangent_is_that_of_the_results(notation: Any, dimension: Any) -> 
             assert np.allclose(along, difference, rtol=2e-6, atol=2e-6 * np.abs(difference).max())
 
 
+@pytest.mark.parametrize("notation", NOTATIONS)
+def test_axisymmetric_is_the_thick_cylinder_of_lame(notation: Any) -> None:
+    """Stresses under internal pressure without axial strain, from the strains of the displacement a r + b / r."""
+    inner, outer, pressure = 10.0, 25.0, 80.0
+    radius = np.linspace(inner, outer, 6)
+    shear = YOUNG / (2.0 * (1.0 + POISSON))
+    c = pressure * inner**2 / (outer**2 - inner**2)
+    a, b = c * (1.0 - 2.0 * POISSON) / (2.0 * shear), c * outer**2 / (2.0 * shear)
+    strain, stress = np.zeros((6, 3, 3)), np.zeros((6, 3, 3))
+    # The axes are r, z, t.
+    strain[:, 0, 0], strain[:, 2, 2] = a - b / radius**2, a + b / radius**2
+    stress[:, 0, 0], stress[:, 2, 2] = c * (1.0 - outer**2 / radius**2), c * (1.0 + outer**2 / radius**2)
+    stress[:, 1, 1] = 2.0 * POISSON * c
+    points = points_of("elasticity", 6, notation=notation, dimension="axisymmetric")
+    found = points.update(strain=written(strain, notation, "strain", "axisymmetric"))
+    expected = written(stress, notation, "stress", "axisymmetric")
+    assert np.allclose(found.outputs["stress"], expected, rtol=1e-10, atol=1e-9)
+    if notation == "voigt":
+        stiffness = 2.0 * shear * np.diag([1.0, 1.0, 1.0, 0.5])
+        stiffness[:3, :3] += 2.0 * shear * POISSON / (1.0 - 2.0 * POISSON)
+        assert np.allclose(found.tangent["stress"]["strain"], stiffness, rtol=1e-10, atol=1e-6)
+
+
 YIELD, HARDENING = "residual.overstress.sy", "residual.hardening.K"
 
 
 class TestParameters:
-    @pytest.mark.parametrize("dimension", [3, *PLANES])
+    @pytest.mark.parametrize("dimension", DIMENSIONS)
     @pytest.mark.parametrize("notation", NOTATIONS)
     def test_tangents_are_those_of_the_results(self, notation: Any, dimension: Any) -> None:
         """Central differences by a value for each point and by one for all, which overrides give."""
@@ -418,7 +445,7 @@ class TestTold:
             Points(model, 1, dimension="plane stress", pairs=[("equivalent_plastic_strain", "t")])
 
 
-@pytest.mark.parametrize(("notation", "dimension"), list(itertools.product(NOTATIONS, [3, *PLANES])))
+@pytest.mark.parametrize(("notation", "dimension"), list(itertools.product(NOTATIONS, DIMENSIONS)))
 def test_out_takes_every_form(notation: Any, dimension: Any) -> None:
     points = points_of("calibration", 4, notation=notation, dimension=dimension)
     at = written(gradients(4, 4e-3, dimension), notation, "strain", dimension)

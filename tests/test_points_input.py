@@ -46,7 +46,7 @@ def begun(**options: Any) -> Points:
         given = np.zeros((N, 3, 3))
         given[:, 0, 0] = 5e-3
     if options.get("dimension", 3) != 3:
-        given = given[:, :3]
+        given = given[..., : (4 if options["dimension"] == "axisymmetric" else 3)]
     points.update(strain=given, t=1.0)
     points.commit()
     return points
@@ -245,6 +245,13 @@ STRAINS: list[tuple[dict[str, Any], Callable[[], Any], type[Exception], str]] = 
     ({"notation": "tensor"}, lambda: ZERO, InputError, r"expected \(4, 3, 3\).*convert\(strain, 'mandel', 'tensor'\)"),
     ({"notation": "voigt"}, lambda: np.zeros((N, 3, 3)), InputError, r"convert\(strain, 'tensor', 'voigt strain'\)"),
     ({"dimension": "plane strain"}, lambda: ZERO, InputError, r"expected \(4, 3\).*xx, yy, xy in .*dimension="),
+    ({"dimension": "axisymmetric"}, lambda: ZERO, InputError, r"expected \(4, 4\).*rr, zz, tt, rz in .*dimension="),
+    (
+        {"dimension": "axisymmetric", "notation": "tensor"},
+        lambda: np.full((N, 3, 3), 1e-3),
+        InputError,
+        "'strain': an axisymmetric tensor has no shears rt and zt.*whole=",
+    ),
     (
         {"notation": "tensor"},
         lambda: tensor_of(2e-3),
@@ -422,7 +429,7 @@ class TestConstruction:
             ({"n": 2.0}, InputTypeError, "n is 2.0, expected a whole number"),
             ({"n": True}, InputTypeError, "n is True"),
             ({"notation": "Voigt"}, InputError, "notation is 'Voigt', expected one of mandel, voigt, tensor"),
-            ({"dimension": 2}, InputError, "dimension is 2, expected one of 3, 'plane strain', 'plane stress'"),
+            ({"dimension": 2}, InputError, "dimension is 2, expected one of 3, 'plane strain', 'plane stress', 'axi"),
             ({"pairs": [("stress", "t")]}, DerivativeNotCompiledError, r"d\(stress\)/d\(t\) was not.*-d stress:t"),
             ({"pairs": [("stress", "strain~1")]}, DerivativeNotCompiledError, "'strain~1' is kept.* by a driven input"),
             ({"pairs": [("stress", "strian")]}, UnknownNameError, "unknown 'strian'. Did you mean 'strain'"),

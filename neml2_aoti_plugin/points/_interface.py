@@ -23,14 +23,22 @@ from ._arrays import Array, Arrays, share_memory, to_caller
 from ._roles import Base, Pair
 
 Notation = Literal["mandel", "voigt", "tensor"]
-Dimension = Literal[3, "plane strain", "plane stress"]
+Dimension = Literal[3, "plane strain", "plane stress", "axisymmetric"]
 
 NOTATIONS: tuple[Notation, ...] = get_args(Notation)
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 
 SYMMETRIC = (6,)
-# Entries of a vector of six that callers give and get; of a 3 x 3 tensor in a plane dimension it is the 2 x 2 in it.
-COMPONENTS: dict[Dimension, list[int]] = {3: [0, 1, 2, 3, 4, 5], "plane strain": [0, 1, 5], "plane stress": [0, 1, 5]}
+# Entries of a vector of six that callers give and get; of a 3 x 3 tensor in a plane dimension it is the 2 x 2 in it, in
+# the axisymmetric one all of it.
+COMPONENTS: dict[Dimension, list[int]] = {
+    3: [0, 1, 2, 3, 4, 5],
+    "plane strain": [0, 1, 5],
+    "plane stress": [0, 1, 5],
+    "axisymmetric": [0, 1, 2, 5],
+}
+# The axes by name; x, y, z are r, z, t (the hoop direction) where the body is one of revolution.
+AXISYMMETRIC = str.maketrans("xyz", "rzt")
 # Those out of the plane.
 OUT_OF_PLANE = [2, 3, 4]
 
@@ -53,15 +61,26 @@ class Forms:
             return self.bases[name]
         reduced = name in self.reduced and not whole
         if self.forms[name] == "tensor":
-            return (2, 2) if reduced else (3, 3)
+            return (2, 2) if reduced and not self.axisymmetric else (3, 3)
         return (len(self.components),) if reduced else SYMMETRIC
+
+    @property
+    def axisymmetric(self) -> bool:
+        """Whether the body is one of revolution."""
+        return len(self.components) == 4
 
     def inward(self, name: str, value: Tensor, *, whole: bool = False) -> Tensor:
         """Bring a caller's value, `(..., *shape)`, to the model's form."""
         form = self.forms.get(name)
         if form is None:
             return value
-        if name in self.reduced and not whole:
+        if name in self.reduced and not whole and form == "tensor" and self.axisymmetric:
+            if bool((value[..., 2, :2].abs() > 0.0).any()):
+                raise InputError(
+                    "an axisymmetric tensor has no shears rt and zt, the entries [0, 2] and [1, 2]; name it in whole= "
+                    "if the body is twisted."
+                )
+        elif name in self.reduced and not whole:
             base = self.shape(name, whole=True)
             embedded = value.new_zeros((*value.shape[: value.ndim - len(base)], *base))
             if form == "tensor":
@@ -99,7 +118,7 @@ class Forms:
             return value
         last = value.ndim - 1 - behind
         if self.forms[name] == "tensor":
-            return value.narrow(last, 0, 2).narrow(last - 1, 0, 2)
+            return value if self.axisymmetric else value.narrow(last, 0, 2).narrow(last - 1, 0, 2)
         return value.index_select(last, torch.tensor(self.components, device=value.device))
 
 
@@ -215,6 +234,7 @@ class Interface:
         if shape[1:] == one:
             return f"{wanted}: there are {self.n} points."
         parts = ", ".join(ORDER[k] for k in (range(6) if one[-1:] == SYMMETRIC else self.forms.components))
+        parts = parts.translate(AXISYMMETRIC) if self.forms.axisymmetric else parts
         kind = "symmetric tensors in components" if form == "tensor" else f"{parts} in the form {form!r}"
         return (
             f"{wanted}: {kind}.{_conversion(name, shape, one, form)} Points(..., notation=...) says how tensors are "

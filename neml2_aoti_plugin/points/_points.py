@@ -37,14 +37,15 @@ class Points:
             them; `voigt`, `(n, 6)` with engineering shears in strains; `tensor`, `(n, 3, 3)`. The order of vectors is
             xx, yy, zz, yz, xz, xy.
         dimension: 3; `plane strain` or `plane stress`, where driven inputs and results have xx, yy, xy, `(n, 3)` or
-            `(n, 2, 2)`. Driven inputs that are no symmetric tensors are given whole in any case.
+            `(n, 2, 2)`; `axisymmetric`, where they have rr, zz, tt (hoop), rz, `(n, 4)` or `(n, 3, 3)` with the axes r,
+            z, t, which stand in the place of x, y, z. Driven inputs that are no symmetric tensors are given whole.
         pairs: (output, driven input) and (output, promoted parameter) pairs for the tangent; all that were compiled by
             driven inputs if not given.
         history: inputs that are earlier values under other names, as `{"old_stress": "stress~1"}`.
         driven: inputs that are given with each update although their names say otherwise.
         strains: symmetric tensors that Voigt's notation writes as strains; by default those with `strain` in the name.
         stresses: those that it writes as stresses; by default those with `stress` in the name.
-        whole: symmetric tensors with all six components even in a plane dimension, such as an eigenstrain.
+        whole: symmetric tensors with all six components in any dimension, such as an eigenstrain.
         stress_strain: the output and the driven input that plane stress is about, where there are several.
 
     Raises:
