@@ -6,14 +6,18 @@ import json
 import shlex
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 import references
 from neml2_aoti_plugin import _cli
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
+from tools.json_forms import REPORTS
 
 
 def printed(*words: object, status: int = 0) -> tuple[str, str]:
@@ -43,6 +47,12 @@ def refused(*words: object, status: int = 2) -> str:
     message: str = document["error"]["message"]
     assert message in err and "Traceback" not in err
     return message
+
+
+def require_form(result: object, command: str) -> None:
+    """That a result is what docs/tool.md says of it: these fields, in this order, with values of these types."""
+    found: Any = msgspec.convert(result, REPORTS[command])
+    assert json.dumps(asdict(found)) == json.dumps(result)
 
 
 def stub_of(name: str) -> Path:

@@ -14,13 +14,10 @@ import pytest
 import torch
 
 import references
-from commands import answer, copy_of, printed, refused, stub_of
-from json_check import mismatches
+from commands import answer, copy_of, printed, refused, require_form, stub_of
 from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
 from neml2_aoti_plugin import seal
-from neml2_aoti_plugin._cli.doctor import Diagnosis
-from neml2_aoti_plugin._cli.inspect import ArtifactReport
 
 
 def damaged_copy(folder: Path) -> Path:
@@ -112,9 +109,11 @@ def test_old_artifacts(release: str, scenario: str, schema: int) -> None:
     reports = []
     for path in (stub, build.metadata(release, scenario), build.metadata(release, scenario).parent):
         reports.append(answer("inspect", path))
-        assert not mismatches(reports[-1], ArtifactReport) and reports[-1]["schema"] == schema
+        require_form(reports[-1], "inspect")
+        assert reports[-1]["schema"] == schema
         diagnosis = json.loads(printed("doctor", path, "--json")[0])["result"]
-        assert not mismatches(diagnosis, Diagnosis) and diagnosis["artifact"]["runs"] is True
+        require_form(diagnosis, "doctor")
+        assert diagnosis["artifact"]["runs"] is True
     assert reports[1]["inputs"] == reports[2]["inputs"] == reports[0]["inputs"]
     if schema == 7 and scenario == "implicit":
         # Only the stub has the settings of that release.
@@ -179,7 +178,7 @@ def test_broken_environments(
     command = [sys.executable, "-m", "neml2_aoti_plugin", "doctor", "--json"]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     document = json.loads(done.stdout)
-    assert not mismatches(document["result"], Diagnosis)
+    require_form(document["result"], "doctor")
     assert done.returncode == document["status"] == 1, done.stderr
     by_subject = {finding["subject"]: finding for finding in document["result"]["findings"]}
     for subject, (level, says, cure) in spoilt.items():
