@@ -10,21 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
 import pytest
 
 import environments
-from commands import answer, printed, refused, require_form
+from commands import answer, copy_of, printed, refused, require_form
 from environments import Environment
 from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
 from neml2_aoti_plugin._cli.app import COMMANDS
 from neml2_aoti_plugin._cli.output import console
 from neml2_aoti_plugin._cli.process import heeded
-from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
 from tools.json_forms import REPORTS
 
@@ -39,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with compiled models, where commands are run."""
     folder = tmp_path_factory.mktemp("place")
     for name in STUBS:
-        shutil.copytree(compiled(name), folder / "aoti", dirs_exist_ok=True)
+        copy_of(name, folder / "aoti")
     return folder
 
 
@@ -89,22 +87,14 @@ def test_each_command_gives_its_document_and_says_it_in_words(there: Path) -> No
     assert (there / "new/elasticity/metadata.json").is_file() and (there / "curve.svg").is_file()
 
 
-def through_the_script(environment: Environment, place: Path, commands: Sequence[str]) -> None:
+@pytest.mark.parametrize("commands", [["run"], pytest.param([*CALLS], marks=pytest.mark.long, id="all")])
+def test_the_console_script(commands: list[str], environment: Environment, tmp_path: Path) -> None:
+    for name in STUBS:
+        copy_of(name, tmp_path / "aoti")
     for command in commands:
-        done = start(environment, place, command, *CALLS[command], "--json", **TORCH)
+        done = start(environment, tmp_path, command, *CALLS[command], "--json", **TORCH)
         assert (done.returncode, done.stderr) == (0, ""), f"{command}:\n{done.stdout}\n{done.stderr}"
         require_form(json.loads(done.stdout)["result"], command)
-
-
-def test_the_console_script(environment: Environment, place: Path) -> None:
-    through_the_script(environment, place, ["run"])
-
-
-@pytest.mark.long
-def test_the_console_script_with_all_commands(environment: Environment, tmp_path: Path) -> None:
-    for name in STUBS:
-        shutil.copytree(compiled(name), tmp_path / "aoti", dirs_exist_ok=True)
-    through_the_script(environment, tmp_path, [*CALLS])
 
 
 @pytest.mark.legacy
