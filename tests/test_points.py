@@ -344,6 +344,86 @@ class TestFailedPoints:
         assert np.allclose(points.committed("stress"), by_hand(5e-3, *times), atol=1e-6)
 
 
+class TestParts:
+    """Updates of a part of the points."""
+
+    @pytest.mark.parametrize("dimension", [3, "plane stress"])
+    def test_are_the_update_of_the_whole(self, dimension: Any) -> None:
+        whole, parts = (begun(dimension=dimension) for _ in range(2))
+        mask = np.array([False, True, False, True, True, False, False])
+        for step in (1, 2):
+            # Two updates of the step, of which the second starts from the first.
+            for factor in (1.0, 1.1):
+                strain, time = factor * step * strains(4e-3), np.linspace(0.5, 1.0, 7) * step
+                strain = strain if dimension == 3 else strain[:, :3]
+                expected = whole.update(strain=strain, t=time)
+                for chosen, rows in (
+                    ([6, 0], [6, 0]),
+                    (slice(2, None, 3), [2, 5]),
+                    (torch.from_numpy(mask), [1, 3, 4]),
+                ):
+                    found = parts.update(strain=strain[rows], t=time[rows], points=chosen)
+                    assert found.converged.all() and np.array_equal(found.iterations, expected.iterations[rows])
+                    assert np.allclose(found.outputs["stress"], expected.outputs["stress"][rows], rtol=1e-11, atol=1e-9)
+                    tangent = expected.tangent["stress"]["strain"][rows]
+                    assert np.allclose(found.tangent["stress"]["strain"], tangent, rtol=1e-9, atol=1e-4)
+                # That of the last part is that of the step.
+                assert found.step_factor == expected.step_factor
+            for one in (whole, parts):
+                one.commit()
+            for name, value in whole.state().values.items():
+                assert torch.allclose(parts.state().values[name], value, rtol=1e-11, atol=1e-12)
+
+    def test_points_that_were_not_updated_stay_where_they_are(self) -> None:
+        points = begun()
+        points.update(strain=strains(4e-3)[:3], t=1.0, points=[0, 1, 2])
+        assert np.isnan(points.trial("stress")[3:]).all() and np.isfinite(points.trial("stress")[:3]).all()
+        with pytest.raises(AOTIError, match="4 of 7 points were not updated"):
+            points.commit()
+        points.commit(slice(3))
+        assert np.array_equal(points.committed("t"), [1, 1, 1, 0, 0, 0, 0])
+        assert not points.committed("stress")[3:].any()
+        assert np.allclose(points.committed("stress")[:3], by_hand(4e-3, 1.0)[:3], atol=1e-6)
+
+    def test_whole_and_parts_in_one_step(self) -> None:
+        points = begun()
+        points.update(strain=strains(9e-3)[:2], t=1.0, points=[0, 1])
+        with torch.inference_mode():
+            points.update(strain=strains(4e-3), t=1.0)
+        changed = 2 * strains(4e-3)[4:]
+        bad = points.update(strain=np.full((3, 6), np.nan), t=1.0, points=[4, 5, 6])
+        assert bad.failed == [0, 1, 2] and bad.step_factor == 0.5
+        # A part that is fine does not hide that another one failed.
+        assert points.update(strain=strains(4e-3)[:1], t=1.0, points=[0]).step_factor == 0.5
+        with pytest.raises(AOTIError, match=r"3 of 7 points failed in the last update .*: 4, 5, 6"):
+            points.commit()
+        points.update(strain=changed, t=1.0, points=[4, 5, 6])
+        points.commit()
+        hand = radial_return.RadialReturn(7)
+        expected = hand.update(strain=np.concatenate([strains(4e-3)[:4], changed]), t=1.0).outputs["stress"]
+        assert np.allclose(points.committed("stress"), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("dimension", [3, "plane stress"])
+    def test_parameters_of_each_point(self, dimension: Any) -> None:
+        model, young = references.case("promoted").load(), torch.tensor([70e3, 80e3, 210e3]).double()
+        model.set_parameter("promoted.E", young)
+        strain = strains(1e-3, 3)[:, : 6 if dimension == 3 else 3]
+        points = Points(model, 3, dimension=dimension)
+        expected = points.update(strain=strain).outputs["stress"]
+        found = points.update(strain=strain[[2, 0]], points=[2, 0]).outputs["stress"]
+        assert np.allclose(found, expected[[2, 0]], rtol=1e-12)
+        model.set_parameter("promoted.E", 1.0)
+        given = {"promoted.E": young[[2, 0]]}
+        again = points.update(strain=strain[[2, 0]], points=[2, 0], param_overrides=given).outputs["stress"]
+        assert np.allclose(again, expected[[2, 0]], rtol=1e-12)
+
+    def test_out_is_of_the_part(self) -> None:
+        points, stress = begun(), np.zeros((7, 6))
+        for part in (slice(0, 4), slice(4, 7)):
+            points.update(strain=strains(4e-3)[part], t=1.0, points=part, out={"stress": stress[part]})
+        assert np.array_equal(stress, begun().update(strain=strains(4e-3), t=1.0).outputs["stress"])
+
+
 class TestStepFactor:
     def test_rule(self) -> None:
         assert step_factor(3, failed=True) == step_factor(0, failed=True) == 0.5

@@ -297,6 +297,12 @@ OUTS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: [0.0], InputTypeError, r"out\[stress\] is a list"),
 ]
 
+
+def in_part(points: Points, part: Any, keep: Any) -> None:
+    points.update(strain=ZERO[:2], t=2.0, points=part)
+    points.commit(keep)
+
+
 # Any other calls.
 CALLS: list[tuple[Callable[[Points], Any], type[Exception], str]] = [
     (lambda p: p.update(strain=ZERO), UnknownNameError, "missing 't'.*driven inputs are: strain, t"),
@@ -329,6 +335,25 @@ CALLS: list[tuple[Callable[[Points], Any], type[Exception], str]] = [
         "'keep' is a masked array",
     ),
     (lambda p: committed(p, ZERO, [[0], [1, 2]]), InputError, "keep is no array"),
+    (lambda p: committed(p, ZERO, slice("a", "b")), InputError, "keep is no array of points .*indices or a slice"),
+    (
+        lambda p: p.update(strain=ZERO, t=2.0, points=[0, 1]),
+        InputError,
+        r"'strain' has shape \(4, 6\), expected \(2, 6\)",
+    ),
+    (lambda p: p.update(strain=ZERO[:2], t=2.0, points=[1, 1]), InputError, "points holds a point twice"),
+    (lambda p: p.update(strain=ZERO[:2], t=2.0, points=[0, 4]), InputError, "points has indices from 0 to 4"),
+    (lambda p: p.update(strain=ZERO[:2], t=2.0, points=[0.0, 1.0]), InputError, "points has shape .* dtype float64"),
+    (
+        lambda p: in_part(p, slice(2), None),
+        AOTIError,
+        r"2 of 4 points were not updated since the last commit and can't be committed: 2, 3. Call update\(..., points",
+    ),
+    (
+        lambda p: in_part(p, [3, 1], [1, 2]),
+        AOTIError,
+        "1 of 4 points were not updated .*: 2",
+    ),
     (lambda p: committed(p, ZERO, np.ones(3, bool)), InputError, r"keep has shape \(3,\) and dtype bool, expected"),
     (lambda p: committed(p, ZERO, [0, 4]), InputError, "keep has indices from 0 to 4, expected 0 to 3"),
     (lambda p: committed(p, ZERO, np.ones(N)), InputError, "dtype float64"),

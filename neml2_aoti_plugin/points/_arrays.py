@@ -149,22 +149,21 @@ def to_caller(value: Tensor, *, torch_kind: bool) -> Array:
     return value if torch_kind else value.cpu().numpy()
 
 
-def mask_of(keep: Array, n: int) -> Tensor:
-    """Points, given as a mask `(n,)` or by their indices, as a mask."""
-    require_unmasked(keep, "keep")
+def rows_of(given: Array | slice, n: int, what: str) -> Tensor:
+    """Points, given as a mask `(n,)`, by their indices or by a slice, as indices in the order given."""
+    require_unmasked(given, what)
+    wanted = f"expected a mask of bool ({n},), indices or a slice"
     try:
-        given = np.asarray(keep.detach().cpu() if isinstance(keep, Tensor) else keep)
+        chosen = np.arange(n)[given] if isinstance(given, slice) else given
+        found = np.asarray(chosen.detach().cpu() if isinstance(chosen, Tensor) else chosen)
     except (TypeError, ValueError) as error:
-        raise InputError(f"keep is no array of points ({error}), expected a mask ({n},), or indices.") from None
-    if given.dtype == np.bool_ and given.shape == (n,):
-        return torch.from_numpy(given.copy())
-    mask = np.zeros(n, dtype=np.bool_)
-    if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
-        raise InputError(
-            f"keep has shape {given.shape} and dtype {given.dtype}, expected a mask of bool ({n},), or indices."
-        )
-    if given.size:
-        if given.min() < 0 or given.max() >= n:
-            raise InputError(f"keep has indices from {given.min()} to {given.max()}, expected 0 to {n - 1}.")
-        mask[given] = True
-    return torch.from_numpy(mask)
+        raise InputError(f"{what} is no array of points ({error}), {wanted}.") from None
+    if found.dtype == np.bool_ and found.shape == (n,):
+        found = np.flatnonzero(found)
+    if not found.size:
+        return torch.zeros(0, dtype=torch.int64)
+    if found.dtype.kind not in "iu" or found.ndim != 1:
+        raise InputError(f"{what} has shape {found.shape} and dtype {found.dtype}, {wanted}.")
+    if found.min() < 0 or found.max() >= n:
+        raise InputError(f"{what} has indices from {found.min()} to {found.max()}, expected 0 to {n - 1}.")
+    return torch.from_numpy(found.astype(np.int64))

@@ -22,14 +22,47 @@ CUT, LEAST, MOST = 0.5, 0.5, 2.0
 
 @dataclass(frozen=True)
 class Trial:
-    """An update that is not committed."""
+    """What was updated since the last commit."""
 
-    # Of the variables that are kept, and of unknowns.
+    # Of the variables that are kept, and of unknowns; NaN at points that failed or were not updated.
     values: Tensors
     # `(n,)`.
     converged: Tensor
+    # `(n,)`.
+    updated: Tensor
     # Newton updates of the hardest point, over all updates of the step.
     hardest: int
+
+    @property
+    def failed(self) -> Tensor:
+        """The points whose last update failed, `(n,)`."""
+        return self.updated & ~self.converged
+
+    def at(self, part: Tensor | None) -> Tensors | None:
+        """The values at a part of the points, or at all; None where one of these has not been updated."""
+        if part is None:
+            return self.values if bool(self.updated.all()) else None
+        return {name: x[part] for name, x in self.values.items()} if bool(self.updated[part].all()) else None
+
+    def with_part(self, part: Tensor, new: Trial) -> Trial:
+        """This one, with an update of a part of the points written over it in place."""
+        # Torch lets nobody write to what was made under torch.inference_mode.
+        values = {name: value.clone() if value.is_inference() else value for name, value in self.values.items()}
+        converged, updated = (x.clone() if x.is_inference() else x for x in (self.converged, self.updated))
+        # An interrupt in here leaves points that have to be updated again.
+        updated[part] = False
+        for name, value in new.values.items():
+            values[name][part] = value
+        converged[part] = new.converged
+        updated[part] = True
+        return Trial(values, converged, updated, max(self.hardest, new.hardest))
+
+
+def no_trial(like: Trial, n: int) -> Trial:
+    """A trial of `n` points none of which was updated, of the variables of another one."""
+    values = {name: value.new_full((n, *value.shape[1:]), torch.nan) for name, value in like.values.items()}
+    none = like.converged.new_zeros(n)
+    return Trial(values, none, none.clone(), 0)
 
 
 @dataclass(frozen=True)
@@ -43,16 +76,16 @@ class Evaluator:
     plane_stress: PlaneStress | None
 
     def step(
-        self, driven: Tensors, old: Tensors, trial: Trial | None, pairs: Sequence[Pair], parameters: Tensors
+        self, driven: Tensors, old: Tensors, last: Tensors | None, pairs: Sequence[Pair], parameters: Tensors
     ) -> tuple[Solution, Tensors]:
-        """Evaluate a step at all points, from the state `old` and the last update of the step, if there was one.
+        """Evaluate a step from the state `old` and the values of the last update of the step, if there was one.
 
         The driven inputs, `(n, ...)`, are given back; in plane stress with the strains out of the plane. `parameters`
         are values in the place of the model's own.
         """
         inputs = {**driven, **{name: old[earlier(*of)] for name, of in self.roles.lagged.items()}}
         inputs.update({name: old[earlier(name, 1)] for name in self.roles.guesses})
-        guesses = {} if trial is None else {name: self._usable(name, trial.values[name], old) for name in self.unknowns}
+        guesses = {} if last is None else {name: self._usable(name, last[name], old) for name in self.unknowns}
         constraint = self.plane_stress
         if constraint is None:
             return evaluate(self.model, inputs, guesses, pairs, parameters), driven
@@ -63,7 +96,7 @@ class Evaluator:
             starts = guesses if known is None else {n: self._usable(n, x, old, rows) for n, x in known.items()}
             return evaluate(self.model, own, starts, constraint.needed(pairs), parameters, rows)
 
-        strain = constraint.start(driven[constraint.strain], old, trial.values if trial else None)
+        strain = constraint.start(driven[constraint.strain], old, last)
         found, strain = constraint.solve(at, strain, self.unknowns)
         return constraint.condensed(found, pairs), {**driven, constraint.strain: strain}
 
@@ -101,20 +134,20 @@ def evaluate(
     `rows` says which of all points these are. The updates of a point are those of the attempt that counted.
     """
     wanted = pairs or None
-    found = model.solve({**inputs, **guesses}, _at(model, parameters, rows), pairs=wanted)
+    found = model.solve({**inputs, **guesses}, parameters_at(model, parameters, rows), pairs=wanted)
     if not guesses or bool(found.converged.all()):
         return found
     failed = (~found.converged).nonzero().squeeze(-1)
     again = model.solve(
         {name: value[failed] for name, value in inputs.items()},
-        _at(model, parameters, failed if rows is None else rows[failed]),
+        parameters_at(model, parameters, failed if rows is None else rows[failed]),
         pairs=wanted,
     )
     write(found, failed, again)
     return found
 
 
-def _at(model: Model, parameters: Tensors, rows: Tensor | None) -> Tensors:
+def parameters_at(model: Model, parameters: Tensors, rows: Tensor | None) -> Tensors:
     """The parameters in the place of the model's own, for some of the points: also those with a value for each."""
     if rows is None:
         return parameters

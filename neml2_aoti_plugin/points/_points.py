@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,8 +14,8 @@ from .._checks import require_names, whole_number
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model, as_model
 from . import _state as states
-from ._arrays import Array, Arrays, mask_of, require_not_followed
-from ._evaluation import Evaluator, Trial, advanced, step_factor
+from ._arrays import Array, Arrays, require_not_followed, rows_of
+from ._evaluation import Evaluator, Trial, advanced, no_trial, parameters_at, step_factor
 from ._interface import DIMENSIONS, Dimension, Interface, Notation, PointsResult, forms_of, result_of
 from ._plane_stress import Tensors, plane_stress_of
 from ._roles import Pair, earlier, pairs_of, require_in_tangent, roles_of
@@ -149,9 +150,13 @@ class Points:
         out: Mapping[str | Pair, Array] | None = None,
         tangent: bool = True,
         param_overrides: Mapping[str, Array] | None = None,
+        points: Array | slice | None = None,
         **named: Array,
     ) -> PointsResult:
         """Evaluate a step from the state to values of the driven inputs; the state stays as it is.
+
+        With `points` only these are updated: what was given and what is returned has `m` of them for `n`, in their
+        order, and the others keep what their last update in this step gave.
 
         Args:
             values: driven inputs by name, for names that are no Python identifiers.
@@ -159,6 +164,7 @@ class Points:
             tangent: whether to evaluate the tangent.
             param_overrides: values of promoted parameters for this update only, `(n, *base)` or, for all points,
                 `(*base)`; as the model has them, in Mandel's notation and three dimensions.
+            points: those to update, each once: indices, a mask `(n,)` or a slice; all if not given.
             named: driven inputs by name, `(n, *sub_batch, *base)` in the caller's notation and dimension, or without
                 `n` for all points; a number for a scalar.
 
@@ -173,10 +179,10 @@ class Points:
             InputTypeError: an array has another dtype or device, masked entries, or is none.
         """
         given = _named(values, named)
-        interface, overrides = self._interface, _mapping(param_overrides, "param_overrides")
+        overrides = _mapping(param_overrides, "param_overrides")
         for name, parameter in self.model.named_parameters().items():
             require_not_followed(parameter, f"the parameter {name!r}")
-            interface.require_parameter(name, parameter)
+            self._interface.require_parameter(name, parameter)
         if not self._begun:
             raise AOTIError(
                 f"these points have no state yet, and the model needs {', '.join(self._roles.lagged)}. Call initial() "
@@ -184,18 +190,23 @@ class Points:
             )
         self._roles.require_driven(given)
         require_names(overrides, self.model.parameter_base_shapes, "param_overrides", "promoted parameters")
+        part, interface, old, parameters = None, self._interface, self._old, Tensors()
+        if points is not None:
+            part = self._part(points)
+            interface, old = replace(interface, n=len(part)), {name: value[part] for name, value in old.items()}
+            parameters = parameters_at(self.model, {}, part)
         pairs = self.pairs if tangent else ()
         # All that the caller gave is looked over before anything is evaluated.
         driven = {name: interface.admitted(name, name, given[name]) for name in self.driven}
-        parameters = {name: interface.arrays.tensor(value, name) for name, value in overrides.items()}
-        for name, value in parameters.items():
-            interface.require_parameter(name, value)
+        for name, value in overrides.items():
+            parameters[name] = interface.arrays.tensor(value, name)
+            interface.require_parameter(name, parameters[name])
         targets = interface.targets({} if out is None else out, self.model.output_names, pairs)
-        found, driven = self._evaluator.step(driven, self._old, self._trial, pairs, parameters)
-        hardest = int(found.iterations.max()) if self.n else 0
+        last = None if self._trial is None else self._trial.at(part)
+        found, driven = self._evaluator.step(driven, old, last, pairs, parameters)
+        hardest = int(found.iterations.max()) if interface.n else 0
         if self._trial is not None:
             hardest = max(hardest, self._trial.hardest)
-        factor = step_factor(hardest, failed=not bool(found.converged.all()))
         # Before results are written, which may be over what the caller gave.
         kept = {name: value.clone() for name, value in driven.items() if name in self._roles.depth}
         results = interface.results(found, pairs, targets)
@@ -204,7 +215,9 @@ class Points:
                 value = found.outputs[name]
                 # The caller has results in its hands, and may write to them.
                 kept[name] = value.clone() if value is results[name] else value
-        self._trial = Trial(kept, found.converged.clone(), hardest)
+        trial = Trial(kept, found.converged.clone(), torch.ones_like(found.converged), hardest)
+        self._trial = trial if part is None else (self._trial or no_trial(trial, self.n)).with_part(part, trial)
+        factor = step_factor(hardest, failed=bool(self._trial.failed.any()))
         torch_kind = any(isinstance(value, Tensor) for value in (*given.values(), *overrides.values()))
         refuse = partial(require_in_tangent, self.model, self.driven, pairs if tangent else None)
         return result_of(results, found, pairs, factor, refuse, torch_kind=torch_kind)
@@ -213,22 +226,33 @@ class Points:
         """Make the values of the last update the state.
 
         Args:
-            keep: the points to do it for, a mask `(n,)` or indices; the others stay where they are. All if not given.
+            keep: the points to do it for, a mask `(n,)`, indices or a slice; the others stay where they are. All if not
+                given.
 
         Raises:
-            AOTIError: there is no update since the last commit, or a point that is to be kept has failed in it.
+            AOTIError: a point that is to be kept has had no update since the last commit, or has failed in it.
             InputError: `keep` is neither a mask nor indices of points.
         """
-        trial = self._require_trial("commit")
-        mask = None if keep is None else mask_of(keep, self.n).to(self.model.device)
-        lost = ~trial.converged if mask is None else mask & ~trial.converged
-        if bool(lost.any()):
-            points = lost.nonzero().squeeze(-1).tolist()
-            shown = ", ".join(map(str, points[:5])) + (", ..." if len(points) > 5 else "")
-            raise AOTIError(
-                f"{len(points)} of {self.n} points failed in the last update and can't be committed: {shown}. Call "
-                "revert() and take a smaller step, or commit(result.converged) for the others alone."
-            )
+        trial, mask = self._require_trial("commit"), None
+        if keep is not None:
+            mask = torch.zeros_like(trial.updated)
+            mask[rows_of(keep, self.n, "keep").to(mask.device)] = True
+        for lost, what, cure in (
+            (
+                trial.failed,
+                "points failed in the last update",
+                "Call revert() and take a smaller step, or commit(result.converged) for the others alone.",
+            ),
+            (
+                ~trial.updated,
+                "points were not updated since the last commit",
+                "Call update(..., points=...) for them, or commit(keep) for the others alone.",
+            ),
+        ):
+            rows = (lost if mask is None else mask & lost).nonzero().squeeze(-1).tolist()
+            if rows:
+                shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+                raise AOTIError(f"{len(rows)} of {self.n} {what} and can't be committed: {shown}. {cure}")
         self._old, self._trial = advanced(self._roles, self._old, trial.values, mask), None
 
     def revert(self) -> None:
@@ -262,7 +286,7 @@ class Points:
             name: of a variable that is kept.
 
         Returns:
-            A copy, an array of NumPy `(n, *sub_batch, *base)`; NaN at points that failed.
+            A copy, an array of NumPy `(n, *sub_batch, *base)`; NaN at points that failed or were not updated.
 
         Raises:
             AOTIError: there is no update since the last commit.
@@ -328,6 +352,12 @@ class Points:
     def _zeros(self, name: str) -> Tensor:
         shape = (self.n, *self._roles.natural[self._kept[name]])
         return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+
+    def _part(self, points: Array | slice) -> Tensor:
+        part = rows_of(points, self.n, "points")
+        if len(part.unique()) < len(part):
+            raise InputError("points holds a point twice, whose last update would be either of two.")
+        return part.to(self.model.device)
 
     def _require_trial(self, call: str) -> Trial:
         if self._trial is None:
