@@ -41,9 +41,6 @@ BESIDE: dict[str, set[str]] = {
 WITH_NEML2 = "_host"
 # `_autoload` imports neml2 and the folders by name, when these are asked for.
 
-# Folders whose circles through functions and types are not cured yet.
-NOT_YET = {"_cli"}
-
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -105,10 +102,7 @@ def test_no_circles() -> None:
         there = (found, f"{found}.__init__", *(f"{found.rpartition('.')[0]}{end}" for end in ("", ".__init__")))
         return next((name for name in there if name in names), None)
 
-    edges = {
-        name: {imported(found) for _, found in imports(file, top=file.parts[-2] in NOT_YET)} - {name, None}
-        for name, file in names.items()
-    }
+    edges = {name: {imported(found) for _, found in imports(file)} - {name, None} for name, file in names.items()}
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-# Exit statuses, for scripts: all is well; the artifact or model falls short; the command was used wrongly; Ctrl-C;
-# nobody reads on, as of a program that SIGPIPE ends.
-FINE, SHORT, WRONG_USE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, or those of the process, and give its exit status."""
@@ -18,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from .process import say
+    from .process import WRONG_USE, say
 
     try:
         from .app import run

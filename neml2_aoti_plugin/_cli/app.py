@@ -9,8 +9,8 @@ from io import StringIO
 import click
 
 from .. import __version__, errors
-from . import FINE, INTERRUPTED, SHORT, WRONG_USE, output
-from .process import say
+from . import output
+from .process import FINE, INTERRUPTED, SHORT, WRONG_USE, say
 
 # The commands with what the help says of each, for which none of their modules is imported.
 COMMANDS = {

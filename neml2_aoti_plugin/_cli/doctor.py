@@ -17,10 +17,11 @@ import click
 
 from .._status import Status, installed, status
 from ..errors import AOTIError, InputError
-from . import FINE, SHORT, environment
+from . import environment
 from .environment import Finding, Level
 from .options import device_options, json_option
 from .output import show
+from .process import FINE, SHORT
 
 if TYPE_CHECKING:
     from rich.table import Table

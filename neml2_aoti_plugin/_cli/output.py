@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._files import draft, require_writable
 from ..errors import InputError
-from . import FINE
+from .process import FINE
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -15,7 +15,9 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
-from . import CLOSED, INTERRUPTED, WRONG_USE
+# Exit statuses, for scripts: all is well; the artifact or model falls short; the command was used wrongly; Ctrl-C;
+# nobody reads on, as of a program that SIGPIPE ends.
+FINE, SHORT, WRONG_USE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 
 # What writing to stdout may raise. Files that a command writes have errors of their own, see `_files.draft`.
 LOST = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from . import FINE
 from .options import MOST_THREADS, device_options, json_option
 from .output import show
+from .process import FINE
 
 if TYPE_CHECKING:
     from ..serve._listening import Address

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import InputError
-from . import FINE, SHORT
 from .options import (
     FILE,
     MOST_ROWS,
@@ -25,6 +24,7 @@ from .options import (
     refuse_together,
 )
 from .output import figure, literal, require_drawable, show, table
+from .process import FINE, SHORT
 
 if TYPE_CHECKING:
     from rich.table import Table

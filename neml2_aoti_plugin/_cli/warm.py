@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import click
 
-from . import FINE, SHORT
 from .options import json_option
 from .output import show
+from .process import FINE, SHORT
 
 EPILOG = """\b
 Examples:
