@@ -499,3 +499,11 @@ def test_derivatives_of_small_systems(n: int) -> None:
         good = torch.arange(9) != 5
         torch.testing.assert_close(found[good], -torch.linalg.solve(a[good], right[good]), rtol=1e-10, atol=1e-12)
         assert bool(found[5].isnan().all())
+
+
+def test_derivatives_of_no_rows() -> None:
+    system, *_ = system_of(lambda u, g: [u], lambda u, g: [u.unsqueeze(-1), u], 1, 2, by_givens=lambda u, g: [g])
+    none = torch.empty(0, 1, dtype=torch.float64)
+    for wanted, columns in ((Derivatives([1]), 1), (Derivatives(directions=none.new_empty(0, 2, 3)), 3)):
+        found = system.run(none, none.expand(0, 2), [], NewtonSettings(), wanted=wanted).derivatives
+        assert found is not None and found.shape == (0, 1, columns)

@@ -304,7 +304,9 @@ class _Workspace:
         if along is not None:
             along = along.contiguous()
             alive.append(along)
-            table[Table.DIRECTIONS], table[Table.DIRECTION_ROW] = along.data_ptr(), along[0].numel() * (len(along) > 1)
+            # One direction for all rows is read again for each.
+            step = prod(along.shape[1:]) if len(along) > 1 else 0
+            table[Table.DIRECTIONS], table[Table.DIRECTION_ROW] = along.data_ptr(), step
         self._columns = np.array(wanted.columns, np.int64)
         found = torch.empty(rows, sides, self._solver.n, dtype=torch.float64)
         table[Table.COLUMNS_AT], table[Table.DERIVATIVES] = self._columns.ctypes.data, found.data_ptr()
