@@ -118,7 +118,7 @@ def test_where_a_gathered_call_raises_each_is_evaluated_alone() -> None:
     [({"wait_ms": 500}, 1), ({"wait_ms": 60_000, "gather_rows": 4}, 1), ({"gather_rows": 1}, 2)],
     ids=["for some time", "until there are enough", "not at all"],
 )
-def test_requests_wait_for_others(limits: dict[str, float], calls: int) -> None:
+def test_requests_wait_for_others(limits: dict[str, Any], calls: int) -> None:
     async def use() -> None:
         async with running(app({"model": artifact("elasticity")}, **limits)) as ask:
             first = asyncio.create_task(ask("POST", INFER, *encode(strain(2), True)))
