@@ -42,6 +42,6 @@ def test_the_quickstart_reaches_the_picture(way: str, tmp_path: Path) -> None:
         ["bash", "-c", "\n".join(parts)], cwd=clone, env=variables, capture_output=True, text=True, timeout=1700
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert (clone / "curve.png").stat().st_size > 5000
+    assert (clone / "first/curve.png").stat().st_size > 5000
     assert re.search(r"\d+\.\d MPa at 3\.0 % strain", done.stdout)
     assert "site-packages" in done.stdout.splitlines()[-1]
