@@ -137,7 +137,7 @@ SCENARIOS: dict[str, Scenario] = {
         ),
         Scenario(
             "unreached_forward",
-            shows="a pair without a path, and a forward segment off every path",
+            shows="a pair without a path, and an explicit segment off every path",
             input="unreached.i",
             model="chain",
             releases=FROM_3_0_6,

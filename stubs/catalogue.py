@@ -60,7 +60,7 @@ ELASTICITY = Stub(
     file="elasticity.i",
     model="elasticity",
     flags=ALL_PAIRS,
-    purpose="The smallest artifact: one forward segment with one constant derivative block.",
+    purpose="The smallest artifact: one explicit segment with one constant derivative block.",
 )
 
 _ENTRIES = (
@@ -96,7 +96,7 @@ _ENTRIES = (
             *ALL_PAIRS,
             *("-d", "stress:promoted.E", "-d", "stress:promoted.nu"),
         ),
-        purpose="One forward segment with two promoted parameters, their Jacobian and their adjoint.",
+        purpose="One explicit segment with two promoted parameters, their Jacobian and their adjoint.",
     ),
     Stub(
         name="chaboche",

@@ -86,7 +86,7 @@ def value(name: str, shape: tuple[int, ...], dtype: torch.dtype, spread: float) 
 
 @functools.cache
 def lone(scenario: str) -> frozenset[str]:
-    """Inputs that not every release has: first iterates of unknowns, and the old value of an incremental variable."""
+    """Inputs that not every release has: initial guesses of unknowns, and the old value of an incremental variable."""
     found: set[str] = set()
     for part in described(NEWEST, scenario).segments:
         if isinstance(part, ImplicitInfo):
@@ -392,7 +392,7 @@ MOST_UPDATES = 6
 
 
 def increment(of: Model, x: float, start: float, end: float, strain: float) -> Tensors:
-    """A step from `x`, which is the first iterate as well."""
+    """A step from `x`, which is the initial guess as well."""
     given = {"x": x, "x~1": x, "t": end, "t~1": start, "dstrain": strain}
     return {name: torch.tensor(given[name], dtype=torch.float64) for name in of.inputs}
 

@@ -14,7 +14,7 @@ RUN = "import sys; from attacks import tensors; tensors.main(*sys.argv[1:])"
 
 
 def artifacts() -> list[str]:
-    """A model of one forward segment, one with parameters, and an implicit one with parameters and initial guesses."""
+    """A model of one explicit segment, one with parameters, and an implicit one with parameters and initial guesses."""
     return [str(references.case(name).artifact) for name in ("elasticity", "promoted", "calibration")]
 
 
