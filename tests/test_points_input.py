@@ -267,7 +267,6 @@ STRAINS: list[tuple[dict[str, Any], Callable[[], Any], type[Exception], str]] = 
     ({}, lambda: torch.zeros(N, 6, device="meta").double(), InputTypeError, "on device meta, expected cpu"),
     ({}, lambda: 0.0, InputError, r"'strain' has shape \(\)"),
     ({}, lambda: np.ma.masked_array(ZERO, ZERO == 0), InputTypeError, r"is a masked array.*strain.filled\("),
-    ({}, lambda: torch.zeros(N, 6).double().requires_grad_(), InputError, r"'strain' requires grad.*torch.no_grad\(\)"),
     ({}, _Tracer, InputTypeError, r"is a _Tracer, which DLPack does not hand over \(AttributeError: a tracer\)"),
 ]
 
@@ -509,17 +508,6 @@ class TestParameters:
         for n in (1, N):
             with pytest.raises(InputError, match=rf"'promoted.E' has shape \(5,\), expected \({n},\)"):
                 Points(model, n).update(strain=strains()[:n])
-
-
-def test_a_parameter_that_requires_grad_is_refused() -> None:
-    model = references.case("promoted").load()
-    points, strain = Points(model, N), strains()
-    expected = points.update(strain=strain).outputs["stress"]
-    model.get_parameter("promoted.E").requires_grad_()
-    with pytest.raises(InputError, match=r"the parameter 'promoted.E' requires grad"):
-        points.update(strain=strain)
-    with torch.no_grad():
-        assert np.array_equal(points.update(strain=strain).outputs["stress"], expected)
 
 
 class TestTangentThatIsNotThere:

@@ -34,7 +34,11 @@ class Arrays:
             except OverflowError:
                 raise InputError(f"{name!r} is a whole number larger than any {self.dtype}.") from None
         if isinstance(value, Tensor):
-            require_not_followed(value, repr(name))
+            if is_followed(value, repr(name)):
+                raise InputError(
+                    f"{name!r} requires grad, and the state of Points is part of no graph: pass its detach(), or call "
+                    "under torch.no_grad()."
+                )
             found = value.detach()
             if found.device.type != self.device.type:
                 raise InputTypeError(
@@ -99,14 +103,16 @@ def _positive(value: np.ndarray[Any, Any]) -> bool:
     return all(step >= 0 for step in value.strides)
 
 
-def require_not_followed(value: Tensor, what: str) -> None:
-    """Refuse a tensor that autograd follows, in reverse or forward mode, since its derivatives would be dropped."""
-    if (value.requires_grad and torch.is_grad_enabled()) or unpack_dual(value).tangent is not None:
-        kind = "requires grad" if value.requires_grad else "carries a forward-mode tangent"
+def is_followed(value: Array, what: str) -> bool:
+    """Whether autograd follows a value in reverse mode; one in forward mode is refused, or its tangent were lost."""
+    if not isinstance(value, Tensor):
+        return False
+    if unpack_dual(value).tangent is not None:
         raise InputError(
-            f"{what} {kind}, and autograd does not follow Points: pass its detach(), or call under torch.no_grad(). "
-            "PointsResult.tangent has derivatives; Model.forward is followed."
+            f"{what} carries a forward-mode tangent, and autograd follows Points in reverse mode alone: pass its "
+            "detach(). PointsResult.tangent has derivatives; Model.forward is followed."
         )
+    return value.requires_grad and torch.is_grad_enabled()
 
 
 def require_unmasked(value: Array, name: str) -> None:

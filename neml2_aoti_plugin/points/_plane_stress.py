@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import DerivativeNotCompiledError, InputError
 from ..model import Model, Outcome, Solution
 from ._interface import OUT_OF_PLANE, SYMMETRIC
-from ._roles import Base, Pair, earlier
+from ._roles import Base, Pair, compiled_pairs, earlier
 
 Tensors = dict[str, Tensor]
 
@@ -51,7 +51,7 @@ class PlaneStress:
 
     def condensable(self, model: Model, pairs: Sequence[Pair], *, chosen: bool) -> tuple[Pair, ...]:
         """The pairs whose condensed derivatives follow from what was compiled; all of them where the caller chose."""
-        there = {*model.derivative_pairs, *model.parameter_derivative_pairs}
+        there = compiled_pairs(model)
         found = []
         for out, by in pairs:
             missing = [pair for pair in ((out, self.strain), (self.stress, by)) if pair not in there]

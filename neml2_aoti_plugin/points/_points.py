@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,11 +14,12 @@ from .._checks import require_names, whole_number
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model, as_model
 from . import _state as states
-from ._arrays import Array, Arrays, require_not_followed, rows_of
+from ._arrays import Array, Arrays, is_followed, rows_of
 from ._evaluation import Evaluator, Trial, advanced, no_trial, parameters_at, step_factor
+from ._gradients import attached
 from ._interface import DIMENSIONS, Dimension, Interface, Notation, PointsResult, forms_of, result_of
 from ._plane_stress import Tensors, plane_stress_of
-from ._roles import Pair, earlier, pairs_of, require_in_tangent, roles_of
+from ._roles import Pair, compiled_pairs, earlier, pairs_of, require_in_tangent, require_pair, roles_of
 from ._state import PointsState
 
 
@@ -158,6 +159,9 @@ class Points:
         With `points` only these are updated: what was given and what is returned has `m` of them for `n`, in their
         order, and the others keep what their last update in this step gave.
 
+        Autograd follows the outputs, in reverse mode, by driven inputs and parameters that require grad; through this
+        update alone, since tangent and state are detached.
+
         Args:
             values: driven inputs by name, for names that are no Python identifiers.
             out: arrays of the caller that results are written to: by output, or by (output, input) for a tangent.
@@ -173,15 +177,16 @@ class Points:
 
         Raises:
             AOTIError: there is no state to step from.
+            DerivativeNotCompiledError: in the backward pass, if a gradient needs a derivative that was not compiled.
             UnknownNameError: a driven input is absent, or a name is not that of one, or of a parameter.
             InputError: an array has another shape, is not symmetric, can't be written to, or shares memory with another
-                result; or an array or a parameter requires grad and torch.no_grad is not in force.
+                result; or a gradient is asked for that there can't be, with `out`, or where results are NumPy's.
             InputTypeError: an array has another dtype or device, masked entries, or is none.
         """
         given = _named(values, named)
         overrides = _mapping(param_overrides, "param_overrides")
-        for name, parameter in self.model.named_parameters().items():
-            require_not_followed(parameter, f"the parameter {name!r}")
+        own = self.model.named_parameters()
+        for name, parameter in own.items():
             self._interface.require_parameter(name, parameter)
         if not self._begun:
             raise AOTIError(
@@ -195,7 +200,17 @@ class Points:
             part = self._part(points)
             interface, old = replace(interface, n=len(part)), {name: value[part] for name, value in old.items()}
             parameters = parameters_at(self.model, {}, part)
+        torch_kind = any(isinstance(value, Tensor) for value in (*given.values(), *overrides.values()))
+        every = {**own, **parameters, **overrides, **given}
+        followed = {name: value for name, value in every.items() if is_followed(value, repr(name))}
+        if followed:
+            self._require_graph(next(iter(followed)), torch_kind=torch_kind, out=out)
+            given, overrides = (
+                {name: value.detach() if name in followed else value for name, value in values.items()}
+                for values in (given, overrides)
+            )
         pairs = self.pairs if tangent else ()
+        evaluated = (*pairs, *(pair for pair in self._pairs_by(followed) if pair not in pairs)) if followed else pairs
         # All that the caller gave is looked over before anything is evaluated.
         driven = {name: interface.admitted(name, name, given[name]) for name in self.driven}
         for name, value in overrides.items():
@@ -203,13 +218,17 @@ class Points:
             interface.require_parameter(name, parameters[name])
         targets = interface.targets({} if out is None else out, self.model.output_names, pairs)
         last = None if self._trial is None else self._trial.at(part)
-        found, driven = self._evaluator.step(driven, old, last, pairs, parameters)
+        found, driven = self._evaluator.step(driven, old, last, evaluated, parameters)
         hardest = int(found.iterations.max()) if interface.n else 0
         if self._trial is not None:
             hardest = max(hardest, self._trial.hardest)
         # Before results are written, which may be over what the caller gave.
         kept = {name: value.clone() for name, value in driven.items() if name in self._roles.depth}
-        results = interface.results(found, pairs, targets)
+        results = interface.results(found, evaluated, targets)
+        if followed:
+            outputs = {name: results[name] for name in found.outputs}
+            blocks = {pair: results[pair] for pair in evaluated if pair[1] in followed}
+            results.update(attached(outputs, blocks, followed, self._refuse_gradient))
         for name in dict.fromkeys((*self._roles.depth, *self._evaluator.unknowns)):
             if name not in driven:
                 value = found.outputs[name]
@@ -218,7 +237,6 @@ class Points:
         trial = Trial(kept, found.converged.clone(), torch.ones_like(found.converged), hardest)
         self._trial = trial if part is None else (self._trial or no_trial(trial, self.n)).with_part(part, trial)
         factor = step_factor(hardest, failed=bool(self._trial.failed.any()))
-        torch_kind = any(isinstance(value, Tensor) for value in (*given.values(), *overrides.values()))
         refuse = partial(require_in_tangent, self.model, self.driven, pairs if tangent else None)
         return result_of(results, found, pairs, factor, refuse, torch_kind=torch_kind)
 
@@ -358,6 +376,29 @@ class Points:
         if len(part.unique()) < len(part):
             raise InputError("points holds a point twice, whose last update would be either of two.")
         return part.to(self.model.device)
+
+    def _require_graph(self, name: str, *, torch_kind: bool, out: object) -> None:
+        """Refuse that autograd follows a value where results could not carry a graph."""
+        if out:
+            why = "the arrays of out= are part of no graph: leave out= away"
+        elif not torch_kind:
+            why = "what was given is of NumPy, and so would be the results: give tensors of torch"
+        else:
+            return
+        raise InputError(f"{name!r} requires grad, and {why}, or call under torch.no_grad().")
+
+    def _pairs_by(self, names: Collection[str]) -> tuple[Pair, ...]:
+        """The pairs of outputs and of these inputs and parameters whose derivatives can be evaluated."""
+        there = compiled_pairs(self.model)
+        found = [(out, by) for out in self.model.output_names for by in names if (out, by) in there]
+        constraint = self._evaluator.plane_stress
+        return tuple(found) if constraint is None else constraint.condensable(self.model, found, chosen=False)
+
+    def _refuse_gradient(self, out: str, by: str) -> None:
+        """Raise why an output has no derivative by what autograd asks for."""
+        require_pair(self.model, self.driven, (out, by))
+        if self._evaluator.plane_stress is not None:
+            self._evaluator.plane_stress.condensable(self.model, [(out, by)], chosen=True)
 
     def _require_trial(self, call: str) -> Trial:
         if self._trial is None:

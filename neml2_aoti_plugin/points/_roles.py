@@ -111,6 +111,11 @@ def pairs_of(model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None) 
     return tuple((out, by) for out, by in dict.fromkeys(map(tuple, pairs)))
 
 
+def compiled_pairs(model: Model) -> set[Pair]:
+    """All pairs of an output and an input or promoted parameter that were compiled."""
+    return {*model.derivative_pairs, *model.parameter_derivative_pairs}
+
+
 def require_pair(model: Model, driven: Sequence[str], pair: Pair) -> None:
     """Refuse a pair that cannot be in the tangent."""
     by = pair[-1] if isinstance(pair, tuple | list) and pair else None
