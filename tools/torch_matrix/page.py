@@ -15,15 +15,15 @@ from .cases import COMMON_TORCH, TOLERANCE, TORCHES, VARIANTS, Crossing, Crossin
 from .environments import NEML2
 
 HEAD = """
-What was seen under other releases of torch, under other Pythons, and in other ways to install and run. Written by `make
-torch-matrix` on {machine}; a run that measures a part writes that part alone.
+What was seen under other releases of torch, under other Pythons, and in other ways to install and run. Written by
+`python -m tools.torch_matrix` (`make torch-matrix`) on {machine}; a run that measures a part writes that part alone.
 
 Each environment is made anew: torch first and by itself, then the plugin with neml2 {neml2} and the test dependencies.
 numba is not among them. The default tests run from a copy of the repository that has no package beside it, so that what
 is installed is what they test. All runs on the processor, nothing on a GPU. *Measured* gives the day and the commit of
 the sources, with a plus sign if they had changes since. *Stubs* are the compiled models of the default tests, and the
-torch that compiled them. Seconds are those of the whole step, with {jobs} processes at a time and other work on the
-same machine: they are no benchmark.
+torch that compiled them: with `--take-stubs` another one. *Some* tests are those that `--tests` names. Seconds are
+those of the whole step, with {jobs} processes at a time and other work on the same machine: they are no benchmark.
 """
 
 CROSSED = """
@@ -42,6 +42,13 @@ The machine code of solves is emitted for Linux on aarch64, macOS on arm64 and W
 run there.
 """
 
+WARNINGS = """
+From 2.15 on torch's runner prints `[WARNING] Could not dlsym AOTInductorModelContainer...` on stderr for packages that
+an older torch has compiled. Graphs that are called by their C interface do not go through it. At the first derivative
+in forward mode torch warns of its own use of `torch.jit.script`: by a DeprecationWarning, from 2.15 on by a
+FutureWarning, which Python shows. Neither changes a number.
+"""
+
 TITLES = ("Releases of torch", "Compiled under one torch, loaded under another", "Pythons", "Other ways to run")
 
 
@@ -50,7 +57,7 @@ def page(results: Sequence[Measured], crossings: Crossings, jobs: int, before: s
     sections = dict(zip(TITLES, sections_of(results, crossings), strict=True))
     old = dict(re.findall(r"^## (.*)\n\n((?:.|\n)*?)(?=\n## |\Z)", before, re.MULTILINE))
     kept = {title: text or old.get(title, "").strip() for title, text in sections.items()}
-    kept["Other platforms"] = wrapped(PLATFORMS)
+    kept |= {"Other platforms": wrapped(PLATFORMS), "What torch warns of": wrapped(WARNINGS)}
     head = ["# Compatibility", *map(wrapped, HEAD.format(machine=machine(), neml2=NEML2, jobs=jobs).split("\n\n"))]
     return "\n\n".join([*head, *(f"## {title}\n\n{text}" for title, text in kept.items() if text)]) + "\n"
 
@@ -87,7 +94,9 @@ def tested(first: str, results: Sequence[Measured], told: str) -> str:
     sizes = ", ".join(f"{one.name}: {one.size:.1f} GiB" for one in results if one.size)
     untaken = [f"- torch {one.name}: {why}" for one in results for why in one.left_out.values()]
     some = {", ".join(f"`{name}`" for name in one.tests): None for one in results if one.tests}
-    told += "".join(f" *Some* tests are those of {names}." for names in some)
+    told += f" *Some* tests: {'; or '.join(some)}." if some else ""
+    if not all(one.versions.get("llvmlite") for one in results):
+        told += " Rows without llvmlite are of sources that took numba in its place, and of a machine of that day."
     return "\n\n".join(
         [
             wrapped(told),
