@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from torch.autograd import forward_ad
 
 import references
@@ -375,6 +376,11 @@ CALLS: list[tuple[Callable[[Points], Any], type[Exception], str]] = [
         "missing 'stress~1'; unknown 'plastic_strain~1'",
     ),
     (lambda p: p.restore(state_of(p, lambda _: torch.zeros(N).double())), InputError, "'strain~1' has shape"),
+    (
+        lambda p: p.restore(PointsState.from_dict({"t~1": np.zeros(N)}, p.model.digest, N)),
+        UnknownNameError,
+        "the state: missing 'strain~1'",
+    ),
     (lambda p: p.restore(state_of(p, lambda x: x * np.nan)), InputError, "holds other than finite numbers"),
     (lambda p: p.restore(state_of(p, lambda x: x > 0)), InputError, r"other than finite numbers \(torch.bool\)"),
     (
@@ -552,8 +558,9 @@ class TestTangentThatIsNotThere:
 
 
 class TestFiles:
-    def test_go_there_and_back(self, tmp_path: Path) -> None:
-        points, file = begun(), tmp_path / "state.npz"
+    @pytest.mark.parametrize("name", ["state.npz", "state.safetensors", "state"])
+    def test_go_there_and_back(self, name: str, tmp_path: Path) -> None:
+        points, file = begun(), tmp_path / name
         points.update(strain=2 * strains(), t=2.0)
         points.save(file)
         expected = points.update(strain=2 * strains(), t=2.0)
@@ -562,12 +569,44 @@ class TestFiles:
             Points(points.model, N),
         ):
             other.load(str(file))
-            for name, value in points.state().values.items():
-                assert torch.equal(other.state().values[name], value)
+            for key, value in points.state().values.items():
+                assert torch.equal(other.state().values[key], value)
         assert np.allclose(other.update(strain=2 * strains(), t=2.0).outputs["stress"], expected.outputs["stress"])
-        assert sorted(os.listdir(tmp_path)) == ["state.npz"]
-        with np.load(file, allow_pickle=False) as found:
-            assert str(found["digest"]) == points.model.digest and int(found["n"]) == N
+        assert sorted(os.listdir(tmp_path)) == [name]
+        if name == "state.safetensors":
+            with safe_open(file, "np") as opened:
+                found = {**opened.metadata(), **{key: opened.get_tensor(key) for key in opened.keys()}}  # noqa: SIM118
+        else:
+            with np.load(file, allow_pickle=False) as archive:
+                found = dict(archive)
+        assert str(found["digest"]) == points.model.digest and int(found["n"]) == N
+        assert str(found["axes/stress~1"]) == "point component" and str(found["axes/t~1"]) == "point"
+        assert np.array_equal(found["value/stress~1"], points.state().values["stress~1"])
+
+    def test_as_a_dict_of_arrays_and_back(self) -> None:
+        points = begun()
+        before = points.state()
+        arrays = before.to_dict()
+        assert {name: value.shape for name, value in arrays.items()} == {
+            "strain~1": (N, 6),
+            "t~1": (N,),
+            "equivalent_plastic_strain~1": (N,),
+            "stress~1": (N, 6),
+        }
+        assert all(len(before.axes[name]) == value.ndim for name, value in arrays.items())
+        state = PointsState.from_dict(arrays, points.model.digest, N)
+        for value in arrays.values():
+            value.fill(7.0)
+        points.restore(state)
+        assert all(torch.equal(points.state().values[name], value) for name, value in before.values.items())
+        tensors = PointsState.from_dict(before.values, points.model.digest, N)
+        assert torch.equal(tensors.values["t~1"], before.values["t~1"])
+        with pytest.raises(InputTypeError, match="the state's 't~1' is no array of numbers"):
+            PointsState.from_dict({"t~1": [None]}, points.model.digest, N)
+
+    def test_names_of_axes_with_a_sub_batch(self) -> None:
+        points = Points(references.case("cross_group").model, 2)
+        assert points.state().axes["branch_strain~1"] == ("point", "site", "component")
 
     def test_a_state_is_no_pickle_and_restores_at_any_time(self) -> None:
         points = begun()

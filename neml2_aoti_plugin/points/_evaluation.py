@@ -44,25 +44,27 @@ class Trial:
             return self.values if bool(self.updated.all()) else None
         return {name: x[part] for name, x in self.values.items()} if bool(self.updated[part].all()) else None
 
-    def with_part(self, part: Tensor, new: Trial) -> Trial:
-        """This one, with an update of a part of the points written over it in place."""
+
+def with_part(last: Trial | None, part: Tensor, new: Trial, n: int) -> Trial:
+    """The trial of `n` points in which an update of a part of them is written in place over the last one, if any."""
+
+    def own(value: Tensor) -> Tensor:
         # Torch lets nobody write to what was made under torch.inference_mode.
-        values = {name: value.clone() if value.is_inference() else value for name, value in self.values.items()}
-        converged, updated = (x.clone() if x.is_inference() else x for x in (self.converged, self.updated))
-        # An interrupt in here leaves points that have to be updated again.
-        updated[part] = False
-        for name, value in new.values.items():
-            values[name][part] = value
-        converged[part] = new.converged
-        updated[part] = True
-        return Trial(values, converged, updated, max(self.hardest, new.hardest))
+        return value.clone() if value.is_inference() else value
 
-
-def no_trial(like: Trial, n: int) -> Trial:
-    """A trial of `n` points none of which was updated, of the variables of another one."""
-    values = {name: value.new_full((n, *value.shape[1:]), torch.nan) for name, value in like.values.items()}
-    none = like.converged.new_zeros(n)
-    return Trial(values, none, none.clone(), 0)
+    if last is None:
+        values = {name: value.new_full((n, *value.shape[1:]), torch.nan) for name, value in new.values.items()}
+        converged, updated, hardest = new.converged.new_zeros(n), new.updated.new_zeros(n), 0
+    else:
+        values = {name: own(value) for name, value in last.values.items()}
+        converged, updated, hardest = own(last.converged), own(last.updated), last.hardest
+    # An interrupt in here leaves points that have to be updated again.
+    updated[part] = False
+    for name, value in new.values.items():
+        values[name][part] = value
+    converged[part] = new.converged
+    updated[part] = True
+    return Trial(values, converged, updated, max(hardest, new.hardest))
 
 
 @dataclass(frozen=True)

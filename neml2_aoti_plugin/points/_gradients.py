@@ -6,7 +6,6 @@ All is as the caller writes it, so that one node serves every notation and dimen
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -16,26 +15,29 @@ from torch import Tensor
 from ..errors import DerivativeNotCompiledError, InputError
 from ._roles import Pair
 
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """What an update gave: outputs `(n, *out)` and derivatives `(n, *out, *by)`; `refuse` raises for one not there."""
-
-    outputs: Mapping[str, Tensor]
-    blocks: Mapping[Pair, Tensor]
-    bys: tuple[str, ...]
-    refuse: Callable[[str, str], object]
+# Raises why there is no derivative of an output by an input or parameter.
+Refuse = Callable[[str, str], object]
 
 
 class _Node(torch.autograd.Function):
+    """Outputs `(n, *out)` by values, by blocks `(n, *out, *by)`."""
+
     @staticmethod
-    def forward(ctx: Any, step: _Step, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        outputs: Mapping[str, Tensor],
+        blocks: Mapping[Pair, Tensor],
+        bys: tuple[str, ...],
+        refuse: Refuse,
+        *values: Tensor,
+    ) -> tuple[Tensor, ...]:
         """Give copies of the outputs, which become part of the graph."""
-        ctx.step, ctx.shapes = step, [value.shape for value in values]
+        ctx.outs, ctx.pairs, ctx.bys, ctx.refuse = tuple(outputs), tuple(blocks), bys, refuse
+        ctx.shapes = [value.shape for value in values]
         # Torch notices when a caller writes to a tangent that a gradient still needs.
-        ctx.save_for_backward(*step.blocks.values())
+        ctx.save_for_backward(*blocks.values())
         ctx.set_materialize_grads(False)
-        return tuple(value.clone() for value in step.outputs.values())
+        return tuple(value.clone() for value in outputs.values())
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -46,15 +48,14 @@ class _Node(torch.autograd.Function):
                 "a gradient through Points was asked for with create_graph=True, and neml2-compile compiles first "
                 "derivatives only."
             )
-        step: _Step = ctx.step
-        blocks = dict(zip(step.blocks, ctx.saved_tensors, strict=True))
-        given = {out: c for out, c in zip(step.outputs, cotangents, strict=True) if c is not None}
-        gradients: list[Tensor | None] = [None]
-        for by, shape, needed in zip(step.bys, ctx.shapes, ctx.needs_input_grad[1:], strict=True):
+        blocks = dict(zip(ctx.pairs, ctx.saved_tensors, strict=True))
+        given = {out: c for out, c in zip(ctx.outs, cotangents, strict=True) if c is not None}
+        gradients: list[Tensor | None] = [None] * 4
+        for by, shape, needed in zip(ctx.bys, ctx.shapes, ctx.needs_input_grad[4:], strict=True):
             total: Tensor | None = None
             for out, cotangent in given.items() if needed else ():
                 if (out, by) not in blocks:
-                    step.refuse(out, by)
+                    ctx.refuse(out, by)
                 block = blocks[out, by]
                 base, n = block.shape[cotangent.ndim :], len(block)
                 row = cotangent.reshape(n, 1, prod(cotangent.shape[1:]))
@@ -71,7 +72,7 @@ def attached(
     outputs: Mapping[str, Tensor],
     blocks: Mapping[Pair, Tensor],
     values: Mapping[str, Tensor],
-    refuse: Callable[[str, str], object],
+    refuse: Refuse,
 ) -> dict[str, Tensor]:
     """The outputs of an update as parts of a graph, by the values that autograd follows."""
     for (out, by), block in blocks.items():
@@ -81,6 +82,5 @@ def attached(
                 f"autograd does not follow {by!r} through Points, since its derivatives are per site of a sub-batch. "
                 "Call under torch.no_grad(); Model.forward is followed."
             )
-    step = _Step(outputs, blocks, tuple(values), refuse)
-    found = _Node.apply(step, *values.values())  # type: ignore[no-untyped-call]
+    found = _Node.apply(outputs, blocks, tuple(values), refuse, *values.values())  # type: ignore[no-untyped-call]
     return dict(zip(outputs, found, strict=True))

@@ -15,7 +15,7 @@ from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model, as_model
 from . import _state as states
 from ._arrays import Array, Arrays, is_followed, rows_of
-from ._evaluation import Evaluator, Trial, advanced, no_trial, parameters_at, step_factor
+from ._evaluation import Evaluator, Trial, advanced, parameters_at, step_factor, with_part
 from ._gradients import attached
 from ._interface import DIMENSIONS, Dimension, Interface, Notation, PointsResult, forms_of, result_of
 from ._plane_stress import Tensors, plane_stress_of
@@ -130,7 +130,7 @@ class Points:
             InputTypeError: a value is no array, or has the wrong dtype or device.
         """
         found: Tensors = {}
-        given = _named(values, named)
+        given = {**_mapping(values, "values"), **named}
         require_names(given, (*self._roles.depth, *self._kept), "initial", "values that are kept")
         for name, value in given.items():
             variable = self._kept.get(name, name)
@@ -183,7 +183,7 @@ class Points:
                 result; or a gradient is asked for that there can't be, with `out`, or where results are NumPy's.
             InputTypeError: an array has another dtype or device, masked entries, or is none.
         """
-        given = _named(values, named)
+        given = {**_mapping(values, "values"), **named}
         overrides = _mapping(param_overrides, "param_overrides")
         own = self.model.named_parameters()
         for name, parameter in own.items():
@@ -235,7 +235,7 @@ class Points:
                 # The caller has results in its hands, and may write to them.
                 kept[name] = value.clone() if value is results[name] else value
         trial = Trial(kept, found.converged.clone(), torch.ones_like(found.converged), hardest)
-        self._trial = trial if part is None else (self._trial or no_trial(trial, self.n)).with_part(part, trial)
+        self._trial = trial if part is None else with_part(self._trial, part, trial, self.n)
         factor = step_factor(hardest, failed=bool(self._trial.failed.any()))
         refuse = partial(require_in_tangent, self.model, self.driven, pairs if tangent else None)
         return result_of(results, found, pairs, factor, refuse, torch_kind=torch_kind)
@@ -255,22 +255,16 @@ class Points:
         if keep is not None:
             mask = torch.zeros_like(trial.updated)
             mask[rows_of(keep, self.n, "keep").to(mask.device)] = True
-        for lost, what, cure in (
-            (
-                trial.failed,
-                "points failed in the last update",
-                "Call revert() and take a smaller step, or commit(result.converged) for the others alone.",
-            ),
-            (
-                ~trial.updated,
-                "points were not updated since the last commit",
-                "Call update(..., points=...) for them, or commit(keep) for the others alone.",
-            ),
-        ):
+        failed = "failed in the last update", "revert() and take a smaller step, or commit(result.converged)"
+        absent = "were not updated since the last commit", "update(..., points=...) for them, or commit(keep)"
+        for lost, (what, cure) in ((trial.failed, failed), (~trial.updated, absent)):
             rows = (lost if mask is None else mask & lost).nonzero().squeeze(-1).tolist()
             if rows:
                 shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-                raise AOTIError(f"{len(rows)} of {self.n} {what} and can't be committed: {shown}. {cure}")
+                raise AOTIError(
+                    f"{len(rows)} of {self.n} points {what} and can't be committed: {shown}. Call {cure} for the "
+                    "others alone."
+                )
         self._old, self._trial = advanced(self._roles, self._old, trial.values, mask), None
 
     def revert(self) -> None:
@@ -316,7 +310,9 @@ class Points:
 
     def state(self) -> PointsState:
         """The committed state, as a value of its own."""
-        return PointsState({name: value.clone() for name, value in self._old.items()}, self.model.digest, self.n)
+        roles, values = self._roles, {name: value.clone() for name, value in self._old.items()}
+        axes = {name: states.axes_of(roles.natural[of], roles.bases[of]) for name, of in self._kept.items()}
+        return PointsState(values, self.model.digest, self.n, axes)
 
     def restore(self, state: PointsState, *, other_artifact: bool = False) -> None:
         """Go back to a state; an update that was not committed is dropped.
@@ -341,7 +337,7 @@ class Points:
         """Write the committed state to a file, without pickle; a file that is there is replaced as a whole.
 
         Args:
-            path: of the file; `.npz` is the usual ending.
+            path: of the file: `.safetensors`, or any other ending, as a rule `.npz`, for NumPy's form.
 
         Raises:
             InputError: the file cannot be written.
@@ -404,11 +400,6 @@ class Points:
         if self._trial is None:
             raise AOTIError(f"{call}: there is no update since the last commit or revert; call update first.")
         return self._trial
-
-
-def _named(values: Mapping[str, Array] | None, named: Mapping[str, Array]) -> dict[str, Array]:
-    """Values by name, from both ways to give them."""
-    return {**_mapping(values, "values"), **named}
 
 
 def _mapping(values: Mapping[str, Array] | None, what: str) -> Mapping[str, Array]:

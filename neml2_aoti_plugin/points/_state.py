@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._checks import require_names
 from .._files import draft
-from .._tensor_files import Header, read_tensors
-from ..errors import InputError
+from .._tensor_files import Header, read_tensors, write_tensors
+from ..errors import InputError, InputTypeError
 
-FORMAT = "neml2-aoti-plugin points 1"
+FORMAT, KIND = "neml2-aoti-plugin points 1", "points 1"
 WHAT = "a state of points (Points.save)"
-# Before the names of values in a file.
-_VALUE = "value/"
+# Before the names of values in a file, and of the names of their axes.
+_VALUE, _AXES = "value/", "axes/"
 
 
 @dataclass(frozen=True)
@@ -31,31 +33,70 @@ class PointsState:
             Mandel's notation and three dimensions.
         digest: of the artifact that it is a state of, `Model.digest`.
         n: number of points.
+        axes: names of the axes of each value: `point`, then `site` and `component`, with numbers where there are
+            several. Empty where nobody said.
     """
 
     values: dict[str, Tensor]
     digest: str
     n: int
+    axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a file that NumPy's `load` reads without pickle; a file that was there is replaced whole.
+    def to_dict(self) -> dict[str, NDArray[Any]]:
+        """Copies of the values as arrays of NumPy, by name."""
+        return {name: value.cpu().numpy().copy() for name, value in self.values.items()}
+
+    @classmethod
+    def from_dict(cls, arrays: Mapping[str, Any], digest: str, n: int) -> PointsState:
+        """Make a state of arrays by name, such as `to_dict` gives; `Points.restore` looks whether they fit.
 
         Args:
-            path: of the file; `.npz` is the usual ending.
+            arrays: of NumPy or torch, in the form of `values`.
+            digest: of the artifact, `Model.digest`.
+            n: number of points.
+
+        Raises:
+            InputTypeError: a value is no array of numbers.
+        """
+        values = {}
+        for name, array in arrays.items():
+            try:
+                values[name] = array.detach().clone() if isinstance(array, Tensor) else torch.tensor(np.asarray(array))
+            except (TypeError, ValueError) as error:
+                raise InputTypeError(f"the state's {name!r} is no array of numbers ({error}).") from None
+        return cls(values, digest, n)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file without pickle, NumPy's or of safetensors; one that was there is replaced whole.
+
+        Args:
+            path: of the file: `.safetensors`, or any other ending, as a rule `.npz`, for NumPy's.
 
         Raises:
             InputError: the file cannot be written, or a value is not finite, which could not be loaded again.
         """
         self.require_finite()
-        arrays = {f"{_VALUE}{name}": value.cpu().numpy() for name, value in self.values.items()}
+        notes = {"format": FORMAT, "digest": self.digest, "n": str(self.n)}
+        notes |= {f"{_AXES}{name}": " ".join(axes) for name, axes in self.axes.items()}
+        values = {f"{_VALUE}{name}": value.cpu() for name, value in self.values.items()}
+        if Path(path).suffix == ".safetensors":
+            return write_tensors(Path(path), KIND, values, notes)
         with draft(Path(path)) as scratch, scratch.open("wb") as file:
-            np.savez(file, format=FORMAT, digest=self.digest, n=self.n, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **{**notes, **values, "n": self.n})  # type: ignore[arg-type]
 
     def require_finite(self) -> None:
         """Refuse values that are no finite numbers."""
         for name, value in self.values.items():
             if not value.is_floating_point() or not bool(value.isfinite().all()):
                 raise InputError(f"the state's {name!r} holds other than finite numbers ({value.dtype}).")
+
+
+def axes_of(natural: tuple[int, ...], base: tuple[int, ...]) -> tuple[str, ...]:
+    """Names of the axes of a variable `(n, *natural)` whose last ones are its base shape."""
+    names = ["point"]
+    for name, count in (("site", len(natural) - len(base)), ("component", len(base))):
+        names += [name] if count == 1 else [f"{name}_{k + 1}" for k in range(count)]
+    return tuple(names)
 
 
 @dataclass(frozen=True)
@@ -86,6 +127,7 @@ class Expected:
 def load(path: str | os.PathLike[str], expected: Expected) -> PointsState:
     """Read a state that `PointsState.save` wrote; what the file claims is compared before its values are read."""
     found: dict[str, Any] = {}
+    axes: dict[str, tuple[str, ...]] = {}
 
     def check(header: Header) -> Iterable[str]:
         form, digest, n = (header.notes.get(name) for name in ("format", "digest", "n"))
@@ -94,9 +136,11 @@ def load(path: str | os.PathLike[str], expected: Expected) -> PointsState:
                 f"{path}: is not {WHAT} (its format is {form!r}, expected {FORMAT!r} with a digest and n)."
             )
         found.update(digest=digest, n=int(n))
+        keys = [key for key in header.notes if key.startswith(_AXES)]
+        axes.update({key.removeprefix(_AXES): tuple(header.notes[key].split()) for key in keys})
         values = [name for name in header.claims if name.startswith(_VALUE)]
         expected.require(shapes={name.removeprefix(_VALUE): header.claims[name].shape for name in values}, **found)
         return values
 
     values = read_tensors(path, WHAT, check).tensors
-    return PointsState({name.removeprefix(_VALUE): value for name, value in values.items()}, **found)
+    return PointsState({name.removeprefix(_VALUE): value for name, value in values.items()}, **found, axes=axes)
