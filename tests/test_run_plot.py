@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def ran(path: Path, *words: object) -> Any:
 
 def drawn(*words: object) -> Any:
     return answer("plot", *words)["lines"]
+
+
+def texts(picture: Path) -> list[str]:
+    """The texts of a .svg picture, in their order: matplotlib notes each that it draws as shapes."""
+    return re.findall(r"<!-- (.*?) -->", picture.read_text())
 
 
 def series(path: Path) -> dict[str, Any]:
@@ -342,10 +348,68 @@ def test_names_are_no_formulas(results: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{name}.npz" for name in ("$a_{", "_b")]
     for file in files:
         file.write_bytes((results / "result.npz").read_bytes())
-    drawn(*files, "--out", tmp_path / "names.svg", "--row", 0)
-    # matplotlib notes each text that it draws as shapes.
-    text = (tmp_path / "names.svg").read_text()
-    assert all(f"{file.stem}, point 0 -->" in text for file in files)
+    picture = tmp_path / "names.svg"
+    words = ("--row", 0, "--label", "@point", "--title", "$_{", "--xlabel", "a$b$", "--ylabel", "_s$")
+    drawn(*files, "--out", picture, *words)
+    assert {"$_{", "a$b$", "_s$", *(f"{file.stem}, point 0" for file in files)} <= {t.strip() for t in texts(picture)}
+
+
+@pytest.mark.parametrize(
+    ("words", "title", "values"),
+    [
+        # Of the inputs the first component that has another value at each point, and of a ramp its last value.
+        ((), "strain xx at the end", ["0.03", "0", "0.018"]),
+        (("--label", "strain.equivalent"), "equivalent strain at the end", ["0.0298", "0.02939", "0.023"]),
+        (("--label", "@point"), "point", ["0", "1", "2"]),
+    ],
+)
+def test_legends_say_what_differs(
+    words: tuple[str, ...], title: str, values: list[str], results: Path, tmp_path: Path
+) -> None:
+    picture, file = tmp_path / "a.svg", results / "result.npz"
+    lines = drawn(file, "--out", picture, *words)
+    shown = texts(picture)
+    assert {"von Mises stress", "equivalent strain", title} <= set(shown)
+    found = shown[shown.index(title, 1) + 1 :][: len(values)]
+    assert list(map(float, found)) == pytest.approx(list(map(float, values)), rel=1e-3)
+    name = title.removesuffix(" at the end")
+    assert [line["label"] for line in lines] == [f"{name}{' to' if name != title else ''} {value}" for value in found]
+
+
+def test_a_constant_input_tells_points_apart_before_others(tmp_path: Path) -> None:
+    """A temperature of each point says more than a strain that grows; many lines have a scale of colours instead."""
+    for count in (3, 12):
+        rows = [f"{k},{p},{k},{k * (p + 1)},{300 + 10 * p},{k * p}" for k in range(3) for p in range(count)]
+        file, picture = tmp_path / f"{count}.csv", tmp_path / f"{count}.svg"
+        file.write_text("\n".join(["@step,@point,@time,strain,temperature,stress_xx", *rows]))
+        lines = drawn(file, "--out", picture, "--x", "strain", "--y", "stress_xx")
+        assert [line["label"] for line in lines] == [f"temperature {300 + 10 * p}" for p in range(count)]
+        shown = texts(picture)
+        assert "temperature" in shown and "stress xx" in shown and ("310" in shown) == (count == 3)
+    # One point of several keeps its label.
+    (line,) = drawn(file, "--out", picture, "--x", "strain", "--y", "stress_xx", "--row", 2)
+    assert line["label"] == "temperature 320"
+
+
+def test_quantities_of_other_kinds_have_their_own_axes(results: Path, tmp_path: Path) -> None:
+    picture, file = tmp_path / "a.svg", results / "result.npz"
+    words = ("--y", "stress.xx", "--y", "equivalent_plastic_strain", "--y", "stress.yy", "--x", "strain.xx")
+    labels = ("--ylabel", "axial (MPa)", "--xlabel", "axial strain", "--title", "Steel")
+    lines = drawn(file, "--out", picture, "--row", 0, *words, *labels)
+    assert picture.read_text().count('id="axes_') == 2
+    assert {"axial (MPa), stress yy", "equivalent plastic strain", "axial strain", "Steel"} <= set(texts(picture))
+    assert [line["label"] for line in lines] == [
+        "axial (MPa), strain xx to 0.03",
+        "stress yy, strain xx to 0.03",
+        "strain xx to 0.03",
+    ]
+    assert "--ylabel is given 2 times, for 1" in refused("plot", file, "--out", picture, *("--ylabel", "a") * 2)
+
+
+def test_files_of_one_name_are_told_apart(results: Path, tmp_path: Path) -> None:
+    files = [results / "result.npz", results / "result.csv"]
+    lines = drawn(*files, "--out", tmp_path / "a.svg", "--row", 0)
+    assert [line["label"] for line in lines] == [f"{file}, strain xx to 0.03" for file in files]
 
 
 def test_scalars_are_drawn_over_the_time_if_nothing_is_asked_for(tmp_path: Path) -> None:
@@ -371,6 +435,7 @@ def test_wrong_plots(results: Path, tmp_path: Path) -> None:
         ([good, "--out", out, "--y", "t.vonmises"], "'t.vonmises' is not in this result"),
         ([good, "--out", out, "--y", "stress[0].xx"], "'stress' has no sites"),
         ([good, "--out", out, "--y", "stress."], "is not the name of a variable"),
+        ([good, "--out", out, "--label", "heat"], "'heat' is not in this result"),
         ([good, "--out", out, "--row", "3"], "there is no point 3; the points are 0 to 2"),
     ):
         assert said in refused("plot", *words), words

@@ -136,6 +136,9 @@ def test_pictures_are_reported(words: tuple[object, ...], tmp_path: Path) -> Non
     assert answer(*arguments)["picture"] is None
     assert printed(*arguments, "--plot", picture)[0].rstrip().endswith(f"written: {picture}") and picture.is_file()
     assert answer(*arguments, "--plot", picture)["picture"] == str(picture)
+    shown = re.findall(r"<!-- (.*?) -->", picture.read_text())
+    wanted = ["largest error", "tolerance"] if command == "verify" else ["rows in a call", "rows per second", "1", "10"]
+    assert set(wanted) <= set(shown) and any(text.startswith("elasticity (cpu/float64), ") for text in shown)
 
 
 # x moves by (2 a + k) dt in a step: given by a sum alone, or by a solve for x. k depends on nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -151,13 +152,21 @@ def render(report: BenchReport) -> Iterator[str | Table]:
 
 def draw(report: BenchReport, path: Path) -> BenchReport:
     """Draw rows per second over the batch size, a line for each number of threads; gives the report with it."""
-    with figure(path) as axes:
+    with figure(path) as (axes,):
         for threads in dict.fromkeys(found.threads for found in report.measurements):
             mine = [found for found in report.measurements if found.threads == threads]
             label = f"{threads} thread{'s' if threads > 1 else ''}"
             axes.plot([m.rows for m in mine], [m.rows_per_second for m in mine], "o-", label=label)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        speeds = [found.rows_per_second for found in report.measurements]
+        for axis, values in ((axes.xaxis, [found.rows for found in report.measurements]), (axes.yaxis, speeds)):
+            axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+            # Whole powers of ten, so that two ticks at least have a number.
+            least, most = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+            beyond = least == most
+            axis.set_view_interval(10.0 ** (least - beyond) / 1.2, 10.0 ** (most + beyond) * 1.2, ignore=True)
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1.0 else f"{value:g}")
+            axis.set_minor_formatter(lambda *_: "")
+        axes.grid(which="minor", alpha=0.1)
         axes.set_xlabel("rows in a call")
         axes.set_ylabel("rows per second")
         axes.set_title(literal(f"{report.model} ({report.leaf}), {report.call}"))

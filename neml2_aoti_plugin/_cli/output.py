@@ -145,8 +145,8 @@ def literal(text: str) -> str:
 
 
 @contextmanager
-def figure(path: Path, width: float = 6.4, height: float = 4.6) -> Iterator[Any]:
-    """Give the axes of a figure, in inches, which is written to the file at the end."""
+def figure(path: Path, width: float = 6.4, height: float = 4.6, panels: int = 1) -> Iterator[list[Any]]:
+    """Give the axes of a figure, in inches, one above the other; it is written to the file at the end."""
     require_drawable(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -154,8 +154,12 @@ def figure(path: Path, width: float = 6.4, height: float = 4.6) -> Iterator[Any]
     with draft(path) as scratch:
         drawn = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawn)
-        axes = drawn.subplots()
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        yield axes
+        every = list(drawn.subplots(panels, sharex=True, squeeze=False)[:, 0])
+        for axes in every:
+            # Small and large numbers have their power of ten at the end of the axis, so that they do not collide.
+            axes.ticklabel_format(scilimits=(-3, 5), useMathText=True)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        yield every
+        drawn.align_ylabels(every)
         drawn.savefig(scratch, dpi=DPI, format=path.suffix.lower().removeprefix("."))

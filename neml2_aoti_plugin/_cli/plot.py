@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,15 +21,25 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   neml2-aoti plot result.npz --out curve.png
-  neml2-aoti plot result.npz --x strain.xx --y stress.xx --row 0 --out uniaxial.svg
+  neml2-aoti plot result.npz --x strain.xx --y stress.xx --row 0 --ylabel 'axial stress (MPa)' --out uniaxial.svg
   neml2-aoti plot stiff.npz soft.npz --x @time --y stress.vonmises --out both.png
 """
 
 STYLES = ("-", "--", "-.", ":")
-# More lines than this get no legend.
-LEGEND = 12
+# As many lines as there are colours have a legend. More have none, but a scale of colours where each is a point.
+LEGEND = 10
+# Longer labels, in characters, stand beside the lines, where they cover none.
+INSIDE = 24
 # Of a symmetric tensor.
 INVARIANTS = ("vonmises", "equivalent", "norm", "trace", "mean")
+# How people call them, before the name of the variable.
+SPOKEN = {
+    "vonmises": "von Mises ",
+    "equivalent": "equivalent ",
+    "norm": "norm of ",
+    "trace": "trace of ",
+    "mean": "mean ",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class LineReport:
     result: str  # the file that it is from
     x: str  # what is drawn along the horizontal axis
     y: str  # what is drawn along the vertical axis
+    label: str  # what tells it from the others in the legend; empty if nothing does
     row: int  # the point
     site: tuple[int, ...]  # of the sub-batch; empty where there is none
     steps: int  # number of its points in time
@@ -53,41 +65,126 @@ class PlotReport:
     lines: tuple[LineReport, ...]  # in it
 
 
+@dataclass(frozen=True)
+class Labels:
+    """What tells the points of a result apart: the value of a quantity at each, or the point's number."""
+
+    title: str  # of a legend with nothing but `values`
+    word: str  # what stands before a value otherwise
+    values: Array  # of each point
+
+    def number(self, row: int) -> str:
+        """The value at a point."""
+        return f"{self.values[row]:.4g}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line to draw: its points in time, what the report says of it, and its point's value of `Labels`."""
+
+    along: Array
+    up: Array
+    report: LineReport
+    value: float
+    number: str
+
+
 @click.command(epilog=EPILOG)
 @click.argument("results", type=FILE, metavar="RESULT...", nargs=-1, required=True)
 @click.option("--out", type=FILE, required=True, help="The picture: .png, .svg or .pdf.")
 @click.option("--x", metavar="NAME", help="Horizontal axis.")
 @click.option("--y", "ys", multiple=True, metavar="NAME", help="Vertical axis; may be given several times.")
 @click.option("--row", "rows", type=int, multiple=True, help="A point to draw; may be given several times. [all]")
+@click.option("--label", metavar="NAME", help="Tell points apart by this quantity, or by @point, their number.")
+@click.option("--title", default="", help="Title of the picture.")
+@click.option("--xlabel", metavar="TEXT", help="What the horizontal axis is called, with its unit.")
+@click.option("--ylabel", "ylabels", multiple=True, metavar="TEXT", help="What each --y is called, in their order.")
 @json_option
 def command(
-    results: tuple[Path, ...], out: Path, x: str | None, ys: tuple[str, ...], rows: tuple[int, ...], as_json: bool
+    results: tuple[Path, ...],
+    out: Path,
+    x: str | None,
+    ys: tuple[str, ...],
+    rows: tuple[int, ...],
+    label: str | None,
+    title: str,
+    xlabel: str | None,
+    ylabels: tuple[str, ...],
+    as_json: bool,
 ) -> int:
     """Draw results that `neml2-aoti run --out` or neml2-run have written, several into one picture.
 
     NAME is a scalar such as temperature, a component such as stress.xy, or an invariant of a symmetric tensor:
     .vonmises, .equivalent (of a strain, the square root of 2/3 of its deviator's product with itself), .norm, .trace,
     .mean. @time and @step are there in any case. Each site of a sub-batch is a line; stress[2].xy is one of them.
+
+    Stresses share their axes, and so does what else has the last word of its name in common; other quantities have
+    axes of their own, one above the other.
     """
-    found = [(path, _read(path, [*([x] if x else []), *ys])) for path in results]
+    from .results import POINT
+
+    if len(ylabels) > max(len(ys), 1):
+        raise click.UsageError(f"--ylabel is given {len(ylabels)} times, for {max(len(ys), 1)} quantities.")
+    wanted = [name for name in (x, *ys, label) if name and name != POINT]
+    found = [(path, _read(path, wanted)) for path in results]
     wanted_x = x or default_x(found[0][1])
-    wanted_ys = list(ys) or [default_y(found[0][1], wanted_x)]
-    drawn: list[tuple[str, Array, Array, LineReport]] = []
-    for path, result in found:
-        for y in wanted_ys:
-            drawn += _lines(path, result, wanted_x, y, rows, several=len(found) > 1, quantities=len(wanted_ys) > 1)
-    with figure(out) as axes:
-        per_file = len(drawn) // len(found)
-        for number, (label, along, up, _) in enumerate(drawn):
-            # The same line of each file has the same colour.
-            style = STYLES[number // per_file % len(STYLES)]
-            axes.plot(along, up, style, color=f"C{number % per_file % 10}", linewidth=1.4, label=literal(label))
-        axes.set_xlabel(literal(wanted_x))
-        axes.set_ylabel(literal(wanted_ys[0]) if len(wanted_ys) == 1 else "")
-        if 1 < len(drawn) <= LEGEND:
-            axes.legend(frameon=False)
-    report = PlotReport(str(out), tuple(line for *_, line in drawn))
+    wanted_ys = list(dict.fromkeys(ys)) or [default_y(found[0][1], wanted_x)]
+    names = {y: spoken(y) for y in wanted_ys} | dict(zip(wanted_ys, ylabels, strict=False))
+    labels = [_labels(path, result, wanted_ys[0], label, rows) for path, result in found]
+    panels: dict[str, list[str]] = {}
+    for y in wanted_ys:
+        panels.setdefault(_kind(y), []).append(y)
+    stems = [path.stem for path in results]
+    files = stems if len(set(stems)) == len(stems) else [str(path) for path in results]
+    drawn: list[Line] = []
+    with figure(out, height=1.6 + 3.0 * len(panels), panels=len(panels)) as figures:
+        for number, (axes, shown) in enumerate(zip(figures, panels.values(), strict=True)):
+            lines: list[Line] = []
+            for (path, result), file, of_points in zip(found, files, labels, strict=True):
+                for y in shown:
+                    words = [file] if len(files) > 1 else []
+                    words += [names[y]] if len(shown) > 1 else []
+                    lines += _lines(path, result, wanted_x, y, rows, of_points, words)
+            # Where nothing but the points differs, a legend has their values alone, below its title.
+            points_alone = len(files) == len(shown) == 1 and not any(line.report.site for line in lines)
+            legend = number == 0 or [line.report.label for line in lines] != [line.report.label for line in drawn]
+            _draw(axes, lines, len(files), labels[0].title if points_alone else "", legend)
+            separator = ",\n" if len(", ".join(names[y] for y in shown)) > INSIDE else ", "
+            axes.set_ylabel(literal(separator.join(names[y] for y in shown)))
+            drawn = [*drawn, *lines]
+        figures[0].set_title(literal(title))
+        figures[-1].set_xlabel(literal(xlabel or spoken(wanted_x)))
+    report = PlotReport(str(out), tuple(line.report for line in drawn))
     return show("plot", report, as_json, render)
+
+
+def _draw(axes: Any, lines: Sequence[Line], files: int, points: str, legend: bool) -> None:
+    """Draw lines, with a legend or a scale of colours; `points` is its title where nothing but the points differs."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+
+    scale = None
+    if points and len(lines) > LEGEND:
+        scale = ScalarMappable(cmap=colormaps["viridis"])
+        scale.set_array([line.value for line in lines])
+        scale.autoscale()
+    per_file = len(lines) // files
+    for number, line in enumerate(lines):
+        # The same line of each file has the same colour.
+        colour = scale.to_rgba(np.array(line.value)) if scale else f"C{number % per_file % 10}"
+        style = STYLES[number // per_file % len(STYLES)]
+        label = literal(line.number if points else line.report.label)
+        axes.plot(line.along, line.up, style, color=colour, linewidth=1.4, label=label)
+    if scale:
+        axes.figure.colorbar(scale, ax=axes, label=literal(points))
+    elif legend and 1 < len(lines) <= LEGEND:
+        longest = max(len(line.report.label) for line in lines)
+        if points or longest <= INSIDE:
+            axes.legend(frameon=False, title=literal(points), alignment="left")
+        else:
+            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            axes.figure.set_figwidth(max(axes.figure.get_figwidth(), 6.9 + 0.09 * longest))
 
 
 def render(report: PlotReport) -> Iterator[str]:
@@ -129,6 +226,68 @@ def _has(result: Result, wanted: Sequence[str]) -> bool:
     except UnknownNameError:
         return False
     return True
+
+
+def spoken(name: str) -> str:
+    """A quantity as people call it: `branch_stress[2].vonmises` is the von Mises branch stress at site 2."""
+    from .results import STEP, TIME, column_of
+
+    if name in (STEP, TIME):
+        return name.removeprefix("@")
+    column = column_of(name)
+    called = SPOKEN.get(column.part, "") + column.name.replace("_", " ").strip()
+    called += f" {column.part}" if column.part and column.part not in SPOKEN else ""
+    return called + (f" at {_site(column.site)}" if column.site else "")
+
+
+def _kind(name: str) -> str:
+    """The last word of a variable's name, which says whether it is a stress, a strain, a rate."""
+    from .results import column_of
+
+    return name if name.startswith("@") else re.split(r"[^a-z0-9]+", column_of(name).name.lower())[-1]
+
+
+def _labels(path: Path, result: Result, y: str, wanted: str | None, rows: Sequence[int]) -> Labels:
+    """What tells the points of a result apart: what is wanted, else an input, else their numbers.
+
+    Inputs come first in a result. The first scalar or component that has another value at each point is taken, one
+    that is constant in time before one that is not, but nothing behind the first variable that is drawn.
+    """
+    import numpy as np
+
+    from .results import POINT, TIME, Column, column_of, parts
+
+    by_number = Labels(POINT.removeprefix("@"), POINT.removeprefix("@"), np.arange(float(result.points)))
+    if wanted == POINT:
+        return by_number
+    names = [wanted] if wanted else []
+    for name, values in result.series.items() if not wanted and not y.startswith("@") else ():
+        if name not in (TIME, "t") and values.shape[1] > 1 and not result.sub_batch(name):
+            names += [str(Column(name, part=part)) for part in parts(result.types[name])]
+        if name == column_of(y).name:
+            break
+    chosen = list(rows) if len(set(rows)) > 1 else list(range(result.points))
+    changing: list[Labels] = []
+    for name in names:
+        try:
+            values = quantity(result, name)
+        except UnknownNameError as error:
+            raise UnknownNameError(f"{path}: {error}") from None
+        if values.ndim > 2:
+            raise InputError(f"{path}: {name!r} has sites. Tell points apart by one of them, such as NAME[0].PART.")
+        values = np.broadcast_to(values, (len(values), result.points))
+        # Behind the first step all outputs are there.
+        constant = bool((values[1:] == values[-1]).all())
+        found = spoken(name)
+        labels = Labels(
+            f"{found}{'' if constant else ' at the end'}", f"{found}{'' if constant else ' to'}", values[-1]
+        )
+        numbers = [labels.number(row) for row in chosen if 0 <= row < result.points]
+        if wanted or (constant and len(set(numbers)) == len(numbers)):
+            return labels
+        if len(set(numbers)) == len(numbers):
+            changing.append(labels)
+    return changing[0] if changing else by_number
 
 
 def default_x(result: Result) -> str:
@@ -222,8 +381,8 @@ def _there(result: Result) -> str:
 
 
 def _lines(
-    path: Path, result: Result, x: str, y: str, rows: Sequence[int], *, several: bool, quantities: bool
-) -> list[tuple[str, Array, Array, LineReport]]:
+    path: Path, result: Result, x: str, y: str, rows: Sequence[int], labels: Labels, before: Sequence[str]
+) -> list[Line]:
     """A line for each point and site, with its label."""
     import numpy as np
 
@@ -253,18 +412,23 @@ def _lines(
     for row in rows or range(total):
         for site in np.ndindex(sites):
             over, above = at_site(along, site)[:, row], at_site(up, site)[:, row]
-            words = [path.stem] if several else []
-            words += [y] if quantities else []
-            words += [f"point {row}"] if total > 1 else []
-            words += [f"site {', '.join(map(str, site))}"] if site else []
+            words = [*before]
+            words += [f"{labels.word} {labels.number(row)}"] if total > 1 else []
+            words += [_site(site)] if site else []
             finite = above[~np.isnan(above)]
             if not len(finite):
                 raise InputError(f"{path}: {y!r} has no values at {_place(row, site)}.")
-            report = LineReport(str(path), x, y, row, site, len(up), float(finite[0]), float(finite[-1]))
-            found.append((", ".join(words), over, above, report))
+            ends = (float(finite[0]), float(finite[-1]))
+            report = LineReport(str(path), x, y, ", ".join(words), row, site, len(up), *ends)
+            value = float(labels.values[row]) if total > 1 else 0.0
+            found.append(Line(over, above, report, value, labels.number(row) if total > 1 else ""))
     return found
 
 
 def _place(row: int, site: tuple[int, ...]) -> str:
     """A point, and a site there, in words."""
-    return f"point {row}" + (f", site {', '.join(map(str, site))}" if site else "")
+    return f"point {row}" + (f", {_site(site)}" if site else "")
+
+
+def _site(site: tuple[int, ...]) -> str:
+    return f"site {', '.join(map(str, site))}"

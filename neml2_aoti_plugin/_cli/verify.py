@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -226,17 +226,22 @@ def draw(report: Verification, path: Path) -> Verification:
     """Draw the worst error of each quantity, and its tolerance; gives the report with it."""
     shown = report.comparisons[::-1]
     places = range(len(shown))
-    with figure(path, 7.0, 1.2 + 0.32 * max(len(shown), 1)) as axes:
-        least = 1e-17
+    # What agrees to the last bit has no place on a logarithmic axis.
+    least = 1e-17
+    with figure(path, 7.0, 1.5 + 0.32 * max(len(shown), 1)) as (axes,):
         colours = ["C2" if found.passed else "C3" for found in shown]
-        axes.scatter([max(found.worst, least) for found in shown], places, color=colours, zorder=3)
-        axes.scatter([found.tolerance for found in shown], places, marker="|", s=120, color="0.4")
+        errors = [max(found.worst, least) for found in shown]
+        axes.scatter(errors, places, color=colours, zorder=3, label="largest error")
+        limits = [found.tolerance for found in shown]
+        axes.scatter(limits, places, marker="|", s=160, linewidth=2.0, color="0.4", label="tolerance")
         axes.set_yticks(places, [literal(f"{found.quantity} ({found.reference})") for found in shown])
         axes.set_xscale("log")
-        axes.set_xlim(left=least / 2)
-        axes.set_ylim(-0.6, len(shown) - 0.4)
-        axes.set_xlabel("largest error over the largest entry (bars: tolerance)")
-        axes.set_title(literal(f"{report.model} ({report.leaf}), {report.rows} points"))
+        axes.set_xlim(least / 2, 10.0 * max([1e-5, *filter(isfinite, (*errors, *limits))]))
+        axes.set_ylim(-0.7, len(shown) - 0.3)
+        none = " (at the left end: none)" if min(errors, default=1.0) == least else ""
+        axes.set_xlabel(f"error, over the largest entry of the quantity{none}")
+        axes.figure.suptitle(literal(f"{report.model} ({report.leaf}), {report.rows} points"))
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return replace(report, picture=str(path))
 
 
