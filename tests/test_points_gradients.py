@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import references
-from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, InputTypeError, Points
+from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, InputTypeError, Model, Points
 from neml2_aoti_plugin.notation import convert
 
 YIELD, HARDENING = "residual.overstress.sy", "residual.hardening.K"
@@ -202,3 +203,17 @@ def test_gradients_that_were_not_compiled_are_refused_where_they_are_asked_for(d
     stress = points.update(strain=strain.detach(), t=time).outputs["stress"]
     with pytest.raises(DerivativeNotCompiledError, match=r"d\(stress\)/d\(t\) was not.*-d stress:t"):
         stress.sum().backward()
+
+
+def test_in_plane_stress_a_gradient_takes_others(tmp_path: Path) -> None:
+    def fewer(metadata: dict[str, Any]) -> None:
+        metadata["derivatives"] = [["stress", "strain"], ["equivalent_plastic_strain", "t"]]
+
+    model = Model(references.edited(references.case("calibration"), tmp_path, fewer))
+    points, time = Points(model, N, dimension="plane stress"), torch.tensor(1.0).double().requires_grad_()
+    points.initial()
+    found = points.update(strain=strains(1, 5e-3, dimension="plane stress"), t=time).outputs
+    with pytest.raises(
+        DerivativeNotCompiledError, match=r"in plane stress d\(equiv.*takes d\(equiv.*\)/d\(strain\) too"
+    ):
+        found["equivalent_plastic_strain"].sum().backward()
