@@ -163,7 +163,7 @@ class Points:
         update alone, since tangent and state are detached.
 
         Args:
-            values: driven inputs by name, for names that are no Python identifiers.
+            values: driven inputs by name, for names that are no Python identifiers or those of arguments.
             out: arrays of the caller that results are written to: by output, or by (output, input) for a tangent.
             tangent: whether to evaluate the tangent.
             param_overrides: values of promoted parameters for this update only, `(n, *base)` or, for all points,
@@ -248,8 +248,8 @@ class Points:
                 given.
 
         Raises:
-            AOTIError: a point that is to be kept has had no update since the last commit, or has failed in it.
-            InputError: `keep` is neither a mask nor indices of points.
+            AOTIError: a point that is to be kept was not updated since the last commit, or has failed in its update.
+            InputError: `keep` is no mask, indices or slice of points.
         """
         trial, mask = self._require_trial("commit"), None
         if keep is not None:
