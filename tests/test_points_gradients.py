@@ -14,6 +14,7 @@ from torch import Tensor
 import references
 from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, InputTypeError, Model, Points
 from neml2_aoti_plugin.notation import convert
+from neml2_aoti_plugin.points._gradients import attached
 
 YIELD, HARDENING = "residual.overstress.sy", "residual.hardening.K"
 DIMENSIONS: tuple[Any, ...] = (3, "plane strain", "plane stress", "axisymmetric")
@@ -217,3 +218,10 @@ def test_in_plane_stress_a_gradient_takes_others(tmp_path: Path) -> None:
         DerivativeNotCompiledError, match=r"in plane stress d\(equiv.*takes d\(equiv.*\)/d\(strain\) too"
     ):
         found["equivalent_plastic_strain"].sum().backward()
+
+
+def test_derivatives_per_site_are_refused() -> None:
+    # As many sites as points, so that the shapes alone would fit.
+    values, blocks = torch.zeros(3, 3, 6).double(), {("y", "x"): torch.zeros(3, 3, 6, 6).double()}
+    with pytest.raises(InputError, match="does not follow 'x' through Points, since its derivatives are per site"):
+        attached({"y": values}, blocks, {"x": values[0].requires_grad_()}, lambda _: (3, 6), lambda out, by: None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DerivativeNotCompiledError, InputError
-from ._roles import Pair
+from ._roles import Base, Pair
 
 # Raises why there is no derivative of an output by an input or parameter.
 Refuse = Callable[[str, str], object]
@@ -72,12 +72,12 @@ def attached(
     outputs: Mapping[str, Tensor],
     blocks: Mapping[Pair, Tensor],
     values: Mapping[str, Tensor],
+    shape_of: Callable[[str], Base],
     refuse: Refuse,
 ) -> dict[str, Tensor]:
-    """The outputs of an update as parts of a graph, by the values that autograd follows."""
+    """The outputs of an update as parts of a graph, by values that autograd follows, of `shape_of` each at a point."""
     for (out, by), block in blocks.items():
-        base = tuple(block.shape[outputs[out].ndim :])
-        if tuple(values[by].shape) not in (base, (1, *base), (len(block), *base)):
+        if tuple(block.shape) != (*outputs[out].shape, *shape_of(by)):
             raise InputError(
                 f"autograd does not follow {by!r} through Points, since its derivatives are per site of a sub-batch. "
                 "Call under torch.no_grad(); Model.forward is followed."

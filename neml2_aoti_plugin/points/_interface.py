@@ -199,6 +199,12 @@ class Interface:
     # Shape of each variable at one point in the model, with the axes of its sub-batch.
     natural: Mapping[str, Base]
 
+    def one(self, name: str, *, whole: bool = False) -> Base:
+        """Shape of a variable or parameter at one point, as the caller writes it, with the axes of its sub-batch."""
+        base = self.forms.bases[name]
+        natural = self.natural.get(name, base)
+        return natural[: len(natural) - len(base)] + self.forms.shape(name, whole=whole)
+
     def admitted(self, name: str, variable: str, value: Array, *, whole: bool = False) -> Tensor:
         """A caller's value of a variable as the model takes it, `(n, *natural)`.
 
@@ -206,9 +212,7 @@ class Interface:
         messages it has the name that the caller used, such as `stress~1`.
         """
         tensor = self.arrays.tensor(value, name)
-        natural, base = self.natural[variable], self.forms.bases[variable]
-        one = natural[: len(natural) - len(base)] + self.forms.shape(variable, whole=whole)
-        shape = tuple(tensor.shape)
+        natural, one, shape = self.natural[variable], self.one(variable, whole=whole), tuple(tensor.shape)
         if shape not in (one, (self.n, *one)):
             raise InputError(self._shape_message(name, variable, shape, one))
         try:
@@ -253,9 +257,7 @@ class Interface:
         found = {}
         for key, value in out.items():
             if isinstance(key, str) and key in outputs:
-                natural, base = self.natural.get(key, ()), self.forms.bases[key]
-                sites = natural[: len(natural) - len(base)]
-                shape = (self.n, *sites, *self.forms.shape(key))
+                shape = (self.n, *self.one(key))
             elif key in pairs:
                 shape = (self.n, *(k for name in key for k in self.forms.shape(name)))
             else:

@@ -228,7 +228,7 @@ class Points:
         if followed:
             outputs = {name: results[name] for name in found.outputs}
             blocks = {pair: results[pair] for pair in evaluated if pair[1] in followed}
-            results.update(attached(outputs, blocks, followed, self._refuse_gradient))
+            results.update(attached(outputs, blocks, followed, interface.one, self._refuse_gradient))
         for name in dict.fromkeys((*self._roles.depth, *self._evaluator.unknowns)):
             if name not in driven:
                 value = found.outputs[name]
