@@ -135,6 +135,15 @@ def test_deep_nesting_is_refused_or_has_no_effect(depth: int, artifact: Path) ->
         ("segments.1.predictor_inputs", None, r"segments\[1\] has no key 'predictor_inputs'; it has kind, "),
         ("segments.1.solve_ift_package", None, r"segments\[1\] has no key 'solve_ift_package'"),
         ("segments.0.jacobian_pairs", None, r"segments\[0\] has no key 'jacobian_pairs'"),
+        *(
+            (
+                f"segments.{i}.jacobian_pairs.0.{key}",
+                "x",
+                rf"segments\[{i}\] has a derivative of .*'x'.*, where it computes",
+            )
+            for i in (0, 1)
+            for key in ("out_var", "in_var")
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_by_its_key(place: str, value: object, words: str) -> None:

@@ -6,7 +6,7 @@ inside the leaf folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -303,6 +303,8 @@ def _check_names(found: Metadata, file: str) -> None:
             raise ArtifactError(f"{where} takes {sorted(missing)}, which are not among the promoted parameters.")
         if isinstance(part, ExplicitInfo):
             _need(part.inputs, known, where)
+            _check_pairs(part.jacobian, part.outputs, part.inputs, where)
+            _check_pairs(part.parameter_jacobian, part.outputs, part.parameters, where)
             known |= set(part.outputs)
             continue
         unknowns = {v.name for v in part.unknown_variables}
@@ -310,7 +312,10 @@ def _check_names(found: Metadata, file: str) -> None:
             names = [v.name for group in groups for v in group.variables]
             if len(set(names)) != len(names):
                 raise ArtifactError(f"{where} has two {what}s of one name among {', '.join(names)}. {AGAIN}")
-        _need((v.name for g in part.givens for v in g.variables), known, where)
+        givens = [v.name for g in part.givens for v in g.variables]
+        _need(givens, known, where)
+        _check_pairs(part.sensitivity, unknowns, givens, where)
+        _check_pairs(part.parameter_sensitivity, unknowns, part.parameters, where)
         if part.predictor is not None:
             fed_back = {part.predictor.feedback.input.name} if part.predictor.feedback else set()
             _need(part.predictor.inputs, known | unknowns | fed_back, where)
@@ -335,6 +340,21 @@ def _need(wanted: Iterable[str], known: set[str], where: str) -> None:
         if name not in known:
             raise ArtifactError(
                 f"{where} needs input {name!r} which is not in the model's inputs or earlier outputs. {AGAIN}"
+            )
+
+
+def _check_pairs(
+    graph: PairGraph | GivenSensitivity | ParameterSensitivity | FusedSensitivity | None,
+    computed: Collection[str],
+    taken: Collection[str],
+    where: str,
+) -> None:
+    """The derivatives of a segment must be those of what it computes by what it takes."""
+    for pair in graph.pairs if graph is not None else ():
+        if pair.out not in computed or pair.wrt not in taken:
+            of, by = ", ".join(sorted(computed)), ", ".join(taken)
+            raise ArtifactError(
+                f"{where} has a derivative of {pair.out!r} by {pair.wrt!r}, where it computes {of} from {by}. {AGAIN}"
             )
 
 
