@@ -24,6 +24,7 @@ __all__ = [
     "UnknownNameError",
     "__version__",
     "map_rows",
+    "read_result",
     "seal",
     "status",
 ]
@@ -32,6 +33,7 @@ __all__ = [
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from neml2_aoti_plugin._artifact.trust import seal as seal
+    from neml2_aoti_plugin._cli.result_files import read_result as read_result
     from neml2_aoti_plugin._host.hit import AOTIModel as AOTIModel
     from neml2_aoti_plugin._status import status as status
     from neml2_aoti_plugin.errors import AOTIError as AOTIError
@@ -51,6 +53,7 @@ _HOME = {
     "Model": "model",
     "Points": "points",
     "map_rows": "parallel",
+    "read_result": "_cli.result_files",
     "seal": "_artifact.trust",
     "status": "_status",
 }

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Modules beside the folders: activation, and the command.
 BESIDE: dict[str, set[str]] = {
-    "__init__": {"_artifact", "_autoload", "_status", "_host", "model", "parallel", "points"},
+    "__init__": {"_artifact", "_autoload", "_cli", "_status", "_host", "model", "parallel", "points"},
     "__main__": {"_cli"},
     "_autoload": set(),
     "_status": {"_autoload", "_solve"},

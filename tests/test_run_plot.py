@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+import neml2_aoti_plugin
 import references
 from commands import answer, refused, source_input, stub_of
 from neml2_aoti_plugin._cli.plot import invariant
-from neml2_aoti_plugin._cli.result_files import layouts, read_result
+from neml2_aoti_plugin._cli.result_files import layouts, read_readings
 
 ENDINGS = pytest.mark.parametrize("ending", ["pt", "npz", "csv"])
 
@@ -54,7 +56,7 @@ def texts(picture: Path) -> list[str]:
 
 def series(path: Path) -> dict[str, Any]:
     """The variables of a result that can be read in one way."""
-    (found,) = read_result(path)
+    (found,) = read_readings(path)
     return found.series
 
 
@@ -72,7 +74,7 @@ def test_a_pt_file_is_neml2s(results: Path, wanted: dict[str, torch.Tensor]) -> 
 
 @ENDINGS
 def test_all_formats_hold_the_same(ending: str, results: Path, wanted: dict[str, torch.Tensor]) -> None:
-    (found,) = read_result(results / f"result.{ending}")
+    (found,) = read_readings(results / f"result.{ending}")
     types = {"t": "Scalar", "strain": "SR2", "stress": "SR2", "equivalent_plastic_strain": "Scalar"}
     # The time is recorded by us; a .pt file is neml2's.
     assert found.types == ({} if ending == "pt" else {"@time": "Scalar"}) | types
@@ -156,7 +158,7 @@ def test_an_eager_driver_runs_as_well(tmp_path: Path) -> None:
     case = references.case("promoted")
     for path in (case.file, case.stub.path):
         ran(path, "--out", tmp_path / f"{path.stem}.npz")
-    ours, eager = (read_result(tmp_path / f"{path.stem}.npz")[0] for path in (case.file, case.stub.path))
+    ours, eager = (read_readings(tmp_path / f"{path.stem}.npz")[0] for path in (case.file, case.stub.path))
     assert ours.types == eager.types
     np.testing.assert_allclose(ours.series["stress"], eager.series["stress"], rtol=1e-13)
 
@@ -306,6 +308,58 @@ def test_a_scalar_at_six_points_is_no_tensor(count: int, part: str, tmp_path: Pa
     assert [(line["row"], line["y_last"]) for line in lines] == [(point, 2.0 * point) for point in range(count)]
     (line,) = drawn(saved, "--out", picture, "--y", f"x.{part}")
     assert (line["row"], line["y_last"]) == (0, 0.0)
+
+
+# -- results in Python ---------------------------------------------------------------------------------------------
+
+
+@ENDINGS
+def test_read_result_names_dimensions(ending: str, results: Path, wanted: dict[str, torch.Tensor]) -> None:
+    found = neml2_aoti_plugin.read_result(results / f"result.{ending}")
+    dims, stress = found.variables["stress"]
+    assert dims == ("time", "point", "component") and stress.shape == (61, 3, 6)
+    # Components of the tensor: without the square root of 2.
+    last = wanted["output.60.stress"][2].numpy() / np.array([1, 1, 1, *(math.sqrt(2),) * 3])
+    np.testing.assert_allclose(stress[60, 2], last, rtol=1e-12, atol=1e-12)
+    assert list(found.coords["component"]) == ["xx", "yy", "zz", "yz", "xz", "xy"]
+    assert list(found.coords["point"]) == [0, 1, 2]
+    if ending == "pt":
+        assert "time" not in found.coords and found.variables["t"][0] == ("time",)
+    else:
+        np.testing.assert_allclose(found.coords["time"], np.linspace(0.0, 30.0, 61), atol=1e-12)
+    lines = np.array([*found.table.values()]).T
+    assert lines.shape == (183, len(found.table)) and found.table["stress.xy"][-1] == stress[60, 2, 5]
+
+
+def test_read_result_with_sites_and_times_of_points(tmp_path: Path) -> None:
+    out = tmp_path / "a.npz"
+    ran(references.case("cross_group").file, "--out", out)
+    found = neml2_aoti_plugin.read_result(out)
+    assert found.variables["branch_strain"][0] == ("time", "point", "site", "component")
+    assert all(len(values) == 3 for name, values in found.coords.items() if name == "site")
+    types = {"@time": "Scalar", "a": "Scalar", "b": "Vec", "c": "Scalar"}
+    shapes = {"@time": (4, 2), "a": (4, 2, 5), "b": (4, 2, 3, 3), "c": (4, 2, 7, 3)}
+    arrays = {name: np.arange(float(math.prod(shape))).reshape(shape) for name, shape in shapes.items()}
+    np.savez(tmp_path / "b.npz", **arrays, **{"@types": np.array(json.dumps(types))})  # type: ignore[arg-type]
+    found = neml2_aoti_plugin.read_result(str(tmp_path / "b.npz"))
+    assert {name: dims for name, (dims, _) in found.variables.items()} == {
+        "@time": ("time", "point"),
+        "a": ("time", "point", "site"),
+        "b": ("time", "point", "b.site", "component_Vec"),
+        "c": ("time", "point", "site_0", "site_1"),
+    }
+    for dims, values in found.variables.values():
+        sizes = dict(zip(dims, values.shape, strict=True))
+        assert all(len(found.coords[dim]) == size for dim, size in sizes.items() if dim != "time")
+
+
+def test_read_result_does_not_guess(tmp_path: Path) -> None:
+    times = {f"input.{k}.t": torch.tensor(float(k)) for k in range(3)}
+    torch.save(times | {f"output.{k}.x": k * torch.arange(6.0) for k in (1, 2)}, tmp_path / "a.pt")
+    with pytest.raises(neml2_aoti_plugin.InputError, match="in several ways"):
+        neml2_aoti_plugin.read_result(tmp_path / "a.pt")
+    with pytest.raises(neml2_aoti_plugin.InputError, match="cannot be read"):
+        neml2_aoti_plugin.read_result(tmp_path / "gone.npz")
 
 
 # -- invariants ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from commands import answer, copy_of, printed, refused, source_input, stub_of
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._cli.points import Evaluated, Points
 from neml2_aoti_plugin._cli.references import central
-from neml2_aoti_plugin._cli.result_files import read_result
+from neml2_aoti_plugin._cli.result_files import read_readings
 from neml2_aoti_plugin._cli.verify import scale_of
 from stubs.build import QUICK, compiled
 from stubs.catalogue import CATALOGUE
@@ -183,7 +183,7 @@ def test_an_output_that_depends_on_no_input_is_the_same_in_all_rows(last: str, o
         assert torch.allclose(along[out], 2 * a * dt) and torch.equal(along["k"], 0 * a)
     for name, path in (("compiled", tmp_path / "law_aoti.i"), ("eager", source)):
         answer("run", path, "driver", "--out", tmp_path / f"{name}.npz")
-    (ours,), (eager,) = (read_result(tmp_path / f"{name}.npz") for name in ("compiled", "eager"))
+    (ours,), (eager,) = (read_readings(tmp_path / f"{name}.npz") for name in ("compiled", "eager"))
     assert ours.types == eager.types
     for name, values in eager.series.items():
         np.testing.assert_allclose(ours.series[name], np.broadcast_to(values, ours.series[name].shape), rtol=1e-12)

@@ -197,9 +197,9 @@ def render(report: PlotReport) -> Iterator[str]:
 
 def _read(path: Path, wanted: Sequence[str]) -> Result:
     """Read a result; of several readings the one that has what is wanted."""
-    from .result_files import read_result
+    from .result_files import read_readings
 
-    readings = read_result(path)
+    readings = read_readings(path)
     if len(readings) == 1:
         return readings[0]
     if not wanted:

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from io import StringIO
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from .results import (
     MANDEL,
     POINT,
     STEP,
+    TIME,
     TYPES,
     Result,
     at_site,
@@ -34,6 +36,7 @@ from .results import (
     collect,
     column_of,
     columns,
+    component,
     from_driver,
     parts,
     to_array,
@@ -41,6 +44,8 @@ from .results import (
 from .target import lag
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from .results import Array
 
 Shape = tuple[int, ...]
@@ -71,7 +76,81 @@ def write_result(path: Path, driver: Any) -> None:
         torch.save({key: value.detach().clone() for key, value in driver.result().items()}, path)
 
 
-def read_result(path: Path) -> list[Result]:
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave, as arrays with names of their dimensions; `xarray.Dataset(variables, coords)` takes both.
+
+    Attributes:
+        variables: The names of its dimensions and the values of each variable: `time`; `point`, but for what is the
+            same at all points; `site`, or `site_0`, `site_1`, ... of a sub-batch of several axes; and for what is no
+            scalar `component`, or `component_TYPE` if it is no symmetric tensor. Where variables have different sites,
+            the dimension begins with the variable's name. Components are those of the tensor, without the factors
+            of Mandel's notation. What a step does not have is NaN.
+        coords: Along these dimensions: the times, if they are the same at all points (the variable `@time` has them
+            otherwise); the numbers of points and sites; the names of components.
+        table: Columns of a table with a line for each step and point, those of a .csv file; `pandas.DataFrame(table)`
+            takes them.
+    """
+
+    variables: dict[str, tuple[tuple[str, ...], Array]]
+    coords: dict[str, NDArray[Any]]
+    table: dict[str, NDArray[Any]]
+
+
+def read_result(path: str | PathLike[str]) -> RunResult:
+    """Read what `neml2-aoti run --out` has written.
+
+    Args:
+        path: A `.npz` or `.csv` file; a `.pt` file, which records no types, where its shapes leave no choice.
+
+    Returns:
+        The variables, their coordinates, and a table of them.
+
+    Raises:
+        InputError: If the file cannot be read, is no result, or may be read in several ways.
+    """
+    readings = read_readings(Path(path))
+    if len(readings) > 1:
+        raise InputError(
+            f"{path}: records no types, and its shapes may be read in several ways. Read a .npz or .csv file."
+        )
+    (result,) = readings
+    variables: dict[str, tuple[tuple[str, ...], Array]] = {}
+    coords: dict[str, NDArray[Any]] = {}
+    for name, values in result.series.items():
+        kind, sites = result.types[name], result.sub_batch(name)
+        dims = ["time", "point"]
+        for axis, size in enumerate(sites):
+            dim = "site" if len(sites) == 1 else f"site_{axis}"
+            dim = dim if len(coords.get(dim, range(size))) == size else f"{name}.{dim}"
+            coords[dim] = np.arange(size)
+            dims.append(dim)
+        if kind != "Scalar":
+            dims.append("component" if kind == "SR2" else f"component_{kind}")
+            coords[dims[-1]] = np.array(parts(kind))
+            flat = [component(values, kind, part) for part in parts(kind)]
+            values = np.stack(flat, -1)
+        same = name == TIME and (values == values[:, :1]).all()
+        if values.shape[1] != result.points or same:
+            values = values[:, 0]
+            dims.remove("point")
+        if same:
+            coords["time"] = values
+        else:
+            variables[name] = (tuple(dims), values)
+    coords["point"] = np.arange(result.points)
+    return RunResult(variables, coords, _table(result))
+
+
+def _table(result: Result) -> dict[str, NDArray[Any]]:
+    """A line for each step and point."""
+    shape = (result.steps, result.points)
+    step, point = np.indices(shape)
+    wide = {name: np.broadcast_to(values, shape).ravel() for name, values in columns(result).items()}
+    return {STEP: step.ravel(), POINT: point.ravel(), **wide}
+
+
+def read_readings(path: Path) -> list[Result]:
     """Read a result; gives several readings of a .pt file, where its shapes allow them."""
     require_format(path)
     return {".pt": _read_pt, ".npz": _read_npz, ".csv": _read_csv}[path.suffix](path)
@@ -213,13 +292,11 @@ def _read_npz(path: Path) -> list[Result]:
 
 
 def _write_csv(path: Path, result: Result) -> None:
-    wide = {name: np.broadcast_to(v, (result.steps, result.points)) for name, v in columns(result).items()}
+    table = _table(result)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([STEP, POINT, *wide])
-        for step in range(result.steps):
-            for point in range(result.points):
-                writer.writerow([step, point, *(repr(float(values[step, point])) for values in wide.values())])
+        writer.writerow(table)
+        writer.writerows(zip(*(map(repr, values.tolist()) for values in table.values()), strict=True))
 
 
 def _read_csv(path: Path) -> list[Result]:
