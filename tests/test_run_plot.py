@@ -16,8 +16,8 @@ import torch
 import neml2_aoti_plugin
 import references
 from commands import answer, refused, source_input, stub_of
-from neml2_aoti_plugin._cli.plot import invariant
 from neml2_aoti_plugin._cli.result_files import layouts, read_readings
+from neml2_aoti_plugin._cli.results import invariant
 
 ENDINGS = pytest.mark.parametrize("ending", ["pt", "npz", "csv"])
 

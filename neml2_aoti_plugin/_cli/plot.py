@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,9 +29,7 @@ STYLES = ("-", "--", "-.", ":")
 LEGEND = 10
 # Longer labels, in characters, stand beside the lines, where they cover none.
 INSIDE = 24
-# Of a symmetric tensor.
-INVARIANTS = ("vonmises", "equivalent", "norm", "trace", "mean")
-# How people call them, before the name of the variable.
+# How people call an invariant, before the name of the variable.
 SPOKEN = {
     "vonmises": "von Mises ",
     "equivalent": "equivalent ",
@@ -220,6 +217,8 @@ def _in_words(result: Result, name: str) -> str:
 
 
 def _has(result: Result, wanted: Sequence[str]) -> bool:
+    from .results import quantity
+
     try:
         for name in wanted:
             quantity(result, name)
@@ -255,7 +254,7 @@ def _labels(path: Path, result: Result, y: str, wanted: str | None, rows: Sequen
     """
     import numpy as np
 
-    from .results import POINT, TIME, Column, column_of, parts
+    from .results import POINT, TIME, Column, column_of, parts, quantity
 
     by_number = Labels(POINT.removeprefix("@"), POINT.removeprefix("@"), np.arange(float(result.points)))
     if wanted == POINT:
@@ -321,72 +320,13 @@ def _tensors(result: Result) -> list[str]:
     return sorted(found, key=lambda name: len(result.sub_batch(name)))
 
 
-def invariant(name: str, values: Array) -> Array:
-    """An invariant of a symmetric tensor in Mandel notation, `(..., 6)`."""
-    import numpy as np
-
-    trace: Array = values[..., :3].sum(-1)
-    if name in ("trace", "mean"):
-        return trace / (3.0 if name == "mean" else 1.0)
-    if name != "norm":
-        values = values - trace[..., None] / 3.0 * np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
-    # In Mandel notation a tensor's norm is that of its entries.
-    norm: Array = np.linalg.norm(values, axis=-1)
-    return norm * {"norm": 1.0, "vonmises": math.sqrt(1.5), "equivalent": math.sqrt(2.0 / 3.0)}[name]
-
-
-def quantity(result: Result, wanted: str) -> Array:
-    """A scalar, a component or an invariant, `(steps, points, *sub_batch)`, or at one site, `(steps, points)`.
-
-    It is called `name`, `name.component` or `name.invariant`, with `[site]` behind the name; `@step` is the number of
-    the step.
-    """
-    import numpy as np
-
-    from .results import STEP, at_site, column_of, component, parts
-
-    if wanted == STEP:
-        return np.arange(result.steps, dtype=np.float64)[:, None]
-    column = column_of(wanted)
-    kind = result.types.get(column.name)
-    known = () if kind is None else (*parts(kind), *(INVARIANTS if kind == "SR2" else ()))
-    if kind is None or column.part not in known:
-        raise UnknownNameError(f"{wanted!r} is not in this result: {_there(result)}.")
-    values, sub_batch = result.series[column.name], result.sub_batch(column.name)
-    is_invariant = column.part in INVARIANTS
-    found = invariant(column.part, values) if is_invariant else component(values, kind, column.part)
-    if not column.site:
-        return found
-    fits = len(column.site) == len(sub_batch) and all(i < size for i, size in zip(column.site, sub_batch, strict=True))
-    if not fits:
-        there = f"sites of shape {list(sub_batch)}" if sub_batch else "no sites"
-        raise UnknownNameError(f"{wanted!r} is not in this result: {column.name!r} has {there}.")
-    return at_site(found, column.site)
-
-
-def _there(result: Result) -> str:
-    """What a result has, in words."""
-    from .results import STEP, Column, parts
-
-    tensors = [str(Column(name)) for name, kind in result.types.items() if kind == "SR2"]
-    others = [
-        str(Column(name)) + (f".{'|'.join(of)}" if (of := parts(kind)) != ("",) else "")
-        for name, kind in result.types.items()
-        if kind != "SR2"
-    ]
-    words = [f"there are {', '.join((*others, STEP))}"]
-    if tensors:
-        words.append(f"and of {', '.join(tensors)} the parts .{'|'.join((*parts('SR2'), *INVARIANTS))}")
-    return "; ".join(words)
-
-
 def _lines(
     path: Path, result: Result, x: str, y: str, rows: Sequence[int], labels: Labels, before: Sequence[str]
 ) -> list[Line]:
     """A line for each point and site, with its label."""
     import numpy as np
 
-    from .results import at_site
+    from .results import at_site, quantity
 
     try:
         along, up = quantity(result, x), quantity(result, y)

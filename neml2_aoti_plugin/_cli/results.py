@@ -35,6 +35,8 @@ COMPONENTS: dict[tuple[int, ...], tuple[str, ...]] = {
     (6, 6): tuple(map(str, range(36))),
     (4,): tuple(map(str, range(4))),
 }
+# Of a symmetric tensor.
+INVARIANTS = ("vonmises", "equivalent", "norm", "trace", "mean")
 # What the components of a symmetric tensor are multiplied by in neml2's notation.
 MANDEL = np.array([1.0, 1.0, 1.0, *(math.sqrt(2.0),) * 3])
 # A variable, one of its sites, and a part of it, such as `stress[2].xy`.
@@ -124,6 +126,57 @@ def columns(result: Result) -> dict[str, Array]:
         for site in np.ndindex(result.sub_batch(name))
         for part in parts(result.types[name])
     }
+
+
+def invariant(name: str, values: Array) -> Array:
+    """An invariant of a symmetric tensor in Mandel notation, `(..., 6)`."""
+    trace: Array = values[..., :3].sum(-1)
+    if name in ("trace", "mean"):
+        return trace / (3.0 if name == "mean" else 1.0)
+    if name != "norm":
+        values = values - trace[..., None] / 3.0 * np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    # In Mandel notation a tensor's norm is that of its entries.
+    norm: Array = np.linalg.norm(values, axis=-1)
+    return norm * {"norm": 1.0, "vonmises": math.sqrt(1.5), "equivalent": math.sqrt(2.0 / 3.0)}[name]
+
+
+def quantity(result: Result, wanted: str) -> Array:
+    """A scalar, a component or an invariant, `(steps, points, *sub_batch)`, or at one site, `(steps, points)`.
+
+    It is called `name`, `name.component` or `name.invariant`, with `[site]` behind the name; `@step` is the number of
+    the step.
+    """
+    if wanted == STEP:
+        return np.arange(result.steps, dtype=np.float64)[:, None]
+    column = column_of(wanted)
+    kind = result.types.get(column.name)
+    known = () if kind is None else (*parts(kind), *(INVARIANTS if kind == "SR2" else ()))
+    if kind is None or column.part not in known:
+        raise UnknownNameError(f"{wanted!r} is not in this result: {_there(result)}.")
+    values, sub_batch = result.series[column.name], result.sub_batch(column.name)
+    is_invariant = column.part in INVARIANTS
+    found = invariant(column.part, values) if is_invariant else component(values, kind, column.part)
+    if not column.site:
+        return found
+    fits = len(column.site) == len(sub_batch) and all(i < size for i, size in zip(column.site, sub_batch, strict=True))
+    if not fits:
+        there = f"sites of shape {list(sub_batch)}" if sub_batch else "no sites"
+        raise UnknownNameError(f"{wanted!r} is not in this result: {column.name!r} has {there}.")
+    return at_site(found, column.site)
+
+
+def _there(result: Result) -> str:
+    """What a result has, in words."""
+    tensors = [str(Column(name)) for name, kind in result.types.items() if kind == "SR2"]
+    others = [
+        str(Column(name)) + (f".{'|'.join(of)}" if (of := parts(kind)) != ("",) else "")
+        for name, kind in result.types.items()
+        if kind != "SR2"
+    ]
+    words = [f"there are {', '.join((*others, STEP))}"]
+    if tensors:
+        words.append(f"and of {', '.join(tensors)} the parts .{'|'.join((*parts('SR2'), *INVARIANTS))}")
+    return "; ".join(words)
 
 
 def to_array(value: Any) -> Array:
