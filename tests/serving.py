@@ -310,9 +310,12 @@ Ask = Callable[..., Coroutine[Any, Any, Answer]]
 def asking(application: Any) -> Ask:
     """What asks an ASGI application as a server does: by method, path, body and headers."""
 
-    async def ask(method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}) -> Answer:
+    async def ask(
+        method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}, *, leaves: bool = False
+    ) -> Answer:
         sent: list[dict[str, Any]] = []
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+        parts: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+        messages = iter([*parts, {"type": "http.disconnect"}] if leaves else parts)
 
         async def receive() -> dict[str, Any]:
             for message in messages:

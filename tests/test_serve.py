@@ -21,7 +21,7 @@ import pytest
 from neml2_aoti_plugin import ConvergenceError, Model
 from neml2_aoti_plugin._cli.serve import LIMITS, command
 from neml2_aoti_plugin.serve import Limits
-from serving import Answer, Service, artifact, close, encode, raw, reference, same, started, step, strain, tensors
+from serving import Answer, Service, artifact, close, encode, reference, same, started, step, strain, tensors
 
 CLIENTS = Path(__file__).with_name("serve_clients")
 STUBS = ("elasticity", "viscoplasticity", "promoted")
@@ -321,23 +321,10 @@ def busy(service: Service) -> Iterator[list[Future[Answer]]]:
     """While large calls are evaluated, one after the other."""
     with ThreadPoolExecutor(3) as pool:
         large = step(30000, 9, 2e-2)
-        calls = [pool.submit(lambda: service.infer("viscoplasticity", large, operation="solve")) for _ in range(3)]
+        calls = [pool.submit(lambda: service.infer("viscoplasticity", large, operation="solve")) for _ in range(12)]
         time.sleep(0.2)
         yield calls
         assert all(call.result().status == 200 for call in calls)
-
-
-def test_a_client_that_has_gone_costs_nothing(service: Service) -> None:
-    text = raw("/v2/models/viscoplasticity/infer", *encode(step(50), binary=True))
-    labels = {"model": "viscoplasticity", "operation": "forward"}
-    before = service.metric("neml2_rows_total", **labels)
-    with busy(service), contextlib.ExitStack() as stack:
-        for _ in range(4):
-            stack.enter_context(service.connect()).sendall(text)
-        time.sleep(0.05)
-    assert service.metric("neml2_rows_total", **labels) == before
-    time.sleep(0.2)
-    assert [line["status"] for line in service.lines("request")].count(499) == 4
 
 
 def test_others_are_answered_during_a_large_call(service: Service) -> None:

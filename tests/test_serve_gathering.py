@@ -130,6 +130,18 @@ def test_requests_wait_for_others(limits: dict[str, Any], calls: int) -> None:
     asyncio.run(asyncio.wait_for(use(), 30))
 
 
+def test_a_client_that_has_gone_costs_nothing() -> None:
+    async def use() -> None:
+        async with running(app({"model": artifact("elasticity")}, wait_ms=300)) as ask:
+            gone = asyncio.create_task(ask("POST", INFER, *encode(strain(50), True), leaves=True))
+            stayed = await ask("POST", INFER, *encode(strain(2), True))
+            same(stayed.arrays, reference(Model(artifact("elasticity")), "forward", strain(2)))
+            assert (await gone).status == 499
+            assert f"neml2_rows_total{LABELS} 2.0" in (await ask("GET", "/metrics")).body.decode()
+
+    asyncio.run(asyncio.wait_for(use(), 30))
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("operation", ["forward", "jacobian", "jvp"])
 def test_a_rate_where_no_time_passes_fails_its_own_request(operation: str) -> None:
