@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import os
 import sys
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from threading import Event, get_ident, main_thread
+from time import monotonic, sleep
 from typing import Any, NoReturn, ParamSpec, TypeVar, overload
 
 import torch
@@ -43,6 +47,26 @@ INTERNAL = frozenset(
 )
 
 
+# The threads beside the main one that are in a call, and whether the interpreter is about to end.
+_MAIN, _inside, _ending = main_thread().ident, set[int](), Event()
+# How long the end of the interpreter may wait for calls in daemon threads, in seconds.
+_PATIENCE = 10.0
+
+
+def _let_threads_out() -> None:
+    """Wait until no daemon thread is in a call, and let none begin another one."""
+    _ending.set()
+    end = monotonic() + _PATIENCE
+    while _inside and monotonic() < end:
+        sleep(1e-3)
+
+
+atexit.register(_let_threads_out)
+if hasattr(os, "register_at_fork"):
+    # The other threads are not in the new process.
+    os.register_at_fork(after_in_child=_inside.clear)
+
+
 def public(call: Callable[P, R]) -> Callable[P, R]:
     """A call that users make, guarded against where it cannot be made.
 
@@ -50,9 +74,10 @@ def public(call: Callable[P, R]) -> Callable[P, R]:
     `torch.compiler.disable` does, but it is asked for only where torch compiles, since it imports the whole compiler.
 
     While the interpreter ends, the call is refused: torch aborts the process if the last name of a tensor goes while a
-    view of it is left, as happens in most calls.
+    view of it is left, as happens in most calls. Daemon threads are let out of their calls before it ends: one that
+    comes back from torch's code later aborts the process, too.
     """
-    ends = sys.is_finalizing
+    ends, me = sys.is_finalizing, get_ident
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if is_dynamo_compiling():
@@ -63,7 +88,17 @@ def public(call: Callable[P, R]) -> Callable[P, R]:
                 "a compiled model was called while the interpreter ends, as from a finalizer (__del__) of what is left "
                 "over. torch cannot be used then. Call it before: in a with block, or by atexit.register."
             )
-        return call(*args, **kwargs)
+        thread = me()
+        if thread == _MAIN or thread in _inside:
+            return call(*args, **kwargs)
+        if _ending.is_set():
+            # A daemon thread, as a rule: the interpreter ends meanwhile.
+            sleep(_PATIENCE)
+        _inside.add(thread)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _inside.discard(thread)
 
     # torch compiles a code object a few times, and then looks into what it calls: each call has its own.
     run.__code__ = run.__code__.replace(co_name=call.__name__)
