@@ -20,7 +20,7 @@ import torch
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
 
-from .markdown import table
+from .markdown import duration, table
 
 STUB = CATALOGUE["viscoplasticity"]
 COUNTS = (10, 10_000)
@@ -72,11 +72,6 @@ def measure(way: str) -> list[float]:
     return taken
 
 
-def shown(seconds: float) -> str:
-    """A time with two digits."""
-    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
-
-
 def main() -> None:
     """Measure one way, or both in processes of their own, and print the table."""
     if len(sys.argv) > 1:
@@ -88,7 +83,7 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.first_minute", way]
         for _ in range(2):  # the first run may make what the second one finds
             done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path.cwd())
-        rows.append((way, *(shown(float(value)) for value in done.stdout.split())))
+        rows.append((way, *(duration(float(value)) for value in done.stdout.split())))
     print(table(("", "load and first call", *(f"later, {n:,} points" for n in COUNTS)), rows))
 
 

@@ -34,7 +34,7 @@ def run(points: Any, steps: int = 10) -> tuple[NDArray[np.float64], NDArray[np.f
     for step in range(1, steps + 1):
         time = DURATION * step / steps
         residuals: list[float] = []
-        # The first guess moves by the tangent of the last step; the first one of all, by equal strains.
+        # The initial guess moves by the tangent of the last step; the first one of all, by equal strains.
         move = np.full(ELEMENTS, PULL / steps / ELEMENTS)
         if tangent is not None:
             flexibility = h / (area * tangent)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STUB = CATALOGUE["calibration"]
 YIELD, HARDENING = "residual.overstress.sy", "residual.hardening.K"
-# In MPa. The first guess is what the artifact was compiled with.
+# In MPa. The initial guess is what the artifact was compiled with.
 TRUTH = {YIELD: 240.0, HARDENING: 3100.0}
 NOISE = 3.0
 POINTS = ("near uniaxial", "shear", "mixture")
@@ -43,7 +43,7 @@ class Fit:
     Args:
         strain: `(steps, points, 6)`.
         data: stress with noise in MPa, `(steps, points, 6)`.
-        first: stress of the first guess.
+        first: stress of the initial guess.
         fitted: stress after the fit.
         parameters: fitted values in MPa by name.
         evaluations: how often the driver was run with a gradient.
@@ -114,7 +114,7 @@ def calibrate(seed: int = 0) -> Fit:
 
 
 def draw(path: Path, fit: Fit) -> None:
-    """Draw data, first guess and fit of each point along its own direction of strain."""
+    """Draw data, initial guess and fit of each point along its own direction of strain."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,7 +134,7 @@ def _curves(panel: Axes, fit: Fit, k: int, direction: Tensor) -> None:
     """Draw one point."""
     strain = 100.0 * (fit.strain[:, k] @ direction)
     panel.plot(strain, fit.data[:, k] @ direction, ".", color="0.6", label="data")
-    panel.plot(strain, fit.first[:, k] @ direction, "--", color="tab:red", label="first guess")
+    panel.plot(strain, fit.first[:, k] @ direction, "--", color="tab:red", label="initial guess")
     panel.plot(strain, fit.fitted[:, k] @ direction, "-", color="tab:blue", label="fit")
 
 

@@ -262,7 +262,7 @@ class TestProcesses:
 
 @pytest.mark.wide
 def test_calibration_example(tmp_path: Path) -> None:
-    """Recovers two parameters through the TransientDriver and draws data, first guess and fit."""
+    """Recovers two parameters through the TransientDriver and draws data, initial guess and fit."""
     compiled("calibration")  # the example needs it, and the torch of this run may be too old for it
     root = Path(__file__).resolve().parent.parent
     picture = tmp_path / "calibration.png"

@@ -20,7 +20,8 @@ class CustomOp(torch.nn.Module):
 
     `torch.compile(..., fullgraph=True)` and `torch.export`, with a dynamic batch too, keep it in their graphs. Autograd
     follows it by the compiled derivatives, which are evaluated when they are needed. Its parameters are the model's
-    promoted ones. A program that was exported and saved is loaded by a process that has made the same operator.
+    promoted ones as they are when it is made: their values may change, and one of another shape is given by
+    `param_overrides`. A program that was exported and saved is loaded by a process that has made the same operator.
 
     Args:
         model: what is called.
