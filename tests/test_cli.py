@@ -102,7 +102,7 @@ def test_what_libraries_print_is_no_part_of_a_document(environment: Environment,
     copy_of("elasticity", tmp_path / "aoti")
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
-        "sys.addaudithook(lambda event, words: event == 'import' and words[0] == 'torch' and os.write(1, b'noise\\n'))\n"
+        "sys.addaudithook(lambda event, found: (event, found[:1]) == ('import', ('torch',)) and os.write(1, b'noise '))"
     )
     done = start(environment, tmp_path, "inspect", "aoti/elasticity", "--json", PYTHONPATH=str(tmp_path), **TORCH)
     assert (done.returncode, set(done.stderr.split())) == (0, {"noise"}), done.stdout + done.stderr
