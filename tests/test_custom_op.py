@@ -13,6 +13,8 @@ from neml2_aoti_plugin import DerivativeNotCompiledError, InputError
 from neml2_aoti_plugin.model import CustomOp, Model
 from stubs.build import compiled
 
+SY = "residual.overstress.sy"
+
 
 def states(rows: int) -> dict[str, Tensor]:
     """Inputs of the viscoplastic model: some rows stay elastic, others flow."""
@@ -80,9 +82,33 @@ def test_what_torch_asks_of_an_operator(model: Model, operator: CustomOp) -> Non
 
 
 def test_parameters_of_a_call(model: Model, operator: CustomOp) -> None:
-    override = {"residual.overstress.sy": torch.tensor([100.0, 200.0, 300.0], dtype=torch.float64)}
+    override = {SY: torch.tensor([100.0, 200.0, 300.0], dtype=torch.float64)}
     found, expected = operator(states(3), override), model.forward(states(3), override)
     assert all(torch.equal(found[name], expected[name]) for name in model.outputs)
+
+
+@pytest.mark.parametrize("how", ["set", "in place", "in the module", "parametrised"])
+def test_parameters_that_the_model_has_been_given_since(how: str) -> None:
+    """Values of another shape too, which take the place of the parameter that was there when the operator was made."""
+    model = Model(compiled("calibration") / "viscoplasticity")
+    operator = CustomOp(model, f"given_since_{how.replace(' ', '_')}")
+    before, values = operator(states(3))["stress"], torch.tensor([50.0, 60.0, 70.0], dtype=torch.float64)
+    node = model.get_submodule("residual.overstress")
+    if how == "set":
+        model.set_parameter(SY, values)
+    elif how == "in place":
+        model.named_parameters()[SY].data = values
+    elif how == "in the module":
+        node.sy = torch.nn.Parameter(values)
+    elif how == "parametrised":
+        torch.nn.utils.parametrize.register_parametrization(node, "sy", torch.nn.Identity())
+        node.get_parameter("parametrizations.sy.original").data = values
+    found = operator(states(3))["stress"]
+    assert torch.equal(found, model.forward(states(3))["stress"]) and not torch.allclose(found, before)
+    model.requires_grad_()
+    operator(states(3))["stress"].sum().backward()
+    gradient = next(p.grad for p in model.parameters() if p.shape == values.shape)
+    assert gradient is not None and gradient.shape == values.shape and bool(gradient.any())
 
 
 @pytest.mark.wide

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ class CustomOp(torch.nn.Module):
 
     `torch.compile(..., fullgraph=True)` and `torch.export`, with a dynamic batch too, keep it in their graphs. Autograd
     follows it by the compiled derivatives, which are evaluated when they are needed. Its parameters are the model's
-    promoted ones as they are when it is made: their values may change, and one of another shape is given by
-    `param_overrides`. A program that was exported and saved is loaded by a process that has made the same operator.
+    promoted ones, whatever these are at a call; an exported program keeps those that it was exported with. A program
+    that was exported and saved is loaded by a process that has made the same operator.
 
     Args:
         model: what is called.
@@ -35,7 +35,7 @@ class CustomOp(torch.nn.Module):
         super().__init__()
         self._inputs, self._outputs = list(model.inputs), list(model.outputs)
         self._names = list(model.named_parameters())
-        self.promoted = torch.nn.ParameterList(model.named_parameters().values())
+        self.promoted = _Promoted(model)
         self._op = _register(model, name)
 
     def forward(
@@ -58,9 +58,28 @@ class CustomOp(torch.nn.Module):
         require_names(inputs, self._inputs, "inputs of the operator", "inputs", needed=self._inputs)
         require_names(given, self._names, "param_overrides of the operator", "promoted parameters")
         values = [inputs[name] for name in self._inputs]
-        values += [given.get(name, own) for name, own in zip(self._names, self.promoted, strict=True)]
+        values += [given[name] if name in given else self.promoted.value(name) for name in self._names]
         found = self._op(*values)
         return dict(zip(self._outputs, [found] if isinstance(found, Tensor) else found, strict=True))
+
+
+class _Promoted(torch.nn.Module):
+    """The promoted parameters of a model, in the model's own dicts: what is put in their place there is here, too."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.__dict__.update(_parameters=model._parameters, _modules=model._modules)
+
+    def value(self, name: str) -> Tensor:
+        """A parameter by its qualified name."""
+        node: torch.nn.Module = self
+        *path, leaf = name.split(".")
+        for part in path:
+            node = node._modules[part]  # type: ignore[assignment]
+        value = node._parameters.get(leaf)
+        # A parametrised value (torch.nn.utils.parametrize) is an attribute only.
+        found: Tensor = value if value is not None else getattr(node, leaf)
+        return found
 
 
 def _register(model: Model, name: str) -> Any:
@@ -96,15 +115,15 @@ def _register(model: Model, name: str) -> Any:
 
     def pull_back(wanted: list[bool], *values: Tensor) -> list[Tensor]:
         weights = {out: c for out, c in zip(outputs, values, strict=False) if bool(c.any())}
-        values = values[len(outputs) :]
-        by_name, overrides = parted(values)
-        asked = [name for name, flag in zip((*inputs, *parameters), wanted, strict=True) if flag]
-        found = _by_inputs(model, by_name, overrides, weights, [name for name in asked if name in inputs])
-        by_parameters = [name for name in asked if name not in inputs]
-        if by_parameters and weights:
-            found |= model.param_vjp(by_name, weights, overrides, params=by_parameters)
-        pairs = zip((*inputs, *parameters), values, strict=True)
-        return [found[k].clone() if k in found else torch.zeros_like(v) for k, v in pairs]
+        leaves = [v.detach().requires_grad_(by) for v, by in zip(values[len(outputs) :], wanted, strict=True)]
+        asked = [leaf for leaf in leaves if leaf.requires_grad] if weights else []
+        gradients: Iterator[Tensor] = iter(())
+        if asked:
+            with torch.enable_grad():
+                found = model.forward(*parted(tuple(leaves)))
+            ends = [found[out] for out in weights]
+            gradients = iter(torch.autograd.grad(ends, asked, list(weights.values()), materialize_grads=True))
+        return [next(gradients).clone() if asked and x.requires_grad else torch.zeros_like(x) for x in leaves]
 
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", call, mutates_args=(), schema=f"({given}) -> ({returned})")
     op.register_fake(without_values)
@@ -126,23 +145,3 @@ def _register(model: Model, name: str) -> Any:
     op.register_autograd(differentiate, setup_context=keep)
     return op
 
-
-def _by_inputs(
-    model: Model,
-    inputs: dict[str, Tensor],
-    overrides: dict[str, Tensor],
-    weights: dict[str, Tensor],
-    asked: list[str],
-) -> dict[str, Tensor]:
-    """The gradients by inputs, each of its input's shape."""
-    pairs = [(out, name) for out in weights for name in asked]
-    if not pairs:
-        return {}
-    _, matrices, batch = model.linearise(inputs, pairs, overrides)
-    found: dict[str, Tensor] = {}
-    for (out, name), matrix in zip(pairs, matrices, strict=True):
-        variable = model.inputs[name]
-        weight = weights[out].reshape(*batch, 1, -1)
-        gradient = (weight @ matrix).reshape(*batch, *variable.natural_shape).sum_to_size(inputs[name].shape)
-        found[name] = found[name] + gradient if name in found else gradient
-    return found
