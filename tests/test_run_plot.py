@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from commands import answer, refused, source_input, stub_of
 from neml2_aoti_plugin._cli.result_files import layouts, read_readings
 from neml2_aoti_plugin._cli.results import invariant
 
-ENDINGS = pytest.mark.parametrize("ending", ["pt", "npz", "csv"])
+# netCDF takes packages of others.
+NETCDF = pytest.param("nc", marks=pytest.mark.clients)
+ENDINGS = pytest.mark.parametrize("ending", ["pt", "npz", "csv", NETCDF])
+WITH_TYPES = pytest.mark.parametrize("ending", ["npz", "csv", NETCDF])
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,8 @@ def wanted() -> dict[str, torch.Tensor]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, written by the command in all formats."""
     folder = tmp_path_factory.mktemp("results")
-    for ending in ("pt", "npz", "csv"):
+    endings = ["pt", "npz", "csv", *(["nc"] if find_spec("xarray") else [])]
+    for ending in endings:
         ran(stub_of("viscoplasticity"), "--out", folder / f"result.{ending}")
     return folder
 
@@ -134,7 +140,7 @@ def test_wrong_runs(tmp_path: Path) -> None:
         ([stub, "driver", "--set", "promoted.E=stiff"], "is not NAME=VALUE with a finite number"),
         ([stub, "driver", "--set", "promoted.E=1", "--set", "promoted.E=2"], "is given twice"),
         ([stub, "driver", "save_as=x"], "is not PATH:=VALUE"),
-        ([stub, "driver", "--out", tmp_path / "a.txt"], "expected one of .pt, .npz, .csv"),
+        ([stub, "driver", "--out", tmp_path / "a.txt"], "expected one of .pt, .npz, .csv, .nc"),
         ([stub, "driver", "--out", tmp_path / "none" / "a.npz"], "cannot be written"),
         ([stub, "driver", f"{save_as}{tmp_path / 'none' / 'a.pt'}"], "a.pt: cannot be written"),
         ([stub, "driver", f"{save_as}{tmp_path}"], "is a folder"),
@@ -256,7 +262,7 @@ def written(path: Path, strain: str, stress: str, shape: str = "2") -> Path:
     return path
 
 
-@pytest.mark.parametrize("ending", ["npz", "csv"])
+@WITH_TYPES
 @pytest.mark.parametrize(
     ("strain", "stress"),
     [("file", "t"), ("step", "row"), ("forces/E", "../state"), ("a.xx", "a%2Exx"), ("row[0]", "a")],
@@ -279,7 +285,7 @@ def test_no_name_of_a_variable_hides_another_or_ours(ending: str, strain: str, s
 
 
 @pytest.mark.parametrize("shape", ["4, 2", "1, 2", "4, 1"])
-@pytest.mark.parametrize("ending", ["npz", "csv"])
+@WITH_TYPES
 def test_two_batch_axes_are_folded_onto_points(ending: str, shape: str, tmp_path: Path) -> None:
     path, out = written(tmp_path / "law.i", "strain", "stress", shape), tmp_path / f"out.{ending}"
     path.write_text(path.read_text().replace(".reshape(-1, 1, 1)", ".reshape(-1, 1, 1, 1)"))
@@ -288,7 +294,7 @@ def test_two_batch_axes_are_folded_onto_points(ending: str, shape: str, tmp_path
     assert series(out)["stress"].shape == (3, points, 6)
 
 
-@ENDINGS
+@pytest.mark.parametrize("ending", ["pt", "npz", "csv"])
 def test_a_run_without_points_is_written_and_not_drawn(ending: str, tmp_path: Path) -> None:
     out = tmp_path / f"out.{ending}"
     assert ran(written(tmp_path / "law.i", "strain", "stress", "0"), "--out", out)["rows"] == 0 and out.is_file()
@@ -336,21 +342,61 @@ def test_read_result_with_sites_and_times_of_points(tmp_path: Path) -> None:
     ran(references.case("cross_group").file, "--out", out)
     found = neml2_aoti_plugin.read_result(out)
     assert found.variables["branch_strain"][0] == ("time", "point", "site", "component")
-    assert all(len(values) == 3 for name, values in found.coords.items() if name == "site")
-    types = {"@time": "Scalar", "a": "Scalar", "b": "Vec", "c": "Scalar"}
-    shapes = {"@time": (4, 2), "a": (4, 2, 5), "b": (4, 2, 3, 3), "c": (4, 2, 7, 3)}
-    arrays = {name: np.arange(float(math.prod(shape))).reshape(shape) for name, shape in shapes.items()}
-    np.savez(tmp_path / "b.npz", **arrays, **{"@types": np.array(json.dumps(types))})  # type: ignore[arg-type]
-    found = neml2_aoti_plugin.read_result(str(tmp_path / "b.npz"))
-    assert {name: dims for name, (dims, _) in found.variables.items()} == {
-        "@time": ("time", "point"),
-        "a": ("time", "point", "site"),
-        "b": ("time", "point", "b.site", "component_Vec"),
-        "c": ("time", "point", "site_0", "site_1"),
+    assert list(found.coords["site"]) == [0, 1, 2]
+    types = {"@time": "Scalar", "a": "Scalar", "b": "Vec", "c": "Scalar", "time": "R2"}
+    dims = {
+        "@time": ("time_", "point"),
+        "a": ("time_", "point", "site"),
+        "b": ("time_", "point", "b.site", "axis"),
+        "c": ("time_", "point", "site_0", "site_1"),
+        "time": ("time_", "row", "column"),
     }
-    for dims, values in found.variables.values():
-        sizes = dict(zip(dims, values.shape, strict=True))
-        assert all(len(found.coords[dim]) == size for dim, size in sizes.items() if dim != "time")
+    shapes = {"@time": (4, 2), "a": (4, 2, 5), "b": (4, 2, 3, 3), "c": (4, 2, 7, 3), "time": (4, 3, 3)}
+    arrays = {name: np.arange(float(math.prod(shape))).reshape(shape) for name, shape in shapes.items()}
+    notes = {"@types": np.array(json.dumps(types)), "@dims": np.array(json.dumps(dims))}
+    np.savez(tmp_path / "b.npz", **arrays, **notes)  # type: ignore[arg-type]
+    found = neml2_aoti_plugin.read_result(str(tmp_path / "b.npz"))
+    assert {name: dims for name, (dims, _) in found.variables.items()} == dims
+    assert list(found.coords["row"]) == ["x", "y", "z"]
+    for name, (of, values) in found.variables.items():
+        sizes = dict(zip(of, values.shape, strict=True))
+        assert all(len(found.coords[dim]) == size for dim, size in sizes.items() if dim != "time_")
+        np.testing.assert_array_equal(values, arrays[name])
+
+
+def test_a_npz_file_has_names_and_coordinates(results: Path) -> None:
+    """A program without this package finds all it needs for named arrays."""
+    with np.load(results / "result.npz") as file:
+        dims = json.loads(str(file["@dims"]))
+        assert dims["stress"] == ["time", "point", "component"] and dims["t"] == dims["@time"] == ["time"]
+        for name, of in dims.items():
+            assert file[name].shape == tuple(len(file[f"@{dim}"]) for dim in of)
+        assert list(file["@component"]) == ["xx", "yy", "zz", "yz", "xz", "xy"]
+
+
+@pytest.mark.clients
+def test_xarray_takes_a_result(results: Path, tmp_path: Path) -> None:
+    import xarray
+
+    found = neml2_aoti_plugin.read_result(results / "result.npz")
+    ours = xarray.Dataset(found.variables, found.coords)
+    theirs = xarray.load_dataset(results / "result.nc")
+    xarray.testing.assert_allclose(ours, theirs, rtol=1e-15)
+    assert theirs["stress"].attrs == {"long_name": "stress", "type": "SR2"}
+    axial = theirs["stress"].sel(component="xx", point=0).sel(time=30.0)
+    assert float(axial) == found.table["stress.xx"][-3]
+    (tmp_path / "bad.nc").write_text("no result")
+    assert "is not a result" in refused("plot", tmp_path / "bad.nc", "--out", tmp_path / "a.svg")
+    law = written(tmp_path / "law.i", "strain", "stress", "0")
+    assert "netCDF has no empty dimensions" in refused("run", law, "driver", "--out", tmp_path / "a.nc")
+
+
+def test_netcdf_says_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    said = "this needs the package xarray, which is not installed: pip install 'neml2-aoti-plugin[netcdf]'"
+    assert said in refused("run", stub_of("elasticity"), "driver", "--out", tmp_path / "a.nc")
+    with pytest.raises(neml2_aoti_plugin.InputError, match=re.escape(said)):
+        neml2_aoti_plugin.read_result(tmp_path / "a.nc")
 
 
 def test_read_result_does_not_guess(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ PACKAGES = {
     **dict.fromkeys(("starlette", "uvicorn", "anyio", "prometheus_client"), _SERVE),
     "matplotlib": "pip install 'neml2-aoti-plugin[plot]'",
     "nmhit": "pip install neml2",
+    **dict.fromkeys(("xarray", "scipy"), "pip install 'neml2-aoti-plugin[netcdf]'"),
 }
 
 FORMATS = (".png", ".svg", ".pdf")

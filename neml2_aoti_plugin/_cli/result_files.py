@@ -1,7 +1,7 @@
-"""Results of runs in files: .pt as neml2 writes it, .npz and .csv.
+"""Results of runs in files: .pt as neml2 writes it, .npz, .csv and netCDF.
 
 Symmetric tensors are in Mandel notation, `xx yy zz yz xz xy` with the last three times the square root of 2, in .pt and
-.npz files as in neml2; a .csv file has tensor components. A .pt file records no types: its shapes are read.
+.npz files as in neml2; others have tensor components. A .pt file records no types: its shapes are read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._files import read_plain
+from .._files import read_plain, require_plain
 from .._tensor_files import MOST_BYTES, Header, read_tensors
 from ..errors import InputError
+from .output import first_line, missing
 from .results import (
+    AXES,
     BASE_SHAPES,
+    DIMS,
     MANDEL,
     POINT,
     STEP,
@@ -36,8 +39,6 @@ from .results import (
     collect,
     column_of,
     columns,
-    component,
-    from_driver,
     parts,
     to_array,
 )
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-FORMATS = (".pt", ".npz", ".csv")
+FORMATS = (".pt", ".npz", ".csv", ".nc")
 WHAT = "a result (neml2-aoti run --out, neml2-run with save_as)"
 # The names of tensors in what a driver saves.
 KEY = re.compile(r"(input|output)\.(\d+)\.(.+)", re.ASCII | re.DOTALL)
@@ -59,21 +60,21 @@ BASES: dict[str, Shape] = {kind: BASE_SHAPES[kind] for kind in ("Scalar", "SR2",
 
 
 def require_format(path: Path) -> None:
-    """Refuse a file name whose ending names no format."""
+    """Refuse a file name whose ending names no format, or one that takes a package that is not installed."""
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
+    if path.suffix == ".nc":
+        _xarray(path)
 
 
-def write_result(path: Path, driver: Any) -> None:
-    """Write the result of a transient driver that has run, in the format of the path's ending; see `_files.draft`."""
-    if path.suffix == ".npz":
-        _write_npz(path, from_driver(driver))
-    elif path.suffix == ".csv":
-        _write_csv(path, from_driver(driver))
-    else:
+def write_result(path: Path, driver: Any, result: Result) -> None:
+    """Write what a transient driver gave, in the format of the path's ending; see `_files.draft`."""
+    if path.suffix == ".pt":
         import torch
 
         torch.save({key: value.detach().clone() for key, value in driver.result().items()}, path)
+    else:
+        {".npz": _write_npz, ".csv": _write_csv, ".nc": _write_nc}[path.suffix](path, result)
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,11 @@ class RunResult:
 
     Attributes:
         variables: The names of its dimensions and the values of each variable: `time`; `point`, but for what is the
-            same at all points; `site`, or `site_0`, `site_1`, ... of a sub-batch of several axes; and for what is no
-            scalar `component`, or `component_TYPE` if it is no symmetric tensor. Where variables have different sites,
-            the dimension begins with the variable's name. Components are those of the tensor, without the factors
-            of Mandel's notation. What a step does not have is NaN.
+            same at all points; `site`, or `site_0`, `site_1`, ... of a sub-batch of several axes; and of a symmetric
+            tensor `component`, of a vector `axis`, of another tensor `row` and `column`. Where variables have different
+            sites, the dimension begins with the variable's name; where a variable has the name of a dimension, the
+            dimension begins with `@`. Components are those of the tensor, without the factors of Mandel's notation;
+            tensors of fourth order (`component`, `by_component`) have them. What a step does not have is NaN.
         coords: Along these dimensions: the times, if they are the same at all points (the variable `@time` has them
             otherwise); the numbers of points and sites; the names of components.
         table: Columns of a table with a line for each step and point, those of a .csv file; `pandas.DataFrame(table)`
@@ -101,7 +103,8 @@ def read_result(path: str | PathLike[str]) -> RunResult:
     """Read what `neml2-aoti run --out` has written.
 
     Args:
-        path: A `.npz` or `.csv` file; a `.pt` file, which records no types, where its shapes leave no choice.
+        path: A `.npz`, `.csv` or `.nc` file (netCDF, which takes xarray and SciPy: `pip install
+            'neml2-aoti-plugin[netcdf]'`); a `.pt` file, which records no types, where its shapes leave no choice.
 
     Returns:
         The variables, their coordinates, and a table of them.
@@ -112,34 +115,58 @@ def read_result(path: str | PathLike[str]) -> RunResult:
     readings = read_readings(Path(path))
     if len(readings) > 1:
         raise InputError(
-            f"{path}: records no types, and its shapes may be read in several ways. Read a .npz or .csv file."
+            f"{path}: records no types, and its shapes may be read in several ways. Read a .npz, .csv or .nc file."
         )
-    (result,) = readings
-    variables: dict[str, tuple[tuple[str, ...], Array]] = {}
+    return _named(readings[0])
+
+
+def _named(result: Result) -> RunResult:
+    """The arrays of a result, in tensor components, with names and coordinates."""
+    dims, coords = _dimensions(result)
+    variables = {
+        name: (dims[name], values / MANDEL if result.types[name] == "SR2" else values)
+        for name, values in _without_points(result, dims).items()
+    }
+    for dim in [dim for dim in coords if f"@{dim}" in variables]:
+        coords[dim] = variables.pop(f"@{dim}")[1]
+    return RunResult(variables, coords, _table(result))
+
+
+def _dimensions(result: Result) -> tuple[dict[str, tuple[str, ...]], dict[str, NDArray[Any]]]:
+    """What the axes of each variable are called, and coordinates along them; those of the time are the variable."""
     coords: dict[str, NDArray[Any]] = {}
+
+    def dimension(name: str, labels: NDArray[Any]) -> str:
+        while name in result.series:
+            name += "_"
+        coords[name] = labels
+        return name
+
+    point, dims = dimension(POINT[1:], np.arange(result.points)), {}
+    time = dimension(TIME[1:], np.arange(result.steps))
     for name, values in result.series.items():
-        kind, sites = result.types[name], result.sub_batch(name)
-        dims = ["time", "point"]
+        sites, kind = result.sub_batch(name), result.types[name]
+        same = values.shape[1] != result.points or (name == TIME and (values == values[:, :1]).all())
+        found = [time] if same else [time, point]
         for axis, size in enumerate(sites):
             dim = "site" if len(sites) == 1 else f"site_{axis}"
             dim = dim if len(coords.get(dim, range(size))) == size else f"{name}.{dim}"
-            coords[dim] = np.arange(size)
-            dims.append(dim)
-        if kind != "Scalar":
-            dims.append("component" if kind == "SR2" else f"component_{kind}")
-            coords[dims[-1]] = np.array(parts(kind))
-            flat = [component(values, kind, part) for part in parts(kind)]
-            values = np.stack(flat, -1)
-        same = name == TIME and (values == values[:, :1]).all()
-        if values.shape[1] != result.points or same:
-            values = values[:, 0]
-            dims.remove("point")
-        if same:
-            coords["time"] = values
-        else:
-            variables[name] = (tuple(dims), values)
-    coords["point"] = np.arange(result.points)
-    return RunResult(variables, coords, _table(result))
+            found.append(dimension(dim, np.arange(size)))
+        found += [dimension(dim, np.array(labels)) for dim, labels in AXES[base_shape(kind)].items()]
+        dims[name] = tuple(found)
+    if dims.get(TIME) != (time,):
+        # Nothing is known of the steps, or it is another time at each point.
+        del coords[time]
+    return dims, coords
+
+
+def _has_points(dims: Iterable[str]) -> bool:
+    return any(dim.rstrip("_") == POINT[1:] for dim in dims)
+
+
+def _without_points(result: Result, dims: Mapping[str, Collection[str]]) -> dict[str, Array]:
+    """The values by variable, without an axis for points where they are the same at all of them."""
+    return {name: x if _has_points(dims[name]) else x[:, 0] for name, x in result.series.items()}
 
 
 def _table(result: Result) -> dict[str, NDArray[Any]]:
@@ -153,7 +180,7 @@ def _table(result: Result) -> dict[str, NDArray[Any]]:
 def read_readings(path: Path) -> list[Result]:
     """Read a result; gives several readings of a .pt file, where its shapes allow them."""
     require_format(path)
-    return {".pt": _read_pt, ".npz": _read_npz, ".csv": _read_csv}[path.suffix](path)
+    return {".pt": _read_pt, ".npz": _read_npz, ".csv": _read_csv, ".nc": _read_nc}[path.suffix](path)
 
 
 # -- .pt ---------------------------------------------------------------------------------------------------------------
@@ -255,37 +282,90 @@ def _read_pt(path: Path) -> list[Result]:
         raise _no_result(path, str(error)) from None
 
 
-# -- .npz --------------------------------------------------------------------------------------------------------------
+# -- .npz and netCDF ---------------------------------------------------------------------------------------------------
 
 
 def _write_npz(path: Path, result: Result) -> None:
+    dims, coords = _dimensions(result)
+    notes = {TYPES: np.array(json.dumps(result.types)), DIMS: np.array(json.dumps(dims))}
     # numpy.savez takes the names as keywords, of which it has some itself.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, values in {**result.series, TYPES: np.array(json.dumps(result.types))}.items():
+        entries = {f"@{dim}": values for dim, values in coords.items()} | _without_points(result, dims) | notes
+        for name, values in entries.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, values, allow_pickle=False)
 
 
 def _read_npz(path: Path) -> list[Result]:
     types: dict[str, str] = {}
+    dims: dict[str, list[str]] = {}
 
     def check(header: Header) -> Iterable[str]:
-        if TYPES not in header.notes:
-            raise _no_result(path, f"it has no entry {TYPES!r}.")
-        types.update({str(name): str(kind) for name, kind in json.loads(header.notes[TYPES]).items()})
-        for name, kind in types.items():
-            shape, base = header.claims[name].shape, base_shape(kind)
-            if len(shape) < 2 + len(base) or shape[len(shape) - len(base) :] != base:
-                raise InputError(
-                    f"{path}: {name!r} has shape {shape}, expected (steps, points, *sub_batch, *base) with the base "
-                    f"shape {base} of {kind}."
-                )
+        for name, found in ((TYPES, types), (DIMS, dims)):
+            if name not in header.notes:
+                raise _no_result(path, f"it has no entry {name!r}.")
+            found.update(json.loads(header.notes[name]))
         return types
 
     found = read_tensors(path, WHAT, check, finite=False).tensors
-    if len({len(values) for values in found.values()}) != 1:
+    return [_with_points(path, {name: to_array(values) for name, values in found.items()}, dims, types)]
+
+
+def _with_points(
+    path: Path, found: Mapping[str, Array], dims: Mapping[str, Collection[str]], types: dict[str, str]
+) -> Result:
+    """The result of values by variable; see `_without_points`."""
+    for name, values in found.items():
+        shape, base, axes = values.shape, base_shape(types[name]), tuple(dims.get(name, ()))
+        if len(shape) != len(axes) or shape[len(shape) - len(base) :] != base or len(shape) <= len(base):
+            raise _no_result(path, f"{name!r} has shape {shape}, expected {axes}, at the end {base} of {types[name]}.")
+    series = {name: x if _has_points(dims[name]) else x[:, None] for name, x in found.items()}
+    if len({len(values) for values in series.values()}) != 1:
         raise _no_result(path, "its variables have different numbers of steps, or there are none.")
-    return [Result({name: to_array(values) for name, values in found.items()}, types)]
+    return Result(series, types)
+
+
+def _xarray(path: Path) -> Any:
+    """xarray, with SciPy, by which it reads and writes netCDF."""
+    try:
+        import scipy.io  # noqa: F401
+        import xarray
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path}: {missing(error.name) or error}") from None
+    return xarray
+
+
+def _write_nc(path: Path, result: Result) -> None:
+    if not result.points:
+        raise InputError("the run has no points, and netCDF has no empty dimensions. Write a .npz file.")
+    named = _named(result)
+    attributes = {name: {"long_name": name, "type": kind} for name, kind in result.types.items()}
+    arrays = {name: (*variable, attributes[name]) for name, variable in named.variables.items()}
+    coords = {dim: ((dim,), values, attributes.get(f"@{dim}", {})) for dim, values in named.coords.items()}
+    dataset = _xarray(path).Dataset(arrays, coords)
+    plain: dict[str, str] = {}
+    for name in (*arrays, *coords):
+        # What netCDF takes as a name; the variable's own is its `long_name`.
+        taken = re.sub(r"^(?=\W)|[^\w.~+-]", "_", name, flags=re.ASCII)
+        while taken in plain.values():
+            taken += "_"
+        plain[name] = taken
+    dataset.rename(plain).to_netcdf(path, engine="scipy")
+
+
+def _read_nc(path: Path) -> list[Result]:
+    xarray = _xarray(path)
+    require_plain(path, WHAT)
+    try:
+        dataset = xarray.load_dataset(path)
+        found = {str(x.attrs["long_name"]): x for x in dataset.variables.values() if "type" in x.attrs}
+        types = {name: str(x.attrs["type"]) for name, x in found.items()}
+        series = {name: np.asarray(x.values, dtype=np.float64) for name, x in found.items()}
+        series = {name: x * MANDEL if types[name] == "SR2" else x for name, x in series.items()}
+    except Exception as error:
+        # xarray, and what it reads by, raise errors of a dozen types.
+        raise _no_result(path, first_line(error)) from None
+    return [_with_points(path, series, {name: x.dims for name, x in found.items()}, types)]
 
 
 # -- .csv --------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -21,19 +22,21 @@ if TYPE_CHECKING:
     # By name and step, `(*batch, *sub_batch, *base)`, each with its number of sub-batch axes.
     Values = dict[str, dict[int, tuple[Array, int]]]
 
-# Names of ours, which no variable has; the types are the entry of a .npz file that records them, as JSON.
-TIME, STEP, POINT, TYPES = "@time", "@step", "@point", "@types"
+# Names of ours, which no variable has; the last two are entries of a .npz file, as JSON.
+TIME, STEP, POINT, TYPES, DIMS = "@time", "@step", "@point", "@types", "@dims"
 BASE_SHAPES: dict[str, tuple[int, ...]] = {
     **{"Scalar": (), "SR2": (6,), "R2": (3, 3), "SSR4": (6, 6), "Quaternion": (4,)},
     **dict.fromkeys(("Vec", "WR2", "MRP", "MillerIndex"), (3,)),
 }
-COMPONENTS: dict[tuple[int, ...], tuple[str, ...]] = {
-    (): ("",),
-    (6,): ("xx", "yy", "zz", "yz", "xz", "xy"),
-    (3,): ("x", "y", "z"),
-    (3, 3): ("xx", "xy", "xz", "yx", "yy", "yz", "zx", "zy", "zz"),
-    (6, 6): tuple(map(str, range(36))),
-    (4,): tuple(map(str, range(4))),
+_TENSOR, _SPACE = ("xx", "yy", "zz", "yz", "xz", "xy"), ("x", "y", "z")
+# What the base axes are called, with the coordinates along them.
+AXES: dict[tuple[int, ...], dict[str, tuple[str, ...]]] = {
+    (): {},
+    (6,): {"component": _TENSOR},
+    (3,): {"axis": _SPACE},
+    (3, 3): {"row": _SPACE, "column": _SPACE},
+    (6, 6): {"component": _TENSOR, "by_component": _TENSOR},
+    (4,): {"quaternion": tuple(map(str, range(4)))},
 }
 # Of a symmetric tensor.
 INVARIANTS = ("vonmises", "equivalent", "norm", "trace", "mean")
@@ -100,7 +103,7 @@ def base_shape(kind: str) -> tuple[int, ...]:
 
 def parts(kind: str) -> tuple[str, ...]:
     """What the components of a type are called; an empty name for a scalar."""
-    return COMPONENTS[base_shape(kind)]
+    return tuple(map("".join, product(*AXES[base_shape(kind)].values())))
 
 
 def component(values: Array, kind: str, part: str) -> Array:

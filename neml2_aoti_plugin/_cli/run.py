@@ -53,7 +53,7 @@ class RunReport:
 @click.argument("overrides", nargs=-1, metavar="[PATH:=VALUE]...")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a promoted parameter another value.")
 @click.option("--parameters", type=FILE, help="Take the promoted parameters from this file (see params).")
-@click.option("--out", type=FILE, help="Write the result to this file: .pt (neml2's form), .npz or .csv.")
+@click.option("--out", type=FILE, help="Write the result to this file: .pt (neml2's form), .npz, .csv or .nc (netCDF).")
 @click.option("--device", metavar="DEVICE", help="Of tensors and of the leaf, such as cpu or cuda:1.")
 @click.option("--dtype", type=DTYPE, default="float64", show_default=True, help="Of tensors and of the leaf.")
 @json_option
@@ -105,7 +105,7 @@ def command(
         if saved is not None:
             built.save_result(saved)
         if written is not None:
-            write_result(written, built)
+            write_result(written, built, result)
     report = RunReport(
         input=str(stub),
         driver=driver,
