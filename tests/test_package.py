@@ -52,7 +52,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     }
     assert head["Requires-Python"] == ">=3.10"
     assert head["License-Expression"] == "MIT"
-    assert head.get_all("Provides-Extra") == ["dask", "examples", "plot", "serve"]
+    assert head.get_all("Provides-Extra") == ["dask", "examples", "netcdf", "plot", "serve"]
     assert {address.partition(",")[0] for address in head.get_all("Project-URL", [])} == {"NEML2"}
     entry_points = archive.read(f"{folder}/entry_points.txt").decode()
     assert "[torch.backends]\nneml2_aoti_plugin = neml2_aoti_plugin._autoload:autoload" in entry_points
