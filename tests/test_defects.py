@@ -24,7 +24,7 @@ from neml2_aoti_plugin import (
     Model,
 )
 from neml2_aoti_plugin._artifact.schema import Pair
-from neml2_aoti_plugin._program import tangents
+from neml2_aoti_plugin._program import explicit
 from neml2_aoti_plugin._program.substepping import _successor
 from references import Tensors, difference, edited
 
@@ -248,22 +248,22 @@ class TestD31SubBatchedForwardBlocks:
         block = torch.rand(5, 4, 2, 3, dtype=torch.float64)
         column = torch.rand(5, 12, 1, dtype=torch.float64)
         expected = torch.einsum("bsij,bsjm->bsim", block, column.reshape(5, 4, 3, 1)).reshape(5, 8, 1)
-        assert difference(tangents.contract(block, self.pair, (4,), column, "file"), expected) < 1e-14
-        whole = tangents.contract(block, self.pair, (4,), None, "file")
+        assert difference(explicit.contract(block, self.pair, (4,), column, "file"), expected) < 1e-14
+        whole = explicit.contract(block, self.pair, (4,), None, "file")
         assert difference(whole @ column, expected) < 1e-14
 
     def test_constant_block_with_site_axis_of_one(self) -> None:
         block = torch.rand(1, 1, 2, 3, dtype=torch.float64)
         column = torch.rand(5, 12, 1, dtype=torch.float64)
         expected = torch.einsum("ij,bsjm->bsim", block[0, 0], column.reshape(5, 4, 3, 1)).reshape(5, 8, 1)
-        assert difference(tangents.contract(block, self.pair, (4,), column, "file"), expected) < 1e-14
+        assert difference(explicit.contract(block, self.pair, (4,), column, "file"), expected) < 1e-14
 
     def test_sum_over_sites(self) -> None:
         block = torch.rand(5, 4, 2, 3, dtype=torch.float64)
         column = torch.rand(5, 12, 1, dtype=torch.float64)
         expected = torch.einsum("bsij,bsjm->bim", block, column.reshape(5, 4, 3, 1))
-        assert difference(tangents.contract(block, self.pair, (), column, "file"), expected) < 1e-14
-        assert difference(tangents.contract(block, self.pair, (), None, "file") @ column, expected) < 1e-14
+        assert difference(explicit.contract(block, self.pair, (), column, "file"), expected) < 1e-14
+        assert difference(explicit.contract(block, self.pair, (), None, "file") @ column, expected) < 1e-14
 
 
 def test_d33_a_plain_value_is_spread_over_the_sites() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -212,18 +213,10 @@ class PinnedGraph(Graph):
         """Whether the graph was traced with one batch axis, of any length: not this one."""
         return False
 
-    def __call__(
-        self,
-        batched: Sequence[Tensor],
-        common: Sequence[Tensor] = (),
-        behind: Sequence[Tensor] = (),
-        order: tuple[int, ...] | None = None,
-    ) -> list[Tensor]:
-        """Run the graph as often as its pinned extents ask; see `Graph.__call__`."""
-        rows = batched[0].shape[0]
-        fixed = 1
-        for size in self.axes:
-            fixed *= 1 if size is None else size
+    def _run(self, arguments: list[Tensor], has_rows: list[bool]) -> list[Tensor]:
+        """Run the graph as often as its pinned extents ask."""
+        rows = next(a.shape[0] for a, has in zip(arguments, has_rows, strict=True) if has)
+        fixed = prod(size for size in self.axes if size is not None)
         if rows == 0 or fixed == 0:
             raise AOTIError(f"{self.file}: compiled for {self.axes} rows; cannot evaluate {rows} rows.")
         free = self.axes[0] is None
@@ -232,12 +225,11 @@ class PinnedGraph(Graph):
         extents = tuple(per_call // fixed if size is None else size for size in self.axes)
         calls = []
         for start in range(0, rows, per_call):
-            lead, rear = (
-                [_pad(a[start : start + per_call], per_call).reshape(extents + a.shape[1:]) for a in group]
-                for group in (batched, behind)
-            )
-            outputs = super().__call__(lead, common, rear, order)
-            calls.append([_flat(o, extents) for o in outputs])
+            given = [
+                _pad(a[start : start + per_call], per_call).reshape(extents + a.shape[1:]) if has else a
+                for a, has in zip(arguments, has_rows, strict=True)
+            ]
+            calls.append([_flat(o, extents) for o in super()._run(given, has_rows)])
         return [_join([outputs[i] for outputs in calls], rows, per_call) for i in range(len(calls[0]))]
 
 

@@ -77,35 +77,24 @@ class Loaded:
         with self.lock:
             if self.runner is None:
                 self._load()
-            if self._calls_python:
-                return self._run_with_python(arguments)
+            if self.inside:
+                raise AOTIError(
+                    f"{self.file}: called again from within itself: by an operator in Python that it calls, or by a "
+                    "signal handler or a finalizer that ran meanwhile in the same thread. The call would wait for "
+                    "itself for ever. Make such a call in another thread, or after the first one."
+                )
             try:
+                self.inside = self._calls_python
                 outputs: list[Tensor] = self.runner.run(arguments)
             except RuntimeError as error:
                 if not _is_from_torch(error):
                     raise
+                # Of what an operator in Python raises, torch keeps nothing but the text.
+                if self._calls_python and str(error).startswith("KeyboardInterrupt"):
+                    raise KeyboardInterrupt from error
                 raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
-        return outputs
-
-    def _run_with_python(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        if self.inside:
-            raise AOTIError(
-                f"{self.file}: called again from within itself: by an operator in Python that it calls, or by a signal "
-                "handler or a finalizer that ran meanwhile in the same thread. The call would wait for itself for "
-                "ever. Make such a call in another thread, or after the first one."
-            )
-        self.inside = True
-        try:
-            outputs: list[Tensor] = self.runner.run(arguments)
-        except RuntimeError as error:
-            if not _is_from_torch(error):
-                raise
-            # Of what an operator raises, torch keeps nothing but the text.
-            if str(error).startswith("KeyboardInterrupt"):
-                raise KeyboardInterrupt from error
-            raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
-        finally:
-            self.inside = False
+            finally:
+                self.inside = False
         return outputs
 
     def _load(self) -> None:

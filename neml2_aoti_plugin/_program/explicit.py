@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
+import torch
 from torch import Tensor
 
 from .._artifact.schema import ExplicitInfo, Pair, PairGraph, Variable
 from .._graphs.graph import Graph
-from .packing import Values
+from ..errors import DerivativeNotCompiledError
 from .systems import GraphOf, check_arity
-from .tangents import PER_SITE, Columns, Tangents, add, contract, forward_block, per_site
+from .values import PER_SITE, Columns, Tangents, Values, add, times
 
 
 class ExplicitSegment:
@@ -93,3 +95,76 @@ class ExplicitSegment:
         indices = {pair.output for pair in of.pairs}
         check_arity(graph, outputs, of.skip + (max(indices) + 1 if indices else 0))
         return [(pair, forward_block(outputs[of.skip + pair.output], pair, of.file)) for pair in of.pairs]
+
+
+def forward_block(output: Tensor, pair: Pair, file: str) -> Tensor:
+    """View an explicit graph's output as `(rows or 1, *sites, out, wrt)`.
+
+    It is `(rows or 1, *sites, *out_base, *wrt_base)`, or a matrix that the pair is cut out of.
+    """
+    if pair.row is not None and pair.column is not None:
+        return output[..., pair.row : pair.row + pair.rows, pair.column : pair.column + pair.columns]
+    base = len(pair.out_base_shape) + len(pair.wrt_base_shape)
+    lead = output.shape[: output.ndim - base]
+    if tuple(output.shape[output.ndim - base :]) != pair.out_base_shape + pair.wrt_base_shape:
+        raise DerivativeNotCompiledError(
+            f"{file}: the block d({pair.out})/d({pair.wrt}) has shape {tuple(output.shape)}, which does not end in "
+            f"{pair.out_base_shape + pair.wrt_base_shape}: this kind of sub-batched derivative is not supported."
+        )
+    return output.reshape((*lead, pair.rows, pair.columns))
+
+
+def contract(block: Tensor, pair: Pair, out_sites: tuple[int, ...], column: Tensor | None, file: str) -> Tensor:
+    """Multiply an explicit block `(rows or 1, *sites, out, wrt)` with the derivative of the variable it is by.
+
+    `column` is `(rows or 1, entries of wrt, m)`, None for the identity; gives `(rows or 1, entries of out, m)`.
+    """
+    if block.ndim == 3 and not out_sites and not pair.wrt_sub_batch_shape:
+        return times(block, column)
+    sites, wrt_sites = tuple(block.shape[1:-2]), pair.wrt_sub_batch_shape
+    if not wrt_sites:
+        spread = _on_sites(block, out_sites, pair, file)
+        return times(spread.reshape((block.shape[0], prod(out_sites) * pair.rows, pair.columns)), column)
+    if out_sites and out_sites != wrt_sites:
+        raise DerivativeNotCompiledError(
+            f"{file}: d({pair.out})/d({pair.wrt}) leads from sites {wrt_sites} to sites {out_sites} (block over "
+            f"{sites}): this kind of sub-batched derivative is not supported."
+        )
+    spread = _on_sites(block, wrt_sites, pair, file)
+    count = prod(wrt_sites)
+    flat = spread.reshape((block.shape[0], count, pair.rows, pair.columns))
+    if column is None:
+        if not out_sites:
+            return flat.permute(0, 2, 1, 3).reshape((block.shape[0], pair.rows, count * pair.columns))
+        diagonal = flat.new_zeros((block.shape[0], count, pair.rows, count, pair.columns))
+        k = torch.arange(count, device=flat.device)
+        diagonal[:, k, :, k, :] = flat.transpose(0, 1)
+        return diagonal.reshape((block.shape[0], count * pair.rows, count * pair.columns))
+    by_site = torch.matmul(flat, column.reshape((column.shape[0], count, pair.columns, column.shape[-1])))
+    if not out_sites:
+        return by_site.sum(1)
+    return by_site.reshape((by_site.shape[0], count * pair.rows, column.shape[-1]))
+
+
+def per_site(block: Tensor, pair: Pair, out_sites: tuple[int, ...], file: str) -> Tensor:
+    """An explicit block over the sites of its variables, `(rows or 1, *sites, *out_base, *wrt_base)`."""
+    spread = _on_sites(block, out_sites or pair.wrt_sub_batch_shape, pair, file)
+    return spread.reshape((*spread.shape[:-2], *pair.out_base_shape, *pair.wrt_base_shape))
+
+
+def _on_sites(block: Tensor, sites: tuple[int, ...], pair: Pair, file: str) -> Tensor:
+    """Bring a block's site axes to the given ones; surplus axes must have extent 1."""
+    have = list(block.shape[1:-2])
+    while len(have) > len(sites) and 1 in have:
+        have.reverse()
+        have.remove(1)
+        have.reverse()
+    fits = len(have) <= len(sites) and all(h in (1, s) for h, s in zip(have[::-1], sites[::-1], strict=False))
+    if not fits:
+        raise DerivativeNotCompiledError(
+            f"{file}: the block d({pair.out})/d({pair.wrt}) lies over sites {tuple(block.shape[1:-2])}, not {sites}: "
+            "this kind of sub-batched derivative is not supported."
+        )
+    lead = (1,) * (len(sites) - len(have))
+    shaped = block.reshape((block.shape[0], *lead, *have, pair.rows, pair.columns))
+    return shaped.expand((block.shape[0], *sites, pair.rows, pair.columns))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,22 +12,17 @@ from .._artifact import schema
 from .._graphs.c_interface import Library, Unavailable
 from .._graphs.graph import Graph, means
 from .._graphs.loaded import require_one_thread
-from .._solve.criteria import criteria_of
 from .._solve.native import Block, BlockSolver, Derivatives, Means, Prediction, UnfitPredictor
-from .._solve.outcome import Solved, listener, outcome_line
-from .._solve.system import Groups, System
-from .._solve.tensors import FrozenRows, LockstepRows, solve_rows
+from .._solve.outcome import listener, outcome_line
+from .._solve.system import System
+from .._solve.tensors import solve_in_lockstep, solve_rows
 from ..settings import NewtonSettings
-from .packing import Packing, State, Values
 from .sensitivity import Sensitivity, SolvedSegment
 from .systems import GraphOf, SystemGraphs, check_arity
-from .tangents import Columns, Tangents
+from .values import Columns, Packing, State, Tangents, Values
 
 # Rows of a block at most; workspaces for more are not kept.
 MAX_ROWS = 1024
-
-# A solve by tensors from packed unknowns and givens; the flag asks for small last steps (`substep_del_tol`).
-Solve = Callable[[Groups, Groups, Sequence[Tensor], NewtonSettings, bool], Solved]
 
 
 class ImplicitSegment:
@@ -47,7 +41,7 @@ class ImplicitSegment:
         # None where the segment was compiled without derivatives.
         differentiable = spec.sensitivity or spec.parameter_sensitivity
         self.sensitivity = Sensitivity(spec, self.graphs, graph_of) if differentiable else None
-        self._by_tensors: Solve = partial(_in_lockstep if lockstep else _by_tensors, self.graphs)
+        self._lockstep = lockstep
         found, self.implementation = _means_of(spec, self.graphs, dtype, lockstep)
         self._by_machine_code = None if found is None else _MachineCode(self, found)
         log.emit("model", "info", f"Newton loop of {graph_of(spec.residual).file.name}: {self.implementation}")
@@ -109,14 +103,26 @@ class ImplicitSegment:
             solved = self._by_machine_code.solve(state, rows, parameters, settings, given, small_steps, wanted)
         if solved is None:
             self.guess(state, rows, given)
-            unknowns, givens = self.unknowns.pack(state, rows), self.givens.pack(state, rows)
-            found = self._by_tensors(unknowns, givens, parameters, settings, small_steps)
-            solved = SolvedSegment(found.unknowns, found.statistics, givens, parameters)
+            solved = self._by_tensors(state, rows, parameters, settings, small_steps)
         if speaks:
             log.emit("newton", "info", outcome_line(solved.statistics, settings))
             log.emit("newton", "info", "---- end newton solve ----")
         state.update(self.unknowns.unpack(solved.unknowns))
         return solved
+
+    def _by_tensors(
+        self, state: State, rows: int, parameters: list[Tensor], settings: NewtonSettings, small_steps: bool
+    ) -> SolvedSegment:
+        """Solve any system from the initial guess in `state`; `small_steps` asks for small last steps."""
+        unknowns, givens = self.unknowns.pack(state, rows), self.givens.pack(state, rows)
+
+        def system(some: Tensor | None) -> System:
+            chosen = givens if some is None else [x.index_select(0, some) for x in givens]
+            return self.graphs.system(chosen, parameters)
+
+        solve = solve_in_lockstep if self._lockstep else solve_rows
+        found = solve(system, unknowns, self.graphs.layouts, settings, small_steps=small_steps, tell=listener())
+        return SolvedSegment(found.unknowns, found.statistics, givens, parameters)
 
     def carry(
         self,
@@ -281,40 +287,3 @@ def _libraries(*graphs: Graph) -> list[Library]:
         return [graph.library() for graph in graphs]
     except Unavailable:
         return []
-
-
-def _by_tensors(
-    graphs: SystemGraphs,
-    first: Groups,
-    givens: Groups,
-    parameters: Sequence[Tensor],
-    settings: NewtonSettings,
-    small_steps: bool,
-) -> Solved:
-    """Solve any system, row by row."""
-
-    def system(rows: Tensor | None) -> System:
-        some = givens if rows is None else [x.index_select(0, rows) for x in givens]
-        return graphs.system(some, parameters)
-
-    return solve_rows(system, first, graphs.layouts, settings, small_steps=small_steps, tell=listener())
-
-
-def _in_lockstep(
-    graphs: SystemGraphs,
-    first: Groups,
-    givens: Groups,
-    parameters: Sequence[Tensor],
-    settings: NewtonSettings,
-    small_steps: bool,
-) -> Solved:
-    """Iterate as the C++ runtime does; a batch that fails is iterated again, to tell which rows did."""
-    tell = listener()
-    if not small_steps:
-        criteria = criteria_of(settings, as_native=True)
-        rows = LockstepRows(graphs.system(givens, parameters), first, graphs.layouts, criteria)
-        found = rows.solve(settings, tell)
-        if found.statistics.all_converged:
-            return found
-    criteria = criteria_of(settings, small_steps=True, as_native=True)
-    return FrozenRows(graphs.system(givens, parameters), first, graphs.layouts, criteria).solve(settings, tell)

@@ -24,8 +24,7 @@ from ..settings import NewtonSettings
 from . import substepping
 from .explicit import ExplicitSegment
 from .implicit import MAX_ROWS, ImplicitSegment
-from .packing import Packing, Values, put
-from .tangents import Columns, Seed, Tangents, dense, select
+from .values import Columns, Packing, Seed, Tangents, Values, dense, put, select
 
 # A block's vectors and matrices are to stay in a core's cache while Newton's method goes over them again and again; yet
 # it must have rows enough that the work in Python, which hardly depends on their number, is a small part. Its size does

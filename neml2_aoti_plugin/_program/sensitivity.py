@@ -22,9 +22,8 @@ from .._solve.outcome import RowStatistics
 from .._solve.system import Groups
 from ..errors import AOTIError, DerivativeNotCompiledError
 from ..settings import KrylovSettings
-from .packing import Values, joined, width_in
 from .systems import GraphOf, SystemGraphs, check_arity, on_sound_rows
-from .tangents import Columns, Tangents, add, dense, times
+from .values import Columns, Tangents, Values, add, dense, joined, times, width_in
 
 Blocks = list[tuple[Pair, Tensor]]
 

@@ -19,8 +19,7 @@ from .._solve.outcome import Outcome, RowStatistics, Solved, blank
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
 from .implicit import ImplicitSegment
-from .packing import Values
-from .tangents import Columns, Tangents, combine, dense, select
+from .values import Columns, Tangents, Values, combine, dense, select
 
 _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .._artifact.schema import DirectStep, FusedStep, GroupInfo, ImplicitInfo, KrylovStep
 from .._graphs.graph import Graph
-from .._solve.krylov import KrylovSystem, Products
+from .._solve.krylov import KrylovSystem
 from .._solve.system import Direction, Group, Groups, Layout, Linearisation, System
 from .._solve.tables import VECTOR
 from ..errors import AOTIError, ArtifactError
 from ..settings import KrylovSettings
 
 GraphOf = Callable[[str], Graph]
+Of = TypeVar("Of", bound="Bound")
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,12 @@ class Bound:
     parameters: Sequence[Tensor]
 
     def residual(self, u: Groups) -> Groups:
-        """See `system.System`."""
         b = self.graphs.residual([*u, *self.g], self.parameters)
         check_arity(self.graphs.residual, b, self.graphs.residual_groups)
         return b
 
-    def _some(self, rows: Tensor) -> Groups:
-        """The givens of some rows."""
-        return [x.index_select(0, rows) for x in self.g]
+    def take(self: Of, rows: Tensor) -> Of:
+        return type(self)(self.graphs, [x.index_select(0, rows) for x in self.g], self.parameters)
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,9 @@ class Blocks:
     reusable: bool = True
 
     def solve(self, b: Groups) -> Groups:
-        """See `system.Linearisation`."""
         return on_sound_rows(self.graph, [*self.a, *b], self.u)
 
     def take(self, rows: Tensor) -> Linearisation:
-        """See `system.Linearisation`."""
         a, u = ([x.index_select(0, rows) for x in groups] for groups in (self.a, self.u))
         return Blocks(self.graph, a, u)
 
@@ -73,7 +71,6 @@ class Factors:
         return [torch.linalg.lu_solve(self._a, self._pivots, b[0].unsqueeze(-1)).squeeze(-1)]
 
     def take(self, rows: Tensor) -> Linearisation:
-        """See `system.Linearisation`."""
         pivots = None if self._pivots is None else self._pivots.index_select(0, rows)
         return Factors(self._a.index_select(0, rows), pivots)
 
@@ -82,23 +79,17 @@ class DirectSystem(Bound):
     """A Jacobian graph and a graph of the direct solve; see `system.System`."""
 
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
-        """See `system.System`."""
         graphs, rows = self.graphs, u[0].shape[0]
         assert graphs.jacobian is not None and graphs.solve is not None
         a, b = jacobian(graphs, u, self.g, self.parameters)
         a = [x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in a]
         return b, Factors(a[0]) if graphs.factored else Blocks(graphs.solve, a, u)
 
-    def take(self, rows: Tensor) -> System:
-        """See `system.System`."""
-        return DirectSystem(self.graphs, self._some(rows), self.parameters)
-
 
 class FusedSystem(Bound):
     """One graph of the whole step (older releases); see `system.System`."""
 
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
-        """See `system.System`."""
         graphs, count = self.graphs, len(u)
         assert graphs.step is not None
         step = graphs.step
@@ -116,10 +107,6 @@ class FusedSystem(Bound):
         if graphs.returns_iterate:
             found = [x - y for x, y in zip(found, u, strict=True)]
         return self.residual(u), Direction(found)
-
-    def take(self, rows: Tensor) -> System:
-        """See `system.System`."""
-        return FusedSystem(self.graphs, self._some(rows), self.parameters)
 
 
 class GraphProducts(Bound):
@@ -142,18 +129,15 @@ class GraphProducts(Bound):
         return [x[:rows] if x.shape[0] == rows + more else x for x in outputs]
 
     def residual(self, u: Groups) -> Groups:
-        """See `krylov.Products`."""
         b = self._run(self.graphs.residual, [*u, *self.g], self.parameters)
         check_arity(self.graphs.residual, b, self.graphs.residual_groups)
         return b
 
     def product(self, u: Groups, v: Groups) -> Sequence[Tensor]:
-        """See `krylov.Products`."""
         assert self.graphs.matvec is not None
         return self._run(self.graphs.matvec, [*u, *self.g], self.parameters, v)
 
     def set_up(self, u: Groups) -> Sequence[Tensor] | None:
-        """See `krylov.Products`."""
         graph = self.graphs.precond_setup
         if graph is None or self.graphs.precond_apply is None:
             return None
@@ -163,13 +147,8 @@ class GraphProducts(Bound):
         return self._run(graph, [*u, *self.g], self.parameters if takes_them else ())
 
     def precondition(self, state: Sequence[Tensor], r: Tensor) -> Tensor:
-        """See `krylov.Products`."""
         assert self.graphs.precond_apply is not None
         return self._run(self.graphs.precond_apply, [*state, r])[0]
-
-    def take(self, rows: Tensor) -> Products:
-        """See `krylov.Products`."""
-        return GraphProducts(self.graphs, self._some(rows), self.parameters)
 
 
 def layout_of(groups: Sequence[GroupInfo]) -> Layout:

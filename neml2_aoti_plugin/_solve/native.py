@@ -53,11 +53,9 @@ class CompiledGraph(Protocol):
 
     def container(self) -> Container:
         """A container that nobody else has."""
-        ...
 
     def last_error(self) -> str:
         """What the last call in this thread that failed says of itself."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Literal, Protocol
 
 import torch
@@ -50,12 +50,7 @@ def per_row(values: Tensor, group: Group) -> Tensor:
 
 def row_norm_squares(groups: Sequence[Tensor], layout: Layout) -> Tensor:
     """Sum the squares of each row over all groups, one tensor each, whose batch shapes broadcast; `(*batch,)`."""
-    total = None
-    for tensor, group in zip(groups, layout, strict=True):
-        squares = tensor.square().sum(group.axes)
-        total = squares if total is None else total + squares
-    assert total is not None, "a system has at least one group"
-    return total
+    return reduce(torch.add, (x.square().sum(group.axes) for x, group in zip(groups, layout, strict=True)))
 
 
 def row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
@@ -68,11 +63,7 @@ def row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
 
 def _scaled_row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
     """As `row_norms`, with each row divided by its largest entry first."""
-    largest = None
-    for tensor, group in zip(groups, layout, strict=True):
-        peak = tensor.abs().amax(group.axes)
-        largest = peak if largest is None else torch.maximum(largest, peak)
-    assert largest is not None, "a system has at least one group"
+    largest = reduce(torch.maximum, (x.abs().amax(group.axes) for x, group in zip(groups, layout, strict=True)))
     # A zero row must not become 0/0; an infinite or NaN row must stay non-finite.
     scale = torch.where(largest > 0, largest, 1.0)
     scale = torch.where(largest.isfinite(), scale, 1.0)
@@ -82,11 +73,7 @@ def _scaled_row_norms(groups: Sequence[Tensor], layout: Layout) -> Tensor:
 
 def finite_rows(groups: Sequence[Tensor], layout: Layout) -> Tensor:
     """Rows whose entries are all finite, bool, `(*batch,)`."""
-    found = None
-    for tensor, group in zip(groups, layout, strict=True):
-        finite = tensor.isfinite().all(group.axes)
-        found = finite if found is None else found & finite
-    assert found is not None, "a system has at least one group"
+    found: Tensor = reduce(torch.logical_and, (x.isfinite().all(g.axes) for x, g in zip(groups, layout, strict=True)))
     return found
 
 
@@ -96,17 +83,15 @@ def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layou
     Groups that are paired may differ in batch rank (an unbatched residual and a batched step) and in structure
     (one dense, one block); each is then flattened to one trailing axis.
     """
-    total: Tensor | None = None
+    found: list[Tensor] = []
     for a, b, a_group, b_group in zip(left, right, left_layout, right_layout, strict=True):
         if a_group.trailing == b_group.trailing == 1:
-            dots = torch.linalg.vecdot(a, b)
+            found.append(torch.linalg.vecdot(a, b))
         elif a_group.trailing == b_group.trailing:
-            dots = (a * b).sum(a_group.axes)
+            found.append((a * b).sum(a_group.axes))
         else:
-            dots = (a.flatten(-a_group.trailing) * b.flatten(-b_group.trailing)).sum(-1)
-        total = dots if total is None else total + dots
-    assert total is not None, "a system has at least one group"
-    return total
+            found.append((a.flatten(-a_group.trailing) * b.flatten(-b_group.trailing)).sum(-1))
+    return reduce(torch.add, found)
 
 
 class Linearisation(Protocol):
@@ -115,15 +100,12 @@ class Linearisation(Protocol):
     @property
     def reusable(self) -> bool:
         """Whether it takes other right-hand sides than that at its own unknowns."""
-        ...
 
     def solve(self, b: Groups) -> Groups:
         """The step `du`; not finite in rows where `A` is singular."""
-        ...
 
     def take(self, rows: Tensor) -> Linearisation:
         """The same for some rows; asked only of one that is reusable."""
-        ...
 
 
 class System(Protocol):
@@ -131,15 +113,12 @@ class System(Protocol):
 
     def residual(self, u: Groups) -> Groups:
         """`b = -r` at `u`."""
-        ...
 
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
         """`b = -r` at `u`, and the linearisation there."""
-        ...
 
     def take(self, rows: Tensor) -> System:
         """The system of some rows."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -150,9 +129,7 @@ class Direction:
     reusable: bool = False
 
     def solve(self, b: Groups) -> Groups:
-        """See `Linearisation`."""
         return self.du
 
     def take(self, rows: Tensor) -> Linearisation:
-        """See `Linearisation`."""
         return Direction([x.index_select(0, rows) for x in self.du])

@@ -5,7 +5,8 @@ Machine code takes one address, that of a table: sizes, limits, and the addresse
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections import namedtuple
+from typing import Final
 
 # Rows that a graph gets are filled up to a multiple of this: operators take two vectors at a time and the rest number
 # by number, which rounds otherwise. With AVX-512 a vector has 8 doubles.
@@ -46,72 +47,22 @@ VARIABLE_ADDRESS, VARIABLE_WIDTH, VARIABLE = range(3)
 PREDICTED_WIDTH, PREDICTED_COLUMN, PREDICTED_ARGUMENT, PREDICTED = range(4)
 
 
-class _Solve(NamedTuple):
-    """Places in the table of a solve of a block."""
-
-    ROWS: int
-    CAPACITY: int
-    N: int
-    Q: int
-    UPDATES: int
-    CUTS: int
-    GRAPHS_AT: int
-    EXECUTOR: int
-    FUNCTIONS: int
-    ARGUMENTS: int
-    ARGUMENTS_AT: int
-    HANDLES: int
-    VARIABLES: int
-    VARIABLES_AT: int
-    GIVENS: int
-    PREDICTIONS: int
-    PREDICTOR_ARGUMENTS: int
-    PREDICTOR_ARGUMENTS_AT: int
-    PREDICTOR_HANDLES: int
-    PREDICTOR_ROOM: int
-    PREDICTED: int
-    PREDICTED_AT: int
-    VECTORS: int
-    GIVEN_VECTORS: int
-    NUMBERS: int
-    INDICES: int
-    FACTORS: int
-    FACTORS_SIZE: int
-    PIVOTS: int
-    PIVOTS_SIZE: int
-    LIMITS: int
-    NORMS: int
-    RECORD: int
-    SOLUTION: int
-    HISTORY: int
-    HISTORY_LINES: int
-    FAILED: int
-    SIDES: int
-    COLUMNS_AT: int
-    DIRECTIONS: int
-    DIRECTION_ROW: int
-    DERIVATIVES: int
-    FIELDS: int
-
-
-class _Call(NamedTuple):
-    """Places in the table of the call of a graph."""
-
-    RUN: int
-    CONTAINER: int
-    EXECUTOR: int
-    FUNCTIONS: int
-    ARGUMENTS: int
-    ARGUMENTS_AT: int
-    OUTPUTS: int
-    OUTPUTS_AT: int
-    HANDLES: int
-    ROWS: int
-    FILLED: int
-    ROOM: int
-    FIELDS: int
-
-
+# Places in the table of a solve of a block: sizes and graphs; variables and the initial guess; memory to work in;
+# limits, what comes of the solve, and the log; derivatives.
+_Solve = namedtuple(
+    "_Solve",
+    "ROWS CAPACITY N Q UPDATES CUTS GRAPHS_AT EXECUTOR FUNCTIONS ARGUMENTS ARGUMENTS_AT HANDLES "
+    "VARIABLES VARIABLES_AT GIVENS PREDICTIONS PREDICTOR_ARGUMENTS PREDICTOR_ARGUMENTS_AT PREDICTOR_HANDLES "
+    "PREDICTOR_ROOM PREDICTED PREDICTED_AT "
+    "VECTORS GIVEN_VECTORS NUMBERS INDICES FACTORS FACTORS_SIZE PIVOTS PIVOTS_SIZE "
+    "LIMITS NORMS RECORD SOLUTION HISTORY HISTORY_LINES FAILED "
+    "SIDES COLUMNS_AT DIRECTIONS DIRECTION_ROW DERIVATIVES FIELDS",
+)
+# Places in the table of the call of a graph.
+_Call = namedtuple(
+    "_Call",
+    "RUN CONTAINER EXECUTOR FUNCTIONS ARGUMENTS ARGUMENTS_AT OUTPUTS OUTPUTS_AT HANDLES ROWS FILLED ROOM FIELDS",
+)
 Solve = _Solve(*range(len(_Solve._fields)))
 Call = _Call(*range(len(_Call._fields)))
 

@@ -20,6 +20,9 @@ from .criteria import Criteria, criteria_of
 from .outcome import ITERATION, SECOND_ATTEMPT, TRIALS, Outcome, Solved, Tell, blank, statistics_of
 from .system import Groups, Layout, Linearisation, System, finite_rows, per_row, row_dots, row_norms
 
+# Gives the system of some rows, or of all: one for each attempt, for it may keep a preconditioner.
+SystemOf = Callable[[Tensor | None], System]
+
 
 class TensorSteps(ABC):
     """Newton's method over rows with a line search: what the row-wise and the lockstep solve share."""
@@ -344,7 +347,7 @@ class FrozenRows(LockstepRows):
 
 
 def solve_rows(
-    system: Callable[[Tensor | None], System],
+    system: SystemOf,
     first: Groups,
     layouts: tuple[Layout, Layout],
     settings: NewtonSettings,
@@ -352,10 +355,7 @@ def solve_rows(
     small_steps: bool = False,
     tell: Tell | None = None,
 ) -> Solved:
-    """Solve for each row from its initial guess; rows that fail with chord steps are solved again without them.
-
-    `system` gives the system of some rows, or of all: one for each attempt, for it may keep a preconditioner.
-    """
+    """Solve for each row from its initial guess; rows that fail with chord steps are solved again without them."""
 
     def attempt(rows: Tensor | None, first: Groups, settings: NewtonSettings) -> Solved:
         criteria = criteria_of(settings, small_steps=small_steps)
@@ -376,6 +376,25 @@ def solve_rows(
     statistics.outcome[rows], statistics.norms[rows] = second.statistics.outcome, second.statistics.norms
     statistics = replace(statistics, all_converged=bool(statistics.converged.all()))
     return Solved(_put(found.unknowns, rows, second.unknowns), statistics)
+
+
+def solve_in_lockstep(
+    system: SystemOf,
+    first: Groups,
+    layouts: tuple[Layout, Layout],
+    settings: NewtonSettings,
+    *,
+    small_steps: bool = False,
+    tell: Tell | None = None,
+) -> Solved:
+    """Solve as the C++ runtime does; a batch that fails is iterated again, to tell which rows did."""
+    if not small_steps:
+        criteria = criteria_of(settings, as_native=True)
+        found = LockstepRows(system(None), first, layouts, criteria).solve(settings, tell)
+        if found.statistics.all_converged:
+            return found
+    criteria = criteria_of(settings, small_steps=True, as_native=True)
+    return FrozenRows(system(None), first, layouts, criteria).solve(settings, tell)
 
 
 def _moved(u: Groups, steps: Groups, layout: Layout) -> Groups:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from .._artifact.locate import DTYPES, Place
 from .._artifact.schema import ImplicitInfo, Metadata, Shape, Variable
 from .._checks import require_names
-from .._program.packing import contiguous
+from .._program.values import contiguous
 from ..errors import InputError, InputTypeError
 from ._memory import Form, are_plain, require_unrecorded, with_memory
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._artifact.schema import ExplicitInfo, Metadata, Shape
 from .._program.program import Evaluation, Program
-from .._program.tangents import Columns
+from .._program.values import Columns
 from .._solve.outcome import not_finite_rows
 from ..settings import NewtonSettings
 from ._admission import Boundary

@@ -16,7 +16,7 @@ from .._artifact.schema import Metadata, Shape
 from .._artifact.stub import drivers_of
 from .._checks import require_names
 from .._program.program import Evaluation
-from .._program.tangents import PER_SITE, Columns, Seed
+from .._program.values import PER_SITE, Columns, Seed
 from ..errors import DerivativeNotCompiledError, InputError, InputTypeError
 from ._admission import INITIAL_GUESS, Boundary
 from ._call import Admitted, Caller

@@ -1,4 +1,8 @@
-"""Variables in the group tensors of an implicit segment's graphs, parameters as one call sees them, and copies.
+"""What segments take and hand on: variables, parameters as one call sees them, derivatives; and copies of tensors.
+
+A *seed* is what is differentiated by: an input, a parameter, or a given direction of all inputs. `Tangents[v][seed]`
+has shape `(rows, entries of v, m)`, or `(1, ...)` where it is the same for all rows; None stands for the identity. A
+seed that is absent does not reach the variable.
 
 Copies stay in the calling thread: torch copies a large tensor with all its threads. For the blocks of rows here that
 wins next to nothing; and where other programs use the processors too, the call waits at each copy until its helpers
@@ -8,6 +12,7 @@ have had their turn. Nothing is recorded for autograd here, whatever the tensors
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 
 import numpy as np
 import torch
@@ -16,6 +21,11 @@ from torch import Tensor
 from .._artifact.schema import GroupInfo, Variable
 
 State = dict[str, Tensor]
+Seed = tuple[str, str]
+Columns = dict[Seed, Tensor | None]
+Tangents = dict[str, Columns]
+# Of seeds (PER_SITE, input), which are the identity: blocks of an explicit segment stay as they are, site by site.
+PER_SITE = "per site"
 
 # Up to so many entries torch's operators use one thread (at::internal::GRAIN_SIZE).
 GRAIN = 32768
@@ -96,6 +106,44 @@ class Values:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def add(columns: Columns, seed: Seed, term: Tensor) -> None:
+    """Add a term to the derivative by a seed."""
+    present = columns.get(seed)
+    columns[seed] = term if present is None else present + term
+
+
+def dense(columns: Columns, like: Tensor) -> dict[Seed, Tensor]:
+    """The derivatives of a variable like `(rows, ...)`, with identities written out as matrices, `(1, n, n)`."""
+    return {
+        seed: torch.eye(prod(like.shape[1:]), dtype=like.dtype, device=like.device).unsqueeze(0)
+        if value is None
+        else value
+        for seed, value in columns.items()
+    }
+
+
+def combine(terms: list[tuple[float, dict[Seed, Tensor]]]) -> Columns:
+    """A linear combination of derivatives, as substepping makes of variables."""
+    total: Columns = {}
+    for factor, columns in terms:
+        for seed, value in columns.items() if factor else ():
+            add(total, seed, value if factor == 1.0 else factor * value)
+    return total
+
+
+def times(block: Tensor, column: Tensor | None) -> Tensor:
+    """`block @ column`, both with the rows leading."""
+    return block if column is None else torch.matmul(block, column)
+
+
+def select(tangents: Mapping[str, Columns], rows: Tensor | slice) -> Tangents:
+    """The derivatives of some rows."""
+    return {
+        name: {seed: value if value is None or value.shape[0] == 1 else value[rows] for seed, value in columns.items()}
+        for name, columns in tangents.items()
+    }
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
