@@ -154,7 +154,9 @@ def test_calls_of_many_threads_at_once() -> None:
     assert not wrong
 
 
-def test_rows_that_fail_are_those_rows_in_any_block() -> None:
+def test_rows_that_fail_are_those_rows_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only the native loop promises the same bits beside other rows.
+    monkeypatch.setenv("NEML2_AOTI_PLUGIN_KERNELS", "native")
     torch.set_num_threads(2)
     model, rows = references.case("viscoplasticity").load(), dict(many("viscoplasticity"))
     bad = torch.tensor([0, 1023, 1024, 3000, ROWS - 1])
