@@ -242,7 +242,7 @@ def test_d30_the_caller_keeps_its_own_tensor() -> None:
 class TestD31SubBatchedForwardBlocks:
     """C++ returns undocumented shapes, and dies in jvp; no stub compiles such a pair, so the algebra is tested."""
 
-    pair = Pair("y", "x", (2,), (3,), 0, wrt_sub_batch_shape=(4,))
+    pair = Pair(out="y", wrt="x", out_base_shape=(2,), wrt_base_shape=(3,), output=0, wrt_sub_batch_shape=(4,))
 
     def test_site_by_site(self) -> None:
         block = torch.rand(5, 4, 2, 3, dtype=torch.float64)

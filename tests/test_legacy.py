@@ -91,7 +91,7 @@ def lone(scenario: str) -> frozenset[str]:
     for part in described(NEWEST, scenario).segments:
         if isinstance(part, ImplicitInfo):
             packed = {v.name for group in part.givens for v in group.variables}
-            found |= {v.name for v in part.unknown_variables} | ({g.variable.name for g in part.roles} - packed)
+            found |= {v.name for v in part.unknown_variables} | ({g.name for g in part.roles} - packed)
     return frozenset(found)
 
 

@@ -7,7 +7,7 @@ import platform
 import re
 import struct
 import sys
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -68,7 +68,7 @@ def check(metadata: Metadata, place: Place) -> Checked:
 
 def look_over(metadata: Metadata, place: Place) -> Checked:
     """Look an artifact over, without running any of it."""
-    names = sorted(files_of(metadata))
+    names = sorted(metadata.files)
     packages: dict[str, Package] = {}
     # By what is wrong, the packages it is wrong with.
     found: dict[str, list[str]] = {}
@@ -94,24 +94,6 @@ def look_over(metadata: Metadata, place: Place) -> Checked:
             found.setdefault(text, []).append(name)
     faults = [f"{_where(files, place)}: {text}" for text, files in found.items()]
     return Checked(metadata, packages, faults, missing)
-
-
-def files_of(metadata: Metadata) -> set[str]:
-    """Names of all packages that the metadata speaks of."""
-    found: set[str] = set()
-
-    def collect(thing: object) -> None:
-        if isinstance(thing, tuple):
-            for item in thing:
-                collect(item)
-        elif is_dataclass(thing):
-            for field in fields(thing):
-                collect(getattr(thing, field.name))
-        elif isinstance(thing, str) and thing.endswith(".pt2"):
-            found.add(thing)
-
-    collect(metadata.segments)
-    return found
 
 
 def _where(files: list[str], place: Place) -> str:

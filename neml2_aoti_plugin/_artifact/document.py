@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,9 +13,10 @@ import msgspec
 
 from ..errors import ArtifactError, ArtifactNotFoundError, InputError
 from .files import METADATA, NAME, Folder, folder_at, keys, reason, shown
-from .schema import AGAIN
 
 T = TypeVar("T")
+
+AGAIN = "The metadata is damaged or was edited; compile the model again with neml2-compile."
 
 # A tensor of a material point is small; a larger extent is damage, and would only fail later and less clearly.
 MAX_ENTRIES = 1 << 40
@@ -55,14 +57,16 @@ class Unfit(ValueError):
         self.value = value
 
 
-class Form(msgspec.Struct, dict=True):
+class Form(msgspec.Struct, frozen=True, dict=True):
     """A JSON object of a known form; keys that are not known are ignored."""
 
     def __post_init__(self) -> None:
-        for key in self.__struct_fields__:
-            value = getattr(self, key)
-            if key.endswith("shape") and value is not None and prod(value) > MAX_ENTRIES:
-                raise Unfit(key, "a shape of a sensible size")
+        for name, written in zip(self.__struct_fields__, self.__struct_encode_fields__, strict=True):
+            if written.endswith("shape") and prod(getattr(self, name) or ()) > MAX_ENTRIES:
+                raise Unfit(written, "a shape of a sensible size")
+        # What follows from the keys follows now, so that complaints have the path.
+        for name in _following(type(self)):
+            getattr(self, name)
 
     def need(self, key: str) -> Any:
         """The value of a key that must be there beside another one."""
@@ -71,16 +75,13 @@ class Form(msgspec.Struct, dict=True):
             raise Unfit(key)
         return value
 
-    def names(self, key: str, *, required: bool = False) -> tuple[str, ...]:
-        """The names of a list, which must all be different; nothing where there is no list and none is required."""
-        found = self.need(key) if required else getattr(self, key) or ()
-        names = tuple(item if isinstance(item, str) else item.name for item in found)
-        if len(set(names)) != len(names):
-            raise Unfit(key, "names that are all different")
-        return names
+
+@cache
+def _following(form: type[Form]) -> tuple[str, ...]:
+    return tuple(n for kind in form.__mro__ for n, value in vars(kind).items() if isinstance(value, cached_property))
 
 
-class Named(Form):
+class Named(Form, frozen=True):
     """Anything that has a name."""
 
     name: Name

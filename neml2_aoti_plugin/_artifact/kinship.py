@@ -23,7 +23,6 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .compatibility import files_of
 from .files import Folder
 from .layout import METADATA, device_files_below, leaves
 from .locate import Place, dtype_name
@@ -51,13 +50,13 @@ class Kinship:
 
 def kinship(metadata: Metadata, place: Place) -> Kinship:
     """Compare a leaf with the others of its artifact; one of a single leaf has nothing to compare it with."""
-    names = files_of(metadata)
+    names = metadata.files
     here = {file.name for file in place.leaf.glob("*.pt2")}
     fault, doubt = _judged(names & here, place)
     return Kinship(fault, doubt, tuple(sorted(here - names)), tuple(sorted(names - here)))
 
 
-def _judged(names: set[str], place: Place) -> tuple[str, str]:
+def _judged(names: frozenset[str], place: Place) -> tuple[str, str]:
     """What speaks against a leaf, and what may."""
     shared = place.metadata.name == METADATA
     root = place.metadata.parent if shared else place.metadata.parent.parent

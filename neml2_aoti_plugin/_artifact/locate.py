@@ -126,7 +126,7 @@ def _chosen(
 # -- where each device has its own metadata file, which records device and dtype ---------------------------------------
 
 
-class _Label(Form):
+class _Label(Form, frozen=True):
     """What such a file records of itself; the dtype is a label there, and no choice."""
 
     device: Annotated[str, one_of(*DEVICES)] = "cpu"

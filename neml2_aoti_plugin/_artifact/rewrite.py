@@ -119,7 +119,7 @@ def _explicit(segment: Document, keep_derivatives: bool) -> Document:
     left_out = () if keep_derivatives else ("jvp_package", "jacobian_pairs")
     kept = {key: segment[key] for key in EXPLICIT if key in segment and key not in left_out}
     for key in ("inputs", "outputs"):
-        kept[key] = [{"name": variable["name"]} for variable in segment[key]]
+        kept[key] = [{"name": name} for name in segment[key]]
     kept.setdefault("param_inputs", [])
     if "jacobian_pairs" in kept:
         absent = {"in_sub_batch_shape": [], "batch_independent": False}

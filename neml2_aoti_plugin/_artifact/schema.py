@@ -1,38 +1,67 @@
-"""A compiled model as frozen objects: the newest form, into which every released schema is read.
+"""A compiled model as frozen objects, read from the metadata's JSON in the form that `upgrade` leads every schema to.
 
-Names are the authored ones throughout; `Aliases` leads from them to the names at the boundary. Files are bare names
-inside the leaf folder.
+A field stands for the JSON key of its name, or of the one that `key` gives. Names are the authored ones throughout;
+`Aliases` leads from them to the names at the boundary. Files are bare names inside the leaf folder.
+
+Beside the keys that neml2 3.1.0 writes there are those of older files: a fused `step_package` (with `step_returns`),
+fused `ift_package` and `param_ift_package`, and `parameters_among_inputs` where only packages show in which order
+graphs take them. `upgrade` gives each pair its place, and each implicit segment its `newton` settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Annotated, Literal, cast, get_args
 
-from ..errors import ArtifactError
-from ..settings import KrylovSettings, NewtonSettings
+import msgspec
+from msgspec import field as key
 
-Shape = tuple[int, ...]
+from ..settings import KrylovSettings, NewtonSettings, newton_settings
+from .document import Finite, Form, Name, PackageName, Unfit, Whole, at_most, one_of
+from .document import Shape as Shape
+from .files import NAME, named
+
 Structure = Literal["dense", "block"]
 Role = Literal["old_state", "old_force", "cur_force", "incremental", "static", "unknown"]
 
-AGAIN = "The metadata is damaged or was edited; compile the model again with neml2-compile."
+
+# `Rot` became `MRP` in 3.0.6.
+BASE_SHAPES: dict[str, list[int]] = {
+    "Scalar": [],
+    "Vec": [3],
+    "WR2": [3],
+    "Rot": [3],
+    "MRP": [3],
+    "MillerIndex": [3],
+    "Quaternion": [4],
+    "SR2": [6],
+    "R2": [3, 3],
+    "SSR4": [6, 6],
+}
 
 
-@dataclass(frozen=True)
-class Variable:
+class Variable(Form, frozen=True):
     """A variable with its shape: `(*batch, *sub_batch_shape, *base_shape)`."""
 
-    name: str
+    name: Name
     # Axes that its type owns.
     base_shape: Shape
     # Sizes of its site axes.
     sub_batch_shape: Shape = ()
     # Name of neml2's wrapper class; empty where the file does not say.
-    type: str = ""
+    type: Name = key(name="var_type", default="")
+    var_size: Whole | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The file has the shape up to three times; a graph that is given another reads beyond its tensors.
+        of_type = BASE_SHAPES.get(self.type)
+        if of_type is not None and tuple(of_type) != self.base_shape:
+            raise Unfit("base_shape", f"{of_type}, the shape of a {self.type}")
+        if self.var_size not in (None, self.width, self.size):
+            raise Unfit("var_size", f"{self.width}, the number of entries of the shape {list(self.base_shape)}")
 
     @cached_property
     def natural_shape(self) -> Shape:
@@ -50,36 +79,58 @@ class Variable:
         return prod(self.natural_shape)
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Given(Variable, frozen=True):
+    """A given of an implicit segment and what substepping does with it."""
+
+    part: Annotated[str, one_of(*get_args(Role))] = key(name="role", default="static")
+    # The force at the other end of the step.
+    pair: Name | None = None
+
+    @property
+    def role(self) -> Role:
+        """What it is in a step."""
+        return cast("Role", self.part)
+
+
+class Parameter(Form, frozen=True):
     """A promoted parameter as stored, by its qualified name."""
 
-    name: str
-    base_shape: Shape
+    name: Name
     # Of the stored value; `(*batch, *base_shape)`.
     shape: Shape
-    # Row-major.
-    values: tuple[float, ...] = field(repr=False)
+    # Row-major; NaN and the infinities are numbers here.
+    values: tuple[float | bool, ...]
+    own_base_shape: Shape | None = key(name="param_base_shape", default=None)
     # Name of its dtype where that is not the model's.
-    dtype: str | None = None
+    dtype: Name | None = None
+
+    @cached_property
+    def base_shape(self) -> Shape:
+        """Axes that its type owns."""
+        wanted = prod(self.shape)
+        if len(self.values) != wanted:
+            raise Unfit("values", f"{wanted} numbers, the size of shape {list(self.shape)}")
+        base = self.shape if self.own_base_shape is None else self.own_base_shape
+        if self.shape[len(self.shape) - len(base) :] != base:
+            raise Unfit("param_base_shape", f"the trailing axes of the stored shape {list(self.shape)}")
+        return base
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(Form, frozen=True, kw_only=True):
     """Where the derivative of one variable by another variable or a parameter lies in the outputs of a graph."""
 
-    out: str
-    wrt: str
+    out: Name = key(name="out_var")
+    wrt: Name = key(name="in_var")
     out_base_shape: Shape
-    wrt_base_shape: Shape
+    wrt_base_shape: Shape = key(name="in_base_shape")
     # Index of the graph's output.
-    output: int
+    output: Whole
     # First row and column of the block in that output's matrix; None when the output is the block.
-    row: int | None = None
-    column: int | None = None
-    wrt_sub_batch_shape: Shape = ()
+    row: Whole | None = key(name="row_offset", default=None)
+    column: Whole | None = key(name="col_offset", default=None)
+    wrt_sub_batch_shape: Shape = key(name="in_sub_batch_shape", default=())
     # Whether the block is known not to depend on the row.
-    constant: bool = False
+    constant: bool = key(name="batch_independent", default=False)
 
     @cached_property
     def rows(self) -> int:
@@ -90,6 +141,13 @@ class Pair:
     def columns(self) -> int:
         """Number of columns of the block at one site."""
         return prod(self.wrt_base_shape)
+
+
+class ParameterPair(Pair, frozen=True, kw_only=True):
+    """A pair with a parameter."""
+
+    wrt: Name = key(name="param")
+    wrt_base_shape: Shape = key(name="param_base_shape")
 
 
 @dataclass(frozen=True)
@@ -110,51 +168,26 @@ class AdjointGraph:
     outputs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class ExplicitInfo:
-    """A part of the model that one graph evaluates; `forward` in the metadata."""
-
-    value: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    parameters: tuple[str, ...] = ()
-    jacobian: PairGraph | None = None
-    parameter_jacobian: PairGraph | None = None
-    parameter_vjp: AdjointGraph | None = None
-    # Names of inputs and parameters in the order in which the graphs take them; when empty, they take the inputs first.
-    arguments: tuple[str, ...] = ()
-    # While that order is not known yet.
-    parameters_among_inputs: bool = False
-
-    @cached_property
-    def taken(self) -> tuple[str, ...]:
-        """Names of inputs and parameters in the order in which the graphs take them."""
-        return self.arguments or self.inputs + self.parameters
-
-    @cached_property
-    def order(self) -> tuple[int, ...] | None:
-        """Place of each argument of the graphs in inputs and parameters; None where it is its own."""
-        listed = self.inputs + self.parameters
-        return None if self.taken == listed else tuple(listed.index(name) for name in self.taken)
-
-
-@dataclass(frozen=True)
-class GroupInfo:
+class GroupInfo(Form, frozen=True):
     """Variables that enter the graphs of an implicit segment as one tensor."""
 
-    structure: Structure
-    variables: tuple[Variable, ...]
-    sub_batch_shape: Shape = ()
+    variables: tuple[Variable, ...] = key(name="per_var_info")
+    kind: Annotated[str, one_of(*get_args(Structure))] = key(name="structure", default="dense")
+    sites: Shape = key(name="sub_batch_shape", default=())
 
+    @property
+    def structure(self) -> Structure:
+        """Whether its sites are coupled, or each has a block of its own."""
+        return cast("Structure", self.kind)
 
-@dataclass(frozen=True)
-class Given:
-    """A given of an implicit segment and what substepping does with it."""
-
-    variable: Variable
-    role: Role = "static"
-    # The force at the other end of the step.
-    pair: str | None = None
+    @cached_property
+    def sub_batch_shape(self) -> Shape:
+        """Sizes of its site axes; nothing for a dense group."""
+        if self.kind == "dense":
+            return ()
+        if any(variable.sub_batch_shape != self.sites for variable in self.variables):
+            raise Unfit("per_var_info", f"variables with the block group's sub-batch shape {list(self.sites)}")
+        return self.sites
 
 
 @dataclass(frozen=True)
@@ -210,13 +243,19 @@ class FusedSensitivity:
     pairs: tuple[Pair, ...]
 
 
-@dataclass(frozen=True)
-class Feedback:
+class Feedback(Form, frozen=True):
     """A predictor that is run several times, one of its outputs fed back to one of its inputs."""
 
-    input: Variable
-    output: str
-    iterations: int
+    name: Name = key(name="input")
+    output: Name
+    iterations: Annotated[int, msgspec.Meta(ge=1, le=10**4)]
+    base_shape: Shape = ()
+    sub_batch_shape: Shape = ()
+
+    @cached_property
+    def input(self) -> Variable:
+        """What is fed back."""
+        return Variable(self.name, self.base_shape, self.sub_batch_shape)
 
 
 @dataclass(frozen=True)
@@ -229,194 +268,257 @@ class Predictor:
     feedback: Feedback | None = None
 
 
-@dataclass(frozen=True)
-class ImplicitInfo:
+class KrylovConfig(Form, frozen=True):
+    """Settings of an iterative linear solve; absent ones take neml2's defaults."""
+
+    method: Annotated[str, one_of("gmres", "bicgstab")] = KrylovSettings.method
+    restart: Annotated[int, at_most(10**5)] = KrylovSettings.restart
+    max_its: Annotated[int, at_most(10**6)] = KrylovSettings.max_its
+    abs_tol: Finite = KrylovSettings.abs_tol
+    rel_tol: Finite = KrylovSettings.rel_tol
+    cache_strategy: Annotated[str, one_of("none", "chord", "max_its")] = KrylovSettings.cache_strategy
+    cache_max_its: Annotated[int, at_most(10**6)] = KrylovSettings.cache_max_its
+
+    @cached_property
+    def settings(self) -> KrylovSettings:
+        """As the solve takes them."""
+        return KrylovSettings(**msgspec.structs.asdict(self))
+
+
+class NewtonConfig(Form, frozen=True):
+    """Newton settings; absent ones take neml2's defaults."""
+
+    atol: Finite = NewtonSettings.atol
+    rtol: Finite = NewtonSettings.rtol
+    miters: Annotated[int, at_most(10**5)] = NewtonSettings.miters
+    ls_type: Annotated[str, one_of("BACKTRACKING", "STRONG_WOLFE")] = NewtonSettings.ls_type
+    ls_max_iters: Annotated[int, at_most(10**4)] = NewtonSettings.ls_max_iters
+    ls_cutback: Finite = NewtonSettings.ls_cutback
+    ls_c: Finite = NewtonSettings.ls_c
+    substep_del_tol: Finite = NewtonSettings.substep_del_tol
+    chord_steps: bool = NewtonSettings.chord_steps
+    krylov: KrylovConfig = KrylovConfig()
+
+    @cached_property
+    def settings(self) -> NewtonSettings:
+        """As the solve takes them."""
+        return newton_settings(**{item.name: getattr(self, item.name) for item in fields(NewtonSettings)})
+
+
+class LinearConfig(Form, frozen=True):
+    """How the linear systems of a sensitivity are solved."""
+
+    kind: Annotated[str, one_of("direct", "krylov")]
+    krylov: KrylovConfig = KrylovConfig()
+
+
+class _Segment(Form, frozen=True, kw_only=True, tag_field="kind"):
+    parameters: tuple[Name, ...] = key(name="param_inputs", default=())
+    jacobian_pairs: tuple[Pair, ...] | None = None
+    param_jacobian_pairs: tuple[ParameterPair, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, written in zip(self.__struct_fields__, self.__struct_encode_fields__, strict=True):
+            value = getattr(self, name)
+            texts = [item for item in value if isinstance(item, str)] if isinstance(value, tuple) else []
+            if len(set(texts)) != len(texts):
+                raise Unfit(written, "names that are all different")
+
+    @cached_property
+    def files(self) -> frozenset[str]:
+        """Names of its packages."""
+        texts = (value for value in msgspec.structs.astuple(self) if isinstance(value, str))
+        return frozenset(text for text in texts if text.endswith(".pt2"))
+
+
+class ExplicitInfo(_Segment, frozen=True, kw_only=True, tag="forward"):
+    """A part of the model that one graph evaluates; `forward` in the metadata."""
+
+    value: PackageName = key(name="package")
+    inputs: tuple[Name, ...]
+    outputs: tuple[Name, ...]
+    jvp_package: PackageName | None = None
+    param_jacobian_package: PackageName | None = None
+    param_vjp_package: PackageName | None = None
+    param_vjp_params: tuple[Name, ...] | None = None
+    param_vjp_outputs: tuple[Name, ...] | None = None
+    # While the order of its arguments is not known yet.
+    parameters_among_inputs: bool = False
+    # Names of inputs and parameters in the order in which the graphs take them; when empty, they take the inputs first.
+    arguments: tuple[Name, ...] = ()
+
+    @cached_property
+    def jacobian(self) -> PairGraph | None:
+        """The graph of derivatives by inputs; it gives the outputs first."""
+        if self.jvp_package is None:
+            return None
+        return PairGraph(self.jvp_package, self.need("jacobian_pairs"), len(self.outputs))
+
+    @cached_property
+    def parameter_jacobian(self) -> PairGraph | None:
+        """The graph of derivatives by parameters."""
+        if self.param_jacobian_package is None:
+            return None
+        return PairGraph(self.param_jacobian_package, self.need("param_jacobian_pairs"))
+
+    @cached_property
+    def parameter_vjp(self) -> AdjointGraph | None:
+        """The graph that contracts cotangents with derivatives by parameters."""
+        if self.param_vjp_package is None:
+            return None
+        return AdjointGraph(self.param_vjp_package, self.need("param_vjp_params"), self.need("param_vjp_outputs"))
+
+    @cached_property
+    def taken(self) -> tuple[str, ...]:
+        """Names of inputs and parameters in the order in which the graphs take them."""
+        listed = self.inputs + self.parameters
+        if self.arguments and sorted(self.arguments) != sorted(listed):
+            raise Unfit("arguments", "the names of inputs and parameters")
+        return self.arguments or listed
+
+    @cached_property
+    def order(self) -> tuple[int, ...] | None:
+        """Place of each argument of the graphs in inputs and parameters; None where it is its own."""
+        listed = self.inputs + self.parameters
+        return None if self.taken == listed else tuple(listed.index(name) for name in self.taken)
+
+
+class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
     """A part of the model that a Newton solve evaluates: find the unknowns at which the residual vanishes."""
 
-    residual: str
-    step: DirectStep | KrylovStep | FusedStep
-    unknowns: tuple[GroupInfo, ...]
-    residuals: tuple[GroupInfo, ...]
-    givens: tuple[GroupInfo, ...]
-    roles: tuple[Given, ...]
-    newton: NewtonSettings
-    parameters: tuple[str, ...] = ()
-    sensitivity: GivenSensitivity | FusedSensitivity | None = None
-    parameter_sensitivity: ParameterSensitivity | FusedSensitivity | None = None
-    predictor: Predictor | None = None
-    max_substepping_level: int = 0
+    residual: PackageName = key(name="residual_package")
+    unknowns: tuple[GroupInfo, ...] = key(name="unknown_group_infos")
+    residuals: tuple[GroupInfo, ...] = key(name="residual_group_infos")
+    givens: tuple[GroupInfo, ...] = key(name="given_group_infos")
+    roles: Annotated[tuple[Given, ...], msgspec.Meta(min_length=1)] = key(name="givens")
+    solver: NewtonConfig = key(name="newton", default=NewtonConfig())
+    max_substepping_level: Annotated[int, at_most(30)] = 0
+    step_package: PackageName | None = None
+    step_returns: Annotated[str, one_of("increment", "iterate")] = "increment"
+    jacobian_package: PackageName | None = None
+    solve_package: PackageName | None = None
+    matvec_package: PackageName | None = None
+    precond_setup_package: PackageName | None = None
+    precond_apply_package: PackageName | None = None
+    ift_package: PackageName | None = None
+    jacobian_given_package: PackageName | None = None
+    solve_ift_package: PackageName | None = None
+    input_sensitivity: LinearConfig | None = None
+    param_ift_package: PackageName | None = None
+    dr_dparam_package: PackageName | None = None
+    solve_param_package: PackageName | None = None
+    param_sensitivity: LinearConfig | None = None
+    predictor_package: PackageName | None = None
+    predictor_inputs: tuple[Name, ...] | None = None
+    predictor_outputs: tuple[Name, ...] | None = None
+    predictor_feedback: Feedback | None = None
+
+    @property
+    def newton(self) -> NewtonSettings:
+        """Settings of the solve."""
+        return self.solver.settings
 
     @cached_property
     def unknown_variables(self) -> tuple[Variable, ...]:
         """All unknowns, group after group."""
-        return tuple(variable for group in self.unknowns for variable in group.variables)
+        found = tuple(variable for group in self.unknowns for variable in group.variables)
+        if not found:
+            raise Unfit("unknown_group_infos", "at least one unknown")
+        return found
+
+    @cached_property
+    def step(self) -> DirectStep | KrylovStep | FusedStep:
+        """What a Newton step is made by."""
+        if self.step_package is not None:
+            return FusedStep(self.step_package, self.step_returns == "iterate")
+        if self.matvec_package is None:
+            return DirectStep(self.need("jacobian_package"), self.need("solve_package"))
+        setup, apply = self.precond_setup_package, self.precond_apply_package
+        if (setup is None) != (apply is None):
+            raise Unfit("precond_setup_package", "both graphs of the preconditioner or neither")
+        return KrylovStep(self.matvec_package, self.solver.krylov.settings, setup, apply)
+
+    @cached_property
+    def sensitivity(self) -> GivenSensitivity | FusedSensitivity | None:
+        """What derivatives by givens are made by."""
+        if self.ift_package is not None:
+            return FusedSensitivity(self.ift_package, self.need("jacobian_pairs"))
+        if self.jacobian_given_package is None:
+            return None
+        solver = self._solver_of("input_sensitivity", "solve_ift_package")
+        pairs = self.need("jacobian_pairs")
+        return GivenSensitivity(self.need("jacobian_package"), self.jacobian_given_package, solver, pairs)
+
+    @cached_property
+    def parameter_sensitivity(self) -> ParameterSensitivity | FusedSensitivity | None:
+        """What derivatives by parameters are made by."""
+        if self.param_ift_package is not None:
+            return FusedSensitivity(self.param_ift_package, self.need("param_jacobian_pairs"))
+        if self.dr_dparam_package is None:
+            return None
+        solver = self._solver_of("param_sensitivity", "solve_param_package")
+        return ParameterSensitivity(self.dr_dparam_package, solver, self.need("param_jacobian_pairs"))
+
+    def _solver_of(self, config: str, package: str) -> str | KrylovSettings:
+        linear: LinearConfig | None = getattr(self, config)
+        if linear is not None and linear.kind == "krylov":
+            return linear.krylov.settings
+        found: str = self.need(package)
+        return found
+
+    @cached_property
+    def predictor(self) -> Predictor | None:
+        """What gives the initial guess, if a graph does."""
+        if self.predictor_package is None:
+            return None
+        inputs, outputs = self.need("predictor_inputs"), self.need("predictor_outputs")
+        feedback = self.predictor_feedback
+        if feedback is not None and feedback.name not in inputs:
+            raise Unfit("predictor_feedback.input", f"one of the predictor's inputs {', '.join(inputs)}")
+        if feedback is not None and feedback.output not in outputs:
+            raise Unfit("predictor_feedback.output", f"one of the predictor's outputs {', '.join(outputs)}")
+        return Predictor(self.predictor_package, inputs, outputs, feedback)
 
 
 Segment = ExplicitInfo | ImplicitInfo
 
 
-@dataclass(frozen=True)
-class Aliases:
+class Aliases(Form, frozen=True):
     """Authored name to boundary name, where the two differ."""
 
-    inputs: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, str] = field(default_factory=dict)
-    parameters: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = key(default_factory=dict)
+    outputs: dict[str, str] = key(default_factory=dict)
+    parameters: dict[str, str] = key(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind in self.__struct_fields__:
+            renames = getattr(self, kind)
+            # Not by their type, since complaints would not say which of them is wrong.
+            for old, new in renames.items():
+                if not NAME.fullmatch(new):
+                    raise Unfit(f"{kind}.{old if NAME.fullmatch(old) else named(old)}", "a name", new)
+            if len(set(renames.values())) != len(renames):
+                raise Unfit(kind, "boundary names that are all different")
 
 
-@dataclass(frozen=True)
-class Metadata:
+class Metadata(Form, frozen=True, kw_only=True):
     """All that is in the metadata file."""
 
+    type: Annotated[str, one_of("composed")] = "composed"
     inputs: tuple[Variable, ...]
-    outputs: tuple[Variable, ...]
+    outputs: Annotated[tuple[Variable, ...], msgspec.Meta(min_length=1)]
     parameters: tuple[Parameter, ...]
-    segments: tuple[Segment, ...]
-    derivatives: tuple[tuple[str, str], ...]
-    parameter_derivatives: tuple[tuple[str, str], ...]
-    aliases: Aliases = field(default_factory=Aliases)
+    segments: Annotated[tuple[Segment, ...], msgspec.Meta(min_length=1)]
+    derivatives: tuple[tuple[Name, Name], ...]
+    parameter_derivatives: tuple[tuple[Name, Name], ...]
+    aliases: Aliases = key(name="boundary_aliases", default=Aliases())
     # In which the file was written.
-    schema: int = 14
+    schema: int = key(name="schema_version")
     # Of the file, for the question whether it is still the same.
-    digest: str = field(default="", compare=False, repr=False)
+    digest: str
 
-
-# -- what one place says of a name must hold in all others -------------------------------------------------------------
-
-
-def require_consistent(found: Metadata, file: str) -> None:
-    """Refuse metadata that does not agree with itself."""
-    _check_boundary(found, file)
-    _check_names(found, file)
-    _check_shapes(found, file)
-
-
-def _check_names(found: Metadata, file: str) -> None:
-    """Every name that is used must stand for something, and every value exist before it is read."""
-    parameters = {p.name for p in found.parameters}
-    inputs, outputs = {v.name for v in found.inputs}, {v.name for v in found.outputs}
-    known = set(inputs)
-    for i, part in enumerate(found.segments):
-        where = f"{file}: segments[{i}]"
-        missing = set(part.parameters) - parameters
-        if missing:
-            raise ArtifactError(f"{where} takes {sorted(missing)}, which are not among the promoted parameters.")
-        if isinstance(part, ExplicitInfo):
-            _need(part.inputs, known, where)
-            _check_pairs(part.jacobian, part.outputs, part.inputs, where)
-            _check_pairs(part.parameter_jacobian, part.outputs, part.parameters, where)
-            known |= set(part.outputs)
-            continue
-        unknowns = {v.name for v in part.unknown_variables}
-        for what, groups in (("unknown", part.unknowns), ("given", part.givens)):
-            names = [v.name for group in groups for v in group.variables]
-            if len(set(names)) != len(names):
-                raise ArtifactError(f"{where} has two {what}s of one name among {', '.join(names)}. {AGAIN}")
-        givens = [v.name for g in part.givens for v in g.variables]
-        _need(givens, known, where)
-        _check_pairs(part.sensitivity, unknowns, givens, where)
-        _check_pairs(part.parameter_sensitivity, unknowns, part.parameters, where)
-        if part.predictor is not None:
-            fed_back = {part.predictor.feedback.input.name} if part.predictor.feedback else set()
-            _need(part.predictor.inputs, known | unknowns | fed_back, where)
-        # What a predictor gives besides unknowns is a guess, which nothing else may take for a value.
-        known |= unknowns
-        _need((given.variable.name for given in part.roles), known, where)
-        _need((given.pair for given in part.roles if given.pair is not None), known, where)
-    missing = outputs - known
-    if missing:
-        raise ArtifactError(f"{file}: no segment computes the outputs {sorted(missing)}.")
-    strange = {i for _, i in found.derivatives} - inputs
-    strange |= {o for o, _ in (*found.derivatives, *found.parameter_derivatives)} - outputs
-    if strange:
-        raise ArtifactError(f"{file}: derivatives name {sorted(strange)}, which are no inputs or outputs of the model.")
-    strange = {p for _, p in found.parameter_derivatives} - parameters
-    if strange:
-        raise ArtifactError(f"{file}: parameter_derivatives name {sorted(strange)}, which are not promoted.")
-
-
-def _need(wanted: Iterable[str], known: set[str], where: str) -> None:
-    for name in wanted:
-        if name not in known:
-            raise ArtifactError(
-                f"{where} needs input {name!r} which is not in the model's inputs or earlier outputs. {AGAIN}"
-            )
-
-
-def _check_pairs(
-    graph: PairGraph | GivenSensitivity | ParameterSensitivity | FusedSensitivity | None,
-    computed: Collection[str],
-    taken: Collection[str],
-    where: str,
-) -> None:
-    """The derivatives of a segment must be those of what it computes by what it takes."""
-    for pair in graph.pairs if graph is not None else ():
-        if pair.out not in computed or pair.wrt not in taken:
-            of, by = ", ".join(sorted(computed)), ", ".join(taken)
-            raise ArtifactError(
-                f"{where} has a derivative of {pair.out!r} by {pair.wrt!r}, where it computes {of} from {by}. {AGAIN}"
-            )
-
-
-def _check_boundary(found: Metadata, file: str) -> None:
-    """What callers know by a name must be one thing."""
-    renames = found.aliases
-    for kind, names, to in (
-        ("inputs", [v.name for v in found.inputs], renames.inputs),
-        ("outputs", [v.name for v in found.outputs], renames.outputs),
-        ("parameters", [p.name for p in found.parameters], renames.parameters),
-    ):
-        seen: dict[str, str] = {}
-        for name in names:
-            public = to.get(name, name)
-            if public in seen:
-                which = (
-                    f"{seen[public]!r} and {name!r}, which are both called {public!r}" if to else f"{public!r} twice"
-                )
-                raise ArtifactError(f"{file}: among the {kind} there are {which}. {AGAIN}")
-            seen[public] = name
-    parameters = {renames.parameters.get(p.name, p.name) for p in found.parameters}
-    for name in sorted(parameters):
-        path = name.split(".")
-        if not all(path):
-            raise ArtifactError(
-                f"{file}: {name!r} is no name of a parameter: a part between its dots is empty. {AGAIN}"
-            )
-        above = parameters.intersection(".".join(path[:k]) for k in range(1, len(path)))
-        if above:
-            raise ArtifactError(
-                f"{file}: {min(above)!r} is a parameter and a part of the name of another one, {name!r}. {AGAIN}"
-            )
-
-
-def _check_shapes(found: Metadata, file: str) -> None:
-    """A variable must have one shape wherever it is spoken of: each place is taken for what it holds."""
-    variables, pairs = [*found.inputs], list[Pair]()
-    for part in found.segments:
-        blocks: list[Any]
-        if isinstance(part, ExplicitInfo):
-            blocks = [part.jacobian, part.parameter_jacobian]
-        else:
-            blocks = [part.sensitivity, part.parameter_sensitivity]
-            variables += [v for group in (*part.unknowns, *part.givens) for v in group.variables]
-            variables += [given.variable for given in part.roles]
-            if part.predictor is not None and part.predictor.feedback is not None:
-                variables.append(part.predictor.feedback.input)
-        pairs += [pair for graph in blocks if graph is not None for pair in graph.pairs]
-    shapes: dict[str, Shape] = {}
-    for v in variables:
-        if shapes.setdefault(v.name, v.natural_shape) != v.natural_shape:
-            raise ArtifactError(
-                f"{file}: {v.name!r} has the shape {v.natural_shape} here, {shapes[v.name]} there. {AGAIN}"
-            )
-    bases = {v.name: v.base_shape for v in (*found.outputs, *variables)}
-    bases |= {p.name: p.base_shape for p in found.parameters}
-    # Outputs are listed without their site axes, and the derivatives of old files with them among the base axes.
-    claims = [("output", v.name, v.base_shape) for v in found.outputs]
-    for pair in pairs:
-        claims += [("derivative of", pair.out, pair.out_base_shape), ("derivative by", pair.wrt, pair.wrt_base_shape)]
-    for what, name, base in claims:
-        if base not in (bases.get(name, base), shapes.get(name)):
-            raise ArtifactError(
-                f"{file}: the {what} {name!r} has the base shape {base}, elsewhere it is {bases[name]}. {AGAIN}"
-            )
+    @property
+    def files(self) -> frozenset[str]:
+        """Names of all packages."""
+        return frozenset().union(*(segment.files for segment in self.segments))

@@ -19,25 +19,12 @@ from typing import Any
 from ..errors import ArtifactError
 from .document import Form, Name, Names, Shape, Unfit, Whole, convert
 from .files import shown
+from .schema import BASE_SHAPES, NewtonConfig
 
 Document = dict[str, Any]
 
 NEWEST = 14
 RELEASES = {2: "3.0.0 to 3.0.2", 3: "3.0.3", 7: "3.0.4 to 3.0.6", 12: "3.0.7", 14: "3.1.0"}
-
-# `Rot` became `MRP` in 3.0.6.
-BASE_SHAPES: dict[str, list[int]] = {
-    "Scalar": [],
-    "Vec": [3],
-    "WR2": [3],
-    "Rot": [3],
-    "MRP": [3],
-    "MillerIndex": [3],
-    "Quaternion": [4],
-    "SR2": [6],
-    "R2": [3, 3],
-    "SSR4": [6, 6],
-}
 
 
 def upgrade(document: Document, file: str) -> Document:
@@ -74,7 +61,7 @@ def released_form(document: Document, file: str) -> int:
 # -- what the steps need of old documents ------------------------------------------------------------------------------
 
 
-class _Typed(Form, kw_only=True):
+class _Typed(Form, frozen=True, kw_only=True):
     """A variable whose shape follows from its type."""
 
     name: Name
@@ -89,7 +76,7 @@ class _Typed(Form, kw_only=True):
             raise Unfit("var_size", f"{prod(base)}, the number of entries of a {self.var_type}")
 
 
-class _Flat(Form, kw_only=True):
+class _Flat(Form, frozen=True, kw_only=True):
     """A variable of an implicit segment of schema 2, whose shape is given with its sites in front."""
 
     name: Name
@@ -116,62 +103,81 @@ def _base_shape(variable: _Typed | _Flat) -> list[int]:
     return BASE_SHAPES[variable.var_type]
 
 
-class _Explicit2(Form, tag_field="kind", tag="forward"):
+class _Explicit2(Form, frozen=True, tag_field="kind", tag="forward"):
     inputs: tuple[_Typed, ...]
     outputs: tuple[_Typed, ...]
 
 
-class _Implicit2(Form, tag_field="kind", tag="implicit"):
+class _Implicit2(Form, frozen=True, tag_field="kind", tag="implicit"):
     unknowns: tuple[_Flat, ...]
     givens: tuple[_Flat, ...]
 
 
-class _Schema2(Form):
+class _Schema2(Form, frozen=True):
     segments: tuple[_Explicit2 | _Implicit2, ...]
 
 
-class _Sited(Form):
+class _Sited(Form, frozen=True):
     name: Name
     base_shape: Shape
     sub_batch_shape: Shape | None = None
 
 
-class _Cell(Form):
+class _Cell(Form, frozen=True):
     row_vars: tuple[_Sited, ...]
     col_vars: tuple[_Sited, ...]
     row_structure: str
     col_structure: str
 
 
-class _Group(Form):
+class _Group(Form, frozen=True):
     per_var_info: tuple[_Sited, ...]
     structure: str | None = None
 
 
-class _Explicit3(Form, tag_field="kind", tag="forward"):
+class _Explicit3(Form, frozen=True, tag_field="kind", tag="forward"):
     inputs: Names
     outputs: Names
     param_inputs: Names | None = None
 
 
-class _Implicit3(Form, tag_field="kind", tag="implicit"):
+class _Implicit3(Form, frozen=True, tag_field="kind", tag="implicit"):
     unknowns: Names
     given_group_infos: tuple[_Group, ...]
     ift_cells: tuple[_Cell, ...] | None = None
     linesearch: Document | None = None
 
 
-class _Schema3(Form):
+class _Schema3(Form, frozen=True):
     inputs: tuple[_Typed, ...]
     outputs: tuple[_Typed, ...]
     segments: tuple[_Explicit3 | _Implicit3, ...]
     parameters: tuple[Document, ...]
 
 
-class _Schema7(Form):
+class _Schema7(Form, frozen=True):
     inputs: tuple[Document, ...]
     outputs: tuple[Document, ...]
     segments: tuple[Document, ...]
+
+
+class _Segment14(Form, frozen=True):
+    inputs: Names = ()
+    outputs: Names = ()
+    param_inputs: Names = ()
+    param_vjp_params: Names = ()
+    param_vjp_outputs: Names = ()
+    predictor_inputs: Names = ()
+    predictor_outputs: Names = ()
+    jacobian_pairs: tuple[Document, ...] = ()
+    param_jacobian_pairs: tuple[Document, ...] = ()
+    input_sensitivity: Document | None = None
+    param_sensitivity: Document | None = None
+
+
+class _Schema14(Form, frozen=True):
+    segments: tuple[_Segment14, ...]
+    solver_config: NewtonConfig | None = None
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
@@ -215,13 +221,41 @@ def from_12(document: Document) -> Document:
     return document
 
 
+def from_14(document: Document) -> Document:
+    """Schema 14 to what `schema` reads: lists of bare names, a place for each pair, settings in each segment."""
+    config = document.get("solver_config", {})
+    return {**document, "segments": [_plain(segment, config) for segment in document["segments"]]}
+
+
 # By the schema that a step starts from, what it needs and what it does.
 STEPS: dict[int, tuple[type[Form], Callable[[Document], Document]]] = {
     2: (_Schema2, from_2),
     3: (_Schema3, from_3),
     7: (_Schema7, from_7),
     12: (Form, from_12),
+    14: (_Schema14, from_14),
 }
+
+
+def _plain(segment: Document, config: Document) -> Document:
+    found = {**segment, "newton": segment.get("newton", config)}
+    for key in _Segment14.__struct_fields__:
+        if key in segment and not key.endswith(("pairs", "sensitivity")):
+            found[key] = _names(segment[key])
+    for key, linear in (("jacobian_pairs", "input_sensitivity"), ("param_jacobian_pairs", "param_sensitivity")):
+        if key in segment:
+            iterative = segment.get(linear, {}).get("kind") == "krylov"
+            found[key] = [_placed(pair, i, iterative) for i, pair in enumerate(segment[key])]
+    return found
+
+
+def _placed(pair: Document, i: int, iterative: bool) -> Document:
+    """A pair with its place; an iterative solve has one matrix for all of them, which is cut by their offsets."""
+    if iterative:
+        return {"row_offset": 0, "col_offset": 0, **pair, "output": 0}
+    if "output" in pair:
+        return {"row_offset": 0, "col_offset": 0, **pair}
+    return {**pair, "output": i, "row_offset": None, "col_offset": None}
 
 
 def _flat_explicit(segment: Document) -> Document:

@@ -8,7 +8,9 @@ keep their own order; which argument is which shows in the package.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from ..errors import ArtifactError
 from . import schema as s

@@ -288,12 +288,9 @@ class _Outer:
         return VariableReport(name, variable.type, variable.base_shape, variable.sub_batch_shape, kind, of, steps)
 
     def segment(self, part: s.Segment, place: Place) -> SegmentReport:
-        from .._artifact.compatibility import files_of
-
         renamed = {**self.names.inputs, **self.names.outputs}
         parameters = tuple(self.names.parameters.get(name, name) for name in part.parameters)
-        alone = s.Metadata(self.metadata.inputs, self.metadata.outputs, (), (part,), (), ())
-        files = tuple(FileReport(name, _bytes(place.leaf / name)) for name in sorted(files_of(alone)))
+        files = tuple(FileReport(name, _bytes(place.leaf / name)) for name in sorted(part.files))
 
         def shown(found: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(renamed.get(name, name) for name in found)
@@ -305,7 +302,7 @@ class _Outer:
             solver, preconditioned = part.step.settings.method, part.step.precond_setup is not None
         return SegmentReport(
             kind="implicit",
-            inputs=shown(tuple(given.variable.name for given in part.roles)),
+            inputs=shown(tuple(given.name for given in part.roles)),
             outputs=shown(tuple(v.name for v in part.unknown_variables)),
             parameters=parameters,
             files=files,
@@ -320,14 +317,13 @@ class _Outer:
 
 
 def _leaf(place: Place) -> LeafReport:
-    from .._artifact.compatibility import files_of
     from .._artifact.decode import read_metadata
     from .._artifact.kinship import kinship
     from .._artifact.locate import dtype_name
 
     # Before neml2 3.0.7 each has its own.
     metadata = read_metadata(place.metadata, place.folder)
-    files = [place.leaf / name for name in sorted(files_of(metadata))]
+    files = [place.leaf / name for name in sorted(metadata.files)]
     total = sum(size for size in map(_bytes, files) if size is not None)
     family, dtype = place.device.type, dtype_name(place.dtype) or ""
     kin = kinship(metadata, place)

@@ -133,7 +133,6 @@ def _rewritten(place: Place, drop_derivatives: bool) -> Rewritten:
 
 def _write(folder: Path, stub: Path, there: list[Place], found: Rewritten, text: str) -> None:
     """Write all of it to a folder beside its place, look it over, and move it there."""
-    from .._artifact.compatibility import files_of
     from .._artifact.decode import read_metadata
     from .._artifact.files import PACKAGE
     from .._artifact.layout import METADATA
@@ -152,7 +151,7 @@ def _write(folder: Path, stub: Path, there: list[Place], found: Rewritten, text:
         for place in there:
             leaf = draft / leaf_name(place)
             leaf.mkdir(parents=True)
-            for name in sorted(files_of(read_metadata(draft / METADATA))):
+            for name in sorted(read_metadata(draft / METADATA).files):
                 (leaf / name).write_bytes(place.folder.read(place.leaf / name, PACKAGE).data)
             # What was written must be an artifact of the newest schema with the leaf.
             new = locate(draft, place.device.type, place.dtype)

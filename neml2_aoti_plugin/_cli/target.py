@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._artifact.compatibility import files_of
 from .._artifact.decode import read_metadata
 from .._artifact.layout import DEVICE_METADATA, absolute, device_files, find_root, leaves, root_of
 from .._artifact.locate import Place, dtype_name, locate
@@ -61,7 +60,7 @@ class Target:
 
     def files(self) -> list[Path]:
         """The files that loading the leaf reads."""
-        place, names = self.place(), files_of(self.metadata())
+        place, names = self.place(), self.metadata().files
         return [*([self.stub] if self.stub is not None else []), place.metadata, *(place.leaf / n for n in names)]
 
     def load(self) -> Model:

@@ -157,7 +157,7 @@ class Program:
         self._trace_facts()
         self.segments: list[ExplicitSegment | ImplicitSegment] = []
         implicit = [spec for spec in metadata.segments if not isinstance(spec, ExplicitInfo)]
-        given = [given.variable for spec in implicit for given in spec.roles]
+        given = [given for spec in implicit for given in spec.roles]
         known = {variable.name: variable for variable in (*given, *metadata.outputs)}
         for spec in metadata.segments:
             if isinstance(spec, ExplicitInfo):

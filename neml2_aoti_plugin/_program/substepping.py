@@ -66,7 +66,7 @@ def solve(
     settings = replace(settings, chord_steps=False)
     like = next(iter(state.values()))
     unknowns = {v.name: like.new_zeros((rows, *v.natural_shape)) for v in spec.unknown_variables}
-    names = [g.variable.name for g in spec.roles]
+    names = [g.name for g in spec.roles]
     predicted_from = spec.predictor.inputs if spec.predictor else ()
     past = {
         name: state[name].clone() for name in dict.fromkeys((*names, *predicted_from)) if _lag(name) and name in state
@@ -182,7 +182,7 @@ def _terms(roles: tuple[Given, ...], a: float, b: float) -> dict[str, list[tuple
     """Each force over the subincrement [a, b] as a combination of its values at the increment's ends."""
     terms: dict[str, list[tuple[float, str]]] = {}
     for given in roles:
-        name, pair = given.variable.name, given.pair
+        name, pair = given.name, given.pair
         if given.role == "incremental":
             terms[name] = [(b - a, name)]
         elif given.role in ("old_force", "cur_force") and pair is None:
@@ -191,7 +191,7 @@ def _terms(roles: tuple[Given, ...], a: float, b: float) -> dict[str, list[tuple
             terms[name] = [(1.0 - a, name), (a, pair)]
         elif given.role == "cur_force" and pair is not None:
             # neml2 pairs with the lag that comes first in the inputs; the increment starts at the latest one.
-            old = f"{name}~1" if any(g.variable.name == f"{name}~1" for g in roles) else pair
+            old = f"{name}~1" if any(g.name == f"{name}~1" for g in roles) else pair
             terms[name] = [(1.0 - b, old), (b, name)]
     return terms
 
