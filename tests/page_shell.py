@@ -31,20 +31,14 @@ ELSEWHERE = ("pip ", "python3 -m venv ", ". .venv/", "pre-commit ", "neml2-aoti 
 HERE = ("neml2-aoti ", "neml2-run ", "neml2-inspect ")
 
 
-def script(text: str, *, bare: bool = False) -> str:
-    """The program of a page, each block on its own lines, so that a traceback tells the line of the page.
-
-    With `bare`, a block without a language is a shell block if it begins with a command.
-    """
+def script(text: str) -> str:
+    """The program of a page, each block on its own lines, so that a traceback tells the line of the page."""
     lines: list[str] = []
     inside, opening = None, ""
-    given = text.splitlines()
-    for number, line in enumerate(given):
+    for line in text.splitlines():
         fence = FENCE.match(line)
         if fence and inside is None:
             opening, inside = fence[2], fence[3].strip()
-            if bare and not inside and given[number + 1].startswith(PROGRAMS):
-                inside = "sh"
             lines.append("shell(r'''" if inside == "sh" else "")
         elif fence and fence[2] == opening and not fence[3].strip():
             lines.append("''')" if inside == "sh" else "")

@@ -15,11 +15,9 @@ import pytest
 
 import page_shell
 from page_shell import ROOT
-from stubs.build import QUICK, compiled
+from stubs.build import QUICK
 from stubs.catalogue import CATALOGUE
 
-# Kept as it is: its commands run without a label, on a model that it does not compile.
-BARE = {"docs/reliability.md"}
 # Compiles for an hour, with old releases.
 NOT_RUN = {"legacy/README.md"}
 # Run against a service, by tests/test_serve.py; with pyzag, by tests/test_pyzag.py.
@@ -50,25 +48,24 @@ def blocks(page: str) -> list[tuple[str, str]]:
 RUNNING = [
     page
     for page in PAGES
-    if page not in ELSEWHERE and (page in BARE or {"python", "sh"} & {language for language, _ in blocks(page)})
+    if page not in ELSEWHERE and {"python", "sh"} & {language for language, _ in blocks(page)}
 ]
 
 
-def like_a_clone(place: Path) -> None:
-    """Give a folder the input files; docs/tool.md has them beside it."""
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is like a clone, in which a reader does one page after the other."""
+    place = tmp_path_factory.mktemp("clone")
     (place / "stubs").mkdir()
     for stub in CATALOGUE.values():
         shutil.copy(stub.path, place / "stubs")
-        shutil.copy(stub.path, place)
+    return place
 
 
 def run(page: str, place: Path) -> None:
-    """Run a page in a folder that is like a clone, in a fresh process, as a reader would."""
-    like_a_clone(place)
-    if page in BARE:
-        shutil.copytree(compiled("elasticity"), place / "aoti")
+    """Run a page in a fresh process, as a reader would."""
     program = place / f"page_{Path(page).stem}.py"
-    program.write_text(page_shell.script(text_of(page), bare=page in BARE), encoding="utf-8")
+    program.write_text(page_shell.script(text_of(page)), encoding="utf-8")
     # Without what this process has imported or set.
     kept = {n: v for n, v in os.environ.items() if not n.startswith("NEML2_") or n == "NEML2_AOTI_PLUGIN_STUB_CACHE"}
     paths = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
@@ -91,26 +88,25 @@ def run(page: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.wide] if p in WIDE else []) for p in RUNNING])
-def test_blocks_run(page: str, tmp_path: Path) -> None:
-    run(page, tmp_path)
+def test_blocks_run(page: str, clone: Path) -> None:
+    run(page, clone)
     pictures = set(re.findall(r"--(?:out|plot) (\S+\.(?:png|svg))", text_of(page)))
-    lost = [name for name in pictures if not (tmp_path / name).is_file() or (tmp_path / name).stat().st_size < 5000]
+    lost = [name for name in pictures if not (clone / name).is_file() or (clone / name).stat().st_size < 5000]
     assert not lost, f"{page}: no picture {lost}"
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1000)
-def test_the_least_options_of_a_march_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_options_of_a_march_are_enough(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compile of the page, for real, and the gradient through the march of the page, against a difference."""
     (block,) = (block for language, block in blocks(MARCH) if language == "sh long")
     (command,) = page_shell.commands(block)
-    like_a_clone(tmp_path)
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
-    page_shell.run(command, tmp_path, 800)
+    page_shell.run(command, clone, 800)
     (march,) = re.findall(r"^def march\(.*?(?=^model = )", text_of(MARCH), flags=re.MULTILINE | re.DOTALL)
     program = f"import torch\nfrom neml2.aoti import Model\n\n{march}\n{GRADIENT}"
-    page_shell.run(f"{shlex.quote(sys.executable)} -c {shlex.quote(program)}", tmp_path)
+    page_shell.run(f"{shlex.quote(sys.executable)} -c {shlex.quote(program)}", clone)
 
 
 GRADIENT = """
@@ -126,7 +122,7 @@ assert abs(float(value.grad) - (ends[1] - ends[0]) / 0.02) < 1e-5 * abs(float(va
 """
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in BARE | NOT_RUN | ELSEWHERE])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in NOT_RUN | ELSEWHERE])
 def test_commands_are_labelled_so_that_they_run(page: str) -> None:
     known = ("python", "sh", "ini", "dockerfile", "json", *(["sh long"] if page == MARCH else []))
     for language, block in blocks(page):
@@ -134,6 +130,14 @@ def test_commands_are_labelled_so_that_they_run(page: str) -> None:
             assert not block.startswith(page_shell.PROGRAMS), f"{page}: label this `sh`, so that it is run:\n{block}"
         else:
             assert language in known or language.startswith("{"), f"{page}: nothing runs {language!r}"
+
+
+def test_no_page_compiles_into_the_folder_of_another() -> None:
+    """The first page of the site shows what README shows; all others have a folder of their own."""
+    taken: dict[str, str] = {}
+    for page in PAGES:
+        for folder in set(re.findall(r"--output-dir (\S+)", text_of(page))) if page != "docs/index.md" else ():
+            assert taken.setdefault(folder, page) == page, f"{page} and {taken[folder]} compile into {folder}"
 
 
 @pytest.mark.parametrize("page", PAGES)

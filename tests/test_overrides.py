@@ -13,7 +13,7 @@ from neml2.cli.run import main as neml2_run
 import references
 from commands import answer
 from legacy import build
-from neml2_aoti_plugin import InputError
+from neml2_aoti_plugin import InputError, Model
 from neml2_aoti_plugin import _cli as cli
 
 
@@ -124,12 +124,14 @@ def test_what_a_file_itself_holds_is_not_judged(tmp_path: Path) -> None:
 
 
 def test_a_value_in_the_stub_itself_is_refused(tmp_path: Path) -> None:
-    """Others that read stubs, such as the command, would not see it."""
+    """By each that reads stubs, since none takes it."""
     stub = tmp_path / "mine.i"
     artifact = references.case("promoted").artifact
     stub.write_text(f"[Models]\n [m]\n  type = AOTIModel\n  artifact_path = '{artifact}'\n  promoted.E = 5\n []\n[]\n")
     with pytest.raises(InputError, match=r"promoted.E is 5, which nobody reads.*overrides of Models/m/promoted.E"):
         neml2.load_model(stub, "m")
+    with pytest.raises(InputError, match=r"\[Models/m\] in .*promoted.E is 5, which nobody reads"):
+        Model(stub)
     stub.write_text(stub.read_text().replace("  promoted.E = 5\n", ""))
     model = neml2.load_input(stub, additional_args=["Models/m/promoted.E:=5"]).get_model("m")
     assert dict(model.named_parameters())["promoted.E"].item() == 5

@@ -282,7 +282,7 @@ class TestFailedPoints:
 
     def test_are_not_committed(self, points: Points, found: PointsResult) -> None:
         before = points.state()
-        with pytest.raises(AOTIError, match=r"2 of 7 points failed.*: 2, 5. Call revert\(\).*commit\(result.conv"):
+        with pytest.raises(AOTIError, match=r"2 of 7 points failed.*: 2, 5. Call revert\(\) and give finite values of 'strain'.*commit\(result.conv"):
             points.commit()
         with pytest.raises(AOTIError, match="1 of 7 points failed"):
             points.commit([0, 2])

@@ -37,7 +37,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     name, *flags = shlex.split(PAGE["sh"])
     command = [str(Path(sys.executable).with_name(name)), *flags]
     subprocess.run(command, cwd=folder, env={**os.environ, **QUICK}, check=True, timeout=800)
-    file = folder / "aoti" / "residual_aoti.i"
+    file = folder / "residual" / "residual_aoti.i"
     file.write_text(file.read_text(encoding="utf-8") + PAGE["ini"], encoding="utf-8")
     return file
 

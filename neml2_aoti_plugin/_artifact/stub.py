@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import nmhit
 
 AOTI_MODEL = "AOTIModel"
+# Of its block.
+OPTIONS = ("artifact_path", "meta", "solver")
 # What to give where an input file was expected.
 STUB = "an input file, such as the stub that neml2-compile wrote beside the artifact, MODEL_aoti.i"
 
@@ -81,8 +83,10 @@ def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = 
     elif model not in compiled:
         there = ", ".join(compiled) or "none"
         raise UnknownNameError(f"{path} has no compiled model {model!r}; there are: {there}.")
+    block = compiled[model]
     try:
-        stub = read_stub(compiled[model], path.parent, lambda name: blocks(root, "Solvers").get(name))
+        _require_known(block, {item.partition(":=")[0] for item in overrides})
+        stub = read_stub(block, path.parent, lambda name: blocks(root, "Solvers").get(name))
         artifact = stub.artifact.resolve()
         root_of(artifact)
     except (ArtifactNotFoundError, InputError) as error:
@@ -118,13 +122,26 @@ def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:
     return {block.path(): block for top in tops for block in top.children(kind)}
 
 
+def _require_known(block: nmhit.Node, overridden: set[str]) -> None:
+    """Refuse an option that nobody reads; those given as overrides may be promoted parameters, which neml2's side knows."""
+    import nmhit
+
+    for field in block.children(nmhit.NodeType.Field):
+        if field.path() not in ("type", *OPTIONS) and field.fullpath() not in overridden:
+            raise InputError(
+                f"{field.path()} is {field.raw_val()}, which nobody reads. The block takes {', '.join(OPTIONS)}; all "
+                "else is compiled: compile the model again, with -p PARAMETER for one that is to be changed. Solver "
+                "settings can be given at the load: Model(..., solver={'atol': 1e-9})."
+            )
+
+
 def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmhit.Node | None]) -> Stub:
     """What a block of type `AOTIModel` asks for; `solver_block` gives the block of a name in the file's `[Solvers]`.
 
     A path is relative to the file that the option itself is in, which the input file may include, or to `folder`, that
     of the input file. An InputError where the options do not go together.
     """
-    options = {option: block.param_optional_str(option, "") for option in ("artifact_path", "meta", "solver")}
+    options = {option: block.param_optional_str(option, "") for option in OPTIONS}
     given = [option for option in ("artifact_path", "meta") if options[option]]
     if len(given) != 1:
         raise InputError(

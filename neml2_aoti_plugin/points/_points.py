@@ -255,10 +255,14 @@ class Points:
         if keep is not None:
             mask = torch.zeros_like(trial.updated)
             mask[rows_of(keep, self.n, "keep").to(mask.device)] = True
-        failed = "failed in the last update", "revert() and take a smaller step, or commit(result.converged)"
+        # What was not updated yet is NaN as well.
+        given = [name for name in self.driven if name in trial.values and bool(trial.updated.all())]
+        lost = [repr(name) for name in given if not bool(trial.values[name].isfinite().all())]
+        step = f"give finite values of {', '.join(lost)}" if lost else "take a smaller step"
+        failed = "failed in the last update", f"revert() and {step}, or commit(result.converged)"
         absent = "were not updated since the last commit", "update(..., points=...) for them, or commit(keep)"
-        for lost, (what, cure) in ((trial.failed, failed), (~trial.updated, absent)):
-            rows = (lost if mask is None else mask & lost).nonzero().squeeze(-1).tolist()
+        for out, (what, cure) in ((trial.failed, failed), (~trial.updated, absent)):
+            rows = (out if mask is None else mask & out).nonzero().squeeze(-1).tolist()
             if rows:
                 shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
                 raise AOTIError(
