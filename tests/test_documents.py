@@ -158,7 +158,7 @@ def test_each_example_is_listed() -> None:
     ("command", "says"),
     [
         ("false", "exit status 1"),
-        ("make no-such-target", "exit status 2"),
+        ("make no-such-target", "the Makefile has no such target"),
         ("neml2-aoti inspect nowhere", "exit status 2"),
         ("neml2-compile nowhere.i --driver driver -d :", "there is no file"),
         ("neml2-compile elasticity.i --driver driver -d stress:", "no entry of stubs/catalogue.py"),

@@ -14,7 +14,15 @@ import neml2_aoti_plugin
 from environments import ROOT
 
 FOLDERS = ("benchmarks", "docs", "examples", "legacy", "neml2_aoti_plugin", "stubs", "tests", "tools")
-FILES = (".pre-commit-config.yaml", "hatch_build.py", "Makefile", "constraints.txt", "LICENSE", "pyproject.toml")
+FILES = (
+    ".pre-commit-config.yaml",
+    "CITATION.cff",
+    "hatch_build.py",
+    "Makefile",
+    "constraints.txt",
+    "LICENSE",
+    "pyproject.toml",
+)
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "neml2_aoti_plugin").is_dir(), reason="the sources lie elsewhere"),
