@@ -46,9 +46,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 # What has something to run.
 RUNNING = [
-    page
-    for page in PAGES
-    if page not in ELSEWHERE and {"python", "sh"} & {language for language, _ in blocks(page)}
+    page for page in PAGES if page not in ELSEWHERE and {"python", "sh"} & {language for language, _ in blocks(page)}
 ]
 
 

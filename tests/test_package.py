@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import email
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -91,3 +93,14 @@ def test_verdict_on_the_native_binding(
     neml2: str | None, torch: str | None, on_disk: bool | None, verdict: str
 ) -> None:
     assert _status.native_verdict(neml2, torch, on_disk).startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("module", "lacks", "extra"),
+    [("neml2_aoti_plugin.serve", "starlette", "serve"), ("neml2_aoti_plugin.parallel.dask", "distributed", "dask")],
+)
+def test_what_needs_an_extra_names_it(module: str, lacks: str, extra: str) -> None:
+    program = f"import sys; sys.modules[{lacks!r}] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().rstrip(".").endswith(f"not installed: pip install 'neml2-aoti-plugin[{extra}]'")

@@ -123,7 +123,7 @@ def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:
 
 
 def _require_known(block: nmhit.Node, overridden: set[str]) -> None:
-    """Refuse an option that nobody reads; those given as overrides may be promoted parameters, which neml2's side knows."""
+    """Refuse an option that nobody reads; an override may be of a promoted parameter, which neml2's side knows."""
     import nmhit
 
     for field in block.children(nmhit.NodeType.Field):

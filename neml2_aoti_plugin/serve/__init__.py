@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from ._app import app as app
-from ._limits import Limits as Limits
+try:
+    from ._app import app as app
+    from ._limits import Limits as Limits
+except ModuleNotFoundError as error:
+    cure = "pip install 'neml2-aoti-plugin[serve]'"
+    raise ModuleNotFoundError(
+        f"the service needs {error.name}, which is not installed: {cure}", name=error.name
+    ) from None
 
 __all__ = ["Limits", "app"]
