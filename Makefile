@@ -11,15 +11,19 @@ INSTALLED := $(VENV)/installed
 CODE := neml2_aoti_plugin/_solve/machine_code.bc
 SOURCES := $(wildcard neml2_aoti_plugin/_solve/machine/*.py) $(addprefix neml2_aoti_plugin/_solve/,criteria.py tables.py)
 READY := $(INSTALLED) $(CODE)
+# What pytest runs by itself: without what needs other stubs, releases or packages, or takes minutes.
+PLAIN := not long and not legacy and not wide and not clients
 
-.PHONY: help machine-code demo calibrate plate test test-wide long legacy legacy-all test-clients lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix lowest
+.PHONY: help machine-code demo calibrate plate test test-processes test-wide coverage long legacy legacy-all test-clients lint format docs docs-links wheel clean compare-native benchmark benchmark-check benchmark-service torch-matrix lowest
 
 help:
 	@echo "make demo    compile the viscoplastic model, run it, and draw its stress-strain curve"
 	@echo "make calibrate  fit two parameters of the compiled viscoplastic model to noisy data, and draw it"
 	@echo "make plate   pull a plate with a hole by finite elements around compiled integration points, and draw it"
 	@echo "make test    run the tests; from a cold cache it compiles the stubs they need first"
+	@echo "make test-processes  run the tests that start interpreters, services and browsers, and what pages show"
 	@echo "make test-wide  run the tests that need the other stubs, which take minutes more to compile, and slow ones"
+	@echo "make coverage  tell which lines of the package the two suites before run"
 	@echo "make long    run the long tests: many threads, processes and damaged files"
 	@echo "make legacy  run the tests on an artifact of each older schema, which it compiles first"
 	@echo "make legacy-all  run the tests on all artifacts of older neml2 releases; half an hour of compiling more"
@@ -65,11 +69,20 @@ plate: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m stubs.build --jobs $(JOBS)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m '$(PLAIN) and not processes' $(PYTEST_ARGS)
+
+test-processes: $(READY)
+	$(BIN)/python -m stubs.build --jobs $(JOBS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m '$(PLAIN) and processes' $(PYTEST_ARGS)
 
 test-wide: $(READY)
 	$(BIN)/python -m stubs.build --all --jobs $(JOBS)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m 'wide and not long and not legacy' $(PYTEST_ARGS)
+
+# Of this process alone: what programs run that tests start is not counted, nor the loops that are compiled beforehand.
+coverage: $(READY)
+	$(BIN)/python -m stubs.build --jobs $(JOBS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --cov=neml2_aoti_plugin $(PYTEST_ARGS)
 
 long: $(READY)
 	$(BIN)/python -m stubs.build --all --jobs $(JOBS)

@@ -11,6 +11,8 @@ import pytest
 import environments
 from environments import Environment
 
+pytestmark = pytest.mark.processes
+
 # The plugin must be the wheel's, and be active, in a process that has imported neml2.
 ACTIVE = """
 import sys, neml2, neml2.aoti, neml2.factory, neml2.solvers, neml2_aoti_plugin as plugin

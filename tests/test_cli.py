@@ -210,6 +210,7 @@ def test_wrong_use_is_refused(words: list[str], said: str, there: Path) -> None:
     assert sorted(there.rglob("*")) == before
 
 
+@pytest.mark.processes
 def test_warm_fills_the_folder_that_a_container_keeps(environment: Environment, place: Path) -> None:
     variables = {"NEML2_AOTI_PLUGIN_CACHE": str(place / "cache")}
     warm, doctor = (json.loads(start(environment, place, c, "--json", **variables).stdout) for c in ("warm", "doctor"))
@@ -266,6 +267,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.processes
 @FULL
 @pytest.mark.parametrize(
     ("words", "unbuffered", "streams"),

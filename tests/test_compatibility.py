@@ -131,6 +131,7 @@ def test_torch_that_is_too_old(release: str, refused: bool) -> None:
     assert bool(compatibility.torch_fault(release)) == refused
 
 
+@pytest.mark.processes
 def test_operators_are_registered_where_neml2_was_not_imported() -> None:
     out = run_fresh(
         """
@@ -145,6 +146,7 @@ def test_operators_are_registered_where_neml2_was_not_imported() -> None:
     assert float(out) == 0.0
 
 
+@pytest.mark.processes
 def test_a_library_that_needs_what_torch_lacks_is_refused_and_ends_no_process(artifact: Path) -> None:
     file = package(artifact)
     make = edited(".so", lambda d: d.replace(b"aoti_torch_empty_strided\0", b"aoti_torch_empty_stridex\0"))

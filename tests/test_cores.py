@@ -15,6 +15,8 @@ from attacks.children import run, run_fresh
 from neml2_aoti_plugin._graphs.threads import run_all
 from references import Tensors
 
+pytestmark = pytest.mark.processes
+
 # Blocks of viscoplasticity have 1,024 rows: five of them, the last one not of whole vectors.
 ROWS = 4_711
 

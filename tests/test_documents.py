@@ -85,6 +85,7 @@ def run(page: str, place: Path) -> None:
     assert process.returncode == 0, f"{page}:\n{printed}"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.wide] if p in WIDE else []) for p in RUNNING])
 def test_blocks_run(page: str, clone: Path) -> None:
     run(page, clone)

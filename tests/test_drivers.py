@@ -156,6 +156,7 @@ class TestViscoplasticity:
             assert np.abs(stepped[count][0][-1] - integrated[0][-1]).max() < 1e-6 * np.abs(integrated[0]).max()
 
 
+@pytest.mark.processes
 class TestConsoleScripts:
     """neml2's own tools, as a user starts them, on compiled stubs."""
 

@@ -208,6 +208,7 @@ PROCESSES = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", PROCESSES)
 def test_a_process_that_is_other(kind: str) -> None:
     before, reason = PROCESSES[kind]

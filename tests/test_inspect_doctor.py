@@ -167,6 +167,7 @@ BROKEN: list[tuple[dict[str, str], dict[str, tuple[str, str, str]]]] = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("variables", "spoilt"), BROKEN)
 def test_broken_environments(
     variables: dict[str, str], spoilt: dict[str, tuple[str, str, str]], tmp_path: Path
@@ -221,6 +222,7 @@ def test_an_artifact_that_cannot_run(tmp_path: Path) -> None:
     assert answer("doctor", stub, status=1)["artifact"] is None
 
 
+@pytest.mark.processes
 def test_the_binding_is_tried() -> None:
     """On whatever torch this is: what is tried must be what was measured."""
     diagnosis = answer("doctor", stub_of("viscoplasticity"), "--try-binding")

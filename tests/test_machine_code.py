@@ -106,6 +106,7 @@ def cubes(code: MachineCode, g: Tensor) -> tuple[Tensor, ...]:
     return u, found.statistics.iterations, found.statistics.norms, derivatives
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux" or sys.maxsize < 2**32, reason="lays out memory as Linux does")
 def test_code_is_loaded_into_memory_in_pieces() -> None:
     """Where large libraries lie between what is free, as with torch for CUDA, its sections still reach each other."""
@@ -249,6 +250,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_object_is_made_anew(damage: str, cache: Path) -> None:
     file = only(cache)
@@ -258,6 +260,7 @@ def test_damaged_object_is_made_anew(damage: str, cache: Path) -> None:
     assert file.read_bytes() == good
 
 
+@pytest.mark.processes
 @on_posix
 @pytest.mark.parametrize("what", ["fifo", "link", "folder"])
 def test_what_is_no_plain_file_is_left_alone(what: str, cache: Path, tmp_path: Path) -> None:
@@ -275,6 +278,7 @@ def test_what_is_no_plain_file_is_left_alone(what: str, cache: Path, tmp_path: P
     assert elsewhere.read_bytes() == before
 
 
+@pytest.mark.processes
 @on_posix
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o750])
 def test_folder_that_others_can_enter_is_not_read(mode: int, cache: Path) -> None:
@@ -286,6 +290,7 @@ def test_folder_that_others_can_enter_is_not_read(mode: int, cache: Path) -> Non
     assert file.read_bytes() == b"planted"
 
 
+@pytest.mark.processes
 @on_posix
 def test_folder_that_others_can_exchange_is_not_read(cache: Path) -> None:
     cache.chmod(0o777)
@@ -294,6 +299,7 @@ def test_folder_that_others_can_exchange_is_not_read(cache: Path) -> None:
     assert kept(cache) == str(only(cache))
 
 
+@pytest.mark.processes
 @on_posix
 @pytest.mark.skipif(os.name == "posix" and os.getuid() != 0, reason="only root can give a folder away")
 def test_folder_of_another_user_is_not_read(cache: Path) -> None:
@@ -301,6 +307,7 @@ def test_folder_of_another_user_is_not_read(cache: Path) -> None:
     assert kept(cache) == "None"
 
 
+@pytest.mark.processes
 def test_full_disk(tmp_path: Path) -> None:
     source = (
         "import resource, signal\n"
@@ -318,6 +325,7 @@ def test_full_disk(tmp_path: Path) -> None:
     assert not list((tmp_path / "machine-code").iterdir())
 
 
+@pytest.mark.processes
 def test_no_folder_to_be_had(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -326,6 +334,7 @@ def test_no_folder_to_be_had(tmp_path: Path) -> None:
     assert kept("relative/folder") == "None"
 
 
+@pytest.mark.processes
 def test_many_processes_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(lambda _: kept(tmp_path), range(4)))
@@ -351,6 +360,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 
 
 # An interrupt may leave a file for the collector to close.
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @on_posix
 def test_signal_in_the_middle_of_making_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import pytest
 import references
 from attacks.children import run_fresh
 
+pytestmark = pytest.mark.processes
+
 ROWS = 400_000
 UNKNOWNS = 7
 # Of each row a call keeps its outputs and, to tell how it fared, the unknowns, two norms, a count and its place: 18

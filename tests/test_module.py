@@ -242,6 +242,7 @@ def work(model: Any, queue: Any) -> None:
     queue.put(stress(model).detach().numpy())
 
 
+@pytest.mark.processes
 class TestProcesses:
     def test_spawn(self, model: Any) -> None:
         model.set_parameter(E, 100000.0)

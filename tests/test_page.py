@@ -22,10 +22,13 @@ from stubs.build import compiled
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="there is no Chromium: apt-get install chromium chromium-driver",
-)
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(
+        not (shutil.which("chromium") and shutil.which("chromedriver")),
+        reason="there is no Chromium: apt-get install chromium chromium-driver",
+    ),
+]
 
 STUBS = ("elasticity", "viscoplasticity")
 # Too few iterations for steps beyond the elastic ones.

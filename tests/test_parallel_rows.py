@@ -551,6 +551,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_killed_goes_on_where_it_was(number: signal.Signals, run: Run, tmp_path: Path) -> None:
     # As many copies of the rows, so that a run lasts long enough.

@@ -17,6 +17,8 @@ import pytest
 import references
 from attacks.children import environment, run, run_fresh, start
 
+pytestmark = pytest.mark.processes
+
 SETUP = """
 import multiprocessing, os, resource, signal, sys, tempfile, threading, time
 import neml2, torch

@@ -20,6 +20,8 @@ import pytest
 from neml2_aoti_plugin import Model, serve
 from serving import Array, Service, artifact, close, encode, raw, read_all, started, step, strain, tensors
 
+pytestmark = pytest.mark.processes
+
 TOKEN = "of-the-test-9d1f"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 INFER = "/v2/models/elasticity/infer"

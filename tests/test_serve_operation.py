@@ -42,7 +42,10 @@ from serving import (
 TOKEN = "of-the-test-9d1f"
 INFER = "/v2/models/elasticity/infer"
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and Unix sockets are others there")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(os.name == "nt", reason="signals and Unix sockets are others there"),
+]
 
 
 def eventually(holds: Callable[[], bool], patience: float = 30.0) -> None:

@@ -11,6 +11,8 @@ import references
 from attacks.archives import archive_of, entries_of
 from attacks.children import run
 
+pytestmark = pytest.mark.processes
+
 # A power law: its graphs name neml2::opaque_pow, which is written in Python.
 POWER_LAW = "calibration"
 

@@ -35,6 +35,7 @@ for call in (model.forward, model.jacobian):
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["rowwise", "lockstep"])
 @pytest.mark.parametrize("implementation", ["native", "torch"])
 @pytest.mark.parametrize("name", ["viscoplasticity", "cross_group"])

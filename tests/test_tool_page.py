@@ -21,6 +21,8 @@ from neml2_aoti_plugin._cli.app import COMMANDS, HELP
 from stubs.catalogue import CATALOGUE
 from tools import json_forms
 
+pytestmark = pytest.mark.processes
+
 PAGE = json_forms.PAGE.read_text(encoding="utf-8")
 # In an order in which each finds what it needs.
 RUN = ("doctor", "example", "inspect", "verify", "run", "plot", "params", "seal", "serve")
