@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..errors import ArtifactError
 from .files import Folder
-from .layout import METADATA, device_files_below, leaves
+from .layout import artifact_at, leaves
 from .locate import Place, dtype_name
 from .package import archive_faults, libraries_in, open_archive, read_entry, read_package, read_text
 from .schema import Metadata
@@ -58,12 +58,12 @@ def kinship(metadata: Metadata, place: Place) -> Kinship:
 
 def _judged(names: frozenset[str], place: Place) -> tuple[str, str]:
     """What speaks against a leaf, and what may."""
-    shared = place.metadata.name == METADATA
-    root = place.metadata.parent if shared else place.metadata.parent.parent
+    artifact = artifact_at(place.metadata)
+    root, shared = artifact.root, artifact.shared
     if shared:
         folders = [root / device / dtype for device, dtype in leaves(root)]
     else:
-        folders = [f.parent for f in device_files_below(root) if f.name == place.metadata.name]
+        folders = [file.parent for file in artifact.of_all_devices()]
     others = [folder for folder in folders if folder != place.leaf]
     if place.leaf not in folders or not others:
         return "", ""
@@ -71,7 +71,7 @@ def _judged(names: frozenset[str], place: Place) -> tuple[str, str]:
     latest = _latest(folders, names, place.metadata) if shared else None
     if latest == place.leaf:
         return "", ""
-    verdicts = {other: _of_one_source(names, place, other) for other in ([latest] if latest else others)}
+    verdicts = {other: _of_one_source(names, place, other, shared) for other in ([latest] if latest else others)}
     strange = [other for other, same in verdicts.items() if same is False]
     unclear = [other for other, same in verdicts.items() if same is None]
     if latest is not None and strange:
@@ -103,9 +103,9 @@ def _listed(folders: Iterable[Path]) -> str:
     return " and ".join(map(str, folders))
 
 
-def _of_one_source(names: Iterable[str], place: Place, other: Path) -> bool | None:
+def _of_one_source(names: Iterable[str], place: Place, other: Path, shared: bool) -> bool | None:
     """Whether two leaves are of one source: False if a package shows that they are not, None if one leaves it open."""
-    same_device = place.metadata.name == METADATA and other.parent.name == place.leaf.parent.name
+    same_device = shared and other.parent.name == place.leaf.parent.name
     clear = True
     for name in sorted(names):
         mine, theirs = (read_generated(folder / name, place.folder) for folder in (place.leaf, other))

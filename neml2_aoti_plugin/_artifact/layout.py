@@ -8,6 +8,7 @@ on in a folder per device.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArtifactError, ArtifactNotFoundError
@@ -30,61 +31,80 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         ) from None
 
 
-def root_of(path: Path) -> Path:
-    """The folder of the whole artifact, in either layout; an ArtifactNotFoundError where there is none at the path."""
-    require_reach(path)
-    root = _root_at(path)
-    if root is None:
-        raise ArtifactNotFoundError(missing(path))
-    return root
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact, by a path to it or into it."""
+
+    # The folder of the whole artifact.
+    root: Path
+    # The file of all leaves; before neml2 3.0.7 those of the devices that the path leads to.
+    metadata: tuple[Path, ...]
+    shared: bool = True
+    # Device and dtype that the path into it names, as far as it does.
+    named: tuple[str, ...] = ()
+    # Whether the path leads to the metadata of single devices.
+    inside: bool = False
+
+    @property
+    def model(self) -> str:
+        """Name of the compiled model."""
+        if self.shared:
+            return self.root.name or self.root.resolve().name
+        return self.metadata[0].name.removesuffix(DEVICE_METADATA)
+
+    def of_all_devices(self) -> list[Path]:
+        """The metadata files of the model for all devices that have a folder."""
+        return [file for file in _files_below(self.root) if file.name == self.metadata[0].name]
 
 
-def _root_at(path: Path) -> Path | None:
-    found = find_root(path)
-    return device_root(path) if found is None else found[0]
+def artifact_at(path: Path) -> Artifact:
+    """The artifact that a path leads to, in any layout; an ArtifactNotFoundError where there is none."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        # Too long, in a ring of links, in a closed folder.
+        raise ArtifactNotFoundError(
+            f"{_short(path)}: cannot be reached ({reason(error)}). Give the artifact's folder that neml2-compile wrote."
+        ) from None
+    found = _find(path)
+    if found is None:
+        raise ArtifactNotFoundError(_missing(path))
+    return found
 
 
-def find_root(path: Path) -> tuple[Path, tuple[str, ...]] | None:
-    """The folder of `metadata.json`, and the device and dtype that the path into it names; None for another layout.
-
-    The path may also be `<model>/<device>/<model>_meta.json`, where releases before 3.0.7 had their metadata, when
-    there is none any more.
-    """
+def _find(path: Path) -> Artifact | None:
     if path.name == METADATA:
-        return (path.parent, ()) if is_there(path) else None
-    if path.name == f"{path.parent.parent.name}{DEVICE_METADATA}" and not path.exists():
-        path = path.parent
-        return (path.parent, (path.name,)) if is_there(path.parent / METADATA) and path.name in DEVICES else None
-    for root, hint in ((path, ()), (path.parent, (path.name,)), (path.parent.parent, (path.parent.name, path.name))):
-        if is_there(root / METADATA) and (not hint or hint[0] in DEVICES) and os.path.isdir(path):
-            return root, hint
-    return None
-
-
-def device_root(path: Path) -> Path | None:
-    """The folder of an artifact whose devices have a metadata file each; None where there is none."""
-    here = device_files_at(path)
+        return Artifact(path.parent, (path,)) if is_there(path) else None
+    # Where an old release had its metadata, when there is none any more.
+    moved = path.name == f"{path.parent.parent.name}{DEVICE_METADATA}" and not path.exists()
+    device = path.parent if moved else path
+    for root, named in (
+        (device, ()),
+        (device.parent, (device.name,)),
+        (device.parent.parent, (device.parent.name, device.name)),
+    ):
+        if is_there(root / METADATA) and (not named or named[0] in DEVICES) and (moved or os.path.isdir(path)):
+            return Artifact(root, (root / METADATA,), named=named)
+    here = _files_at(path)
     if here:
         folder = here[0].parent
-        return folder.parent if folder.name in DEVICES else folder
-    return path if device_files_below(path) else None
+        return Artifact(folder.parent if folder.name in DEVICES else folder, here, shared=False, inside=True)
+    below = _files_below(path)
+    return Artifact(path, below, shared=False) if below else None
 
 
-def device_files(path: Path) -> list[Path]:
-    """The metadata files of devices at a path, or below it."""
-    return device_files_at(path) or device_files_below(path)
-
-
-def device_files_at(path: Path) -> list[Path]:
+def _files_at(path: Path) -> tuple[Path, ...]:
     """The metadata file of a device at a path, or those right in the folder at that path."""
     if path.name.endswith(DEVICE_METADATA) and is_there(path):
-        return [path]
-    return sorted(path.glob(f"?*{DEVICE_METADATA}")) if os.path.isdir(path) else []
+        return (path,)
+    return tuple(sorted(path.glob(f"?*{DEVICE_METADATA}"))) if os.path.isdir(path) else ()
 
 
-def device_files_below(path: Path) -> list[Path]:
+def _files_below(path: Path) -> tuple[Path, ...]:
     """The metadata files in the device folders below a folder."""
-    return [file for device in DEVICES if os.path.isdir(path / device) for file in device_files_at(path / device)]
+    return tuple(f for device in DEVICES if os.path.isdir(path / device) for f in _files_at(path / device))
 
 
 def leaves(root: Path, *, empty: bool = False) -> list[tuple[str, str]]:
@@ -101,30 +121,18 @@ def leaves(root: Path, *, empty: bool = False) -> list[tuple[str, str]]:
         raise ArtifactError(f"{error.filename}: cannot be read ({reason(error)}). {AGAIN}") from None
 
 
-def require_reach(path: Path) -> None:
-    """Refuse a path that the system does not even look at: too long, in a ring of links, in a closed folder."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        raise ArtifactNotFoundError(
-            f"{_short(path)}: cannot be reached ({reason(error)}). Give the artifact's folder that neml2-compile wrote."
-        ) from None
-
-
-def missing(path: Path) -> str:
+def _missing(path: Path) -> str:
     """What to say where there is no artifact."""
     cure = (
         "Give the artifact's folder that neml2-compile wrote: it holds metadata.json and a folder per device, or, from "
         "neml2 before 3.0.7, MODEL_meta.json or DEVICE/MODEL_meta.json."
     )
     if os.path.isdir(path):
-        inside = [name for name in _names(path) if os.path.isdir(path / name) and _root_at(path / name)]
+        inside = [name for name in _names(path) if os.path.isdir(path / name) and _find(path / name)]
         return f"no metadata.json in {path}{f', but artifacts below it: {_few(inside)}' if inside else ''}. {cure}"
     if is_there(path) and path.suffix != ".json":
-        above = _root_at(path.parent)
-        whole = f" It belongs to the artifact {above}: give that." if above and path.suffix == ".pt2" else ""
+        above = _find(path.parent)
+        whole = f" It belongs to the artifact {above.root}: give that." if above and path.suffix == ".pt2" else ""
         return f"no metadata.json in {path}: it is a file{', a graph' if path.suffix == '.pt2' else ''}.{whole} {cure}"
     there = _names(path.parent)
     beside = f" In {path.parent} there are: {_few(there)}." if there else ""

@@ -11,20 +11,7 @@ import torch
 from ..errors import ArtifactError, ArtifactNotFoundError, InputError
 from .document import Form, convert, one_of, read_document
 from .files import Folder
-from .layout import (
-    DEVICE_METADATA,
-    DEVICES,
-    DTYPE_NAMES,
-    METADATA,
-    device_files,
-    device_files_at,
-    device_files_below,
-    device_root,
-    find_root,
-    leaves,
-    missing,
-    require_reach,
-)
+from .layout import DEVICE_METADATA, DEVICES, DTYPE_NAMES, METADATA, Artifact, artifact_at, leaves
 from .trust import admit
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -57,16 +44,30 @@ def locate(path: str | Path, device: str | torch.device | None = None, dtype: st
     compiled, else the only one that was. An artifact that may not be loaded, or is not as it was sealed, is refused
     before anything in it is opened.
     """
-    path = Path(path)
-    require_reach(path)
-    found = find_root(path)
-    if found is not None:
-        folder = admit(found[0], [found[0] / METADATA])
-        return _chosen(*found, device, dtype, folder)
-    above = device_root(path)
-    if above is None:
-        raise ArtifactNotFoundError(missing(path))
-    return _of_device(path, device, dtype, admit(above, device_files(path)))
+    found = artifact_at(Path(path))
+    folder = admit(found.root, found.metadata)
+    asked = device_of(device).type if device is not None and device != "" else None
+    if found.shared:
+        present = [_Leaf(*leaf, found.metadata[0], found.root / "/".join(leaf)) for leaf in leaves(found.root)]
+        hint, precision = (*found.named, None, None)[:2]
+    else:
+        present = [_recorded(file, asked, folder) for file in found.metadata]
+        hint, precision = present[0].device if found.inside and len(present) == 1 else None, None
+    wanted, precision = device_of(device, hint), dtype_name(dtype) or precision
+    fitting = [leaf for leaf in present if leaf.device == wanted.type and precision in (None, leaf.dtype)]
+    if not fitting:
+        if not found.shared:
+            present = [_recorded(file, wanted.type, folder) for file in found.of_all_devices()] or present
+        raise ArtifactNotFoundError(_absent(found, path, present, wanted.type, precision))
+    if found.shared and len(fitting) > 1:
+        fitting = [leaf for leaf in fitting if leaf.dtype == "float64"]
+    if len(fitting) > 1:
+        raise ArtifactError(
+            f"{path} holds several artifacts: {', '.join(map(str, fitting))}. Give the path of one of them."
+        )
+    (leaf,) = fitting
+    model = found.model if found.shared else leaf.metadata.name.removesuffix(DEVICE_METADATA)
+    return Place(model, leaf.metadata, leaf.folder, wanted, DTYPES[leaf.dtype], folder, leaf.digest)
 
 
 def device_of(device: str | torch.device | None, hint: str | None = None) -> torch.device:
@@ -96,34 +97,32 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
     return name
 
 
-def _chosen(
-    root: Path,
-    hint: tuple[str, ...],
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    folder: Folder,
-) -> Place:
-    """A leaf below `metadata.json`; `hint` is the device, and perhaps the dtype, that the caller's path names."""
-    wanted = device_of(device, hint[0] if hint else None)
-    precision = dtype_name(dtype) or (hint[1] if len(hint) > 1 else None)
-    present = leaves(root)
-    here = [d for family, d in present if family == wanted.type]
-    if precision is None:
-        precision = "float64" if "float64" in here or len(here) != 1 else here[0]
-    if (wanted.type, precision) not in present:
-        found = ", ".join(f"{a}/{b}" for a, b in present) or "(none)"
-        empty = ", ".join(f"{a}/{b}" for a, b in leaves(root, empty=True))
-        found += f"; folders without a graph: {empty}" if empty else ""
-        raise ArtifactNotFoundError(
-            f"no compiled artifact for device '{wanted.type}' and dtype '{precision}' in {root}; compiled leaves: "
-            f"{found}. Load one of these (device=, dtype=), or compile the one you need, with the options of the "
-            f"others: neml2-compile ... --device {wanted.type} --dtype {precision}"
-        )
-    model = root.name or root.resolve().name
-    return Place(model, root / METADATA, root / wanted.type / precision, wanted, DTYPES[precision], folder)
+@dataclass(frozen=True)
+class _Leaf:
+    device: str
+    dtype: str
+    metadata: Path
+    folder: Path
+    # Of the metadata file, where it was read.
+    digest: str = ""
+
+    def __str__(self) -> str:
+        where = "" if self.metadata.name == METADATA else f" ({self.metadata})"
+        return f"{self.device}/{self.dtype}{where}"
 
 
-# -- where each device has its own metadata file, which records device and dtype ---------------------------------------
+def _absent(found: Artifact, path: str | Path, present: list[_Leaf], device: str, dtype: str | None) -> str:
+    """What to say where there is no leaf of a device and a dtype."""
+    compiled = ", ".join(map(str, present)) or "(none)"
+    empty = leaves(found.root, empty=True) if found.shared else []
+    if empty:
+        compiled += f"; folders without a graph: {', '.join(map('/'.join, empty))}"
+    options = f"--device {device}" + (f" --dtype {dtype}" if dtype else "")
+    return (
+        f"no compiled artifact for device '{device}'{f' and dtype {dtype!r}' if dtype else ''} at {path}; compiled "
+        f"leaves: {compiled}. Load one of these (device=, dtype=, or its path), or compile the one you need, with the "
+        f"options of the others: neml2-compile ... {options}"
+    )
 
 
 class _Label(Form, frozen=True):
@@ -133,53 +132,16 @@ class _Label(Form, frozen=True):
     dtype: Annotated[str, one_of(*DTYPE_NAMES)] = "float64"
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    file: Path
-    device: str
-    dtype: str
-    digest: str
-
-    def __str__(self) -> str:
-        return f"{self.device}/{self.dtype} ({self.file})"
-
-
-def _of_device(path: Path, device: str | torch.device | None, dtype: str | torch.dtype | None, folder: Folder) -> Place:
-    """The leaf of a device."""
-    here = device_files_at(path)
-    asked = None if device is None or device == "" else device_of(device).type
-    present = [_recorded(file, asked, folder) for file in here or device_files_below(path)]
-    wanted = device_of(device, present[0].device if here and len(present) == 1 else None)
-    precision = dtype_name(dtype)
-    fitting = [leaf for leaf in present if leaf.device == wanted.type and precision in (None, leaf.dtype)]
-    if not fitting:
-        beside = device_files_below(here[0].parent.parent) if here and here[0].parent.name in DEVICES else []
-        files = [file for file in beside if file.name == here[0].name]
-        listed = ", ".join(str(_recorded(file, wanted.type, folder)) for file in files) or ", ".join(map(str, present))
-        leaf_asked = f"device '{wanted.type}'" + (f" and dtype '{precision}'" if precision else "")
-        raise ArtifactNotFoundError(
-            f"no compiled artifact for {leaf_asked} at {path}; compiled leaves: {listed}. Load one of these (device=, "
-            "dtype=, or its path), or compile the one you need with neml2-compile."
-        )
-    if len(fitting) > 1:
-        raise ArtifactError(
-            f"{path} holds several artifacts: {', '.join(map(str, fitting))}. Give the path of one of them."
-        )
-    leaf = fitting[0]
-    model = leaf.file.name.removesuffix(DEVICE_METADATA)
-    return Place(model, leaf.file, leaf.file.parent, wanted, DTYPES[leaf.dtype], folder, leaf.digest)
-
-
-def _recorded(file: Path, asked: str | None, folder: Folder) -> _Recorded:
-    """What a file records; a damaged one of another device than that asked for is passed over.
+def _recorded(file: Path, asked: str | None, folder: Folder) -> _Leaf:
+    """What a file of one device records; a damaged one of another device than that asked for is passed over.
 
     So a leaf that is not there is reported, whatever the others are worth.
     """
     try:
         document, digest = read_document(file, folder)
         label = convert(document, _Label, str(file))
-        return _Recorded(file, label.device, label.dtype, digest)
+        return _Leaf(label.device, label.dtype, file, file.parent, digest)
     except ArtifactError:
         if asked is None or file.parent.name not in DEVICES or file.parent.name == asked:
             raise
-        return _Recorded(file, file.parent.name, "damaged", "")
+        return _Leaf(file.parent.name, "damaged", file, file.parent)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .._files import require_plain
 from ..errors import ArtifactNotFoundError, InputError, UnknownNameError
 from .files import is_there
-from .layout import root_of
+from .layout import artifact_at
 
 if TYPE_CHECKING:
     import nmhit
@@ -88,7 +88,7 @@ def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = 
         _require_known(block, {item.partition(":=")[0] for item in overrides})
         stub = read_stub(block, path.parent, lambda name: blocks(root, "Solvers").get(name))
         artifact = stub.artifact.resolve()
-        root_of(artifact)
+        artifact_at(artifact)
     except (ArtifactNotFoundError, InputError) as error:
         raise InputError(f"[Models/{model}] in {path}: {error}") from None
     return model, Stub(artifact, stub.solver)

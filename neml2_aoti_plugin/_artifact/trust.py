@@ -15,7 +15,7 @@ from .._files import draft
 from ..errors import ArtifactError, ArtifactNotFoundError, InputError
 from . import files
 from .files import Folder, named
-from .layout import root_of
+from .layout import artifact_at
 
 REQUIRE_SEAL = "NEML2_AOTI_PLUGIN_REQUIRE_SEAL"
 _OFF = ("", "0", "false", "no", "off")
@@ -37,7 +37,7 @@ def seal(artifact: str | os.PathLike[str]) -> Path:
         ArtifactNotFoundError: there is no artifact at the path.
         ArtifactError: it holds what cannot be sealed, or the seal cannot be written.
     """
-    root = _real(root_of(Path(artifact)))
+    root = _real(artifact_at(Path(artifact)).root)
     lines = [f"{_digest_of(root, name)}  {name}\n" for name in sorted(_files(root))]
     target = _seal_of(root)
     try:
@@ -53,7 +53,7 @@ def seal(artifact: str | os.PathLike[str]) -> Path:
 
 def is_sealed(artifact: str | os.PathLike[str]) -> bool:
     """Whether an artifact has a seal; a load compares it with that. Any path that `seal` takes will do."""
-    return os.path.lexists(_seal_of(_real(root_of(Path(artifact)))))
+    return os.path.lexists(_seal_of(_real(artifact_at(Path(artifact)).root)))
 
 
 def admit(root: Path, metadata: Iterable[Path]) -> Folder:

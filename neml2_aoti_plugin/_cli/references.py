@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._artifact.layout import root_of
+from .._artifact.layout import artifact_at
 from .._artifact.schema import Aliases
 from .._artifact.stub import AOTI_MODEL, parse_input
 from .._tensor_files import Header, read_tensors, write_tensors
@@ -290,7 +290,7 @@ def central(
 
 def golden_beside(target: Target) -> Path | None:
     """The golden file beside an artifact, if there is one, by which it is compared where none is named."""
-    root = root_of(target.artifact)
+    root = artifact_at(target.artifact).root
     found = root.with_name(f"{root.name}.golden.safetensors")
     return found if found.is_file() else None
 

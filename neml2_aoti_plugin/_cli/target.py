@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._artifact.decode import read_metadata
-from .._artifact.layout import DEVICE_METADATA, absolute, device_files, find_root, leaves, root_of
+from .._artifact.layout import absolute, artifact_at, leaves
 from .._artifact.locate import Place, dtype_name, locate
 from .._artifact.schema import Metadata
 from .._artifact.stub import blocks, is_input_file, model_in
@@ -44,11 +44,11 @@ class Target:
 
     def places(self) -> list[Place]:
         """All leaves."""
-        root = find_root(self.artifact)
-        if root is None:
-            found = [locate(file) for file in device_files(self.artifact)]
+        there = artifact_at(self.artifact)
+        if there.shared:
+            found = [locate(there.root, device, dtype) for device, dtype in leaves(there.root)]
         else:
-            found = [locate(root[0], device, dtype) for device, dtype in leaves(root[0])]
+            found = [locate(file) for file in there.metadata]
         if not found:
             raise ArtifactError(f"{self.artifact} has metadata and no leaf (a folder DEVICE/DTYPE). Copy it whole.")
         return found
@@ -85,13 +85,9 @@ def find_target(
         name, stub = model_in(path, model, overrides)
         return Target(stub.artifact, name, device, dtype, path, stub.solver)
     try:
-        root = root_of(path)
+        found = artifact_at(path).model
     except ArtifactNotFoundError as error:
         raise InputError(str(error)) from None
-    if find_root(path) is not None:
-        found = root.name or root.resolve().name
-    else:
-        found = device_files(path)[0].name.removesuffix(DEVICE_METADATA)
     if model is not None and model != found:
         raise UnknownNameError(
             f"{path} holds the model {found!r}, not {model!r}. Leave the name out, or give that one."

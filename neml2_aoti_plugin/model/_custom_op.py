@@ -144,4 +144,3 @@ def _register(model: Model, name: str) -> Any:
 
     op.register_autograd(differentiate, setup_context=keep)
     return op
-
