@@ -23,17 +23,6 @@ HIT_MODULE, BINDING = "neml2_aoti_plugin._host.hit", "neml2_aoti_plugin._host.bi
 # neml2's module -> the module of ours whose names stand in for it.
 STAND_INS = {"neml2.aoti._aoti": BINDING, "neml2.aoti._shim": HIT_MODULE}
 
-# What neml2 takes from its binding, some of it only at the first solve.
-BINDING_NAMES = (
-    "ConvergenceError",
-    "Model",
-    "krylov_solve_eager",
-    "krylov_solve_linear",
-    "log",
-    "newton_solve_eager",
-    "newton_solve_eager_masked",
-)
-
 # Why the plugin was not armed, for status().
 problem: str | None = None
 
@@ -154,9 +143,7 @@ class _Neml2FirstLoader:
 
 def load_stand_ins() -> None:
     """Import the plugin's modules that stand in, and register the HIT type; raises whatever their import raises."""
-    binding = _import(BINDING)
-    for name in BINDING_NAMES:
-        getattr(binding, name)
+    _import(BINDING)
     hit = _import(HIT_MODULE) or _import_unlocked(HIT_MODULE)
     from neml2.factory import register_neml2_object
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal
+from sys import float_info
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from ._checks import require_names, shown_value
 from .errors import InputError, InputTypeError
@@ -13,6 +16,10 @@ from .errors import InputError, InputTypeError
 LineSearch = Literal["BACKTRACKING", "STRONG_WOLFE"]
 KrylovMethod = Literal["gmres", "bicgstab"]
 CacheStrategy = Literal["none", "chord", "max_its"]
+# Of numbers in files; a damaged one would keep a solve busy for years.
+_Tolerance = Annotated[float, Meta(ge=0.0, le=float_info.max)]
+_Count = Annotated[int, Meta(ge=0, le=10**6)]
+_Few = Annotated[int, Meta(ge=0, le=10**5)]
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,14 @@ class NewtonSettings:
             has no such setting). An update is then a linearisation with both its steps.
     """
 
-    atol: float = 1e-10
-    rtol: float = 1e-8
-    miters: int = 25
+    atol: _Tolerance = 1e-10
+    rtol: _Tolerance = 1e-8
+    miters: _Few = 25
     ls_type: LineSearch = "BACKTRACKING"
-    ls_max_iters: int = 1
-    ls_cutback: float = 2.0
-    ls_c: float = 1e-3
-    substep_del_tol: float = 1e-6
+    ls_max_iters: Annotated[int, Meta(ge=0, le=10**4)] = 1
+    ls_cutback: Annotated[float, Meta(gt=1.0, le=float_info.max)] = 2.0
+    ls_c: _Tolerance = 1e-3
+    substep_del_tol: _Tolerance = 1e-6
     chord_steps: bool = True
 
     @property
@@ -74,12 +81,12 @@ class KrylovSettings:
     """
 
     method: KrylovMethod = "gmres"
-    restart: int = 40
-    max_its: int = 1000
-    abs_tol: float = 0.0
-    rel_tol: float = 1e-4
+    restart: _Few = 40
+    max_its: _Count = 1000
+    abs_tol: _Tolerance = 0.0
+    rel_tol: _Tolerance = 1e-4
     cache_strategy: CacheStrategy = "none"
-    cache_max_its: int = 10
+    cache_max_its: _Count = 10
     absolute_floor: bool = False
     together: bool = True
 

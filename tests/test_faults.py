@@ -106,8 +106,8 @@ REMOVED = object()
     ("place", "value", "words"),
     [
         ("solver_config.miters", 2**31, r"solver_config\.miters is 2147483648, expected a whole .* of at most 100000"),
-        ("solver_config.rtol", -1.0, r"solver_config: rtol is -1\.0, expected a finite number, zero or more"),
-        ("solver_config.atol", float("nan"), r"solver_config\.atol is nan, expected a finite number"),
+        ("solver_config.rtol", -1.0, r"solver_config\.rtol is -1\.0, expected a number of at least 0"),
+        ("solver_config.atol", float("nan"), r"solver_config\.atol is nan, expected a number of at least 0"),
         ("solver_config.ls_type", "x", "ls_type is a str, expected one of BACKTRACKING, STRONG_WOLFE"),
         ("segments.0.kind", "\ud800", "half a character"),
         (

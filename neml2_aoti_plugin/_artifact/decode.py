@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def with_solver(found: Metadata, solver: dict[str, Any]) -> Metadata:
     checked = changed_settings(NewtonSettings(), solver, "the model")
     given = {name: getattr(checked, name) for name in solver}
     changed = (
-        replace(part, solver=replace(part.solver, **given)) if isinstance(part, ImplicitInfo) else part
+        replace(part, newton=dataclasses.replace(part.newton, **given)) if isinstance(part, ImplicitInfo) else part
         for part in found.segments
     )
     return replace(found, segments=tuple(changed))

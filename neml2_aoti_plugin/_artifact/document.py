@@ -7,11 +7,13 @@ import re
 from functools import cache, cached_property
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from sys import float_info
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 
-from ..errors import ArtifactError, ArtifactNotFoundError, InputError
+from ..errors import ArtifactError, ArtifactNotFoundError
+from ..settings import CacheStrategy, KrylovMethod, LineSearch
 from .files import METADATA, NAME, Folder, folder_at, keys, reason, shown
 
 T = TypeVar("T")
@@ -20,10 +22,19 @@ AGAIN = "The metadata is damaged or was edited; compile the model again with nem
 
 # A tensor of a material point is small; a larger extent is damage, and would only fail later and less clearly.
 MAX_ENTRIES = 1 << 40
-_LARGEST = 1.7976931348623157e308
+
+Structure = Literal["dense", "block"]
+Role = Literal["old_state", "old_force", "cur_force", "incremental", "static", "unknown"]
+# The words that a key may have, which msgspec does not list where another one is found.
+_WORDS: dict[str, Any] = {
+    "structure": Structure,
+    "role": Role,
+    "ls_type": LineSearch,
+    "method": KrylovMethod,
+    "cache_strategy": CacheStrategy,
+}
 
 Whole = Annotated[int, msgspec.Meta(ge=0, le=MAX_ENTRIES)]
-Finite = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]
 Shape = tuple[Whole, ...]
 # Without spaces and odd characters, so that errors can quote it.
 Name = Annotated[str, msgspec.Meta(pattern=rf"^{NAME.pattern}\Z")]
@@ -136,15 +147,12 @@ def _complaint(error: msgspec.ValidationError, document: dict[str, Any]) -> str:
     text, _, path = str(error).partition(" - at ")
     path = path.strip("`").removeprefix("$").removeprefix(".")
     cause = error.__cause__
-    if isinstance(cause, InputError):
-        # A setting that a user could give as well.
-        return f"{path}: {cause}"
     if isinstance(cause, Unfit) and cause.expected:
         path, expected = f"{path}.{cause.key}".removeprefix("."), cause.expected
         value = _value_at(document, path) if cause.value is _UNKNOWN else cause.value
     else:
         missing = cause.key if isinstance(cause, Unfit) else text.partition("missing required field `")[2].rstrip("`")
-        expected, value = _expected(text), _value_at(document, path)
+        expected, value = _expected(text, path.rpartition(".")[2]), _value_at(document, path)
         if missing:
             there = keys(value) if isinstance(value, dict) else "others"
             return f"{path or 'the file'} has no key {missing!r}; it has {there}."
@@ -158,8 +166,10 @@ def _complaint(error: msgspec.ValidationError, document: dict[str, Any]) -> str:
     return f"{place} {found}, expected {expected}."
 
 
-def _expected(text: str) -> str:
+def _expected(text: str, key: str) -> str:
     """What a message of msgspec expects, in plain words and without the value."""
+    if text.startswith("Invalid enum value"):
+        return f"one of {', '.join(get_args(_WORDS[key]))}"
     if text.startswith("Invalid value"):
         # The only union of forms is that of segments, by their kind.
         return "one of forward, implicit"
@@ -170,12 +180,12 @@ def _expected(text: str) -> str:
         if pattern.startswith("'^("):
             return f"one of {pattern[3:].partition(')')[0].replace('|', ', ')}"
         return "the bare name of a .pt2 file in the artifact's own folder" if "pt2" in pattern else "a name"
-    if str(_LARGEST)[:10] in text:
+    if str(float_info.max) in text:
         return "a finite number"
     words = text.removeprefix("Expected ").partition(", got ")[0]
     words = words.replace("of length >= 1", "of at least one entry")
     words = re.sub(r"`([^`]*)`", lambda m: " or ".join(_TYPES.get(t, t) for t in m[1].split(" | ")), words)
-    return words.replace(" <= ", " of at most ").replace(" >= ", " of at least ")
+    return words.replace(" <= ", " of at most ").replace(" >= ", " of at least ").replace(" > ", " of more than ")
 
 
 def _value_at(document: Any, path: str) -> Any:

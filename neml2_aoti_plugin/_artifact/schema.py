@@ -10,22 +10,18 @@ graphs take them. `upgrade` gives each pair its place, and each implicit segment
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated
 
 import msgspec
 from msgspec import field as key
 
-from ..settings import KrylovSettings, NewtonSettings, newton_settings
-from .document import Finite, Form, Name, PackageName, Unfit, Whole, at_most, one_of
+from ..settings import KrylovSettings, NewtonSettings
+from .document import Form, Name, PackageName, Role, Structure, Unfit, Whole, at_most, one_of
 from .document import Shape as Shape
 from .files import NAME, named
-
-Structure = Literal["dense", "block"]
-Role = Literal["old_state", "old_force", "cur_force", "incremental", "static", "unknown"]
-
 
 # `Rot` became `MRP` in 3.0.6.
 BASE_SHAPES: dict[str, list[int]] = {
@@ -82,14 +78,9 @@ class Variable(Form, frozen=True):
 class Given(Variable, frozen=True):
     """A given of an implicit segment and what substepping does with it."""
 
-    part: Annotated[str, one_of(*get_args(Role))] = key(name="role", default="static")
+    role: Role = "static"
     # The force at the other end of the step.
     pair: Name | None = None
-
-    @property
-    def role(self) -> Role:
-        """What it is in a step."""
-        return cast("Role", self.part)
 
 
 class Parameter(Form, frozen=True):
@@ -172,18 +163,13 @@ class GroupInfo(Form, frozen=True):
     """Variables that enter the graphs of an implicit segment as one tensor."""
 
     variables: tuple[Variable, ...] = key(name="per_var_info")
-    kind: Annotated[str, one_of(*get_args(Structure))] = key(name="structure", default="dense")
+    structure: Structure = "dense"
     sites: Shape = key(name="sub_batch_shape", default=())
-
-    @property
-    def structure(self) -> Structure:
-        """Whether its sites are coupled, or each has a block of its own."""
-        return cast("Structure", self.kind)
 
     @cached_property
     def sub_batch_shape(self) -> Shape:
         """Sizes of its site axes; nothing for a dense group."""
-        if self.kind == "dense":
+        if self.structure == "dense":
             return ()
         if any(variable.sub_batch_shape != self.sites for variable in self.variables):
             raise Unfit("per_var_info", f"variables with the block group's sub-batch shape {list(self.sites)}")
@@ -268,48 +254,11 @@ class Predictor:
     feedback: Feedback | None = None
 
 
-class KrylovConfig(Form, frozen=True):
-    """Settings of an iterative linear solve; absent ones take neml2's defaults."""
-
-    method: Annotated[str, one_of("gmres", "bicgstab")] = KrylovSettings.method
-    restart: Annotated[int, at_most(10**5)] = KrylovSettings.restart
-    max_its: Annotated[int, at_most(10**6)] = KrylovSettings.max_its
-    abs_tol: Finite = KrylovSettings.abs_tol
-    rel_tol: Finite = KrylovSettings.rel_tol
-    cache_strategy: Annotated[str, one_of("none", "chord", "max_its")] = KrylovSettings.cache_strategy
-    cache_max_its: Annotated[int, at_most(10**6)] = KrylovSettings.cache_max_its
-
-    @cached_property
-    def settings(self) -> KrylovSettings:
-        """As the solve takes them."""
-        return KrylovSettings(**msgspec.structs.asdict(self))
-
-
-class NewtonConfig(Form, frozen=True):
-    """Newton settings; absent ones take neml2's defaults."""
-
-    atol: Finite = NewtonSettings.atol
-    rtol: Finite = NewtonSettings.rtol
-    miters: Annotated[int, at_most(10**5)] = NewtonSettings.miters
-    ls_type: Annotated[str, one_of("BACKTRACKING", "STRONG_WOLFE")] = NewtonSettings.ls_type
-    ls_max_iters: Annotated[int, at_most(10**4)] = NewtonSettings.ls_max_iters
-    ls_cutback: Finite = NewtonSettings.ls_cutback
-    ls_c: Finite = NewtonSettings.ls_c
-    substep_del_tol: Finite = NewtonSettings.substep_del_tol
-    chord_steps: bool = NewtonSettings.chord_steps
-    krylov: KrylovConfig = KrylovConfig()
-
-    @cached_property
-    def settings(self) -> NewtonSettings:
-        """As the solve takes them."""
-        return newton_settings(**{item.name: getattr(self, item.name) for item in fields(NewtonSettings)})
-
-
 class LinearConfig(Form, frozen=True):
     """How the linear systems of a sensitivity are solved."""
 
     kind: Annotated[str, one_of("direct", "krylov")]
-    krylov: KrylovConfig = KrylovConfig()
+    krylov: KrylovSettings = KrylovSettings()
 
 
 class _Segment(Form, frozen=True, kw_only=True, tag_field="kind"):
@@ -392,7 +341,8 @@ class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
     residuals: tuple[GroupInfo, ...] = key(name="residual_group_infos")
     givens: tuple[GroupInfo, ...] = key(name="given_group_infos")
     roles: Annotated[tuple[Given, ...], msgspec.Meta(min_length=1)] = key(name="givens")
-    solver: NewtonConfig = key(name="newton", default=NewtonConfig())
+    newton: NewtonSettings = NewtonSettings()
+    krylov: KrylovSettings = KrylovSettings()
     max_substepping_level: Annotated[int, at_most(30)] = 0
     step_package: PackageName | None = None
     step_returns: Annotated[str, one_of("increment", "iterate")] = "increment"
@@ -414,11 +364,6 @@ class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
     predictor_outputs: tuple[Name, ...] | None = None
     predictor_feedback: Feedback | None = None
 
-    @property
-    def newton(self) -> NewtonSettings:
-        """Settings of the solve."""
-        return self.solver.settings
-
     @cached_property
     def unknown_variables(self) -> tuple[Variable, ...]:
         """All unknowns, group after group."""
@@ -437,7 +382,7 @@ class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
         setup, apply = self.precond_setup_package, self.precond_apply_package
         if (setup is None) != (apply is None):
             raise Unfit("precond_setup_package", "both graphs of the preconditioner or neither")
-        return KrylovStep(self.matvec_package, self.solver.krylov.settings, setup, apply)
+        return KrylovStep(self.matvec_package, self.krylov, setup, apply)
 
     @cached_property
     def sensitivity(self) -> GivenSensitivity | FusedSensitivity | None:
@@ -463,7 +408,7 @@ class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
     def _solver_of(self, config: str, package: str) -> str | KrylovSettings:
         linear: LinearConfig | None = getattr(self, config)
         if linear is not None and linear.kind == "krylov":
-            return linear.krylov.settings
+            return linear.krylov
         found: str = self.need(package)
         return found
 

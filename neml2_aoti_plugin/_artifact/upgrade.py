@@ -12,14 +12,16 @@ unknowns by givens into one matrix per pair of groups.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import Any
 
 from ..errors import ArtifactError
+from ..settings import KrylovSettings, NewtonSettings
 from .document import Form, Name, Names, Shape, Unfit, Whole, convert
 from .files import shown
-from .schema import BASE_SHAPES, NewtonConfig
+from .schema import BASE_SHAPES
 
 Document = dict[str, Any]
 
@@ -175,9 +177,14 @@ class _Segment14(Form, frozen=True):
     param_sensitivity: Document | None = None
 
 
+@dataclass(frozen=True)
+class _Config(NewtonSettings):
+    krylov: KrylovSettings | None = None
+
+
 class _Schema14(Form, frozen=True):
     segments: tuple[_Segment14, ...]
-    solver_config: NewtonConfig | None = None
+    solver_config: _Config | None = None
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
@@ -238,7 +245,7 @@ STEPS: dict[int, tuple[type[Form], Callable[[Document], Document]]] = {
 
 
 def _plain(segment: Document, config: Document) -> Document:
-    found = {**segment, "newton": segment.get("newton", config)}
+    found = {**segment, "newton": segment.get("newton", config), "krylov": config.get("krylov", {})}
     for key in _Segment14.__struct_fields__:
         if key in segment and not key.endswith(("pairs", "sensitivity")):
             found[key] = _names(segment[key])

@@ -24,6 +24,7 @@ from ..model import Model
 from ..model._outcomes import advice
 from ..settings import CacheStrategy, KrylovMethod, KrylovSettings, NewtonSettings, newton_settings
 
+# What neml2 takes from its binding, some of it only at the first solve.
 __all__ = [
     "ConvergenceError",
     "Model",
