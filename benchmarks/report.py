@@ -57,8 +57,9 @@ def _gains(store: Store) -> str:
     head = ("model", "rows", "compiled, by the plugin", EAGER, NATIVE, f"as fast as {EAGER}", f"as fast as {NATIVE}")
     told = (
         "What a call for outputs takes on one thread, compiled and run by this plugin, beside eager neml2 and neml2's "
-        "own C++ runtime. On two threads it takes about half of that from some thousand rows of an implicit model on, "
-        "as *Targets* has it."
+        "own C++ runtime. By default a call uses as many threads as torch has: two take about half of the time from some "
+        "thousand rows of an implicit model on, and change nothing below one block of rows ([threads]"
+        "(howto/rows-and-threads.md#threads)); *Targets* has the ratios."
     )
     return f"{told}\n\n{table(head, rows)}" if rows else ""
 
@@ -93,7 +94,7 @@ def _head(store: Store) -> str:
 In each case all peers are in one process, on the same artifact and the same rows, and their results are compared
 first. Then they are called in turn, round by round. Each is called twice in a row and the second call is timed, so that
 no peer pays for another's cache misses; short calls are made many times instead of once. A ratio is taken in each
-round; the tables have its median over the rounds, and *Each target* also has its minimum and its quartiles.
+round; the tables have its median over the rounds, and *Targets* also has its minimum and its quartiles.
 
 - *Heterogeneous* rows are random states of the stub's own history, with strain rates spread over 6 decades.
   *Homogeneous* rows are all one state of it.
