@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ sys.path[:0] = [str(ROOT)]
 import numpy as np  # noqa: E402
 
 from examples.reference import Array, integrate  # noqa: E402
-from stubs.build import StubBuildError, compiled, folder_of  # noqa: E402
 from stubs.catalogue import CATALOGUE  # noqa: E402
 
 if TYPE_CHECKING:
@@ -38,16 +36,18 @@ POINTS = ("near uniaxial", "shear", "mixture")
 def main() -> int:
     """Run all of it; the exit status is 1 if something failed."""
     OUT.mkdir(exist_ok=True)
+    stub = OUT / "aoti" / f"{STUB.model}_aoti.i"
+    seconds: dict[str, float | None] = {"compile": None}
     try:
-        seconds = {"compile": compile_with_progress()}
-        stub = compiled(STUB.name) / f"{STUB.model}_aoti.i"
-        print(f"\nThe stub is {stub}.")
+        if stub.exists():
+            print(f"{stub.parent.relative_to(ROOT)} is there from before; remove it to compile again.")
+        else:
+            print("neml2-compile compiles one graph after the other, which takes a minute or two.")
+            options = ("--driver", STUB.driver, *STUB.flags, "--output-dir", str(stub.parent))
+            seconds["compile"] = run("neml2-compile", str(STUB.path), *options)
         run("neml2-inspect", str(stub), STUB.model)
         seconds["compiled"] = run("neml2-run", str(stub), STUB.driver, saving("compiled.pt"))
         seconds["eager"] = run("neml2-run", str(STUB.path), STUB.driver, saving("eager.pt"))
-    except StubBuildError as error:
-        print(error, file=sys.stderr)
-        return 1
     except subprocess.CalledProcessError as error:
         print(f"{Path(error.cmd[0]).name} failed with exit status {error.returncode}.", file=sys.stderr)
         return 1
@@ -56,7 +56,7 @@ def main() -> int:
     _, _, eager = trajectory(OUT / "eager.pt")
     fine_times = np.linspace(0.0, times[KNEE], KNEE * REFINEMENT + 1)
     fine_strains = fine_times[:, None, None] / times[-1] * strains[-1]
-    fine, seconds["fine"] = march(compiled(STUB.name) / STUB.model, fine_times, fine_strains)
+    fine, seconds["fine"] = march(stub.parent / STUB.model, fine_times, fine_strains)
     # Where scipy's solution is wanted: densely in the knee, and then at the driver's times.
     exact_times = np.concatenate([fine_times, times[KNEE + 1 :]])
     exact = np.stack([integrate(exact_times, rate)[:, :6] for rate in strains[-1] / times[-1]], axis=1)
@@ -69,51 +69,11 @@ def main() -> int:
     return 0
 
 
-def compile_with_progress() -> float | None:
-    """Compile the stub while telling which graphs are done; give the seconds, or None if it was in the cache."""
-    folder = folder_of(STUB.name)
-    words = ["neml2-compile", str(STUB.path.relative_to(ROOT)), "--driver", STUB.driver, *STUB.flags]
-    print(f"$ {shlex.join(words)}", flush=True)
-    if folder.is_dir():
-        print(f"  compiled before; found in the cache {folder.parent}")
-        return None
-    print("  compiling its graphs one by one; this takes a minute or two", flush=True)
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            compiled(STUB.name)
-        except BaseException as error:
-            failure.append(error)
-
-    worker = threading.Thread(target=work, daemon=True)
-    start = time.monotonic()
-    worker.start()
-    seen: set[str] = set()
-    while worker.is_alive():
-        worker.join(timeout=0.5)
-        elapsed = time.monotonic() - start
-        # neml2-compile writes to a folder beside the final one, and a graph's file when the graph is done.
-        files = sorted(path.name for path in folder.parent.glob(f".{folder.name}-*/**/*.pt2"))
-        for file in files:
-            if file not in seen:
-                seen.add(file)
-                print(f"\r  {elapsed:6.1f} s  {file}", flush=True)
-        if sys.stdout.isatty():
-            print(f"\r  {elapsed:6.1f} s  compiling ... ", end="", flush=True)
-    if failure:
-        print()
-        raise failure[0]
-    elapsed = time.monotonic() - start
-    print(f"\r  {elapsed:6.1f} s  done{' ' * 12}")
-    return elapsed
-
-
 def run(*words: str) -> float:
     """Run one of neml2's console scripts of this environment; give the seconds it took."""
     script = shutil.which(words[0], path=str(Path(sys.executable).parent))
     if script is None:
-        raise StubBuildError(f"{words[0]} is not beside {sys.executable}; `make demo` installs it.")
+        raise SystemExit(f"{words[0]} is not beside {sys.executable}; `make demo` installs it.")
     shown = [word.replace(f"{ROOT}/", "") for word in words]
     print(f"\n$ {shlex.join(shown)}", flush=True)
     start = time.monotonic()
@@ -196,7 +156,7 @@ def report(seconds: dict[str, float | None], coarse: Array, eager: Array, fine: 
     print("\nDifference to                                     scipy      scipy      eager")
     print(f"{'':<24}{'steps':>6}{'seconds':>10}{'largest':>15}{'at the end':>12}{'largest':>10}")
     for name, count, duration, largest, last, to_eager in rows:
-        shown = "cached" if duration is None else f"{duration:.1f}"
+        shown = "before" if duration is None else f"{duration:.1f}"
         print(f"{name:<24}{count:>6}{shown:>10}{largest:>15}{last:>12}{to_eager:>10}".rstrip())
     print("Differences are those of the stress components, over the largest stress. scipy integrates the law as it")
     print("stands in examples/reference.py to about nine digits. The model takes backward Euler steps, which cut the")
