@@ -36,7 +36,7 @@ def require_names(
     said = [hints[name] for name in unknown if name in hints]
     for name in unknown:
         alike = get_close_matches(name, names, 1) if name not in hints else []
-        said += [f"Did you mean {alike[0]!r} by {name!r}?"] if alike else []
+        said += [f"Did you mean {alike[0]!r} instead of {name!r}?"] if alike else []
     said += [f"The {kind} are: {', '.join(names) or '(none)'}.", more]
     raise UnknownNameError(" ".join([f"{what}: {'; '.join(parts)}.", *said]).rstrip())
 

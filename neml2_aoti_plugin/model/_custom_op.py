@@ -85,7 +85,7 @@ class _Promoted(torch.nn.Module):
 def _register(model: Model, name: str) -> Any:
     """Define the operator, what it gives for tensors without values, and its derivative."""
     if not name.isidentifier():
-        raise InputError(f"{name!r} is no name of an operator of torch; give a Python identifier.")
+        raise InputError(f"{name!r} is not a name that an operator of torch may have; give a Python identifier.")
     if hasattr(getattr(torch.ops, NAMESPACE), name):
         raise InputError(
             f"torch.ops.{NAMESPACE}.{name} is there already. Operators are known to the whole process by their names: "

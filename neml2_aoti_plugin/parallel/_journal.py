@@ -72,7 +72,7 @@ class Journal:
         if self.done[start, stop] != digest:
             raise InputError(
                 f"rows {start} to {stop - 1} of the source are not those of the run in {self.file}. Give the same "
-                "source, or resume=False to start anew."
+                "source, or resume=False to start from the beginning."
             )
 
     def close(self) -> None:
