@@ -147,6 +147,21 @@ def test_links(page: str) -> None:
     assert not lost, f"{page} links to {lost}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_a_page_names_are_there(page: str) -> None:
+    named = re.findall(r"`((?:_?[a-z]+/)?_?[a-z]+(?:_[a-z]+)*\.py)`", text_of(page))
+    folders = (
+        ROOT,
+        ROOT / "neml2_aoti_plugin",
+        ROOT / "examples",
+        ROOT / "stubs",
+        ROOT / "legacy",
+        (ROOT / page).parent,
+    )
+    lost = [name for name in named if not any((folder / name).is_file() for folder in folders)]
+    assert not lost, f"{page} names {lost}"
+
+
 def test_each_example_is_listed() -> None:
     text = text_of("examples/README.md")
     programs = [path.name for path in (ROOT / "examples").glob("*.py") if path.name != "__init__.py"]
