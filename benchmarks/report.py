@@ -57,8 +57,8 @@ def _gains(store: Store) -> str:
     head = ("model", "rows", "compiled, by the plugin", EAGER, NATIVE, f"as fast as {EAGER}", f"as fast as {NATIVE}")
     told = (
         "What a call for outputs takes on one thread, compiled and run by this plugin, beside eager neml2 and neml2's "
-        "own C++ runtime. By default a call uses as many threads as torch has: two take about half of the time from some "
-        "thousand rows of an implicit model on, and change nothing below one block of rows ([threads]"
+        "own C++ runtime. By default a call uses as many threads as torch has: two take about half of the time from "
+        "some thousand rows of an implicit model on, and change nothing below one block of rows ([threads]"
         "(howto/rows-and-threads.md#threads)); *Targets* has the ratios."
     )
     return f"{told}\n\n{table(head, rows)}" if rows else ""
