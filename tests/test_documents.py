@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import neml2_aoti_plugin.parallel
+import neml2_aoti_plugin.points
+import neml2_aoti_plugin.serve
 import page_shell
 from page_shell import ROOT
 from stubs.build import QUICK
@@ -153,6 +156,13 @@ def test_modules_that_a_page_names_are_there(page: str) -> None:
     folders = [*(ROOT / name for name in ("", "neml2_aoti_plugin", "examples", "stubs")), (ROOT / page).parent]
     lost = [name for name in named if not any((folder / name).is_file() for folder in folders)]
     assert not lost, f"{page} names {lost}"
+
+
+def test_each_public_name_is_in_the_reference() -> None:
+    text = text_of("docs/reference.md")
+    public = (neml2_aoti_plugin, neml2_aoti_plugin.parallel, neml2_aoti_plugin.points, neml2_aoti_plugin.serve)
+    names = {name for module in public for name in module.__all__} - {"__version__"}
+    assert not [name for name in names if not re.search(rf"\b{name}\b", text)]
 
 
 def test_each_example_is_listed() -> None:
