@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -101,15 +100,6 @@ class TestArtifact:
         change, options, words = MISSING[what]
         refused(load, change(artifact), ArtifactNotFoundError, *words, **options)
 
-    def test_package_that_is_none(self, load: Load, artifact: Path) -> None:
-        file = artifact / "cpu/float64/elasticity.pt2"
-        file.write_bytes(b"not a package")
-        with pytest.raises(ArtifactError, match=re.escape(str(file))):
-            model = load(artifact)
-            # A raw model may find out on its first call.
-            raw: Any = getattr(model, "_inner", model)
-            raw.forward({"strain": torch.zeros(6, dtype=torch.float64)})
-
     @pytest.mark.parametrize("device", ["gpu", "vulkan", "cuda:x"])
     def test_unknown_device(self, artifact: Path, device: str) -> None:
         refused(load_raw, artifact, InputError, device, "cpu, cuda", device=device)
@@ -125,11 +115,6 @@ class TestMetadata:
         document = json.loads(file.read_text())
         change(document)
         file.write_text(json.dumps(document))
-
-    def test_schema_of_the_future(self, load: Load, artifact: Path) -> None:
-        self.edit(artifact, lambda d: d.update(schema_version=15))
-        words = ["schema 15", "up to 14", "pip install -U neml2-aoti-plugin"]
-        refused(load, artifact, ArtifactError, str(artifact / "metadata.json"), *words)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '"metadata"', '{"schema_version": 14'])
     def test_no_json_object(self, load: Load, artifact: Path, text: str) -> None:
@@ -226,28 +211,6 @@ class TestMetadata:
     def test_type_that_neml2_does_not_have(self, artifact: Path) -> None:
         self.edit(artifact, lambda d: d["inputs"][0].update(var_type="SR3"))
         refused(load_hit, artifact, ArtifactError, "'strain'", "'SR3'", "neml2")
-
-    def test_nested_beyond_reason(self, load: Load, artifact: Path) -> None:
-        (artifact / "metadata.json").write_text("[" * 100_000)
-        refused(load, artifact, ArtifactError, str(artifact / "metadata.json"))
-
-
-class TestStub:
-    def load(self, tmp_path: Path, block: str) -> Any:
-        stub = tmp_path / "stub.i"
-        stub.write_text(f"[Models]\n  [m]\n    type = AOTIModel\n    {block}\n  []\n[]\n")
-        return neml2.load_model(stub, "m")
-
-    @pytest.mark.parametrize("option", ["artefact_path = 'x'", "artifact_path = 'x'\n    youngs_modulus = 1"])
-    def test_option_that_there_is_not(self, tmp_path: Path, option: str) -> None:
-        with pytest.raises(ValueError, match=r"artefact_path|youngs_modulus") as raised:
-            self.load(tmp_path, option.replace("'x'", f"'{references.case('elasticity').artifact}'"))
-        assert "artifact_path" in str(raised.value)
-
-    def test_no_path(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError) as raised:
-            self.load(tmp_path, "")
-        assert "artifact_path" in str(raised.value) and "[Models/m]" in str(raised.value)
 
 
 def zeros(*shape: int) -> torch.Tensor:

@@ -431,13 +431,6 @@ class TestStub:
 class TestLeafBeforeMetadata:
     """A leaf that is not there is reported, whatever the metadata is worth."""
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}'])
-    @pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float32"}])
-    def test_new_layout(self, artifact: Path, text: str, options: dict[str, str]) -> None:
-        (artifact / "metadata.json").write_text(text)
-        text = refusal(artifact, ArtifactNotFoundError, **options)
-        assert "no compiled artifact for device" in text and "cpu/float64" in text
-
     @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 4, "device": "tpu"}'])
     def test_old_layout(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "bar" / "cpu").mkdir(parents=True)

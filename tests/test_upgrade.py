@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from dataclasses import asdict, fields
 from math import prod
 from pathlib import Path
@@ -220,39 +219,6 @@ def test_an_unreleased_schema_that_does_not_fit_says_so(tmp_path: Path) -> None:
 def test_a_schema_that_is_not_known_is_refused(number: object, words: str) -> None:
     with pytest.raises(ArtifactError, match=words):
         read({**document("3.0.3"), "schema_version": number})
-
-
-@pytest.mark.parametrize("release", SCHEMAS)
-def test_damage_is_an_error_of_the_plugin(release: str) -> None:
-    """Take out or spoil every key in turn: the file is read all the same, or refused with its name."""
-    whole = document(release)
-    for path in places_in(whole):
-        for spoil in list[Any]([None, [], {}, "x", -1]):
-            written = deepcopy(whole)
-            inside: Any = written
-            for key in path[:-1]:
-                inside = inside[key]
-            if spoil is None:
-                del inside[path[-1]]
-            else:
-                inside[path[-1]] = spoil
-            try:
-                read(written)
-            except ArtifactError as error:
-                assert "meta.json" in str(error)
-
-
-def places_in(value: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of the keys of a document, the first and second entries of its lists only."""
-    found: list[tuple[Any, ...]] = [path] if path else []
-    if isinstance(value, dict):
-        entries: list[tuple[Any, object]] = list(value.items())
-    else:
-        entries = list(enumerate(value))[:2] if isinstance(value, list) else []
-    for key, item in entries:
-        if key != "schema_version":
-            found += places_in(item, (*path, key))
-    return found
 
 
 # -- the order of arguments ----------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def rewrite(document: Document, file: str, *, drop_derivatives: bool = False) ->
         return Rewritten({}, tuple(reasons))
     if form >= APART:
         return Rewritten({**document, "schema_version": NEWEST})
-    newest = upgrade(document, file)
+    newest = upgrade(document, file, as_written=True)
     if not _has_flat_jacobian(document, newest):
         return Rewritten(_document(newest))
     if drop_derivatives:
@@ -119,7 +119,7 @@ def _explicit(segment: Document, keep_derivatives: bool) -> Document:
     left_out = () if keep_derivatives else ("jvp_package", "jacobian_pairs")
     kept = {key: segment[key] for key in EXPLICIT if key in segment and key not in left_out}
     for key in ("inputs", "outputs"):
-        kept[key] = [{"name": name} for name in segment[key]]
+        kept[key] = [{"name": variable["name"]} for variable in segment[key]]
     kept.setdefault("param_inputs", [])
     if "jacobian_pairs" in kept:
         absent = {"in_sub_batch_shape": [], "batch_independent": False}

@@ -21,7 +21,7 @@ from ..errors import ArtifactError
 from ..settings import KrylovSettings, NewtonSettings
 from .document import Form, Name, Names, Shape, Unfit, Whole, convert
 from .files import shown
-from .schema import BASE_SHAPES
+from .schema import BASE_SHAPES, GroupInfo, Variable
 
 Document = dict[str, Any]
 
@@ -29,11 +29,11 @@ NEWEST = 14
 RELEASES = {2: "3.0.0 to 3.0.2", 3: "3.0.3", 7: "3.0.4 to 3.0.6", 12: "3.0.7", 14: "3.1.0"}
 
 
-def upgrade(document: Document, file: str) -> Document:
-    """A document in the form that `decode` reads; the one that is given is not changed."""
+def upgrade(document: Document, file: str, *, as_written: bool = False) -> Document:
+    """A document in the form that `schema` reads, or as neml2 writes the newest one; the given one is not changed."""
     written = released_form(document, file)
     for schema, (form, step) in STEPS.items():
-        if schema >= written:
+        if written <= schema and not (as_written and schema == NEWEST):
             convert(document, form, file)
             document = step(document)
     return document
@@ -119,22 +119,11 @@ class _Schema2(Form, frozen=True):
     segments: tuple[_Explicit2 | _Implicit2, ...]
 
 
-class _Sited(Form, frozen=True):
-    name: Name
-    base_shape: Shape
-    sub_batch_shape: Shape | None = None
-
-
 class _Cell(Form, frozen=True):
-    row_vars: tuple[_Sited, ...]
-    col_vars: tuple[_Sited, ...]
+    row_vars: tuple[Variable, ...]
+    col_vars: tuple[Variable, ...]
     row_structure: str
     col_structure: str
-
-
-class _Group(Form, frozen=True):
-    per_var_info: tuple[_Sited, ...]
-    structure: str | None = None
 
 
 class _Explicit3(Form, frozen=True, tag_field="kind", tag="forward"):
@@ -145,7 +134,7 @@ class _Explicit3(Form, frozen=True, tag_field="kind", tag="forward"):
 
 class _Implicit3(Form, frozen=True, tag_field="kind", tag="implicit"):
     unknowns: Names
-    given_group_infos: tuple[_Group, ...]
+    given_group_infos: tuple[GroupInfo, ...]
     ift_cells: tuple[_Cell, ...] | None = None
     linesearch: Document | None = None
 
@@ -223,23 +212,18 @@ def from_7(document: Document) -> Document:
     }
 
 
-def from_12(document: Document) -> Document:
-    """Schema 12 to 14: nothing; the role `incremental`, which 14 writes no more, is one that the runtime has."""
-    return document
-
-
 def from_14(document: Document) -> Document:
     """Schema 14 to what `schema` reads: lists of bare names, a place for each pair, settings in each segment."""
     config = document.get("solver_config", {})
     return {**document, "segments": [_plain(segment, config) for segment in document["segments"]]}
 
 
-# By the schema that a step starts from, what it needs and what it does.
+# By the schema that a step starts from, what it needs and what it does. From 12 to 14 there is nothing to do; the role
+# `incremental`, which 14 writes no more, is one that the runtime has.
 STEPS: dict[int, tuple[type[Form], Callable[[Document], Document]]] = {
     2: (_Schema2, from_2),
     3: (_Schema3, from_3),
     7: (_Schema7, from_7),
-    12: (Form, from_12),
     14: (_Schema14, from_14),
 }
 

@@ -14,7 +14,7 @@ SIGN = "hunter2"
 
 
 def documents(original: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A document again and again, with a secret in the place of one value or one key; and which one."""
+    """A document again and again, with a secret in the place of one value or one key, or without it; and which one."""
     for path in paths(original):
         for what, change in CHANGES.items():
             document = copy.deepcopy(original)
@@ -37,4 +37,8 @@ def _key(parent: Any, key: Any) -> None:
         parent[key] = {SECRET: parent[key]}
 
 
-CHANGES: dict[str, Callable[[Any, Any], None]] = {"value": _value, "values": _values, "key": _key}
+def _nothing(parent: Any, key: Any) -> None:
+    del parent[key]
+
+
+CHANGES: dict[str, Callable[[Any, Any], None]] = {"value": _value, "values": _values, "key": _key, "nothing": _nothing}
