@@ -141,34 +141,34 @@ def test_values(release: str, scenario: str, batch: tuple[int, ...]) -> None:
 
 @every
 def test_derivatives(release: str, scenario: str) -> None:
-    old, new = model(release, scenario), model(NEWEST, scenario)
-    common = [pair for pair in new.derivative_pairs if pair[1] in old.inputs]
-    if not new.derivative_pairs:
-        assert release_named(release).schema < 7 or not old.derivative_pairs
+    """Those of the newest release; and others, between sites, that later releases refuse to compile, of differences."""
+    old, new, at = model(release, scenario), model(NEWEST, scenario), inputs(release, scenario)
+    if not old.derivative_pairs:
+        assert not new.derivative_pairs and release_named(release).schema >= 7
         return
-    assert set(common) <= set(old.derivative_pairs)
-    _, found = old.jacobian(inputs(release, scenario))
-    _, wanted = new.jacobian(inputs(NEWEST, scenario))
-    assert max(difference(found[o][i], wanted[o][i]) for o, i in common) <= tolerance(new)
-
-
-@every
-def test_derivatives_along_a_direction(release: str, scenario: str) -> None:
-    old, at = model(release, scenario), inputs(release, scenario)
-    outs = {o for o, _ in old.derivative_pairs}
-    by = [i for i in old.inputs if outs and all((o, i) in old.derivative_pairs for o in outs)]
-    if not by:
-        pytest.skip("no input by which every output is differentiated")
-    along = {name: value(f"d{name}", tuple(at[name].shape), old.dtype, 1.0) for name in by}
-    _, found = old.jvp(at, along)
     _, blocks = old.jacobian(at)
-    for out in outs:
-        terms = [
-            flattened(blocks[out][name], ROWS, old.inputs[name].natural_shape) @ flattened(along[name], ROWS)
-            for name in by
-        ]
-        wanted = sum(terms[1:], start=terms[0]).reshape(found[out].shape)
-        assert difference(found[out], wanted) <= tolerance(old)
+    _, wanted = new.jacobian(inputs(NEWEST, scenario)) if new.derivative_pairs else ({}, {})
+    common = [(out, by) for out, by in new.derivative_pairs if by in old.inputs]
+    assert set(common) <= set(old.derivative_pairs)
+    assert all(difference(blocks[out][by], wanted[out][by]) <= tolerance(new) for out, by in common)
+    along = {name: value(f"d{name}", tuple(x.shape), old.dtype, 1.0) for name, x in at.items()}
+    pushed = {
+        (out, by): flattened(blocks[out][by], ROWS, old.inputs[by].natural_shape) @ flattened(along[by], ROWS)
+        for out, by in old.derivative_pairs
+    }
+    step = 1e-6
+    for out, by in set(old.derivative_pairs) - set(new.derivative_pairs):
+        ahead, behind = (old.forward({**at, by: at[by] + s * along[by]})[out] for s in (step, -step))
+        slope = (ahead - behind) / (2 * step)
+        error = (pushed[out, by].reshape(slope.shape) - slope).abs().max()
+        assert float(error) <= DIFFERENCES * max(1.0, float(slope.abs().max()))
+    # Along a direction they add up.
+    outs = {out for out, _ in old.derivative_pairs}
+    names = [by for by in old.inputs if all((out, by) in pushed for out in outs)]
+    found = old.jvp(at, {name: along[name] for name in names})[1] if names else {}
+    for out in outs & set(found):
+        total = torch.stack([pushed[out, by] for by in names]).sum(0)
+        assert difference(found[out], total.reshape(found[out].shape)) <= tolerance(old)
 
 
 def flattened(block: Tensor, rows: int, wrt: tuple[int, ...] | None = None) -> Tensor:
@@ -178,24 +178,6 @@ def flattened(block: Tensor, rows: int, wrt: tuple[int, ...] | None = None) -> T
     lead = block.ndim - len(wrt)
     per_row = block if block.shape[:1] == (rows,) and lead > 0 else block.expand(rows, *block.shape)
     return per_row.reshape(rows, -1, prod(wrt))
-
-
-@every
-def test_derivatives_that_the_newest_lacks_are_those_of_differences(release: str, scenario: str) -> None:
-    """Schemas 2 and 3 have all pairs, also those between sites that later releases refuse to compile."""
-    old, new = model(release, scenario), model(NEWEST, scenario)
-    more = [pair for pair in old.derivative_pairs if pair not in new.derivative_pairs]
-    if not more:
-        pytest.skip("no other derivatives than in the newest")
-    at = inputs(release, scenario)
-    _, blocks = old.jacobian(at)
-    for out, name in more:
-        direction, step = value(f"d{name}", tuple(at[name].shape), old.dtype, 1.0), 1e-6
-        ahead, behind = (old.forward({**at, name: at[name] + s * direction})[out] for s in (step, -step))
-        wanted = (ahead - behind) / (2 * step)
-        block = flattened(blocks[out][name], ROWS, old.inputs[name].natural_shape)
-        found = (block @ flattened(direction, ROWS)).reshape(wanted.shape)
-        assert float((found - wanted).abs().max()) <= DIFFERENCES * max(1.0, float(wanted.abs().max()))
 
 
 @every
