@@ -51,11 +51,11 @@ def show(what: str, value: float, unit: str = "ms") -> None:
 def load(artifact: Path) -> None:
     """What a load is made of."""
     place = locate(artifact)
-    metadata = read_metadata(place.metadata)
+    metadata = read_metadata(place)
     files = [place.leaf / name for name in sorted(metadata.files)]
     print(f"{artifact.name}: {len(files)} graphs, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")
     show("find the leaf", milliseconds(lambda: locate(artifact)))
-    show("read the metadata", milliseconds(lambda: read_metadata(place.metadata)))
+    show("read the metadata", milliseconds(lambda: read_metadata(place)))
     packages = compatibility.check(metadata, place).packages
     checked = milliseconds(lambda: compatibility.check(metadata, place))
 
@@ -95,7 +95,7 @@ def calls(artifact: Path) -> None:
     nothing = loop(lambda: tensors)
     show("ranks of four arguments, each call", loop(lambda: tuple([t.ndim for t in tensors])) - nothing, "us")
     place = locate(artifact)
-    for file in sorted(place.leaf / name for name in read_metadata(place.metadata).files):
+    for file in sorted(place.leaf / name for name in read_metadata(place).files):
         with open_archive(file, file.read_bytes()) as archive:
             if "neml2::opaque_pow" not in operators_in(archive):
                 continue
@@ -123,7 +123,7 @@ def memory(artifact: Path) -> None:
     for _ in range(120):
         Model(artifact).solve(zeros)
     show("after 120 more", size(), "MB")
-    file = place.leaf / min(read_metadata(place.metadata).files)
+    file = place.leaf / min(read_metadata(place).files)
     for _ in range(120):
         torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
     show(f"after 120 more of {file.name} by torch's own loader", size(), "MB")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import pickle
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +18,6 @@ from attacks.archives import TWICE_SHEAR, recorded, with_shear
 from attacks.artifacts import package
 from attacks.children import run
 from neml2_aoti_plugin import ArtifactError, Model
-from neml2_aoti_plugin._artifact.compatibility import check
-from neml2_aoti_plugin._artifact.decode import read_metadata
-from neml2_aoti_plugin._artifact.locate import locate
 
 SHEAR = {"strain": torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)}
 
@@ -170,21 +165,3 @@ def test_other_files_do_not_keep_a_model_from_being_copied(
 ) -> None:
     make(package(artifact, "extra"))
     assert stress(how(Model(artifact))) == TWICE_SHEAR
-
-
-class TestWhileItIsLoaded:
-    """What was read first must go with what is checked later."""
-
-    def test_metadata_that_changed(self, artifact: Path) -> None:
-        place = locate(artifact)
-        metadata = read_metadata(place.metadata, place.folder)
-        assert check(metadata, replace(place, digest=metadata.digest))
-        with pytest.raises(ArtifactError, match="metadata was changed while the model was loaded"):
-            check(metadata, replace(place, digest="0" * 64))
-
-    def test_the_old_layout_notes_what_it_read(self, artifact: Path) -> None:
-        file = artifact / "cpu/float64/elasticity_meta.json"
-        document = json.loads((artifact / "metadata.json").read_text())
-        file.write_text(json.dumps({**document, "device": "cpu", "dtype": "float64"}))
-        place = locate(file)
-        assert place.digest == read_metadata(file, place.folder).digest

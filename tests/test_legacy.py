@@ -64,7 +64,7 @@ def entry(release: str, scenario: str) -> Path:
 
 @functools.cache
 def described(release: str, scenario: str) -> Metadata:
-    return read_metadata(locate(entry(release, scenario)).metadata)
+    return read_metadata(locate(entry(release, scenario)))
 
 
 @functools.cache

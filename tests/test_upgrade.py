@@ -13,6 +13,7 @@ import torch
 from msgspec.structs import replace
 
 from neml2_aoti_plugin._artifact import decode, upgrade
+from neml2_aoti_plugin._artifact.locate import locate
 from neml2_aoti_plugin._artifact.package import Argument, Signature, parse_kinds
 from neml2_aoti_plugin._artifact.schema import (
     ExplicitInfo,
@@ -201,7 +202,7 @@ def test_an_unreleased_schema_that_does_not_fit_says_so(tmp_path: Path) -> None:
     del written["segments"][1]["given_group_infos"]
     (tmp_path / "bar_meta.json").write_text(json.dumps(written))
     with pytest.raises(ArtifactError, match=r"schema 5, which no .* wrote; read like schema 3.*given_group_infos"):
-        decode.read_metadata(tmp_path / "bar_meta.json")
+        decode.read_metadata(locate(tmp_path))
 
 
 @pytest.mark.parametrize(

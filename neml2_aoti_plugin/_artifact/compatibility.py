@@ -72,7 +72,7 @@ def look_over(metadata: Metadata, place: Place) -> Checked:
     packages: dict[str, Package] = {}
     # By what is wrong, the packages it is wrong with.
     found: dict[str, list[str]] = {}
-    for text in (torch_fault(torch.__version__), _device_fault(place), _metadata_fault(metadata, place)):
+    for text in (torch_fault(torch.__version__), _device_fault(place)):
         if text:
             found[text] = []
     missing = False
@@ -237,12 +237,6 @@ def torch_fault(release: str) -> str:
     if len(numbers) == 2 and all(n.isdigit() for n in numbers) and (int(numbers[0]), int(numbers[1])) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"torch {release} is not known to run compiled models. Install {oldest} or later: pip install -U torch."
-    return ""
-
-
-def _metadata_fault(metadata: Metadata, place: Place) -> str:
-    if place.digest and metadata.digest != place.digest:
-        return "its metadata was changed while the model was loaded. Load the model again."
     return ""
 
 

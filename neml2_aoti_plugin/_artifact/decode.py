@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from ..errors import ArtifactError
 from ..settings import NewtonSettings, changed_settings
-from .document import AGAIN, Shape, convert, read_document
-from .files import Folder
+from .document import AGAIN, Shape, convert
+from .locate import Place
 from .schema import (
     ExplicitInfo,
     FusedSensitivity,
@@ -26,16 +25,16 @@ from .schema import (
 from .upgrade import released_form, upgrade
 
 
-def read_metadata(file: Path, folder: Folder | None = None, *, solver: dict[str, Any] | None = None) -> Metadata:
-    """Read a metadata file of any released schema, in the folder of its artifact.
+def read_metadata(place: Place, *, solver: dict[str, Any] | None = None) -> Metadata:
+    """The metadata of a leaf, of any released schema.
 
     `solver` are Newton settings that take the place of the file's, such as those of a stub's `[Solvers]` block.
     """
-    document, digest = read_document(file, folder)
-    form = released_form(document, str(file))
+    document, file = place.document, str(place.metadata)
+    form = released_form(document, file)
     written = document["schema_version"]
     try:
-        found = metadata(document, str(file), digest)
+        found = metadata(document, file, place.digest)
     except RecursionError as error:
         raise ArtifactError(
             f"{file}: nested too deeply for a metadata file. Compile the model again with neml2-compile."

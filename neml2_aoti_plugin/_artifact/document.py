@@ -14,7 +14,7 @@ import msgspec
 
 from ..errors import ArtifactError, ArtifactNotFoundError
 from ..settings import CacheStrategy, KrylovMethod, LineSearch
-from .files import METADATA, NAME, Folder, folder_at, keys, reason, shown
+from .files import METADATA, NAME, Folder, keys, reason, shown
 
 T = TypeVar("T")
 
@@ -102,10 +102,10 @@ class Named(Form, frozen=True):
 Names = tuple[Name | Named, ...]
 
 
-def read_document(file: Path, folder: Folder | None = None) -> tuple[dict[str, Any], str]:
+def read_document(file: Path, folder: Folder) -> tuple[dict[str, Any], str]:
     """The top-level object of a metadata file in the folder of its artifact, and the file's digest."""
     try:
-        data, digest = (folder or folder_at(file.parent)).read(file, METADATA)
+        data, digest = folder.read(file, METADATA)
         # Not by msgspec: neml2 writes parameters that are not finite as NaN and Infinity, which are no JSON.
         document = json.loads(data.decode("utf-8"))
     except FileNotFoundError:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -32,8 +32,9 @@ class Place:
     dtype: torch.dtype
     # Of the whole artifact, through which the files are read.
     folder: Folder
-    # Of the metadata file, where it was read to find the leaf; empty where it was not.
-    digest: str = ""
+    # What the metadata file holds, and its SHA-256: it is read once.
+    document: dict[str, Any] = field(repr=False)
+    digest: str = field(repr=False)
 
 
 def locate(path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Place:
@@ -67,7 +68,10 @@ def locate(path: str | Path, device: str | torch.device | None = None, dtype: st
         )
     (leaf,) = fitting
     model = found.model if found.shared else leaf.metadata.name.removesuffix(DEVICE_METADATA)
-    return Place(model, leaf.metadata, leaf.folder, wanted, DTYPES[leaf.dtype], folder, leaf.digest)
+    document, digest = leaf.document, leaf.digest
+    if found.shared:
+        document, digest = read_document(leaf.metadata, folder)
+    return Place(model, leaf.metadata, leaf.folder, wanted, DTYPES[leaf.dtype], folder, document, digest)
 
 
 def device_of(device: str | torch.device | None, hint: str | None = None) -> torch.device:
@@ -104,6 +108,7 @@ class _Leaf:
     metadata: Path
     folder: Path
     # Of the metadata file, where it was read.
+    document: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
 
     def __str__(self) -> str:
@@ -140,7 +145,7 @@ def _recorded(file: Path, asked: str | None, folder: Folder) -> _Leaf:
     try:
         document, digest = read_document(file, folder)
         label = convert(document, _Label, str(file))
-        return _Leaf(label.device, label.dtype, file, file.parent, digest)
+        return _Leaf(label.device, label.dtype, file, file.parent, document, digest)
     except ArtifactError:
         if asked is None or file.parent.name not in DEVICES or file.parent.name == asked:
             raise

@@ -1,7 +1,7 @@
 """Lead a metadata document of any released schema to the newest form, one step per schema.
 
-A step takes a document in the form of one schema and gives one in that of the next, both as plain dicts; `FORMS` are
-checked before it, so that it finds what it needs. What the newest JSON has no keys for is left in those that `decode`
+A step takes a document in the form of one schema and gives one in that of the next, both as plain dicts; a form is
+checked before it, so that it finds what it needs. What the newest JSON has no keys for is left in those that `schema`
 reads beside them. What an old file lacks is derived where that is possible, else it is an error by name.
 
 Schemas 2 and 3 give the types of variables instead of their shapes. Neither lists what derivatives were asked for:

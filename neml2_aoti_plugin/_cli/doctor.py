@@ -187,7 +187,7 @@ def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding,
 
     try:
         place = target.place()
-        found = read_metadata(place.metadata, place.folder, solver=target.solver)
+        found = read_metadata(place, solver=target.solver)
     except InputError:
         # Another leaf was asked for than there is, which is no fault of the artifact.
         raise
@@ -228,7 +228,7 @@ def _of_leaves(target: Target) -> list[Finding]:
 
     findings = []
     try:
-        there = [(place, kinship(read_metadata(place.metadata, place.folder), place)) for place in target.places()]
+        there = [(place, kinship(read_metadata(place), place)) for place in target.places()]
     except AOTIError:
         # A leaf that cannot be looked at is reported when it is the one that is asked for.
         return []

@@ -228,7 +228,7 @@ def describe(target: Target) -> ArtifactReport:
     there = target.places()
     usual = next((place for place in there if leaf_name(place) == "cpu/float64"), there[0])
     place = target.place() if target.device or target.dtype else usual
-    metadata = read_metadata(place.metadata, place.folder, solver=target.solver)
+    metadata = read_metadata(place, solver=target.solver)
     outer = _Outer(metadata)
     inputs, parameters = metadata.aliases.inputs, metadata.aliases.parameters
     return ArtifactReport(
@@ -322,7 +322,7 @@ def _leaf(place: Place) -> LeafReport:
     from .._artifact.locate import dtype_name
 
     # Before neml2 3.0.7 each has its own.
-    metadata = read_metadata(place.metadata, place.folder)
+    metadata = read_metadata(place)
     files = [place.leaf / name for name in sorted(metadata.files)]
     total = sum(size for size in map(_bytes, files) if size is not None)
     family, dtype = place.device.type, dtype_name(place.dtype) or ""

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -83,14 +83,13 @@ def render(report: MigrateReport) -> Iterator[str]:
 
 def migrate(target: Target, out: Path, *, drop_derivatives: bool = False) -> MigrateReport:
     """Write the artifact `out/MODEL` and the stub `out/MODEL_aoti.i`; the old ones are not changed."""
-    from .._artifact.decode import read_metadata
     from .._artifact.upgrade import NEWEST
     from .._files import require_outside_artifacts
     from .target import leaf_name, release_of
 
     there = target.places()
     rewritten = [_rewritten(place, drop_derivatives) for place in there]
-    schema = read_metadata(there[0].metadata, there[0].folder).schema
+    schema = there[0].document["schema_version"]
     release = release_of(schema)
     reasons = list(dict.fromkeys(reason for found in rewritten for reason in found.reasons))
     if any(found.document != rewritten[0].document for found in rewritten):
@@ -122,18 +121,16 @@ def migrate(target: Target, out: Path, *, drop_derivatives: bool = False) -> Mig
 
 def _rewritten(place: Place, drop_derivatives: bool) -> Rewritten:
     from .._artifact.decode import read_metadata
-    from .._artifact.files import METADATA
     from .._artifact.rewrite import rewrite
 
     # First as a load reads it, which finds what is wrong with it.
-    read_metadata(place.metadata, place.folder)
-    document: dict[str, Any] = json.loads(place.folder.read(place.metadata, METADATA).data)
-    return rewrite(document, str(place.metadata), drop_derivatives=drop_derivatives)
+    read_metadata(place)
+    return rewrite(place.document, str(place.metadata), drop_derivatives=drop_derivatives)
 
 
 def _write(folder: Path, stub: Path, there: list[Place], found: Rewritten, text: str) -> None:
     """Write all of it to a folder beside its place, look it over, and move it there."""
-    from .._artifact.decode import read_metadata
+    from .._artifact.decode import metadata, read_metadata
     from .._artifact.files import PACKAGE
     from .._artifact.layout import METADATA
     from .._artifact.locate import locate
@@ -151,11 +148,11 @@ def _write(folder: Path, stub: Path, there: list[Place], found: Rewritten, text:
         for place in there:
             leaf = draft / leaf_name(place)
             leaf.mkdir(parents=True)
-            for name in sorted(read_metadata(draft / METADATA).files):
+            for name in sorted(metadata(found.document, str(draft / METADATA)).files):
                 (leaf / name).write_bytes(place.folder.read(place.leaf / name, PACKAGE).data)
             # What was written must be an artifact of the newest schema with the leaf.
             new = locate(draft, place.device.type, place.dtype)
-            read_metadata(new.metadata, new.folder)
+            read_metadata(new)
         (scratch / stub.name).write_text(text, encoding="utf-8")
         draft.replace(folder)
         try:

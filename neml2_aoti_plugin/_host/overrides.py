@@ -194,7 +194,7 @@ def _other_models(model: str, factory: Any) -> Iterator[tuple[str, dict[str, str
         try:
             stub = read_stub(block, factory._path.parent, lambda name: factory._find_in_section("Solvers", name))
             place = locate(stub.artifact.resolve(), factory._device, factory._dtype)
-            metadata = read_metadata(place.metadata, place.folder)
+            metadata = read_metadata(place)
         except AOTIError:
             continue
         renamed = metadata.aliases.parameters

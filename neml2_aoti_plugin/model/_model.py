@@ -110,7 +110,7 @@ class Model(CompiledModule):
     ) -> None:
         """Load a leaf, that of a recipe if there is one; the promoted parameters stay what they are."""
         place = locate(self._given, device, dtype)
-        metadata = read_metadata(place.metadata, place.folder, solver=self._solver)
+        metadata = read_metadata(place, solver=self._solver)
         checked = check(metadata, place)
         metadata, packages = checked.metadata, checked.packages
         kin = kinship(metadata, place)
