@@ -17,10 +17,10 @@ from neml2_aoti_plugin._artifact.locate import locate
 from neml2_aoti_plugin._artifact.package import Argument, Signature, parse_kinds
 from neml2_aoti_plugin._artifact.schema import (
     ExplicitInfo,
-    FusedSensitivity,
     FusedStep,
     ImplicitInfo,
     Metadata,
+    PairGraph,
     Segment,
 )
 from neml2_aoti_plugin._artifact.wiring import argument_order, with_argument_order
@@ -130,7 +130,7 @@ def test_schema_2_cuts_blocks_out_of_one_matrix() -> None:
     first, segment = metadata.segments[0], implicit(metadata)
     assert isinstance(first, ExplicitInfo) and first.jacobian is not None
     assert covered(first.jacobian.pairs) == (7, 7)
-    assert isinstance(segment.sensitivity, FusedSensitivity)
+    assert isinstance(segment.sensitivity, PairGraph)
     assert covered(segment.sensitivity.pairs) == (7, 16)
 
 

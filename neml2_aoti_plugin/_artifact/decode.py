@@ -14,13 +14,11 @@ from .document import AGAIN, Shape, convert
 from .locate import Place
 from .schema import (
     ExplicitInfo,
-    FusedSensitivity,
-    GivenSensitivity,
     ImplicitInfo,
     Metadata,
     Pair,
     PairGraph,
-    ParameterSensitivity,
+    SolvedSensitivity,
 )
 from .upgrade import released_form, upgrade
 
@@ -130,7 +128,7 @@ def _need(wanted: Iterable[str], known: set[str], where: str) -> None:
 
 
 def _check_pairs(
-    graph: PairGraph | GivenSensitivity | ParameterSensitivity | FusedSensitivity | None,
+    graph: PairGraph | SolvedSensitivity | None,
     computed: Collection[str],
     taken: Collection[str],
     where: str,

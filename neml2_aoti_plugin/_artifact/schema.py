@@ -203,30 +203,16 @@ class FusedStep:
 
 
 @dataclass(frozen=True)
-class GivenSensitivity:
-    """`du/dg` from the Jacobians by unknowns and givens; the solver is a graph, or the settings of an iterative one."""
+class SolvedSensitivity:
+    """`du/dg` or `du/dp` from a graph of Jacobians and a linear solve: by a graph, or an iterative one.
 
-    jacobian: str
-    jacobian_given: str
-    solver: str | KrylovSettings
-    pairs: tuple[Pair, ...]
-
-
-@dataclass(frozen=True)
-class ParameterSensitivity:
-    """`du/dp` from a graph of dense `dr/du` and `dr/dp`; the solver is as for givens."""
-
-    dr_dparam: str
-    solver: str | KrylovSettings
-    pairs: tuple[Pair, ...]
-
-
-@dataclass(frozen=True)
-class FusedSensitivity:
-    """`du/dg` or `du/dp` from one graph."""
+    For parameters the graph gives dense `dr/du` as well as `dr/dp`; for givens `dr/du` has a graph of its own.
+    """
 
     file: str
+    solver: str | KrylovSettings
     pairs: tuple[Pair, ...]
+    jacobian: str = ""
 
 
 class Feedback(Form, frozen=True):
@@ -385,31 +371,29 @@ class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
         return KrylovStep(self.matvec_package, self.krylov, setup, apply)
 
     @cached_property
-    def sensitivity(self) -> GivenSensitivity | FusedSensitivity | None:
-        """What derivatives by givens are made by."""
+    def sensitivity(self) -> PairGraph | SolvedSensitivity | None:
+        """What derivatives by givens are made by; None where none were compiled."""
         if self.ift_package is not None:
-            return FusedSensitivity(self.ift_package, self.need("jacobian_pairs"))
+            return PairGraph(self.ift_package, self.need("jacobian_pairs"))
         if self.jacobian_given_package is None:
             return None
-        solver = self._solver_of("input_sensitivity", "solve_ift_package")
-        pairs = self.need("jacobian_pairs")
-        return GivenSensitivity(self.need("jacobian_package"), self.jacobian_given_package, solver, pairs)
+        solver = self._solver("input_sensitivity", "solve_ift_package")
+        pairs, jacobian = self.need("jacobian_pairs"), self.need("jacobian_package")
+        return SolvedSensitivity(self.jacobian_given_package, solver, pairs, jacobian)
 
     @cached_property
-    def parameter_sensitivity(self) -> ParameterSensitivity | FusedSensitivity | None:
-        """What derivatives by parameters are made by."""
+    def parameter_sensitivity(self) -> PairGraph | SolvedSensitivity | None:
+        """What derivatives by parameters are made by; None where none were compiled."""
         if self.param_ift_package is not None:
-            return FusedSensitivity(self.param_ift_package, self.need("param_jacobian_pairs"))
+            return PairGraph(self.param_ift_package, self.need("param_jacobian_pairs"))
         if self.dr_dparam_package is None:
             return None
-        solver = self._solver_of("param_sensitivity", "solve_param_package")
-        return ParameterSensitivity(self.dr_dparam_package, solver, self.need("param_jacobian_pairs"))
+        solver = self._solver("param_sensitivity", "solve_param_package")
+        return SolvedSensitivity(self.dr_dparam_package, solver, self.need("param_jacobian_pairs"))
 
-    def _solver_of(self, config: str, package: str) -> str | KrylovSettings:
+    def _solver(self, config: str, package: str) -> str | KrylovSettings:
         linear: LinearConfig | None = getattr(self, config)
-        if linear is not None and linear.kind == "krylov":
-            return linear.krylov
-        found: str = self.need(package)
+        found: str | KrylovSettings = linear.krylov if linear and linear.kind == "krylov" else self.need(package)
         return found
 
     @cached_property

@@ -75,17 +75,17 @@ def _implicit(part: s.ImplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]
         yield Wire(step.matvec, "matvec", u + g + p + u)
         if step.precond_setup is not None:
             yield Wire(step.precond_setup, "preconditioner", u + g + p, len(p))
-    if isinstance(by_given, s.FusedSensitivity):
+    if isinstance(by_given, s.PairGraph):
         yield Wire(by_given.file, "sensitivity", u + g + p)
     elif by_given is not None:
         yield Wire(by_given.jacobian, "jacobian", u + g + p)
-        yield Wire(by_given.jacobian_given, "jacobian by givens", u + g + p)
+        yield Wire(by_given.file, "jacobian by givens", u + g + p)
         if isinstance(by_given.solver, str):
             yield Wire(by_given.solver, "sensitivity solve", (None,) * (blocks + r * len(g)))
-    if isinstance(by_parameter, s.FusedSensitivity):
+    if isinstance(by_parameter, s.PairGraph):
         yield Wire(by_parameter.file, "parameter sensitivity", u + g + p)
     elif by_parameter is not None:
-        yield Wire(by_parameter.dr_dparam, "jacobian by parameters", u + g + p)
+        yield Wire(by_parameter.file, "jacobian by parameters", u + g + p)
         if isinstance(by_parameter.solver, str):
             yield Wire(by_parameter.solver, "parameter sensitivity solve", (None, None))
     if part.predictor is not None:

@@ -8,14 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .._artifact.schema import (
-    FusedSensitivity,
-    GivenSensitivity,
-    GroupInfo,
-    ImplicitInfo,
-    Pair,
-    ParameterSensitivity,
-)
+from .._artifact.schema import GroupInfo, ImplicitInfo, Pair, PairGraph, SolvedSensitivity
 from .._solve.krylov import solve_linear
 from .._solve.native import Derivatives
 from .._solve.outcome import RowStatistics
@@ -49,11 +42,11 @@ class Sensitivity:
     def __init__(self, spec: ImplicitInfo, graphs: SystemGraphs, graph_of: GraphOf) -> None:
         self.spec, self._graphs = spec, graphs
         by_given, by_parameter = spec.sensitivity, spec.parameter_sensitivity
-        self._fused = graph_of(by_given.file) if isinstance(by_given, FusedSensitivity) else None
-        self._fused_parameter = graph_of(by_parameter.file) if isinstance(by_parameter, FusedSensitivity) else None
+        self._fused = graph_of(by_given.file) if isinstance(by_given, PairGraph) else None
+        self._fused_parameter = graph_of(by_parameter.file) if isinstance(by_parameter, PairGraph) else None
         self.jacobian = self.by_givens = self._solve_ift = None
-        if isinstance(by_given, GivenSensitivity):
-            self.jacobian, self.by_givens = graph_of(by_given.jacobian), graph_of(by_given.jacobian_given)
+        if isinstance(by_given, SolvedSensitivity):
+            self.jacobian, self.by_givens = graph_of(by_given.jacobian), graph_of(by_given.file)
             self._solve_ift = graph_of(by_given.solver) if isinstance(by_given.solver, str) else None
         groups = (*spec.unknowns, *spec.givens, *spec.residuals)
         self._all_dense = all(group.structure == "dense" for group in groups)
@@ -66,8 +59,8 @@ class Sensitivity:
             else []
         )
         self._dr_dparam = self._solve_param = None
-        if isinstance(by_parameter, ParameterSensitivity):
-            self._dr_dparam = graph_of(by_parameter.dr_dparam)
+        if isinstance(by_parameter, SolvedSensitivity):
+            self._dr_dparam = graph_of(by_parameter.file)
             self._solve_param = graph_of(by_parameter.solver) if isinstance(by_parameter.solver, str) else None
 
     def wanted(self, tangents: Tangents, rows: int, like: Tensor, cut: bool) -> Derivatives | None:
@@ -174,7 +167,7 @@ class Sensitivity:
             single = [on_sound_rows(solve, [*a, *(x[..., k] for x in b)], u) for k in range(b[0].shape[-1])]
             return [torch.stack([x[i] for x in single], -1) for i in range(len(u))]
         by = self.spec.sensitivity
-        assert isinstance(by, GivenSensitivity) and isinstance(by.solver, KrylovSettings), "without a solve graph"
+        assert isinstance(by, SolvedSensitivity) and isinstance(by.solver, KrylovSettings), "without a solve graph"
         whole = _krylov(a, torch.cat(b, 1), by.solver)
         return list(whole.split([x.shape[-1] for x in u], 1))
 
@@ -198,7 +191,7 @@ class Sensitivity:
             return _cut(self._fused([*u, *solved.givens], solved.parameters), by_given.pairs)
         if solved.derivatives is not None:
             return self._of_columns(solved.derivatives, by_given.pairs)
-        assert self.by_givens is not None and isinstance(by_given, GivenSensitivity)
+        assert self.by_givens is not None and isinstance(by_given, SolvedSensitivity)
         b = self.by_givens([*u, *solved.givens], solved.parameters)
         a = self._a(solved)
         if isinstance(by_given.solver, KrylovSettings):
@@ -231,7 +224,7 @@ class Sensitivity:
         if self._fused_parameter is not None:
             found = self._fused_parameter(arguments)
         else:
-            assert self._dr_dparam is not None and isinstance(by_parameter, ParameterSensitivity)
+            assert self._dr_dparam is not None and isinstance(by_parameter, SolvedSensitivity)
             a, dr_dp = (x.expand(rows, *x.shape[1:]) for x in self._dr_dparam(arguments))
             if isinstance(by_parameter.solver, KrylovSettings):
                 return _cut([-_krylov([a], dr_dp, by_parameter.solver)], by_parameter.pairs)
