@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,15 +55,14 @@ class MachineCode:
 
 
 _lock = threading.Lock()
-_found: MachineCode | None = None
-# Why machine code is given up in this process, once something else that it needs was found missing.
-_given_up: str = ""
+# The machine code of this process, or why there is none; None until it is first asked for.
+_found: MachineCode | str | None = None
 
 
 def give_up(reason: str) -> None:
-    """Use torch's operations from now on, for want of something that is missing."""
-    global _given_up
-    _given_up = reason
+    """Use torch's operations from now on, for want of something else that machine code needs."""
+    global _found
+    _found = reason
 
 
 def chosen() -> tuple[str, str]:
@@ -83,19 +81,18 @@ def chosen() -> tuple[str, str]:
 
 def machine_code() -> tuple[MachineCode | None, str]:
     """The machine code, None where torch's operations are used, and the reason for it."""
-    if chosen()[0] == TORCH:
-        return None, chosen()[1]
-    code = _loaded_once()
-    return (code if isinstance(code, MachineCode) else None), chosen()[1]
+    if chosen()[0] == NATIVE:
+        try:
+            return load(), chosen()[1]
+        except Unusable as error:
+            log.emit("model", "warning", f"solves are done by torch's operations, which are slower: {error}")
+    return None, chosen()[1]
 
 
 def _trouble() -> str:
     """Why there is no machine code, as far as is known; nothing where none is known."""
-    if _given_up:
-        return _given_up
-    if _loaded_once.cache_info().currsize > 0:
-        code = _loaded_once()
-        return "" if isinstance(code, MachineCode) else code
+    if _found is not None:
+        return _found if isinstance(_found, str) else ""
     try:
         if find_spec("llvmlite") is None:
             return "llvmlite is not installed (pip install llvmlite)"
@@ -108,23 +105,18 @@ def _trouble() -> str:
     return ""
 
 
-@cache
-def _loaded_once() -> MachineCode | str:
-    """The machine code, or why there is none."""
-    try:
-        return load()
-    except Unusable as error:
-        log.emit("model", "warning", f"solves are done by torch's operations, which are slower: {error}")
-        return str(error)
-
-
 def load() -> MachineCode:
     """The machine code of this process, made or read when it is first asked for."""
     global _found
     if _found is None:
         with _lock:
             if _found is None:
-                _found = _load()
+                try:
+                    _found = _load()
+                except Unusable as error:
+                    _found = str(error)
+    if isinstance(_found, str):
+        raise Unusable(_found)
     return _found
 
 

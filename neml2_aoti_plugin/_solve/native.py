@@ -141,15 +141,34 @@ class BlockSolver:
         Where there are inputs of the predictor, it gives the guess, but for the unknowns at the columns `kept`.
         """
         space = self._borrow(rows)
+        # What machine code reads and nobody else holds.
         alive: list[Tensor] = []
-        addresses = _addresses((*unknowns, *givens), space.widths, rows, alive)
-        found = space.solve(
-            addresses, rows, parameters, settings, predicted_from, kept, small_steps, wanted or Derivatives(), tell
-        )
+        space.put_variables((*unknowns, *givens), rows, alive)
+        space.put_parameters(parameters)
+        space.put_predictor(predicted_from, kept, rows, alive)
+        space.put_settings(settings, small_steps)
+        derivatives = space.put_wanted(wanted or Derivatives(), rows, alive)
+        solution, side = torch.empty(rows, self.n, dtype=torch.float64), torch.empty(rows, self.q, dtype=torch.float64)
+        norms, record = torch.empty(rows, 2, dtype=torch.float64), torch.empty(rows, 2, dtype=torch.int64)
+        table = space.table
+        table[Table.ROWS], table[Table.SOLUTION], table[Table.GIVENS] = rows, solution.data_ptr(), side.data_ptr()
+        table[Table.NORMS], table[Table.RECORD] = norms.data_ptr(), record.data_ptr()
+        table[Table.HISTORY_LINES], history = 0, None
+        if tell is not None:
+            # The lines of two attempts.
+            lines = min(2 * (settings.updates + 1) * (settings.cuts + 2) + 1, LINES)
+            history = np.full((lines, tables.HISTORY_COLUMNS), -1.0)
+            table[Table.HISTORY], table[Table.HISTORY_LINES] = history.ctypes.data, lines
+        fault = self.means.code.solve_block(space.at)
+        failed = table[Table.FAILED]
         # One in which an exception has ended a call may be half made, and is dropped.
         if space.capacity <= self._most:
             self._free.append(space)
-        return found if isinstance(found, Pass) else self._complain(found)
+        if fault != tables.DONE:
+            self._complain(fault)
+        if tell is not None and history is not None:
+            _tell(history, settings, tell)
+        return Pass(Solved([solution], RowStatistics(record, norms, failed == 0)), side, derivatives)
 
     def _complain(self, fault: int) -> NoReturn:
         """Raise what is wrong with a graph."""
@@ -177,7 +196,7 @@ class _Workspace:
 
     def __init__(self, solver: BlockSolver, rows: int, containers: Sequence[Container | None] = ()) -> None:
         n, q, block, means = solver.n, solver.q, solver.block, solver.means
-        self._solver, self.widths = solver, (*block.unknowns, *block.givens)
+        self._solver, self._widths = solver, (*block.unknowns, *block.givens)
         # Rows are filled up to whole vectors.
         self.capacity = capacity = max(-(-rows // VECTOR), 1) * VECTOR
         self.containers = containers or _containers(block.graphs)
@@ -185,8 +204,8 @@ class _Workspace:
         for row, container in zip(graphs, self.containers, strict=False):
             if container is not None:
                 row[:] = container.run, container.handle
-        self._variables = np.zeros((len(self.widths), tables.VARIABLE), np.int64)
-        self._variables[:, tables.VARIABLE_WIDTH] = self.widths
+        self._variables = np.zeros((len(self._widths), tables.VARIABLE), np.int64)
+        self._variables[:, tables.VARIABLE_WIDTH] = self._widths
         lu, pivots = np.empty(tables.factors_size(capacity, n)), np.empty(tables.pivots_size(capacity, n), np.int64)
         arrays = {
             Table.GRAPHS_AT: graphs,
@@ -201,57 +220,24 @@ class _Workspace:
         }
         self._arrays = list(arrays.values())
         words = np.zeros(Table.FIELDS, np.int64)
-        self._at = words.ctypes.data
+        self.at = words.ctypes.data
         # An entry of a view is set in half the time that one of an array takes.
-        self._table = table = words.data
+        self.table = table = words.data
         for field, array in arrays.items():
             table[field] = array.ctypes.data
         table[Table.CAPACITY], table[Table.N], table[Table.Q] = capacity, n, q
         table[Table.FACTORS_SIZE], table[Table.PIVOTS_SIZE] = lu.size, pivots.size
-        table[Table.EXECUTOR], table[Table.VARIABLES] = means.executor, len(self.widths)
+        table[Table.EXECUTOR], table[Table.VARIABLES] = means.executor, len(self._widths)
         self._settled: tuple[NewtonSettings, bool] | None = None
         # Shapes of the parameters and of what the predictor takes, with the columns that it leaves alone.
         self._shapes: list[torch.Size] | None = None
         self._predictor_shapes: tuple[list[torch.Size], Sequence[int]] | None = None
 
-    def solve(
-        self,
-        variables: Sequence[int],
-        rows: int,
-        parameters: Sequence[Tensor],
-        settings: NewtonSettings,
-        predicted_from: Sequence[Tensor],
-        kept: Sequence[int],
-        small_steps: bool,
-        wanted: Derivatives,
-        tell: Tell | None,
-    ) -> Pass | int:
-        """Solve for the unknowns of all rows, or give what is wrong with a graph; see `BlockSolver.solve`."""
-        table, n, q = self._table, self._solver.n, self._solver.q
-        alive: list[Tensor] = []
-        self._variables[:, tables.VARIABLE_ADDRESS] = variables
-        self._take_parameters(parameters)
-        self._take_predictor(predicted_from, kept, rows, alive)
-        if (settings, small_steps) != self._settled:
-            self._settle(settings, small_steps)
-        unknowns, givens = torch.empty(rows, n, dtype=torch.float64), torch.empty(rows, q, dtype=torch.float64)
-        norms, record = torch.empty(rows, 2, dtype=torch.float64), torch.empty(rows, 2, dtype=torch.int64)
-        table[Table.ROWS], table[Table.SOLUTION], table[Table.GIVENS] = rows, unknowns.data_ptr(), givens.data_ptr()
-        table[Table.NORMS], table[Table.RECORD] = norms.data_ptr(), record.data_ptr()
-        derivatives = self._take_wanted(wanted, rows, alive)
-        table[Table.HISTORY_LINES], history = 0, None
-        if tell is not None:
-            history = np.full((self._lines(settings), tables.HISTORY_COLUMNS), -1.0)
-            table[Table.HISTORY], table[Table.HISTORY_LINES] = history.ctypes.data, len(history)
-        fault = self._solver.means.code.solve_block(self._at)
-        if fault != tables.DONE:
-            return fault
-        if tell is not None and history is not None:
-            _tell(history, settings, tell)
-        statistics = RowStatistics(record, norms, bool(table[Table.FAILED] == 0))
-        return Pass(Solved([unknowns], statistics), givens, derivatives)
+    def put_variables(self, variables: Sequence[Tensor | None], rows: int, alive: list[Tensor]) -> None:
+        """Put the unknowns and givens, `(rows, ...)` each, into the table; None stands for zeros."""
+        self._variables[:, tables.VARIABLE_ADDRESS] = _addresses(variables, self._widths, rows, alive)
 
-    def _take_parameters(self, parameters: Sequence[Tensor]) -> None:
+    def put_parameters(self, parameters: Sequence[Tensor]) -> None:
         """Put the parameters behind unknowns and givens, whose places the machine code fills in."""
         shapes = [x.shape for x in parameters]
         if shapes != self._shapes:
@@ -259,13 +245,13 @@ class _Workspace:
             self._arguments = _Arguments(
                 [(n,), (q,), *shapes], [True, True, *[False] * len(shapes)], max(tables.OUTPUTS)
             )
-            self._arguments.enter(self._table, Table.ARGUMENTS, Table.ARGUMENTS_AT, Table.HANDLES)
+            self._arguments.enter(self.table, Table.ARGUMENTS, Table.ARGUMENTS_AT, Table.HANDLES)
         if parameters:
             self._arguments.table[2:, tables.ADDRESS] = [x.data_ptr() for x in parameters]
 
-    def _take_predictor(self, inputs: Sequence[Tensor], kept: Sequence[int], rows: int, alive: list[Tensor]) -> None:
+    def put_predictor(self, inputs: Sequence[Tensor], kept: Sequence[int], rows: int, alive: list[Tensor]) -> None:
         """Put what the predictor takes and gives into the table; nothing where it is not run."""
-        table, prediction = self._table, self._solver.block.prediction
+        table, prediction = self.table, self._solver.block.prediction
         table[Table.PREDICTIONS] = 0
         if prediction is None or not inputs:
             return
@@ -291,9 +277,9 @@ class _Workspace:
         self._predictor.table[:, tables.ADDRESS] = _addresses(inputs, widths, rows, alive)
         table[Table.PREDICTIONS] = prediction.times
 
-    def _take_wanted(self, wanted: Derivatives, rows: int, alive: list[Tensor]) -> Tensor | None:
+    def put_wanted(self, wanted: Derivatives, rows: int, alive: list[Tensor]) -> Tensor | None:
         """Put what is wanted of the derivatives into the table; give the tensor that they will be in."""
-        table, along = self._table, wanted.directions
+        table, along = self.table, wanted.directions
         sides = len(wanted.columns) if along is None else along.shape[-1]
         table[Table.SIDES] = sides
         if not sides:
@@ -310,18 +296,15 @@ class _Workspace:
         table[Table.COLUMNS_AT], table[Table.DERIVATIVES] = self._columns.ctypes.data, found.data_ptr()
         return found.transpose(1, 2)
 
-    def _settle(self, settings: NewtonSettings, small_steps: bool) -> None:
-        """Put the settings of a solve into the table."""
+    def put_settings(self, settings: NewtonSettings, small_steps: bool) -> None:
+        """Put the settings of a solve into the table, where they are not there."""
+        if (settings, small_steps) == self._settled:
+            return
         self._limits = np.array([float(value) for value in criteria_of(settings, small_steps=small_steps)])
-        table = self._table
+        table = self.table
         table[Table.UPDATES], table[Table.CUTS] = settings.updates, settings.cuts
         table[Table.LIMITS] = self._limits.ctypes.data
         self._settled = settings, small_steps
-
-    @staticmethod
-    def _lines(settings: NewtonSettings) -> int:
-        """The most lines for the log: those of two attempts, up to `LINES`."""
-        return min(2 * (settings.updates + 1) * (settings.cuts + 2) + 1, LINES)
 
 
 class GraphCaller:
