@@ -25,7 +25,7 @@ from neml2_aoti_plugin import (
 )
 from neml2_aoti_plugin._artifact.schema import Pair
 from neml2_aoti_plugin._program import explicit
-from neml2_aoti_plugin._program.substepping import _successor
+from neml2_aoti_plugin._program.substepping import successor
 from references import Tensors, difference, edited
 
 
@@ -225,7 +225,7 @@ def test_d11_a_residual_whose_square_overflows_does_not_look_converged() -> None
 
 def test_d19_each_lag_takes_the_place_of_the_next_older_one() -> None:
     """C++ writes the new state into every lag of an unknown."""
-    assert [_successor(name) for name in ("x~1", "x~2", "x~3", "x")] == ["x", "x~1", "x~2", "x"]
+    assert [successor(name) for name in ("x~1", "x~2", "x~3", "x")] == ["x", "x~1", "x~2", "x"]
 
 
 def test_d30_the_caller_keeps_its_own_tensor() -> None:

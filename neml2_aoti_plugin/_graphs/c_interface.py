@@ -98,14 +98,10 @@ class Container:
     """A graph with its constants, for one thread at a time."""
 
     def __init__(self, handle: int, library: Library) -> None:
-        self.handle, self.library = handle, library
+        # `run` is the address of the function that runs the graph.
+        self.handle, self.run = handle, library.run
         # When the process ends, the system takes the memory; other threads may still be in a call.
         weakref.finalize(self, library.delete, handle).atexit = False
-
-    @property
-    def run(self) -> int:
-        """Address of the function that runs the graph."""
-        return self.library.run
 
 
 class Library:

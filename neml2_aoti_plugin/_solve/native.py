@@ -32,24 +32,16 @@ LINES = 4096
 class Container(Protocol):
     """A compiled graph for one thread at a time: its handle, and the address of the function that runs it."""
 
-    @property
-    def handle(self) -> int: ...
-
-    @property
-    def run(self) -> int: ...
+    handle: int
+    run: int
 
 
 class CompiledGraph(Protocol):
     """A compiled graph that is called by its C interface."""
 
-    @property
-    def inputs(self) -> int: ...
-
-    @property
-    def outputs(self) -> int: ...
-
-    @property
-    def file(self) -> Path: ...
+    inputs: int
+    outputs: int
+    file: Path
 
     def container(self) -> Container:
         """A container that nobody else has."""

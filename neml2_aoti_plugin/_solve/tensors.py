@@ -31,17 +31,6 @@ class TensorSteps(ABC):
     live: int
     refused: int
 
-    _norm0: Tensor
-    _norm: Tensor
-    _b: Groups
-    _du: Groups
-    _linear: Linearisation
-    _slope: Tensor
-    _alpha: Tensor
-    _trial: Groups
-    _trial_b: Groups
-    _trial_norm: Tensor
-
     def __init__(self, system: System, u: Groups, layouts: tuple[Layout, Layout], criteria: Criteria) -> None:
         self._system, self._u, self._criteria = system, u, criteria
         self._of_u, self._of_r = layouts
