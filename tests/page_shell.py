@@ -123,31 +123,17 @@ def run(command: str, folder: Path | None = None, limit: float = 240) -> None:
 
 def _compile(command: str) -> None:
     """A compile, from the cache of stubs."""
-    words = shlex.split(command)[1:]
-    file, options = words[0], words[1:]
+    file, *options = shlex.split(command)[1:]
     assert Path(file).is_file(), f"{command}: there is no file {file}"
     output = Path("aoti")
-    flags: list[tuple[str, ...]] = []
-    while options:
-        pair = tuple(options[:2]) if options[0].startswith("-") else (options[0],)
-        options = options[len(pair) :]
-        if pair[0] == "--output-dir":
-            output = Path(pair[1])
-        elif pair[0] not in ("--driver", "--model"):
-            flags.append(pair)
+    for name in ("--driver", "--model", "--output-dir"):
+        if name in options:
+            place = options.index(name)
+            _, value = options[place : place + 2]
+            del options[place : place + 2]
+            output = Path(value) if name == "--output-dir" else output
     for name, stub in CATALOGUE.items():
-        if stub.file == Path(file).name and sorted(flags) == sorted(_pairs(stub.flags)):
+        if stub.file == Path(file).name and sorted(options) == sorted(stub.flags):
             shutil.copytree(compiled(name), output, dirs_exist_ok=True)
             return
     raise AssertionError(f"{command}: no entry of stubs/catalogue.py is compiled with these options")
-
-
-def _pairs(flags: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Options with their values."""
-    found: list[tuple[str, ...]] = []
-    rest = list(flags)
-    while rest:
-        size = 2 if rest[0].startswith("-") and rest[0] != "--no-dynamic-batch" else 1
-        found.append(tuple(rest[:size]))
-        rest = rest[size:]
-    return found
