@@ -136,8 +136,8 @@ def _missing(path: Path) -> str:
         return f"no metadata.json in {path}: it is a file{', a graph' if path.suffix == '.pt2' else ''}.{whole} {cure}"
     there = _names(path.parent)
     beside = f" In {path.parent} there are: {_few(there)}." if there else ""
-    if path.suffix == ".json":
-        return f"{path}: no such metadata file.{beside} {cure}"
+    if path.suffix in (".json", ".i"):
+        return f"{path}: no such {'stub' if path.suffix == '.i' else 'metadata file'}.{beside} {cure}"
     return f"no metadata.json in {path}: there is no such folder.{beside} {cure}"
 
 
