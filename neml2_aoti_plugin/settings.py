@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from sys import float_info
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta
 
@@ -95,62 +95,19 @@ class KrylovSettings:
 MOST = 2**31 - 1
 
 
-def _number(value: Any) -> float:
-    """A finite number as a float."""
-    if isinstance(value, (bool, str, bytes)):
-        raise TypeError
-    found = float(value)
-    if not isfinite(found):
-        raise ValueError
-    return found
-
-
-def _whole(value: Any) -> int:
-    """A whole number as an int, also one that is written as a float."""
-    found = int(_number(value))
-    if found != value or not 0 <= found <= MOST:
-        raise ValueError
-    return found
-
-
-def _at_least_zero(value: Any) -> float:
-    found = _number(value)
-    if found < 0:
-        raise ValueError
-    return found
-
-
-def _more_than_one(value: Any) -> float:
-    found = _number(value)
-    if found <= 1:
-        raise ValueError
-    return found
-
-
-def _line_search(value: Any) -> str:
-    if value not in ("BACKTRACKING", "STRONG_WOLFE"):
-        raise ValueError
-    return str(value)
-
-
-def _yes_or_no(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-_COUNT = (_whole, f"a whole number, zero or more, and {MOST} at most")
-_TOLERANCE = (_at_least_zero, "a finite number, zero or more")
-_RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
+_TOLERANCE = (float, lambda x: x >= 0, "a finite number, zero or more")
+_COUNT = (int, lambda n: 0 <= n <= MOST, f"a whole number, zero or more, and {MOST} at most")
+# Of each setting its type, what it must be besides, and that in words.
+_RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "atol": _TOLERANCE,
     "rtol": _TOLERANCE,
     "miters": _COUNT,
-    "ls_type": (_line_search, "BACKTRACKING or STRONG_WOLFE"),
+    "ls_type": (str, get_args(LineSearch).__contains__, "BACKTRACKING or STRONG_WOLFE"),
     "ls_max_iters": _COUNT,
-    "ls_cutback": (_more_than_one, "a finite number, more than 1"),
+    "ls_cutback": (float, lambda x: x > 1, "a finite number, more than 1"),
     "ls_c": _TOLERANCE,
     "substep_del_tol": _TOLERANCE,
-    "chord_steps": (_yes_or_no, "True or False"),
+    "chord_steps": (bool, lambda _: True, "True or False"),
 }
 
 
@@ -158,14 +115,28 @@ def newton_settings(**values: Any) -> NewtonSettings:
     """Newton settings, checked, with counts as ints and all other numbers as floats."""
     checked = {}
     for name, value in values.items():
-        read, wanted = _RULES[name]
+        kind, fits, wanted = _RULES[name]
         try:
-            checked[name] = read(value)
+            checked[name] = found = _read(value, kind)
         except TypeError as error:
             raise InputTypeError(f"{name} is {shown_value(value)}, expected {wanted}.") from error
         except (ValueError, OverflowError) as error:
             raise InputError(f"{name} is {shown_value(value)}, expected {wanted}.") from error
+        if not fits(found):
+            raise InputError(f"{name} is {shown_value(value)}, expected {wanted}.")
     return NewtonSettings(**checked)
+
+
+def _read(value: Any, kind: type) -> Any:
+    """A text or a truth value as it is, a finite number in its type; a whole one may be written as a float."""
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    if kind in (bool, str) or isinstance(value, (bool, str, bytes)):
+        raise TypeError
+    number = float(value)
+    if not isfinite(number) or (kind is int and int(number) != value):
+        raise ValueError
+    return kind(number)
 
 
 def changed_settings(present: NewtonSettings | None, changes: Mapping[str, Any], where: str) -> NewtonSettings:
