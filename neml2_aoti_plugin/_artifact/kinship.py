@@ -19,7 +19,6 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from ..errors import ArtifactError
@@ -152,34 +151,12 @@ _ROUNDING = 1e-6
 class Generated:
     """What a package was made of."""
 
-    # Checksum and size of the compiled library.
-    library: tuple[int, int]
-    # The generated code.
-    source: str = field(repr=False)
-    # The tensors in the library.
-    constants: bytes = field(repr=False)
-
-    @cached_property
-    def compiler(self) -> frozenset[str]:
-        """What the code was compiled against: torch names its headers by what is in them, and by compiler and flags."""
-        return frozenset(_HEADERS.findall(self.source))
-
-    @cached_property
-    def code(self) -> str:
-        """The code without what differs from compile to compile: paths and commands in comments, names of files."""
-        lines = (line for line in self.source.splitlines() if line and not line.startswith("//"))
-        return _HASH.sub("", "\n".join(lines))
-
-    @cached_property
-    def skeleton(self) -> str:
-        """The code without its numbers."""
-        return _NUMBER.sub("#", self.code)
-
-    @cached_property
-    def numbers(self) -> tuple[float, ...]:
-        """The numbers in the code, in order, and behind them the constants."""
-        count = len(self.constants) // 8
-        return (*map(float, _NUMBER.findall(self.code)), *struct.unpack_from(f"={count}d", self.constants))
+    # The generated code without its numbers, and without what differs from compile to compile.
+    skeleton: str = field(repr=False)
+    # The numbers in the code, in order, and behind them the tensors in the library.
+    numbers: tuple[float, ...] = field(repr=False)
+    # What the code was compiled against: torch names its headers by what is in them, and by compiler and flags.
+    compiler: frozenset[str]
 
 
 def read_generated(file: Path, folder: Folder) -> Generated | None:
@@ -190,13 +167,16 @@ def read_generated(file: Path, folder: Folder) -> Generated | None:
             libraries = libraries_in(archive)
             if archive_faults(archive) or not libraries:
                 return None
-            library = libraries[0]
-            constants = _constants_in(read_entry(archive, library, data))
+            constants = _constants_in(read_entry(archive, libraries[0], data))
             parts = [read_text(archive, f"{part}.cpp") for part in ("wrapper", "kernel")]
     except ArtifactError:
         return None
     source = "\n".join(part for part in parts if part)
-    return Generated((library.CRC, library.file_size), source, constants) if source else None
+    # Without paths and commands, which stand in comments, and names of files.
+    lines = (line for line in source.splitlines() if line and not line.startswith("//"))
+    code = _HASH.sub("", "\n".join(lines))
+    numbers = *map(float, _NUMBER.findall(code)), *struct.unpack_from(f"={len(constants) // 8}d", constants)
+    return Generated(_NUMBER.sub("#", code), numbers, frozenset(_HEADERS.findall(source))) if source else None
 
 
 def _constants_in(data: bytes | memoryview) -> bytes:
@@ -223,8 +203,6 @@ def of_one_source(one: Generated, other: Generated, same_device: bool) -> bool |
     For devices of one kind torch generates the same code. None where the code differs as well as the numbers, and
     another compiler may be why.
     """
-    if one.library == other.library:
-        return True
     if one.skeleton == other.skeleton and len(one.numbers) == len(other.numbers):
         return all(_equal(a, b) for a, b in zip(one.numbers, other.numbers, strict=True))
     mine, theirs = _distinctive(one.numbers), _distinctive(other.numbers)
