@@ -103,21 +103,17 @@ assert "switched off by NEML2_AOTI_PLUGIN=" in status.reason, status
     environment.run(code, variables={"NEML2_AOTI_PLUGIN": value})
 
 
-def test_switched_off(environment: Environment) -> None:
+@pytest.mark.parametrize(
+    ("before", "variables"),
+    [
+        ("", {"NEML2_AOTI_PLUGIN": "0"}),
+        ("import neml2_aoti_plugin", {"NEML2_AOTI_PLUGIN": "0"}),
+        ("", NOT_AUTOLOADED),
+    ],
+)
+def test_switched_off_it_leaves_neml2_alone(environment: Environment, before: str, variables: dict[str, str]) -> None:
     # What neml2 itself says, where its own binding does not import, is of no interest.
-    done = environment.start(["-c", UNTOUCHED], variables={"NEML2_AOTI_PLUGIN": "0"})
-    assert done.returncode == 0, done.stderr
-
-
-def test_switched_off_in_explicit_imports(environment: Environment) -> None:
-    code = f"import neml2_aoti_plugin\n{UNTOUCHED}\nimport neml2_aoti_plugin as plugin\nprint(plugin.status())\n"
-    done = environment.start(["-c", code], variables={"NEML2_AOTI_PLUGIN": "0"})
-    assert done.returncode == 0, done.stderr
-    assert "not active" in done.stdout
-
-
-def test_autoloading_switched_off_leaves_neml2_alone(environment: Environment) -> None:
-    done = environment.start(["-c", UNTOUCHED], variables=NOT_AUTOLOADED)
+    done = environment.start(["-c", f"{before}\n{UNTOUCHED}"], variables=variables)
     assert done.returncode == 0, done.stderr
 
 

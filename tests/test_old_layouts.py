@@ -262,10 +262,3 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: st
 def test_a_misspelt_option_is_refused(tmp_path: Path, option: str) -> None:
     with pytest.raises(ValueError, match=r"unknown option.*Accepted: artifact_path, meta, solver"):
         neml2.load_model(stub(tmp_path, f"artifact_path = 'bar'\n    {option}"), "bar")
-
-
-def test_errors_name_the_block_and_the_file(tmp_path: Path) -> None:
-    file = stub(tmp_path, "meta = ./bar_meta.json")
-    with pytest.raises(ArtifactNotFoundError) as error:
-        neml2.load_model(file, "bar")
-    assert all(part in str(error.value) for part in ("[Models/bar]", str(file), "bar_meta.json"))
