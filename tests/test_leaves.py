@@ -15,7 +15,7 @@ import references
 from attacks.archives import edited
 from neml2_aoti_plugin import ArtifactError, Model, seal
 from neml2_aoti_plugin import _cli as cli
-from neml2_aoti_plugin._artifact.files import folder_at
+from neml2_aoti_plugin._artifact.files import Folder
 from neml2_aoti_plugin._artifact.kinship import of_one_source, read_generated
 from neml2_aoti_plugin._cli.doctor import diagnose
 from neml2_aoti_plugin._cli.inspect import describe
@@ -186,7 +186,7 @@ def test_real_compiles_of_one_source_and_of_another_are_told_apart() -> None:
         "stiff": compiled("elasticity_stiff") / "elasticity/cpu/float32",
     }
     for name in PACKAGES:
-        found = {key: read_generated(leaf / name, folder_at(leaf)) for key, leaf in leaves.items()}
+        found = {key: read_generated(leaf / name, Folder(leaf.resolve())) for key, leaf in leaves.items()}
         one, same, other = (found[key] for key in ("float64", "float32", "stiff"))
         assert one is not None and same is not None and other is not None
         assert of_one_source(one, same, same_device=True) is True

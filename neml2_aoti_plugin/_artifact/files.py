@@ -223,8 +223,3 @@ class Folder:
                     "it came, and load the model anew."
                 )
         return Contents(data, digest)
-
-
-def folder_at(path: Path) -> Folder:
-    """A folder by any path to it, without a seal."""
-    return Folder(Path(os.path.realpath(path)))
