@@ -61,6 +61,13 @@ def _wide_stubs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(references, "wide_allowed", request.node.get_closest_marker("wide") is not None)
 
 
+@pytest.fixture(params=["native", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both implementations of the Newton loop, one after the other."""
+    monkeypatch.setenv("NEML2_AOTI_PLUGIN_KERNELS", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     """A copy of the elasticity artifact that a test may damage."""

@@ -214,31 +214,6 @@ for k in range(5):
     assert said.splitlines() == ["interrupted"] * 5
 
 
-def test_forked_processes_do_not_wait_for_threads_that_they_do_not_have() -> None:
-    """torch's own threads do not come along: that is said, and with one thread the bits are the same."""
-    run(
-        SETUP
-        + """
-from neml2_aoti_plugin import AOTIError
-right = model.forward(rows)["stress"]
-for _ in range(3):
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(40)
-        try:
-            model.forward({n: x[:3] for n, x in rows.items()})
-        except AOTIError as error:
-            assert "torch.set_num_threads(1)" in str(error)
-            torch.set_num_threads(1)
-            os._exit(0 if torch.equal(model.forward(rows)["stress"], right) else 1)
-        os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-assert torch.equal(model.forward(rows)["stress"], right)
-""",
-        artifact(),
-    )
-
-
 def test_daemonic_processes_and_workers_of_a_data_loader() -> None:
     run_fresh(
         """

@@ -165,8 +165,10 @@ def test_pinned_batch_axes(name: str, told: list[str], monkeypatch: pytest.Monke
 # A model of a power law as it runs, and by torch's operations; what the log says meanwhile comes between.
 PROGRAM = """
     import os, sys, torch
+    from dataclasses import replace
     from neml2_aoti_plugin import Model, _log as log, status
     from neml2_aoti_plugin._graphs import c_interface
+    from neml2_aoti_plugin._solve import code_file
     log.set_default_level("model", "info")
     {before}
     zero, six = torch.zeros((), dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
@@ -205,15 +207,31 @@ PROCESSES = {
         "torch does not call a proxy executor as expected",
     ),
     "no llvmlite": ("sys.modules['llvmlite'] = None", "llvmlite is not installed"),
+    "llvmlite is broken": (
+        "sys.path.insert(0, sys.argv[2])",
+        "llvmlite cannot be imported (ImportError: broken on purpose)",
+    ),
+    "no machine code": ("code_file.PATH = code_file.HERE / 'nowhere.bc'", "is not there"),
+    "damaged machine code": ("code_file.PATH = code_file.HERE / 'outcome.py'", "is damaged"),
+    "machine code of other sources": ("code_file.sources = lambda: 'other'", "is older than its sources"),
+    "machine code of a later LLVM": (
+        "code = replace(code_file.read(), llvm=(99, 0, 0)); code_file.read = lambda: code",
+        "does not read the code of LLVM 99",
+    ),
+    "machine code that is none": (
+        "code = replace(code_file.read(), bitcode=b'none', digest='none'); code_file.read = lambda: code",
+        "LLVM makes no code for this processor",
+    ),
 }
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", PROCESSES)
-def test_a_process_that_is_other(kind: str) -> None:
+def test_a_process_that_is_other(kind: str, tmp_path: Path) -> None:
     before, reason = PROCESSES[kind]
     artifact = references.case("viscoplasticity").artifact
-    said = children.run(PROGRAM.format(before=before), artifact, "doctor", NEML2_AOTI_PLUGIN_KERNELS="")
+    (tmp_path / "llvmlite.py").write_text("raise ImportError('broken on purpose')")
+    said = children.run(PROGRAM.format(before=before), artifact, tmp_path, "doctor", NEML2_AOTI_PLUGIN_KERNELS="")
     loaded, _, rest = said.partition("graphs: ")
     assert any(RUNNER in line and reason in line for line in loaded.splitlines()), said
     assert any("Newton loop of" in line and ": torch (" in line and reason in line for line in said.splitlines())

@@ -32,14 +32,6 @@ COUNT = 65
 SUBSTEPPED = {"substepping": 12}
 
 
-@pytest.fixture(params=["native", "torch"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both implementations of the loop's operations."""
-    monkeypatch.setenv(VARIABLE, request.param)
-    name: str = request.param
-    return name
-
-
 @cache
 def uneven(name: str, count: int = COUNT) -> Tensors:
     """Rows of a case at rates over four decades, the slowest of them among the first."""

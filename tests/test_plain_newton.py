@@ -20,7 +20,6 @@ from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._program import implicit
 from neml2_aoti_plugin._program.program import BLOCK_ROWS
 from neml2_aoti_plugin._program.sensitivity import SolvedSegment
-from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
 from neml2_aoti_plugin._solve.system import row_norms
 from neml2_aoti_plugin.model import Solution
 from references import Case, Tensors
@@ -39,14 +38,6 @@ ALONE = 3
 CLOSE, ALIKE = 1e-9, 1e-4
 # Some of the rows of these have several solutions.
 SEVERAL = ("porous", "kocks_mecking")
-
-
-@pytest.fixture(params=["native", "torch"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both implementations of the loop's operations."""
-    monkeypatch.setenv(VARIABLE, request.param)
-    name: str = request.param
-    return name
 
 
 @cache

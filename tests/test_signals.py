@@ -170,14 +170,9 @@ assert torch.equal(found, right)
 
 
 @pytest.mark.parametrize("interval", [0, 5e-5, 1e-3])
-def test_a_timer_at_any_moment(interval: float) -> None:
-    run(HAMMERED, of(), interval, 120, limit=100)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("interval", [0, 5e-5, 3e-4, 1e-3])
-def test_a_timer_at_any_moment_for_long(interval: float) -> None:
-    print(run(HAMMERED, of(), interval, 6000, limit=280))
+@pytest.mark.parametrize("calls", [120, pytest.param(6000, marks=pytest.mark.long)])
+def test_a_timer_at_any_moment(calls: int, interval: float) -> None:
+    run(HAMMERED, of(), interval, calls, limit=100 if calls == 120 else 280)
 
 
 # Another process sends both at once while a graph of so many rows runs, which takes longer than the rest of a call.

@@ -37,7 +37,6 @@ for call in (model.forward, model.jacobian):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("mode", ["rowwise", "lockstep"])
-@pytest.mark.parametrize("implementation", ["native", "torch"])
 @pytest.mark.parametrize("name", ["viscoplasticity", "cross_group"])
 def test_diverging_rows_print_nothing(name: str, mode: str, implementation: str) -> None:
     # What it prints on either stream comes back.
@@ -47,9 +46,7 @@ def test_diverging_rows_print_nothing(name: str, mode: str, implementation: str)
     assert errors == ["ConvergenceError", "ConvergenceError"]
 
 
-@pytest.mark.parametrize("implementation", ["native", "torch"])
 def test_a_row_without_derivatives_fails_by_name(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, implementation)
     case = references.case("viscoplasticity")
     model, rows = case.load(), case.rows()
     solve = BlockSolver.solve

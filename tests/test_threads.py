@@ -86,14 +86,11 @@ def of(name: str) -> str:
     return str(references.case(name).artifact)
 
 
-def test_calls_with_overrides_on_a_power_law() -> None:
-    assert int(run(MIXED, of(POWER_LAW), 8, 8, limit=120)) == 8 * 8
-
-
-@pytest.mark.long
-@pytest.mark.timeout(2000)
-def test_calls_with_overrides_on_a_power_law_for_long() -> None:
-    assert int(run(MIXED, of(POWER_LAW), 8, 2000, limit=1800)) == 8 * 2000
+@pytest.mark.parametrize(
+    "calls", [8, pytest.param(2000, marks=[pytest.mark.long, pytest.mark.timeout(2000)])], ids=["few", "many"]
+)
+def test_calls_with_overrides_on_a_power_law(calls: int) -> None:
+    assert int(run(MIXED, of(POWER_LAW), 8, calls, limit=120 if calls == 8 else 1800)) == 8 * calls
 
 
 @pytest.mark.parametrize("name", [POWER_LAW, "composed"])
