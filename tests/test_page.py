@@ -57,7 +57,12 @@ def service(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     entry = f"artifact_path = '{artifacts['viscoplasticity']}'\n    solver = few"
     text = stub.read_text(encoding="utf-8").replace("artifact_path = 'viscoplasticity'", entry)
     (folder / "few_aoti.i").write_text(text + FEW, encoding="utf-8")
-    with started(folder / "log", [*artifacts.values(), "--name", f"few={folder / 'few_aoti.i'}"]) as found:
+    initial = "ic_Scalar_names = 'equivalent_plastic_strain'\n    ic_Scalar_values = '0.25'\n    type = TransientDriver"
+    driven = text.replace("type = TransientDriver", initial)
+    assert driven != text
+    (folder / "driven_aoti.i").write_text(driven + FEW, encoding="utf-8")
+    names = [word for name in ("few", "driven") for word in ("--name", f"{name}={folder / name}_aoti.i")]
+    with started(folder / "log", [*artifacts.values(), *names]) as found:
         yield found
 
 
@@ -153,6 +158,61 @@ def test_a_cycle_of_shear_is_the_march_of_the_model(page: Any, artifacts: dict[s
     assert page.find_element("id", "iterations").is_displayed()
     assert len(page.find_elements("css selector", "#iterations rect")) == len(steps)
     assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def show(browser: Any, what: str) -> list[float]:
+    """Choose what is drawn, and give its values."""
+    found: list[float] = browser.execute_script(
+        "document.getElementById('shown').value = arguments[0]; draw();"
+        "return result.map(step => shown().value(step.outputs))",
+        what,
+    )
+    return found
+
+
+def test_it_begins_as_the_driver_of_the_stub_does(page: Any) -> None:
+    put(page, model="driven")
+    chosen = page.execute_script("return ['driven', 'component', 'shown'].map(id => document.getElementById(id).value)")
+    assert chosen == ["strain", "xx", "stress\n0"]
+    settings = page.execute_script("return settings()")
+    # The first point of the driver is pulled to 3 % in 30 s.
+    assert settings["amplitude"] == pytest.approx(0.03) and settings["rate"] == pytest.approx(0.001)
+    assert show(page, "equivalent_plastic_strain\n0")[0] == pytest.approx(0.25)
+    assert "driver" in page.find_element("id", "origin").text
+    # Of an artifact without its stub, nothing is known.
+    put(page, model="viscoplasticity")
+    assert "Nothing is known" in page.find_element("id", "origin").text
+
+
+@pytest.mark.parametrize(("model", "history"), [("elasticity", "ramp"), ("viscoplasticity", "cycle")])
+def test_uniaxial_stress(page: Any, model: str, history: str) -> None:
+    put(page, model=model, history=history, steps=20)
+    confined = max(show(page, "stress\n0"))
+    put(page, others="free")
+    stresses = page.execute_script("return result.map(step => [...step.outputs.get('stress')])")
+    largest = max(stress[0] for stress in stresses)
+    assert 0 < largest < 0.8 * confined
+    assert all(abs(x) < 1e-7 * largest for stress in stresses for x in stress[1:])
+    # In this state of stress, von Mises is the stress itself.
+    assert show(page, "stress\nsize") == pytest.approx([abs(stress[0]) for stress in stresses], rel=1e-6)
+    lateral, axial = show(page, "strain\n1"), show(page, "strain\n0")
+    assert axial == pytest.approx([step[1] for step in curve(page, "stress", 0)], abs=1e-15)
+    told = page.find_element("id", "told").text
+    assert "(uniaxial stress)" in told and f"yy = {lateral[-1]:#.4g}" in told
+    if model == "elasticity":
+        strain = torch.zeros(1, 6, dtype=torch.float64)
+        blocks = Model(compiled(model) / model).jacobian({"strain": strain}, expand=True)[1]
+        compliance = torch.linalg.inv(blocks["stress"]["strain"][0])
+        assert stresses[-1][0] == pytest.approx(axial[-1] / float(compliance[0, 0]), rel=1e-9)
+        assert lateral[-1] == pytest.approx(stresses[-1][0] * float(compliance[1, 0]), rel=1e-9)
+
+
+def test_uniaxial_stress_is_not_offered_without_its_derivative(page: Any) -> None:
+    put(page, model="few")
+    assert page.execute_script("return stressOf(drivenPort()).name") == "stress"
+    page.execute_script("model.parameters.operations.jacobian.outputs = []; chooseDriven()")
+    assert not page.find_element("id", "others").is_displayed()
+    assert "neml2-compile ... -d stress:strain" in page.find_element("id", "others-note").text
 
 
 @pytest.mark.parametrize("kind", ["curl", "python"])

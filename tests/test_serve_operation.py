@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -352,6 +353,20 @@ def test_beyond_loopback_a_token_and_a_seal_are_enough(
     monkeypatch.setenv("NEML2_AOTI_SERVE_TOKEN", "two words")
     assert cli.main(arguments) == 2
     assert "holds no token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "evaluated"), [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_the_driver_of_a_stub_is_read_for_this_machine_alone(
+    host: str, evaluated: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(artifact("elasticity"), tmp_path / "elasticity")
+    text = artifact("elasticity").with_name("elasticity_aoti.i").read_text(encoding="utf-8")
+    changed = re.sub(r"(\[times\]\s*type = Python\s*expr =) '.*'", r"\1 'what_is_not_there'", text)
+    assert changed != text
+    stub = tmp_path / "elasticity_aoti.i"
+    stub.write_text(changed, encoding="utf-8")
+    assert cli.main(["serve", str(stub), "--host", host, "--no-token", "--allow-unsealed", "--check"]) == 0
+    assert ("name 'what_is_not_there' is not defined" in capsys.readouterr().err) == evaluated
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..errors import AOTIError
 from .options import MOST_THREADS, device_options, json_option
-from .output import show
-from .process import FINE
+from .output import first_line, show
+from .process import FINE, say
 
 if TYPE_CHECKING:
     from ..serve._listening import Address
-    from ..serve._served import Source
+    from ..serve._served import DriverValues, Source
     from .target import Target
 
 TOKEN = "NEML2_AOTI_SERVE_TOKEN"
@@ -133,7 +134,9 @@ def command(
     bounds = Limits(**{name: value for name, value in limits.items() if value is not None})
     token = _token(token_file)
     address = Address(host, port, uds)
-    sources = _with_parameters(_sources(paths, named, device, dtype), parameters)
+    # A stub is under no seal: beyond this machine, nothing in it is evaluated.
+    sources = _sources(paths, named, device, dtype, drivers=address.is_local)
+    sources = _with_parameters(sources, parameters)
     if not address.is_local:
         _require_safe(address, sources, token, no_token=no_token, allow_unsealed=allow_unsealed)
     if check:
@@ -153,24 +156,58 @@ def command(
     return FINE
 
 
-def _sources(paths: Sequence[str], named: Sequence[str], device: str | None, dtype: str | None) -> list[Source]:
-    """The models, each found before one is loaded."""
+def _sources(
+    paths: Sequence[str], named: Sequence[str], device: str | None, dtype: str | None, *, drivers: bool
+) -> list[Source]:
+    """The models, each found before one is loaded; `drivers` says whether to read what those of stubs prescribe."""
     from ..serve._served import Source, require_names
     from .target import find_target
 
     def source(target: Target, name: str) -> Source:
-        return Source(name, target.artifact, device, dtype, target.solver)
+        driver = _driver_of(target) if drivers else None
+        return Source(name, target.artifact, device, dtype, target.solver, driver=driver)
 
-    found = [source(target, target.model) for target in map(find_target, paths)]
+    found = [source(target, target.model) for target in (find_target(p, None, device, dtype) for p in paths)]
     for text in named:
         name, mark, path = text.partition("=")
         if not (name and mark and path):
             raise click.BadParameter(f"{text!r} is not NAME=PATH.", param_hint="--name")
-        found.append(source(find_target(path), name))
+        found.append(source(find_target(path, None, device, dtype), name))
     if not found:
         raise click.UsageError("give an artifact or a stub, or NAME=PATH by --name.")
     require_names([source.name for source in found])
     return found
+
+
+def _driver_of(target: Target) -> DriverValues | None:
+    """What the first driver of a model in its stub prescribes at its first point; it is read, and not run."""
+    from .._artifact.stub import drivers_of
+    from ..serve._served import DriverValues
+    from .points import defaults, load_driver
+
+    names = drivers_of(target.stub, target.model) if target.stub is not None else []
+    if target.stub is None or not names:
+        return None
+    try:
+        with defaults(target.device, target.dtype or "float64"):
+            built = load_driver(target.stub, names[0], device=target.device, dtype=target.dtype)
+    except AOTIError as error:
+        say(f"the page at / begins without values of the driver: {first_line(error)}")
+        return None
+    if not hasattr(built, "prescribed"):
+        return None
+
+    def entries(value: Any, step: int | None = None) -> list[float]:
+        """Of a tensor of neml2 at the first point."""
+        own = value.data.shape[len(value.batch_shape) :]
+        data = value.data if step is None else value.data[step]
+        found: list[float] = data.reshape(-1, *own)[0].flatten().tolist()
+        return found
+
+    first, last = ({n: entries(value, step) for n, value in built.prescribed.items()} for step in (0, -1))
+    initial = {n: entries(value) for n, value in built.ics.items()}
+    (start,), (end,) = (entries(built.prescribed_time, step) for step in (0, -1))
+    return DriverValues(names[0], end - start, first, last, initial)
 
 
 def _with_parameters(sources: list[Source], given: Sequence[str]) -> list[Source]:
@@ -226,11 +263,10 @@ def _checked(address: Address, sources: Sequence[Source], token: str | None) -> 
     """Load and call the models as a service does."""
     from .._artifact.trust import is_sealed
     from ..serve._evaluation import call_first
-    from ..serve._served import Served
 
     models = []
     for source in sources:
-        served = Served(source.name, source.load())
+        served = source.load()
         call_first(served)
         sealed, digest = is_sealed(source.artifact), served.model.digest
         models.append(ServedModel(source.name, str(source.artifact), sealed, digest, tuple(served.signatures)))

@@ -33,7 +33,7 @@ from ._evaluation import call_first
 from ._gathering import Gatherer
 from ._limits import Limits, Refused
 from ._requests import HEADER_LENGTH, JSON, read_call, write_answer
-from ._served import VERSION, Served, Source, require_names
+from ._served import VERSION, Source, require_names
 from ._telemetry import CONTENT_TYPE, EventLog, Metrics
 
 Path_ = str | os.PathLike[str]
@@ -154,13 +154,13 @@ class Service:
     def _load(self, worker: ThreadPoolExecutor) -> None:
         """Load all models, and call each once."""
         found = []
-        for name, load in self._sources.items():
+        for source in self._sources:
             start = perf_counter()
-            served = Served(name, load())
+            served = source.load()
             call_first(served)
             found.append(served)
             seconds = round(perf_counter() - start, 3)
-            self.event_log.write("loaded", model=name, digest=served.model.digest, seconds=seconds)
+            self.event_log.write("loaded", model=served.name, digest=served.model.digest, seconds=seconds)
         self._gatherers = {one.name: Gatherer(one, self._limits, self.metrics, worker) for one in found}
 
     def check(self, path: str, headers: dict[bytes, bytes]) -> None:
@@ -354,21 +354,16 @@ async def _refuse(request: Request, error: Exception) -> Response:
     raise Refused(error.status_code, texts.get(error.status_code, error.detail), allow=allow)
 
 
-def _sources(given: Given) -> dict[str, Callable[[], Model]]:
-    """How each model is loaded, by name."""
-    found: list[tuple[str, Callable[[], Model]]] = []
+def _sources(given: Given) -> list[Source]:
+    """Where each model comes from."""
     if isinstance(given, Mapping):
-        for name, one in given.items():
-            found.append((name, _itself(one) if isinstance(one, Model) else Source(name, Path(one)).load))
+        found = [
+            Source(name, one.artifact, loaded=one) if isinstance(one, Model) else Source(name, Path(one))
+            for name, one in given.items()
+        ]
     else:
-        for path in given:
-            source = path if isinstance(path, Source) else Source(name_at(path), Path(path))
-            found.append((source.name, source.load))
+        found = [one if isinstance(one, Source) else Source(name_at(one), Path(one)) for one in given]
     if not found:
         raise InputError("there is no model to serve. Give one artifact or more.")
-    require_names([name for name, _ in found])
-    return dict(found)
-
-
-def _itself(model: Model) -> Callable[[], Model]:
-    return lambda: model
+    require_names([source.name for source in found])
+    return found

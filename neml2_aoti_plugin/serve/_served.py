@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,21 @@ CONVERGED, ITERATIONS, OUTCOME = "@converged", "@iterations", "@outcome"
 
 
 @dataclass(frozen=True)
+class DriverValues:
+    """What a driver of a model prescribes at its first point, by variable, with which the page begins."""
+
+    name: str
+    # How long it takes.
+    time: float
+    # Entries of inputs at the start and at the end, and of the state at the start.
+    first: dict[str, list[float]]
+    last: dict[str, list[float]]
+    initial: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
 class Source:
-    """Where a model is loaded from: the name under which it is served, its artifact, and arguments of `Model`."""
+    """A model to serve: its name here, its artifact, arguments of `Model`; or the model where it is loaded already."""
 
     name: str
     artifact: Path
@@ -42,12 +55,16 @@ class Source:
     dtype: str | None = None
     solver: Mapping[str, Any] | None = None
     parameters: str | os.PathLike[str] | None = None
+    driver: DriverValues | None = None
+    loaded: Model | None = None
 
-    def load(self) -> Model:
+    def load(self) -> Served:
         """Load the model; raises what `Model` raises."""
-        return Model(
-            self.artifact, self.device, self.dtype, solver=self.solver, parameters=self.parameters
-        ).requires_grad_(False)
+        found = self.loaded
+        if found is None:
+            found = Model(self.artifact, self.device, self.dtype, solver=self.solver, parameters=self.parameters)
+            found.requires_grad_(False)
+        return Served(self.name, found, self.driver)
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,7 @@ class Served:
 
     name: str
     model: Model
+    driver: DriverValues | None = None
     signatures: dict[str, Signature] = field(init=False)
     # Why the model lacks the other operations.
     lacking: dict[str, str] = field(init=False)
@@ -138,6 +156,7 @@ class Served:
                 },
                 # What the numbers in the output @outcome mean.
                 "outcomes": [outcome.words for outcome in Outcome],
+                "driver": None if self.driver is None else asdict(self.driver),
                 "digest": self.model.digest,
             },
         }
