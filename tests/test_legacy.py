@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import prod
@@ -271,38 +270,6 @@ def test_a_parameter_ahead_of_the_input(release: str) -> None:
     assert isinstance(first, ExplicitInfo)
     ahead = ("young.value", "strain") if release_named(release).schema < 7 else ("strain", "young.value")
     assert (first.taken, first.inputs, first.parameters) == (ahead, ("strain",), ("young.value",))
-
-
-@having("promoted")
-def test_a_parameter_set_is_used_in_every_row(release: str) -> None:
-    old = Model(entry(release, "promoted"))
-    at = inputs(release, "promoted")
-    before = old.forward(at)["stress"]
-    old.set_parameter(parameter_of(old, "elasticity.E"), 2 * 190.0)
-    assert difference(old.forward(at)["stress"], 2 * before) <= SAME
-
-
-@having("forward")
-def test_an_artifact_that_moved(release: str, tmp_path: Path) -> None:
-    shutil.copytree(build.artifact(release, "forward"), tmp_path / "there")
-    for file in sorted((tmp_path / "there").glob("*.i")):
-        moved = neml2.load_model(file, "elasticity")
-        assert moved._inner.artifact.is_relative_to(tmp_path)
-        (found,) = moved(*inputs(release, "forward").values())
-        assert difference(found.data, model(NEWEST, "forward").forward(inputs(NEWEST, "forward"))["stress"]) <= SAME
-
-
-@having("forward")
-def test_every_entry(release: str) -> None:
-    metadata = build.metadata(release, "forward")
-    entries = [metadata, metadata.parent]
-    if release_named(release).schema == 7:
-        entries.append(metadata.parent.parent)
-    wanted = model(NEWEST, "forward").forward(inputs(NEWEST, "forward"))
-    for path in entries:
-        loaded = Model(path)
-        assert loaded.device == torch.device("cpu") and loaded.dtype == torch.float64
-        assert largest(loaded.forward(inputs(release, "forward")), wanted) <= SAME
 
 
 @having("unreached")
