@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hand_made_graphs import Function, Handles, HandMadeGraph, expanded, once, strided, transposed
-from neml2_aoti_plugin._solve.native import GraphCaller
+from neml2_aoti_plugin._graphs.caller import GraphCaller
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
 
 ROWS = (1, 2, 15, 16, 17, 40)

@@ -54,18 +54,23 @@ class ImplicitSegment:
     def guess(self, state: State, rows: int, given: frozenset[str] = frozenset()) -> None:
         """Put the initial guess of the unknowns into `state`: what the caller gave, else a predictor's, else zero."""
         kept = {name: state[name] for name in self.unknowns.names if name in given}
-        like = next(iter(state.values()))
-        for unknown in self._unpredicted:
-            if unknown.name not in state:
-                state[unknown.name] = like.new_zeros((rows, *unknown.natural_shape))
+        self.put_zeros(state, rows)
         if self.predictor is not None and self.spec.predictor is not None:
             self._predict(self.spec.predictor, self.predictor, state, rows)
             state.update(kept)
 
+    def put_zeros(self, state: State, rows: int) -> None:
+        """Put zeros into `state` for unknowns that nobody gives, and for what a predictor gives itself."""
+        like = next(iter(state.values()))
+        for unknown in self._unpredicted:
+            if unknown.name not in state:
+                state[unknown.name] = like.new_zeros((rows, *unknown.natural_shape))
+        loop = self.spec.predictor.feedback if self.spec.predictor else None
+        if loop is not None:
+            state[loop.input.name] = like.new_zeros((rows, *loop.input.natural_shape))
+
     def _predict(self, spec: schema.Predictor, predictor: Graph, state: State, rows: int) -> None:
         loop = spec.feedback
-        if loop is not None:
-            state[loop.input.name] = next(iter(state.values())).new_zeros((rows, *loop.input.natural_shape))
         for _ in range(loop.iterations if loop is not None else 1):
             outputs = predictor([state[name] for name in spec.inputs])
             check_arity(predictor, outputs, len(spec.outputs), "predictor ")
@@ -186,8 +191,10 @@ class _MachineCode:
         kept = [column for name, column in self._columns.items() if name in given]
         predicted_from: list[Tensor] = []
         if segment.predictor is not None and len(kept) < len(self._columns):
-            if self._predicts:
-                predicted_from = self._predictor_inputs(state, rows)
+            if self._predicts and segment.spec.predictor is not None:
+                segment.put_zeros(state, rows)
+                predicted_from = [state[name] for name in segment.spec.predictor.inputs]
+                segment.predictor.require(predicted_from)
             else:
                 segment.guess(state, rows, given)
         self._require(solver, rows, parameters)
@@ -248,22 +255,6 @@ class _MachineCode:
             size = sizes.get(name, loop.input.size if loop is not None and argument >= 0 else 0)
             outputs.append((size, self._columns.get(name, -1), argument))
         return Prediction(tuple(outputs), loop.iterations if loop is not None else 1)
-
-    def _predictor_inputs(self, state: State, rows: int) -> list[Tensor]:
-        """What the predictor takes; zeros for unknowns without a value, and for what it gives itself."""
-        spec = self._segment.spec.predictor
-        assert spec is not None and self._segment.predictor is not None
-        inputs = []
-        for name in spec.inputs:
-            if spec.feedback is not None and name == spec.feedback.input.name:
-                inputs.append(torch.zeros(rows, *spec.feedback.input.natural_shape, dtype=torch.float64))
-            elif name in state:
-                inputs.append(state[name])
-            else:
-                shape = next(v.natural_shape for v in self._unknowns if v.name == name)
-                inputs.append(torch.zeros(rows, *shape, dtype=torch.float64))
-        self._segment.predictor.require(inputs)
-        return inputs
 
     def _require(self, solver: BlockSolver, rows: int, parameters: Sequence[Tensor]) -> None:
         """Refuse what the graphs would read wrongly; shapes of parameters are compared once."""
