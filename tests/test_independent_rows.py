@@ -116,23 +116,6 @@ def test_large_batches_and_borders_of_blocks(
     assert_alike(loaded(case, tolerance).solve(rows), torch.arange(600), together, alike)
 
 
-def test_a_lost_row_changes_no_other(implementation: str) -> None:
-    case, rows = references.case("viscoplasticity"), uneven("viscoplasticity")
-    model = loaded(case, 1e-6)
-    expected = model.solve(rows)
-    broken = {n: x.clone() for n, x in rows.items()}
-    broken["strain"][17] = torch.nan
-    found = model.solve(broken)
-    assert found.converged.tolist() == [k != 17 for k in range(COUNT)]
-    others = torch.tensor([k for k in range(COUNT) if k != 17])
-    assert found.iterations[others].tolist() == expected.iterations[others].tolist()
-    for out, value in found.outputs.items():
-        # The rows behind it lie elsewhere in the calls of the graphs, which may round them otherwise; the native loop
-        # fills these calls up.
-        atol = 0.0 if implementation == "native" else ALIKE * float(expected.outputs[out].abs().max())
-        torch.testing.assert_close(value[others], expected.outputs[out][others], rtol=0.0, atol=atol)
-
-
 @pytest.mark.wide
 def test_a_row_whose_first_norms_overflow_fares_the_same_twice() -> None:
     case = references.case("chaboche")

@@ -150,33 +150,6 @@ all_threads(work)
     )
 
 
-def test_other_threads_go_on_while_some_take_turns() -> None:
-    out = run(
-        SETUP
-        + """
-model = Model(artifact)
-right = model.forward(inputs)
-stop, ticks = threading.Event(), []
-
-def tick():
-    while not stop.wait(0.01):
-        ticks.append(1)
-
-clock = threading.Thread(target=tick)
-clock.start()
-all_threads(lambda i: [model.forward(inputs) for _ in range(calls)])
-stop.set()
-clock.join()
-print(len(ticks))
-""",
-        of(POWER_LAW),
-        4,
-        10,
-        limit=120,
-    )
-    assert int(out) > 0
-
-
 def test_asyncio_with_a_thread_pool() -> None:
     run(
         SETUP

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -46,7 +45,6 @@ class Loaded:
         self._calls_python = False
         # Whether the graph runs, and may call Python.
         self.inside = False
-        _graphs.add(self)
 
     def load(self) -> None:
         """Load the package, if it is not loaded yet."""
@@ -122,13 +120,10 @@ class Loaded:
         raise failure
 
 
-_graphs: WeakSet[Loaded] = WeakSet()
 # Runners whose state is that of a thread which the fork left behind; to take them down would wait for it.
 _abandoned: list[Any] = []
 _ran = False
 forked_after_use = False
-
-
 _loaded: dict[tuple[str, torch.device], Loaded] = {}
 
 
@@ -176,7 +171,7 @@ def require_one_thread(file: Path) -> None:
 def _in_child() -> None:
     global forked_after_use
     forked_after_use = _ran
-    for graph in list(_graphs):
+    for graph in list(_loaded.values()):
         # The lock is held by a thread that is gone, or by this one, which goes on with its call.
         if graph.lock.acquire(blocking=False):
             graph.lock.release()

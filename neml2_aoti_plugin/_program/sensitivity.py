@@ -175,10 +175,8 @@ class Sensitivity:
         """The Jacobian blocks at the solution, which is a polishing step beyond the last that the solve evaluated."""
         if not solved.jacobian:
             assert self.jacobian is not None, "only asked for where the segment has the graph"
-            outputs = self.jacobian([*solved.unknowns, *solved.givens], solved.parameters)
-            count = len(self.spec.residuals) * len(self.spec.unknowns)
-            check_arity(self.jacobian, outputs, count + len(self.spec.residuals))
-            solved.jacobian = outputs[:count]
+            of = solved.unknowns, solved.givens, solved.parameters
+            solved.jacobian = self._graphs.linearised(self.jacobian, *of)[0]
         return solved.jacobian
 
     def _blocks(self, solved: SolvedSegment) -> Blocks:

@@ -81,7 +81,7 @@ class DirectSystem(Bound):
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
         graphs, rows = self.graphs, u[0].shape[0]
         assert graphs.jacobian is not None and graphs.solve is not None
-        a, b = jacobian(graphs, u, self.g, self.parameters)
+        a, b = graphs.linearised(graphs.jacobian, u, self.g, self.parameters)
         a = [x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in a]
         return b, Factors(a[0]) if graphs.factored else Blocks(graphs.solve, a, u)
 
@@ -195,14 +195,11 @@ class SystemGraphs:
             return KrylovSystem(GraphProducts(self, g, parameters), self.krylov, self.layouts)
         return (FusedSystem if self.step is not None else DirectSystem)(self, g, parameters)
 
-
-def jacobian(graphs: SystemGraphs, u: Groups, g: Groups, parameters: Sequence[Tensor]) -> tuple[Groups, Groups]:
-    """The blocks of the Jacobian, `(rows or 1, ...)`, and `b = -r`."""
-    assert graphs.jacobian is not None
-    outputs = graphs.jacobian([*u, *g], parameters)
-    count = graphs.residual_groups * graphs.unknown_groups
-    check_arity(graphs.jacobian, outputs, count + graphs.residual_groups)
-    return outputs[:count], outputs[count:]
+    def linearised(self, graph: Graph, u: Groups, g: Groups, parameters: Sequence[Tensor]) -> tuple[Groups, Groups]:
+        """What a graph of the Jacobian gives: its blocks, `(rows or 1, ...)`, and `b = -r`."""
+        outputs, count = graph([*u, *g], parameters), self.residual_groups * self.unknown_groups
+        check_arity(graph, outputs, count + self.residual_groups)
+        return outputs[:count], outputs[count:]
 
 
 def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int, role: str = "") -> None:
