@@ -197,17 +197,6 @@ def test_captured_failure(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(value.data[1], wanted[name][1], rtol=1e-8, atol=1e-12)
 
 
-def test_the_log_of_an_eager_solve(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(log, "_sink", lambda level, line: lines.append(line))
-    monkeypatch.setattr(log, "_in_force", dict.fromkeys(log.CHANNELS, 3))
-    call(load(f"{NEWTON}\nlinear_solver = gmres"), state())
-    assert lines.count("[neml2:newton ][info] ---- begin newton solve ----") == 1
-    assert any(line.startswith("[neml2:newton ][info] converged (iters=") for line in lines)
-    assert any(line.startswith("[neml2:linear ][dbg ]   krylov iter=1 max|r|=") for line in lines)
-    assert any(line.startswith("[neml2:linear ][info] linear solve: iters=") for line in lines)
-
-
 C = torch.tensor([[2.0], [30.0]], dtype=torch.float64)
 COMMON: dict[str, Any] = {
     "unknown_layout": [("dense", [])],

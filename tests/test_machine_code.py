@@ -29,6 +29,7 @@ from neml2_aoti_plugin._solve import code_file, machine_code
 from neml2_aoti_plugin._solve.machine_code import MachineCode
 from neml2_aoti_plugin._solve.native import Derivatives
 from neml2_aoti_plugin.settings import NewtonSettings
+from test_block import graphs_of_coupled
 
 ENTRIES = {"solve_block", "call_graph"}
 # What the code takes from elsewhere: LLVM's intrinsics, and what C's library has on every platform.
@@ -83,14 +84,7 @@ def test_bits_do_not_depend_on_the_vectors_of_the_processor() -> None:
 
 def cubes(code: MachineCode, g: Tensor) -> tuple[Tensor, ...]:
     """Solve `M u + u^3 = g`; unknowns, iterations, norms and derivatives."""
-    factor = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    m = factor @ factor.T / 5 + torch.eye(5, dtype=torch.float64)
-
-    def residual(u: Tensor, g: Tensor) -> list[Tensor]:
-        return [g - (m * u.unsqueeze(-2)).cumsum(-1)[..., -1] - u**3]
-
-    def jacobian(u: Tensor, g: Tensor) -> list[Tensor]:
-        return [m + torch.diag_embed(3.0 * u * u), *residual(u, g)]
+    residual, jacobian = graphs_of_coupled()
 
     def by_givens(u: Tensor, g: Tensor) -> list[Tensor]:
         return [-torch.eye(5, dtype=torch.float64).repeat(len(u), 1, 1)]

@@ -40,6 +40,9 @@ def means() -> tuple[Means | None, str]:
 class Graph:
     """One compiled graph."""
 
+    # Whether it was traced with one batch axis, of any length.
+    takes_one_batch_axis = True
+
     def __init__(self, package: Package, device: torch.device) -> None:
         self.file = package.file
         self.signature = package.signature
@@ -49,11 +52,6 @@ class Graph:
         self.again = self._loaded.run
         # Ranks of arguments that were compared with the signature; they are few, and the same from call to call.
         self._compared: set[tuple[int, ...]] = set()
-
-    @property
-    def takes_one_batch_axis(self) -> bool:
-        """Whether the graph was traced with one batch axis, of any length."""
-        return True
 
     def load(self) -> None:
         """Load the package, if it is not loaded yet."""
@@ -205,14 +203,11 @@ def _in_blocks(caller: GraphCaller, arguments: list[Tensor], has_rows: list[bool
 class PinnedGraph(Graph):
     """A graph that was traced with batch axes other than one free one: rows are padded and folded onto them."""
 
+    takes_one_batch_axis = False
+
     def __init__(self, package: Package, device: torch.device, axes: tuple[int | None, ...]) -> None:
         super().__init__(package, device)
         self.axes = axes
-
-    @property
-    def takes_one_batch_axis(self) -> bool:
-        """Whether the graph was traced with one batch axis, of any length: not this one."""
-        return False
 
     def _run(self, arguments: list[Tensor], has_rows: list[bool]) -> list[Tensor]:
         """Run the graph as often as its pinned extents ask."""

@@ -49,7 +49,9 @@ class Loaded:
     def load(self) -> None:
         """Load the package, if it is not loaded yet."""
         with self.lock:
-            self._load()
+            if self.runner is None:
+                self.runner, self._calls_python = load_runner(self.file, self._read(), self._device)
+                note_use()
 
     def library(self) -> Library:
         """The library of the package, for calls by its C interface; loaded when it is first asked for."""
@@ -74,7 +76,7 @@ class Loaded:
             require_one_thread(self.file)
         with self.lock:
             if self.runner is None:
-                self._load()
+                self.load()
             if self.inside:
                 raise AOTIError(
                     f"{self.file}: called again from within itself: by an operator in Python that it calls, or by a "
@@ -94,11 +96,6 @@ class Loaded:
             finally:
                 self.inside = False
         return outputs
-
-    def _load(self) -> None:
-        if self.runner is None:
-            self.runner, self._calls_python = load_runner(self.file, self._read(), self._device)
-            note_use()
 
     def seen(self, package: Package) -> None:
         """Note another place where the same bytes are."""
