@@ -250,10 +250,6 @@ print(ends)
 """
 
 
-def test_an_interrupted_solve_leaves_the_model_as_it_was() -> None:
-    run(INTERRUPTED, references.case("calibration").artifact, 12)
-
-
-@pytest.mark.long
-def test_interrupts_at_any_moment() -> None:
-    print(run(INTERRUPTED, references.case("calibration").artifact, 400, limit=280))
+@pytest.mark.parametrize("times", [12, pytest.param(400, marks=pytest.mark.long)])
+def test_interrupts_at_any_moment_leave_the_model_as_it_was(times: int) -> None:
+    run(INTERRUPTED, references.case("calibration").artifact, times, limit=280)

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -18,9 +19,9 @@ import pytest
 import torch
 
 import references
+from attacks import children
 from long_runs import FAILING, ROWS, Arrays, Run, arrays, assert_results, blocks, case, expected, joined, put, solved
 from neml2_aoti_plugin import AOTIError, ArtifactError, InputError, InputTypeError, Model
-from processes import Program
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and file systems of Linux")
 
@@ -103,10 +104,8 @@ class TestForms:
         """By the peak of a process that maps ten times as many rows."""
         peaks = []
         for rows in (20_000, 200_000):
-            with Program(FLAT, case().artifact, tmp_path / str(rows), rows) as program:
-                status, out, err = program.finish(200)
-                assert status == 0, err
-                peaks.append(int(out.split()[-1]))
+            out = children.run(FLAT, case().artifact, tmp_path / str(rows), rows, limit=200)
+            peaks.append(int(out.split()[-1]))
         assert peaks[1] - peaks[0] < 10 << 10, peaks
 
 
@@ -558,16 +557,13 @@ def test_a_run_that_is_killed_goes_on_where_it_was(number: signal.Signals, run: 
     times = 20
     many = {n: np.concatenate([a] * times) if a.shape[:1] == (ROWS,) else a for n, a in arrays().items()}
     put("files", tmp_path, many)
-    with Program(LONG_RUN, case().artifact, run.source, run.out) as program:
-        while int(program.line()) < 2000:
-            pass
-        if number == signal.SIGINT:
-            program.signal_group(number)
-            status, told, err = program.finish(30)
-            assert status == 0 and told.split()[-1] == "interrupted" and "Traceback" not in err
-        else:
-            os.kill(program.pid, number)
-            program.finish(30)
+    child = children.start(LONG_RUN, case().artifact, run.source, run.out)
+    child.line()
+    while int(child.output.split()[-1]) < 2000:
+        time.sleep(0.01)
+    status = child.send(number, 30)
+    if number == signal.SIGINT:
+        assert status == 0 and child.output.split()[-1] == "interrupted" and "Traceback" not in child.output
     done = sum(stop - start for start, stop in run.done())
     assert 0 < done < times * ROWS
     again = run(model=case().artifact)

@@ -87,7 +87,7 @@ class Child:
         return self.output.partition("\n")[0]
 
     def send(self, number: int, limit: float = 20) -> int:
-        """Send a signal that it dies of; give its status."""
+        """Send a signal that ends it; give its status."""
         os.kill(self._process.pid, number)
         self._process.join(limit)
         return int(self._process.exitcode)
