@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from commands import answer, copy_of, printed, refused, require_form
 from environments import Environment
 from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
+from neml2_aoti_plugin import _cli
 from neml2_aoti_plugin._cli.app import COMMANDS
 from neml2_aoti_plugin._cli.output import console
 from neml2_aoti_plugin._cli.process import heeded
@@ -215,7 +217,7 @@ def test_warm_fills_the_folder_that_a_container_keeps(environment: Environment, 
     variables = {"NEML2_AOTI_PLUGIN_CACHE": str(place / "cache")}
     warm, doctor = (json.loads(start(environment, place, c, "--json", **variables).stdout) for c in ("warm", "doctor"))
     assert [warm["result"]["file"]] == [str(file) for file in (place / "cache").rglob("*.o")]
-    assert doctor["result"]["kernels"]["folder"] == str(place / "cache" / "machine-code")
+    assert doctor["result"]["code_folder"] == str(place / "cache" / "machine-code")
     # Where no folder can be written to, that is an error.
     assert start(environment, place, "warm", NEML2_AOTI_PLUGIN_CACHE="/proc/none").returncode == 1
 
@@ -232,6 +234,14 @@ def test_colours_go_to_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stdout", shown := stream())
         console().print("careful", style="red")
         assert ("\x1b[31mcareful" in shown.getvalue()) is wanted and "careful" in shown.getvalue()
+
+
+def test_a_terminal_sees_what_is_waited_for(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for stream, words in ((Terminal, ["importing torch and neml2", "10/10"]), (StringIO, [])):
+        with redirect_stdout(StringIO()), redirect_stderr(stream()) as err:
+            assert _cli.main(["run", "aoti/elasticity_aoti.i", "driver"]) == 0
+        assert all(word in err.getvalue() for word in words) and bool(err.getvalue()) is bool(words)
 
 
 def test_completion(environment: Environment, place: Path) -> None:

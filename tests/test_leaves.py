@@ -147,9 +147,9 @@ def test_inspect_and_doctor_tell_of_every_leaf(two_leaves: Path, capsys: pytest.
     assert "is of an earlier compile" in text and "not named by the metadata: elasticity_pvjp.pt2" in text
     # What is asked for runs; the leaf beside it does not belong there all the same.
     found = diagnose(find_target(two_leaves))
-    assert found.artifact is not None and found.artifact.runs and not found.healthy
+    assert found.artifact is not None and found.artifact.runs and not found.fine
     (problem,) = (f for f in found.findings if f.level == "problem")
-    assert "is of an earlier compile" in problem.says and "--dtype float32" in problem.cure
+    assert "is of an earlier compile" in problem.says and "--dtype float32" in problem.says
     assert any("elasticity_pvjp.pt2, which the metadata does not name" in f.says for f in found.findings)
     own = diagnose(find_target(two_leaves, dtype="float32"))
     assert own.artifact is not None and not own.artifact.runs

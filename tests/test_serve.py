@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from neml2_aoti_plugin import ConvergenceError, Model
-from neml2_aoti_plugin._cli.serve import LIMITS, command
+from neml2_aoti_plugin._cli.serve import LIMITS, serve
 from neml2_aoti_plugin.serve import Limits
 from serving import Answer, Service, artifact, close, encode, reference, same, started, step, strain, tensors
 
@@ -362,7 +362,7 @@ def test_the_examples_of_the_page(service: Service, tmp_path: Path) -> None:
 
 
 def test_options_in_examples_and_documents_are_there() -> None:
-    known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    known = {option for parameter in serve.params for option in parameter.opts} | {"--help"}
     folder = ROOT / "examples" / "service"
     for file in ("Dockerfile", "neml2-aoti.service"):
         text = (folder / file).read_text(encoding="utf-8").replace("\\\n", " ")

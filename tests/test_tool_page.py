@@ -10,14 +10,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
+from click import Context
 
 from commands import answer, copy_of, printed
 from legacy import build
-from neml2_aoti_plugin._cli.app import COMMANDS, HELP
+from neml2_aoti_plugin._cli.app import COMMANDS, HELP, app
 from stubs.catalogue import CATALOGUE
 from tools import json_forms
 
@@ -54,7 +54,8 @@ def run(line: str) -> None:
 
 def examples(command: str = "") -> list[str]:
     """The examples in the help of a command."""
-    text = import_module(f"neml2_aoti_plugin._cli.{command}").EPILOG if command else HELP
+    found = app.get_command(Context(app), command)
+    text = (found and found.epilog) or HELP
     return [line.strip() for line in text.partition("Examples:")[2].splitlines() if line.strip()]
 
 

@@ -15,16 +15,14 @@ from typing import Any
 
 from neml2_aoti_plugin._cli.bench import BenchReport
 from neml2_aoti_plugin._cli.doctor import Diagnosis
-from neml2_aoti_plugin._cli.example import ExampleReport
 from neml2_aoti_plugin._cli.inspect import ArtifactReport
 from neml2_aoti_plugin._cli.migrate import MigrateReport
 from neml2_aoti_plugin._cli.params import ParametersReport
 from neml2_aoti_plugin._cli.plot import PlotReport
+from neml2_aoti_plugin._cli.prepare import ExampleReport, SealReport, WarmReport
 from neml2_aoti_plugin._cli.run import RunReport
-from neml2_aoti_plugin._cli.seal import SealReport
 from neml2_aoti_plugin._cli.serve import ServeReport
 from neml2_aoti_plugin._cli.verify import Verification
-from neml2_aoti_plugin._cli.warm import WarmReport
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "tool.md"
 BEGIN, END = "<!-- forms: python -m tools.json_forms -->", "<!-- end of forms -->"

@@ -28,6 +28,9 @@ COMMANDS = {
     "serve": "Serve models over HTTP (Open Inference Protocol).",
 }
 
+# Those that share a module; the others have one of their name.
+PREPARE = dict.fromkeys(("example", "seal", "warm"), "prepare")
+
 # In what torch says, of a CPU and of a GPU; it has no class for the former.
 NO_MEMORY = ("can't allocate memory", "out of memory")
 
@@ -57,7 +60,8 @@ class Commands(click.Group):
         """The command of a name; None if there is none."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"{__package__}.{cmd_name}").command
+        module = import_module(f"{__package__}.{PREPARE.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -18,13 +18,13 @@ from .options import (
     MOST_THREADS,
     Chosen,
     Finite,
+    command,
     counts,
     device_options,
-    json_option,
     model_arguments,
     refuse_together,
 )
-from .output import figure, literal, progress, require_drawable, show, table
+from .output import Report, figure, literal, require_drawable, table, waits_for
 from .process import heeded
 
 if TYPE_CHECKING:
@@ -35,13 +35,6 @@ if TYPE_CHECKING:
 
 # A batch size is timed by so many calls at least.
 LEAST = 3
-
-EPILOG = """\b
-Examples:
-  neml2-aoti bench aoti/viscoplasticity_aoti.i
-  neml2-aoti bench aoti/viscoplasticity_aoti.i --rows 1,100,10000 --threads 1,2 --plot speed.png
-  neml2-aoti bench aoti/elasticity --call jacobian --json
-"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class BenchReport:
+class BenchReport(Report):
     """What `bench` measured."""
 
     artifact: str  # its path
@@ -65,10 +58,27 @@ class BenchReport:
     call: str  # the method that was timed
     points: str  # where it was called, in words; they are repeated to fill a batch
     measurements: tuple[Measurement, ...]  # one for each batch size and number of threads
-    picture: str | None = None  # the file that was drawn; null if none was
+    picture: str | None  # the file that was drawn; null if none was
+
+    def render(self) -> Iterator[str | Table]:
+        """The table."""
+        from rich.table import Column
+
+        yield f"{self.model} ({self.leaf}), {self.call} at {self.points} points"
+        titles = ("threads", "rows", "time of a call", "rows per second")
+        times = table(*(Column(title, justify="right") for title in titles))
+        for found in self.measurements:
+            times.add_row(str(found.threads), str(found.rows), _duration(found.seconds), f"{found.rows_per_second:.3g}")
+        yield times
+        if self.picture is not None:
+            yield f"written: {self.picture}"
 
 
-@click.command(epilog=EPILOG)
+@command("""\
+  neml2-aoti bench aoti/viscoplasticity_aoti.i
+  neml2-aoti bench aoti/viscoplasticity_aoti.i --rows 1,100,10000 --threads 1,2 --plot speed.png
+  neml2-aoti bench aoti/elasticity --call jacobian --json
+""")
 @model_arguments
 @click.option("--rows", default="1,10,100,1000,10000", show_default=True, help="Batch sizes.")
 @click.option("--threads", help="Numbers of threads. [as many as torch uses]")
@@ -84,8 +94,7 @@ class BenchReport:
 @click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
 @click.option("--plot", "picture", type=FILE, help="Draw rows per second over batch size to this file.")
 @device_options
-@json_option
-def command(
+def bench(
     chosen: Chosen,
     rows: str,
     threads: str | None,
@@ -94,8 +103,7 @@ def command(
     points: Path | None,
     driver: str | None,
     picture: Path | None,
-    as_json: bool,
-) -> int:
+) -> BenchReport:
     """Time a compiled model.
 
     The points are those of verify, repeated to fill a batch. Other programs on the machine disturb the measurement.
@@ -113,8 +121,7 @@ def command(
     target, before = chosen.find(), torch.get_num_threads()
     numbers = counts(threads, "--threads", MOST_THREADS) if threads is not None else (before,)
     measurements: list[Measurement] = []
-    with progress() as bar, heeded() as heed:
-        task = bar.add_task(target.model, total=len(numbers) * len(sizes))
+    with heeded() as heed:
         model = target.load()
         at = choose_points(target, model, Where(points, driver, rows=64))
         # Where it does not converge, it takes another time.
@@ -128,30 +135,25 @@ def command(
                     took = median(times)
                     measurements.append(Measurement(number, size, took, len(times), size / took))
                     heed()
-                    bar.advance(task)
+                    waits_for(target.model, len(measurements), len(numbers) * len(sizes))
         finally:
             torch.set_num_threads(before)
-    names = (str(target.artifact), target.model, leaf_name(target.place()), call, at.source)
-    report = BenchReport(*names, measurements=tuple(measurements))
-    return show("bench", report if picture is None else draw(report, picture), as_json, render)
+    report = BenchReport(
+        artifact=str(target.artifact),
+        model=target.model,
+        leaf=leaf_name(target.place()),
+        call=call,
+        points=at.source,
+        measurements=tuple(measurements),
+        picture=None if picture is None else str(picture),
+    )
+    if picture is not None:
+        draw(report, picture)
+    return report
 
 
-def render(report: BenchReport) -> Iterator[str | Table]:
-    """The table."""
-    from rich.table import Column
-
-    yield f"{report.model} ({report.leaf}), {report.call} at {report.points} points"
-    titles = ("threads", "rows", "time of a call", "rows per second")
-    times = table(*(Column(title, justify="right") for title in titles))
-    for found in report.measurements:
-        times.add_row(str(found.threads), str(found.rows), _duration(found.seconds), f"{found.rows_per_second:.3g}")
-    yield times
-    if report.picture is not None:
-        yield f"written: {report.picture}"
-
-
-def draw(report: BenchReport, path: Path) -> BenchReport:
-    """Draw rows per second over the batch size, a line for each number of threads; gives the report with it."""
+def draw(report: BenchReport, path: Path) -> None:
+    """Draw rows per second over the batch size, a line for each number of threads."""
     with figure(path) as (axes,):
         for threads in dict.fromkeys(found.threads for found in report.measurements):
             mine = [found for found in report.measurements if found.threads == threads]
@@ -171,7 +173,6 @@ def draw(report: BenchReport, path: Path) -> BenchReport:
         axes.set_ylabel("rows per second")
         axes.set_title(literal(f"{report.model} ({report.leaf}), {report.call}"))
         axes.legend(frameon=False)
-    return replace(report, picture=str(path))
 
 
 def _times(model: Model, method: Callable[..., object], points: Points, rows: int, seconds: float) -> list[float]:

@@ -19,22 +19,15 @@ from .._status import Status, installed, status
 from ..errors import AOTIError, InputError
 from . import environment
 from .environment import Finding, Level
-from .options import device_options, json_option
-from .output import show
-from .process import FINE, SHORT
+from .options import command, device_options
+from .output import Report
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from .._program.program import Program
     from .target import Target
-
-EPILOG = """\b
-Examples:
-  neml2-aoti doctor
-  neml2-aoti doctor aoti/elasticity
-  neml2-aoti doctor aoti/elasticity_aoti.i --try-binding
-"""
 
 COLOURS = {"fine": "green", "advice": "yellow", "problem": "bold red"}
 PACKAGES = ("neml2", "torch", "llvmlite", "numpy", "safetensors", "matplotlib", "neml2-aoti-plugin")
@@ -65,29 +58,74 @@ class ArtifactSummary:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Report):
     """What `doctor` found."""
 
     versions: dict[str, str | None]  # of packages by name, with Python's; null for those that are not installed
     plugin: Status  # whether the plugin is active, how, and over what; as `neml2_aoti_plugin.status()` gives it
     binding: str  # what neml2's own binding does with this torch: as measured by us, or as tried just now
-    kernels: environment.KernelsReport  # what the Newton loop runs on
-    compiler: environment.CompilerReport  # for `neml2-compile`
-    processor: environment.ProcessorReport  # of this machine
-    threads: environment.ThreadsReport  # of torch
-    devices: tuple[environment.DeviceReport, ...]  # that torch sees
-    scratch: environment.ScratchReport  # where packages are unpacked
+    code_folder: str  # where machine code of solves is kept; empty where it is not
+    compiler: str | None  # path of the C++ compiler that neml2-compile calls; null if there is none
+    machine: str  # the kind of processor, such as `x86_64`
+    instruction_sets: tuple[str, ...]  # of the processor that graphs may be compiled for, in torch's names
+    cores: int  # how many this process may use
+    threads: int  # of torch's operations and of the graphs
+    devices: dict[str, str]  # that torch sees, as `device=` takes them, and what each is
+    scratch: str  # folder in which packages are unpacked to be loaded; empty where none can be written to
     variables: dict[str, str]  # environment variables that are set and matter here
     artifact: ArtifactSummary | None  # what was looked over; null if none was given, or its metadata cannot be read
     findings: tuple[Finding, ...]  # everything that was looked at, with a cure where one is needed
 
     @property
-    def healthy(self) -> bool:
-        """Whether there is no problem among the findings."""
-        return all(finding.level != "problem" for finding in self.findings)
+    def fine(self) -> bool:
+        return not self.count("problem")
+
+    def count(self, level: Level) -> int:
+        """How many findings are of a level."""
+        return sum(finding.level == level for finding in self.findings)
+
+    def render(self) -> Iterator[Table | Text | str]:
+        """What no finding says, the findings, and what comes of them."""
+        from rich.table import Column, Table
+        from rich.text import Text
+
+        versions = {"Python": self.versions["Python"], **self.versions}
+        facts = {
+            "versions": ", ".join(f"{name} {version or '-'}" for name, version in versions.items()),
+            "processor": f"{self.machine}, {self.cores} core(s), {' '.join(self.instruction_sets)}".rstrip(", "),
+            "devices": ", ".join(f"{name} ({kind})" for name, kind in self.devices.items()),
+            "compiled graphs": f"called {self.plugin.graphs}",
+            "without this plugin": f"neml2's own binding {self.binding}",
+            "environment": ", ".join(f"{name}={value}" for name, value in self.variables.items()) or "nothing set",
+        }
+        if self.artifact is not None:
+            known = self.artifact
+            facts["artifact"] = f"{known.model} ({known.leaf}), schema {known.schema}, neml2 {known.release}"
+        above = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+        for name, value in facts.items():
+            above.add_row(Text(name, "bold"), value)
+        yield above
+        yield ""
+        below = Table.grid(Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+        for finding in self.findings:
+            cure = Text(f"\n-> {finding.cure}", "bold") if finding.cure else ""
+            level = Text(finding.level, COLOURS[finding.level])
+            below.add_row(level, finding.subject, Text.assemble(finding.says, cure))
+        yield below
+        yield ""
+        advice = self.count("advice")
+        hint = f"; {advice} thing(s) could be better, see above" if advice else ""
+        if self.fine:
+            yield Text(f"Compiled models run here{hint}.", COLOURS["fine"])
+        else:
+            yield Text(f"{self.count('problem')} problem(s), see above{hint}.", COLOURS["problem"])
 
 
-@click.command(epilog=EPILOG)
+@command("""\
+  neml2-aoti doctor
+  neml2-aoti doctor aoti/elasticity
+  neml2-aoti doctor aoti/elasticity_aoti.i --try-binding
+""")
 @click.argument("path", metavar="[ARTIFACT|STUB]", required=False)
 @click.argument("model", required=False)
 @click.option(
@@ -97,10 +135,7 @@ class Diagnosis:
     "what we measured.",
 )
 @device_options
-@json_option
-def command(
-    path: str | None, model: str | None, try_binding: bool, device: str | None, dtype: str | None, as_json: bool
-) -> int:
+def doctor(path: str | None, model: str | None, try_binding: bool, device: str | None, dtype: str | None) -> Diagnosis:
     """Show what is installed, what is active, what is wrong, and what mends it.
 
     Exit status 1 if something is wrong.
@@ -108,38 +143,7 @@ def command(
     from .target import find_target
 
     target = None if path is None else find_target(path, model, device, dtype)
-    report = diagnose(target, try_binding=try_binding)
-    return show("doctor", report, as_json, render, FINE if report.healthy else SHORT)
-
-
-def render(report: Diagnosis) -> Iterator[Table | str]:
-    """What no finding says, then the findings."""
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    sets = " ".join(report.processor.instruction_sets) or "no instruction sets known"
-    facts = {
-        "versions": ", ".join(f"{name} {version or '-'}" for name, version in report.versions.items()),
-        "graphs": report.plugin.graphs,
-        "neml2's binding": report.binding,
-        "processor": f"{report.processor.machine}, {report.processor.cores} core(s), {sets}",
-        "devices": ", ".join(f"{device.name} ({device.kind})" for device in report.devices),
-        "variables": ", ".join(f"{name}={value}" for name, value in report.variables.items()) or "none set",
-    }
-    if report.artifact is not None:
-        known = report.artifact
-        facts["artifact"] = f"{known.model} ({known.leaf}), schema {known.schema}, neml2 {known.release}"
-    above = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
-    for name, value in facts.items():
-        above.add_row(Text(name, "bold"), value)
-    yield above
-    yield ""
-    below = Table.grid(Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
-    for finding in report.findings:
-        cure = Text(f"\n-> {finding.cure}", "bold") if finding.cure else ""
-        level = Text(finding.level, COLOURS[finding.level])
-        below.add_row(level, finding.subject, Text.assemble(finding.says, cure))
-    yield below
+    return diagnose(target, try_binding=try_binding)
 
 
 # -- what was found ----------------------------------------------------------------------------------------------------
@@ -147,33 +151,44 @@ def render(report: Diagnosis) -> Iterator[Table | str]:
 
 def diagnose(target: Target | None = None, *, try_binding: bool = False) -> Diagnosis:
     """Look this environment over, and an artifact if one is given; to try neml2's own binding takes some seconds."""
+    import torch
+
+    from .._artifact.compatibility import machine
+
     trouble = environment.import_neml2()
     # Whether machine code can be used is known once it has been tried.
-    kernels, of_kernels = environment.newton_loop()
-    now, processor = status(), environment.processor()
+    code_folder, of_solves = environment.solves()
+    now, cores, threads = status(), environment.cores(), torch.get_num_threads()
     compiler, of_compiler = environment.compiler()
-    threads, of_threads = environment.threads(processor.cores)
     scratch, of_scratch = environment.scratch()
-    plugin, torch = environment.plugin_finding(now), environment.torch_finding()
-    looked_at = (environment.neml2_finding(now.neml2, trouble), plugin, torch)
     artifact, found = (None, ()) if target is None else _of_artifact(target)
+    binding = now.native_binding
     if try_binding:
         binding = tried_binding(target if artifact is not None and artifact.runs else None)
-    else:
-        binding = now.native_binding
     return Diagnosis(
         versions={name: installed(name) for name in PACKAGES} | {"Python": now.python},
         plugin=now,
         binding=binding,
-        kernels=kernels,
+        code_folder=code_folder,
         compiler=compiler,
-        processor=processor,
+        machine=machine(),
+        instruction_sets=environment.instruction_sets(machine()),
+        cores=cores,
         threads=threads,
         devices=environment.devices(),
         scratch=scratch,
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         artifact=artifact,
-        findings=(*looked_at, of_kernels, of_compiler, of_threads, of_scratch, *found),
+        findings=(
+            environment.neml2_finding(now.neml2, trouble),
+            environment.plugin_finding(now),
+            environment.torch_finding(),
+            of_solves,
+            of_compiler,
+            environment.threads(threads, cores),
+            of_scratch,
+            *found,
+        ),
     )
 
 
@@ -192,12 +207,12 @@ def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding,
         # Another leaf was asked for than there is, which is no fault of the artifact.
         raise
     except AOTIError as error:
-        return None, (_problem(str(error)),)
+        return None, (Finding("artifact", "problem", str(error)),)
     sealed = place.folder.sealed is not None
     leaf = leaf_name(place)
     checked = look_over(found, place)
     runs = not checked.faults and not kinship(found, place).fault
-    findings = [*map(_problem, checked.faults), *_of_leaves(target)]
+    findings = [Finding("artifact", "problem", fault) for fault in checked.faults] + _of_leaves(target)
     if runs:
         findings.append(Finding("artifact", "fine", f"{target.model} ({leaf}, schema {found.schema}) can run here"))
         # A variable that holds a wrong word has a finding of its own.
@@ -233,19 +248,12 @@ def _of_leaves(target: Target) -> list[Finding]:
         # A leaf that cannot be looked at is reported when it is the one that is asked for.
         return []
     for place, kin in there:
-        findings += [_problem(text) for text in (kin.fault,) if text]
-        findings += [_problem(text, "advice") for text in (kin.doubt,) if text]
+        findings += [Finding("artifact", "problem", text) for text in (kin.fault,) if text]
+        findings += [Finding("artifact", "advice", text) for text in (kin.doubt,) if text]
         if kin.left:
             says = f"{place.leaf}: holds {', '.join(kin.left)}, which the metadata does not name: of an earlier compile"
             findings.append(Finding("artifact", "advice", says, "Nobody reads them; remove them"))
     return findings
-
-
-def _problem(message: str, level: Level = "problem") -> Finding:
-    """What is wrong with an artifact; the end of our errors says what mends it."""
-    # Of several lines the last one does.
-    says, _, cure = message.strip().rstrip(".").rpartition("\n" if "\n" in message else ". ")
-    return Finding("artifact", level, says or cure, cure if says else "Copy the artifact again, or compile it again")
 
 
 # -- neml2's own binding -----------------------------------------------------------------------------------------------

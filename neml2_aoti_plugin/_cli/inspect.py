@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from .._artifact import schema as s
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
-from .options import Chosen, device_options, json_option, model_arguments
-from .output import show
+from .options import Chosen, command, device_options, model_arguments
+from .output import Report
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -21,13 +19,6 @@ if TYPE_CHECKING:
 
     from .._artifact.locate import Place
     from .target import Target
-
-EPILOG = """\b
-Examples:
-  neml2-aoti inspect aoti/elasticity
-  neml2-aoti inspect aoti/elasticity_aoti.i elasticity
-  neml2-aoti inspect aoti/elasticity --json
-"""
 
 # More values of a parameter than this are cut.
 VALUES = 6
@@ -101,7 +92,7 @@ class LeafReport:
 
 
 @dataclass(frozen=True)
-class ArtifactReport:
+class ArtifactReport(Report):
     """What is in an artifact."""
 
     artifact: str  # its folder or metadata file
@@ -118,56 +109,58 @@ class ArtifactReport:
     parameter_derivatives: tuple[tuple[str, str], ...]  # the compiled (output, parameter) pairs
     segments: tuple[SegmentReport, ...]  # in the order in which they are evaluated
 
+    def render(self) -> Iterator[Tree]:
+        """The tree."""
+        from rich.text import Text
+        from rich.tree import Tree
 
-@click.command(epilog=EPILOG)
+        tree = Tree(Text.assemble((self.model, "bold"), f"  {self.artifact}"))
+        tree.add(f"schema {self.schema}, neml2 {self.release}; {'sealed' if self.sealed else 'no seal'}")
+        leaves = tree.add("leaves")
+        for leaf in self.leaves:
+            name = f"{leaf.device}/{leaf.dtype}"
+            mark = " (shown here)" if name == self.leaf and len(self.leaves) > 1 else ""
+            branch = leaves.add(f"{name}  {_size(leaf.bytes)}  {leaf.built_for}{mark}")
+            for colour, text in (
+                ("red", leaf.fault),
+                ("yellow", leaf.doubt),
+                ("red", f"missing: {', '.join(leaf.absent)}" if leaf.absent else ""),
+                ("dim", f"not named by the metadata: {', '.join(leaf.left)}" if leaf.left else ""),
+            ):
+                if text:
+                    branch.add(Text(text, colour))
+        for title, variables in (("inputs", self.inputs), ("outputs", self.outputs)):
+            branch = tree.add(title)
+            for variable in variables:
+                branch.add(_variable_line(variable))
+        parameters = tree.add(f"parameters{'' if self.parameters else ': none promoted'}")
+        for parameter in self.parameters:
+            shown = shown_values(parameter, "g")
+            value = f"[{shown}] shape {list(parameter.shape)}" if parameter.shape else shown
+            parameters.add(Text.assemble((parameter.name, "bold"), f" = {value}"))
+        pairs = [*self.derivatives, *self.parameter_derivatives]
+        derivatives = tree.add(f"derivatives{'' if pairs else ': none compiled'}")
+        for out in dict.fromkeys(out for out, _ in pairs):
+            derivatives.add(f"{out} by {', '.join(by for o, by in pairs if o == out)}")
+        segments = tree.add("segments")
+        for number, segment in enumerate(self.segments):
+            _add_segment(segments, number, segment)
+        yield tree
+
+
+@command("""\
+  neml2-aoti inspect aoti/elasticity
+  neml2-aoti inspect aoti/elasticity_aoti.i elasticity
+  neml2-aoti inspect aoti/elasticity --json
+""")
 @model_arguments
 @device_options
-@json_option
-def command(chosen: Chosen, as_json: bool) -> int:
+def inspect(chosen: Chosen) -> ArtifactReport:
     """Show what is in a compiled model: leaves, inputs, outputs, parameters, derivatives, segments, files."""
-    return show("inspect", describe(chosen.find()), as_json, render)
+    return describe(chosen.find())
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------
-
-
-def render(report: ArtifactReport) -> Iterator[Tree]:
-    """The tree."""
-    from rich.text import Text
-    from rich.tree import Tree
-
-    tree = Tree(Text.assemble((report.model, "bold"), f"  {report.artifact}"))
-    tree.add(f"schema {report.schema}, neml2 {report.release}; {'sealed' if report.sealed else 'no seal'}")
-    leaves = tree.add("leaves")
-    for leaf in report.leaves:
-        name = f"{leaf.device}/{leaf.dtype}"
-        mark = " (shown here)" if name == report.leaf and len(report.leaves) > 1 else ""
-        branch = leaves.add(f"{name}  {_size(leaf.bytes)}  {leaf.built_for}{mark}")
-        for colour, text in (
-            ("red", leaf.fault),
-            ("yellow", leaf.doubt),
-            ("red", f"missing: {', '.join(leaf.absent)}" if leaf.absent else ""),
-            ("dim", f"not named by the metadata: {', '.join(leaf.left)}" if leaf.left else ""),
-        ):
-            if text:
-                branch.add(Text(text, colour))
-    for title, variables in (("inputs", report.inputs), ("outputs", report.outputs)):
-        branch = tree.add(title)
-        for variable in variables:
-            branch.add(_variable_line(variable))
-    parameters = tree.add(f"parameters{'' if report.parameters else ': none promoted'}")
-    for parameter in report.parameters:
-        shown = shown_values(parameter, "g")
-        value = f"[{shown}] shape {list(parameter.shape)}" if parameter.shape else shown
-        parameters.add(Text.assemble((parameter.name, "bold"), f" = {value}"))
-    pairs = [*report.derivatives, *report.parameter_derivatives]
-    derivatives = tree.add(f"derivatives{'' if pairs else ': none compiled'}")
-    for out in dict.fromkeys(out for out, _ in pairs):
-        derivatives.add(f"{out} by {', '.join(by for o, by in pairs if o == out)}")
-    segments = tree.add("segments")
-    for number, segment in enumerate(report.segments):
-        _add_segment(segments, number, segment)
-    yield tree
 
 
 def shown_values(parameter: ParameterReport, form: str) -> str:

@@ -14,19 +14,13 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import AOTIError, ArtifactError, InputError
-from .options import FILE, json_option
-from .output import show
+from .options import FILE, command
+from .output import Report
 
 if TYPE_CHECKING:
     from .._artifact.locate import Place
     from .._artifact.rewrite import Rewritten
     from .target import Target
-
-EPILOG = """\b
-Examples:
-  neml2-aoti migrate old/elasticity_aoti.i --out new
-  neml2-aoti migrate old/elasticity --out new --drop-derivatives
-"""
 
 STUB = """[Models]
   [{model}]
@@ -38,7 +32,7 @@ STUB = """[Models]
 
 
 @dataclass(frozen=True)
-class MigrateReport:
+class MigrateReport(Report):
     """What was rewritten."""
 
     artifact: str  # the old artifact
@@ -51,14 +45,25 @@ class MigrateReport:
     leaves: tuple[str, ...]  # as `device/dtype`
     dropped: tuple[str, ...]  # derivatives that the new artifact lacks, as `out:in`
 
+    def render(self) -> Iterator[str]:
+        """What was written."""
+        old, new = f"schema {self.schema} (neml2 {self.release})", f"schema {self.new_schema}"
+        yield f"{self.model}: {old} -> {new}, {', '.join(self.leaves)}"
+        yield f"written: {self.written}"
+        yield f"written: {self.stub}"
+        if self.dropped:
+            yield f"without the derivatives {', '.join(self.dropped)}"
 
-@click.command(epilog=EPILOG)
+
+@command("""\
+  neml2-aoti migrate old/elasticity_aoti.i --out new
+  neml2-aoti migrate old/elasticity --out new --drop-derivatives
+""")
 @click.argument("path", metavar="ARTIFACT|STUB")
 @click.argument("model", required=False)
 @click.option("--out", type=FILE, required=True, help="Folder for the new artifact and its stub.")
 @click.option("--drop-derivatives", is_flag=True, help="Leave derivatives out whose graphs do not fit.")
-@json_option
-def command(path: str, model: str | None, out: Path, drop_derivatives: bool, as_json: bool) -> int:
+def migrate(path: str, model: str | None, out: Path, drop_derivatives: bool) -> MigrateReport:
     """Rewrite an artifact of an older neml2 in the layout and schema of neml2 3.1.0.
 
     neml2's own C++ runtime loads only those; this plugin runs old ones as they are. The graphs are copied unchanged,
@@ -67,21 +72,10 @@ def command(path: str, model: str | None, out: Path, drop_derivatives: bool, as_
     """
     from .target import find_target
 
-    report = migrate(find_target(path, model), out, drop_derivatives=drop_derivatives)
-    return show("migrate", report, as_json, render)
+    return rewrite(find_target(path, model), out, drop_derivatives=drop_derivatives)
 
 
-def render(report: MigrateReport) -> Iterator[str]:
-    """What was written."""
-    old, new = f"schema {report.schema} (neml2 {report.release})", f"schema {report.new_schema}"
-    yield f"{report.model}: {old} -> {new}, {', '.join(report.leaves)}"
-    yield f"written: {report.written}"
-    yield f"written: {report.stub}"
-    if report.dropped:
-        yield f"without the derivatives {', '.join(report.dropped)}"
-
-
-def migrate(target: Target, out: Path, *, drop_derivatives: bool = False) -> MigrateReport:
+def rewrite(target: Target, out: Path, *, drop_derivatives: bool = False) -> MigrateReport:
     """Write the artifact `out/MODEL` and the stub `out/MODEL_aoti.i`; the old ones are not changed."""
     from .._artifact.upgrade import NEWEST
     from .._files import require_outside_artifacts
@@ -120,12 +114,12 @@ def migrate(target: Target, out: Path, *, drop_derivatives: bool = False) -> Mig
 
 
 def _rewritten(place: Place, drop_derivatives: bool) -> Rewritten:
+    from .._artifact import rewrite as rewriting
     from .._artifact.decode import read_metadata
-    from .._artifact.rewrite import rewrite
 
     # First as a load reads it, which finds what is wrong with it.
     read_metadata(place)
-    return rewrite(place.document, str(place.metadata), drop_derivatives=drop_derivatives)
+    return rewriting.rewrite(place.document, str(place.metadata), drop_derivatives=drop_derivatives)
 
 
 def _write(folder: Path, stub: Path, there: list[Place], found: Rewritten, text: str) -> None:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .output import Report, progress, show
+from .process import FINE
+
 if TYPE_CHECKING:
     from .target import Target
 
@@ -39,14 +42,14 @@ class Chosen:
         return find_target(self.path, self.model, self.device, self.dtype)
 
 
-def model_arguments(function: Callable[..., int]) -> Callable[..., int]:
+def model_arguments(function: Callable[..., Report]) -> Callable[..., Report]:
     """An artifact or a stub, and the model's name where the stub has several.
 
     The command is given them as one, with the options of `device_options`.
     """
 
     @wraps(function)
-    def with_chosen(path: str, model: str | None, device: str | None, dtype: str | None, **others: Any) -> int:
+    def with_chosen(path: str, model: str | None, device: str | None, dtype: str | None, **others: Any) -> Report:
         return function(Chosen(path, model, device, dtype), **others)
 
     named = click.argument("model", required=False)(with_chosen)
@@ -61,11 +64,23 @@ def device_options(function: Function) -> Function:
     )
 
 
-def json_option(function: Function) -> Function:
-    """The option `--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print a JSON document instead; see docs/tool.md.")(
-        function
-    )
+def command(examples: str) -> Callable[[Callable[..., Report | None]], click.Command]:
+    """A command that prints what its function returns; in its help are the function's docstring and the examples."""
+
+    def made(function: Callable[..., Report | None]) -> click.Command:
+        @wraps(function)
+        def run(as_json: bool, **given: Any) -> int:
+            with progress():
+                report = function(**given)
+            return FINE if report is None else show(click.get_current_context().info_name or "", report, as_json)
+
+        found = click.command(epilog=f"\b\nExamples:\n{examples}")(run)
+        found.params.append(
+            click.Option(["--json", "as_json"], is_flag=True, help="Print a JSON document instead; see docs/tool.md.")
+        )
+        return found
+
+    return made
 
 
 class Finite(click.FloatRange):

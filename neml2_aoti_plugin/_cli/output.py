@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from .._files import draft, require_writable
 from ..errors import InputError
-from .process import FINE
+from .process import FINE, SHORT
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from rich.console import Console
-    from rich.progress import Progress
     from rich.table import Column, Table
 
 # Of the documents that `--json` prints; it grows when a key is taken away or changes its meaning.
@@ -43,8 +43,6 @@ PACKAGES = {
 FORMATS = (".png", ".svg", ".pdf")
 DPI = 150
 
-Report = TypeVar("Report", bound="DataclassInstance")
-
 
 def missing(package: str | None) -> str | None:
     """What to say where a package is not installed; None for one that every installation has."""
@@ -54,15 +52,28 @@ def missing(package: str | None) -> str | None:
     return f"this needs the package {name}, which is not installed: {PACKAGES[name]}"
 
 
-def show(
-    command: str, report: Report, as_json: bool, render: Callable[[Report], Iterable[Any]], status: int = FINE
-) -> int:
-    """Print what a command found, a dataclass, for programs or as `render` gives it; gives the exit status with it."""
+@dataclass(frozen=True)
+class Report:
+    """What a command found: fields for programs, which docs/tool.md lists, and lines and tables for people."""
+
+    @property
+    def fine(self) -> bool:
+        """Whether all is well; the exit status says so."""
+        return True
+
+    def render(self) -> Iterable[Any]:
+        """Lines and tables."""
+        raise NotImplementedError
+
+
+def show(command: str, report: Report, as_json: bool) -> int:
+    """Print what a command found, for programs or people; gives the exit status."""
+    status = FINE if report.fine else SHORT
     if as_json:
         write_json(command, status, result=asdict(report))
         return status
     shown = console()
-    for part in render(report):
+    for part in report.render():
         # The terminal breaks a line that is too long, so that what is copied is one line.
         shown.print(part, soft_wrap=isinstance(part, str))
     return status
@@ -99,21 +110,34 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {found[0]}" if found else type(error).__name__
 
 
-def progress() -> Progress:
-    """A progress bar on stderr; nothing is drawn where that is not a terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+@contextmanager
+def progress() -> Iterator[None]:
+    """Show on stderr what a command waits for and how far it is, see `waits_for`; nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich import progress as rich
 
-    shown = console(stderr=True)
-    name = TextColumn("{task.description}", markup=False)
-    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=shown, disable=not shown.is_terminal, transient=True)
+    name, done = rich.TextColumn("{task.description}", markup=False), rich.MofNCompleteColumn()
+    columns = (name, rich.BarColumn(), done, rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        # What all commands begin with.
+        task = bar.add_task("importing torch and neml2", total=None)
+
+        def show_wait(what: str, done: int, total: int | None) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+            if not what:
+                bar.stop()
+
+        click.get_current_context().obj = show_wait
+        yield
+
+
+def waits_for(what: str, done: int = 0, total: int | None = None) -> None:
+    """Say what a command waits for from now on, as far as it shows that; nothing any more if it is empty."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.obj is not None:
+        context.obj(what, done, total)
 
 
 def _finite(value: Any) -> Any:

@@ -11,23 +11,15 @@ import click
 
 from ..errors import InputError
 from .inspect import ParameterReport, shown_values
-from .options import FILE, Chosen, assignments, device_options, json_option, model_arguments
-from .output import show, table
+from .options import FILE, Chosen, assignments, command, device_options, model_arguments
+from .output import Report, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-EPILOG = """\b
-Examples:
-  neml2-aoti params aoti/promoted
-  neml2-aoti params aoti/promoted --set promoted.E=80000 --out soft.safetensors
-  neml2-aoti params aoti/promoted --from soft.safetensors
-  python -c "from neml2.aoti import Model; Model('aoti/promoted', parameters='soft.safetensors')"
-"""
-
 
 @dataclass(frozen=True)
-class ParametersReport:
+class ParametersReport(Report):
     """The promoted parameters of an artifact."""
 
     artifact: str  # its path
@@ -36,23 +28,41 @@ class ParametersReport:
     changed: tuple[str, ...]  # names of those that differ from the artifact's
     written: str | None  # the file that was written; null if none was
 
+    def render(self) -> Iterator[str | Table]:
+        """The parameters."""
+        from rich.text import Text
 
-@click.command(epilog=EPILOG)
+        if not self.parameters:
+            yield f"{self.model} has no promoted parameters. Promote some: neml2-compile ... -p NAME"
+            return
+        values = table("parameter", "shape", "value", "")
+        for found in self.parameters:
+            mark = "changed" if found.name in self.changed else ""
+            values.add_row(found.name, str(list(found.shape)), shown_values(found, ".10g"), Text(mark, "yellow"))
+        yield values
+        if self.written is not None:
+            yield f"written: {self.written}"
+
+
+@command("""\
+  neml2-aoti params aoti/promoted
+  neml2-aoti params aoti/promoted --set promoted.E=80000 --out soft.safetensors
+  neml2-aoti params aoti/promoted --from soft.safetensors
+  python -c "from neml2.aoti import Model; Model('aoti/promoted', parameters='soft.safetensors')"
+""")
 @model_arguments
 @click.option("--from", "file", type=FILE, help="Begin with the values in this file instead of the artifact's.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a parameter another value.")
 @click.option("--out", type=FILE, help="Write the values to this file (.safetensors).")
 @click.option("--force", is_flag=True, help="Write over --out, whatever file it is.")
 @device_options
-@json_option
-def command(
+def params(
     chosen: Chosen,
     file: Path | None,
     given: tuple[str, ...],
     out: Path | None,
     force: bool,
-    as_json: bool,
-) -> int:
+) -> ParametersReport:
     """Show the promoted parameters, and write values to a file that `Model(..., parameters=FILE)` takes.
 
     The artifact itself is never changed. A file is for one artifact, by the SHA-256 of its metadata: --from also takes
@@ -80,24 +90,7 @@ def command(
         if now.shape != before[name].shape or not bool((now == before[name]).all()):
             changed.append(name)
     written = None if out is None else str(out)
-    report = ParametersReport(str(target.artifact), target.model, tuple(reports), tuple(changed), written)
-    return show("params", report, as_json, render)
-
-
-def render(report: ParametersReport) -> Iterator[str | Table]:
-    """The parameters."""
-    from rich.text import Text
-
-    if not report.parameters:
-        yield f"{report.model} has no promoted parameters. Promote some: neml2-compile ... -p NAME"
-        return
-    values = table("parameter", "shape", "value", "")
-    for found in report.parameters:
-        mark = "changed" if found.name in report.changed else ""
-        values.add_row(found.name, str(list(found.shape)), shown_values(found, ".10g"), Text(mark, "yellow"))
-    yield values
-    if report.written is not None:
-        yield f"written: {report.written}"
+    return ParametersReport(str(target.artifact), target.model, tuple(reports), tuple(changed), written)
 
 
 def _require_free(out: Path, inputs: list[Path], force: bool) -> None:

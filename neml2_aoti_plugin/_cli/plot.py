@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError, UnknownNameError
-from .options import FILE, json_option
-from .output import figure, literal, show
+from .options import FILE, command
+from .output import Report, figure, literal
 
 if TYPE_CHECKING:
     from .results import Array, Result
-
-EPILOG = """\b
-Examples:
-  neml2-aoti plot result.npz --out curve.png
-  neml2-aoti plot result.npz --x strain.xx --y stress.xx --row 0 --ylabel 'axial stress (MPa)' --out uniaxial.svg
-  neml2-aoti plot stiff.npz soft.npz --x @time --y stress.vonmises --out both.png
-"""
 
 STYLES = ("-", "--", "-.", ":")
 # As many lines as there are colours have a legend. More have none, but a scale of colours where each is a point.
@@ -55,11 +48,18 @@ class LineReport:
 
 
 @dataclass(frozen=True)
-class PlotReport:
+class PlotReport(Report):
     """A picture that was drawn."""
 
     written: str  # the file
     lines: tuple[LineReport, ...]  # in it
+
+    def render(self) -> Iterator[str]:
+        """The lines that were drawn."""
+        for line in self.lines:
+            where = f"{_place(line.row, line.site)} of {line.result}"
+            yield f"  {line.y} over {line.x}, {where}: {line.steps} steps, to {line.y_last:.6g}"
+        yield f"written: {self.written}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,11 @@ class Line:
     number: str
 
 
-@click.command(epilog=EPILOG)
+@command("""\
+  neml2-aoti plot result.npz --out curve.png
+  neml2-aoti plot result.npz --x strain.xx --y stress.xx --row 0 --ylabel 'axial stress (MPa)' --out uniaxial.svg
+  neml2-aoti plot stiff.npz soft.npz --x @time --y stress.vonmises --out both.png
+""")
 @click.argument("results", type=FILE, metavar="RESULT...", nargs=-1, required=True)
 @click.option("--out", type=FILE, required=True, help="The picture: .png, .svg or .pdf.")
 @click.option("--x", metavar="NAME", help="Horizontal axis.")
@@ -96,8 +100,7 @@ class Line:
 @click.option("--title", default="", help="Title of the picture.")
 @click.option("--xlabel", metavar="TEXT", help="What the horizontal axis is called, with its unit.")
 @click.option("--ylabel", "ylabels", multiple=True, metavar="TEXT", help="What each --y is called, in their order.")
-@json_option
-def command(
+def plot(
     results: tuple[Path, ...],
     out: Path,
     x: str | None,
@@ -107,8 +110,7 @@ def command(
     title: str,
     xlabel: str | None,
     ylabels: tuple[str, ...],
-    as_json: bool,
-) -> int:
+) -> PlotReport:
     """Draw results that `neml2-aoti run --out` or neml2-run have written, several into one picture.
 
     NAME is a scalar such as temperature, a component such as stress.xy, or an invariant of a symmetric tensor:
@@ -151,8 +153,7 @@ def command(
             drawn = [*drawn, *lines]
         figures[0].set_title(literal(title))
         figures[-1].set_xlabel(literal(xlabel or spoken(wanted_x)))
-    report = PlotReport(str(out), tuple(line.report for line in drawn))
-    return show("plot", report, as_json, render)
+    return PlotReport(str(out), tuple(line.report for line in drawn))
 
 
 def _draw(axes: Any, lines: Sequence[Line], files: int, points: str, legend: bool) -> None:
@@ -182,14 +183,6 @@ def _draw(axes: Any, lines: Sequence[Line], files: int, points: str, legend: boo
         else:
             axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
             axes.figure.set_figwidth(max(axes.figure.get_figwidth(), 6.9 + 0.09 * longest))
-
-
-def render(report: PlotReport) -> Iterator[str]:
-    """The lines that were drawn."""
-    for line in report.lines:
-        where = f"{_place(line.row, line.site)} of {line.result}"
-        yield f"  {line.y} over {line.x}, {where}: {line.steps} steps, to {line.y_last:.6g}"
-    yield f"written: {report.written}"
 
 
 def _read(path: Path, wanted: Sequence[str]) -> Result:

@@ -16,7 +16,7 @@ from .._solve.outcome import Outcome
 from .._tensor_files import Header, read_tensors
 from ..errors import AOTIError, InputError, UnknownNameError
 from ..model import Model
-from .output import first_line
+from .output import first_line, waits_for
 from .target import Target, find_target, lag, require_block
 
 Tensors = dict[str, Tensor]
@@ -95,6 +95,7 @@ def choose_points(target: Target, model: Model, where: Where) -> Points:
 
 def evaluate(model: Model, points: Points) -> tuple[Evaluated, int]:
     """Evaluate a model with all its derivatives where it converges; gives at how many points it does not as well."""
+    waits_for(f"evaluating {points.rows} points")
     on_device = Points({n: v.to(model.device) for n, v in points.inputs.items()}, points.source)
     solution = model.solve(on_device.inputs, jacobian=bool(model.derivative_pairs))
     converged = solution.converged

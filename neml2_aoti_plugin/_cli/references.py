@@ -18,7 +18,7 @@ from .._artifact.stub import AOTI_MODEL, parse_input
 from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import AOTIError, InputError
 from ..model import Model
-from .output import first_line
+from .output import first_line, waits_for
 from .points import Blocks, Evaluated, Pair, Points, Tensors, defaults
 from .target import Target, require_block
 
@@ -47,6 +47,7 @@ class Source:
         block = require_block(parse_input(path, what=SOURCE), "Models", name, path)
         if block.param_optional_str("type", "") == AOTI_MODEL:
             raise InputError(f"[Models/{name}] in {path} is compiled itself. Give {SOURCE}.")
+        waits_for(f"loading {path}")
         import neml2
         from neml2.models.common.ImplicitUpdate import ImplicitUpdate
 

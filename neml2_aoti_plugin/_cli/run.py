@@ -12,16 +12,9 @@ from typing import Any
 import click
 
 from ..errors import InputError, UnknownNameError
-from .options import DTYPE, FILE, assignments, json_option
-from .output import progress, show
+from .options import DTYPE, FILE, assignments, command
+from .output import Report, waits_for
 from .process import heeded
-
-EPILOG = """\b
-Examples:
-  neml2-aoti run aoti/viscoplasticity_aoti.i driver --out result.npz
-  neml2-aoti run aoti/promoted_aoti.i driver --set promoted.E=80000 --out soft.csv
-  neml2-aoti run aoti/promoted_aoti.i driver 'Drivers/driver/save_as:=soft.pt'
-"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,7 @@ class SeriesReport:
 
 
 @dataclass(frozen=True)
-class RunReport:
+class RunReport(Report):
     """A run of a driver."""
 
     input: str  # the input file
@@ -46,8 +39,19 @@ class RunReport:
     written: str | None  # the file that was written; null if none was
     saved: str | None  # the file that the driver's own `save_as` names; null if it names none
 
+    def render(self) -> Iterator[str]:
+        """What was run, and what there is now."""
+        yield f"{self.driver}: {self.steps - 1} steps of {self.rows} point(s) in {self.seconds:.2f} s"
+        for found in self.variables:
+            yield f"  {found.name}  {found.type} {list(found.shape)}"
+        yield from (f"written: {file}" for file in (self.saved, self.written) if file is not None)
 
-@click.command(epilog=EPILOG)
+
+@command("""\
+  neml2-aoti run aoti/viscoplasticity_aoti.i driver --out result.npz
+  neml2-aoti run aoti/promoted_aoti.i driver --set promoted.E=80000 --out soft.csv
+  neml2-aoti run aoti/promoted_aoti.i driver 'Drivers/driver/save_as:=soft.pt'
+""")
 @click.argument("stub", type=FILE, metavar="STUB")
 @click.argument("driver")
 @click.argument("overrides", nargs=-1, metavar="[PATH:=VALUE]...")
@@ -56,8 +60,7 @@ class RunReport:
 @click.option("--out", type=FILE, help="Write the result to this file: .pt (neml2's form), .npz, .csv or .nc (netCDF).")
 @click.option("--device", metavar="DEVICE", help="Of tensors and of the leaf, such as cpu or cuda:1.")
 @click.option("--dtype", type=DTYPE, default="float64", show_default=True, help="Of tensors and of the leaf.")
-@json_option
-def command(
+def run(
     stub: Path,
     driver: str,
     overrides: tuple[str, ...],
@@ -66,8 +69,7 @@ def command(
     out: Path | None,
     device: str | None,
     dtype: str,
-    as_json: bool,
-) -> int:
+) -> RunReport:
     """Run a driver of an input file.
 
     PATH:=VALUE overrides an option of the input file, as with neml2-run. Exit status 1 if a step does not converge;
@@ -86,13 +88,13 @@ def command(
         require_format(out)
     read = [stub, *([parameters] if parameters is not None else [])]
     # What is to be written is begun before the run, which may take long, so that what cannot be written is known now.
-    with progress() as bar, heeded() as heed, contextlib.ExitStack() as drafts, defaults(device, dtype):
-        task = bar.add_task(driver, total=None)
+    with heeded() as heed, contextlib.ExitStack() as drafts, defaults(device, dtype):
 
         def on_step(done: int, last: int) -> None:
             heed()
-            bar.update(task, completed=done, total=last)
+            waits_for(driver, done, last)
 
+        waits_for(f"loading {stub}")
         written = None if out is None else drafts.enter_context(draft(out, read))
         built = load_driver(stub, driver, overrides, device=device, dtype=dtype)
         _require_transient(built, driver, stub)
@@ -106,7 +108,7 @@ def command(
             built.save_result(saved)
         if written is not None:
             write_result(written, built, result)
-    report = RunReport(
+    return RunReport(
         input=str(stub),
         driver=driver,
         steps=built.nsteps,
@@ -116,15 +118,6 @@ def command(
         written=None if out is None else str(out),
         saved=save_as or None,
     )
-    return show("run", report, as_json, render)
-
-
-def render(report: RunReport) -> Iterator[str]:
-    """What was run, and what there is now."""
-    yield f"{report.driver}: {report.steps - 1} steps of {report.rows} point(s) in {report.seconds:.2f} s"
-    for found in report.variables:
-        yield f"  {found.name}  {found.type} {list(found.shape)}"
-    yield from (f"written: {file}" for file in (report.saved, report.written) if file is not None)
 
 
 def _require_transient(built: Any, driver: str, path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import AOTIError
-from .options import MOST_THREADS, device_options, json_option
-from .output import first_line, show
-from .process import FINE, say
+from .options import MOST_THREADS, command, device_options
+from .output import Report, first_line, waits_for
+from .process import say
 
 if TYPE_CHECKING:
     from ..serve._listening import Address
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
 
 TOKEN = "NEML2_AOTI_SERVE_TOKEN"
 TOKEN_BYTES = 1 << 16
-
-EPILOG = """\b
-Examples:
-  neml2-aoti serve aoti/elasticity
-  neml2-aoti serve aoti/viscoplasticity_aoti.i --name soft=aoti/promoted --check
-  neml2-aoti serve aoti/elasticity --host 0.0.0.0 --token-file /run/secrets/token --workers 4
-"""
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -62,13 +55,21 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class ServeReport:
+class ServeReport(Report):
     """What would be served."""
 
     address: str  # where
     local: bool  # whether only programs of this machine can connect there
     token: bool  # whether requests must have a token
     models: tuple[ServedModel, ...]  # each loaded, and each of its operations called once
+
+    def render(self) -> Iterator[str]:
+        """The models."""
+        guarded = "with a token" if self.token else "without a token"
+        yield f"{self.address}, {'this machine only' if self.local else 'any machine'}, {guarded}"
+        for model in self.models:
+            sealed = "sealed" if model.sealed else "no seal"
+            yield f"{model.name}: {', '.join(model.operations)} ({model.artifact}, {sealed})"
 
 
 def limit_options(function: _Function) -> _Function:
@@ -78,7 +79,11 @@ def limit_options(function: _Function) -> _Function:
     return function
 
 
-@click.command(epilog=EPILOG)
+@command("""\
+  neml2-aoti serve aoti/elasticity
+  neml2-aoti serve aoti/viscoplasticity_aoti.i --name soft=aoti/promoted --check
+  neml2-aoti serve aoti/elasticity --host 0.0.0.0 --token-file /run/secrets/token --workers 4
+""")
 @click.argument("paths", metavar="[ARTIFACT|STUB]...", nargs=-1)
 @click.option("--name", "named", metavar="NAME=PATH", multiple=True, help="Serve this artifact or stub under NAME.")
 @click.option(
@@ -98,8 +103,7 @@ def limit_options(function: _Function) -> _Function:
 @click.option("--check", is_flag=True, help="Load and call the models, tell of them, and end.")
 @limit_options
 @device_options
-@json_option
-def command(
+def serve(
     paths: tuple[str, ...],
     named: tuple[str, ...],
     parameters: tuple[str, ...],
@@ -115,16 +119,15 @@ def command(
     check: bool,
     device: str | None,
     dtype: str | None,
-    as_json: bool,
     **limits: Any,
-) -> int:
+) -> ServeReport | None:
     """Serve compiled models over HTTP, by the Open Inference Protocol (V2).
 
     What waits is evaluated together: one compiled call takes all requests that came during the last one. SIGTERM or
     Ctrl-C stops the service once what it has accepted is answered. The log is one JSON object a line, on the standard
     output; --json is for --check. docs/service.md tells more.
     """
-    if as_json and not check:
+    if click.get_current_context().params["as_json"] and not check:
         raise click.UsageError("--json goes with --check; the log of a service is JSON in any case.")
 
     from ..serve._limits import Limits
@@ -140,7 +143,9 @@ def command(
     if not address.is_local:
         _require_safe(address, sources, token, no_token=no_token, allow_unsealed=allow_unsealed)
     if check:
-        return show("serve", _checked(address, sources, token), as_json, render)
+        return _checked(address, sources, token)
+    # The log has the terminal from here on.
+    waits_for("")
     setup = Setup(tuple(sources), bounds, token, threads, not quiet)
     bound = address.bind()
     try:
@@ -153,7 +158,7 @@ def command(
             run_many(setup, bound, workers)
     finally:
         bound.release()
-    return FINE
+    return None
 
 
 def _sources(
@@ -272,12 +277,3 @@ def _checked(address: Address, sources: Sequence[Source], token: str | None) -> 
         models.append(ServedModel(source.name, str(source.artifact), sealed, digest, tuple(served.signatures)))
     where = f"unix:{address.uds}" if address.uds is not None else f"{address.host}:{address.port}"
     return ServeReport(where, address.is_local, token is not None, tuple(models))
-
-
-def render(report: ServeReport) -> Iterator[str]:
-    """The models."""
-    guarded = "with a token" if report.token else "without a token"
-    yield f"{report.address}, {'this machine only' if report.local else 'any machine'}, {guarded}"
-    for model in report.models:
-        sealed = "sealed" if model.sealed else "no seal"
-        yield f"{model.name}: {', '.join(model.operations)} ({model.artifact}, {sealed})"

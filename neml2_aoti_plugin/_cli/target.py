@@ -15,6 +15,7 @@ from .._artifact.stub import blocks, is_input_file, model_in
 from .._artifact.upgrade import RELEASES
 from ..errors import ArtifactError, ArtifactNotFoundError, InputError, UnknownNameError
 from ..model import Model
+from .output import waits_for
 
 if TYPE_CHECKING:
     import nmhit
@@ -66,6 +67,7 @@ class Target:
     def load(self) -> Model:
         """Load the model."""
         self.place()
+        waits_for(f"loading {self.artifact}")
         return Model(self.artifact, self.device, self.dtype, solver=self.solver)
 
 

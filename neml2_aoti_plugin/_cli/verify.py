@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,12 @@ from .options import (
     Chosen,
     Finite,
     assignments,
+    command,
     device_options,
-    json_option,
     model_arguments,
     refuse_together,
 )
-from .output import figure, literal, require_drawable, show, table
-from .process import FINE, SHORT
+from .output import Report, figure, literal, require_drawable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,13 +39,6 @@ RTOL = 1e-6
 DIFFERENCE_RTOL = {"float64": 1e-5, "float32": 1e-3}
 # What is compared where the compiled model gives numbers that are not finite.
 FINITE = "finite numbers"
-
-EPILOG = """\b
-Examples:
-  neml2-aoti verify aoti/elasticity_aoti.i --against elasticity.i
-  neml2-aoti verify aoti/elasticity --record aoti/elasticity.golden.safetensors
-  neml2-aoti verify aoti/elasticity
-"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Report):
     """What `verify` found."""
 
     artifact: str  # its path
@@ -80,10 +72,46 @@ class Verification:
     not_compared: tuple[str, ...]  # quantities without a reference, and why
     recorded: str | None  # the golden file that was written; null if none was, as when a comparison failed
     passed: bool  # whether all comparisons passed
-    picture: str | None = None  # the file that was drawn; null if none was
+    picture: str | None  # the file that was drawn; null if none was
+
+    @property
+    def fine(self) -> bool:
+        return self.passed
+
+    def render(self) -> Iterator[str | Text | Table]:
+        """The table of errors."""
+        from rich.table import Column
+        from rich.text import Text
+
+        count = self.not_converged
+        apart = f"; {count} did not converge, or are not finite, and are left out" if count else ""
+        yield f"{self.model} ({self.leaf}) at {self.rows} points ({self.points}){apart}"
+        # Only the names of quantities may be broken, in a narrow terminal.
+        numbers = [Column(title, justify="right", no_wrap=True) for title in ("points", "worst", "at", "limit", "")]
+        errors = table(Column("quantity", overflow="fold"), Column("reference", no_wrap=True), *numbers)
+        for found in self.comparisons:
+            errors.add_row(
+                found.quantity,
+                found.reference,
+                f"{found.rows} (-{found.left_out})" if found.left_out else str(found.rows),
+                f"{found.worst:.1e}" if found.rows else "-",
+                str(found.worst_row) if found.rows else "-",
+                f"{found.tolerance:.0e}",
+                Text("passed", "green") if found.passed else Text("FAILED", "bold red"),
+            )
+        yield errors
+        if any(found.left_out for found in self.comparisons):
+            yield "(-N): so many points were left out, because the two steps of the differences disagree there"
+        for text in self.not_compared:
+            yield Text.assemble(("not compared", "yellow"), f" {text}")
+        yield from (f"written: {file}" for file in (self.recorded, self.picture) if file is not None)
 
 
-@click.command(epilog=EPILOG)
+@command("""\
+  neml2-aoti verify aoti/elasticity_aoti.i --against elasticity.i
+  neml2-aoti verify aoti/elasticity --record aoti/elasticity.golden.safetensors
+  neml2-aoti verify aoti/elasticity
+""")
 @model_arguments
 @click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")
 @click.option("--source-model", metavar="NAME", help="The model in INPUT.i, if it has another name there.")
@@ -104,8 +132,7 @@ class Verification:
 )
 @click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png, .svg or .pdf).")
 @device_options
-@json_option
-def command(
+def verify(
     chosen: Chosen,
     against: Path | None,
     source_model: str | None,
@@ -119,8 +146,7 @@ def command(
     rtol: float,
     difference_rtol: float | None,
     picture: Path | None,
-    as_json: bool,
-) -> int:
+) -> Verification:
     """Compare a compiled model's values and derivatives with its source.
 
     The points are those at which the stub's driver calls the model and random ones around them, or random ones alone
@@ -187,43 +213,15 @@ def command(
         not_compared=not_compared,
         recorded=str(record) if record is not None and passed else None,
         passed=passed,
+        picture=None if picture is None else str(picture),
     )
     if picture is not None:
-        report = draw(report, picture)
-    return show("verify", report, as_json, render, FINE if passed else SHORT)
+        draw(report, picture)
+    return report
 
 
-def render(report: Verification) -> Iterator[str | Text | Table]:
-    """The table of errors."""
-    from rich.table import Column
-    from rich.text import Text
-
-    count = report.not_converged
-    apart = f"; {count} did not converge, or are not finite, and are left out" if count else ""
-    yield f"{report.model} ({report.leaf}) at {report.rows} points ({report.points}){apart}"
-    # Only the names of quantities may be broken, in a narrow terminal.
-    numbers = [Column(title, justify="right", no_wrap=True) for title in ("points", "worst", "at", "limit", "")]
-    errors = table(Column("quantity", overflow="fold"), Column("reference", no_wrap=True), *numbers)
-    for found in report.comparisons:
-        errors.add_row(
-            found.quantity,
-            found.reference,
-            f"{found.rows} (-{found.left_out})" if found.left_out else str(found.rows),
-            f"{found.worst:.1e}" if found.rows else "-",
-            str(found.worst_row) if found.rows else "-",
-            f"{found.tolerance:.0e}",
-            Text("passed", "green") if found.passed else Text("FAILED", "bold red"),
-        )
-    yield errors
-    if any(found.left_out for found in report.comparisons):
-        yield "(-N): so many points were left out, because the two steps of the differences disagree there"
-    for text in report.not_compared:
-        yield Text.assemble(("not compared", "yellow"), f" {text}")
-    yield from (f"written: {file}" for file in (report.recorded, report.picture) if file is not None)
-
-
-def draw(report: Verification, path: Path) -> Verification:
-    """Draw the worst error of each quantity, and its tolerance; gives the report with it."""
+def draw(report: Verification, path: Path) -> None:
+    """Draw the worst error of each quantity, and its tolerance."""
     shown = report.comparisons[::-1]
     places = range(len(shown))
     # What agrees to the last bit has no place on a logarithmic axis.
@@ -242,7 +240,6 @@ def draw(report: Verification, path: Path) -> Verification:
         axes.set_xlabel(f"error, over the largest entry of the quantity{none}")
         axes.figure.suptitle(literal(f"{report.model} ({report.leaf}), {report.rows} points"))
         axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return replace(report, picture=str(path))
 
 
 def _with(kind: str, outputs: Tensors, blocks: Blocks, found: Evaluated, rtol: float) -> Iterator[Comparison]:

@@ -1,0 +1,133 @@
+"""`neml2-aoti example`, `seal` and `warm`: what is done once, before a model is compiled, or loaded elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from ..errors import InputError
+from .options import FILE, command
+from .output import Report
+
+# A copy of the one in `stubs/`, which a wheel does not have.
+SOURCE = Path(__file__).with_name("viscoplasticity.i")
+DERIVATIVES = "stress:strain"
+
+
+@dataclass(frozen=True)
+class ExampleReport(Report):
+    """A source input that was written."""
+
+    written: str  # the file
+    compile: str  # the command that compiles its model
+    run: str  # the command that runs its driver then
+
+    def render(self) -> Iterator[str]:
+        yield f"written: {self.written}"
+        yield "Compile its model, which takes a minute or two, and run its driver:"
+        yield f"  {self.compile}"
+        yield f"  {self.run}"
+
+
+@command("  neml2-aoti example first")
+@click.argument("folder", type=FILE, metavar="DIR")
+def example(folder: Path) -> ExampleReport:
+    """Write a viscoplastic model with a driver to the folder DIR, and show the commands that compile and run it.
+
+    The driver pulls three material points to 3 % strain. The folder is made if it is not there; a file that is there
+    is not written over.
+    """
+    from .._files import draft
+
+    target = folder / SOURCE.name
+    if os.path.lexists(target):
+        raise InputError(f"{target}: is there already. Give another folder, or move it away.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be made ({error.strerror}). Give a folder that can be written to."
+        ) from None
+    with draft(target) as scratch:
+        scratch.write_bytes(SOURCE.read_bytes())
+    source, aoti = shlex.quote(str(target)), shlex.quote(str(folder / "aoti"))
+    stub, result = (shlex.quote(str(folder / name)) for name in ("aoti/viscoplasticity_aoti.i", "result.npz"))
+    return ExampleReport(
+        str(target),
+        f"neml2-compile {source} --driver driver -d {DERIVATIVES} --output-dir {aoti}",
+        f"neml2-aoti run {stub} driver --out {result}",
+    )
+
+
+@dataclass(frozen=True)
+class SealReport(Report):
+    """What was sealed."""
+
+    seals: tuple[str, ...]  # the files that were written, one for each artifact
+
+    def render(self) -> tuple[str, ...]:
+        return self.seals
+
+
+@command("""\
+  neml2-aoti seal aoti/elasticity
+  cd aoti && sha256sum -c elasticity.sha256
+""")
+@click.argument("paths", metavar="ARTIFACT|STUB...", nargs=-1, required=True)
+def seal(paths: tuple[str, ...]) -> SealReport:
+    """Write the SHA-256 of an artifact's files beside it.
+
+    From then on the artifact loads only as long as none of its files changes. Under NEML2_AOTI_PLUGIN_REQUIRE_SEAL=1,
+    only artifacts with a seal load.
+    """
+    from .._artifact import trust
+    from .target import find_target
+
+    # All are looked for before one is sealed.
+    targets = [find_target(path) for path in paths]
+    return SealReport(tuple(str(trust.seal(found.artifact)) for found in targets))
+
+
+@dataclass(frozen=True)
+class WarmReport(Report):
+    """The machine code of solves."""
+
+    implementation: str  # what solves are done by, `native` or `torch`
+    reason: str  # why
+    file: str  # where the machine code is kept; empty where it is not
+
+    @property
+    def fine(self) -> bool:
+        return self.implementation == "torch" or bool(self.file)
+
+    def render(self) -> Iterator[str]:
+        if self.implementation == "torch":
+            yield f"nothing to make: solves are done by torch's operations ({self.reason})"
+        elif self.file:
+            yield f"machine code is kept in {self.file}"
+        else:
+            yield "the machine code cannot be kept. Name a folder that only you can write to: " + (
+                "NEML2_AOTI_PLUGIN_CACHE=FOLDER"
+            )
+
+
+@command("""\
+  neml2-aoti warm
+  NEML2_AOTI_PLUGIN_CACHE=/opt/cache neml2-aoti warm
+""")
+def warm() -> WarmReport:
+    """Make machine code for this processor and keep it, so that no first solve waits for it.
+
+    NEML2_AOTI_PLUGIN_CACHE names another folder than the user's cache folder. Exit status 1 if it cannot be kept.
+    """
+    from .._solve import machine_code
+
+    code, reason = machine_code.machine_code()
+    if code is None:
+        return WarmReport(machine_code.TORCH, reason, "")
+    return WarmReport(machine_code.NATIVE, reason, str(code.kept or ""))
