@@ -20,15 +20,10 @@ CHUNK = 1 << 16
 
 
 def deviations(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """Compare rows.
+    """Largest deviation in each row relative to the row's largest entry, over all tensors, `(rows,)`.
 
-    Args:
-        found: outputs by name and derivatives by `output:input`, each `(rows, ...)`, or `(1, ...)` for all rows.
-        expected: the same.
-        inputs: of the model; a derivative counts as small if the input does little to the output by it.
-
-    Returns:
-        Largest deviation in each row relative to the row's largest entry, over all tensors, `(rows,)`.
+    Outputs go by name and derivatives by `output:input`, each `(rows, ...)`, or `(1, ...)` for all rows. A derivative
+    counts as small if the input does little to the output by it.
     """
     assert list(found) == list(expected), f"{list(found)} and {list(expected)}"
     worst: Tensor | None = None
@@ -61,20 +56,11 @@ def _size(value: Tensor) -> float:
 def compare(
     found: Tensors, native: Tensors, inputs: Tensors, tight: Callable[[Tensor], Tensors | None]
 ) -> tuple[float, int]:
-    """Compare the plugin with the C++ runtime.
+    """The largest deviation of the plugin from the C++ runtime in a row, and how many rows a tighter solve judged.
 
     The C++ runtime leaves its slowest rows where its tolerance is met; the plugin takes one step more. So rows that
-    differ are judged by the C++ runtime with a tighter tolerance.
-
-    Args:
-        found: outputs of the plugin, `(rows, ...)`.
-        native: those of the C++ runtime.
-        inputs: of the model.
-        tight: gives, for indices of rows, their outputs by the C++ runtime with a tighter tolerance; None where the
-            model has nothing to solve, or cannot be solved more tightly.
-
-    Returns:
-        The largest deviation of a row, and the number of rows that were judged by the tighter solve.
+    differ are judged by the C++ runtime with a tighter tolerance: `tight` gives their outputs by their indices, or None
+    where the model has nothing to solve, or cannot be solved more tightly.
     """
     gaps = deviations(found, native, inputs)
     suspects = (gaps > TOLERANCE).nonzero().squeeze(-1)

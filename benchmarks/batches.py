@@ -37,16 +37,7 @@ def taken(pool: Mapping[str, Tensor], rows: int) -> Tensors:
 
 
 def make_pools(artifact: Path, stub: Path, driver: str) -> dict[str, Tensors]:
-    """Make the pools of a compiled stub.
-
-    Args:
-        artifact: its folder with the graphs.
-        stub: the input file beside it.
-        driver: name of the driver in that file.
-
-    Returns:
-        Inputs `(rows, ...)` by the kind of batch. All rows converge, in the plugin and in the C++ runtime.
-    """
+    """Inputs `(rows, ...)` of a compiled stub by kind of batch; all rows converge, also in the C++ runtime."""
     from neml2.aoti._aoti import Model as Native
 
     from neml2_aoti_plugin.model import Model

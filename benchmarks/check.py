@@ -39,12 +39,7 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Reference:
-    """Ratios that later ones are compared with.
-
-    Args:
-        header: the machine, commit and versions that they come from.
-        ratios: the plugin's time over the C++ runtime's, by case.
-    """
+    """Ratios of the plugin's time to the C++ runtime's, by case, that later ones are compared with."""
 
     header: dict[str, Any]
     ratios: dict[str, Ratios]
@@ -52,13 +47,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Worse:
-    """A case that has become slower.
-
-    Args:
-        key: of the case.
-        before: the stored ratios.
-        now: the measured ones.
-    """
+    """A case that has become slower."""
 
     key: str
     before: Ratios
@@ -71,12 +60,7 @@ class Worse:
 
 
 def worse(before: Mapping[str, Ratios], now: Mapping[str, Ratios]) -> list[Worse]:
-    """The cases whose median has grown by more than both quartile distances together, and by `LEAST`.
-
-    Args:
-        before: stored ratios, by case.
-        now: measured ratios; cases that are not in both are left out.
-    """
+    """The cases in both whose median has grown by more than both quartile distances together, and by `LEAST`."""
     found = [Worse(key, before[key], now[key]) for key in before if key in now]
     return [
         one

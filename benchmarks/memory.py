@@ -20,17 +20,7 @@ WARM_ROWS = 512
 
 
 def peak_growth(call: Callable[[], T]) -> tuple[T, int]:
-    """Call something, and tell by how much the peak of the process's memory grew over what it held before.
-
-    Args:
-        call: what to call.
-
-    Returns:
-        Its result, and bytes.
-
-    Raises:
-        NotImplementedError: the system does not tell.
-    """
+    """A call's result, and the bytes by which the peak of the process's memory grew over what it held before."""
     if not STATUS.exists():
         raise NotImplementedError("this system has no /proc/self/status")
     _reset_peak()

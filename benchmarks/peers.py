@@ -30,12 +30,7 @@ HISTORY = (
 
 
 class Loaded:
-    """A compiled stub and its input file, loaded by each peer when it is first asked for.
-
-    Args:
-        stub: the entry of the catalogue.
-        folder: the compiled stub.
-    """
+    """A compiled stub and its input file, loaded by each peer when it is first asked for."""
 
     def __init__(self, stub: Stub, folder: Path) -> None:
         self.stub, self.folder = stub, folder

@@ -18,12 +18,7 @@ GAINS = (1, 1_000, 1_000_000)
 
 
 def page(store: Store, picture: str) -> str:
-    """The page.
-
-    Args:
-        store: the results.
-        picture: name of the plot, beside the page.
-    """
+    """The page, with the plot of this name beside it."""
     judged = [one for target in targets() for one in judge(store, target)]
     parts = [
         "# Performance",

@@ -14,14 +14,7 @@ from .cases import Case
 
 @dataclass(frozen=True)
 class Ratios:
-    """The ratio of two times, over the rounds.
-
-    Args:
-        median: of all rounds.
-        least: in any round.
-        low: first quartile.
-        high: third quartile.
-    """
+    """The ratio of two times over the rounds: median, least, first and third quartile."""
 
     median: float
     least: float
@@ -107,11 +100,7 @@ class Orders:
 
 
 class Store:
-    """The results of a run, written to a file after each case.
-
-    Args:
-        file: where they are kept.
-    """
+    """The results of a run, written to a file after each case."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -70,13 +70,7 @@ class Shop:
 
 
 def all_cases(models: Iterable[str], rows: tuple[int, ...], *, memory: bool = True) -> list[Case]:
-    """All cases of some models, in the order in which they are measured.
-
-    Args:
-        models: entries of the stub catalogue.
-        rows: numbers of rows.
-        memory: whether to measure that too, where the most rows of a model are among them.
-    """
+    """All cases of some models, in the order in which they are measured; memory where the most rows are among them."""
     found = []
     for name in models:
         if memory and memory_case_of(name).rows in rows:

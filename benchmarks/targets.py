@@ -14,16 +14,7 @@ NOT_PART = "not part of this run"
 
 @dataclass(frozen=True)
 class Target:
-    """Limits on the ratio of two peers' times, or of their peaks of memory.
-
-    Args:
-        title: what is compared.
-        model: entry of the stub catalogue.
-        batch: kind of batch.
-        quantity: of the case.
-        peers: the one that must be fast, and the one that it is compared with.
-        limits: by number of rows.
-    """
+    """Limits, by number of rows, on the ratio of two peers' times or peaks of memory; the first must be fast."""
 
     title: str
     model: str
@@ -35,16 +26,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Judged:
-    """A target at one number of rows.
-
-    Args:
-        target: the target.
-        rows: number of rows.
-        limit: of the ratio.
-        ratio: that was measured; None if it was not.
-        ratios: the same over the rounds; None for memory, which is measured once.
-        reason: why it was not measured.
-    """
+    """A target at one number of rows; no ratios over the rounds for memory, which is measured once."""
 
     target: Target
     rows: int

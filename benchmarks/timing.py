@@ -28,15 +28,10 @@ def once(call: Callable[[], object]) -> float:
 def measure(
     calls: Mapping[str, Callable[[], object]], seconds: float, took: Mapping[str, float]
 ) -> dict[str, list[float]]:
-    """Time calls in turn until the time is over.
+    """Time calls in turn until the time is over; the seconds that each took in each round.
 
-    Args:
-        calls: by name; each has been called before.
-        seconds: that all of it may take; at least `LEAST_ROUNDS` rounds are made in any case.
-        took: seconds of the first call, which may have loaded something besides.
-
-    Returns:
-        For each call the seconds that it took in each round; the rounds of all calls are the same.
+    All rounds are of all calls, and at least `LEAST_ROUNDS` are made. `took` is what the first calls took, which may
+    have loaded something besides.
     """
     deadline = time.monotonic() + seconds
     counts = {}

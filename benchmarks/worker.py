@@ -41,11 +41,7 @@ COMPILE_SECONDS = {True: 120.0, False: 20.0}
 
 
 class Worker:
-    """A model with its pools, and what its cases have taken so far.
-
-    Args:
-        orders: what to do.
-    """
+    """A model with its pools, and what its cases have taken so far."""
 
     def __init__(self, orders: Orders) -> None:
         self.orders = orders

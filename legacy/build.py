@@ -50,15 +50,7 @@ _LOCKS: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 def artifact(release: str, scenario: str) -> Path:
-    """The folder of one artifact, built first if it is missing or out of date.
-
-    Args:
-        release: a version of neml2 in the catalogue.
-        scenario: a scenario in the catalogue.
-
-    Returns:
-        the folder which that release's `neml2-compile` got as its `--output-dir`.
-    """
+    """The folder that a release's `neml2-compile` wrote, built first if it is missing or out of date."""
     made_by, made_from = release_named(release), scenario_named(scenario)
     if release not in made_from.releases:
         able = ", ".join(made_from.releases)
@@ -73,28 +65,12 @@ def artifact(release: str, scenario: str) -> Path:
 
 
 def stub(release: str, scenario: str) -> Path:
-    """The HIT stub of one artifact, built first if need be.
-
-    Args:
-        release: a version of neml2 in the catalogue.
-        scenario: a scenario in the catalogue.
-
-    Returns:
-        the `.i` file as that release wrote it.
-    """
+    """The HIT stub of one artifact, as that release wrote it, built first if need be."""
     return artifact(release, scenario) / f"{scenario_named(scenario).model}_aoti.i"
 
 
 def metadata(release: str, scenario: str) -> Path:
-    """The metadata of one artifact, built first if need be.
-
-    Args:
-        release: a version of neml2 in the catalogue.
-        scenario: a scenario in the catalogue.
-
-    Returns:
-        the JSON file, where that release puts it.
-    """
+    """The metadata of one artifact, where that release puts it, built first if need be."""
     model = scenario_named(scenario).model
     schema = release_named(release).schema
     folder = artifact(release, scenario)
@@ -112,16 +88,7 @@ def cache() -> Path:
 
 
 def fingerprint(release: Release, scenario: Scenario) -> str:
-    """What an artifact depends on, as one word.
-
-    Args:
-        release: who builds it.
-        scenario: what is built.
-
-    Returns:
-        a digest over the input's content, the flags, the release with its pins, torch, and the processor, because
-        torch compiles for the one it finds.
-    """
+    """A digest of what an artifact depends on: torch compiles for the processor that it finds."""
     parts = [
         (INPUTS / scenario.input).read_text(),
         arguments(scenario, release, Path("output"))[1:],
@@ -135,9 +102,6 @@ def environment() -> Path:
     """The Python of the one virtual environment, made first if need be.
 
     torch is installed first and alone: an index that offers a build without CUDA then decides freely.
-
-    Returns:
-        the path of the interpreter.
     """
     home = cache() / _PYTHON / "env"
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -154,14 +118,7 @@ def environment() -> Path:
 
 
 def installed(release: Release) -> Path:
-    """The folder to put on PYTHONPATH for one release, installed first if need be.
-
-    Args:
-        release: which one.
-
-    Returns:
-        a folder with neml2, nmhit and pyzag; torch and numpy come from the environment.
-    """
+    """The folder to put on PYTHONPATH for one release, installed first; torch and numpy come from the environment."""
     python = environment()
     packages = [f"neml2=={release.version}", f"nmhit=={NMHIT}", f"pyzag=={release.pyzag}"]
     target = cache() / _PYTHON / "releases" / release.version
@@ -191,14 +148,7 @@ def table() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build what is asked for.
-
-    Args:
-        argv: arguments, by default those of the process.
-
-    Returns:
-        0 if everything that can be built stands in the cache, else 1.
-    """
+    """Build what is asked for; 0 if everything that can be built stands in the cache, else 1."""
     parser = argparse.ArgumentParser(prog="python -m legacy.build", description=__doc__.split("\n")[0])
     parser.add_argument("--releases", nargs="+", default=list(RELEASES), metavar="VERSION", help="default: all")
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), metavar="NAME", help="default: all")

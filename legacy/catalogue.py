@@ -246,43 +246,21 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def release_named(version: str) -> Release:
-    """The release of that version.
-
-    Args:
-        version: a version of neml2, such as `3.0.6`.
-
-    Returns:
-        the entry of the catalogue; ValueError where there is none.
-    """
+    """The release of a version, such as `3.0.6`; ValueError where the catalogue has none."""
     if version not in RELEASES:
         raise ValueError(f"no neml2 release {version!r} in the catalogue; take one of {', '.join(RELEASES)}")
     return RELEASES[version]
 
 
 def scenario_named(name: str) -> Scenario:
-    """The scenario of that name.
-
-    Args:
-        name: such as `forward`.
-
-    Returns:
-        the entry of the catalogue; ValueError where there is none.
-    """
+    """The scenario of a name, such as `forward`; ValueError where the catalogue has none."""
     if name not in SCENARIOS:
         raise ValueError(f"no scenario {name!r} in the catalogue; take one of {', '.join(SCENARIOS)}")
     return SCENARIOS[name]
 
 
 def flags(scenario: Scenario, release: Release) -> tuple[str, ...]:
-    """The compile flags of a scenario for one release.
-
-    Args:
-        scenario: what to build.
-        release: who builds it.
-
-    Returns:
-        the flags after the input and the target.
-    """
+    """The compile flags of a scenario for one release, which come after the input and the target."""
     order = EVERY.index(release.version)
     chosen: tuple[str, ...] = ()
     for first, some in scenario.flags:
@@ -294,13 +272,7 @@ def flags(scenario: Scenario, release: Release) -> tuple[str, ...]:
 def arguments(scenario: Scenario, release: Release, output: Path) -> list[str]:
     """The arguments of `neml2-compile`.
 
-    Args:
-        scenario: what to build.
-        release: who builds it.
-        output: the folder to write to.
-
-    Returns:
-        the whole list. From 3.0.3 on a stub keeps its driver only when compiled for that driver; 3.0.0 always does.
+    From 3.0.3 on a stub keeps its driver only when compiled for that driver; 3.0.0 always does.
     """
     by_driver = scenario.driver is not None and release.schema >= 3
     target = ["--driver", str(scenario.driver)] if by_driver else ["--model", scenario.model]
@@ -308,14 +280,6 @@ def arguments(scenario: Scenario, release: Release, output: Path) -> list[str]:
 
 
 def pairs(releases: Iterable[str] = EVERY, scenarios: Iterable[str] = tuple(SCENARIOS)) -> list[tuple[str, str]]:
-    """Every (release, scenario) that can be built.
-
-    Args:
-        releases: versions to choose from.
-        scenarios: names to choose from.
-
-    Returns:
-        pairs of names, scenario by scenario.
-    """
+    """Every (release, scenario) of these names that can be built, scenario by scenario."""
     versions = [release_named(version).version for version in releases]
     return [(version, name) for name in scenarios for version in scenario_named(name).releases if version in versions]

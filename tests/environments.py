@@ -79,15 +79,8 @@ def build_wheel(folder: Path) -> Path:
 def create(folder: Path, wheel: Path, *, without: Sequence[str] = ()) -> Environment:
     """Create an environment with the plugin installed from its wheel.
 
-    The rest is linked from the environment that runs the tests, package by package, which takes no time.
-
-    Args:
-        folder: Where to create it.
-        wheel: The plugin's wheel.
-        without: Names that packages to leave out begin with.
-
-    Returns:
-        The environment.
+    The rest is linked from the environment that runs the tests, package by package, which takes no time, but for those
+    whose names begin with one of `without`.
     """
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     environment = Environment(folder)

@@ -29,14 +29,7 @@ def write_page(file: Path, text: str) -> None:
 
 
 def measured(loads: Sequence[Load], soak: Soak | None, seconds: float, command: str) -> str:
-    """The measured part as text.
-
-    Args:
-        loads: by wrk, of all rounds.
-        soak: the long run; None if it was not made.
-        seconds: of each measurement.
-        command: that measured.
-    """
+    """The measured part as text; the long run is None if it was not made."""
     about = machine.description()
     commit = machine.sources(machine.ROOT)["commit"]
     cases = _by_case(loads)

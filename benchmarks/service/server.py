@@ -17,12 +17,7 @@ PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Server:
-    """A running service.
-
-    Args:
-        pid: its first process, which has started the others.
-        port: where it listens on this machine.
-    """
+    """A running service by its first process, which has started the others."""
 
     pid: int
     port: int
@@ -50,14 +45,7 @@ class Server:
 
 @contextlib.contextmanager
 def started(artifact: Path, folder: Path, *options: str, workers: int = 1) -> Iterator[Server]:
-    """Serve an artifact on a free port; stopped by SIGTERM at the end.
-
-    Args:
-        artifact: what is served.
-        folder: for the log.
-        options: of `neml2-aoti serve`.
-        workers: number of processes.
-    """
+    """Serve an artifact on a free port; stopped by SIGTERM at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.jsonl"
     command = [str(Path(sys.executable).with_name("neml2-aoti")), "serve", str(artifact), "--port", "0", "--quiet"]
