@@ -306,7 +306,7 @@ def _case(name: str) -> Case:
     return Case(CATALOGUE[name], compiled(name))
 
 
-def edited(of: Case, folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+def edited(of: Case, folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     """The folder of an artifact with the graphs of a case and metadata that `edit` has changed in place."""
     root = folder / of.stub.model
     root.mkdir(parents=True)
@@ -317,6 +317,11 @@ def edited(of: Case, folder: Path, edit: Callable[[dict[str, Any]], None]) -> Pa
         if leaf.is_dir():
             shutil.copytree(leaf, root / leaf.name)
     return root
+
+
+def altered(name: str, folder: Path, **keys: object) -> Model:
+    """A model with the graphs of a case and other values of these keys of its metadata."""
+    return Model(edited(case(name), folder, lambda metadata: metadata.update(keys)))
 
 
 def few(of: Case) -> Tensors:

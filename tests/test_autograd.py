@@ -122,15 +122,9 @@ class TestMissing:
             outputs["equivalent_plastic_strain"].sum().backward()
 
     def test_parameter_is_missed_with_both_flags(self, tmp_path: Path) -> None:
-        case = references.case("promoted")
-
-        def without(metadata: dict[str, Any]) -> None:
-            assert metadata["parameter_derivatives"]
-            metadata["parameter_derivatives"] = []
-
-        model = Model(references.edited(case, tmp_path, without)).requires_grad_()
+        model = references.altered("promoted", tmp_path, parameter_derivatives=[]).requires_grad_()
         with pytest.raises(DerivativeNotCompiledError, match=r"-p promoted\.E .*-d stress:promoted\.E"):
-            model.forward(case.rows())["stress"].sum().backward()
+            model.forward(references.case("promoted").rows())["stress"].sum().backward()
 
     def test_second_derivative_is_refused_and_never_zero(self) -> None:
         case = references.case("calibration")

@@ -52,12 +52,6 @@ def load(request: pytest.FixtureRequest) -> Load:
     return found
 
 
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    """A copy of the elasticity artifact that a test may damage."""
-    return Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "elasticity"))
-
-
 def refused(load: Load, artifact: Path, error: type[Exception], *words: str, **options: Any) -> str:
     """Load an artifact that must be refused with these words; give the message."""
     with pytest.raises(error) as raised:
@@ -180,10 +174,8 @@ class TestMetadata:
     def renamed(self, tmp_path: Path, name: str) -> Path:
         """An artifact whose parameter E has another name."""
 
-        def rename(metadata: dict[str, Any]) -> None:
-            metadata["boundary_aliases"] = {"parameters": {"promoted.E": name}}
-
-        return references.edited(references.case("promoted"), tmp_path, rename)
+        aliases = {"parameters": {"promoted.E": name}}
+        return references.edited(references.case("promoted"), tmp_path, lambda d: d.update(boundary_aliases=aliases))
 
     @pytest.mark.parametrize(
         "name", ["_caller", "inputs", "mode", "training", "_parameters.E", "output_spec", "_inner"]

@@ -129,10 +129,7 @@ class TestTaken:
         assert model.forward({**row, "stress": torch.zeros(2, 3, 6, dtype=torch.float64)})["stress"].shape == (2, 3, 6)
 
     def test_name_is_that_of_the_boundary(self, tmp_path: Any, rows: Tensors, solution: Tensors) -> None:
-        def rename(metadata: dict[str, Any]) -> None:
-            metadata["boundary_aliases"] = {"outputs": {"stress": "sigma"}, "inputs": {}, "parameters": {}}
-
-        model = Model(references.edited(references.case("calibration"), tmp_path, rename))
+        model = references.altered("calibration", tmp_path, boundary_aliases={"outputs": {"stress": "sigma"}})
         assert list(model.initial_guesses) == ["sigma", "equivalent_plastic_strain"]
         found = model.forward({**rows, "sigma": solution["stress"]})
         assert difference(found["sigma"], solution["stress"]) < 1e-6

@@ -137,10 +137,9 @@ STRAIN, STRESS, FILE = "forces/E", "../../state/S", "%2E.%2F..%2Fstate%2FS"
 def elasticity(folder: Path, stress: str = STRESS) -> Model:
     """Elasticity by names that are no names of files."""
 
-    def rename(metadata: dict[str, Any]) -> None:
-        metadata["boundary_aliases"] = {"inputs": {"strain": STRAIN}, "outputs": {"stress": stress}}
-
-    return Model(references.edited(references.case("elasticity"), folder / "model", rename))
+    return references.altered(
+        "elasticity", folder / "model", boundary_aliases={"inputs": {"strain": STRAIN}, "outputs": {"stress": stress}}
+    )
 
 
 def hooke(strain: np.ndarray) -> np.ndarray:

@@ -53,10 +53,7 @@ def by_hand(size: float, *times: float) -> Array:
 def renamed(folder: Path, inputs: dict[str, str]) -> Model:
     """The viscoplastic model with other names at its boundary."""
 
-    def rename(metadata: dict[str, Any]) -> None:
-        metadata["boundary_aliases"] = {"outputs": {}, "inputs": inputs, "parameters": {}}
-
-    return Model(references.edited(references.case("viscoplasticity"), folder, rename))
+    return references.altered("viscoplasticity", folder, boundary_aliases={"inputs": inputs})
 
 
 class TestRoles:

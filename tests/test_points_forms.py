@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import radial_return
 import references
-from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, Model, Points, UnknownNameError
+from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, Points, UnknownNameError
 from neml2_aoti_plugin.model import Outcome
 from neml2_aoti_plugin.notation import convert
 from stubs.catalogue import CATALOGUE
@@ -390,14 +390,9 @@ class TestWhole:
 
 class TestTold:
     def test_voigt_of_variables_whose_names_do_not_tell(self, tmp_path: Path) -> None:
-        def rename(metadata: dict[str, Any]) -> None:
-            metadata["boundary_aliases"] = {
-                "outputs": {"stress": "sigma"},
-                "inputs": {"strain": "eps"},
-                "parameters": {},
-            }
-
-        model = Model(references.edited(references.case("elasticity"), tmp_path, rename))
+        model = references.altered(
+            "elasticity", tmp_path, boundary_aliases={"outputs": {"stress": "sigma"}, "inputs": {"strain": "eps"}}
+        )
         with pytest.raises(InputError, match=r"whether Voigt's notation writes '(sigma|eps)' as a strain.*strains=\['"):
             Points(model, 1, notation="voigt")
         points = Points(model, 1, notation="voigt", strains=["eps"], stresses=["sigma"])
@@ -411,10 +406,7 @@ class TestTold:
         assert plane.update(eps=np.array([1e-3, 0.0, 0.0])).outputs["sigma"].shape == (1, 3)
 
     def test_plane_stress_needs_the_tangent(self, tmp_path: Path) -> None:
-        def without(metadata: dict[str, Any]) -> None:
-            metadata["derivatives"] = []
-
-        bare = Model(references.edited(references.case("viscoplasticity"), tmp_path, without))
+        bare = references.altered("viscoplasticity", tmp_path, derivatives=[])
         with pytest.raises(InputError, match=r"needs the derivative of the stress by the strain.*-d stress:strain"):
             Points(bare, 1, dimension="plane stress")
         points = Points(bare, 1)
@@ -436,10 +428,9 @@ class TestTold:
             Points(model, 1, dimension="plane stress", stress_strain=("stress", "strain"))
 
     def test_tangents_in_plane_stress_take_others(self, tmp_path: Path) -> None:
-        def fewer(metadata: dict[str, Any]) -> None:
-            metadata["derivatives"] = [["stress", "strain"], ["equivalent_plastic_strain", "t"]]
-
-        model = Model(references.edited(references.case("calibration"), tmp_path, fewer))
+        model = references.altered(
+            "calibration", tmp_path, derivatives=[["stress", "strain"], ["equivalent_plastic_strain", "t"]]
+        )
         assert Points(model, 1, dimension="plane stress").pairs == (("stress", "strain"),)
         with pytest.raises(DerivativeNotCompiledError, match=r"d\(equivalent_plastic_strain\)/d\(t\) takes d\(equiv"):
             Points(model, 1, dimension="plane stress", pairs=[("equivalent_plastic_strain", "t")])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import references
-from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, InputTypeError, Model, Points
+from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, InputTypeError, Points
 from neml2_aoti_plugin.notation import convert
 from neml2_aoti_plugin.points._gradients import attached
 
@@ -207,10 +207,9 @@ def test_gradients_that_were_not_compiled_are_refused_where_they_are_asked_for(d
 
 
 def test_in_plane_stress_a_gradient_takes_others(tmp_path: Path) -> None:
-    def fewer(metadata: dict[str, Any]) -> None:
-        metadata["derivatives"] = [["stress", "strain"], ["equivalent_plastic_strain", "t"]]
-
-    model = Model(references.edited(references.case("calibration"), tmp_path, fewer))
+    model = references.altered(
+        "calibration", tmp_path, derivatives=[["stress", "strain"], ["equivalent_plastic_strain", "t"]]
+    )
     points, time = Points(model, N, dimension="plane stress"), torch.tensor(1.0).double().requires_grad_()
     points.initial()
     found = points.update(strain=strains(1, 5e-3, dimension="plane stress"), t=time).outputs

@@ -23,7 +23,6 @@ from neml2_aoti_plugin import (
     DerivativeNotCompiledError,
     InputError,
     InputTypeError,
-    Model,
     Points,
     UnknownNameError,
 )
@@ -474,10 +473,7 @@ class TestConstruction:
             Points(given.pop("model"), given.pop("n"), **given)
 
     def test_a_derivative_by_a_parameter_that_was_not_compiled(self, tmp_path: Path) -> None:
-        def fewer(metadata: dict[str, Any]) -> None:
-            metadata["parameter_derivatives"] = [["stress", "promoted.E"]]
-
-        model = Model(references.edited(references.case("promoted"), tmp_path, fewer))
+        model = references.altered("promoted", tmp_path, parameter_derivatives=[["stress", "promoted.E"]])
         pairs = [("stress", "promoted.E")]
         assert Points(model, N, pairs=pairs, dimension="plane stress").pairs == tuple(pairs)
         with pytest.raises(DerivativeNotCompiledError, match=r"d\(stress\)/d\(promoted.nu\) was not.*-d stress:"):
@@ -518,10 +514,7 @@ class TestParameters:
 
 class TestTangentThatIsNotThere:
     def test_without_derivatives_the_tangent_gives_the_command(self, tmp_path: Path) -> None:
-        def without(metadata: dict[str, Any]) -> None:
-            metadata["derivatives"] = []
-
-        model = Model(references.edited(references.case("viscoplasticity"), tmp_path, without))
+        model = references.altered("viscoplasticity", tmp_path, derivatives=[])
         points = Points(model, N)
         points.initial()
         found = points.update(strain=strains(), t=1.0)

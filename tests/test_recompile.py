@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ import torch
 import references
 from legacy import build
 from neml2_aoti_plugin import DerivativeNotCompiledError, Model
+from references import altered
 from stubs.build import QUICK, compiled
 from stubs.catalogue import CATALOGUE
 
@@ -53,15 +53,8 @@ def test_what_was_compiled_comes_again() -> None:
     )
 
 
-def edited(name: str, folder: Path, **changes: Any) -> Model:
-    def edit(document: dict[str, Any]) -> None:
-        document.update(changes)
-
-    return Model(references.edited(references.case(name), folder, edit))
-
-
 def test_none_at_all(tmp_path: Path) -> None:
-    model = edited("promoted", tmp_path, derivatives=[], parameter_derivatives=[])
+    model = altered("promoted", tmp_path, derivatives=[], parameter_derivatives=[])
     words = command_in(lambda: model.jacobian(zeros(model)))
     assert (flags(words, "-p"), flags(words, "-d")) == (["promoted.E", "promoted.nu"], [":"])
     words = command_in(lambda: model.param_vjp(zeros(model), {}))
@@ -69,7 +62,7 @@ def test_none_at_all(tmp_path: Path) -> None:
 
 
 def test_one_parameter_of_two(tmp_path: Path) -> None:
-    model = edited("promoted", tmp_path, parameter_derivatives=[["stress", "promoted.nu"]])
+    model = altered("promoted", tmp_path, parameter_derivatives=[["stress", "promoted.nu"]])
     words = command_in(lambda: model.param_jacobian(zeros(model), params=["promoted.E"]))
     assert flags(words, "-d") == [":", "stress:promoted.E", "stress:promoted.nu"]
 
@@ -77,7 +70,7 @@ def test_one_parameter_of_two(tmp_path: Path) -> None:
 def test_renames_come_again(tmp_path: Path) -> None:
     """Flags name what is inside, as neml2-compile takes it; the error what is at the boundary."""
     aliases = {"inputs": {"strain": "eps"}, "outputs": {"stress": "sigma"}, "parameters": {"promoted.E": "youngs"}}
-    model = edited("promoted", tmp_path, boundary_aliases=aliases, derivatives=[])
+    model = altered("promoted", tmp_path, boundary_aliases=aliases, derivatives=[])
     inputs = zeros(model)
     assert list(inputs) == ["eps"]
     inputs["eps"].requires_grad_()
@@ -90,7 +83,7 @@ def test_renames_come_again(tmp_path: Path) -> None:
 
 
 def test_the_driver_of_the_stub_is_kept(tmp_path: Path) -> None:
-    model = edited("promoted", tmp_path, derivatives=[])
+    model = altered("promoted", tmp_path, derivatives=[])
     # Without a stub there is nothing to lose.
     assert command_in(lambda: model.jacobian(zeros(model)))[2:4] == ["--model", "promoted"]
     stub = tmp_path / "promoted_aoti.i"
@@ -102,7 +95,7 @@ def test_the_driver_of_the_stub_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_driver_that_was_added_to_the_stub_of_a_renamed_model_is_left_alone(tmp_path: Path) -> None:
-    model = edited("promoted", tmp_path, boundary_aliases={"inputs": {"strain": "eps"}}, derivatives=[])
+    model = altered("promoted", tmp_path, boundary_aliases={"inputs": {"strain": "eps"}}, derivatives=[])
     assert "--no-stub" not in command_in(lambda: model.jacobian(zeros(model)))
     shutil.copy(references.case("promoted").file, tmp_path / "promoted_aoti.i")
     words = command_in(lambda: model.jacobian(zeros(model)))
@@ -112,7 +105,7 @@ def test_a_driver_that_was_added_to_the_stub_of_a_renamed_model_is_left_alone(tm
 @pytest.mark.long
 def test_the_command_works(tmp_path: Path) -> None:
     """Run as it stands, with the input file in place of INPUT.i, it mends what the error was about."""
-    model = edited("promoted", tmp_path / "aoti", derivatives=[])
+    model = altered("promoted", tmp_path / "aoti", derivatives=[])
     shutil.copy(references.case("promoted").file, tmp_path / "aoti")
     words = command_in(lambda: model.jacobian(zeros(model)))
     assert Path(flags(words, "--output-dir")[0]) == tmp_path / "aoti"
