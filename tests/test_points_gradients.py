@@ -14,7 +14,7 @@ from torch import Tensor
 import references
 from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, InputTypeError, Points
 from neml2_aoti_plugin.notation import convert
-from neml2_aoti_plugin.points._gradients import attached
+from neml2_aoti_plugin.points._evaluation import attached
 
 YIELD, HARDENING = "residual.overstress.sy", "residual.hardening.K"
 DIMENSIONS: tuple[Any, ...] = (3, "plane strain", "plane stress", "axisymmetric")

@@ -267,7 +267,7 @@ def _require_safe(
 def _checked(address: Address, sources: Sequence[Source], token: str | None) -> ServeReport:
     """Load and call the models as a service does."""
     from .._artifact.trust import is_sealed
-    from ..serve._evaluation import call_first
+    from ..serve._gathering import call_first
 
     models = []
     for source in sources:

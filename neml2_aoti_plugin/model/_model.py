@@ -474,3 +474,8 @@ def _mode(mode: str | None) -> str:
         source = "mode" if mode else f"the environment variable {MODE}"
         raise InputError(f"{source} is {found!r}, expected one of {', '.join(MODES)}.")
     return found
+
+
+def require_pairs(model: Model, pairs: Sequence[tuple[str, str]] | None = None) -> None:
+    """Refuse pairs of an output and an input or parameter that were not compiled; without any, that none was."""
+    derivatives.input_pairs(model._caller, pairs, or_parameters=True)

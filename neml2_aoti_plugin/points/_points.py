@@ -15,8 +15,7 @@ from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model, as_model
 from . import _state as states
 from ._arrays import Array, Arrays, is_followed, rows_of
-from ._evaluation import Evaluator, Trial, advanced, parameters_at, step_factor, with_part
-from ._gradients import attached
+from ._evaluation import Evaluator, Trial, advanced, attached, parameters_at, step_factor, with_part
 from ._interface import DIMENSIONS, Dimension, Interface, Notation, PointsResult, forms_of, result_of
 from ._plane_stress import Tensors, plane_stress_of
 from ._roles import Pair, compiled_pairs, earlier, pairs_of, require_in_tangent, require_pair, roles_of

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .._checks import require_names
 from ..errors import DerivativeNotCompiledError, InputError
 from ..model import Model
-from ..model._derivatives import input_pairs
+from ..model._model import require_pairs
 
 _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
 
@@ -124,7 +124,7 @@ def require_pair(model: Model, driven: Sequence[str], pair: Pair) -> None:
             f"{by!r} is kept by the points; the tangent of points is by a driven input ({', '.join(driven)}) or a "
             f"promoted parameter. Or Points(..., driven=[{by!r}])."
         )
-    input_pairs(model._caller, [pair], or_parameters=True)
+    require_pairs(model, [pair])
 
 
 def require_in_tangent(
@@ -134,7 +134,7 @@ def require_in_tangent(
     if pairs is None:
         raise InputError("this update left derivatives out. Call update(..., tangent=True).")
     if not model.derivative_pairs:
-        input_pairs(model._caller)
+        require_pairs(model)
     pair = (out, by if by is not None else driven[0])
     require_pair(model, driven, pair)
     raise InputError(f"the tangent has the pairs {list(pairs)} only. Name the others: Points(..., pairs=[{pair!r}]).")

@@ -29,8 +29,7 @@ from .. import __version__
 from ..errors import InputError
 from ..model import Model, name_at
 from ._documents import document, page
-from ._evaluation import call_first
-from ._gathering import Gatherer
+from ._gathering import Gatherer, call_first
 from ._limits import Limits, Refused
 from ._requests import HEADER_LENGTH, JSON, read_call, write_answer
 from ._served import VERSION, Source, require_names

@@ -1,22 +1,35 @@
-"""Requests gathered as they come: one compiled call takes all that waited during the last one."""
+"""Requests gathered as they come: a compiled call takes all that waited during the last one, and each gets its rows."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import perf_counter
 
 import anyio
+import numpy as np
+import torch
+from torch import Tensor
 
-from ._evaluation import Answer, evaluate
-from ._limits import GONE, Limits, Refused
+from .._solve.outcome import failed_where, not_finite_rows
+from ..errors import AOTIError, ConvergenceError
+from ..model import Outcome
+from ..model._operations import BY_SOLVE
+from ..model._outcomes import Given, reasons
+from ._limits import GONE, Limits, Refused, listed
 from ._requests import Array, Call
-from ._served import CONVERGED, Served
+from ._served import CONVERGED, COTANGENT, DTYPES, GRADIENT, ITERATIONS, OUTCOME, TANGENT, Served
 from ._telemetry import Metrics
 
+# What a call gets: its tensors by name, or why it gets none.
+Answer = dict[str, Array] | Exception
+Tensors = dict[str, Tensor]
+
+# How to get the rows that have not failed.
+REST = f"The operation 'solve' answers with the other rows, and tells in {OUTCOME!r} how each ended."
 # How often a call waits for one more turn of the event loop, while requests come in each.
 TURNS = 4
 # How often requests that have waited for too long are looked for; seconds.
@@ -166,3 +179,207 @@ class Gatherer:
                 if not queue:
                     del self._queues[key]
             self._metrics.queued(self.served.name, self._rows)
+
+
+# -- one compiled call ------------------------------------------------------------------------------------------------
+
+
+def call_first(served: Served) -> None:
+    """Evaluate each operation of a model once, so that its graphs and the machine code are loaded.
+
+    Whether the row converges does not matter: nobody knows which values suit the model.
+    """
+    for signature in served.signatures.values():
+        known = dict(signature.inputs)
+        # One tangent is enough, and there is one at least.
+        known.update([(name, x) for name, x in signature.optional.items() if name.startswith(TANGENT)][:1])
+        arrays = {}
+        for name, tensor in known.items():
+            # At zero strain most models have a solution. Scalars are one now and zero a step earlier: time passes.
+            one = (not tensor.shape and "~" not in name) or name.startswith((TANGENT, COTANGENT))
+            arrays[name] = np.full((1, *tensor.shape), float(one), DTYPES[tensor.datatype])
+        (answer,) = evaluate(served, [Call(signature, arrays, 1, {}, tuple(signature.pairs.values()) or None, ())])
+        if isinstance(answer, Exception) and not (isinstance(answer, Refused) and answer.status == 422):
+            raise RuntimeError(f"{signature.name} of model {served.name!r} failed") from answer
+
+
+def evaluate(served: Served, calls: Sequence[Call]) -> list[Answer]:
+    """What each of some calls with the same key gets.
+
+    Where the evaluation raises, each call is evaluated by itself, so that none suffers for another.
+    """
+    name = calls[0].signature.name
+    try:
+        if name in BY_SOLVE:
+            return _solve(served, calls)
+        return _param_vjp(served, calls) if name == "param_vjp" else _with_rows_that_converge(served, calls, _rowwise)
+    except Exception as error:
+        if len(calls) > 1:
+            return [answer for call in calls for answer in evaluate(served, [call])]
+        return [_refusal(served, error)]
+
+
+def _solve(served: Served, calls: Sequence[Call]) -> list[Answer]:
+    found = served.model.solve(_inputs(served, calls), _overrides(served, calls), pairs=calls[0].pairs)
+    arrays = {name: _array(value) for name, value in found.outputs.items()}
+    arrays.update((f"{out}:{by}", _array(x)) for out, row in found.blocks.items() for by, x in row.items())
+    outcome = _array(found.outcome)
+    if calls[0].signature.name == "solve":
+        rows = {CONVERGED: _array(found.converged), ITERATIONS: _array(found.iterations), OUTCOME: outcome}
+        return _split(calls, {**arrays, **rows})
+    answers = _split(calls, arrays)
+    if outcome.any():
+        _refuse_failed(served, calls, answers, outcome)
+    return answers
+
+
+def _rowwise(served: Served, calls: Sequence[Call]) -> Tensors:
+    """Outputs with what a jvp, or a Jacobian by parameters, gives; each `(rows, ...)`."""
+    given, overrides = _inputs(served, calls), _overrides(served, calls)
+    if calls[0].signature.operation.takes:
+        outputs, along = served.model.jvp(given, _taken(given, TANGENT), overrides)
+        return {**outputs, **{TANGENT + name: value for name, value in along.items()}}
+    outputs, blocks = served.model.param_jacobian(given, overrides)
+    return {**outputs, **{f"{out}:{by}": x for out, row in blocks.items() for by, x in row.items()}}
+
+
+def _param_vjp(served: Served, calls: Sequence[Call]) -> list[Answer]:
+    """Each row has its own parameters, and so its own gradient; those of a call with common ones are summed."""
+    shapes = served.model.parameter_base_shapes
+
+    def run(served: Served, chosen: Sequence[Call]) -> Tensors:
+        given = _inputs(served, chosen)
+        overrides = _per_row(served, chosen, list(shapes)) if served.per_row else _overrides(served, chosen)
+        return served.model.param_vjp(given, _taken(given, COTANGENT), overrides)
+
+    def summed(call: Call, name: str, value: Array) -> Array:
+        common = name not in call.overrides or call.overrides[name].ndim == len(shapes[name])
+        return value.sum(0) if served.per_row and common else value
+
+    answers: list[Answer] = []
+    for call, answer in zip(calls, _with_rows_that_converge(served, calls, run), strict=True):
+        if not isinstance(answer, Exception):
+            answer = {GRADIENT + name: summed(call, name, value) for name, value in answer.items()}
+        answers.append(answer)
+    return answers
+
+
+def _with_rows_that_converge(
+    served: Served, calls: Sequence[Call], run: Callable[[Served, Sequence[Call]], Tensors]
+) -> list[Answer]:
+    """Evaluate by a method that says nothing of single rows: calls without failing rows once more by themselves."""
+    rows = sum(call.rows for call in calls)
+    try:
+        values = run(served, calls)
+        # A gradient by parameters that are common to the rows is one for all of them.
+        together = calls[0].signature.name == "param_vjp" and not served.per_row
+        lost = not_finite_rows(values.values(), () if together else (rows,))
+        if lost is None:
+            return _split(calls, {name: _array(value) for name, value in values.items()})
+        given = _inputs(served, calls)
+        for prefix in (TANGENT, COTANGENT):
+            _taken(given, prefix)
+        outcome = failed_where(served.model.solve(given, _overrides(served, calls)).outcome, lost.expand(rows))
+    except ConvergenceError as error:
+        outcome = error.outcome  # type: ignore[attr-defined]
+    answers: list[Answer] = [{} for _ in calls]
+    _refuse_failed(served, calls, answers, _array(outcome))
+    fine = [place for place, answer in enumerate(answers) if not isinstance(answer, Exception)]
+    if fine:
+        again = _with_rows_that_converge(served, [calls[place] for place in fine], run)
+        for place, answer in zip(fine, again, strict=True):
+            answers[place] = answer
+    return answers
+
+
+# -- in and out ------------------------------------------------------------------------------------------------------
+
+
+def _inputs(served: Served, calls: Sequence[Call]) -> Tensors:
+    """The tensors of all calls, one behind the other; torch warns of arrays that are not to be written to."""
+    device, found = served.model.device, {}
+    for name in calls[0].arrays:
+        found[name] = torch.from_numpy(np.concatenate([call.arrays[name] for call in calls])).to(device)
+    return found
+
+
+def _taken(given: Tensors, prefix: str) -> Tensors:
+    """What has a prefix, taken out of the inputs."""
+    return {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
+
+
+def _overrides(served: Served, calls: Sequence[Call]) -> Tensors | None:
+    """Values of promoted parameters for all calls: common ones, or one for each row where calls differ."""
+    first, shapes = calls[0].overrides, served.model.parameter_base_shapes
+    if not first:
+        return None
+    for call in calls[1:]:
+        own = call.overrides
+        if own.keys() != first.keys() or not all(
+            x.ndim == len(shapes[n]) and np.array_equal(x, own[n]) for n, x in first.items()
+        ):
+            return _per_row(served, calls, list(dict.fromkeys(name for call in calls for name in call.overrides)))
+    return {name: torch.from_numpy(np.array(value)).to(served.model.device) for name, value in first.items()}
+
+
+def _per_row(served: Served, calls: Sequence[Call], names: list[str]) -> Tensors:
+    """A value of each parameter for each row."""
+    present, found = served.model.named_parameters(), {}
+    for name in names:
+        base = tuple(served.model.parameter_base_shapes[name])
+        own = present[name].detach().cpu().numpy()
+        rows = [np.broadcast_to(call.overrides.get(name, own), (call.rows, *base)) for call in calls]
+        found[name] = torch.from_numpy(np.concatenate(rows)).to(served.model.device)
+    return found
+
+
+def _array(value: Tensor) -> Array:
+    found: Array = value.detach().cpu().numpy()
+    return found
+
+
+def _split(calls: Sequence[Call], arrays: dict[str, Array]) -> list[Answer]:
+    """The rows of each call."""
+    if len(calls) == 1:
+        return [arrays]
+    ends = np.cumsum([call.rows for call in calls]).tolist()
+    return [
+        {name: value[end - call.rows : end] for name, value in arrays.items()}
+        for call, end in zip(calls, ends, strict=True)
+    ]
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _refuse_failed(served: Served, calls: Sequence[Call], answers: list[Answer], outcome: Array) -> None:
+    """Put refusals in the place of the answers to calls with rows that failed; `outcome` is of all rows."""
+    for place, (call, own) in enumerate(zip(calls, _split(calls, {OUTCOME: outcome}), strict=True)):
+        assert not isinstance(own, Exception)
+        codes = own[OUTCOME]
+        if codes.any():
+            ended = {
+                Outcome(code).words: np.flatnonzero(codes == code).tolist() for code in np.unique(codes[codes > 0])
+            }
+            rows = np.flatnonzero(codes).tolist()
+            told = "; ".join(f"{words}: {listed(some)}" for words, some in ended.items())
+            why = " ".join([*reasons(torch.from_numpy(codes), _given(served, call)), REST])
+            answers[place] = Refused(422, f"{len(rows)} of {call.rows} rows failed ({told}). {why}", rows=rows)
+
+
+def _given(served: Served, call: Call) -> Given:
+    bases = served.model.parameter_base_shapes
+    overrides = {name: x[None] if x.ndim == len(bases[name]) else x for name, x in call.overrides.items()}
+    # Copied: torch warns of arrays that are not to be written to.
+    inputs, parameters = (
+        {name: torch.from_numpy(np.array(x)) for name, x in arrays.items()} for arrays in (call.arrays, overrides)
+    )
+    return Given(inputs, parameters)
+
+
+def _refusal(served: Served, error: Exception) -> Exception:
+    """An error that a single call has met, as a refusal where it is the client's."""
+    if isinstance(error, AOTIError) and isinstance(error, ValueError):
+        # Paths of this machine are nobody's business.
+        return Refused(400, str(error).replace(str(served.model.artifact), served.name))
+    return error
