@@ -15,7 +15,7 @@ from torch import Tensor
 from hand_made_graphs import system_of
 from neml2_aoti_plugin._solve.criteria import FINE
 from neml2_aoti_plugin._solve.native import Derivatives
-from neml2_aoti_plugin._solve.outcome import Outcome, Solved, Tell
+from neml2_aoti_plugin._solve.outcome import Listener, Outcome, Solved
 from neml2_aoti_plugin._solve.system import Group, Groups, Linearisation, System
 from neml2_aoti_plugin._solve.tensors import solve_rows
 from neml2_aoti_plugin.settings import NewtonSettings
@@ -89,7 +89,7 @@ def by_machine_code(
     u: Tensor,
     g: Tensor,
     settings: NewtonSettings,
-    tell: Tell | None = None,
+    listener: Listener | None = None,
     **options: bool,
 ) -> Solved:
     system, handles, *_ = system_of(
@@ -98,7 +98,7 @@ def by_machine_code(
         u.shape[1],
         g.shape[1],
     )
-    found = system.solve(u, g, [], settings, tell=tell, **options)
+    found = system.solve(u, g, [], settings, listener=listener, **options)
     assert not handles.alive and not handles.strays
     return found
 
@@ -108,7 +108,7 @@ def by_tensors(
     u: Tensor,
     g: Tensor,
     settings: NewtonSettings,
-    tell: Tell | None = None,
+    listener: Listener | None = None,
     **options: bool,
 ) -> Solved:
     layout = (Group("dense"),)
@@ -117,7 +117,7 @@ def by_tensors(
     def system(rows: Tensor | None) -> System:
         return whole if rows is None else whole.take(rows)
 
-    return solve_rows(system, [u], (layout, layout), settings, tell=tell, **options)
+    return solve_rows(system, [u], (layout, layout), settings, listener=listener, **options)
 
 
 IMPLEMENTATIONS = {"machine code": by_machine_code, "tensors": by_tensors}

@@ -126,7 +126,7 @@ class ImplicitSegment:
             return self.graphs.system(chosen, parameters)
 
         solve = solve_in_lockstep if self._lockstep else solve_rows
-        found = solve(system, unknowns, self.graphs.layouts, settings, small_steps=small_steps, tell=listener())
+        found = solve(system, unknowns, self.graphs.layouts, settings, small_steps=small_steps, listener=listener())
         return SolvedSegment(found.unknowns, found.statistics, givens, parameters)
 
     def carry(
@@ -209,7 +209,7 @@ class _MachineCode:
                 kept=kept,
                 small_steps=small_steps,
                 wanted=wanted if solver.differentiates else None,
-                tell=listener(),
+                listener=listener(),
             )
         except UnfitPredictor:
             # It is run as the graph of an explicit segment is, from now on.

@@ -20,7 +20,7 @@ from ..settings import NewtonSettings
 from . import tables
 from .criteria import criteria_of
 from .machine_code import MachineCode
-from .outcome import ITERATION, SECOND_ATTEMPT, TRIALS, RowStatistics, Solved, Tell
+from .outcome import ITERATION, SECOND_ATTEMPT, TRIALS, Listener, RowStatistics, Solved
 from .tables import VECTOR
 from .tables import Solve as Table
 
@@ -125,7 +125,7 @@ class BlockSolver:
         kept: Sequence[int] = (),
         small_steps: bool = False,
         wanted: Derivatives | None = None,
-        tell: Tell | None = None,
+        listener: Listener | None = None,
     ) -> Pass:
         """Solve for the unknowns of all rows from an initial guess, each variable `(rows, ...)`; None stands for zeros.
 
@@ -145,7 +145,7 @@ class BlockSolver:
         table[Table.ROWS], table[Table.SOLUTION], table[Table.GIVENS] = rows, solution.data_ptr(), side.data_ptr()
         table[Table.NORMS], table[Table.RECORD] = norms.data_ptr(), record.data_ptr()
         table[Table.HISTORY_LINES], history = 0, None
-        if tell is not None:
+        if listener is not None:
             # The lines of two attempts.
             lines = min(2 * (settings.updates + 1) * (settings.cuts + 2) + 1, LINES)
             history = np.full((lines, tables.HISTORY_COLUMNS), -1.0)
@@ -157,8 +157,8 @@ class BlockSolver:
             self._free.append(space)
         if fault != tables.DONE:
             self._complain(fault)
-        if tell is not None and history is not None:
-            _tell(history, settings, tell)
+        if listener is not None and history is not None:
+            _report(history, settings, listener)
         return Pass(Solved([solution], RowStatistics(record, norms, failed == 0)), side, derivatives)
 
     def _complain(self, fault: int) -> NoReturn:
@@ -356,14 +356,14 @@ def require_counts(graph: CompiledGraph, inputs: int, outputs: int | None = None
         )
 
 
-def _tell(history: np.ndarray, settings: NewtonSettings, tell: Callable[[str], None]) -> None:
+def _report(history: np.ndarray, settings: NewtonSettings, listener: Callable[[str], None]) -> None:
     """Give the lines of a solve to the log."""
     for kind, number, *figures in history.tolist():
         if kind == tables.ITERATION_LINE:
-            tell(ITERATION.format(int(number), *figures[:2]))
+            listener(ITERATION.format(int(number), *figures[:2]))
         elif kind == tables.TRIAL_LINE and settings.ls_max_iters > 1:
-            tell(TRIALS.format(int(number), *figures))
+            listener(TRIALS.format(int(number), *figures))
         elif kind == tables.ATTEMPT_LINE:
-            tell(SECOND_ATTEMPT.format(int(number)))
+            listener(SECOND_ATTEMPT.format(int(number)))
     if len(history) == LINES and history[-1, 0] >= 0.0:
-        tell(f"... lines beyond {LINES} of this solve are left out")
+        listener(f"... lines beyond {LINES} of this solve are left out")

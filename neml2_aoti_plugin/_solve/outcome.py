@@ -15,7 +15,7 @@ from ..settings import NewtonSettings
 from . import tables
 from .system import Groups
 
-Tell = Callable[[str], None]
+Listener = Callable[[str], None]
 
 # The lines of the log: of each iteration, of each trial of the line search, and before a second attempt.
 ITERATION = "ITERATION {:3d}, |R| = {:.6e}, |R0| = {:.6e}"
@@ -139,7 +139,7 @@ def first_failure(parts: Sequence[RowStatistics]) -> tuple[RowStatistics, Tensor
     return statistics_of(outcome, iterations, norm, norm0, all(part.all_converged for part in parts)), index
 
 
-def listener() -> Tell | None:
+def listener() -> Listener | None:
     """What takes the lines of a solve: the channel `newton` at level `debug`, or nothing where that is off."""
     return (lambda line: log.emit("newton", "debug", line)) if log.enabled("newton", "debug") else None
 

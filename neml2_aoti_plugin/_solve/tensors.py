@@ -17,7 +17,7 @@ from torch import Tensor
 from ..settings import NewtonSettings
 from . import criteria as by
 from .criteria import Criteria, criteria_of
-from .outcome import ITERATION, SECOND_ATTEMPT, TRIALS, Outcome, Solved, Tell, blank, statistics_of
+from .outcome import ITERATION, SECOND_ATTEMPT, TRIALS, Listener, Outcome, Solved, blank, statistics_of
 from .system import Groups, Layout, Linearisation, System, finite_rows, per_row, row_dots, row_norms
 
 # Gives the system of some rows, or of all: one for each attempt, for it may keep a preconditioner.
@@ -36,18 +36,18 @@ class TensorSteps(ABC):
         self._of_u, self._of_r = layouts
         self._update, self.refused = 0, 0
 
-    def solve(self, settings: NewtonSettings, tell: Tell | None = None) -> Solved:
-        """Solve `r(u) = 0` for each row; `tell` takes the lines of the log, None where nobody reads them."""
+    def solve(self, settings: NewtonSettings, listener: Listener | None = None) -> Solved:
+        """Solve `r(u) = 0` for each row; `listener` takes the lines of the log, None where nobody reads them."""
         self._start()
         for i in range(settings.updates + 1):
-            if tell is not None:
-                tell(ITERATION.format(i, *self._worst()))
+            if listener is not None:
+                listener(ITERATION.format(i, *self._worst()))
             if not self.live or i == settings.updates:
                 break
             self._step()
             for k in range(1, settings.ls_max_iters):
-                if tell is not None:
-                    tell(TRIALS.format(k, *self._trials()))
+                if listener is not None:
+                    listener(TRIALS.format(k, *self._trials()))
                 if not self.refused or k > settings.cuts:
                     break
                 self._cut_back()
@@ -342,13 +342,13 @@ def solve_rows(
     settings: NewtonSettings,
     *,
     small_steps: bool = False,
-    tell: Tell | None = None,
+    listener: Listener | None = None,
 ) -> Solved:
     """Solve for each row from its initial guess; rows that fail with chord steps are solved again without them."""
 
     def attempt(rows: Tensor | None, first: Groups, settings: NewtonSettings) -> Solved:
         criteria = criteria_of(settings, small_steps=small_steps)
-        return TensorRows(system(rows), first, layouts, criteria).solve(settings, tell)
+        return TensorRows(system(rows), first, layouts, criteria).solve(settings, listener)
 
     found = attempt(None, first, settings)
     statistics = found.statistics
@@ -358,8 +358,8 @@ def solve_rows(
     rows = (~statistics.converged & (statistics.iterations > 0)).nonzero().squeeze(-1)
     if not len(rows):
         return found
-    if tell is not None:
-        tell(SECOND_ATTEMPT.format(len(rows)))
+    if listener is not None:
+        listener(SECOND_ATTEMPT.format(len(rows)))
     second = attempt(rows, [x.index_select(0, rows) for x in first], replace(settings, chord_steps=False))
     statistics.iterations[rows] += second.statistics.iterations
     statistics.outcome[rows], statistics.norms[rows] = second.statistics.outcome, second.statistics.norms
@@ -374,16 +374,16 @@ def solve_in_lockstep(
     settings: NewtonSettings,
     *,
     small_steps: bool = False,
-    tell: Tell | None = None,
+    listener: Listener | None = None,
 ) -> Solved:
     """Solve as the C++ runtime does; a batch that fails is iterated again, to tell which rows did."""
     if not small_steps:
         criteria = criteria_of(settings, as_native=True)
-        found = LockstepRows(system(None), first, layouts, criteria).solve(settings, tell)
+        found = LockstepRows(system(None), first, layouts, criteria).solve(settings, listener)
         if found.statistics.all_converged:
             return found
     criteria = criteria_of(settings, small_steps=True, as_native=True)
-    return FrozenRows(system(None), first, layouts, criteria).solve(settings, tell)
+    return FrozenRows(system(None), first, layouts, criteria).solve(settings, listener)
 
 
 def _moved(u: Groups, steps: Groups, layout: Layout) -> Groups:
