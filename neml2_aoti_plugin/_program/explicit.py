@@ -23,7 +23,6 @@ class ExplicitSegment:
         self.value = graph_of(spec.value)
         self.jacobian = graph_of(spec.jacobian.file) if spec.jacobian else None
         self.parameter_jacobian = graph_of(spec.parameter_jacobian.file) if spec.parameter_jacobian else None
-        self.parameter_vjp = graph_of(spec.parameter_vjp.file) if spec.parameter_vjp else None
         self._per_row = per_row
         self._ranks = [(i, len(known[name].base_shape)) for i, name in enumerate(spec.outputs) if name in known]
 
@@ -54,47 +53,35 @@ class ExplicitSegment:
         self, state: dict[str, Tensor], values: Values, rows: int, tangents: Tangents, parameters: frozenset[str]
     ) -> None:
         """Evaluate the outputs into `state`, and their derivatives by the seeds and `parameters` into `tangents`."""
-        wanted = self.spec.jacobian is not None and any(tangents.get(name) for name in self.spec.inputs)
+        of, own = self.spec.jacobian, self.spec.parameter_jacobian
         found: dict[str, Columns] = {name: {} for name in self.spec.outputs}
-        if wanted:
-            blocks = self.blocks(state, values, rows)
-            assert self.spec.jacobian is not None
-            for pair, block in blocks:
+        if of is not None and self.jacobian is not None and any(tangents.get(name) for name in self.spec.inputs):
+            outputs = self.call(self.jacobian, state, values, rows)
+            state.update(zip(self.spec.outputs, self.with_rows(outputs[: of.skip], rows), strict=False))
+            for pair, block in blocks_of(self.jacobian, of, outputs):
                 value = state[pair.out]
                 sites = tuple(value.shape[1 : value.ndim - len(pair.out_base_shape)])
                 for seed, column in tangents.get(pair.wrt, {}).items():
                     if seed[0] == PER_SITE:
-                        term = per_site(block, pair, sites, self.spec.jacobian.file)
+                        term = per_site(block, pair, sites, of.file)
                     else:
-                        term = contract(block, pair, sites, column, self.spec.jacobian.file)
+                        term = contract(block, pair, sites, column, of.file)
                     add(found[pair.out], seed, term)
         else:
             self.run(state, values, rows)
-        own = self.spec.parameter_jacobian
-        if own is not None and any(pair.wrt in parameters for pair in own.pairs):
-            for pair, block in self.parameter_blocks(state, values, rows):
+        if own is not None and self.parameter_jacobian is not None and any(p.wrt in parameters for p in own.pairs):
+            outputs = self.call(self.parameter_jacobian, state, values, rows)
+            for pair, block in blocks_of(self.parameter_jacobian, own, outputs):
                 if pair.wrt in parameters:
                     add(found[pair.out], ("parameter", pair.wrt), block.flatten(1, -2))
         tangents.update(found)
 
-    def blocks(self, state: dict[str, Tensor], values: Values, rows: int) -> list[tuple[Pair, Tensor]]:
-        """Evaluate the outputs into `state`; give the derivative blocks `(rows or 1, *sites, out, wrt)`."""
-        assert self.jacobian is not None and self.spec.jacobian is not None
-        outputs = self.call(self.jacobian, state, values, rows)
-        given = self.with_rows(outputs[: self.spec.jacobian.skip], rows)
-        state.update(zip(self.spec.outputs, given, strict=False))
-        return self._cut(self.jacobian, self.spec.jacobian, outputs)
 
-    def parameter_blocks(self, state: dict[str, Tensor], values: Values, rows: int) -> list[tuple[Pair, Tensor]]:
-        """The derivative blocks by parameters, `(rows or 1, *sites, out, parameter)`."""
-        assert self.parameter_jacobian is not None and self.spec.parameter_jacobian is not None
-        outputs = self.call(self.parameter_jacobian, state, values, rows)
-        return self._cut(self.parameter_jacobian, self.spec.parameter_jacobian, outputs)
-
-    def _cut(self, graph: Graph, of: PairGraph, outputs: list[Tensor]) -> list[tuple[Pair, Tensor]]:
-        indices = {pair.output for pair in of.pairs}
-        check_arity(graph, outputs, of.skip + (max(indices) + 1 if indices else 0))
-        return [(pair, forward_block(outputs[of.skip + pair.output], pair, of.file)) for pair in of.pairs]
+def blocks_of(graph: Graph, of: PairGraph, outputs: list[Tensor]) -> list[tuple[Pair, Tensor]]:
+    """The derivative blocks among a graph's outputs, `(rows or 1, *sites, out, wrt)`."""
+    indices = {pair.output for pair in of.pairs}
+    check_arity(graph, outputs, of.skip + (max(indices) + 1 if indices else 0))
+    return [(pair, forward_block(outputs[of.skip + pair.output], pair, of.file)) for pair in of.pairs]
 
 
 def forward_block(output: Tensor, pair: Pair, file: str) -> Tensor:
