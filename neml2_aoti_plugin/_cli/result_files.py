@@ -25,28 +25,29 @@ from .._tensor_files import MOST_BYTES, Header, read_tensors
 from ..errors import InputError
 from .output import first_line, missing
 from .results import (
-    AXES,
     BASE_SHAPES,
     DIMS,
     MANDEL,
     POINT,
     STEP,
-    TIME,
     TYPES,
     Result,
+    RunResult,
     at_site,
     base_shape,
     collect,
     column_of,
-    columns,
+    dimensions,
+    has_points,
     parts,
+    table_of,
     to_array,
+    with_names,
+    without_points,
 )
 from .target import lag
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from .results import Array
 
 Shape = tuple[int, ...]
@@ -77,28 +78,6 @@ def write_result(path: Path, driver: Any, result: Result) -> None:
         {".npz": _write_npz, ".csv": _write_csv, ".nc": _write_nc}[path.suffix](path, result)
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a run gave, as arrays with names of their dimensions; `xarray.Dataset(variables, coords)` takes both.
-
-    Attributes:
-        variables: The names of its dimensions and the values of each variable: `time`; `point`, but for what is the
-            same at all points; `site`, or `site_0`, `site_1`, ... of a sub-batch of several axes; and of a symmetric
-            tensor `component`, of a vector `axis`, of another tensor `row` and `column`. Where variables have different
-            sites, the dimension begins with the variable's name; where a variable has the name of a dimension, the
-            dimension begins with `@`. Components are those of the tensor, without the factors of Mandel's notation;
-            tensors of fourth order (`component`, `by_component`) have them. What a step does not have is NaN.
-        coords: Along these dimensions: the times, if they are the same at all points (the variable `@time` has them
-            otherwise); the numbers of points and sites; the names of components.
-        table: Columns of a table with a line for each step and point, those of a .csv file; `pandas.DataFrame(table)`
-            takes them.
-    """
-
-    variables: dict[str, tuple[tuple[str, ...], Array]]
-    coords: dict[str, NDArray[Any]]
-    table: dict[str, NDArray[Any]]
-
-
 def read_result(path: str | PathLike[str]) -> RunResult:
     """Read what `neml2-aoti run --out` has written.
 
@@ -117,64 +96,7 @@ def read_result(path: str | PathLike[str]) -> RunResult:
         raise InputError(
             f"{path}: records no types, and its shapes may be read in several ways. Read a .npz, .csv or .nc file."
         )
-    return _named(readings[0])
-
-
-def _named(result: Result) -> RunResult:
-    """The arrays of a result, in tensor components, with names and coordinates."""
-    dims, coords = _dimensions(result)
-    variables = {
-        name: (dims[name], values / MANDEL if result.types[name] == "SR2" else values)
-        for name, values in _without_points(result, dims).items()
-    }
-    for dim in [dim for dim in coords if f"@{dim}" in variables]:
-        coords[dim] = variables.pop(f"@{dim}")[1]
-    return RunResult(variables, coords, _table(result))
-
-
-def _dimensions(result: Result) -> tuple[dict[str, tuple[str, ...]], dict[str, NDArray[Any]]]:
-    """What the axes of each variable are called, and coordinates along them; those of the time are the variable."""
-    coords: dict[str, NDArray[Any]] = {}
-
-    def dimension(name: str, labels: NDArray[Any]) -> str:
-        while name in result.series:
-            name += "_"
-        coords[name] = labels
-        return name
-
-    point, dims = dimension(POINT[1:], np.arange(result.points)), {}
-    time = dimension(TIME[1:], np.arange(result.steps))
-    for name, values in result.series.items():
-        sites, kind = result.sub_batch(name), result.types[name]
-        same = values.shape[1] != result.points or (name == TIME and (values == values[:, :1]).all())
-        found = [time] if same else [time, point]
-        for axis, size in enumerate(sites):
-            dim = "site" if len(sites) == 1 else f"site_{axis}"
-            dim = dim if len(coords.get(dim, range(size))) == size else f"{name}.{dim}"
-            found.append(dimension(dim, np.arange(size)))
-        found += [dimension(dim, np.array(labels)) for dim, labels in AXES[base_shape(kind)].items()]
-        dims[name] = tuple(found)
-    if dims.get(TIME) != (time,):
-        # Nothing is known of the steps, or it is another time at each point.
-        del coords[time]
-    return dims, coords
-
-
-def _has_points(dims: Iterable[str]) -> bool:
-    return any(dim.rstrip("_") == POINT[1:] for dim in dims)
-
-
-def _without_points(result: Result, dims: Mapping[str, Collection[str]]) -> dict[str, Array]:
-    """The values by variable, without an axis for points where they are the same at all of them."""
-    return {name: x if _has_points(dims[name]) else x[:, 0] for name, x in result.series.items()}
-
-
-def _table(result: Result) -> dict[str, NDArray[Any]]:
-    """A line for each step and point."""
-    shape = (result.steps, result.points)
-    step, point = np.indices(shape)
-    wide = {name: np.broadcast_to(values, shape).ravel() for name, values in columns(result).items()}
-    return {STEP: step.ravel(), POINT: point.ravel(), **wide}
+    return with_names(readings[0])
 
 
 def read_readings(path: Path) -> list[Result]:
@@ -286,11 +208,11 @@ def _read_pt(path: Path) -> list[Result]:
 
 
 def _write_npz(path: Path, result: Result) -> None:
-    dims, coords = _dimensions(result)
+    dims, coords = dimensions(result)
     notes = {TYPES: np.array(json.dumps(result.types)), DIMS: np.array(json.dumps(dims))}
     # numpy.savez takes the names as keywords, of which it has some itself.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        entries = {f"@{dim}": values for dim, values in coords.items()} | _without_points(result, dims) | notes
+        entries = {f"@{dim}": values for dim, values in coords.items()} | without_points(result, dims) | notes
         for name, values in entries.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, values, allow_pickle=False)
@@ -314,12 +236,12 @@ def _read_npz(path: Path) -> list[Result]:
 def _with_points(
     path: Path, found: Mapping[str, Array], dims: Mapping[str, Collection[str]], types: dict[str, str]
 ) -> Result:
-    """The result of values by variable; see `_without_points`."""
+    """The result of values by variable; see `without_points`."""
     for name, values in found.items():
         shape, base, axes = values.shape, base_shape(types[name]), tuple(dims.get(name, ()))
         if len(shape) != len(axes) or shape[len(shape) - len(base) :] != base or len(shape) <= len(base):
             raise _no_result(path, f"{name!r} has shape {shape}, expected {axes}, at the end {base} of {types[name]}.")
-    series = {name: x if _has_points(dims[name]) else x[:, None] for name, x in found.items()}
+    series = {name: x if has_points(dims[name]) else x[:, None] for name, x in found.items()}
     if len({len(values) for values in series.values()}) != 1:
         raise _no_result(path, "its variables have different numbers of steps, or there are none.")
     return Result(series, types)
@@ -338,7 +260,7 @@ def _xarray(path: Path) -> Any:
 def _write_nc(path: Path, result: Result) -> None:
     if not result.points:
         raise InputError("the run has no points, and netCDF has no empty dimensions. Write a .npz file.")
-    named = _named(result)
+    named = with_names(result)
     attributes = {name: {"long_name": name, "type": kind} for name, kind in result.types.items()}
     arrays = {name: (*variable, attributes[name]) for name, variable in named.variables.items()}
     coords = {dim: ((dim,), values, attributes.get(f"@{dim}", {})) for dim, values in named.coords.items()}
@@ -372,7 +294,7 @@ def _read_nc(path: Path) -> list[Result]:
 
 
 def _write_csv(path: Path, result: Result) -> None:
-    table = _table(result)
+    table = table_of(result)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(table)

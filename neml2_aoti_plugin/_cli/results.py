@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,28 @@ class Result:
         """The sub-batch shape of a variable."""
         shape = self.series[name].shape
         return shape[2 : len(shape) - len(base_shape(self.types[name]))]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave, as arrays with names of their dimensions; `xarray.Dataset(variables, coords)` takes both.
+
+    Attributes:
+        variables: The names of its dimensions and the values of each variable: `time`; `point`, but for what is the
+            same at all points; `site`, or `site_0`, `site_1`, ... of a sub-batch of several axes; and of a symmetric
+            tensor `component`, of a vector `axis`, of another tensor `row` and `column`. Where variables have different
+            sites, the dimension begins with the variable's name; where a variable has the name of a dimension, the
+            dimension begins with `@`. Components are those of the tensor, without the factors of Mandel's notation;
+            tensors of fourth order (`component`, `by_component`) have them. What a step does not have is NaN.
+        coords: Along these dimensions: the times, if they are the same at all points (the variable `@time` has them
+            otherwise); the numbers of points and sites; the names of components.
+        table: Columns of a table with a line for each step and point, those of a .csv file; `pandas.DataFrame(table)`
+            takes them.
+    """
+
+    variables: dict[str, tuple[tuple[str, ...], Array]]
+    coords: dict[str, NDArray[Any]]
+    table: dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -180,6 +202,63 @@ def _there(result: Result) -> str:
     if tensors:
         words.append(f"and of {', '.join(tensors)} the parts .{'|'.join((*parts('SR2'), *INVARIANTS))}")
     return "; ".join(words)
+
+
+def with_names(result: Result) -> RunResult:
+    """The arrays of a result, in tensor components, with names and coordinates."""
+    dims, coords = dimensions(result)
+    variables = {
+        name: (dims[name], values / MANDEL if result.types[name] == "SR2" else values)
+        for name, values in without_points(result, dims).items()
+    }
+    for dim in [dim for dim in coords if f"@{dim}" in variables]:
+        coords[dim] = variables.pop(f"@{dim}")[1]
+    return RunResult(variables, coords, table_of(result))
+
+
+def dimensions(result: Result) -> tuple[dict[str, tuple[str, ...]], dict[str, NDArray[Any]]]:
+    """What the axes of each variable are called, and coordinates along them; those of the time are the variable."""
+    coords: dict[str, NDArray[Any]] = {}
+
+    def dimension(name: str, labels: NDArray[Any]) -> str:
+        while name in result.series:
+            name += "_"
+        coords[name] = labels
+        return name
+
+    point, dims = dimension(POINT[1:], np.arange(result.points)), {}
+    time = dimension(TIME[1:], np.arange(result.steps))
+    for name, values in result.series.items():
+        sites, kind = result.sub_batch(name), result.types[name]
+        same = values.shape[1] != result.points or (name == TIME and (values == values[:, :1]).all())
+        found = [time] if same else [time, point]
+        for axis, size in enumerate(sites):
+            dim = "site" if len(sites) == 1 else f"site_{axis}"
+            dim = dim if len(coords.get(dim, range(size))) == size else f"{name}.{dim}"
+            found.append(dimension(dim, np.arange(size)))
+        found += [dimension(dim, np.array(labels)) for dim, labels in AXES[base_shape(kind)].items()]
+        dims[name] = tuple(found)
+    if dims.get(TIME) != (time,):
+        # Nothing is known of the steps, or it is another time at each point.
+        del coords[time]
+    return dims, coords
+
+
+def has_points(dims: Iterable[str]) -> bool:
+    return any(dim.rstrip("_") == POINT[1:] for dim in dims)
+
+
+def without_points(result: Result, dims: Mapping[str, Collection[str]]) -> dict[str, Array]:
+    """The values by variable, without an axis for points where they are the same at all of them."""
+    return {name: x if has_points(dims[name]) else x[:, 0] for name, x in result.series.items()}
+
+
+def table_of(result: Result) -> dict[str, NDArray[Any]]:
+    """A line for each step and point."""
+    shape = (result.steps, result.points)
+    step, point = np.indices(shape)
+    wide = {name: np.broadcast_to(values, shape).ravel() for name, values in columns(result).items()}
+    return {STEP: step.ravel(), POINT: point.ravel(), **wide}
 
 
 def to_array(value: Any) -> Array:

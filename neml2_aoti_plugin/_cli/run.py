@@ -164,7 +164,7 @@ def _set(model: Any, values: Mapping[str, float], parameters: Path | None) -> No
 
     if isinstance(model, AOTIModel):
         if parameters is not None:
-            model._inner.load_parameters(parameters)
+            model.load_parameters(parameters)
         for name, value in values.items():
             model.set_parameter(name, value)
     elif values or parameters is not None:

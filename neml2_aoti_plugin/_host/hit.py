@@ -292,6 +292,10 @@ class AOTIModel(CompiledModule):
         """Set the value of a promoted parameter; see `Model.set_parameter`."""
         super().set_parameter(name, value.data if isinstance(value, TensorWrapper) else value)
 
+    def load_parameters(self, path: str | Path) -> None:
+        """Set the promoted parameters to the values in a file; see `Model.load_parameters`."""
+        self._inner.load_parameters(path)
+
     @property
     def solver(self) -> NewtonSettings | None:
         """Newton settings in force; see `Model.solver`."""
