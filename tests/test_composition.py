@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -463,10 +461,3 @@ class TestDrivers:
         loaded = neml2.load_input(file)
         for name in ("regression", "verification"):
             assert loaded.get_driver(name).run(), name
-
-    def test_inspect_lists_the_parameters(self) -> None:
-        case = references.case("calibration")
-        script = Path(sys.executable).with_name("neml2-inspect")
-        done = subprocess.run([script, case.file, case.stub.model], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert all(name in done.stdout for name in ("residual.hardening.K", "residual.overstress.sy"))

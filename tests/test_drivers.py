@@ -184,18 +184,15 @@ class TestConsoleScripts:
         assert str(tmp_path / "elasticity") in done.stderr and "neml2-compile" in done.stderr
 
     def test_neml2_inspect_lists_inputs_outputs_and_parameters(self) -> None:
-        done = self.start(BIN / "neml2-inspect", references.case("promoted").file, "promoted")
-        assert done.returncode == 0, done.stderr
-        for word in ("strain", "stress", "promoted.E", "promoted.nu", "SR2", "float64", "cpu"):
-            assert word in done.stdout, word
-
-    def test_neml2_inspect_as_json(self) -> None:
-        done = self.start(BIN / "neml2-inspect", references.case("promoted").file, "promoted", "--json")
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        text = json.dumps(found)
-        assert "promoted.E" in text and "promoted.nu" in text
+        case = references.case("calibration")
+        words = (BIN / "neml2-inspect", case.file, case.stub.model)
+        told, as_json = self.start(*words), self.start(*words, "--json")
+        assert (told.returncode, as_json.returncode) == (0, 0), told.stderr + as_json.stderr
+        for word in ("strain", "stress", "residual.hardening.K", "residual.overstress.sy", "SR2", "float64", "cpu"):
+            assert word in told.stdout, word
+        found = json.loads(as_json.stdout)
         assert "strain" in json.dumps(found["inputs"]) and "stress" in json.dumps(found["outputs"])
-        parameter = next(p for p in found["parameters"] if p["name"] == "promoted.E")
-        assert "float64" in str(parameter["dtype"]) and "cpu" in str(parameter["device"])
-        assert list(parameter["shape"]) == []
+        parameters = {entry["name"]: entry for entry in found["parameters"]}
+        assert parameters.keys() == {"residual.hardening.K", "residual.overstress.sy"}
+        modulus = parameters["residual.hardening.K"]
+        assert "float64" in str(modulus["dtype"]) and "cpu" in str(modulus["device"]) and list(modulus["shape"]) == []
