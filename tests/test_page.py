@@ -259,6 +259,8 @@ def test_a_step_that_fails_is_told(page: Any) -> None:
     assert page.find_element("id", "status").get_attribute("class") == "bad"
     # What came before it is shown.
     assert 0 < len(curve(page, "stress", 0)) < 60
+    assert re.match(r"step \d+ failed: not converged", put(page, others="free"))
+    assert 0 < len(curve(page, "stress", 0)) < 60
 
 
 def test_the_token(browser: Any, artifacts: dict[str, Path], tmp_path: Path) -> None:

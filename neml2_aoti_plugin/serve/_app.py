@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import __version__
 from ..errors import InputError
 from ..model import Model, name_at
-from ._documents import document, page
+from ._documents import OPEN, document, page
 from ._gathering import Gatherer, call_first
 from ._limits import Limits, Refused
 from ._requests import HEADER_LENGTH, JSON, read_call, write_answer
@@ -40,8 +40,6 @@ Given = Mapping[str, Path_ | Model] | Iterable[Path_ | Source]
 
 # Of the protocol.
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"]
-# What anybody may ask for, with or without a token: whether the service is there, and the page, which holds nothing.
-OPEN = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
 # Longest id of a request that is taken from the client.
 LONGEST = 128
 
@@ -103,28 +101,33 @@ class Service:
         return list(self._gatherers)
 
     def application(self) -> Starlette:
-        """The ASGI application."""
-        one, told, find = "/v2/models/{model}", self._told, self._find
-        both = (one, one + "/versions/{version}")
+        """The ASGI application; the name of a route says what it gives, in the OpenAPI document too."""
+        find, told = self._find, self._told
         itself = {"name": "neml2-aoti", "version": __version__, "extensions": EXTENSIONS}
-        of_model: dict[str, Callable[[Request], Awaitable[Response]]] = {
-            "": told("metadata", lambda request: find(request).served.metadata),
-            "/ready": told("health", lambda request: {"name": find(request).served.name, "ready": self.open}),
-            "/config": told("metadata", lambda request: find(request).served.config(self._limits.request_rows)),
-            "/stats": told("metadata", self._stats),
-        }
+
+        def of_model(at: str) -> list[Route]:
+            metadata, rows = "metadata", self._limits.request_rows
+            return [
+                told(at, metadata, "Inputs, outputs and operations of a model.", lambda r: find(r).served.metadata),
+                told(at + "/ready", "health", "Whether a model takes requests.", self._model_ready),
+                told(at + "/config", metadata, "Configuration of a model.", lambda r: find(r).served.config(rows)),
+                told(at + "/stats", metadata, "Statistics of a model.", self._stats),
+            ]
+
+        both = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+        index = "Names, versions and states of the models."
         routes = [
-            *(Route(path + "/infer", self._infer, methods=["POST"]) for path in both),
-            Route("/v2/health/live", told("health", lambda _: {"live": True})),
-            Route("/v2/health/ready", told("health", self._ready)),
-            Route("/v2", told("server", lambda _: itself)),
-            Route("/v2/models", told("metadata", lambda _: {"models": self.names})),
-            Route("/v2/repository/index", told("metadata", self._index), methods=["POST"]),
-            Route("/v2/models/stats", told("metadata", self._stats)),
-            *(Route(path + rest, endpoint) for path in both for rest, endpoint in of_model.items()),
-            Route("/openapi.json", told("metadata", self._openapi)),
-            Route("/metrics", self._metrics),
-            Route("/", self._page),
+            *(Route(at + "/infer", self._infer, methods=["POST"]) for at in both),
+            told("/v2/health/live", "health", "Whether the service is there.", lambda _: {"live": True}),
+            told("/v2/health/ready", "health", "Whether it takes requests.", self._ready),
+            told("/v2", "server", "Name, version and extensions of the service.", lambda _: itself),
+            told("/v2/models", "metadata", "Names of the models.", lambda _: {"models": self.names}),
+            told("/v2/repository/index", "metadata", index, self._index, ["POST"]),
+            told("/v2/models/stats", "metadata", "Statistics of all models.", self._stats),
+            *(route for at in both for route in of_model(at)),
+            told("/openapi.json", "metadata", "This document.", self._openapi),
+            Route("/metrics", self._metrics, name="Metrics for Prometheus."),
+            Route("/", self._page, include_in_schema=False),
         ]
         return Starlette(
             routes=routes,
@@ -239,20 +242,25 @@ class Service:
 
     # -- what is told ------------------------------------------------------------------------------------------------
 
-    def _told(self, kind: str, content: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
-        """An endpoint that gives a document; `kind` is what log and metrics call it."""
+    def _told(
+        self, path: str, kind: str, name: str, content: Callable[[Request], Any], methods: Sequence[str] = ("GET",)
+    ) -> Route:
+        """The address of a document; `kind` is what log and metrics call it."""
 
         async def endpoint(request: Request) -> Response:
             request.state.record.operation = kind
             return Response(msgspec.json.encode(content(request)), media_type=JSON)
 
-        return endpoint
+        return Route(path, endpoint, name=name, methods=methods)
 
     def _ready(self, _: Request) -> dict[str, bool]:
         if not self._gatherers or not self.open:
             reason = "the models are being loaded." if self.open else "the service is stopping."
             raise Refused(503, reason, retry_after=1)
         return {"ready": True}
+
+    def _model_ready(self, request: Request) -> dict[str, Any]:
+        return {"name": self._find(request).served.name, "ready": self.open}
 
     def _stats(self, request: Request) -> dict[str, Any]:
         chosen = [self._find(request)] if "model" in request.path_params else self._gatherers.values()
@@ -261,8 +269,8 @@ class Service:
     def _index(self, _: Request) -> list[dict[str, str]]:
         return [{"name": name, "version": VERSION, "state": "READY"} for name in self._gatherers]
 
-    def _openapi(self, _: Request) -> dict[str, Any]:
-        return document([gatherer.served for gatherer in self._gatherers.values()])
+    def _openapi(self, request: Request) -> dict[str, Any]:
+        return document([gatherer.served for gatherer in self._gatherers.values()], request.app.routes)
 
     async def _page(self, request: Request) -> Response:
         request.state.record.operation = "page"

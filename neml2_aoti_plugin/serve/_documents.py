@@ -12,11 +12,15 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from ..model._operations import OPERATIONS
 from ._requests import InputOptions, OutputOptions, Request, RequestOptions
-from ._served import Served
+from ._served import VERSION, Served
+
+# What anybody may ask for, with or without a token: whether the service is there, and the page, which holds nothing.
+OPEN = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
 
 _SCHEMA = "#/components/schemas/{name}"
 
@@ -35,34 +39,20 @@ _STATUSES = {
 }
 
 
-def document(models: Sequence[Served]) -> dict[str, Any]:
-    """The OpenAPI document of a service of some models."""
-    name = {
-        "name": "model",
-        "in": "path",
-        "required": True,
-        "schema": {"type": "string", "enum": [served.name for served in models]},
+def document(models: Sequence[Served], routes: Sequence[BaseRoute]) -> dict[str, Any]:
+    """The OpenAPI document of a service of some models; the name of a route says what it gives."""
+    known = {"model": [served.name for served in models], "version": [VERSION]}
+    parameters = {
+        name: {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": values}}
+        for name, values in known.items()
     }
-    version = {"name": "version", "in": "path", "required": True, "schema": {"type": "string", "enum": ["1"]}}
-    paths: dict[str, Any] = {
-        "/v2": {"get": _get("Name, version and extensions of the service.")},
-        "/v2/health/live": {"get": _get("Whether the service is there.", open_=True)},
-        "/v2/health/ready": {"get": _get("Whether it takes requests.", open_=True)},
-        "/v2/models": {"get": _get("Names of the models.")},
-        "/v2/models/stats": {"get": _get("Statistics of all models.")},
-        "/v2/repository/index": {"post": _get("Names, versions and states of the models.")},
-        "/metrics": {"get": _get("Metrics for Prometheus.", media="text/plain")},
-        "/openapi.json": {"get": _get("This document.")},
-    }
-    for path, parameters in (
-        ("/v2/models/{model}", [name]),
-        ("/v2/models/{model}/versions/{version}", [name, version]),
-    ):
-        paths[path] = {"parameters": parameters, "get": _get("Inputs, outputs and operations of a model.")}
-        paths[path + "/ready"] = {"parameters": parameters, "get": _get("Whether a model takes requests.")}
-        paths[path + "/config"] = {"parameters": parameters, "get": _get("Configuration of a model.")}
-        paths[path + "/stats"] = {"parameters": parameters, "get": _get("Statistics of a model.")}
-        paths[path + "/infer"] = {"parameters": parameters, "post": _infer()}
+    paths: dict[str, Any] = {}
+    for route in routes:
+        if isinstance(route, Route) and route.include_in_schema:
+            method = "post" if "POST" in (route.methods or ()) else "get"
+            paths[route.path] = {method: _infer() if route.path.endswith("/infer") else _told(route)}
+            if own := [parameters[name] for name in route.param_convertors]:
+                paths[route.path]["parameters"] = own
     return {
         "openapi": "3.1.0",
         "info": {
@@ -95,11 +85,10 @@ def _schemas() -> dict[str, Any]:
     return found
 
 
-def _get(summary: str, *, open_: bool = False, media: str = "application/json") -> dict[str, Any]:
-    found: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": "Done.", "content": {media: {}}}}}
-    if open_:
-        found["security"] = []
-    return found
+def _told(route: Route) -> dict[str, Any]:
+    media = "text/plain" if route.path == "/metrics" else "application/json"
+    responses = {"200": {"description": "Done.", "content": {media: {}}}}
+    return {"summary": route.name, "responses": responses, **({"security": []} if route.path in OPEN else {})}
 
 
 def _infer() -> dict[str, Any]:
