@@ -10,9 +10,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, or those of the process, and give its exit status."""
     from .process import guarded
 
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    # The log of a service goes to stdout from other processes too, which start with the streams of this one.
-    return guarded(lambda: _run(words), own_stdout=words[:1] != ["serve"])
+    return guarded(lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
 def _run(arguments: Sequence[str]) -> int:

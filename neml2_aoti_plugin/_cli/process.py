@@ -23,14 +23,9 @@ FINE, SHORT, WRONG_USE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 LOST = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 
 
-def guarded(work: Callable[[], int], *, own_stdout: bool = False) -> int:
-    """Run a command whose output may have nowhere to go; gives its exit status, or one that says so.
-
-    With `own_stdout`, nothing else in the process can write to stdout.
-    """
+def guarded(work: Callable[[], int]) -> int:
+    """Run a command whose output may have nowhere to go; gives its exit status, or one that says so."""
     _open_closed()
-    if own_stdout:
-        _keep_stdout()
     stdout = sys.stdout
     try:
         status = work()
@@ -107,20 +102,6 @@ def _open_closed() -> None:
     with suppress(AttributeError):
         # A name that the terminal has no letters for is no reason to lose a result.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-
-
-def _keep_stdout() -> None:
-    """Have what libraries write to the descriptor of stdout go to stderr: torch 2.15 prints warnings there from C++."""
-    try:
-        if sys.stdout.fileno() != 1:
-            return
-    except (AttributeError, OSError):
-        # Somebody has put another stream in its place.
-        return
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def _let_go(stream: TextIO) -> None:
