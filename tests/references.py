@@ -28,6 +28,9 @@ from neml2_aoti_plugin import Model
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE, Stub
 
+# What torch keeps and prints of an exception inside a graph changed in 2.13.
+OLD_TORCH = torch.__version__ < "2.13"
+
 Tensors = dict[str, Tensor]
 Blocks = dict[str, dict[str, Tensor]]
 

@@ -298,8 +298,8 @@ class TestCompiledGraphsThatFail:
                 continue
             with pytest.raises(AOTIError, match=r"_jacobian\.pt2: the compiled graph failed: .*API call failed"):
                 system.solve(u, g, [], settings)
-            # torch prints a line of its own.
-            assert len(capfd.readouterr().err.splitlines()) <= 2
+            # torch prints a line of its own; with where it happened, before 2.13.
+            assert len(capfd.readouterr().err.splitlines()) <= (30 if references.OLD_TORCH else 2)
         assert resident() - before < max(2e6, 0.2 * count * u.nbytes)
 
 

@@ -372,6 +372,7 @@ print(*told, sep="\\n")
         assert first == second and ".pt2: called again from within itself" in first
         assert "in another thread, or after the first one" in first
 
+    @pytest.mark.skipif(references.OLD_TORCH, reason="torch keeps nothing of an exception before 2.13")
     def test_an_interrupt_inside(self, foreign: Path) -> None:
         run(
             FOREIGN

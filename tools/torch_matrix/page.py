@@ -43,7 +43,7 @@ run there.
 """
 
 WARNINGS = """
-From 2.15 on torch's runner prints `[WARNING] Could not dlsym AOTInductorModelContainer...` on stderr for packages that
+From 2.14 on torch's runner prints `[WARNING] Could not dlsym AOTInductorModelContainer...` on stderr for packages that
 an older torch has compiled. Graphs that are called by their C interface do not go through it. At the first derivative
 in forward mode torch warns of its own use of `torch.jit.script`: by a DeprecationWarning, from 2.15 on by a
 FutureWarning, which Python shows. Neither changes a number.
