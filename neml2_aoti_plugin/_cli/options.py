@@ -95,19 +95,26 @@ class Finite(click.FloatRange):
         return found
 
 
+def named(text: str, form: str, option: str) -> tuple[str, str]:
+    """Read `NAME=...`; in the error of `option` it is `form`."""
+    name, mark, value = text.partition("=")
+    if not (name and mark and value):
+        raise click.BadParameter(f"{text!r} is not {form}.", param_hint=option)
+    return name, value
+
+
 def assignments(given: Sequence[str], option: str) -> dict[str, float]:
     """Read `NAME=VALUE` with finite numbers as the values; `option` is what the error names."""
     found: dict[str, float] = {}
+    form = "NAME=VALUE with a finite number as the value"
     for text in given:
-        name, mark, value = text.partition("=")
+        name, value = named(text, form, option)
         try:
             number = float(value)
         except ValueError:
             number = math.nan
-        if not mark or not name or not math.isfinite(number):
-            raise click.BadParameter(
-                f"{text!r} is not NAME=VALUE with a finite number as the value.", param_hint=option
-            )
+        if not math.isfinite(number):
+            raise click.BadParameter(f"{text!r} is not {form}.", param_hint=option)
         if name in found:
             raise click.BadParameter(f"{name!r} is given twice.", param_hint=option)
         found[name] = number

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,10 +154,15 @@ def _finite(value: Any) -> Any:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
+def require_ending(path: Path, endings: Collection[str]) -> None:
+    """Refuse the name of a file whose ending names no format that is known."""
+    if path.suffix.lower() not in endings:
+        raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(endings)}.")
+
+
 def require_drawable(path: Path) -> None:
     """Refuse a picture whose ending is another, or that cannot be written, ahead of long work."""
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
+    require_ending(path, FORMATS)
     # What is missing is reported now as well.
     import matplotlib  # noqa: F401
 

@@ -16,7 +16,7 @@ from .._solve.outcome import Outcome
 from .._tensor_files import Header, read_tensors
 from ..errors import AOTIError, InputError, UnknownNameError
 from ..model import Model
-from .output import first_line, waits_for
+from .output import first_line, require_ending, waits_for
 from .target import Target, find_target, lag, require_block
 
 Tensors = dict[str, Tensor]
@@ -197,8 +197,7 @@ def flat(inputs: Mapping[str, Tensor], model: Model) -> Tensors:
 
 def read_points(path: Path, model: Model) -> Points:
     """Read points from a .npz, .pt or .safetensors file with a tensor per input, by name."""
-    if path.suffix not in FORMATS:
-        raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
+    require_ending(path, FORMATS)
 
     def check(header: Header) -> Iterable[str]:
         absent = [name for name in model.inputs if name not in header.claims]

@@ -23,7 +23,7 @@ import numpy as np
 from .._files import read_plain, require_plain
 from .._tensor_files import MOST_BYTES, Header, read_tensors
 from ..errors import InputError
-from .output import first_line, missing
+from .output import first_line, missing, require_ending
 from .results import (
     BASE_SHAPES,
     DIMS,
@@ -62,20 +62,19 @@ BASES: dict[str, Shape] = {kind: BASE_SHAPES[kind] for kind in ("Scalar", "SR2",
 
 def require_format(path: Path) -> None:
     """Refuse a file name whose ending names no format, or one that takes a package that is not installed."""
-    if path.suffix not in FORMATS:
-        raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(FORMATS)}.")
-    if path.suffix == ".nc":
+    require_ending(path, FORMATS)
+    if path.suffix.lower() == ".nc":
         _xarray(path)
 
 
 def write_result(path: Path, driver: Any, result: Result) -> None:
     """Write what a transient driver gave, in the format of the path's ending; see `_files.draft`."""
-    if path.suffix == ".pt":
+    if path.suffix.lower() == ".pt":
         import torch
 
         torch.save({key: value.detach().clone() for key, value in driver.result().items()}, path)
     else:
-        {".npz": _write_npz, ".csv": _write_csv, ".nc": _write_nc}[path.suffix](path, result)
+        {".npz": _write_npz, ".csv": _write_csv, ".nc": _write_nc}[path.suffix.lower()](path, result)
 
 
 def read_result(path: str | PathLike[str]) -> RunResult:
@@ -102,7 +101,7 @@ def read_result(path: str | PathLike[str]) -> RunResult:
 def read_readings(path: Path) -> list[Result]:
     """Read a result; gives several readings of a .pt file, where its shapes allow them."""
     require_format(path)
-    return {".pt": _read_pt, ".npz": _read_npz, ".csv": _read_csv, ".nc": _read_nc}[path.suffix](path)
+    return {".pt": _read_pt, ".npz": _read_npz, ".csv": _read_csv, ".nc": _read_nc}[path.suffix.lower()](path)
 
 
 # -- .pt ---------------------------------------------------------------------------------------------------------------

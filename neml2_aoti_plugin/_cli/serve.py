@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import AOTIError
-from .options import MOST_THREADS, command, device_options
+from .options import MOST_THREADS, command, device_options, named
 from .output import Report, first_line, waits_for
 from .process import say
 
@@ -85,7 +85,7 @@ def limit_options(function: _Function) -> _Function:
   neml2-aoti serve aoti/elasticity --host 0.0.0.0 --token-file /run/secrets/token --workers 4
 """)
 @click.argument("paths", metavar="[ARTIFACT|STUB]...", nargs=-1)
-@click.option("--name", "named", metavar="NAME=PATH", multiple=True, help="Serve this artifact or stub under NAME.")
+@click.option("--name", "others", metavar="NAME=PATH", multiple=True, help="Serve this artifact or stub under NAME.")
 @click.option(
     "--parameters", metavar="NAME=FILE", multiple=True, help="Take values of promoted parameters from a file."
 )
@@ -105,7 +105,7 @@ def limit_options(function: _Function) -> _Function:
 @device_options
 def serve(
     paths: tuple[str, ...],
-    named: tuple[str, ...],
+    others: tuple[str, ...],
     parameters: tuple[str, ...],
     host: str,
     port: int,
@@ -138,7 +138,7 @@ def serve(
     token = _token(token_file)
     address = Address(host, port, uds)
     # A stub is under no seal: beyond this machine, nothing in it is evaluated.
-    sources = _sources(paths, named, device, dtype, drivers=address.is_local)
+    sources = _sources(paths, others, device, dtype, drivers=address.is_local)
     sources = _with_parameters(sources, parameters)
     if not address.is_local:
         _require_safe(address, sources, token, no_token=no_token, allow_unsealed=allow_unsealed)
@@ -162,7 +162,7 @@ def serve(
 
 
 def _sources(
-    paths: Sequence[str], named: Sequence[str], device: str | None, dtype: str | None, *, drivers: bool
+    paths: Sequence[str], others: Sequence[str], device: str | None, dtype: str | None, *, drivers: bool
 ) -> list[Source]:
     """The models, each found before one is loaded; `drivers` says whether to read what those of stubs prescribe."""
     from ..serve._served import Source, require_names
@@ -173,10 +173,8 @@ def _sources(
         return Source(name, target.artifact, device, dtype, target.solver, driver=driver)
 
     found = [source(target, target.model) for target in (find_target(p, None, device, dtype) for p in paths)]
-    for text in named:
-        name, mark, path = text.partition("=")
-        if not (name and mark and path):
-            raise click.BadParameter(f"{text!r} is not NAME=PATH.", param_hint="--name")
+    for text in others:
+        name, path = named(text, "NAME=PATH", "--name")
         found.append(source(find_target(path, None, device, dtype), name))
     if not found:
         raise click.UsageError("give an artifact or a stub, or NAME=PATH by --name.")
@@ -219,9 +217,7 @@ def _with_parameters(sources: list[Source], given: Sequence[str]) -> list[Source
     """The models with files of parameters."""
     known = {source.name: source for source in sources}
     for text in given:
-        name, mark, path = text.partition("=")
-        if not (name and mark and path):
-            raise click.BadParameter(f"{text!r} is not NAME=FILE.", param_hint="--parameters")
+        name, path = named(text, "NAME=FILE", "--parameters")
         if name not in known:
             raise click.BadParameter(
                 f"there is no model {name!r}; there are {', '.join(known)}.", param_hint="--parameters"
