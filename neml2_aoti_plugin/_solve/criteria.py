@@ -6,9 +6,11 @@ the same lines. A row's criteria see numbers of that row alone.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..settings import NewtonSettings
+if TYPE_CHECKING:
+    # The build imports this module, where numba alone is installed.
+    from ..settings import NewtonSettings
 
 # A full step that lets the residual norm fall to this part of it, or less, is followed by a chord step.
 STEEP = 0.5
