@@ -140,7 +140,7 @@ def _require_numbers(header: Header, name: str) -> None:
 
 
 def _reader(file: BufferedReader, path: str) -> _Safetensors | _Npz | _Pt:
-    if path.endswith(".pt"):
+    if path.lower().endswith(".pt"):
         return _Pt(file)
     start = file.read(2)
     file.seek(0)

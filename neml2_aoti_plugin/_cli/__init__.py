@@ -1,4 +1,4 @@
-"""The command `neml2-aoti`: a module for each command, with its options, its work and its table."""
+"""The command `neml2-aoti`: a module for each command, or for small ones that go together."""
 
 from __future__ import annotations
 
