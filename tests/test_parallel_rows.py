@@ -424,10 +424,6 @@ class TestJournal:
 
 
 class TestExecutors:
-    def test_threads(self, run: Run, threads: ThreadPoolExecutor) -> None:
-        run(executor=threads)
-        assert_results(run.results(), expected())
-
     def test_a_function_gets_rows_in_their_order(self, run: Run, threads: ThreadPoolExecutor) -> None:
         found: list[Arrays] = []
         assert run(arrays(), found.append, executor=threads).failed.tolist() == FAILING

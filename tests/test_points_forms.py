@@ -278,20 +278,6 @@ def test_plane_stress_is_that_of_mixed_control_by_neml2s_driver(tmp_path: Path) 
 
 
 class TestPlaneStressOfPoints:
-    def test_parameters_of_each_point(self) -> None:
-        model = references.case("promoted").load()
-        young = np.array([70e3, 80e3, 210e3])
-        poisson = float(model.named_parameters()["promoted.nu"])
-        model.set_parameter("promoted.E", torch.from_numpy(young))
-        points = Points(model, 3, notation="tensor", dimension="plane stress")
-        # The first point is at rest, and done at once; the others go on without it.
-        strain = np.zeros((3, 2, 2))
-        strain[1:, 0, 0] = 1e-3
-        found = points.update(strain=strain)
-        expected = young / (1.0 - poisson**2) * strain[:, 0, 0]
-        assert np.allclose(found.outputs["stress"][:, 0, 0], expected, rtol=1e-10)
-        assert np.allclose(found.outputs["stress"][:, 1, 1], poisson * expected, rtol=1e-10)
-
     @pytest.mark.wide
     def test_tangent_by_a_temperature(self) -> None:
         points = points_of("composed", 2, notation="voigt", dimension="plane stress")
@@ -409,9 +395,6 @@ class TestTold:
         bare = references.altered("viscoplasticity", tmp_path, derivatives=[])
         with pytest.raises(InputError, match=r"needs the derivative of the stress by the strain.*-d stress:strain"):
             Points(bare, 1, dimension="plane stress")
-        points = Points(bare, 1)
-        points.initial()
-        assert points.update(strain=np.zeros(6), t=1.0).tangent == {}
 
     def test_a_point_whose_plane_derivative_is_not_finite_has_failed(self) -> None:
         model = references.case("promoted").load()
