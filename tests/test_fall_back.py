@@ -184,7 +184,7 @@ PROGRAM = """
     print("Newton loop:", status().kernels)
     if "doctor" in sys.argv:
         from neml2_aoti_plugin._cli.doctor import diagnose
-        print("doctor:", *(f"{{x.level}}: {{x.says}}" for x in diagnose().findings if x.subject == "Newton loop"))
+        print("doctor:", *(f"{{x.level}}: {{x.says}}" for x in diagnose().findings if x.subject == "solves"))
     os.environ["NEML2_AOTI_PLUGIN_KERNELS"] = "torch"
     for x, y in zip(found, results(), strict=True):
         assert torch.isfinite(x).all() and (x - y).abs().max() <= 1e-13 * y.abs().max()
@@ -238,7 +238,7 @@ def test_a_process_that_is_other(kind: str, tmp_path: Path) -> None:
     told = dict(zip(("graphs", "loop", "doctor"), rest.splitlines(), strict=False))
     assert told["graphs"].startswith("by torch's runner (")
     assert told["loop"].startswith("Newton loop: torch (")
-    assert told["doctor"].startswith("doctor: advice: by torch's operations, and graphs by torch's runner (")
+    assert told["doctor"].startswith("doctor: advice: done by torch's operations, and graphs by torch's runner (")
     assert all(reason in line for line in told.values())
 
 
