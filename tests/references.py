@@ -116,7 +116,7 @@ class Case:
         with default_dtype(torch.float32 if "float32" in self.stub.flags else torch.float64):
             driver = neml2.load_input(self.file).get_driver(self.stub.driver)
         if self.implicit is not None:
-            driver.model._inner.set_solver_config(**self.newton)
+            driver.model.set_solver_config(**self.newton)
         driver.run()
         return driver
 

@@ -224,7 +224,7 @@ class TestTime:
     def drive(self, file: object, newton: dict[str, Any] | None) -> tuple[object, object]:
         driver = neml2.load_input(file).get_driver("driver")
         if newton:
-            driver.model._inner.set_solver_config(**newton)
+            driver.model.set_solver_config(**newton)
         else:
             references.tighten(driver.model)
         driver.model.requires_grad_()

@@ -178,7 +178,7 @@ class TestMetadata:
         return references.edited(references.case("promoted"), tmp_path, lambda d: d.update(boundary_aliases=aliases))
 
     @pytest.mark.parametrize(
-        "name", ["_caller", "inputs", "mode", "training", "_parameters.E", "output_spec", "_inner"]
+        "name", ["_caller", "inputs", "mode", "training", "_parameters.E", "output_spec", "_declared"]
     )
     def test_parameter_of_the_name_of_an_attribute(self, load: Load, tmp_path: Path, name: str) -> None:
         artifact = self.renamed(tmp_path, name)

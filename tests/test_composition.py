@@ -102,7 +102,7 @@ def tightened(name: str) -> Any:
     case = references.case(name)
     model = neml2.load_model(case.file, case.stub.model)
     if case.implicit is not None:
-        model._inner.set_solver_config(**case.newton)
+        model.set_solver_config(**case.newton)
     return model
 
 
@@ -370,7 +370,7 @@ class TestChainRule:
         case = references.case("calibration")
         model = tightened("calibration")
         rows = case.typed(case.rows())
-        _, blocks = model._inner.jacobian(case.rows())
+        _, blocks = model.jacobian(case.rows())
         seeds = torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         arguments = [rows[name] for name in model.input_spec]
         for lead in ((), (4,), (2, 2)):
@@ -390,7 +390,7 @@ class TestChainRule:
         arguments = [rows[name] for name in model.input_spec]
         direction = {name: {"leaf": rows[name]} for name in ("strain", "strain~1", "t")}
         *_, v_out = model(*arguments, v=direction)
-        expected = model._inner.jvp(case.rows(), {name: case.rows()[name] for name in direction})[1]
+        expected = model.jvp(case.rows(), {name: case.rows()[name] for name in direction})[1]
         for out, wanted in expected.items():
             assert difference(v_out[out]["leaf"].data, wanted) < 1e-12
 

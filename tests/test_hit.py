@@ -13,7 +13,7 @@ from neml2.types import SR2, Scalar, TensorWrapper
 from torch import nn
 
 import references
-from neml2_aoti_plugin import AOTIModel, ArtifactNotFoundError, Model
+from neml2_aoti_plugin import AOTIModel, ArtifactNotFoundError
 from neml2_aoti_plugin._cli.target import find_target
 from references import Case, difference
 
@@ -42,7 +42,7 @@ class TestLoading:
         folder = Path(shutil.copytree(references.case("elasticity").folder, tmp_path / "moved"))
         monkeypatch.chdir(tmp_path)
         model = neml2.load_model("moved/elasticity_aoti.i", "elasticity")
-        assert model._inner.artifact == folder / "elasticity"
+        assert model.artifact == folder / "elasticity"
 
     def test_a_stub_that_is_included_from_another_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = Path(shutil.copytree(references.case("elasticity").folder, tmp_path / "compiled"))
@@ -51,17 +51,17 @@ class TestLoading:
         main.write_text("!include ../compiled/elasticity_aoti.i\n")
         monkeypatch.chdir(tmp_path)
         for path in (main, Path("inputs/main.i")):
-            assert neml2.load_model(path, "elasticity")._inner.artifact == folder / "elasticity"
+            assert neml2.load_model(path, "elasticity").artifact == folder / "elasticity"
             assert find_target(path).artifact == folder / "elasticity"
         # What is beside the including file alone is found too, as before.
         (tmp_path / "compiled" / "elasticity").rename(tmp_path / "inputs" / "elasticity")
-        assert neml2.load_model(main, "elasticity")._inner.artifact == tmp_path / "inputs" / "elasticity"
+        assert neml2.load_model(main, "elasticity").artifact == tmp_path / "inputs" / "elasticity"
 
     def test_absolute_path(self, tmp_path: Path) -> None:
         artifact = references.case("elasticity").artifact
         stub = tmp_path / "stub.i"
         stub.write_text(f"[Models]\n  [m]\n    type = AOTIModel\n    artifact_path = '{artifact}'\n  []\n[]\n")
-        assert neml2.load_model(stub, "m")._inner.artifact == artifact
+        assert neml2.load_model(stub, "m").artifact == artifact
 
     def test_settings_by_what_was_given_to_neml2_compile_alone(self, tmp_path: Path) -> None:
         artifact = references.case("elasticity").artifact
@@ -70,17 +70,17 @@ class TestLoading:
             "[Settings]\n  example_batch_shape = '(${rows},)'\n[]\n"
             f"[Models]\n  [m]\n    type = AOTIModel\n    artifact_path = '{artifact}'\n  []\n[]\n"
         )
-        assert neml2.load_model(stub, "m")._inner.artifact == artifact
+        assert neml2.load_model(stub, "m").artifact == artifact
 
     @pytest.mark.wide
     def test_dtype_is_the_one_compiled(self) -> None:
-        assert load("elasticity_float32")._inner.dtype == torch.float32
+        assert load("elasticity_float32").dtype == torch.float32
 
     @pytest.mark.parametrize("options", [{}, {"dtype": "float64"}, {"dtype": torch.float64}])
     @pytest.mark.parametrize("device", [{}, {"device": "cpu"}, {"device": torch.device("cpu")}])
     def test_device_and_dtype_do_not_follow_torchs_default_dtype(self, options: Any, device: Any) -> None:
         with references.default_dtype(torch.float32):
-            model = load("elasticity", **options, **device)._inner
+            model = load("elasticity", **options, **device)
         assert (model.dtype, model.device.type) == (torch.float64, "cpu")
 
     def test_device_follows_torchs_default(self) -> None:
@@ -88,7 +88,7 @@ class TestLoading:
         try:
             with pytest.raises(ArtifactNotFoundError, match=r"'meta'.*compiled leaves: cpu/float64"):
                 load("elasticity")
-            assert load("elasticity", device="cpu")._inner.device.type == "cpu"
+            assert load("elasticity", device="cpu").device.type == "cpu"
         finally:
             torch.set_default_device(None)
 
@@ -158,7 +158,7 @@ class TestDerivatives:
         _, every = model.param_jacobian(rows)
         assert all(list(row) == names for row in blocks.values()) and list(blocks) == list(every)
         assert_same(blocks, {out: {n: row[n] for n in names} for out, row in every.items()})
-        cotangents = {name: torch.ones_like(x) for name, x in model._inner.forward(rows).items()}
+        cotangents = {name: torch.ones_like(x.data) for name, x in model.call_by_name(rows).items()}
         assert list(model.param_vjp(rows, cotangents, **how)) == names
 
 
@@ -176,4 +176,3 @@ class TestAsAModule:
         model = load("viscoplasticity")
         assert isinstance(model, nn.Module)
         assert list(model.children()) == []
-        assert isinstance(model._inner, Model)

@@ -197,7 +197,7 @@ class TestTyped:
         state = {name: typed.input_spec[name](x) for name, x in rows.items()}
         expected = typed.call_by_name(state)
         given = {**state, "stress": SR2(solution["stress"]), "something": Scalar(rows["t"])}
-        seen = seen_by_the_program(typed._inner, lambda: typed.call_by_name(given), monkeypatch)
+        seen = seen_by_the_program(typed, lambda: typed.call_by_name(given), monkeypatch)
         assert torch.equal(seen["stress"], solution["stress"])
         found = typed.call_by_name(given)
         assert list(found) == list(expected)

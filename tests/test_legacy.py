@@ -252,7 +252,7 @@ def test_newton_settings_of_the_release(release: str) -> None:
     if release_named(release).schema == 7:
         assert own == type(own)()
         stub = neml2.load_model(build.stub(release, "implicit"), "creep")
-        own = segment(stub._inner._metadata).newton
+        own = segment(stub._caller.metadata).newton
     assert asdict(own) == expected
 
 

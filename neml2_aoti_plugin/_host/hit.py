@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from .._artifact.stub import read_stub
 from .._checks import require_names
 from ..errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError
-from ..model import Model
 from ..model._admission import INITIAL_GUESS
+from ..model._autograd import evaluate
 from ..model._module import CompiledModule, public
 from ..model._outcomes import Blocks, Tensors
-from ..model._parameters import PromotedParameters
-from ..settings import NewtonSettings
 from . import typed
 from .overrides import OpenSchema, parameter_values
 
@@ -88,9 +86,9 @@ class AOTIModel(CompiledModule):
                 # An option that is misspelt may be why.
                 cls.hit.require_known(node)
                 raise
-            for name, value in parameter_values(node, factory, cls.hit, model._promoted.specs).items():
-                own = isinstance(value, Tensor)
-                model.set_parameter(name, value.to(model._promoted.values[name]) if own else value)
+            promoted = model._caller.promoted
+            for name, value in parameter_values(node, factory, cls.hit, promoted.specs).items():
+                model.set_parameter(name, value.to(promoted.values[name]) if isinstance(value, Tensor) else value)
             return model
         except (ArtifactError, InputError) as error:
             error.args = (f"[Models/{node.path()}] in {factory._path}: {error}",)
@@ -105,40 +103,21 @@ class AOTIModel(CompiledModule):
         declared: set[str] | None = None,
         solver: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self._inner: Model
-        # Not as a child, whose parameters would have names that begin with `_inner`. They are this module's own: both
-        # have the same dicts, so that a change in one is in both.
-        self.__dict__["_inner"] = Model(artifact, device, dtype, solver=solver)
-        self.__dict__["_parameters"] = self._inner._parameters
-        self.__dict__["_modules"] = self._inner._modules
-        self.input_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.inputs.items()}
+        super().__init__(artifact, device, dtype, solver=solver)
+        self.input_spec = {name: typed.wrapper_class(v, name) for name, v in self.inputs.items()}
         self._wrappers = tuple(self.input_spec.values())
-        self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self._inner.outputs.items()}
-        self._output_wrappers = tuple(enumerate(self.output_spec.values()))
+        self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self.outputs.items()}
+        self._output_wrappers = tuple(self.output_spec.values())
         # Of the unknowns that may be given as initial guesses.
-        self._guess_spec = {name: typed.wrapper_of_unknown(v, name) for name, v in self._inner.initial_guesses.items()}
-        self.input_sub_batch = {name: v.sub_batch_shape for name, v in self._inner.inputs.items()}
+        self._guess_spec = {name: typed.wrapper_of_unknown(v, name) for name, v in self.initial_guesses.items()}
+        self.input_sub_batch = {name: v.sub_batch_shape for name, v in self.inputs.items()}
         if declared:
             self._declared = _Declared(declared)
-        for name, spec in self._promoted.specs.items():
-            node, leaf = self._promoted.home(name)
+        promoted = self._caller.promoted
+        for name, spec in promoted.specs.items():
+            node, leaf = promoted.home(name)
             classes = node.__dict__.setdefault("_typed_storage_classes", {})
             classes[leaf] = typed.class_of_base_shape(spec.base_shape)
-
-    @property
-    def _promoted(self) -> PromotedParameters:
-        return self._inner._promoted
-
-    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._inner._move(device, dtype)
-
-    def _place(self) -> tuple[torch.device, torch.dtype]:
-        return self._inner._place()
-
-    def extra_repr(self) -> str:
-        """What `repr` tells of the model."""
-        return repr(self._inner)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -163,27 +142,28 @@ class AOTIModel(CompiledModule):
         """
         if v2 is not None or vh is not None:
             raise DerivativeNotCompiledError(
-                f"second derivatives (v2=, vh=) of {self._inner.artifact} were asked for; neml2-compile compiles first "
+                f"second derivatives (v2=, vh=) of {self.artifact} were asked for; neml2-compile compiles first "
                 "derivatives only."
             )
         if len(args) != len(self.input_spec):
             raise InputTypeError(
                 f"{len(args)} positional inputs given, expected {len(self.input_spec)}: {', '.join(self.input_spec)}."
             )
-        plan = self._inner._plan
-        if plan is not None and v is None:
-            found = plan.values([*map(_plain, args, self._wrappers)])
+        plans = self._caller.plans
+        if plans is not None and v is None:
+            found = plans.values([*map(_plain, args, self._wrappers)])
             if found is not None:
-                return tuple([wrapper(found[place]) for place, wrapper in self._output_wrappers])
+                return tuple([wrapper(value) for wrapper, value in zip(self._output_wrappers, found, strict=True)])
         inputs = self._raw(dict(zip(self.input_spec, args, strict=True)))
         if v is None:
             return tuple(self._evaluate(inputs).values())
-        require_names(v, self.input_spec, f"v= of {self._inner.artifact}", "inputs")
-        pairs = [(out, name) for out in self.output_spec for name in typed.seeded(v, self._inner.inputs)]
-        outputs, matrices, batch = self._inner.linearise(inputs, pairs)
+        require_names(v, self.input_spec, f"v= of {self.artifact}", "inputs")
+        pairs = [(out, name) for out in self.output_spec for name in typed.seeded(v, self.inputs)]
+        wanted = self._caller.derivatives.chosen(pairs)
+        outputs, matrices, batch = evaluate(self._caller, inputs, None, wanted)
         wrapped = typed.wrap(outputs, self.output_spec, len(batch))
         by_pair = dict(zip(pairs, matrices, strict=True))
-        return (*wrapped.values(), typed.push_forward(v, by_pair, self._inner.inputs, wrapped))
+        return (*wrapped.values(), typed.push_forward(v, by_pair, self.inputs, wrapped))
 
     @public
     def call_by_name(self, state: Mapping[str, Value]) -> dict[str, TensorWrapper]:
@@ -207,7 +187,7 @@ class AOTIModel(CompiledModule):
 
     def _evaluate(self, inputs: Mapping[str, Tensor]) -> dict[str, TensorWrapper]:
         """Typed outputs for raw inputs, and initial guesses, by name."""
-        outputs, batch = self._inner.forward_with_batch(inputs)
+        outputs, _, batch = evaluate(self._caller, inputs)
         return typed.wrap(outputs, self.output_spec, len(batch))
 
     # -- a part of other models -------------------------------------------------------------------------------------
@@ -237,7 +217,7 @@ class AOTIModel(CompiledModule):
     ) -> tuple[Mapping[str, Value], Mapping[str, Value]]:
         """Outputs and their derivative along a direction; see `Model.jvp`."""
         plain = self._raw(inputs)
-        outputs, along = self._inner.jvp(plain, self._raw(tangents, "tangent"), param_overrides)
+        outputs, along = self._caller.jvp(plain, self._raw(tangents, "tangent"), param_overrides)
         if not (typed.has_typed(inputs) or typed.has_typed(tangents)):
             return outputs, along
         rank = self._batch_rank(plain)
@@ -249,7 +229,7 @@ class AOTIModel(CompiledModule):
     ) -> tuple[Mapping[str, Value], Mapping[str, Mapping[str, Any]]]:
         """Outputs and compiled derivative blocks; see `Model.jacobian`. Typed blocks are `neml2.types.Tensor`."""
         plain = self._raw(inputs)
-        outputs, blocks = self._inner.jacobian(plain, param_overrides)
+        outputs, blocks = self._caller.jacobian(plain, param_overrides)
         if not typed.has_typed(inputs):
             return outputs, blocks
         rank = self._batch_rank(plain)
@@ -269,7 +249,9 @@ class AOTIModel(CompiledModule):
         In the second place it also takes the names of parameters, as neml2's eager models do.
         """
         overrides, names = _overrides_and_names(param_overrides, params)
-        return self._inner.param_jacobian(self._raw(inputs), overrides, params=names)
+        pairs = self._caller.derivatives.by_parameters(names)
+        found = self._caller.evaluate(self._raw(inputs), overrides, pairs)
+        return found.outputs, found.blocks
 
     @public
     def param_vjp(
@@ -286,36 +268,23 @@ class AOTIModel(CompiledModule):
         """
         overrides, names = _overrides_and_names(param_overrides, params)
         plain = {n: c.data if isinstance(c, TensorWrapper) else c for n, c in cotangents.items()}
-        return self._inner.param_vjp(self._raw(inputs), plain, overrides, params=names)
+        return self._caller.param_vjp(self._raw(inputs), plain, overrides, names)
 
     def set_parameter(self, name: str, value: Value | float) -> None:
         """Set the value of a promoted parameter; see `Model.set_parameter`."""
         super().set_parameter(name, value.data if isinstance(value, TensorWrapper) else value)
 
-    def load_parameters(self, path: str | Path) -> None:
-        """Set the promoted parameters to the values in a file; see `Model.load_parameters`."""
-        self._inner.load_parameters(path)
-
-    @property
-    def solver(self) -> NewtonSettings | None:
-        """Newton settings in force; see `Model.solver`."""
-        return self._inner.solver
-
-    def set_solver(self, **settings: Any) -> None:
-        """Change some Newton settings; see `Model.set_solver`."""
-        self._inner.set_solver(**settings)
-
     def _raw(self, inputs: Mapping[str, Value], kind: str = "input") -> Tensors:
         """Unwrap typed inputs and initial guesses to `(*batch, *sub_batch, *base)`; raw ones pass."""
-        found = typed.unwrap(inputs, self._inner.inputs, self.input_spec, kind, self._inner.artifact)
+        found = typed.unwrap(inputs, self.inputs, self.input_spec, kind, self.artifact)
         if self._guess_spec.keys().isdisjoint(found):
             return found
-        guesses = self._inner.initial_guesses
-        return typed.unwrap(found, guesses, self._guess_spec, INITIAL_GUESS, self._inner.artifact)
+        guesses = self.initial_guesses
+        return typed.unwrap(found, guesses, self._guess_spec, INITIAL_GUESS, self.artifact)
 
     def _batch_rank(self, inputs: Mapping[str, Tensor]) -> int:
         """Number of batch axes that raw inputs and initial guesses have together."""
-        return typed.batch_rank(inputs, {**self._inner.initial_guesses, **self._inner.inputs})
+        return typed.batch_rank(inputs, {**self.initial_guesses, **self.inputs})
 
 
 def _plain(value: Any, wrapper: typed.Wrapper) -> Any:

@@ -18,15 +18,41 @@ from torch.autograd import forward_ad
 
 from .._artifact.schema import Shape
 from ..errors import DerivativeNotCompiledError
-from . import _derivatives as derivatives
-from ._admission import INITIAL_GUESS
+from ._admission import INITIAL_GUESS, require_unrecorded
 from ._call import Caller
-from ._derivatives import By, Pair, natural_shape
-from ._memory import require_unrecorded
+from ._derivatives import By, Pair
 from ._outcomes import Tensors
 
 
-def is_followed(caller: Caller, inputs: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> bool:
+def evaluate(
+    caller: Caller,
+    inputs: Mapping[str, Tensor],
+    overrides: Mapping[str, Tensor] | None = None,
+    pairs: Sequence[Pair] = (),
+) -> tuple[Tensors, list[Tensor], Shape]:
+    """Outputs; a matrix `(*batch, entries of the output, entries of the other)` for each pair; and the batch shape.
+
+    torch differentiates and maps outputs and matrices where it wants to.
+    """
+    if not _is_followed(caller, inputs, overrides):
+        found = caller.evaluate(inputs, overrides, pairs, matrices=True)
+        return found.outputs, [found.derivatives[pair] for pair in pairs], found.call.batch
+    boundary, compiled = caller.boundary, caller.derivatives.compiled
+    require_unrecorded(boundary.where)
+    boundary.require_names(inputs)
+    arguments: dict[By, Any] = {("input", name): inputs[name] for name in boundary.inputs}
+    arguments.update({("parameter", name): x for name, x in caller.promoted.in_force(overrides).items()})
+    outs, wanted = tuple(boundary.outputs), list(pairs)
+    for by in [by for by, value in arguments.items() if _is_differentiated(value)]:
+        wanted.extend((o, by) for o in outs if (o, by) in compiled and (o, by) not in wanted)
+    arguments.update({(INITIAL_GUESS, name): inputs[name] for name in boundary.guesses if name in inputs})
+    followed = _Followed(caller, tuple(arguments), outs, tuple(wanted))
+    values = _Compiled.apply(followed, *arguments.values())  # type: ignore[no-untyped-call]
+    outputs = dict(zip(outs, values, strict=False))
+    return outputs, list(values[len(outs) : len(outs) + len(pairs)]), followed.batch_of(tuple(arguments.values()))
+
+
+def _is_followed(caller: Caller, inputs: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> bool:
     """Whether torch wants to differentiate a call or to map it."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
@@ -40,30 +66,6 @@ def is_followed(caller: Caller, inputs: Mapping[str, Any], overrides: Mapping[st
     if caller.promoted.specs:
         values.extend(caller.promoted.values.values())
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
-
-
-def linearise(
-    caller: Caller,
-    inputs: Mapping[str, Tensor],
-    overrides: Mapping[str, Tensor] | None,
-    pairs: Sequence[Pair] = (),
-) -> tuple[Tensors, list[Tensor], Shape]:
-    """As `derivatives.linearise`, with outputs and matrices that torch can differentiate and map."""
-    boundary = caller.boundary
-    require_unrecorded(boundary.where)
-    boundary.require_names(inputs)
-    parameters = caller.promoted.in_force(overrides)
-    arguments: dict[By, Any] = {("input", name): inputs[name] for name in boundary.inputs}
-    arguments.update({("parameter", name): value for name, value in parameters.items()})
-    outs = tuple(boundary.outputs)
-    wanted = list(pairs)
-    for by in [by for by, value in arguments.items() if _is_differentiated(value)]:
-        wanted.extend((o, by) for o in outs if derivatives.is_compiled(caller, o, by) and (o, by) not in wanted)
-    arguments.update({(INITIAL_GUESS, name): inputs[name] for name in boundary.guesses if name in inputs})
-    followed = _Followed(caller, tuple(arguments), outs, tuple(wanted))
-    found = _Compiled.apply(followed, *arguments.values())  # type: ignore[no-untyped-call]
-    outputs = dict(zip(outs, found, strict=False))
-    return outputs, list(found[len(outs) : len(outs) + len(pairs)]), followed.batch_of(tuple(arguments.values()))
 
 
 def _is_differentiated(value: object) -> bool:
@@ -81,30 +83,31 @@ def _is_differentiated(value: object) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Followed:
-    """What one followed call evaluates.
-
-    `bys` are the inputs, parameters and initial guesses, in the order of the tensor arguments; the matrices of `pairs`
-    come behind the outputs `outs`.
-    """
+    """What one followed call evaluates: the outputs `outs`, and behind them the matrices of `pairs`."""
 
     caller: Caller
+    # Inputs, parameters and initial guesses, in the order of the tensor arguments.
     bys: tuple[By, ...]
     outs: tuple[str, ...]
     pairs: tuple[Pair, ...]
+
+    def natural(self, by: By) -> Shape:
+        """Shape of an argument without batch axes."""
+        return self.caller.derivatives.known[by][1]
 
     def run(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate for plain tensors."""
         named = dict(zip(self.bys, values, strict=True))
         inputs = {name: value for (kind, name), value in named.items() if kind != "parameter"}
         parameters = {name: value for (kind, name), value in named.items() if kind == "parameter"}
-        outputs, matrices, _ = derivatives.linearise(self.caller, inputs, parameters, self.pairs)
-        found = (*(outputs[name] for name in self.outs), *matrices)
+        evaluated = self.caller.evaluate(inputs, parameters, self.pairs, matrices=True)
+        found = [evaluated.outputs[name] for name in self.outs] + [evaluated.derivatives[p] for p in self.pairs]
         # torch holds the tangents of a view to the layout of the view.
         return tuple(value.clone() if value._is_view() else value for value in found)
 
     def rank(self, by: By, axes: int) -> int:
         """Number of batch axes of an argument of so many axes."""
-        return max(axes - len(natural_shape(self.caller, by)), 0)
+        return max(axes - len(self.natural(by)), 0)
 
     def batch_of(self, values: Sequence[Any]) -> Shape:
         """The common batch shape of the arguments."""
@@ -116,7 +119,7 @@ class _Followed:
         terms = []
         for by, tangent in tangents:
             matrix = _matrix(self, matrices, out, by)
-            natural = natural_shape(self.caller, by)
+            natural = self.natural(by)
             full = tangent.expand((*tangent.shape[: self.rank(by, tangent.ndim)], *natural))
             column = full.reshape((*full.shape[: full.ndim - len(natural)], matrix.shape[-1], 1))
             terms.append(torch.matmul(matrix, column).squeeze(-1))
@@ -137,7 +140,7 @@ class _Followed:
         found = []
         for by, value, axis in zip(self.bys, mapped, axes, strict=True):
             if axis is not None:
-                natural = natural_shape(self.caller, by)
+                natural = self.natural(by)
                 rank = self.rank(by, value.ndim - 1)
                 own = value.shape[1 + rank :]
                 # A plain value stands for all sites of a sub-batch.
@@ -189,7 +192,7 @@ class _Compiled(torch.autograd.Function):
                 term = torch.matmul(cotangent.reshape((*batch, 1, entries)), matrix).squeeze(-2)
                 total = term if total is None else total + term
             if total is not None:
-                natural = natural_shape(followed.caller, by)
+                natural = followed.natural(by)
                 total = total.reshape((*total.shape[:-1], *natural)).sum_to_size(shape)
             gradients.append(total)
         return tuple(gradients)
@@ -229,5 +232,5 @@ class _Compiled(torch.autograd.Function):
 
 def _matrix(followed: _Followed, matrices: Mapping[Pair, Tensor], out: str, by: By) -> Tensor:
     if (out, by) not in matrices:
-        raise derivatives.not_compiled(followed.caller, out, by)
+        raise followed.caller.derivatives.missing(out, by)
     return matrices[out, by]

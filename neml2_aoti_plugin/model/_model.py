@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec.structs import replace
 from torch import Tensor
 
-from .._artifact.compatibility import check
-from .._artifact.decode import read_metadata
-from .._artifact.kinship import kinship
-from .._artifact.layout import absolute
-from .._artifact.locate import locate
-from .._artifact.schema import ImplicitInfo, Shape
-from .._artifact.stub import is_input_file, model_in
-from .._program.program import Program
-from ..errors import ArtifactError, InputError, UnknownNameError
-from ..settings import NewtonSettings, changed_settings, newton_settings
+from .._artifact.schema import Shape
 from . import _autograd as autograd
-from . import _derivatives as derivatives
-from ._admission import Boundary, callers_level
-from ._call import Caller
-from ._module import CompiledModule, Recipe, origin, public
-from ._outcomes import Blocks, Solution, Tensors, solution
-from ._parameters import PromotedParameters
-from ._plan import plan_of
-
-MODE = "NEML2_AOTI_PLUGIN_MODE"
-MODES = ("rowwise", "lockstep")
-
-# What `Model._load` makes, and no pickle holds.
-_LOADED = ("artifact", "inputs", "outputs", "initial_guesses", "_metadata", "_boundary", "_caller", "_plan", "_origin")
+from ._derivatives import Pair
+from ._module import CompiledModule, public
+from ._outcomes import Blocks, Solution, Tensors
 
 
 class Model(CompiledModule):
@@ -88,184 +66,12 @@ class Model(CompiledModule):
         parameters: str | os.PathLike[str] | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__()
-        self.mode = _mode(mode)
-        self._given = absolute(artifact)
-        self._solver = dict(solver) if solver else None
-        from_stub = is_input_file(self._given)
-        if from_stub:
-            _, stub = model_in(self._given, name)
-            self._given, self._solver = stub.artifact, {**(stub.solver or {}), **(solver or {})} or None
-        self._load(device, dtype)
-        if name is not None and not from_stub and name != self._boundary.model:
-            raise UnknownNameError(f"{self._given} holds the model {self._boundary.model!r}, not {name!r}.")
+        super().__init__(artifact, device, dtype, mode=mode, solver=solver, name=name)
         if parameters is not None:
             self.load_parameters(parameters)
 
-    def _load(
-        self,
-        device: str | torch.device | None,
-        dtype: str | torch.dtype | None,
-        made: Recipe | None = None,
-    ) -> None:
-        """Load a leaf, that of a recipe if there is one; the promoted parameters stay what they are."""
-        place = locate(self._given, device, dtype)
-        metadata = read_metadata(place, solver=self._solver)
-        checked = check(metadata, place)
-        metadata, packages = checked.metadata, checked.packages
-        kin = kinship(metadata, place)
-        if kin.fault:
-            raise ArtifactError(kin.fault)
-        if kin.doubt:
-            warnings.warn(kin.doubt, UserWarning, stacklevel=callers_level())
-        made_of = origin(place, metadata, packages.values())
-        if made is not None:
-            made_of.require_same(made)
-        program = Program(metadata, packages, place.device, self.mode == "lockstep")
-        boundary = Boundary(metadata, place, program.dtype)
-        promoted = PromotedParameters(metadata, boundary, self)
-        self.artifact = place.metadata.parent
-        self._metadata, self._boundary = metadata, boundary
-        self._plan = plan_of(program, boundary)
-        self._caller = Caller(metadata, boundary, program, promoted)
-        self._origin = made_of
-        self.inputs = {name: replace(variable, name=name) for name, variable in boundary.inputs.items()}
-        self.outputs = {name: replace(variable, name=name) for name, variable in boundary.outputs.items()}
-        self.initial_guesses = {name: replace(variable, name=name) for name, variable in boundary.guesses.items()}
-
-    @property
-    def _promoted(self) -> PromotedParameters:
-        return self._caller.promoted
-
-    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
-        settings = self._caller.settings
-        self._load(device, dtype)
-        self._caller.settings = settings
-
-    def _place(self) -> tuple[torch.device, torch.dtype]:
-        return self.device, self.dtype
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What travels: where the artifact is, which leaf, the options and the parameters; not what was loaded."""
-        state = {name: value for name, value in super().__getstate__().items() if name not in _LOADED}
-        self._origin.require_unchanged()
-        made = Recipe(self._given, self.device, self.dtype, self._caller.settings, self._origin.by_name)
-        return {**state, "_recipe": made}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load the leaf anew, if the artifact is the same."""
-        made: Recipe = state["_recipe"]
-        kept = {name: value for name, value in state.items() if name != "_recipe"}
-        super().__setstate__(kept)
-        self._load(made.device, made.dtype, made)
-        self._caller.settings = made.settings
-
-    # -- what the model is ------------------------------------------------------------------------------------------
-
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the inputs, in the model's order."""
-        return list(self._boundary.inputs)
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of the outputs, in the model's order."""
-        return list(self._boundary.outputs)
-
-    @property
-    def input_base_shapes(self) -> list[list[int]]:
-        """Base shape of each input, in the order of `input_names`."""
-        return [list(variable.base_shape) for variable in self._boundary.inputs.values()]
-
-    @property
-    def output_base_shapes(self) -> list[list[int]]:
-        """Base shape of each output, in the order of `output_names`."""
-        return [list(variable.base_shape) for variable in self._boundary.outputs.values()]
-
-    @property
-    def device(self) -> torch.device:
-        """Device that the model runs on."""
-        return self._boundary.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of inputs and outputs."""
-        return self._boundary.dtype
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the artifact's files as they were loaded, of metadata and graphs together."""
-        return self._origin.digest
-
-    @property
-    def derivative_pairs(self) -> list[tuple[str, str]]:
-        """The (output, input) pairs whose derivatives were compiled."""
-        outputs, inputs = self._boundary.output_names, self._boundary.input_names
-        return [(outputs[o], inputs[i]) for o, i in self._metadata.derivatives]
-
-    @property
-    def parameter_derivative_pairs(self) -> list[tuple[str, str]]:
-        """The (output, parameter) pairs whose derivatives were compiled."""
-        outputs, parameters = self._boundary.output_names, self._promoted.public
-        return [(outputs[o], parameters[p]) for o, p in self._metadata.parameter_derivatives]
-
     def __repr__(self) -> str:
-        leaf = f"{self.device}/{str(self.dtype).removeprefix('torch.')}"
-        return f"Model({str(self.artifact)!r}, {leaf}: {', '.join(self.input_names)} -> {', '.join(self.output_names)})"
-
-    def save_parameters(self, path: str | os.PathLike[str]) -> None:
-        """Write the promoted parameters to a safetensors file, which `Model(..., parameters=path)` takes."""
-        self._promoted.save(Path(path), self._boundary.model, self._metadata.digest)
-
-    def load_parameters(self, path: str | os.PathLike[str], *, same_artifact: bool = True) -> None:
-        """Set the promoted parameters to the values in a file that `save_parameters` wrote.
-
-        It must have been written for this artifact: one with the same metadata, for whatever device, dtype and machine;
-        or, unless `same_artifact`, for one whose parameters have the same names and shapes. Else it is an `InputError`.
-        """
-        self._promoted.load(path, self._metadata.digest if same_artifact else None)
-
-    # -- solver settings --------------------------------------------------------------------------------------------
-
-    @property
-    def solver(self) -> NewtonSettings | None:
-        """Newton settings in force, of the first implicit segment if they differ; None without implicit segments."""
-        parts = (part for part in self._metadata.segments if isinstance(part, ImplicitInfo))
-        first = next(parts, None)
-        return None if first is None else self._caller.settings or first.newton
-
-    def set_solver(self, **settings: Any) -> None:
-        """Change some Newton settings of all implicit segments, as in `set_solver(atol=1e-8)`; the others stay.
-
-        They are atol, rtol, miters (one more than the updates allowed), ls_type, ls_max_iters (one more than the trials
-        allowed; 1 is no line search), ls_cutback, ls_c, substep_del_tol and chord_steps; see `NewtonSettings`.
-        """
-        self._caller.settings = changed_settings(self.solver, settings, str(self.artifact))
-
-    def set_solver_config(
-        self,
-        atol: float,
-        rtol: float,
-        miters: int,
-        ls_type: str,
-        ls_max_iters: int,
-        ls_cutback: float,
-        ls_c: float,
-        substep_del_tol: float = 1e-6,
-    ) -> None:
-        """Replace all Newton settings that neml2's C++ runtime has; `set_solver` takes them one by one."""
-        present = self.solver
-        self._caller.settings = newton_settings(
-            atol=atol,
-            rtol=rtol,
-            miters=miters,
-            ls_type=ls_type,
-            ls_max_iters=ls_max_iters,
-            ls_cutback=ls_cutback,
-            ls_c=ls_c,
-            substep_del_tol=substep_del_tol,
-            chord_steps=present is None or present.chord_steps,
-        )
+        return f"Model({self.extra_repr()})"
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -285,25 +91,20 @@ class Model(CompiledModule):
             ConvergenceError: rows of an implicit segment did not converge.
             InputError: an input or an override does not fit.
         """
-        if self._plan is not None and not param_overrides:
-            found = self._plan.forward(inputs)
+        plans = self._caller.plans
+        if plans is not None and not param_overrides:
+            found = plans.forward(inputs)
             if found is not None:
                 return found
-        return self.forward_with_batch(inputs, param_overrides)[0]
+        return autograd.evaluate(self._caller, inputs, param_overrides)[0]
 
     @public
     def forward_with_batch(
         self, inputs: Mapping[str, Tensor], param_overrides: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensors, Shape]:
         """As `forward`; gives the common batch shape of the inputs as well."""
-        if autograd.is_followed(self._caller, inputs, param_overrides):
-            outputs, _, batch = autograd.linearise(self._caller, inputs, param_overrides)
-            return outputs, batch
-        with torch.no_grad():
-            call = self._caller.admit(inputs, param_overrides)
-            found = self._caller.evaluate(call)
-            self._caller.require_convergence(found, call)
-            return self._caller.outputs(found.values, call.batch), call.batch
+        outputs, _, batch = autograd.evaluate(self._caller, inputs, param_overrides)
+        return outputs, batch
 
     @public
     def linearise(
@@ -328,13 +129,10 @@ class Model(CompiledModule):
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
+        self._caller.derivatives.chosen(pairs)
         # One matrix for each pair, also for one that is there twice.
-        derivatives.input_pairs(self._caller, pairs)
-        wanted: list[derivatives.Pair] = [(out, ("input", name)) for out, name in pairs]
-        if autograd.is_followed(self._caller, inputs, param_overrides):
-            return autograd.linearise(self._caller, inputs, param_overrides, wanted)
-        with torch.no_grad():
-            return derivatives.linearise(self._caller, inputs, param_overrides, wanted)
+        wanted: list[Pair] = [(out, ("input", name)) for out, name in pairs]
+        return autograd.evaluate(self._caller, inputs, param_overrides, wanted)
 
     @public
     def solve(
@@ -365,12 +163,10 @@ class Model(CompiledModule):
             DerivativeNotCompiledError: as for `jacobian`.
             InputError: as for `forward`.
         """
+        caller = self._caller
+        wanted = caller.derivatives.chosen(pairs, or_parameters=True) if jacobian or pairs is not None else ()
         with torch.no_grad():
-            asked = jacobian or pairs is not None
-            wanted = derivatives.input_pairs(self._caller, pairs, or_parameters=True) if asked else []
-            call = self._caller.admit(inputs, param_overrides)
-            found = derivatives.evaluate(self._caller, call, wanted, expand=expand)
-            return solution(found.outputs, found.blocks, found.shared, found.found.report, call.batch)
+            return caller.evaluate(inputs, param_overrides, wanted, expand=expand, or_fail=False).solution
 
     @public
     def jvp(
@@ -389,8 +185,7 @@ class Model(CompiledModule):
         Raises:
             DerivativeNotCompiledError: no derivative was compiled, or one that the direction needs was not.
         """
-        with torch.no_grad():
-            return derivatives.jvp(self._caller, inputs, tangents, param_overrides)
+        return self._caller.jvp(inputs, tangents, param_overrides)
 
     @public
     def jacobian(
@@ -419,13 +214,7 @@ class Model(CompiledModule):
             ConvergenceError: as for `forward`.
             InputError: as for `forward`.
         """
-        if self._plan is not None and not param_overrides and pairs is None and not expand:
-            found = self._plan.jacobian(inputs)
-            if found is not None:
-                return found
-        with torch.no_grad():
-            wanted = derivatives.input_pairs(self._caller, pairs)
-            return derivatives.jacobian(self._caller, inputs, param_overrides, wanted, expand=expand)
+        return self._caller.jacobian(inputs, param_overrides, pairs, expand=expand)
 
     @public
     def param_jacobian(
@@ -443,9 +232,8 @@ class Model(CompiledModule):
         Raises:
             DerivativeNotCompiledError: no derivative by a parameter was compiled, or none by one of `params`.
         """
-        with torch.no_grad():
-            wanted = derivatives.parameter_pairs(self._caller, params)
-            return derivatives.jacobian(self._caller, inputs, param_overrides, wanted)
+        found = self._caller.evaluate(inputs, param_overrides, self._caller.derivatives.by_parameters(params))
+        return found.outputs, found.blocks
 
     @public
     def param_vjp(
@@ -464,18 +252,4 @@ class Model(CompiledModule):
             Gradient by parameter name, of the shape of the value in force: summed over the batch where the value is
             common to it.
         """
-        with torch.no_grad():
-            return derivatives.param_vjp(self._caller, inputs, cotangents, param_overrides, params)
-
-
-def _mode(mode: str | None) -> str:
-    found = mode or os.environ.get(MODE) or "rowwise"
-    if found not in MODES:
-        source = "mode" if mode else f"the environment variable {MODE}"
-        raise InputError(f"{source} is {found!r}, expected one of {', '.join(MODES)}.")
-    return found
-
-
-def require_pairs(model: Model, pairs: Sequence[tuple[str, str]] | None = None) -> None:
-    """Refuse pairs of an output and an input or parameter that were not compiled; without any, that none was."""
-    derivatives.input_pairs(model._caller, pairs, or_parameters=True)
+        return self._caller.param_vjp(inputs, cotangents, param_overrides, params)

@@ -6,8 +6,9 @@ import atexit
 import hashlib
 import os
 import sys
+import warnings
 from abc import ABCMeta
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -16,20 +17,32 @@ from time import monotonic, sleep
 from typing import Any, NoReturn, ParamSpec, TypeVar, overload
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from .._artifact import files
+from .._artifact.compatibility import check
+from .._artifact.decode import read_metadata
 from .._artifact.files import Folder
-from .._artifact.locate import Place
-from .._artifact.package import Package
-from .._artifact.schema import Metadata
-from ..errors import AOTIError, ArtifactError, InputError
-from ..settings import NewtonSettings
-from ._parameters import PromotedParameters
+from .._artifact.kinship import kinship
+from .._artifact.layout import absolute
+from .._artifact.locate import locate
+from .._artifact.stub import is_input_file, model_in
+from ..errors import AOTIError, ArtifactError, InputError, UnknownNameError
+from ..settings import NewtonSettings, changed_settings, newton_settings
+from ._admission import callers_level
+from ._call import Caller
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+MODE = "NEML2_AOTI_PLUGIN_MODE"
+MODES = ("rowwise", "lockstep")
+
+# Attributes that `_load` makes, and no pickle holds; and where a pickle has what is to be loaded.
+_LOADED = frozenset({"artifact", "inputs", "outputs", "initial_guesses", "_caller", "_origin"})
+_LEAF = "_leaf"
 
 # Of a torch module, what is of use with a compiled model; the rest works as ever, and is not listed.
 USEFUL = frozenset(
@@ -42,7 +55,7 @@ USEFUL = frozenset(
 INTERNAL = frozenset(
     {
         *("forward_with_batch", "linearise", "set_solver_config", "parameter_base_shapes"),
-        *("input_names", "output_names", "input_base_shapes", "output_base_shapes"),
+        *("input_names", "output_names", "input_base_shapes", "output_base_shapes", "extra_repr", "require_pairs"),
     }
 )
 
@@ -118,30 +131,137 @@ class Concise(ABCMeta):
 
 
 class CompiledModule(nn.Module, metaclass=Concise):
-    """A torch module whose parameters are the promoted parameters of a compiled model.
+    """A leaf of an artifact as a torch module, whose parameters are the promoted ones.
 
     They are frozen until `requires_grad_()` is called, so that a call costs nothing for derivatives that nobody wants.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        artifact: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        *,
+        mode: str | None = None,
+        solver: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__()
+        self.mode = _mode(mode)
+        self._given = absolute(artifact)
+        self._solver = dict(solver) if solver else None
+        from_stub = is_input_file(self._given)
+        if from_stub:
+            _, stub = model_in(self._given, name)
+            self._given, self._solver = stub.artifact, {**(stub.solver or {}), **(solver or {})} or None
+        self._load(device, dtype)
+        model = self._caller.boundary.model
+        if name is not None and not from_stub and name != model:
+            raise UnknownNameError(f"{self._given} holds the model {model!r}, not {name!r}.")
         _let_dask_pickle(type(self))
+
+    def _load(
+        self,
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        settings: NewtonSettings | None = None,
+        same_as: Mapping[str, str] | None = None,
+    ) -> None:
+        """Load a leaf, of an artifact with the digests `same_as`; the promoted parameters stay what they are."""
+        place = locate(self._given, device, dtype)
+        checked = check(read_metadata(place, solver=self._solver), place)
+        metadata, packages = checked.metadata, checked.packages
+        kin = kinship(metadata, place)
+        if kin.fault:
+            raise ArtifactError(kin.fault)
+        if kin.doubt:
+            warnings.warn(kin.doubt, UserWarning, stacklevel=callers_level())
+        digests = {package.file: package.digest for package in packages.values()}
+        origin = Origin(place.folder, place.metadata, {place.metadata: metadata.digest, **digests})
+        if same_as is not None:
+            origin.require_same(same_as, self._given)
+        self._caller = Caller(metadata, place, packages, self, lockstep=self.mode == "lockstep")
+        self._caller.settings = settings
+        self._origin = origin
+        self.artifact = place.metadata.parent
+        boundary = self._caller.boundary
+        self.inputs = {name: replace(variable, name=name) for name, variable in boundary.inputs.items()}
+        self.outputs = {name: replace(variable, name=name) for name, variable in boundary.outputs.items()}
+        self.initial_guesses = {name: replace(variable, name=name) for name, variable in boundary.guesses.items()}
 
     def __getstate__(self) -> dict[str, Any]:
+        """What travels: where the artifact is, which leaf, the options and the parameters; not what was loaded."""
         _let_dask_pickle(type(self))
-        return dict(self.__dict__)
+        self._origin.require_unchanged()
+        state = {name: value for name, value in self.__dict__.items() if name not in _LOADED}
+        return {**state, _LEAF: (self.device, self.dtype, self._caller.settings, self._origin.by_name)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the leaf anew, if the artifact is the same."""
         _let_dask_pickle(type(self))
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({name: value for name, value in state.items() if name != _LEAF})  # type: ignore[no-untyped-call]
+        self._load(*state[_LEAF])
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *USEFUL})  # type: ignore[no-untyped-call]
 
+    def extra_repr(self) -> str:
+        """What `repr` tells of a model."""
+        leaf = f"{self.device}/{str(self.dtype).removeprefix('torch.')}"
+        return f"{str(self.artifact)!r}, {leaf}: {', '.join(self.inputs)} -> {', '.join(self.outputs)}"
+
+    # -- what the model is ------------------------------------------------------------------------------------------
+
     @property
-    def _promoted(self) -> PromotedParameters:
-        """The promoted parameters."""
-        raise NotImplementedError
+    def input_names(self) -> list[str]:
+        """Names of the inputs, in the model's order."""
+        return list(self.inputs)
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs, in the model's order."""
+        return list(self.outputs)
+
+    @property
+    def input_base_shapes(self) -> list[list[int]]:
+        """Base shape of each input, in the order of `input_names`."""
+        return [list(variable.base_shape) for variable in self.inputs.values()]
+
+    @property
+    def output_base_shapes(self) -> list[list[int]]:
+        """Base shape of each output, in the order of `output_names`."""
+        return [list(variable.base_shape) for variable in self.outputs.values()]
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the model runs on."""
+        return self._caller.boundary.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of inputs and outputs."""
+        return self._caller.boundary.dtype
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the artifact's files as they were loaded, of metadata and graphs together."""
+        return self._origin.digest
+
+    @property
+    def derivative_pairs(self) -> list[tuple[str, str]]:
+        """The (output, input) pairs whose derivatives were compiled."""
+        return [(out, name) for out, (_, name) in self._caller.derivatives.by("input")]
+
+    @property
+    def parameter_derivative_pairs(self) -> list[tuple[str, str]]:
+        """The (output, parameter) pairs whose derivatives were compiled."""
+        return [(out, name) for out, (_, name) in self._caller.derivatives.by("parameter")]
+
+    def require_pairs(self, pairs: Sequence[tuple[str, str]] | None = None) -> None:
+        """Raise what `Model.solve` raises where one of the pairs was not compiled, or, if None, where none was."""
+        self._caller.derivatives.chosen(pairs, or_parameters=True)
+
+    # -- parameters -------------------------------------------------------------------------------------------------
 
     @overload
     def named_parameters(self) -> dict[str, nn.Parameter]: ...
@@ -160,7 +280,7 @@ class CompiledModule(nn.Module, metaclass=Concise):
         names and parameters, as in `torch.nn.Module`.
         """
         if prefix is None and recurse is None and remove_duplicate is None:
-            return dict(self._promoted.values)
+            return dict(self._caller.promoted.values)
         return super().named_parameters(
             prefix or "", recurse is None or recurse, remove_duplicate is None or remove_duplicate
         )
@@ -168,22 +288,62 @@ class CompiledModule(nn.Module, metaclass=Concise):
     @property
     def parameter_base_shapes(self) -> dict[str, list[int]]:
         """Base shape of each promoted parameter."""
-        return {name: list(spec.base_shape) for name, spec in self._promoted.specs.items()}
+        return {name: list(spec.base_shape) for name, spec in self._caller.promoted.specs.items()}
 
     def set_parameter(self, name: str, value: Tensor | float) -> None:
         """Set a promoted parameter to a tensor `(*batch, *base)`, or to a number for all its entries.
 
         In place where the shape is the same, else by a new parameter.
         """
-        self._promoted.set(name, value)
+        self._caller.promoted.set(name, value)
 
-    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Load the leaf for another device or dtype."""
-        raise NotImplementedError
+    def save_parameters(self, path: str | os.PathLike[str]) -> None:
+        """Write the promoted parameters to a safetensors file, which `Model(..., parameters=path)` takes."""
+        self._caller.promoted.save(Path(path))
 
-    def _place(self) -> tuple[torch.device, torch.dtype]:
-        """Where the model runs, and on what."""
-        raise NotImplementedError
+    def load_parameters(self, path: str | os.PathLike[str], *, same_artifact: bool = True) -> None:
+        """Set the promoted parameters to the values in a file that `save_parameters` wrote.
+
+        It must have been written for this artifact: one with the same metadata, for whatever device, dtype and machine;
+        or, unless `same_artifact`, for one whose parameters have the same names and shapes. Else it is an `InputError`.
+        """
+        self._caller.promoted.load(path, same_artifact=same_artifact)
+
+    # -- solver settings --------------------------------------------------------------------------------------------
+
+    @property
+    def solver(self) -> NewtonSettings | None:
+        """Newton settings in force, of the first implicit segment if they differ; None without implicit segments."""
+        segments = self._caller.program.implicit
+        return self._caller.settings or segments[0].spec.newton if segments else None
+
+    def set_solver(self, **settings: Any) -> None:
+        """Change some Newton settings of all implicit segments, as in `set_solver(atol=1e-8)`; the others stay.
+
+        They are atol, rtol, miters (one more than the updates allowed), ls_type, ls_max_iters (one more than the trials
+        allowed; 1 is no line search), ls_cutback, ls_c, substep_del_tol and chord_steps; see `NewtonSettings`.
+        """
+        self._caller.settings = changed_settings(self.solver, settings, str(self.artifact))
+
+    def set_solver_config(
+        self,
+        atol: float,
+        rtol: float,
+        miters: int,
+        ls_type: str,
+        ls_max_iters: int,
+        ls_cutback: float,
+        ls_c: float,
+        substep_del_tol: float = 1e-6,
+    ) -> None:
+        """Replace all Newton settings that neml2's C++ runtime has; `set_solver` takes them one by one."""
+        given = dict(atol=atol, rtol=rtol, miters=miters, ls_type=ls_type, ls_max_iters=ls_max_iters)
+        given |= dict(ls_cutback=ls_cutback, ls_c=ls_c, substep_del_tol=substep_del_tol)
+        present = self.solver
+        chord_steps = present is None or present.chord_steps
+        self._caller.settings = newton_settings(**given, chord_steps=chord_steps)
+
+    # -- other leaves -----------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Take part in `to()`, `float()`, `cuda()` and their like: by another compiled leaf, or not at all.
@@ -192,18 +352,26 @@ class CompiledModule(nn.Module, metaclass=Concise):
             ArtifactNotFoundError: nothing was compiled for that device and dtype.
             InputError: torch has no such device here.
         """
-        device, dtype = self._place()
         try:
-            probe = fn(torch.empty(0, dtype=dtype, device=device))
+            probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             # What torch says where there is no such device is of several types, and of torch only.
             raise InputError(
                 f"torch cannot move a tensor to where this model was asked to go: {_first_line(error)}. It stays on "
-                f"{device}. Choose a device that is there; torch.cuda.is_available() is {torch.cuda.is_available()}."
+                f"{self.device}. Choose a device that is there; torch.cuda.is_available() is "
+                f"{torch.cuda.is_available()}."
             ) from error
-        if probe.dtype != dtype or probe.device != torch.empty(0, device=device).device:
-            self._move(probe.device, probe.dtype)
+        if probe.dtype != self.dtype or probe.device != torch.empty(0, device=self.device).device:
+            self._load(probe.device, probe.dtype, self._caller.settings)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _mode(mode: str | None) -> str:
+    found = mode or os.environ.get(MODE) or "rowwise"
+    if found not in MODES:
+        source = "mode" if mode else f"the environment variable {MODE}"
+        raise InputError(f"{source} is {found!r}, expected one of {', '.join(MODES)}.")
+    return found
 
 
 def _let_dask_pickle(kind: type[CompiledModule]) -> None:
@@ -225,20 +393,6 @@ def _pickle_it(model: CompiledModule) -> NoReturn:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-# -- copies and pickles -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a pickle of a model holds beside its parameters: artifact, leaf, Newton settings, digests by file."""
-
-    artifact: Path
-    device: torch.device
-    dtype: torch.dtype
-    settings: NewtonSettings | None
-    digests: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -274,18 +428,12 @@ class Origin:
                     "another one. Load the model again, then copy or pickle it."
                 )
 
-    def require_same(self, recipe: Recipe) -> None:
-        """Refuse these files where they are not those of a pickled model."""
+    def require_same(self, digests: Mapping[str, str], artifact: Path) -> None:
+        """Refuse these files, found at `artifact`, where they are not those of a pickled model."""
         there = self.by_name
-        differing = sorted(n for n in recipe.digests.keys() | there.keys() if recipe.digests.get(n) != there.get(n))
+        differing = sorted(n for n in digests.keys() | there.keys() if digests.get(n) != there.get(n))
         if differing:
             raise ArtifactError(
-                f"{recipe.artifact} is not the artifact that the pickled model was made from: {', '.join(differing)} "
+                f"{artifact} is not the artifact that the pickled model was made from: {', '.join(differing)} "
                 "differ. Put the same artifact there, or load this one anew instead of unpickling."
             )
-
-
-def origin(place: Place, metadata: Metadata, packages: Iterable[Package]) -> Origin:
-    """What a model is made of, once it has been looked over."""
-    digests = {place.metadata: metadata.digest, **{package.file: package.digest for package in packages}}
-    return Origin(place.folder, place.metadata, digests)

@@ -13,15 +13,14 @@ from .._artifact.schema import Metadata, Parameter, Shape
 from .._checks import require_names, shown_value
 from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import ArtifactError, InputError
-from ._admission import Boundary
-from ._memory import with_memory
+from ._admission import Boundary, with_memory
 
 # What models keep in attributes of their own.
 RESERVED = frozenset(
     {
         *("artifact", "initial_guesses", "inputs", "mode", "outputs", "input_spec", "input_sub_batch", "output_spec"),
-        *("_boundary", "_caller", "_given", "_metadata", "_origin", "_plan", "_solver"),
-        *("_declared", "_hit_name", "_inner", "_guess_spec", "_output_wrappers", "_wrappers"),
+        *("_caller", "_given", "_origin", "_solver"),
+        *("_declared", "_hit_name", "_guess_spec", "_output_wrappers", "_wrappers"),
     }
 )
 
@@ -48,7 +47,7 @@ class PromotedParameters:
     """
 
     def __init__(self, metadata: Metadata, boundary: Boundary, owner: nn.Module) -> None:
-        self._boundary = boundary
+        self._boundary, self._digest = boundary, metadata.digest
         named = {metadata.aliases.parameters.get(p.name, p.name): p for p in metadata.parameters}
         self.specs = dict(sorted(named.items()))
         self.public = {p.name: name for name, p in self.specs.items()}
@@ -132,23 +131,24 @@ class PromotedParameters:
         # A copy, because another thread may change a value in place while a solve goes on.
         return {name: self.admit(name, value).clone() for name, value in self.in_force(overrides).items()}
 
-    def save(self, path: Path, model: str, digest: str) -> None:
-        """Write the values to a file, for the artifact whose metadata file has this SHA-256."""
+    def save(self, path: Path) -> None:
+        """Write the values to a file, for the artifact with this metadata file."""
+        model = self._boundary.model
         if not self.specs:
             raise InputError(
                 f"the model {model!r} has no promoted parameters to write. Promote them at compile time: "
                 "neml2-compile ... -p PARAMETER."
             )
         values = {name: value.detach().to(torch.float64) for name, value in self.values.items()}
-        write_tensors(path, FILE_KIND, values, {MODEL: model, DIGEST: digest})
+        write_tensors(path, FILE_KIND, values, {MODEL: model, DIGEST: self._digest})
 
-    def load(self, path: str | os.PathLike[str], digest: str | None) -> None:
-        """Set all values from a file, or none; one for the artifact of that metadata file, or any if None."""
+    def load(self, path: str | os.PathLike[str], *, same_artifact: bool) -> None:
+        """Set all values from a file, or none; one for the artifact of that metadata file, unless told otherwise."""
         where = self._boundary.where
 
         def check(header: Header) -> Iterable[str]:
             header.require_kind(FILE_KIND, WHAT)
-            if digest is not None and header.notes.get(DIGEST) != digest:
+            if same_artifact and header.notes.get(DIGEST) != self._digest:
                 raise InputError(
                     f"{path}: holds parameters of another artifact (model {header.notes.get(MODEL)!r}), not of "
                     f"{where}. Take that artifact; or, if the values are meant for this one all the same: "

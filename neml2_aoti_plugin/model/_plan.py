@@ -8,7 +8,7 @@ there. All others go the way of every model, which gives the same.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,135 +21,114 @@ from ._outcomes import Blocks, Tensors
 # Up to so many rows torch's runner, which looks at nothing, is the shortest way.
 SHORT = 1 << 16
 
-# Of a block: the output and input, its place among the graph's outputs, whether it comes once for all rows, and whether
-# it is to be made contiguous.
-Way = tuple[str, str, int, bool, bool]
-T = TypeVar("T")
+# Of a result: its place among the graph's outputs, whether it comes once for all rows, and whether it is to be made
+# contiguous.
+Way = tuple[int, bool, bool]
+
+
+class Wanted(NamedTuple):
+    """A result that callers get: its place among the graph's outputs, its shape in a row, whether all rows share it."""
+
+    place: int
+    shape: Shape
+    constant: bool = False
 
 
 class Plan:
-    """Where the results of a model of one explicit segment lie in what its graphs give."""
+    """Where callers' results lie in what one graph gives."""
 
-    def __init__(self, program: Program, segment: ExplicitSegment, boundary: Boundary) -> None:
-        self._boundary = boundary
-        # The graph of values, and that of values and blocks, if any were compiled.
-        self._value, self._both = segment.value, segment.jacobian or segment.value
-        spec = segment.spec
-        order = [variable.name for variable in boundary.inputs.values()]
-        # Which inputs the graph takes.
-        self._taken = tuple(order.index(name) for name in spec.inputs)
-        self._as_given = self._taken == tuple(range(len(order)))
-        self._names = tuple(enumerate(boundary.outputs))
-        # Which of the graph's outputs are the model's.
-        self._places = tuple(spec.outputs.index(v.name) for v in boundary.outputs.values())
-        self._in_order = self._places == tuple(range(len(spec.outputs)))
-        self._shapes = tuple(v.natural_shape for v in boundary.outputs.values())
-        # Of each pair, names, place, base shape of the block, and whether it does not depend on the row.
-        self._pairs: list[tuple[str, str, int, Shape, bool]] = []
-        # Whether all pairs come from the graph as callers get them.
-        self._has_blocks = bool(program.metadata.derivatives) and spec.jacobian is not None
-        known = {(pair.out, pair.wrt): pair for pair in spec.jacobian.pairs} if spec.jacobian else {}
-        for authored_out, authored_by in program.metadata.derivatives:
-            out, by = boundary.output_names[authored_out], boundary.input_names[authored_by]
-            sites = boundary.outputs[out].sub_batch_shape or boundary.inputs[by].sub_batch_shape
-            pair = known.get((authored_out, authored_by))
-            if spec.jacobian is None or pair is None or pair.row is not None or pair.wrt_sub_batch_shape or sites:
-                self._has_blocks = False
-                break
-            base = boundary.outputs[out].base_shape + boundary.inputs[by].base_shape
-            self._pairs.append((out, by, spec.jacobian.skip + pair.output, base, pair.constant))
-        # By number of rows: for the same shapes a graph gives the same shapes and layouts.
-        self._simple: dict[int, bool] = {}
+    def __init__(self, graph: Any, taken: tuple[int, ...], wanted: list[Wanted], boundary: Boundary) -> None:
+        self._graph, self._boundary, self._wanted = graph, boundary, wanted
+        # Which inputs the graph takes; None for all, in the model's order.
+        self._taken = None if taken == tuple(range(len(boundary.inputs))) else taken
+        # By number of rows, since a graph gives the same shapes and layouts for the same shapes; None where a result
+        # takes more than that.
         self._ways: dict[int, tuple[Way, ...] | None] = {}
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensors | None:
-        """As `Model.forward`; None where the plan does not hold."""
-        outputs = self.values(self._boundary.listed(inputs))
-        if outputs is None:
-            return None
-        found = {}
-        for number, name in self._names:
-            found[name] = outputs[number]
-        return found
-
-    def values(self, inputs: list[Any]) -> list[Tensor] | None:
-        """The outputs for inputs, both in the model's order; None where the plan does not hold."""
+    def __call__(self, inputs: list[Any]) -> list[Tensor] | None:
+        """The results for inputs in the model's order; None where the plan does not hold."""
         rows = self._boundary.plain(inputs)
-        simple = self._simple.get(rows)
-        if not rows or simple is False:
-            return None
-        outputs = self._call(self._value, inputs, rows, seen=simple is not None)
-        if simple is None:
-            simple = _note(self._simple, rows, self._are_simple(outputs, rows))
-        if not simple:
-            return None
-        return outputs if self._in_order else [outputs[place] for place in self._places]
-
-    def jacobian(self, inputs: Mapping[str, Tensor]) -> tuple[Tensors, Blocks] | None:
-        """As `Model.jacobian`; None where the plan does not hold."""
-        if not self._has_blocks:
-            return None
-        given = self._boundary.listed(inputs)
-        rows = self._boundary.plain(given)
         ways = self._ways.get(rows, ())
         if not rows or ways is None:
             return None
-        outputs = self._call(self._both, given, rows, seen=bool(ways))
+        arguments = inputs if self._taken is None else [inputs[place] for place in self._taken]
+        if rows > SHORT:
+            outputs = self._graph(arguments)
+        else:
+            # A graph that has seen so many rows compares no more what it takes.
+            outputs = self._graph.again(arguments) if ways else self._graph.run_short(arguments)
         if not ways:
-            ways = _note(self._ways, rows, self._ways_of(outputs, rows))
+            if len(self._ways) >= FORMS:
+                self._ways.clear()
+            ways = self._ways[rows] = self._found(outputs, rows)
             if ways is None:
                 return None
-        values = {}
-        for number, name in self._names:
-            values[name] = outputs[self._places[number]]
-        blocks: Blocks = {}
-        for out, by, place, once, copied in ways:
-            block = outputs[place]
+        results = []
+        for place, once, copied in ways:
+            value = outputs[place]
             if once:
-                block = block[0]
-            blocks.setdefault(out, {})[by] = block.contiguous() if copied else block
-        return values, blocks
+                value = value[0]
+            results.append(value.contiguous() if copied else value)
+        return results
 
-    def _call(self, graph: Any, inputs: list[Any], rows: int, *, seen: bool) -> list[Tensor]:
-        """What a graph gives; one that has `seen` so many rows compares no more what it takes."""
-        arguments = inputs if self._as_given else [inputs[place] for place in self._taken]
-        if rows > SHORT:
-            return graph(arguments)  # type: ignore[no-any-return]
-        return graph.again(arguments) if seen else graph.run_short(arguments)  # type: ignore[no-any-return]
-
-    def _are_simple(self, outputs: list[Tensor], rows: int) -> bool:
-        """Whether the outputs are what callers get; the general way complains of those that are too few."""
-        if len(outputs) <= max(self._places):
-            return False
-        found = [(outputs[place], shape) for place, shape in zip(self._places, self._shapes, strict=True)]
-        return all(
-            x.shape == (rows, *shape) and x.dtype == self._boundary.dtype and x.is_contiguous() for x, shape in found
-        )
-
-    def _ways_of(self, outputs: list[Tensor], rows: int) -> tuple[Way, ...] | None:
-        """How the caller's blocks come from the graph's outputs; None where it takes more."""
-        if len(outputs) <= max(place for _, _, place, _, _ in self._pairs) or not self._are_simple(outputs, rows):
+    def _found(self, outputs: list[Tensor], rows: int) -> tuple[Way, ...] | None:
+        """How the results come; the general way complains of outputs that are too few."""
+        if len(outputs) <= max(wanted.place for wanted in self._wanted):
             return None
         ways = []
-        for out, by, place, base, constant in self._pairs:
-            given = outputs[place]
-            once = constant and given.shape[0] == 1
-            if given.dtype != self._boundary.dtype or tuple(given.shape) != ((1 if once else rows), *base):
+        for place, shape, constant in self._wanted:
+            value = outputs[place]
+            once = constant and value.shape[0] == 1
+            if value.dtype != self._boundary.dtype or tuple(value.shape) != ((1 if once else rows), *shape):
                 return None
-            ways.append((out, by, place, once, not (given[0] if once else given).is_contiguous()))
+            ways.append((place, once, not (value[0] if once else value).is_contiguous()))
         return tuple(ways)
 
 
-def _note(kept: dict[int, T], rows: int, value: T) -> T:
-    """Keep what was found for a number of rows."""
-    if len(kept) >= FORMS:
-        kept.clear()
-    kept[rows] = value
-    return value
+class Plans:
+    """The plans of a model's values, and of its values with blocks."""
+
+    def __init__(self, program: Program, segment: ExplicitSegment, boundary: Boundary) -> None:
+        self._boundary = boundary
+        spec = segment.spec
+        order = [variable.name for variable in boundary.inputs.values()]
+        taken = tuple(order.index(name) for name in spec.inputs)
+        outputs = [Wanted(spec.outputs.index(v.name), v.natural_shape) for v in boundary.outputs.values()]
+        self.values = Plan(segment.value, taken, outputs, boundary)
+        self._blocks: Plan | None = None
+        self._pairs: list[tuple[str, str]] = []
+        blocks: list[Wanted] = []
+        if spec.jacobian is None or segment.jacobian is None or not program.metadata.derivatives:
+            return
+        known = {(pair.out, pair.wrt): pair for pair in spec.jacobian.pairs}
+        for authored in program.metadata.derivatives:
+            pair, out, by = known.get(authored), boundary.output_names[authored[0]], boundary.input_names[authored[1]]
+            sites = boundary.outputs[out].sub_batch_shape or boundary.inputs[by].sub_batch_shape
+            if pair is None or pair.row is not None or pair.wrt_sub_batch_shape or sites:
+                return
+            base = boundary.outputs[out].base_shape + boundary.inputs[by].base_shape
+            blocks.append(Wanted(spec.jacobian.skip + pair.output, base, pair.constant))
+            self._pairs.append((out, by))
+        self._blocks = Plan(segment.jacobian, taken, outputs + blocks, boundary)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensors | None:
+        """As `Model.forward`; None where the plan does not hold."""
+        found = self.values(self._boundary.listed(inputs))
+        return None if found is None else dict(zip(self._boundary.outputs, found, strict=True))
+
+    def jacobian(self, inputs: Mapping[str, Tensor]) -> tuple[Tensors, Blocks] | None:
+        """As `Model.jacobian`; None where the plan does not hold."""
+        found = self._blocks(self._boundary.listed(inputs)) if self._blocks is not None else None
+        if found is None:
+            return None
+        count, blocks = len(self._boundary.outputs), Blocks()
+        for (out, by), block in zip(self._pairs, found[count:], strict=True):
+            blocks.setdefault(out, {})[by] = block
+        return dict(zip(self._boundary.outputs, found, strict=False)), blocks
 
 
-def plan_of(program: Program, boundary: Boundary) -> Plan | None:
-    """The plan of a model whose plain inputs can go straight into one graph, if it is such a model."""
+def plans_of(program: Program, boundary: Boundary) -> Plans | None:
+    """The plans of a model whose plain inputs can go straight into one graph, if it is such a model."""
     segment = program.segments[0]
     if len(program.segments) > 1 or not isinstance(segment, ExplicitSegment):
         return None
@@ -164,4 +143,4 @@ def plan_of(program: Program, boundary: Boundary) -> Plan | None:
         and taken.issuperset(spec.inputs)
         and given.issubset(spec.outputs)
     )
-    return Plan(program, segment, boundary) if straight else None
+    return Plans(program, segment, boundary) if straight else None

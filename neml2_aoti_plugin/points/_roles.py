@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from .._checks import require_names
 from ..errors import DerivativeNotCompiledError, InputError
 from ..model import Model
-from ..model._model import require_pairs
 
 _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
 
@@ -124,7 +123,7 @@ def require_pair(model: Model, driven: Sequence[str], pair: Pair) -> None:
             f"{by!r} is kept by the points; the tangent of points is by a driven input ({', '.join(driven)}) or a "
             f"promoted parameter. Or Points(..., driven=[{by!r}])."
         )
-    require_pairs(model, [pair])
+    model.require_pairs([pair])
 
 
 def require_in_tangent(
@@ -134,7 +133,7 @@ def require_in_tangent(
     if pairs is None:
         raise InputError("this update left derivatives out. Call update(..., tangent=True).")
     if not model.derivative_pairs:
-        require_pairs(model)
+        model.require_pairs()
     pair = (out, by if by is not None else driven[0])
     require_pair(model, driven, pair)
     raise InputError(f"the tangent has the pairs {list(pairs)} only. Name the others: Points(..., pairs=[{pair!r}]).")
