@@ -34,7 +34,7 @@ CALLS: dict[str, Call] = {
 
 
 def outputs_of(model: Any) -> dict[str, Any]:
-    found: dict[str, Any] = getattr(model, "_inner", model).outputs
+    found: dict[str, Any] = model.outputs
     return found
 
 

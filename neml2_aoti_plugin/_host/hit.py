@@ -107,7 +107,7 @@ class AOTIModel(CompiledModule):
         self.input_spec = {name: typed.wrapper_class(v, name) for name, v in self.inputs.items()}
         self._wrappers = tuple(self.input_spec.values())
         self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self.outputs.items()}
-        self._output_wrappers = tuple(self.output_spec.values())
+        self._output_wrappers = tuple(enumerate(self.output_spec.values()))
         # Of the unknowns that may be given as initial guesses.
         self._guess_spec = {name: typed.wrapper_of_unknown(v, name) for name, v in self.initial_guesses.items()}
         self.input_sub_batch = {name: v.sub_batch_shape for name, v in self.inputs.items()}
@@ -153,7 +153,7 @@ class AOTIModel(CompiledModule):
         if plans is not None and v is None:
             found = plans.values([*map(_plain, args, self._wrappers)])
             if found is not None:
-                return tuple([wrapper(value) for wrapper, value in zip(self._output_wrappers, found, strict=True)])
+                return tuple([wrapper(found[place]) for place, wrapper in self._output_wrappers])
         inputs = self._raw(dict(zip(self.input_spec, args, strict=True)))
         if v is None:
             return tuple(self._evaluate(inputs).values())
