@@ -79,7 +79,7 @@ test-wide: $(READY)
 	$(BIN)/python -m stubs.build --all --jobs $(JOBS)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m 'wide and not long and not legacy' $(PYTEST_ARGS)
 
-# Of this process alone: what programs run that tests start is not counted, nor the loops that are compiled beforehand.
+# The loops that are compiled beforehand are not counted.
 coverage: $(READY)
 	$(BIN)/python -m stubs.build --jobs $(JOBS)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --cov=neml2_aoti_plugin $(PYTEST_ARGS)
