@@ -265,8 +265,8 @@ def environment() -> Path:
     if not python.exists():
         print(f"making {NATIVE_VENV} ...", flush=True)
         venv.create(NATIVE_VENV, with_pip=True)
-        wanted = [f"{name}=={version}" for name, version in REQUIRED.items()]
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted, "filelock", "llvmlite"], check=True)
+        wanted = [*(f"{name}=={version}" for name, version in REQUIRED.items()), "filelock", "llvmlite", "msgspec"]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
     return python
 
 
