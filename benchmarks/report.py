@@ -49,7 +49,7 @@ def _gains(store: Store) -> str:
             if n in GAINS:
                 times = (duration(one.time(PLUGIN)), cell(one, EAGER), cell(one, NATIVE))
                 rows.append((f"{name} ({subject.title})", f"{n:,}", *times, faster(one, EAGER), faster(one, NATIVE)))
-    head = ("model", "rows", "compiled, by the plugin", EAGER, NATIVE, f"as fast as {EAGER}", f"as fast as {NATIVE}")
+    head = ("model", "rows", "compiled, by the plugin", EAGER, NATIVE, f"times as fast as {EAGER}", f"as {NATIVE}")
     told = (
         "What a call for outputs takes on one thread, compiled and run by this plugin, beside eager neml2 and neml2's "
         "own C++ runtime. By default a call uses as many threads as torch has: two take about half of the time from "
@@ -281,4 +281,7 @@ def ratio(one: Found, peer: str) -> str:
 def faster(one: Found, peer: str) -> str:
     """How many times as fast as a peer the plugin is."""
     found = one.ratios(PLUGIN, peer)
-    return "-" if found is None else f"{1 / found.median:.2g} times"
+    if found is None:
+        return "-"
+    times = 1 / found.median
+    return f"{times:.0f}" if times >= 10 else f"{times:.2g}"
