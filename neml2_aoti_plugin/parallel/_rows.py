@@ -216,7 +216,7 @@ def _identity(model: Model, operation: str, source: Source, size: int, fields: F
     """What distinguishes a run from another one; its rows are known by the digests of the chunks."""
     parameters = hashlib.sha256()
     for name, value in model.named_parameters().items():
-        parameters.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+        parameters.update(f"{name} {list(value.shape)} ".encode() + value.detach().contiguous().numpy().tobytes())
     settings = model.solver
     return {
         "model": model.digest,
