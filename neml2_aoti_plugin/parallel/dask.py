@@ -72,7 +72,8 @@ def map_blocks(
     """Evaluate Dask arrays that are cut along rows, lazily.
 
     Args:
-        model: a model, or the path of its artifact, which all workers must see.
+        model: a model, or the path of its artifact, which all workers must see. Its parameters and solver settings are
+            those of now; what is set later does not reach the arrays.
         inputs: a `dask.array.Array` `(rows, *sub_batch, *base)` for each input, from files or from Zarr, all cut along
             the rows alike and along no other axis; or an array of NumPy without the row axis, for all rows.
         client: to have its workers load the model at once; each does at its first block if not given.
