@@ -61,6 +61,18 @@ def make_pools(artifact: Path, stub: Path, driver: str) -> dict[str, Tensors]:
     return pools
 
 
+def converging(name: str, rows: int, *, quick: bool = True) -> tuple[Path, Tensors]:
+    """A compiled stub's artifact, and that many rows of its history that differ in state and rate and converge."""
+    from neml2_aoti_plugin.model import Model
+    from stubs.build import compiled
+    from stubs.catalogue import CATALOGUE
+
+    stub, folder = CATALOGUE[name], compiled(name, quick=quick)
+    pool = spread(states(folder / f"{stub.model}_aoti.i", stub.driver), POOL_ROWS)
+    converged = Model(folder / stub.model).solve(pool).converged
+    return folder / stub.model, taken({name: value[converged] for name, value in pool.items()}, rows)
+
+
 def with_typical_first(pool: Tensors, updates: Tensor) -> Tensors:
     """Let a row with the median number of updates take the first place, for it is the batch of one row."""
     order = torch.arange(len(updates))

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 MIB = 2**20
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, its first column to the left and the others to the right."""
-    lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table, its first columns to the left and the others to the right."""
+    lines = [f"| {' | '.join(head)} |", "|---" * left + "|--:" * (len(head) - left) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 

@@ -19,11 +19,9 @@ import torch
 from neml2_aoti_plugin import Model, Points
 from neml2_aoti_plugin.notation import Form, convert
 from neml2_aoti_plugin.points import PointsState
-from stubs.build import compiled
-from stubs.catalogue import CATALOGUE
 
 from . import machine
-from .batches import spread, states, taken
+from .batches import converging
 
 NOTATIONS = ("mandel", "voigt", "tensor")
 # Rounds of that many seconds, and so many at least.
@@ -49,11 +47,8 @@ def main() -> int:
 
 def line(name: str, rows: int, notation: Any, seconds: float) -> str:
     """Measure one model at one number of rows in one notation."""
-    stub, folder = CATALOGUE[name], compiled(name)
-    model = Model(folder / stub.model)
-    pool = spread(states(folder / f"{stub.model}_aoti.i", stub.driver), 4096)
-    converged = model.solve(pool).converged
-    inputs = taken({key: value[converged] for key, value in pool.items()}, rows)
+    artifact, inputs = converging(name, rows)
+    model = Model(artifact)
     pairs = [pair for pair in model.derivative_pairs if "~" not in pair[1]]
     points = Points(model, rows, notation=notation, pairs=pairs)
     points.restore(PointsState({key: inputs[key] for key in points.kept}, model.digest, rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from .agreement import DERIVATIVE_TOLERANCE, EAGER_TOLERANCE, TOLERANCE
@@ -29,13 +28,16 @@ def page(store: Store, picture: str) -> str:
         _notes(),
         *_section(
             "Times for outputs",
-            *(_times(store, name, batch) for name in SUBJECTS for batch in (HETEROGENEOUS, HOMOGENEOUS)),
+            *(_times(store, name, batch, "forward") for name in SUBJECTS for batch in (HETEROGENEOUS, HOMOGENEOUS)),
         ),
-        *_section("Times for outputs and derivatives", *(_derivatives(store, name) for name in SUBJECTS)),
+        *_section(
+            "Times for outputs and derivatives",
+            *(_times(store, name, HETEROGENEOUS, "jacobian") for name in SUBJECTS),
+        ),
         *_section("One row: typed call and driver", _once(store)),
         *_section("Peak memory", _memory(store)),
         *_section("Numbers", _numbers(store)),
-        *_section("Targets", _summary(judged), _overview(judged), _targets(judged)),
+        *_section("Targets", _summary(judged), _targets(judged)),
         *_section("Left out", _left_out(store)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -84,7 +86,7 @@ def _head(store: Store) -> str:
         ("measured", f"begun {begun}, " + (f"ended {ended}" if ended else "not ended: the tables are not complete")),
         ("load", f"{header.get('load')}: the highest load average of one minute that was seen after a case"),
     ]
-    return f"""{table(("", ""), facts).replace("--:|", "---|")}
+    return f"""{table(("", ""), facts, left=2)}
 
 In each case all peers are in one process, on the same artifact and the same rows, and their results are compared
 first. Then they are called in turn, round by round. Each is called twice in a row and the second call is timed, so that
@@ -105,30 +107,6 @@ def _summary(judged: list[Judged]) -> str:
         f"and {count[MISSING]} were not measured. A target is undecided where the quartiles of the measured ratio are "
         "further apart than its median is from the target."
     )
-
-
-def _overview(judged: list[Judged]) -> str:
-    """One line for each target, one column for each number of rows."""
-    lines: dict[tuple[str, str], dict[int, Judged]] = {}
-    for one in judged:
-        lines.setdefault((one.target.title, one.target.model), {})[one.rows] = one
-    counts = sorted({one.rows for one in judged})
-    rows = [(*what, *(_mark(found.get(n)) for n in counts)) for what, found in lines.items()]
-    told = (
-        "Each cell is the measured ratio and its target: **bold** where the target is met, with `?` where it is "
-        "undecided, `-` where nothing was measured."
-    )
-    head = ("ratio", "model", *(f"{n:,} row{'s' if n > 1 else ''}" for n in counts))
-    return f"{table(head, rows)}\n\n{told}"
-
-
-def _mark(one: Judged | None) -> str:
-    if one is None:
-        return ""
-    if one.ratio is None:
-        return f"- / {one.limit:.2f}"
-    found = f"{one.ratio:.2f}{'?' if one.verdict == UNDECIDED else ''}"
-    return f"{f'**{found}**' if one.verdict == MET else found} / {one.limit:.2f}"
 
 
 def _targets(judged: list[Judged]) -> str:
@@ -164,22 +142,20 @@ def _found(store: Store, name: str, batch: str, quantity: str) -> list[tuple[int
     return [(n, found) for n, found in listed if found is not None]
 
 
-def _times(store: Store, name: str, batch: str) -> str:
-    found = _found(store, name, batch, "forward")
+def _times(store: Store, name: str, batch: str, quantity: str) -> str:
+    """The times of a model on a kind of batch; of calls for outputs, also the updates."""
+    found = _found(store, name, batch, quantity)
     if not found:
         return ""
-    peers = _timed(found, NATIVE, COPY, EAGER, COMPILED)
-    head = ("rows", "updates", PLUGIN, f"/ {NATIVE}", *peers)
+    alone = quantity == "forward"
+    peers = tuple(p for p in (NATIVE, COPY, EAGER, COMPILED) if any(p in one.seconds for _, one in found))
+    head = ("rows", *(("updates",) if alone else ()), PLUGIN, f"/ {NATIVE}", *peers)
     rows = []
     for n, one in found:
         times = duration(one.time(PLUGIN)), ratio(one, NATIVE), *(cell(one, peer) for peer in peers)
-        rows.append((f"{n:,}", _updates(one), *times))
-    return f"### {name} ({SUBJECTS[name].title}), {batch}\n\n{table(head, rows)}"
-
-
-def _timed(found: Sequence[tuple[int, Found]], *peers: str) -> tuple[str, ...]:
-    """The peers that were timed in any case."""
-    return tuple(peer for peer in peers if any(peer in one.seconds for _, one in found))
+        rows.append((f"{n:,}", *((_updates(one),) if alone else ()), *times))
+    title = f"{name} ({SUBJECTS[name].title})" if alone else name
+    return f"### {title}, {batch}\n\n{table(head, rows)}"
 
 
 def _updates(one: Found) -> str:
@@ -188,18 +164,6 @@ def _updates(one: Found) -> str:
         return "-"
     total = sum(one.updates)
     return f"{sum(k * n for k, n in enumerate(one.updates)) / total:.1f}, at most {len(one.updates) - 1}"
-
-
-def _derivatives(store: Store, name: str) -> str:
-    found = _found(store, name, HETEROGENEOUS, "jacobian")
-    if not found:
-        return ""
-    peers = _timed(found, NATIVE, EAGER)
-    rows = [
-        (f"{n:,}", duration(one.time(PLUGIN)), ratio(one, NATIVE), *(cell(one, peer) for peer in peers))
-        for n, one in found
-    ]
-    return f"### {name}, heterogeneous\n\n{table(('rows', PLUGIN, f'/ {NATIVE}', *peers), rows)}"
 
 
 def _once(store: Store) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 
 from .cases import Case
 
+# What takes longer hangs, in seconds, and is ended. The largest case takes a quarter of an hour.
+HANGS = 2400.0
+
 
 @dataclass(frozen=True)
 class Ratios:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,12 +13,10 @@ from pathlib import Path
 
 from . import machine
 from .cases import COPY, HETEROGENEOUS, HOMOGENEOUS, NATIVE, PLUGIN, Case, cases_of, memory_case_of
-from .results import Found, Orders, Store
+from .results import HANGS, Found, Orders, Store
 
 # What would change a time or a number from the outside.
 OUTSIDE = ("NEML2_", "PYTHON", "TORCH_", "OMP_", "MKL_")
-# A process that says nothing for so long hangs, in seconds; it is killed. The largest case takes a quarter of an hour.
-SILENCE = 2400.0
 # Why peers are left out.
 ESSENTIAL_ONLY = "left out of a quick run"
 AFTER_DEATH = "left out after the process had been killed with it"
@@ -85,9 +82,9 @@ def run_all(shop: Shop, store: Store, cases: list[Case], deadline: float) -> Non
     waiting = [case for case in cases if store.get(case) is None]
     for name in dict.fromkeys(case.model for case in waiting):
         mine = [case for case in waiting if case.model == name]
-        try:
-            make_pool(shop, name)
-        except subprocess.CalledProcessError:
+        # The rows are kept from before, or made by a process that has no cases.
+        orders = Orders(name, "", str(shop.folders[name]), str(shop.pool(name)), [], shop.threads, 0.0)
+        if not shop.pool(name).exists() and _work(shop, store, orders):
             for case in mine:
                 store.put(Found(case.key, trouble=f"its rows could not be made; see {shop.log(name)}"))
             print(f"{name}: its rows could not be made; see {shop.log(name)}", flush=True)
@@ -101,24 +98,6 @@ def run_all(shop: Shop, store: Store, cases: list[Case], deadline: float) -> Non
             if series:
                 share = sum(c.weight for c in series) / sum(c.weight for c in left)
                 run_series(shop, store, series, time.time() + share * (deadline - time.time()))
-
-
-def make_pool(shop: Shop, model: str) -> None:
-    """Make the rows of a model, unless they are kept from before."""
-    if shop.pool(model).exists():
-        return
-    orders = Orders(model, "", str(shop.folders[model]), str(shop.pool(model)), [], shop.threads, 0.0)
-    with shop.log(model).open("a", encoding="utf-8") as log:
-        subprocess.run(
-            shop.command("worker"),
-            input=json.dumps(asdict(orders)),
-            text=True,
-            stdout=log,
-            stderr=log,
-            cwd=shop.sources,
-            env=shop.variables(),
-            check=True,
-        )
 
 
 def run_series(shop: Shop, store: Store, cases: list[Case], deadline: float) -> None:
@@ -187,12 +166,10 @@ def _work(shop: Shop, store: Store, orders: Orders) -> str | None:
             env=shop.variables(),
         )
         assert process.stdin is not None and process.stdout is not None
-        watch = _Watch(process)
         try:
             process.stdin.write(json.dumps(asdict(orders)))
             process.stdin.close()
             for line in process.stdout:
-                watch.heard()
                 kind, _, rest = line.partition(" ")
                 if kind == "START":
                     started = rest.strip()
@@ -204,34 +181,12 @@ def _work(shop: Shop, store: Store, orders: Orders) -> str | None:
                     started = None
             process.wait()
         finally:
-            watch.stop()
             if process.poll() is None:
                 process.kill()
                 process.wait()
     if process.returncode == 0:
         return None
-    return started or "/".join(str(part) for part in orders.cases[0])
-
-
-class _Watch:
-    """Kills a process that has said nothing for too long."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self._timer: threading.Timer | None = None
-        self.heard()
-
-    def heard(self) -> None:
-        """Wait anew."""
-        self.stop()
-        self._timer = threading.Timer(SILENCE, self._process.kill)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def stop(self) -> None:
-        """Wait no longer."""
-        if self._timer is not None:
-            self._timer.cancel()
+    return started or "/".join(map(str, next(iter(orders.cases), [orders.model])))
 
 
 def memory(shop: Shop, store: Store, case: Case) -> Found:
@@ -248,10 +203,10 @@ def memory(shop: Shop, store: Store, case: Case) -> Found:
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=SILENCE,
+                timeout=HANGS,
             )
         except subprocess.TimeoutExpired:
-            found.skipped[peer] = f"took longer than {SILENCE:.0f} s"
+            found.skipped[peer] = f"took longer than {HANGS:.0f} s"
             continue
         with shop.log(case.model).open("a", encoding="utf-8") as log:
             log.write(done.stderr)

@@ -27,28 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neml2_aoti_plugin import Model, map_rows
-from stubs.build import compiled
-from stubs.catalogue import CATALOGUE
+from neml2_aoti_plugin import map_rows
 
-from .batches import spread, states, taken, with_typical_first
+from .batches import converging
 from .cases import HETEROGENEOUS
 from .machine import description, load
 from .markdown import table
 
 ROUNDS = 5
-POOL_ROWS = 4096
-
-
-def inputs_of(name: str, rows: int) -> tuple[Path, dict[str, Tensor]]:
-    """The artifact of a stub, and rows that differ in state and rate, all of which converge."""
-    stub = CATALOGUE[name]
-    folder = compiled(name)
-    artifact = folder / stub.model
-    pool = spread(states(folder / f"{stub.model}_aoti.i", stub.driver), POOL_ROWS)
-    found = Model(artifact).solve(pool)
-    kept = {n: x[found.converged] for n, x in pool.items()}
-    return artifact, taken(with_typical_first(kept, found.iterations[found.converged]), rows)
 
 
 def show(title: str, found: Mapping[str, list[float]], first: str, rows: int) -> None:
@@ -80,7 +66,7 @@ def write_source(folder: Path, inputs: Mapping[str, Tensor], rows: int) -> None:
 def mapped(options: argparse.Namespace) -> None:
     """`map_rows` in this process, and on executors of several processes that have begun."""
     for name in options.models:
-        artifact, inputs = inputs_of(name, min(options.rows, 65_536))
+        artifact, inputs = converging(name, min(options.rows, 65_536))
         with tempfile.TemporaryDirectory(dir=options.folder) as text, ExitStack() as stack:
             folder = Path(text)
             write_source(folder / "in", inputs, options.rows)
@@ -126,7 +112,7 @@ def over_dask(options: argparse.Namespace) -> None:
     from distributed import Client, LocalCluster
 
     for name in options.models:
-        artifact, inputs = inputs_of(name, min(options.rows, 65_536))
+        artifact, inputs = converging(name, min(options.rows, 65_536))
         with tempfile.TemporaryDirectory(dir=options.folder) as text:
             folder = Path(text)
             write_source(folder / "in", inputs, options.rows)

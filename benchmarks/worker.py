@@ -6,6 +6,7 @@ lost when it is stopped or killed.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import os
@@ -26,7 +27,7 @@ from .agreement import DERIVATIVE_TOLERANCE, EAGER_TOLERANCE, TOLERANCE, compare
 from .batches import make_pools, taken
 from .cases import COMPILED, COPY, ESSENTIAL, NATIVE, PLUGIN, SUBJECTS, TWO_THREADS, Case
 from .peers import Loaded
-from .results import Found, Orders, median
+from .results import HANGS, Found, Orders, median
 
 # A call of an essential peer may take this part of the time for the case, or so many seconds.
 PART, LEAST_LIMIT = 0.25, 3.0
@@ -179,6 +180,7 @@ def main() -> int:
     orders = Orders(**json.loads(sys.stdin.read()))
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(orders.threads)
+    faulthandler.dump_traceback_later(HANGS, exit=True)
     if not Path(orders.pool).exists():
         stub = CATALOGUE[orders.model]
         folder = Path(orders.folder)
@@ -193,6 +195,7 @@ def main() -> int:
     cases = [Case(*order) for order in orders.cases]
     for number, case in enumerate(cases):
         print(f"START {case.key}", flush=True)
+        faulthandler.dump_traceback_later(HANGS, exit=True)
         share = case.weight / sum(other.weight for other in cases[number:])
         seconds = share * (orders.deadline - time.time())
         try:

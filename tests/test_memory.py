@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import references
 from attacks.children import run_fresh
 
 pytestmark = pytest.mark.processes
@@ -25,19 +24,14 @@ JACOBIANS = UNKNOWNS * UNKNOWNS * 8 * ROWS
 
 PROGRAM = """
 import json, sys
-from pathlib import Path
 import torch
-from benchmarks.batches import spread, states, taken
+from benchmarks.batches import converging
 from benchmarks.memory import peak_growth
 from neml2_aoti_plugin import Model
 
-artifact, stub, rows = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
+artifact, inputs = converging("viscoplasticity", int(sys.argv[1]))
 model = Model(artifact)
-pool = spread(states(stub, "driver"), 1024)
-converged = model.solve(pool).converged
-assert int(converged.sum()) > 1000
-inputs = taken({name: value[converged] for name, value in pool.items()}, rows)
 outputs, growth = peak_growth(lambda: model.forward(inputs))
 given, found = (sum(x.numel() * x.element_size() for x in some.values()) for some in (inputs, outputs))
 print(json.dumps({"growth": growth, "inputs": given, "outputs": found, "block": model._caller.program.block}))
@@ -46,8 +40,7 @@ print(json.dumps({"growth": growth, "inputs": given, "outputs": found, "block": 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak memory")
 def test_peak_is_bounded_by_outputs_and_a_block() -> None:
-    case = references.case("viscoplasticity")
-    told = json.loads(run_fresh(PROGRAM, case.artifact, case.file, ROWS, limit=120).splitlines()[-1])
+    told = json.loads(run_fresh(PROGRAM, ROWS, limit=120).splitlines()[-1])
     assert told["outputs"] == UNKNOWNS * 8 * ROWS
     blocks = SETS * UNKNOWNS * UNKNOWNS * 8 * told["block"]
     assert told["growth"] < FACTOR * (told["inputs"] + told["outputs"]) + blocks, told

@@ -41,6 +41,12 @@ from stubs.catalogue import CATALOGUE, Stub  # noqa: E402
 
 TABLE = ROOT / "docs" / "lockstep.md"
 NATIVE_VENV = ROOT / ".venv-native"
+# Prints the versions of an environment.
+VERSIONS = (
+    "import json, platform; from importlib import metadata; "
+    "print(json.dumps({d.metadata['Name']: d.version for d in metadata.distributions()} "
+    "| {'Python': platform.python_version()}))"
+)
 REQUIRED = {"torch": "2.12.1", "neml2": "3.1.0"}
 TOLERANCE = 1e-14
 # Ours are chained over segments in another order than the binding's.
@@ -272,12 +278,7 @@ def environment() -> Path:
 
 def versions(python: Path) -> dict[str, str]:
     """Ask an environment for its versions, and refuse one that the comparison means nothing in."""
-    code = (
-        "import json, platform; from importlib import metadata; "
-        "print(json.dumps({d.metadata['Name']: d.version for d in metadata.distributions()} "
-        "| {'Python': platform.python_version()}))"
-    )
-    done = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True, env=plugin_off())
+    done = subprocess.run([str(python), "-c", VERSIONS], check=True, capture_output=True, text=True, env=plugin_off())
     found: dict[str, str] = json.loads(done.stdout)
     for name, version in REQUIRED.items():
         if found.get(name, "none").partition("+")[0] != version:

@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neml2_aoti_plugin.model import Model
-from stubs.build import compiled
-from stubs.catalogue import CATALOGUE
 
-from ..batches import spread, states
+from ..batches import converging
 
 Array = NDArray[np.float64]
 ROWS = 256
@@ -42,14 +40,11 @@ class States:
 
 def make_states() -> States:
     """Make the rows; all of them converge."""
-    stub = CATALOGUE[STUB]
-    folder = compiled(STUB, quick=False)
-    model = Model(folder / stub.model)
-    pool = spread(states(folder / f"{stub.model}_aoti.i", stub.driver), 2 * ROWS)
-    kept = model.solve(pool).converged.nonzero().flatten()[:ROWS]
-    inputs = [{name: value[i : i + 1].contiguous() for name, value in pool.items()} for i in kept.tolist()]
+    artifact, pool = converging(STUB, ROWS, quick=False)
+    model = Model(artifact)
+    inputs = [{name: value[i : i + 1].contiguous() for name, value in pool.items()} for i in range(ROWS)]
     outputs = [{name: value.numpy().copy() for name, value in model.forward(row).items()} for row in inputs]
-    return States(folder / stub.model, inputs, outputs)
+    return States(artifact, inputs, outputs)
 
 
 def call_seconds(model: Model, inputs: Sequence[Mapping[str, Tensor]]) -> float:

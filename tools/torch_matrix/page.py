@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+
+from benchmarks.machine import description
+from benchmarks.markdown import table
 
 from .cases import COMMON_TORCH, TOLERANCE, TORCHES, VARIANTS, Crossing, Crossings, Measured
 from .environments import NEML2
@@ -76,19 +78,8 @@ def tested(first: str, results: Sequence[Measured], told: str) -> str:
     """A table of test runs, what else was installed, and what failed."""
     if not results:
         return ""
-    head = (
-        first,
-        "measured",
-        "Python",
-        "torch",
-        "llvmlite",
-        "stubs",
-        "tests",
-        "passed",
-        "failed",
-        "skipped",
-        "test run",
-    )
+    told_of = ("measured", "Python", "torch", "llvmlite", "stubs", "tests")
+    head = (first, *told_of, "passed", "failed", "skipped", "test run")
     others = {f"{name} {version}" for one in results for name, version in one.versions.items()}
     installed = sorted(one for one in others if not one.startswith(("torch ", "Python ", "llvmlite ")))
     sizes = ", ".join(f"{one.name}: {one.size:.1f} GiB" for one in results if one.size)
@@ -174,12 +165,6 @@ def failures(lines: Sequence[str]) -> str:
     return "\n".join(["Failed:", "", *(f"- {line}" for line in lines)]) if lines else "Nothing failed."
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Lay out a Markdown table whose first columns are flush left."""
-    rule = "|---" * left + "|--:" * (len(head) - left) + "|"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(cells)} |" for cells in rows)])
-
-
 def as_code(text: str) -> str:
     """Show a message as it is, cut to about a line."""
     return "`" + textwrap.shorten(text.replace("`", "'"), 160, placeholder=" ...") + "`"
@@ -192,13 +177,9 @@ def wrapped(text: str) -> str:
 
 def machine() -> str:
     """Describe this machine."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        named = re.search(r"^model name\s*: (.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
-        model = named[1] if named else model
+    here = description()
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     told = "no C++ compiler"
     if compiler:
         told = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return f"{platform.platform()}, {model} ({os.cpu_count()} cores), {told}"
+    return f"{platform.platform()}, {here['processor']} ({here['cores']} cores), {told}"

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from stubs.build import compiled
 
+from ..compare_native import VERSIONS
 from .cases import TORCHES, Crossing, Measured, read_crossings, write_crossings, write_json
 from .environments import GIB, StepError, Workshop, commit, install, say
 
@@ -43,12 +44,7 @@ def measure(shop: Workshop, found: Measured, *, only_tests: bool = False) -> Non
 
 def look_around(shop: Workshop, found: Measured) -> None:
     """Read the versions in an environment, and its size."""
-    code = (
-        "import json, platform; from importlib import metadata; "
-        "print(json.dumps({d.metadata['Name']: d.version for d in metadata.distributions()} "
-        "| {'Python': platform.python_version()}))"
-    )
-    every = json.loads(shop.run(found, "versions", ["-c", code]).splitlines()[-1])
+    every = json.loads(shop.run(found, "versions", ["-c", VERSIONS]).splitlines()[-1])
     found.versions = {name: every[name] for name in ("Python", *TOLD)}
     files = (path.lstat() for path in shop.environment(found).rglob("*"))
     found.size = sum(getattr(status, "st_blocks", status.st_size // 512) * 512 for status in files) / GIB
