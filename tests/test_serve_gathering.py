@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from neml2_aoti_plugin import ConvergenceError, Model
 from neml2_aoti_plugin.serve import app
@@ -109,6 +110,28 @@ def test_where_a_gathered_call_raises_each_is_evaluated_alone() -> None:
                 assert answer.status == 400 and "'stress' is not finite" in answer.error
             else:
                 same(answer.arrays, reference(model, "forward", one))
+
+    asyncio.run(use())
+
+
+def test_a_parameter_may_get_values_along_the_batch_while_it_serves() -> None:
+    """Rows that were gathered before have one value each from then on, and each request is a call of its own."""
+    model = Model(artifact("promoted"))
+    asked = [strain(2, seed) for seed in range(3)]
+    bodies = [encode(one, True) for one in asked]
+
+    async def use() -> None:
+        async with running(app({"model": model})) as ask:
+            assert (await ask("POST", INFER, *bodies[0])).status == 200
+            # As many values as a request has rows, and then as three of them gathered have.
+            model.set_parameter("promoted.E", torch.tensor([1e5, 2e5]).double())
+            answers = await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
+            for answer, one in zip(answers, asked, strict=True):
+                same(answer.arrays, reference(model, "forward", one))
+            assert f"neml2_gathered_rows_count{LABELS} 4.0" in (await ask("GET", "/metrics")).body.decode()
+            model.set_parameter("promoted.E", torch.linspace(1e5, 2e5, 6).double())
+            answers = await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
+            assert [answer.status for answer in answers] == [400] * 3
 
     asyncio.run(use())
 

@@ -175,16 +175,22 @@ class Service:
             fits = hmac.compare_digest(token.strip(), self._token)
             if kind.lower() != b"bearer" or not fits:
                 raise Refused(401, "a token is needed: the header 'Authorization: Bearer TOKEN' is absent or wrong.")
+        self._require_open()
+
+    def _require_open(self) -> None:
         if not self.open:
-            raise Refused(503, "the service is stopping.", retry_after=1)
+            raise Refused(503, "the service is stopping.")
+
+    def _require_loaded(self) -> None:
+        if not self._gatherers:
+            raise Refused(503, "the models are being loaded.")
 
     def _find(self, request: Request) -> Gatherer:
         """The model that an address names."""
         name, version = request.path_params["model"], request.path_params.get("version", VERSION)
+        self._require_loaded()
         found = self._gatherers.get(name)
         if found is None:
-            if not self._gatherers:
-                raise Refused(503, "the models are being loaded.", retry_after=1)
             raise Refused(404, f"there is no model {name!r}; there are: {', '.join(self._gatherers)}.")
         if version != VERSION:
             raise Refused(404, f"model {name!r} has no version {version!r}; it has {VERSION!r}.")
@@ -228,7 +234,6 @@ class Service:
                             503,
                             f"bodies of {self._held} bytes have come with requests that are not answered yet; there is "
                             f"no room for {len(part)} more.",
-                            retry_after=1,
                         )
                     self._held += len(part)
                     parts.append(part)
@@ -254,9 +259,8 @@ class Service:
         return Route(path, endpoint, name=name, methods=methods)
 
     def _ready(self, _: Request) -> dict[str, bool]:
-        if not self._gatherers or not self.open:
-            reason = "the models are being loaded." if self.open else "the service is stopping."
-            raise Refused(503, reason, retry_after=1)
+        self._require_open()
+        self._require_loaded()
         return {"ready": True}
 
     def _model_ready(self, request: Request) -> dict[str, Any]:
@@ -322,7 +326,7 @@ class Entrance:
             # The service has stopped, and waits no longer.
             if record.status:
                 raise
-            await refuse(Refused(503, "the service stops, and was not done in time.", retry_after=1))
+            await refuse(Refused(503, "the service stops, and was not done in time."))
         except Exception as error:
             self._service.event_log.error("failed", error, id=record.id)
             await refuse(Refused(500, f"the service failed; its log says more of request {record.id}."))

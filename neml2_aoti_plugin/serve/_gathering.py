@@ -77,7 +77,6 @@ class Gatherer:
                 429,
                 f"{self._rows} rows wait for model {self.served.name!r}, and there is room for "
                 f"{self._limits.queue_rows}. Try again later.",
-                retry_after=1,
             )
         waiting = Waiting(call, has_gone, asyncio.get_running_loop().create_future(), perf_counter())
         self._queues.setdefault(call.key, deque()).append(waiting)
@@ -124,7 +123,8 @@ class Gatherer:
     def _take(self) -> list[Waiting]:
         """The calls of the next key that has some, as many as one compiled call may have rows."""
         taken: list[Waiting] = []
-        rows, limit = 0, self._limits.gather_rows
+        # A parameter with values of its own along the batch leaves each call to itself.
+        rows, limit = 0, self._limits.gather_rows if self.served.per_row else 0
         while self._queues and not taken:
             key = next(iter(self._queues))
             queue = self._queues.pop(key)
@@ -137,7 +137,7 @@ class Gatherer:
             if queue:
                 # Behind the other keys.
                 self._queues[key] = queue
-        if self._rows < limit:
+        if self._rows < self._limits.gather_rows:
             self._full.clear()
         return taken
 
@@ -174,7 +174,7 @@ class Gatherer:
                     self._rows -= late.call.rows
                     if not late.answer.done():
                         late.answer.set_exception(
-                            Refused(504, f"not answered within {self._limits.answer_seconds:g} s.", retry_after=1)
+                            Refused(504, f"not answered within {self._limits.answer_seconds:g} s.")
                         )
                 if not queue:
                     del self._queues[key]
@@ -208,11 +208,9 @@ def evaluate(served: Served, calls: Sequence[Call]) -> list[Answer]:
 
     Where the evaluation raises, each call is evaluated by itself, so that none suffers for another.
     """
-    name = calls[0].signature.name
+    run = _solve if calls[0].signature.name in BY_SOLVE else _with_rows_that_converge
     try:
-        if name in BY_SOLVE:
-            return _solve(served, calls)
-        return _param_vjp(served, calls) if name == "param_vjp" else _with_rows_that_converge(served, calls, _rowwise)
+        return run(served, calls)
     except Exception as error:
         if len(calls) > 1:
             return [answer for call in calls for answer in evaluate(served, [call])]
@@ -223,73 +221,64 @@ def _solve(served: Served, calls: Sequence[Call]) -> list[Answer]:
     found = served.model.solve(_inputs(served, calls), _overrides(served, calls), pairs=calls[0].pairs)
     arrays = {name: _array(value) for name, value in found.outputs.items()}
     arrays.update((f"{out}:{by}", _array(x)) for out, row in found.blocks.items() for by, x in row.items())
-    outcome = _array(found.outcome)
-    if calls[0].signature.name == "solve":
+    outcome, rows_told = _array(found.outcome), calls[0].signature.name == "solve"
+    if rows_told:
         rows = {CONVERGED: _array(found.converged), ITERATIONS: _array(found.iterations), OUTCOME: outcome}
-        return _split(calls, {**arrays, **rows})
-    answers = _split(calls, arrays)
-    if outcome.any():
+        arrays.update(rows)
+    answers: list[Answer] = [*_split(calls, arrays)]
+    if outcome.any() and not rows_told:
         _refuse_failed(served, calls, answers, outcome)
     return answers
 
 
-def _rowwise(served: Served, calls: Sequence[Call]) -> Tensors:
-    """Outputs with what a jvp, or a Jacobian by parameters, gives; each `(rows, ...)`."""
-    given, overrides = _inputs(served, calls), _overrides(served, calls)
-    if calls[0].signature.operation.takes:
-        outputs, along = served.model.jvp(given, _taken(given, TANGENT), overrides)
-        return {**outputs, **{TANGENT + name: value for name, value in along.items()}}
-    outputs, blocks = served.model.param_jacobian(given, overrides)
-    return {**outputs, **{f"{out}:{by}": x for out, row in blocks.items() for by, x in row.items()}}
-
-
-def _param_vjp(served: Served, calls: Sequence[Call]) -> list[Answer]:
-    """Each row has its own parameters, and so its own gradient; those of a call with common ones are summed."""
-    shapes = served.model.parameter_base_shapes
-
-    def run(served: Served, chosen: Sequence[Call]) -> Tensors:
-        given = _inputs(served, chosen)
-        overrides = _per_row(served, chosen, list(shapes)) if served.per_row else _overrides(served, chosen)
-        return served.model.param_vjp(given, _taken(given, COTANGENT), overrides)
-
-    def summed(call: Call, name: str, value: Array) -> Array:
-        common = name not in call.overrides or call.overrides[name].ndim == len(shapes[name])
-        return value.sum(0) if served.per_row and common else value
-
-    answers: list[Answer] = []
-    for call, answer in zip(calls, _with_rows_that_converge(served, calls, run), strict=True):
-        if not isinstance(answer, Exception):
-            answer = {GRADIENT + name: summed(call, name, value) for name, value in answer.items()}
-        answers.append(answer)
-    return answers
-
-
-def _with_rows_that_converge(
-    served: Served, calls: Sequence[Call], run: Callable[[Served, Sequence[Call]], Tensors]
-) -> list[Answer]:
+def _with_rows_that_converge(served: Served, calls: Sequence[Call]) -> list[Answer]:
     """Evaluate by a method that says nothing of single rows: calls without failing rows once more by themselves."""
-    rows = sum(call.rows for call in calls)
+    rows, takes = sum(call.rows for call in calls), calls[0].signature.operation.takes
+    given = _inputs(served, calls)
+    tangents, cotangents = _taken(given, TANGENT), _taken(given, COTANGENT)
+    # Each row has its own parameters, and so its own gradient; those of a call with common ones are summed.
+    summed = takes == "cotangents" and served.per_row
+    own = list(served.model.parameter_base_shapes)
+    overrides = _per_row(served, calls, own) if summed else _overrides(served, calls)
     try:
-        values = run(served, calls)
+        if takes == "tangents":
+            outputs, along = served.model.jvp(given, tangents, overrides)
+            values = {**outputs, **{TANGENT + name: value for name, value in along.items()}}
+        elif takes == "cotangents":
+            found = served.model.param_vjp(given, cotangents, overrides)
+            values = {GRADIENT + name: value for name, value in found.items()}
+        else:
+            outputs, blocks = served.model.param_jacobian(given, overrides)
+            values = {**outputs, **{f"{out}:{by}": x for out, row in blocks.items() for by, x in row.items()}}
         # A gradient by parameters that are common to the rows is one for all of them.
-        together = calls[0].signature.name == "param_vjp" and not served.per_row
-        lost = not_finite_rows(values.values(), () if together else (rows,))
+        lost = not_finite_rows(values.values(), () if takes == "cotangents" and not summed else (rows,))
         if lost is None:
-            return _split(calls, {name: _array(value) for name, value in values.items()})
-        given = _inputs(served, calls)
-        for prefix in (TANGENT, COTANGENT):
-            _taken(given, prefix)
-        outcome = failed_where(served.model.solve(given, _overrides(served, calls)).outcome, lost.expand(rows))
+            split = _split(calls, {name: _array(value) for name, value in values.items()})
+            return [*(_summed(served, calls, split) if summed else split)]
+        outcome = failed_where(served.model.solve(given, overrides).outcome, lost.expand(rows))
     except ConvergenceError as error:
         outcome = error.outcome  # type: ignore[attr-defined]
     answers: list[Answer] = [{} for _ in calls]
     _refuse_failed(served, calls, answers, _array(outcome))
     fine = [place for place, answer in enumerate(answers) if not isinstance(answer, Exception)]
     if fine:
-        again = _with_rows_that_converge(served, [calls[place] for place in fine], run)
+        again = _with_rows_that_converge(served, [calls[place] for place in fine])
         for place, answer in zip(fine, again, strict=True):
             answers[place] = answer
     return answers
+
+
+def _summed(served: Served, calls: Sequence[Call], answers: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
+    """Gradients of calls out of those of their rows, which are summed where the rows have a parameter in common."""
+    shapes = served.model.parameter_base_shapes
+
+    def common(call: Call, name: str) -> bool:
+        return name not in call.overrides or call.overrides[name].ndim == len(shapes[name])
+
+    return [
+        {name: x.sum(0) if common(call, name.removeprefix(GRADIENT)) else x for name, x in answer.items()}
+        for call, answer in zip(calls, answers, strict=True)
+    ]
 
 
 # -- in and out ------------------------------------------------------------------------------------------------------
@@ -338,7 +327,7 @@ def _array(value: Tensor) -> Array:
     return found
 
 
-def _split(calls: Sequence[Call], arrays: dict[str, Array]) -> list[Answer]:
+def _split(calls: Sequence[Call], arrays: dict[str, Array]) -> list[dict[str, Array]]:
     """The rows of each call."""
     if len(calls) == 1:
         return [arrays]
@@ -355,7 +344,6 @@ def _split(calls: Sequence[Call], arrays: dict[str, Array]) -> list[Answer]:
 def _refuse_failed(served: Served, calls: Sequence[Call], answers: list[Answer], outcome: Array) -> None:
     """Put refusals in the place of the answers to calls with rows that failed; `outcome` is of all rows."""
     for place, (call, own) in enumerate(zip(calls, _split(calls, {OUTCOME: outcome}), strict=True)):
-        assert not isinstance(own, Exception)
         codes = own[OUTCOME]
         if codes.any():
             ended = {

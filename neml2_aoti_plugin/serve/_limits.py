@@ -11,6 +11,8 @@ from ..errors import InputError
 SHOWN, LISTED = 20, 1000
 # The client has gone; nobody sees this status but the log.
 GONE = 499
+# A full queue, no room or not open, and too late: the same request may be answered soon.
+PASSING = (429, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,14 @@ class Refused(Exception):
         status: int,
         message: str,
         *,
-        retry_after: int | None = None,
         rows: Sequence[int] | None = None,
         allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.rows = status, message, rows
-        self.headers: dict[str, str] = {}
-        if retry_after is not None:
-            self.headers["retry-after"] = str(retry_after)
-        if status == 401:
-            self.headers["www-authenticate"] = "Bearer"
+        self.headers: dict[str, str] = {"www-authenticate": "Bearer"} if status == 401 else {}
+        if status in PASSING:
+            self.headers["retry-after"] = "1"
         if allow is not None:
             self.headers["allow"] = allow
 

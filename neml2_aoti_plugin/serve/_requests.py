@@ -119,9 +119,7 @@ def read_call(served: Served, body: bytes, header_length: bytes | None, limits: 
         asked = {name for name, _ in outputs}
         chosen = tuple(pair for name, pair in signature.pairs.items() if name in asked)
         pairs = chosen or tuple(signature.pairs.values())
-    # A call that must be evaluated by itself has a key that no other has.
-    alone = None if served.per_row else object()
-    key = (signature.name, tuple(arrays), pairs, bool(overrides), alone)
+    key = (signature.name, tuple(arrays), pairs, bool(overrides))
     return Call(signature, arrays, rows, overrides, pairs, outputs, request.id, key)
 
 

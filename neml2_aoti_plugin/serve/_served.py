@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,28 +104,30 @@ class Signature:
 
 @dataclass(frozen=True)
 class Served:
-    """A loaded model under its name; nobody changes the model any more."""
+    """A loaded model under its name; values of its parameters may change."""
 
     name: str
     model: Model
     driver: DriverValues | None = None
-    signatures: dict[str, Signature] = field(init=False)
-    # Why the model lacks the other operations.
-    lacking: dict[str, str] = field(init=False)
-    # Whether each promoted parameter has one value, in whose place each row may have its own.
-    per_row: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        model = self.model
-        _require_own_names(model)
-        shapes = model.parameter_base_shapes
-        reasons = {name: operation.lacking(model) for name, operation in OPERATIONS.items()}
-        own = {name: list(value.shape) == shapes[name] for name, value in model.named_parameters().items()}
-        object.__setattr__(
-            self, "signatures", {n: _signature(model, OPERATIONS[n]) for n, why in reasons.items() if not why}
-        )
-        object.__setattr__(self, "lacking", {name: why for name, why in reasons.items() if why})
-        object.__setattr__(self, "per_row", all(own.values()))
+        _require_own_names(self.model)
+
+    @cached_property
+    def lacking(self) -> dict[str, str]:
+        """Why the model lacks operations, by their names."""
+        return {name: why for name, operation in OPERATIONS.items() if (why := operation.lacking(self.model))}
+
+    @cached_property
+    def signatures(self) -> dict[str, Signature]:
+        """The operations that the model has."""
+        return {name: _signature(self.model, OPERATIONS[name]) for name in OPERATIONS if name not in self.lacking}
+
+    @property
+    def per_row(self) -> bool:
+        """Whether each promoted parameter has one value now, in whose place each row may have its own."""
+        shapes = self.model.parameter_base_shapes
+        return all(list(value.shape) == shapes[name] for name, value in self.model.named_parameters().items())
 
     @property
     def datatype(self) -> str:

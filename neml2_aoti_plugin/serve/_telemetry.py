@@ -132,10 +132,12 @@ class EventLog:
         # Whether the last line could not be written, and whether it was in part.
         self._failed = self._torn = False
 
-    def write(self, event: str, **fields: Any) -> None:
-        """Write a line about an event."""
+    def write(self, event: str, *, cause: BaseException | None = None, **fields: Any) -> None:
+        """Write a line about an event, with where the exception came from that is its cause."""
         if self._descriptor is None:
             return
+        if cause is not None:
+            fields["traceback"] = "".join(traceback.format_exception(cause))
         line = _line(event, fields)
         with self._changed:
             if self._held + len(line) > ROOM:
@@ -149,9 +151,8 @@ class EventLog:
             self._changed.notify_all()
 
     def error(self, event: str, error: BaseException, **fields: Any) -> None:
-        """Write a line about an exception, with where it came from."""
-        told = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.write(event, level="error", error=f"{type(error).__name__}: {error}", traceback=told, **fields)
+        """Write a line about an exception."""
+        self.write(event, level="error", error=f"{type(error).__name__}: {error}", cause=error, **fields)
 
     def flush(self, seconds: float = 1.0) -> None:
         """Wait until what waits is written, but not for longer than some seconds."""
@@ -217,6 +218,4 @@ class Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record as a line."""
         level, error = record.levelname.lower(), record.exc_info[1] if record.exc_info else None
-        told = "".join(traceback.format_exception(type(error), error, error.__traceback__)) if error else None
-        more = {"traceback": told} if told else {}
-        self._event_log.write("log", level=level, logger=record.name, message=record.getMessage(), **more)
+        self._event_log.write("log", level=level, logger=record.name, message=record.getMessage(), cause=error)
