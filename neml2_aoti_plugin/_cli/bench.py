@@ -16,13 +16,11 @@ from .options import (
     FILE,
     MOST_ROWS,
     MOST_THREADS,
-    Chosen,
     Finite,
     command,
     counts,
-    device_options,
-    model_arguments,
     refuse_together,
+    target_arguments,
 )
 from .output import Report, figure, literal, require_drawable, table, waits_for
 from .process import heeded
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
 
     from ..model import Model
     from .points import Points
+    from .target import Target
 
 # A batch size is timed by so many calls at least.
 LEAST = 3
@@ -79,7 +78,6 @@ class BenchReport(Report):
   neml2-aoti bench aoti/viscoplasticity_aoti.i --rows 1,100,10000 --threads 1,2 --plot speed.png
   neml2-aoti bench aoti/elasticity --call jacobian --json
 """)
-@model_arguments
 @click.option("--rows", default="1,10,100,1000,10000", show_default=True, help="Batch sizes.")
 @click.option("--threads", help="Numbers of threads. [as many as torch uses]")
 @click.option(
@@ -93,9 +91,9 @@ class BenchReport(Report):
 @click.option("--points", type=FILE, help="Evaluate at these points; see verify.")
 @click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
 @click.option("--plot", "picture", type=FILE, help="Draw rows per second over batch size to this file.")
-@device_options
+@target_arguments()
 def bench(
-    chosen: Chosen,
+    target: Target,
     rows: str,
     threads: str | None,
     call: str,
@@ -118,7 +116,7 @@ def bench(
 
     if picture is not None:
         require_drawable(picture)
-    target, before = chosen.find(), torch.get_num_threads()
+    before = torch.get_num_threads()
     numbers = counts(threads, "--threads", MOST_THREADS) if threads is not None else (before,)
     measurements: list[Measurement] = []
     with heeded() as heed:

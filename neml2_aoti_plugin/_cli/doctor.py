@@ -19,7 +19,7 @@ from .._status import Status, installed, status
 from ..errors import AOTIError, InputError
 from . import environment
 from .environment import Finding, Level
-from .options import command, device_options
+from .options import command, target_arguments
 from .output import Report
 
 if TYPE_CHECKING:
@@ -126,27 +126,19 @@ class Diagnosis(Report):
   neml2-aoti doctor aoti/elasticity
   neml2-aoti doctor aoti/elasticity_aoti.i --try-binding
 """)
-@click.argument("path", metavar="[ARTIFACT|STUB]", required=False)
-@click.argument("model", required=False)
 @click.option(
     "--try-binding",
     is_flag=True,
     help="Try neml2's own binding in a process of its own, with the artifact if one is given, instead of reporting "
     "what we measured.",
 )
-@device_options
-def doctor(path: str | None, model: str | None, try_binding: bool, device: str | None, dtype: str | None) -> Diagnosis:
+@target_arguments(required=False)
+def doctor(target: Target | None, try_binding: bool) -> Diagnosis:
     """Show what is installed, what is active, what is wrong, and what mends it.
 
     Exit status 1 if something is wrong.
     """
-    from .target import find_target
-
-    target = None if path is None else find_target(path, model, device, dtype)
     return diagnose(target, try_binding=try_binding)
-
-
-# -- what was found ----------------------------------------------------------------------------------------------------
 
 
 def diagnose(target: Target | None = None, *, try_binding: bool = False) -> Diagnosis:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .._artifact import schema as s
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
-from .options import Chosen, command, device_options, model_arguments
+from .options import command, target_arguments
 from .output import Report
 
 if TYPE_CHECKING:
@@ -153,11 +153,10 @@ class ArtifactReport(Report):
   neml2-aoti inspect aoti/elasticity_aoti.i elasticity
   neml2-aoti inspect aoti/elasticity --json
 """)
-@model_arguments
-@device_options
-def inspect(chosen: Chosen) -> ArtifactReport:
+@target_arguments()
+def inspect(target: Target) -> ArtifactReport:
     """Show what is in a compiled model: leaves, inputs, outputs, parameters, derivatives, segments, files."""
-    return describe(chosen.find())
+    return describe(target)
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------

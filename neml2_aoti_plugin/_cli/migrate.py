@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import AOTIError, ArtifactError, InputError
-from .options import FILE, command
+from .options import FILE, command, target_arguments
 from .output import Report
 
 if TYPE_CHECKING:
@@ -59,24 +59,16 @@ class MigrateReport(Report):
   neml2-aoti migrate old/elasticity_aoti.i --out new
   neml2-aoti migrate old/elasticity --out new --drop-derivatives
 """)
-@click.argument("path", metavar="ARTIFACT|STUB")
-@click.argument("model", required=False)
 @click.option("--out", type=FILE, required=True, help="Folder for the new artifact and its stub.")
 @click.option("--drop-derivatives", is_flag=True, help="Leave derivatives out whose graphs do not fit.")
-def migrate(path: str, model: str | None, out: Path, drop_derivatives: bool) -> MigrateReport:
+@target_arguments(leaf=False)
+def migrate(target: Target, out: Path, drop_derivatives: bool) -> MigrateReport:
     """Rewrite an artifact of an older neml2 in the layout and schema of neml2 3.1.0.
 
     neml2's own C++ runtime loads only those; this plugin runs old ones as they are. The graphs are copied unchanged,
     so it works where they are what the newest schema expects: not for implicit models from before 3.0.7, whose Newton
     step is one graph, nor for promoted parameters from before 3.0.4. Exit status 1 if it cannot be done.
     """
-    from .target import find_target
-
-    return rewrite(find_target(path, model), out, drop_derivatives=drop_derivatives)
-
-
-def rewrite(target: Target, out: Path, *, drop_derivatives: bool = False) -> MigrateReport:
-    """Write the artifact `out/MODEL` and the stub `out/MODEL_aoti.i`; the old ones are not changed."""
     from .._artifact.upgrade import NEWEST
     from .._files import require_outside_artifacts
     from .target import leaf_name, release_of

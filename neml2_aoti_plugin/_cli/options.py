@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from .output import Report, progress, show
 from .process import FINE
-
-if TYPE_CHECKING:
-    from .target import Target
 
 # More than any machine holds or has; above, numbers overflow in torch.
 MOST_ROWS, MOST_THREADS = 10**15, 4096
@@ -26,34 +22,27 @@ DTYPE = click.Choice(["float64", "float32"])
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A model and one of its leaves, as the command line names them."""
+def target_arguments(required: bool = True, leaf: bool = True) -> Callable[[Function], Function]:
+    """An artifact or a stub, the model's name where the stub has several, and the options that choose a leaf.
 
-    path: str
-    model: str | None
-    device: str | None
-    dtype: str | None
-
-    def find(self) -> Target:
-        """Find the artifact."""
-        from .target import find_target
-
-        return find_target(self.path, self.model, self.device, self.dtype)
-
-
-def model_arguments(function: Callable[..., Report]) -> Callable[..., Report]:
-    """An artifact or a stub, and the model's name where the stub has several.
-
-    The command is given them as one, with the options of `device_options`.
+    The command is given the `Target` that was found, or None. This goes below its other options.
     """
 
-    @wraps(function)
-    def with_chosen(path: str, model: str | None, device: str | None, dtype: str | None, **others: Any) -> Report:
-        return function(Chosen(path, model, device, dtype), **others)
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def with_target(path: str | None, model: str | None, **others: Any) -> Any:
+            from .target import find_target
 
-    named = click.argument("model", required=False)(with_chosen)
-    return click.argument("path", metavar="ARTIFACT|STUB")(named)
+            device, dtype = others.pop("device", None), others.pop("dtype", None)
+            return function(None if path is None else find_target(path, model, device, dtype), **others)
+
+        found: Any = device_options(with_target) if leaf else with_target
+        found = click.argument("model", required=False)(found)
+        metavar = "ARTIFACT|STUB" if required else "[ARTIFACT|STUB]"
+        named: Function = click.argument("path", metavar=metavar, required=required)(found)
+        return named
+
+    return decorate
 
 
 def device_options(function: Function) -> Function:

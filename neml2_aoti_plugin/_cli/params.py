@@ -11,11 +11,13 @@ import click
 
 from ..errors import InputError
 from .inspect import ParameterReport, shown_values
-from .options import FILE, Chosen, assignments, command, device_options, model_arguments
+from .options import FILE, assignments, command, target_arguments
 from .output import Report, table
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from .target import Target
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,13 @@ class ParametersReport(Report):
   neml2-aoti params aoti/promoted --from soft.safetensors
   python -c "from neml2.aoti import Model; Model('aoti/promoted', parameters='soft.safetensors')"
 """)
-@model_arguments
 @click.option("--from", "file", type=FILE, help="Begin with the values in this file instead of the artifact's.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a parameter another value.")
 @click.option("--out", type=FILE, help="Write the values to this file (.safetensors).")
 @click.option("--force", is_flag=True, help="Write over --out, whatever file it is.")
-@device_options
+@target_arguments()
 def params(
-    chosen: Chosen,
+    target: Target,
     file: Path | None,
     given: tuple[str, ...],
     out: Path | None,
@@ -72,7 +73,6 @@ def params(
     values = assignments(given, "--set")
     if given and out is None:
         raise click.UsageError("--set changes nothing by itself. Give a file to write as well: --out FILE.safetensors")
-    target = chosen.find()
     if out is not None:
         _require_free(out, [*target.files(), *([file] if file is not None and not force else [])], force)
     model = target.load()

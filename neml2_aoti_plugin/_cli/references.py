@@ -108,18 +108,7 @@ class Source:
         return found, missing
 
     def _by_inputs(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
-        if not pairs:
-            return {}, {}
-        try:
-            _, blocks = self._model.jacobian(typed)
-        except Exception:
-            # It takes no inputs with a sub-batch, and no output that depends on no input.
-            return self._by_columns(typed, pairs), {}
-        inside = self._inside
-        return {(o, i): blocks[inside.get(o, o)][inside.get(i, i)].data.detach() for o, i in pairs}, {}
-
-    def _by_columns(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> Blocks:
-        """Along one direction at a time."""
+        """One direction at a time: neml2's `jacobian` takes no sub-batch, and no output that depends on no input."""
         found: Blocks = {}
         for by in dict.fromkeys(by for _, by in pairs):
             name, base = self._inside.get(by, by), tuple(self._compiled.inputs[by].base_shape)
@@ -130,7 +119,7 @@ class Source:
             for out in (out for out, of in pairs if of == by):
                 stacked = torch.stack([along[self._inside.get(out, out)].data.detach() for along in columns], -1)
                 found[out, by] = stacked.reshape((*stacked.shape[:-1], *base))
-        return found
+        return found, {}
 
     def _by_parameters(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
         """One output at a time: neml2's `param_jacobian` gives none where one output depends on no parameter."""

@@ -15,13 +15,11 @@ from .options import (
     FILE,
     MOST_ROWS,
     SEED,
-    Chosen,
     Finite,
     assignments,
     command,
-    device_options,
-    model_arguments,
     refuse_together,
+    target_arguments,
 )
 from .output import Report, figure, literal, require_drawable, table
 
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from ..model import Model
     from .points import Blocks, Evaluated, Pair, Points, Tensors
     from .references import Source
+    from .target import Target
 
 RTOL = 1e-6
 # Finite differences are no better than this, by the model's dtype.
@@ -112,7 +111,6 @@ class Verification(Report):
   neml2-aoti verify aoti/elasticity --record aoti/elasticity.golden.safetensors
   neml2-aoti verify aoti/elasticity
 """)
-@model_arguments
 @click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")
 @click.option("--source-model", metavar="NAME", help="The model in INPUT.i, if it has another name there.")
 @click.option("--golden", type=FILE, help="Compare with what --record has written.")
@@ -131,9 +129,9 @@ class Verification(Report):
     "--difference-rtol", type=Finite(0.0), help="Tolerance against finite differences. [1e-5, of float32 1e-3]"
 )
 @click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png, .svg or .pdf).")
-@device_options
+@target_arguments()
 def verify(
-    chosen: Chosen,
+    target: Target,
     against: Path | None,
     source_model: str | None,
     golden: Path | None,
@@ -166,7 +164,7 @@ def verify(
 
     if picture is not None:
         require_drawable(picture)
-    target, where = chosen.find(), Where(points, driver, rows, seed, scales)
+    where = Where(points, driver, rows, seed, scales)
     if record is not None:
         require_writable(record, [*target.files(), *(file for file in (against, golden, points) if file is not None)])
     model, metadata = target.load(), target.metadata()
