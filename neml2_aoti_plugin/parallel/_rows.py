@@ -28,7 +28,7 @@ from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
 from ..model._operations import operation as operation_named
 from ._journal import Journal
-from ._sinks import Fields, FolderSink, FunctionSink, Sink, open_sink, require_free
+from ._sinks import Fields, FolderSink, FunctionSink, Sink, open_sink, require_free, require_prepared
 from ._sources import Arrays, Rows, Source, open_source
 from ._tasks import OPERATIONS, Result, Task, digest, evaluate, evaluate_rows, loaded_model, read
 
@@ -120,7 +120,7 @@ def map_rows(
             journal = Journal(target.journal, _identity(loaded, operation, given, size, fields), resume=resume)
             stack.callback(journal.close)
             if journal.resumed:
-                target.require_prepared(fields, given.rows)
+                require_prepared(target, fields, given.rows)
             else:
                 target.prepare(fields, given.rows, size)
                 journal.begin()

@@ -14,7 +14,7 @@ import numpy as np
 
 from .._files import draft, file_name, require_outside_artifacts, require_writable
 from ..errors import InputError, InputTypeError
-from ._sources import Rows, import_zarr, open_npy, path_of_group
+from ._sources import Rows, import_zarr, opened, path_of_group
 
 # The mask of rows that failed among the results, and their numbers beside it; no variable's name begins so.
 FAILED, FAILED_ROWS = "@failed", "@failed_rows"
@@ -52,15 +52,6 @@ class FolderSink:
                 except OSError as error:
                     raise _unwritable(self.place(name), error) from error
 
-    def require_prepared(self, fields: Fields, rows: int) -> None:
-        """Refuse to go on where the files are not there as an earlier run has made them."""
-        for name, (dtype, tail) in fields.items():
-            with suppress(InputError):
-                array = open_npy(self.place(name))
-                if array.dtype == np.dtype(dtype) and array.shape == (rows, *tail):
-                    continue
-            raise _gone(self.place(name))
-
     def write(self, start: int, rows: Rows) -> None:
         """Write rows from a row on to the files that are there."""
         for name, array in rows.items():
@@ -83,7 +74,7 @@ class FolderSink:
 
     def finish(self) -> np.ndarray:
         """Write the numbers of the rows that failed, and give them."""
-        numbers = np.flatnonzero(open_npy(self.place(FAILED)))
+        numbers = np.flatnonzero(opened(self.place(FAILED)))
         with draft(self.place(FAILED_ROWS)) as scratch, scratch.open("wb") as out:
             np.save(out, numbers)
         return numbers
@@ -117,14 +108,6 @@ class ZarrSink:
                 )
         except OSError as error:
             raise _unwritable(self.path, error) from error
-
-    def require_prepared(self, fields: Fields, rows: int) -> None:
-        """Refuse to go on where the arrays are not there as an earlier run has made them."""
-        group = self._group("a")
-        for name, (dtype, tail) in fields.items():
-            key = file_name(name)
-            if key not in group or group[key].shape != (rows, *tail) or str(group[key].dtype) != dtype:
-                raise _gone(self.place(name))
 
     def write(self, start: int, rows: Rows) -> None:
         """Write rows from a row on to the arrays that are there."""
@@ -217,6 +200,19 @@ def require_free(sink: FileSink, files: Iterable[Path], fields: Fields, *, resum
         )
 
 
+def require_prepared(sink: FileSink, fields: Fields, rows: int) -> None:
+    """Refuse to go on where the results are not there as an earlier run has made them."""
+    for name, (dtype, tail) in fields.items():
+        with suppress(InputError):
+            array = opened(sink.place(name))
+            if str(array.dtype) == dtype and array.shape == (rows, *tail):
+                continue
+        raise InputError(
+            f"sink {sink.place(name)}: is not there as the journal of the run says, so the run cannot go on. Give "
+            "resume=False to start anew, or another sink."
+        )
+
+
 def _inode(file: Path) -> tuple[int, int]:
     found = file.stat()
     return found.st_dev, found.st_ino
@@ -233,13 +229,6 @@ def _make_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
 
 def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
-
-
-def _gone(place: Path) -> InputError:
-    return InputError(
-        f"sink {place}: is not there as the journal of the run says, so the run cannot go on. Give resume=False to "
-        "start anew, or another sink."
-    )
 
 
 def _unwritable(place: Path, error: OSError) -> InputError:

@@ -38,7 +38,7 @@ class Arrays:
         found = {}
         for name, place in self.places.items():
             with _as_input_errors(place):
-                found[name] = np.array(_opened(place)[... if name in self.common else slice(start, stop)])
+                found[name] = np.array(opened(place)[... if name in self.common else slice(start, stop)])
         return found
 
 
@@ -102,30 +102,26 @@ def _from_path(path: Path, model: Model) -> Source:
 
 def _from_mapping(given: Mapping[Any, Any], model: Model, where: str = "source") -> Source:
     places: dict[str, Path | np.ndarray] = {}
-    opened: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in given.items():
         place = places[name] = _file_of(value) or _as_array(value, name)
-        with _as_input_errors(place):
-            opened[name] = _opened(place)
-    rows, common = checked(opened, model, where)
+        found[name] = opened(place)
+    rows, common = checked(found, model, where)
     arrays = Arrays(places, common)
     files = tuple(file for place in places.values() for file in _files_behind(place))
     return Source(rows, arrays.read(0, 1), arrays, files=files)
 
 
-def open_npy(file: Path) -> np.memmap[Any, Any]:
-    """The array of a `.npy` file as a memory map."""
-    with _as_input_errors(file):
-        if not file.is_file():
-            raise ValueError("there is no such file, or it is no plain file")
-        return np.lib.format.open_memmap(file, mode="r")
-
-
-def _opened(place: Path | np.ndarray) -> Any:
-    """An array of which nothing is read yet."""
+def opened(place: Path | np.ndarray) -> Any:
+    """An array of which nothing is read yet: of a `.npy` file, of the folder of a Zarr array, or in memory."""
     if not isinstance(place, Path):
         return place
-    return import_zarr().open_array(str(place), mode="r") if place.is_dir() else open_npy(place)
+    with _as_input_errors(place):
+        if place.is_dir():
+            return import_zarr().open_array(str(place), mode="r")
+        if not place.is_file():
+            raise ValueError("there is no such file, or it is no plain file")
+        return np.lib.format.open_memmap(place, mode="r")
 
 
 @contextmanager
