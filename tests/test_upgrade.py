@@ -305,3 +305,17 @@ def test_promotion_leaves_the_order_open_until_the_package_is_read(release: str)
 def ordered(metadata: Metadata, signatures: dict[str, Signature | None]) -> tuple[tuple[Segment, ...], Any]:
     found, faults = with_argument_order(metadata, signatures)
     return found.segments, faults
+
+
+@pytest.mark.parametrize(
+    "path", [("solver_config",), ("solver_config", "krylov"), ("segments", 1, "input_sensitivity")], ids=str
+)
+def test_null_in_the_place_of_an_object(path: tuple[Any, ...]) -> None:
+    written = document(NEWEST)
+    *above, last = path
+    place: Any = written
+    for step in above:
+        place = place[step]
+    place[last] = None
+    with pytest.raises(ArtifactError, match=f"{last} is None, expected an object"):
+        read(written)

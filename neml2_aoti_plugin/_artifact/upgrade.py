@@ -12,10 +12,12 @@ unknowns by givens into one matrix per pair of groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from typing import Any
+
+import msgspec
 
 from ..errors import ArtifactError
 from ..settings import KrylovSettings, NewtonSettings
@@ -162,18 +164,18 @@ class _Segment14(Form, frozen=True):
     predictor_outputs: Names = ()
     jacobian_pairs: tuple[Document, ...] = ()
     param_jacobian_pairs: tuple[Document, ...] = ()
-    input_sensitivity: Document | None = None
-    param_sensitivity: Document | None = None
+    input_sensitivity: Document = msgspec.field(default_factory=dict)
+    param_sensitivity: Document = msgspec.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Config(NewtonSettings):
-    krylov: KrylovSettings | None = None
+    krylov: KrylovSettings = field(default_factory=KrylovSettings)
 
 
 class _Schema14(Form, frozen=True):
     segments: tuple[_Segment14, ...]
-    solver_config: _Config | None = None
+    solver_config: _Config = _Config()
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
