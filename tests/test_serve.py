@@ -233,18 +233,13 @@ def test_configuration_statistics_and_index(service: Service) -> None:
 # -- parameters and initial guesses ---------------------------------------------------------------------------------
 
 
-def test_parameters_out_of_a_file(service: Service, models: dict[str, Model]) -> None:
+def test_parameters_out_of_a_file_and_as_text(service: Service, models: dict[str, Model]) -> None:
     given = strain(2)
     told = service.get("/v2/models/stiff")["parameters"]["promoted_parameters"]
     assert told["promoted.E"] == {"shape": [], "value": 2e5}
     wanted = reference(models["promoted"], "forward", given, {"promoted.E": np.array(2e5)})
     same(service.infer("stiff", given).arrays, wanted)
-
-
-def test_overrides_may_come_as_text(service: Service, models: dict[str, Model]) -> None:
-    given = strain(2)
-    found = service.infer("promoted", given, parameter_overrides='{"promoted.E": 5e4}').arrays
-    same(found, reference(models["promoted"], "forward", given, {"promoted.E": np.array(5e4)}))
+    same(service.infer("promoted", given, parameter_overrides='{"promoted.E": 2e5}').arrays, wanted)
 
 
 def test_initial_guesses_may_be_given(service: Service, models: dict[str, Model]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import re
 import socket
@@ -236,15 +235,21 @@ JSON = st.recursive(
 )
 
 
-def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The ways to all parts of a document."""
-    yield path
-    if isinstance(document, dict):
-        for key, value in document.items():
-            yield from places(value, (*path, key))
-    elif isinstance(document, list):
-        for index, value in enumerate(document):
-            yield from places(value, (*path, index))
+def mutated(draw: st.DrawFn, part: Any) -> Any:
+    """A document of which some part was replaced, removed or doubled."""
+    if not isinstance(part, (dict, list)) or not part:
+        return draw(JSON)
+    entries: list[tuple[str, Any]] = list(part.items()) if isinstance(part, dict) else [("", x) for x in part]
+    place = draw(st.integers(0, len(entries) - 1))
+    key, value = entries[place]
+    kind = draw(st.sampled_from(["replace", "remove", "double", "within", "within", "within"]))
+    if kind == "double":
+        entries.insert(place, (draw(st.text(max_size=4)), value))
+    elif kind == "remove":
+        del entries[place]
+    else:
+        entries[place] = (key, draw(JSON) if kind == "replace" else mutated(draw, value))
+    return dict(entries) if isinstance(part, dict) else [value for _, value in entries]
 
 
 @st.composite
@@ -265,23 +270,7 @@ def mutations(draw: st.DrawFn) -> tuple[bytes, bytes, str | None]:
         "parameters": {"operation": "jacobian", "parameter_overrides": {"promoted.E": 7e4}},
     }
     for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(list(places(whole))))
-        if not path:
-            whole = draw(JSON) if draw(st.integers(0, 9)) == 0 else whole
-            continue
-        *above, last = path
-        holder = whole
-        for key in above:
-            holder = holder[key]
-        kind = draw(st.sampled_from(["replace", "remove", "double"]))
-        if kind == "replace":
-            holder[last] = draw(JSON)
-        elif kind == "remove":
-            del holder[last]
-        elif isinstance(holder, list):
-            holder.insert(last, copy.deepcopy(holder[last]))
-        else:
-            holder[draw(st.text(max_size=4))] = copy.deepcopy(holder[last])
+        whole = mutated(draw, whole)
     head = json.dumps(whole).encode()
     if draw(st.integers(0, 4)) == 0:
         place = draw(st.integers(0, len(head)))

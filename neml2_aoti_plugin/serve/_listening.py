@@ -50,7 +50,7 @@ class Address:
     def bind(self) -> Bound:
         """Bind a socket. It refuses connections until a process that has loaded its models listens."""
         try:
-            return self._bind_unix(self.uds) if self.uds is not None else self._bind_tcp()
+            return self._bind()
         except OSError as error:
             raise InputError(
                 f"cannot listen on {self.uds or f'{self.host}:{self.port}'}: {error.strerror or error}. Give another "
@@ -65,32 +65,32 @@ class Address:
         except (socket.gaierror, UnicodeError, OverflowError) as error:
             raise InputError(f"--host {self.host!r} is no address of this machine ({error}).") from None
 
-    def _bind_tcp(self) -> Bound:
-        family, kind, protocol, _, address = self._resolved()[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            if os.name == "posix":
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except BaseException:
-            bound.close()
-            raise
-        host, port = bound.getsockname()[:2]
-        return Bound(bound, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-
-    def _bind_unix(self, path: Path) -> Bound:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
-            _remove_if_dead(path)
-        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def _bind(self) -> Bound:
+        if self.uds is None:
+            family, kind, protocol, _, where = self._resolved()[0]
+            bound = _bound(socket.socket(family, kind, protocol), where)
+            host, port = bound.getsockname()[:2]
+            return Bound(bound, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        if self.uds.exists() and stat.S_ISSOCK(self.uds.stat().st_mode):
+            _remove_if_dead(self.uds)
         before = os.umask(0o777 & ~MODE)
         try:
-            bound.bind(str(path))
-        except BaseException:
-            bound.close()
-            raise
+            bound = _bound(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), str(self.uds))
         finally:
             os.umask(before)
-        return Bound(bound, f"unix:{path}", path, _identity(path))
+        return Bound(bound, f"unix:{self.uds}", self.uds, _identity(self.uds))
+
+
+def _bound(found: socket.socket, where: tuple[str, int] | str) -> socket.socket:
+    """A socket bound to an address; it is closed where that fails."""
+    try:
+        if os.name == "posix":
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(where)
+    except BaseException:
+        found.close()
+        raise
+    return found
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
