@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+import torch
 from filelock import FileLock
 
 import environments
@@ -66,6 +67,13 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Both implementations of the Newton loop, one after the other."""
     monkeypatch.setenv("NEML2_AOTI_PLUGIN_KERNELS", request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def doubles() -> Iterator[None]:
+    """What computes in torch's default dtype computes in double precision."""
+    with references.default_dtype(torch.float64):
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What compiled models are compared with: neml2's eager models, finite differences, and integrations in numpy.
+"""What compiled models are compared with: neml2's eager models, and finite differences.
 
 A `Case` is one entry of the stub catalogue, compiled, with its eager counterpart and with states of its own driver's
 trajectory to evaluate it at. Names are those at the compiled model's boundary throughout.
@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import neml2
-import numpy as np
 import torch
 from neml2.models.common.ImplicitUpdate import ImplicitUpdate
 from neml2.solvers import ConvergenceError
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from neml2_aoti_plugin import Model
@@ -425,53 +423,3 @@ def bisected(
         return found
 
     return take(0.0, 1.0, 0), spans
-
-
-# -- viscoplasticity in numpy -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Viscoplasticity:
-    """Viscoplasticity of Perzyna's kind with isotropic hardening, written anew for numpy in components 3 x 3.
-
-    s' = C : (e' - p' n), p' = <sqrt(2/3) (q - Y - h(p)) / eta>^m, n = 3/2 dev(s) / q, with Y the yield stress, h the
-    hardening, eta the reference stress of the flow rate and m its exponent. The factor sqrt(2/3) is that of neml2's
-    YieldFunction, although its documentation leaves it out.
-    """
-
-    young: float
-    poisson: float
-    yield_stress: float
-    hardening: Callable[[float], float]
-    eta: float
-    exponent: float
-
-    def rates(self, stress: np.ndarray, p: float, strain_rate: np.ndarray) -> tuple[np.ndarray, float]:
-        """Rates of the stress and of the equivalent plastic strain."""
-        deviator = stress - np.trace(stress) / 3.0 * np.eye(3)
-        mises = np.sqrt(1.5 * np.sum(deviator * deviator))
-        over = np.sqrt(2.0 / 3.0) * (mises - self.yield_stress - self.hardening(p))
-        p_rate = (over / self.eta) ** self.exponent if over > 0 else 0.0
-        flow = 1.5 * deviator / mises if over > 0 else np.zeros((3, 3))
-        elastic = strain_rate - p_rate * flow
-        shear = self.young / (2.0 * (1.0 + self.poisson))
-        lame = self.young * self.poisson / ((1.0 + self.poisson) * (1.0 - 2.0 * self.poisson))
-        return 2.0 * shear * elastic + lame * np.trace(elastic) * np.eye(3), p_rate
-
-    def integrate(self, strain_rate: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Stress `(times, 3, 3)` and equivalent plastic strain `(times,)` under a constant strain rate from rest."""
-
-        def right_hand_side(_: float, y: np.ndarray) -> np.ndarray:
-            stress_rate, p_rate = self.rates(y[:9].reshape(3, 3), y[9], strain_rate)
-            return np.append(stress_rate.ravel(), p_rate)
-
-        found = solve_ivp(
-            right_hand_side, (times[0], times[-1]), np.zeros(10), "Radau", times, rtol=1e-9, atol=1e-9, max_step=0.2
-        )
-        assert found.success, found.message
-        return found.y[:9].T.reshape(-1, 3, 3), found.y[9]
-
-
-# The constants of stubs/viscoplasticity.i and stubs/substepping.i.
-VISCOPLASTICITY = Viscoplasticity(190_000.0, 0.3, 180.0, lambda p: 1800.0 * p, 60.0, 4.0)
-SUBSTEPPING = Viscoplasticity(60_000.0, 0.35, 30.0, lambda p: 20.0 * (1.0 - np.exp(-150.0 * p)), 40.0, 8.0)

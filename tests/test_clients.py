@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,6 @@ from neml2_aoti_plugin.notation import convert, convert_tangent
 from stubs.build import compiled
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
-
-
-@pytest.fixture
-def doubles() -> Iterator[None]:
-    """torch-fem computes in torch's default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def calibration() -> Model:

@@ -5,12 +5,34 @@ Each in a process of its own, for a graph that reads memory that is not there en
 
 from __future__ import annotations
 
+from textwrap import dedent
+
 import pytest
 
 import references
 from attacks import children, tensors
 
 RUN = "import sys; from attacks import tensors; tensors.main(*sys.argv[1:])"
+SETUP = """
+import sys, neml2, torch
+from attacks import tensors
+from neml2_aoti_plugin import AOTIError, InputTypeError, Model
+
+kind, model = sys.argv[1], Model(sys.argv[2])
+inputs = tensors.typical(model)
+
+def told(call, kind=AOTIError):
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError("no error")
+"""
+
+
+def run(body: str, kind: str, name: str, *more: object, limit: float = 60) -> None:
+    """Run a program on a model of the catalogue; `kind` says what with."""
+    children.run(SETUP + dedent(body), kind, references.case(name).artifact, *more, limit=limit)
 
 
 def artifacts() -> list[str]:
@@ -18,49 +40,32 @@ def artifacts() -> list[str]:
     return [str(references.case(name).artifact) for name in ("elasticity", "promoted", "calibration")]
 
 
-@pytest.mark.parametrize("kind", tensors.REFUSED)
-def test_tensor_without_plain_memory_is_refused_by_name(kind: str) -> None:
-    assert children.run(RUN, kind, *artifacts()) == "done\n"
-
-
-@pytest.mark.parametrize("kind", tensors.ADMITTED)
-def test_tensor_with_memory_counts_as_what_it_is(kind: str) -> None:
+@pytest.mark.parametrize("kind", [*tensors.REFUSED, *tensors.ADMITTED])
+def test_tensor_without_plain_memory_is_refused_by_name_and_others_count_as_what_they_are(kind: str) -> None:
     assert children.run(RUN, kind, *artifacts()) == "done\n"
 
 
 @pytest.mark.parametrize("kind", ["negative", "negative view", "class", "class with functions"])
 def test_gradient_leads_through_tensors_that_count_as_what_they_are(kind: str) -> None:
-    children.run(
+    run(
         """
-        import sys, torch
-        from attacks import tensors
-        from neml2_aoti_plugin import Model
-
-        model = Model(sys.argv[2])
-        inputs = tensors.typical(model)
         found = []
-        for make in (tensors.ADMITTED[sys.argv[1]], torch.clone):
+        for make in (tensors.ADMITTED[kind], torch.clone):
             strain = inputs["strain"].clone().requires_grad_()
             model.forward({**inputs, "strain": make(strain)})["stress"].sum().backward()
             found.append(strain.grad)
         assert found[0].any() and torch.equal(*found)
         """,
         kind,
-        references.case("calibration").artifact,
+        "calibration",
     )
 
 
 @pytest.mark.parametrize("kind", ["fake", "wrapper", "functional", "freed", "masked"])
 def test_parameter_without_plain_memory_is_refused_by_name(kind: str) -> None:
-    children.run(
+    run(
         """
-        import sys, torch
-        from attacks import tensors
-        from neml2_aoti_plugin import InputTypeError, Model
-
-        model = Model(sys.argv[2])
-        make, words = tensors.REFUSED[sys.argv[1]]
-        inputs = tensors.typical(model)
+        make, words = tensors.REFUSED[kind]
         name, value = next(iter(model.named_parameters().items()))
         for put in ("set", "in the module"):
             try:
@@ -80,21 +85,15 @@ def test_parameter_without_plain_memory_is_refused_by_name(kind: str) -> None:
                 raise AssertionError(put)
         """,
         kind,
-        references.case("promoted").artifact,
+        "promoted",
     )
 
 
 @pytest.mark.parametrize("name", ["elasticity", "calibration"])
 @pytest.mark.parametrize("mode", ["FakeTensorMode", "FunctionalTensorMode", "Passing"])
 def test_mode_that_takes_the_place_of_operations_is_refused_by_name(mode: str, name: str) -> None:
-    children.run(
+    run(
         """
-        import sys, torch
-        from attacks import tensors
-        from neml2_aoti_plugin import AOTIError, Model
-
-        model = Model(sys.argv[2])
-        inputs = tensors.typical(model)
         leaf = {n: x.clone().requires_grad_() for n, x in inputs.items()}
         out, wrt = model.derivative_pairs[0]
         calls = (
@@ -108,58 +107,46 @@ def test_mode_that_takes_the_place_of_operations_is_refused_by_name(mode: str, n
         )
         expected = model.forward(inputs)
         for call in calls:
-            try:
-                with tensors.modes()[sys.argv[1]]():
+            def within():
+                with tensors.modes()[kind]():
                     call()
-            except AOTIError as error:
-                assert sys.argv[1] in str(error) and "outside" in str(error), error
-            else:
-                raise AssertionError("no error")
+
+            text = told(within)
+            assert kind in text and "outside" in text, text
         assert all(torch.equal(x, expected[n]) for n, x in model.forward(inputs).items())
         """,
         mode,
-        references.case(name).artifact,
+        name,
     )
 
 
 @pytest.mark.parametrize("name", ["elasticity", "calibration"])
 @pytest.mark.parametrize("recorder", ["jit", "make_fx real", "make_fx fake", "make_fx symbolic", "fx", "export"])
 def test_call_is_not_recorded(recorder: str, name: str) -> None:
-    children.run(
+    run(
         """
-        import sys, torch
         from torch.fx.experimental.proxy_tensor import make_fx
-        from attacks import tensors
-        from neml2_aoti_plugin import AOTIError, Model
 
-        model = Model(sys.argv[2])
-        inputs = tensors.typical(model)
         names = list(inputs)
 
         class Part(torch.nn.Module):
             def forward(self, *values):
                 return 2.0 * next(iter(model.forward(dict(zip(names, values))).values()))
 
-        recorder, _, how = sys.argv[1].partition(" ")
+        recorder, _, how = kind.partition(" ")
         values = tuple(inputs.values())
-        try:
-            if recorder == "jit":
-                torch.jit.trace(Part(), values)
-            elif recorder == "make_fx":
-                make_fx(Part(), tracing_mode=how)(*values)
-            elif recorder == "export":
-                torch.export.export(Part(), values, strict=False)
-            else:
-                torch.fx.symbolic_trace(lambda x: model.forward({**inputs, names[0]: x}))
-        except AOTIError as error:
-            text = str(error)
-            assert ("Proxy" if recorder == "fx" else "recorded") in text or "FakeTensor" in text, text
-            assert recorder == "fx" or "torch.compile" in text, text
-        else:
-            raise AssertionError("it was recorded")
+        record = {
+            "jit": lambda: torch.jit.trace(Part(), values),
+            "make_fx": lambda: make_fx(Part(), tracing_mode=how)(*values),
+            "export": lambda: torch.export.export(Part(), values, strict=False),
+            "fx": lambda: torch.fx.symbolic_trace(lambda x: model.forward({**inputs, names[0]: x})),
+        }
+        text = told(record[recorder])
+        assert ("Proxy" if recorder == "fx" else "recorded") in text or "FakeTensor" in text, text
+        assert recorder == "fx" or "torch.compile" in text, text
         """,
         recorder,
-        references.case(name).artifact,
+        name,
     )
 
 
@@ -175,15 +162,10 @@ def test_call_is_not_recorded(recorder: str, name: str) -> None:
 def test_compile_breaks_its_graph_at_the_call(backend: str, name: str) -> None:
     """Through torch.compile a model stays a model, in any call and for any number of rows."""
     case = references.case(name)
-    children.run(
+    run(
         """
-        import sys, neml2, torch
-        from attacks import tensors
-        from neml2_aoti_plugin import Model
-
-        model, typed = Model(sys.argv[2]), neml2.load_model(sys.argv[3], sys.argv[4])
+        typed = neml2.load_model(sys.argv[3], sys.argv[4])
         assert "torch._dynamo" not in sys.modules, "the compiler was imported for nothing"
-        inputs = tensors.typical(model)
 
         def raw(x):
             return 2.0 * model(x)["stress"] + 1.0
@@ -197,7 +179,7 @@ def test_compile_breaks_its_graph_at_the_call(backend: str, name: str) -> None:
             return 2.0 * stress.data + 1.0
 
         for call in (raw, with_others, wrapped):
-            compiled = torch.compile(call, backend=sys.argv[1])
+            compiled = torch.compile(call, backend=kind)
             for rows in (1, 2, 3, 5, 8):
                 x = {n: torch.cat([v] * rows) * torch.linspace(1.0, 0.5, rows * len(v), dtype=v.dtype).reshape(
                     -1, *(1,) * (v.ndim - 1)) for n, v in inputs.items()}
@@ -205,17 +187,17 @@ def test_compile_breaks_its_graph_at_the_call(backend: str, name: str) -> None:
         strain = inputs["strain"].requires_grad_()
         found, wanted = (
             torch.autograd.grad((run(inputs) ** 2).sum(), strain)[0]
-            for run in (torch.compile(raw, backend=sys.argv[1]), raw)
+            for run in (torch.compile(raw, backend=kind), raw)
         )
         assert wanted.any() and torch.allclose(found, wanted, rtol=1e-12, atol=0.0)
-        whole = torch.compile(model, backend=sys.argv[1])
+        whole = torch.compile(model, backend=kind)
         assert torch.equal(whole(inputs)["stress"], model(inputs)["stress"])
         # It looked into no call: there is no other reason for a break.
         from torch._dynamo.utils import counters
         assert all("disable" in why for why in counters["graph_break"]), counters["graph_break"]
         """,
         backend,
-        case.artifact,
+        name,
         case.file,
         case.stub.model,
         limit=300,
@@ -225,26 +207,15 @@ def test_compile_breaks_its_graph_at_the_call(backend: str, name: str) -> None:
 @pytest.mark.parametrize("call", ["solve", "jacobian", "jvp"])
 @pytest.mark.parametrize("name", ["elasticity", "calibration"])
 def test_transform_that_only_forward_follows(call: str, name: str) -> None:
-    children.run(
+    run(
         """
-        import sys, torch
-        from attacks import tensors
-        from neml2_aoti_plugin import InputTypeError, Model
-
-        model = Model(sys.argv[2])
-        inputs = tensors.typical(model)
-        run = {
+        calls = {
             "solve": lambda x: model.solve(x).outputs,
             "jacobian": lambda x: model.jacobian(x)[0],
             "jvp": lambda x: model.jvp(x, {})[0],
-        }[sys.argv[1]]
-        try:
-            torch.vmap(run)(inputs)
-        except InputTypeError as error:
-            assert "torch.vmap" in str(error), error
-        else:
-            raise AssertionError("no error")
+        }
+        assert "torch.vmap" in told(lambda: torch.vmap(calls[kind])(inputs), InputTypeError)
         """,
         call,
-        references.case(name).artifact,
+        name,
     )
