@@ -15,7 +15,6 @@ import io
 import json
 import threading
 import zipfile
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -34,25 +33,18 @@ ASK_NOTHING = "aten::_assert_tensor_metadata"
 LISTED = "wrapper.json"
 
 
-@dataclass(frozen=True)
-class Operators:
-    """What a graph calls by name, as it is loaded."""
+def operators(archive: zipfile.ZipFile, device: torch.device) -> tuple[dict[str, bytes], bool]:
+    """Replace neml2's power in Python by torch's, and leave the question for singular matrices out.
 
-    # Entries of the package that differ from those in the file, by name.
-    changed: dict[str, bytes]
-    # Whether an operator is left that may be written in Python.
-    python: bool
-
-
-def operators(archive: zipfile.ZipFile, device: torch.device) -> Operators:
-    """Replace neml2's power in Python by torch's, and leave the question for singular matrices out."""
+    Gives the entries of the package that change, by name, and whether an operator is left that may be in Python.
+    """
     names = operators_in(archive)
     changed: dict[str, bytes] = {}
     power = PYTHON_POWER in names and same_as_torch(device)
     if power or RAISE_IF_SINGULAR in names:
         info = next(info for info in graph_entries(archive) if info.filename.endswith(LISTED))
         changed[info.filename], names = _exchanged(bytes(read_entry(archive, info)), power=power)
-    return Operators(changed, any(not name.startswith("aten::") for name in names))
+    return changed, any(not name.startswith("aten::") for name in names)
 
 
 def repacked(archive: zipfile.ZipFile, changed: dict[str, bytes]) -> bytes:

@@ -242,20 +242,20 @@ def _cure(error: OSError) -> str:
 
 
 def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, bool]:
-    """Load a graph."""
+    """Load a graph; tell whether it may call Python."""
     with _sound(file, data) as archive, scratch_folder(file) as folder:
-        called = operators(archive, device)
+        changed, python = operators(archive, device)
         own = getattr(torch._C._aoti, "AOTIModelContainerRunnerCpu", None) if device.type == "cpu" else None
         if own is None:
             # A GPU's kernels are read from the folder later on; torch's loader keeps one of its own for them.
-            content = repacked(archive, called.changed) if called.changed else data
+            content = repacked(archive, changed) if changed else data
             package = folder.write(file.name, content, file)
             index = -1 if device.index is None or device.type == "cpu" else device.index
             with _refusals(file, folder):
-                return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index), called.python
-        library = _unpack(archive, data, folder, file, called.changed)
+                return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index), python
+        library = _unpack(archive, data, folder, file, changed)
         with _refusals(file, folder):
-            return own(str(library), 1), called.python
+            return own(str(library), 1), python
 
 
 def load_library(file: Path, data: bytes) -> Library:
