@@ -139,10 +139,10 @@ def _gmres_cycle(
         taken += ~done
         w = operator(basis[:, j])
         span = basis[:, : j + 1]
-        h = _products(span, w, together)
-        w = w - _combined(span, h, together)
-        again = _products(span, w, together)
-        w = w - _combined(span, again, together)
+        h = _product(span, w, together)
+        w = w - _product(span.mT, h, together)
+        again = _product(span, w, together)
+        w = w - _product(span.mT, again, together)
         column = list((h + again).unbind(-1))
         below = _norm(w)
 
@@ -174,7 +174,7 @@ def _gmres_cycle(
         # Directions found after a row was done are none of its own.
         right = torch.where(torch.arange(size, device=r.device) < taken.unsqueeze(-1), right, 0.0)
     y = torch.linalg.solve_triangular(triangle, right.unsqueeze(-1), upper=True).squeeze(-1)
-    return _combined(basis[:, :size], y, together), done, used, taken
+    return _product(basis[:, :size].mT, y, together), done, used, taken
 
 
 def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
@@ -237,29 +237,20 @@ def _norm(v: Tensor, exponent: Tensor | None = None) -> Tensor:
     return norm if exponent is None else torch.ldexp(norm, exponent.squeeze(-1))
 
 
-def _dot(a: Tensor, b: Tensor, together: bool) -> Tensor:
-    """Product of each row with its partner, `(rows, 1)`.
+def _product(matrix: Tensor, vector: Tensor, together: bool) -> Tensor:
+    """Each row's matrix `(rows, m, k)` times its vector `(rows, k)`, `(rows, m)`.
 
     BiCGStab magnifies a difference in the last bit: rows that are together take the sum as neml2's C++ runtime does,
     others in the order of the entries, whatever the number of rows.
     """
     if together:
-        return torch.matmul(a.unsqueeze(-2), b.unsqueeze(-1)).squeeze(-1)
-    return _in_order(a * b)
+        return torch.matmul(matrix, vector.unsqueeze(-1)).squeeze(-1)
+    return _in_order(matrix * vector.unsqueeze(-2)).squeeze(-1)
 
 
-def _products(span: Tensor, w: Tensor, together: bool) -> Tensor:
-    """Products of each row `w` `(rows, N)` with its vectors `(rows, k, N)`, `(rows, k)`."""
-    if together:
-        return torch.matmul(span, w.unsqueeze(-1)).squeeze(-1)
-    return _in_order(span * w.unsqueeze(-2)).squeeze(-1)
-
-
-def _combined(span: Tensor, h: Tensor, together: bool) -> Tensor:
-    """Each row's vectors `(rows, k, N)`, weighed by `(rows, k)` and added, `(rows, N)`."""
-    if together:
-        return torch.matmul(span.mT, h.unsqueeze(-1)).squeeze(-1)
-    return _in_order(span.mT * h.unsqueeze(-2)).squeeze(-1)
+def _dot(a: Tensor, b: Tensor, together: bool) -> Tensor:
+    """Product of each row with its partner, `(rows, 1)`."""
+    return _product(a.unsqueeze(-2), b, together)
 
 
 def _in_order(terms: Tensor) -> Tensor:
