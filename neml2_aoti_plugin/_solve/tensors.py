@@ -81,15 +81,12 @@ class TensorSteps(ABC):
         self._du = self._direction(self._linear.solve(b))
         self._alpha = torch.ones_like(self._norm)
         if not self._criteria.strong_wolfe:
-            b, du = self._scaled(self._b, self._of_r), self._scaled(self._du, self._of_u)
+            # Divided by the norms first, so that products cannot overflow.
+            b, du = _divided(self._b, self._norm, self._of_r), _divided(self._du, self._norm, self._of_u)
             self._slope = row_dots(b, du, self._of_r, self._of_u)
         else:
             self._slope = torch.zeros_like(self._norm)
         self._evaluate_trial()
-
-    def _scaled(self, x: Groups, layout: Layout) -> Groups:
-        """A vector divided by the residual norm of its row, so that products cannot overflow."""
-        return [part / per_row(self._norm, group) for part, group in zip(x, layout, strict=True)]
 
     def _direction(self, du: Groups) -> Groups:
         """The direction in which rows move."""
@@ -180,10 +177,7 @@ class TensorRows(TensorSteps):
             return
         origin, before = self._u, self._norm
         found = finite_rows(self._du, self._of_u)
-        self._u = [
-            torch.where(per_row(found, group), trial, x)
-            for x, trial, group in zip(origin, self._trial, self._of_u, strict=True)
-        ]
+        self._u = _chosen(found, self._trial, origin, self._of_u)
         self._b, self._norm = self._trial_b, torch.where(found, self._trial_norm, before)
         done = self._have_converged(origin) & found
         lost = found & ~self._norm.isfinite()
@@ -214,8 +208,7 @@ class TensorRows(TensorSteps):
         """Take a last step from unknowns with the rows whose residual falls by it."""
         moved = _moved(u, self._last_steps(linear, b), self._of_u)
         better = row_norms(system.residual(moved), self._of_r) < norm
-        groups = zip(moved, u, self._of_u, strict=True)
-        return [torch.where(per_row(better, group), x, before) for x, before, group in groups]
+        return _chosen(better, moved, u, self._of_u)
 
     def _last_steps(self, linear: Linearisation, b: Groups) -> Groups:
         """The steps for right-hand sides that may be below the absolute tolerance of an iterative linear solve."""
@@ -223,7 +216,7 @@ class TensorRows(TensorSteps):
             return linear.solve(b)
         norm = row_norms(b, self._of_r)
         scale = torch.where(norm > 0.0, norm, 1.0)
-        unit = linear.solve([x / per_row(scale, group) for x, group in zip(b, self._of_r, strict=True)])
+        unit = linear.solve(_divided(b, scale, self._of_r))
         return [x * per_row(scale, group) for x, group in zip(unit, self._of_u, strict=True)]
 
     def _leave(self, outcome: Outcome, leaving: Tensor) -> None:
@@ -388,8 +381,18 @@ def solve_in_lockstep(
 
 def _moved(u: Groups, steps: Groups, layout: Layout) -> Groups:
     """Take a step with the rows where it is finite."""
-    finite = finite_rows(steps, layout)
-    return [torch.where(per_row(finite, g), x + d, x) for x, d, g in zip(u, steps, layout, strict=True)]
+    return _chosen(finite_rows(steps, layout), [x + d for x, d in zip(u, steps, strict=True)], u, layout)
+
+
+def _chosen(rows: Tensor, values: Groups, others: Groups, layout: Layout) -> Groups:
+    """The values of some rows, and others elsewhere."""
+    groups = zip(values, others, layout, strict=True)
+    return [torch.where(per_row(rows, group), value, other) for value, other, group in groups]
+
+
+def _divided(groups: Groups, by_row: Tensor, layout: Layout) -> Groups:
+    """Each row divided by its number."""
+    return [x / per_row(by_row, group) for x, group in zip(groups, layout, strict=True)]
 
 
 def _put(groups: Groups, rows: Tensor, values: Groups) -> Groups:
