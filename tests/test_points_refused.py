@@ -193,7 +193,7 @@ CALLS: list[tuple[Callable[[Points], Any], type[Exception], str]] = [
     (lambda p: p.initial(back_stress=0.0), UnknownNameError, "unknown 'back_stress'.*kept are: strain, t,"),
     (lambda p: p.initial(stress=np.zeros((N, 3))), InputError, r"'stress' has shape \(4, 3\), expected \(4, 6\)"),
     (lambda p: p.initial(stress=ZERO * np.nan), InputError, "not finite"),
-    (lambda p: p.initial(stress=torch.zeros(6).double().requires_grad_()), InputError, "'stress' requires grad"),
+    (lambda p: p.initial(stress=torch.zeros(6).double().requires_grad_()), InputError, "'stress' requires grad, and"),
     (lambda p: p.committed("stress", 2), UnknownNameError, "unknown 'stress~2'"),
     (lambda p: (p.update(strain=ZERO, t=2.0), p.trial("sigma")), UnknownNameError, "unknown 'sigma'"),
     (lambda p: p.restore(cast(Any, {})), InputTypeError, "state is a dict"),

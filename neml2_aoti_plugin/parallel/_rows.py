@@ -19,7 +19,7 @@ from concurrent.futures import (
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -162,12 +162,12 @@ class _Run:
         finally:
             self._sync()
 
-    def _known(self, journal: Journal) -> Iterator[_Chunk]:
+    def _known(self, journal: Journal) -> Iterator[_Chunk[str]]:
         for start, stop, rows in self.source.chunks(self.size):
             if (start, stop) in journal.done:
-                yield self._task(start, stop, rows), partial(_require_same_rows, journal, start, stop)
+                yield self._task(start, stop, rows), partial(journal.require_same_rows, start, stop)
 
-    def _coming(self) -> Iterator[_Chunk]:
+    def _coming(self) -> Iterator[_Chunk[Result]]:
         for start, stop, rows in self.source.chunks(self.size):
             self.rows = stop
             if self.journal is None or (start, stop) not in self.journal.done:
@@ -208,10 +208,6 @@ class _Run:
         self.synced = time.monotonic()
 
 
-def _require_same_rows(journal: Journal, start: int, stop: int, found: Result) -> None:
-    journal.require_same_rows(start, stop, found.digest)
-
-
 def _identity(model: Model, operation: str, source: Source, size: int, fields: Fields) -> dict[str, Any]:
     """What distinguishes a run from another one; its rows are known by the digests of the chunks."""
     parameters = hashlib.sha256()
@@ -247,15 +243,16 @@ def _shown(progress: bool | Progress, total: int | None) -> Iterator[Progress]:
 
 # -- executors ---------------------------------------------------------------------------------------------------------
 
-# A task, and what takes its result.
-_Chunk = tuple[Task, Callable[[Result], None]]
+# What a task gives; and a task with what takes that.
+_Given = TypeVar("_Given")
+_Chunk = tuple[Task, Callable[[_Given], None]]
 
 
 class _Here:
     """An executor that is the calling thread."""
 
-    def submit(self, function: Callable[[Task], Result], task: Task) -> Future[Result]:
-        found: Future[Result] = Future()
+    def submit(self, function: Callable[[Task], _Given], task: Task) -> Future[_Given]:
+        found: Future[_Given] = Future()
         found.set_result(function(task))
         return found
 
@@ -268,12 +265,12 @@ class _Runner:
     most: int
     model: Model | bytes
 
-    def run(self, function: Callable[[Task], Result], chunks: Iterable[_Chunk]) -> None:
+    def run(self, function: Callable[[Task], _Given], chunks: Iterable[_Chunk[_Given]]) -> None:
         """Have all chunks done, taken one after the other as there is room; the first error ends it.
 
         When it has ended, nothing of these chunks is going on. Whether a task is attempted again is up to the executor.
         """
-        running: dict[Future[Result], Callable[[Result], None]] = {}
+        running: dict[Future[_Given], Callable[[_Given], None]] = {}
         coming = iter(chunks)
         try:
             while True:

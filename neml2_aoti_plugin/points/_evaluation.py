@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DerivativeNotCompiledError, InputError
 from ..model import Model, Solution
 from ._plane_stress import PlaneStress, Tensors, write
-from ._roles import Base, Pair, Roles, earlier
+from ._roles import Base, Pair, Roles, compiled_pairs, earlier, require_pair
 
 # As many Newton updates as this at the hardest point keep the step as it is. What a viscoplastic law takes from its
 # predictor in a step of moderate size is 5 or 6, so that such a step grows a little.
@@ -103,6 +103,20 @@ class Evaluator:
         strain = constraint.start(driven[constraint.strain], old, last)
         found, strain = constraint.solve(at, strain, self.unknowns)
         return constraint.condensed(found, pairs), {**driven, constraint.strain: strain}
+
+    def pairs_by(self, names: Collection[str]) -> tuple[Pair, ...]:
+        """The pairs of outputs and of these inputs and parameters whose derivatives can be evaluated."""
+        there = compiled_pairs(self.model)
+        found = [(out, by) for out in self.model.output_names for by in names if (out, by) in there]
+        if self.plane_stress is None:
+            return tuple(found)
+        return self.plane_stress.condensable(self.model, found, chosen=False)
+
+    def refuse_gradient(self, out: str, by: str) -> None:
+        """Raise why an output has no derivative by what autograd asks for."""
+        require_pair(self.model, self.roles.driven, (out, by))
+        if self.plane_stress is not None:
+            self.plane_stress.condensable(self.model, [(out, by)], chosen=True)
 
     def _usable(self, name: str, value: Tensor, old: Tensors, rows: Tensor | None = None) -> Tensor:
         """An initial guess that is finite: at points that have failed, the value before the step, or zero."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from ._arrays import Array, Arrays, is_followed, rows_of
 from ._evaluation import Evaluator, Trial, advanced, attached, parameters_at, step_factor, with_part
 from ._interface import DIMENSIONS, Dimension, Interface, Notation, PointsResult, forms_of, result_of
 from ._plane_stress import Tensors, plane_stress_of
-from ._roles import Pair, compiled_pairs, earlier, pairs_of, require_in_tangent, require_pair, roles_of
+from ._roles import Pair, earlier, pairs_of, require_in_tangent, roles_of
 from ._state import PointsState
 
 
@@ -202,14 +202,14 @@ class Points:
         torch_kind = any(isinstance(value, Tensor) for value in (*given.values(), *overrides.values()))
         every = {**own, **parameters, **overrides, **given}
         followed = {name: value for name, value in every.items() if is_followed(value, repr(name))}
+        pairs = evaluated = self.pairs if tangent else ()
         if followed:
+            evaluated = tuple(dict.fromkeys((*pairs, *self._evaluator.pairs_by(followed))))
             self._require_graph(next(iter(followed)), torch_kind=torch_kind, out=out)
             given, overrides = (
                 {name: value.detach() if name in followed else value for name, value in values.items()}
                 for values in (given, overrides)
             )
-        pairs = self.pairs if tangent else ()
-        evaluated = (*pairs, *(pair for pair in self._pairs_by(followed) if pair not in pairs)) if followed else pairs
         # All that the caller gave is looked over before anything is evaluated.
         driven = {name: interface.admitted(name, name, given[name]) for name in self.driven}
         for name, value in overrides.items():
@@ -227,7 +227,7 @@ class Points:
         if followed:
             outputs = {name: results[name] for name in found.outputs}
             blocks = {pair: results[pair] for pair in evaluated if pair[1] in followed}
-            results.update(attached(outputs, blocks, followed, interface.one, self._refuse_gradient))
+            results.update(attached(outputs, blocks, followed, interface.one, self._evaluator.refuse_gradient))
         for name in dict.fromkeys((*self._roles.depth, *self._evaluator.unknowns)):
             if name not in driven:
                 value = found.outputs[name]
@@ -385,19 +385,6 @@ class Points:
         else:
             return
         raise InputError(f"{name!r} requires grad, and {why}, or call under torch.no_grad().")
-
-    def _pairs_by(self, names: Collection[str]) -> tuple[Pair, ...]:
-        """The pairs of outputs and of these inputs and parameters whose derivatives can be evaluated."""
-        there = compiled_pairs(self.model)
-        found = [(out, by) for out in self.model.output_names for by in names if (out, by) in there]
-        constraint = self._evaluator.plane_stress
-        return tuple(found) if constraint is None else constraint.condensable(self.model, found, chosen=False)
-
-    def _refuse_gradient(self, out: str, by: str) -> None:
-        """Raise why an output has no derivative by what autograd asks for."""
-        require_pair(self.model, self.driven, (out, by))
-        if self._evaluator.plane_stress is not None:
-            self._evaluator.plane_stress.condensable(self.model, [(out, by)], chosen=True)
 
     def _require_trial(self, call: str) -> Trial:
         if self._trial is None:
