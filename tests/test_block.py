@@ -22,6 +22,7 @@ from neml2_aoti_plugin._solve.machine_code import CHOICE
 from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means, Prediction, UnfitPredictor
 from neml2_aoti_plugin._solve.outcome import Solved
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
+from neml2_aoti_plugin.model._module import caller_of
 from neml2_aoti_plugin.settings import NewtonSettings
 from test_newton import SQUARES, Equations, by_machine_code, by_tensors, coupled, double_roots, square_roots
 
@@ -276,7 +277,7 @@ class TestCompiledGraphsThatFail:
     def test_now_and_then(self, count: int, failing: tuple[list[bool], int], capfd: pytest.CaptureFixture[str]) -> None:
         case = references.case("viscoplasticity")
         state = case.rows()
-        segment = case.load()._caller.program.implicit[0]
+        segment = caller_of(case.load()).program.implicit[0]
         assert segment.graphs.jacobian is not None
         rows = len(state["t"])
         segment.guess(state, rows)
@@ -469,7 +470,7 @@ def test_guess_and_derivatives_are_those_of_graphs_called_one_by_one(
 ) -> None:
     case = references.case(name)
     rows = case.rows()
-    found, segment = case.load(), case.load()._caller.program.implicit[0]
+    found, segment = case.load(), caller_of(case.load()).program.implicit[0]
     kinds: list[object] = [found.solve(rows).outputs, found.jacobian(rows)[1] if segment.sensitivity else {}]
     monkeypatch.setenv(CHOICE, "torch")
     other = case.load()

@@ -26,6 +26,7 @@ from neml2_aoti_plugin import (
 from neml2_aoti_plugin._artifact.schema import Pair
 from neml2_aoti_plugin._program import explicit
 from neml2_aoti_plugin._program.substepping import successor
+from neml2_aoti_plugin.model._module import caller_of
 from references import Tensors, difference, edited
 
 
@@ -104,7 +105,7 @@ def test_d04_substepping_with_a_predictor_that_reads_older_lags(tmp_path: Path) 
 def test_d05_one_singular_row_is_that_rows_failure() -> None:
     """C++ raises for the whole batch, without a word of singularity, and no step can be cut."""
     case = references.case("viscoplasticity")
-    graph = case.load()._caller.program.implicit[0].graphs.solve
+    graph = caller_of(case.load()).program.implicit[0].graphs.solve
     assert graph is not None
     generator = torch.Generator().manual_seed(5)
     a = torch.eye(7, dtype=torch.float64) + 0.1 * torch.rand(4, 7, 7, dtype=torch.float64, generator=generator)
@@ -244,26 +245,18 @@ class TestD31SubBatchedForwardBlocks:
 
     pair = Pair(out="y", wrt="x", out_base_shape=(2,), wrt_base_shape=(3,), output=0, wrt_sub_batch_shape=(4,))
 
-    def test_site_by_site(self) -> None:
-        block = torch.rand(5, 4, 2, 3, dtype=torch.float64)
+    @pytest.mark.parametrize(
+        ("sites", "out_sites", "sum_of"),
+        [((5, 4), (4,), "bsij,bsjm->bsim"), ((1, 1), (4,), "xyij,bsjm->bsim"), ((5, 4), (), "bsij,bsjm->bim")],
+        ids=["site by site", "constant block with a site axis of one", "sum over sites"],
+    )
+    def test_contraction(self, sites: tuple[int, ...], out_sites: tuple[int, ...], sum_of: str) -> None:
+        block = torch.rand(*sites, 2, 3, dtype=torch.float64)
         column = torch.rand(5, 12, 1, dtype=torch.float64)
-        expected = torch.einsum("bsij,bsjm->bsim", block, column.reshape(5, 4, 3, 1)).reshape(5, 8, 1)
-        assert difference(explicit.contract(block, self.pair, (4,), column, "file"), expected) < 1e-14
-        whole = explicit.contract(block, self.pair, (4,), None, "file")
+        expected = torch.einsum(sum_of, block, column.reshape(5, 4, 3, 1)).reshape(5, -1, 1)
+        assert difference(explicit.contract(block, self.pair, out_sites, column, "file"), expected) < 1e-14
+        whole = explicit.contract(block, self.pair, out_sites, None, "file")
         assert difference(whole @ column, expected) < 1e-14
-
-    def test_constant_block_with_site_axis_of_one(self) -> None:
-        block = torch.rand(1, 1, 2, 3, dtype=torch.float64)
-        column = torch.rand(5, 12, 1, dtype=torch.float64)
-        expected = torch.einsum("ij,bsjm->bsim", block[0, 0], column.reshape(5, 4, 3, 1)).reshape(5, 8, 1)
-        assert difference(explicit.contract(block, self.pair, (4,), column, "file"), expected) < 1e-14
-
-    def test_sum_over_sites(self) -> None:
-        block = torch.rand(5, 4, 2, 3, dtype=torch.float64)
-        column = torch.rand(5, 12, 1, dtype=torch.float64)
-        expected = torch.einsum("bsij,bsjm->bim", block, column.reshape(5, 4, 3, 1))
-        assert difference(explicit.contract(block, self.pair, (), column, "file"), expected) < 1e-14
-        assert difference(explicit.contract(block, self.pair, (), None, "file") @ column, expected) < 1e-14
 
 
 def test_d33_a_plain_value_is_spread_over_the_sites() -> None:

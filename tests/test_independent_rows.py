@@ -15,6 +15,7 @@ from torch import Tensor
 import references
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
+from neml2_aoti_plugin.model._module import caller_of
 from references import Case, Tensors
 from stubs.catalogue import CATALOGUE, EXPLICIT
 
@@ -153,7 +154,7 @@ def test_implementations_agree(name: str, tolerance: float, monkeypatch: pytest.
     for implementation in ("native", "torch"):
         monkeypatch.setenv(VARIABLE, implementation)
         model = loaded(case, tolerance)
-        by = [segment.implementation.startswith("torch") for segment in model._caller.program.implicit]
+        by = [segment.implementation.startswith("torch") for segment in caller_of(model).program.implicit]
         assert all(by) if implementation == "torch" or name in OTHERS else not any(by)
         found[implementation] = model.solve(rows)
     kernels, tensors = found.values()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import references
 from neml2_aoti_plugin import InputError, InputTypeError, Model, UnknownNameError
+from neml2_aoti_plugin.model._module import caller_of
 from references import Tensors, difference
 
 UNKNOWNS = ["stress", "equivalent_plastic_strain"]
@@ -56,14 +57,14 @@ def solution(model: Model, rows: Tensors) -> Tensors:
 def seen_by_the_program(model: Model, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Tensors:
     """What a call hands to the program as state."""
     states: list[Tensors] = []
-    evaluate = model._caller.program.evaluate
+    evaluate = caller_of(model).program.evaluate
 
     def noted(state: Tensors, *rest: Any, **options: Any) -> Any:
         states.append(dict(state))
         return evaluate(state, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._caller.program, "evaluate", noted)
+        patch.setattr(caller_of(model).program, "evaluate", noted)
         call()
     (state,) = states[:1]
     return state

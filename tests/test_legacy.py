@@ -26,6 +26,7 @@ from neml2_aoti_plugin._artifact.compatibility import check
 from neml2_aoti_plugin._artifact.decode import read_metadata
 from neml2_aoti_plugin._artifact.locate import locate
 from neml2_aoti_plugin._artifact.schema import ExplicitInfo, ImplicitInfo, Metadata
+from neml2_aoti_plugin.model._module import caller_of
 
 pytestmark = [pytest.mark.legacy, pytest.mark.timeout(3600)]
 
@@ -252,7 +253,7 @@ def test_newton_settings_of_the_release(release: str) -> None:
     if release_named(release).schema == 7:
         assert own == type(own)()
         stub = neml2.load_model(build.stub(release, "implicit"), "creep")
-        own = segment(stub._caller.metadata).newton
+        own = segment(caller_of(stub).metadata).newton
     assert asdict(own) == expected
 
 

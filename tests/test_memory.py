@@ -28,13 +28,14 @@ import torch
 from benchmarks.batches import converging
 from benchmarks.memory import peak_growth
 from neml2_aoti_plugin import Model
+from neml2_aoti_plugin.model._module import caller_of
 
 torch.set_num_threads(1)
 artifact, inputs = converging("viscoplasticity", int(sys.argv[1]))
 model = Model(artifact)
 outputs, growth = peak_growth(lambda: model.forward(inputs))
 given, found = (sum(x.numel() * x.element_size() for x in some.values()) for some in (inputs, outputs))
-print(json.dumps({"growth": growth, "inputs": given, "outputs": found, "block": model._caller.program.block}))
+print(json.dumps({"growth": growth, "inputs": given, "outputs": found, "block": caller_of(model).program.block}))
 """
 
 

@@ -227,7 +227,7 @@ class TestShapes:
 
     @pytest.mark.parametrize("name", ["elasticity", "promoted"])
     @pytest.mark.parametrize("form", ["plain", "one row", "grid", "transposed", "no rows", "a value per row"])
-    def test_blocks_of_one_forward_segment_are_those_that_seeds_give(self, name: str, form: str) -> None:
+    def test_blocks_of_one_explicit_segment_are_those_that_seeds_give(self, name: str, form: str) -> None:
         model = references.case(name).model
         inputs = strains(2, 3) if form == "grid" else strains(4)
         if form == "one row":

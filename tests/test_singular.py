@@ -14,6 +14,7 @@ from neml2_aoti_plugin import ArtifactError
 from neml2_aoti_plugin._graphs.graph import Graph
 from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
 from neml2_aoti_plugin._solve.native import BlockSolver, Pass
+from neml2_aoti_plugin.model._module import caller_of
 
 DIVERGING = """
 import sys
@@ -65,7 +66,7 @@ def test_a_row_without_derivatives_fails_by_name(implementation: str, monkeypatc
     if implementation == "native":
         monkeypatch.setattr(BlockSolver, "solve", spoiled)
     else:
-        sensitivity = model._caller.program.implicit[0].sensitivity
+        sensitivity = caller_of(model).program.implicit[0].sensitivity
         assert sensitivity is not None and sensitivity.jacobian is not None
         jacobian = sensitivity.jacobian
         monkeypatch.setattr(sensitivity, "jacobian", singular)
@@ -79,7 +80,7 @@ def test_a_predictor_of_another_model_is_refused_as_such(monkeypatch: pytest.Mon
     monkeypatch.setenv(VARIABLE, "torch")
     case = references.case("viscoplasticity")
     model = case.load()
-    segment = model._caller.program.implicit[0]
+    segment = caller_of(model).program.implicit[0]
     assert segment.predictor is not None
     predictor: Graph = segment.predictor
 

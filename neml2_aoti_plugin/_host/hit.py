@@ -17,7 +17,8 @@ from .._checks import require_names
 from ..errors import ArtifactError, DerivativeNotCompiledError, InputError, InputTypeError
 from ..model._admission import INITIAL_GUESS
 from ..model._autograd import evaluate
-from ..model._module import CompiledModule, public
+from ..model._guard import public
+from ..model._module import CompiledModule
 from ..model._outcomes import Blocks, Tensors
 from . import typed
 from .overrides import OpenSchema, parameter_values
@@ -108,8 +109,10 @@ class AOTIModel(CompiledModule):
         self._wrappers = tuple(self.input_spec.values())
         self.output_spec = {name: typed.wrapper_class(v, name) for name, v in self.outputs.items()}
         self._output_wrappers = tuple(enumerate(self.output_spec.values()))
-        # Of the unknowns that may be given as initial guesses.
-        self._guess_spec = {name: typed.wrapper_of_unknown(v, name) for name, v in self.initial_guesses.items()}
+        # Most artifacts do not tell the types of unknowns that may be given as initial guesses; any wrapper then.
+        self._guess_spec = {
+            name: typed.wrapper_class(v, name) if v.type else TensorWrapper for name, v in self.initial_guesses.items()
+        }
         self.input_sub_batch = {name: v.sub_batch_shape for name, v in self.inputs.items()}
         if declared:
             self._declared = _Declared(declared)
@@ -158,7 +161,7 @@ class AOTIModel(CompiledModule):
         if v is None:
             return tuple(self._evaluate(inputs).values())
         require_names(v, self.input_spec, f"v= of {self.artifact}", "inputs")
-        pairs = [(out, name) for out in self.output_spec for name in typed.seeded(v, self.inputs)]
+        pairs = [(out, name) for out in self.output_spec for name in self.inputs if v.get(name)]
         wanted = self._caller.derivatives.chosen(pairs)
         outputs, matrices, batch = evaluate(self._caller, inputs, None, wanted)
         wrapped = typed.wrap(outputs, self.output_spec, len(batch))
@@ -284,7 +287,8 @@ class AOTIModel(CompiledModule):
 
     def _batch_rank(self, inputs: Mapping[str, Tensor]) -> int:
         """Number of batch axes that raw inputs and initial guesses have together."""
-        return typed.batch_rank(inputs, {**self.initial_guesses, **self.inputs})
+        variables = {**self.initial_guesses, **self.inputs}
+        return max((x.ndim - len(variables[name].natural_shape) for name, x in inputs.items()), default=0)
 
 
 def _plain(value: Any, wrapper: typed.Wrapper) -> Any:

@@ -31,11 +31,6 @@ def wrapper_class(variable: Variable, name: str) -> Wrapper:
     return found
 
 
-def wrapper_of_unknown(variable: Variable, name: str) -> Wrapper:
-    """As `wrapper_class`, for an unknown, whose type most artifacts do not tell; any wrapper then."""
-    return wrapper_class(variable, name) if variable.type else TensorWrapper
-
-
 def class_of_base_shape(shape: Shape) -> Wrapper | None:
     """A typed wrapper with a base shape, for parameters, whose types no artifact tells; None if there is none.
 
@@ -95,11 +90,6 @@ def raw(value: TensorWrapper, name: str, variable: Variable, wanted: Wrapper, ki
     return data.expand((*lead, *sub, *of_base))
 
 
-def batch_rank(inputs: Mapping[str, Tensor], variables: Mapping[str, Variable]) -> int:
-    """Number of batch axes that raw inputs have together."""
-    return max((x.ndim - len(variables[name].natural_shape) for name, x in inputs.items()), default=0)
-
-
 def wrap(values: Mapping[str, Tensor], spec: Mapping[str, Wrapper], rank: int) -> dict[str, TensorWrapper]:
     """Typed tensors of raw ones, with `rank` batch axes; axes between batch and base are the sub-batch."""
     return {
@@ -124,11 +114,6 @@ def wrap_blocks(
 
 
 # -- the chain rule ---------------------------------------------------------------------------------------------------
-
-
-def seeded(v: Mapping[str, Mapping[str, TensorWrapper]], inputs: Mapping[str, Variable]) -> list[str]:
-    """Names of the inputs that have tangents, in the model's order."""
-    return [name for name in inputs if v.get(name)]
 
 
 def push_forward(

@@ -1,9 +1,4 @@
-"""Admit a caller's tensors: check names, dtype, device and shapes, and bring them to one flat batch axis.
-
-A compiled graph reads the bytes at a tensor's address and checks nothing, so nothing may pass here that it would read
-wrongly. A tensor without such bytes ends the process; one whose bytes are not its values, such as a negative view,
-gives wrong numbers.
-"""
+"""Admit a caller's tensors: check names, dtype, device and shapes, and bring them to one flat batch axis."""
 
 from __future__ import annotations
 
@@ -15,26 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import forward_ad
-from torch.nn.parameter import Parameter, is_lazy
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .._artifact.locate import DTYPES, Place
 from .._artifact.schema import ImplicitInfo, Metadata, Shape, Variable
 from .._checks import require_names
 from .._program.values import contiguous
-from ..errors import AOTIError, InputError, InputTypeError
+from ..errors import InputError, InputTypeError
+from ._guard import require_unrecorded
+from ._memory import Form, are_plain, with_memory
 
 # Of how many batch sizes the shapes are kept; callers go on with the batches they have.
 FORMS = 32
 
 INITIAL_GUESS = "initial guess"
 
-# Shapes of tensors, with their sizes in bytes.
-Form = tuple[tuple[torch.Size, int], ...]
-
-_NO_DISPATCH = Tensor.__torch_dispatch__
 _NO_BATCHES: Mapping[str, Shape] = {}
 _OURS = (__name__.partition(".")[0], "torch")
 
@@ -290,118 +280,3 @@ def callers_level() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
         frame, level = frame.f_back, level + 1
     return level
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-def are_plain(values: Sequence[Any], form: Form, dtype: torch.dtype, on_cpu: bool) -> bool:
-    """Whether all values are torch's own dense tensors of that form and dtype, contiguous, without grad, in memory.
-
-    Every tensor must pass this test on its way into a graph, so it is written for speed. Unless `on_cpu`, the device is
-    left to the caller.
-    """
-    place = 0
-    try:
-        for shape, size in form:
-            value = values[place]
-            place += 1
-            kind = type(value)
-            if (
-                (kind is not Tensor and kind is not Parameter)
-                or value.shape != shape
-                or value.dtype is not dtype
-                or value.requires_grad
-                or (on_cpu and not value.is_cpu)
-                or not value.is_contiguous()
-                or value.is_neg()
-                or not value.data_ptr()
-            ):
-                return False
-            offset = value.storage_offset()
-            if value.untyped_storage().nbytes() < (size + offset * dtype.itemsize if offset else size):
-                return False
-    except RuntimeError:
-        # Nested and sparse tensors, and those inside torch.vmap, have no such thing as an address or a storage.
-        return False
-    return True
-
-
-def require_unrecorded(where: str) -> None:
-    """Refuse a call that a tracer or a mode of torch takes over, since it would see nothing of what a graph does."""
-    if torch._C._get_tracing_state() is not None:
-        by = "torch.jit.trace (or an export that is based on it) records it"
-    elif torch._C._len_torch_dispatch_stack():
-        modes = ", ".join(type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
-        by = (
-            f"the dispatch mode {modes} is active (torch.export, make_fx, fake tensors and the like work by such modes)"
-        )
-    else:
-        return
-    raise AOTIError(
-        f"a call of {where} cannot be recorded or taken over: {by}, and would keep the numbers of this one call in the "
-        "place of the model. Call the model outside of it, or in the form of an operator that torch knows: "
-        "neml2_aoti_plugin.model.CustomOp. torch.compile may hold a model as it is, and breaks its graph there."
-    )
-
-
-def with_memory(value: Tensor, name: str, kind: str) -> Tensor:
-    """The same values as a plain strided tensor that owns memory; an `InputTypeError` where there is no memory."""
-    if _is_plain(value):
-        return value
-    fault = _fault(value)
-    if fault:
-        raise InputTypeError(
-            f"{kind} {name!r} {fault}, so there are no bytes that a compiled graph could read. Pass a dense "
-            "torch.Tensor with memory of its own."
-        )
-    if type(value) is not Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            value = value.as_subclass(Tensor)
-    return value.resolve_neg() if value.is_neg() else value
-
-
-def _is_plain(value: Tensor) -> bool:
-    if type(value) is not Tensor and type(value) is not Parameter:
-        return False
-    try:
-        return are_plain((value,), ((value.shape, value.nbytes),), value.dtype, False)
-    except RuntimeError:
-        # What has no shape.
-        return False
-
-
-def _fault(value: Tensor) -> str:
-    """What keeps a tensor from having plain memory; empty for nothing."""
-    kind = type(value)
-    if kind is not Tensor and kind is not Parameter:
-        if is_lazy(value):
-            return f"is an {kind.__name__}, which has no values yet"
-        # Its memory may lie in other tensors, and be reached by its own operations only.
-        if kind.__torch_dispatch__ is not _NO_DISPATCH:
-            return f"is a {kind.__name__}, a class with operations of its own (__torch_dispatch__)"
-    with torch._C.DisableTorchFunctionSubclass():
-        if _functorch.is_functorch_wrapped_tensor(value):
-            return "is a value inside torch.vmap or another transform of torch.func, which only forward follows"
-        if value.is_nested:
-            return "is a nested tensor"
-        if value.layout is not torch.strided:
-            return f"has the layout {value.layout}"
-        if value.is_quantized:
-            return "is quantized"
-        if value.device.type == "meta":
-            return "is on the meta device"
-        if torch._is_functional_tensor(value):
-            return "is a functional tensor"
-        if value._is_zerotensor():
-            return "is a zero tensor without memory (torch._efficientzerotensor)"
-        return "" if value.numel() == 0 else _storage_fault(value)
-
-
-def _storage_fault(value: Tensor) -> str:
-    """What is wrong with the storage of a strided tensor that is not empty."""
-    last = value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
-    needed, there = (last + 1) * value.element_size(), value.untyped_storage().nbytes()
-    if there < needed:
-        return f"has a storage of {there} bytes where {needed} are needed (it was resized or freed)"
-    return "" if value.data_ptr() else "has no address in memory"

@@ -18,9 +18,10 @@ from torch.autograd import forward_ad
 
 from .._artifact.schema import Shape
 from ..errors import DerivativeNotCompiledError
-from ._admission import INITIAL_GUESS, require_unrecorded
+from ._admission import INITIAL_GUESS
 from ._call import Caller
 from ._derivatives import By, Pair
+from ._guard import require_unrecorded
 from ._outcomes import Tensors
 
 

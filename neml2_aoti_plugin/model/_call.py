@@ -19,8 +19,9 @@ from .._program.values import PER_SITE, Columns, Seed
 from .._solve.outcome import not_finite_rows
 from ..errors import InputError
 from ..settings import NewtonSettings
-from ._admission import Boundary, require_unrecorded
+from ._admission import Boundary
 from ._derivatives import By, Derivatives, Pair
+from ._guard import require_unrecorded
 from ._outcomes import Blocks, Given, Solution, Tensors, convergence_error, solution
 from ._parameters import PromotedParameters
 from ._plan import plans_of

@@ -12,7 +12,8 @@ from torch import Tensor
 from .._artifact.schema import Shape
 from . import _autograd as autograd
 from ._derivatives import Pair
-from ._module import CompiledModule, public
+from ._guard import public
+from ._module import CompiledModule
 from ._outcomes import Blocks, Solution, Tensors
 
 

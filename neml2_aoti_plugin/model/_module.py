@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
 import sys
@@ -10,16 +9,12 @@ import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from threading import Event, get_ident, main_thread
-from time import monotonic, sleep
-from typing import Any, NoReturn, ParamSpec, TypeVar, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from .._artifact import files
 from .._artifact.compatibility import check
@@ -29,13 +24,10 @@ from .._artifact.kinship import kinship
 from .._artifact.layout import absolute
 from .._artifact.locate import locate
 from .._artifact.stub import is_input_file, model_in
-from ..errors import AOTIError, ArtifactError, InputError, UnknownNameError
+from ..errors import ArtifactError, InputError, UnknownNameError
 from ..settings import NewtonSettings, changed_settings, newton_settings
 from ._admission import callers_level
 from ._call import Caller
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 MODE = "NEML2_AOTI_PLUGIN_MODE"
 MODES = ("rowwise", "lockstep")
@@ -58,64 +50,6 @@ INTERNAL = frozenset(
         *("input_names", "output_names", "input_base_shapes", "output_base_shapes", "extra_repr", "require_pairs"),
     }
 )
-
-
-# The threads beside the main one that are in a call, and whether the interpreter is about to end.
-_MAIN, _inside, _ending = main_thread().ident, set[int](), Event()
-# How long the end of the interpreter may wait for calls in daemon threads, in seconds.
-_PATIENCE = 10.0
-
-
-def _let_threads_out() -> None:
-    """Wait until no daemon thread is in a call, and let none begin another one."""
-    _ending.set()
-    end = monotonic() + _PATIENCE
-    while _inside and monotonic() < end:
-        sleep(1e-3)
-
-
-atexit.register(_let_threads_out)
-if hasattr(os, "register_at_fork"):
-    # The other threads are not in the new process.
-    os.register_at_fork(after_in_child=_inside.clear)
-
-
-def public(call: Callable[P, R]) -> Callable[P, R]:
-    """A call that users make, guarded against where it cannot be made.
-
-    `torch.compile` does not look into it: it breaks its graph there and runs the call as it is. That is what
-    `torch.compiler.disable` does, but it is asked for only where torch compiles, since it imports the whole compiler.
-
-    While the interpreter ends, the call is refused: torch aborts the process if the last name of a tensor goes while a
-    view of it is left, as happens in most calls. Daemon threads are let out of their calls before it ends: one that
-    comes back from torch's code later aborts the process, too.
-    """
-    ends, me = sys.is_finalizing, get_ident
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if is_dynamo_compiling():
-            found: R = torch.compiler.disable(call)(*args, **kwargs)
-            return found
-        if ends():
-            raise AOTIError(
-                "a compiled model was called while the interpreter ends, as from a finalizer (__del__) of what is left "
-                "over. torch cannot be used then. Call it before: in a with block, or by atexit.register."
-            )
-        thread = me()
-        if thread == _MAIN or thread in _inside:
-            return call(*args, **kwargs)
-        if _ending.is_set():
-            # A daemon thread, as a rule: the interpreter ends meanwhile.
-            sleep(_PATIENCE)
-        _inside.add(thread)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            _inside.discard(thread)
-
-    # torch compiles a code object a few times, and then looks into what it calls: each call has its own.
-    run.__code__ = run.__code__.replace(co_name=call.__name__)
-    return wraps(call)(run)
 
 
 class Concise(ABCMeta):
@@ -364,6 +298,11 @@ class CompiledModule(nn.Module, metaclass=Concise):
         if probe.dtype != self.dtype or probe.device != torch.empty(0, device=self.device).device:
             self._load(probe.device, probe.dtype, self._caller.settings)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def caller_of(model: CompiledModule) -> Caller:
+    """The loaded leaf behind a model: program, metadata and settings."""
+    return model._caller
 
 
 def _mode(mode: str | None) -> str:

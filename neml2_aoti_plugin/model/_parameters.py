@@ -13,7 +13,8 @@ from .._artifact.schema import Metadata, Parameter, Shape
 from .._checks import require_names, shown_value
 from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import ArtifactError, InputError
-from ._admission import Boundary, with_memory
+from ._admission import Boundary
+from ._memory import with_memory
 
 # What models keep in attributes of their own.
 RESERVED = frozenset(

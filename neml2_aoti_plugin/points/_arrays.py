@@ -13,7 +13,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.utils.dlpack import from_dlpack
 
 from ..errors import InputError, InputTypeError
-from ..model._admission import with_memory
+from ..model._memory import with_memory
 
 # An array of a caller: numpy.ndarray, torch.Tensor, or what has `__dlpack__`.
 Array = Any
