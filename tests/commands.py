@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 import references
 from neml2_aoti_plugin import _cli
@@ -64,6 +68,16 @@ def copy_of(name: str, folder: Path) -> Path:
     """The stub in a copy of a compiled model, which a test may change."""
     shutil.copytree(compiled(name), folder, dirs_exist_ok=True)
     return folder / f"{CATALOGUE[name].model}_aoti.i"
+
+
+def write_points(file: Path, **tensors: Tensor) -> None:
+    """Write tensors by name, in the format of the file's ending."""
+    if file.suffix == ".npz":
+        np.savez(file, **{name: value.numpy() for name, value in tensors.items()})  # type: ignore[arg-type]
+    elif file.suffix == ".pt":
+        torch.save(tensors, file)
+    else:
+        save_file(tensors, file)
 
 
 def source_input(text: str) -> str:

@@ -115,6 +115,17 @@ def test_artifacts_of_old_releases(
         "bench": [old, "--rows", 4, "--seconds", 0],
         "params": [old],
     }
+    # Without the stub, by its metadata file and by its folder, it is the same.
+    file = build.metadata(release, scenario)
+    for command in ("doctor", "inspect"):
+        by_file, by_folder = (json.loads(printed(command, p, "--json")[0])["result"] for p in (file, file.parent))
+        require_form(by_file, command)
+        assert command != "doctor" or (by_file["artifact"]["runs"] and by_folder["artifact"]["runs"])
+        assert command != "inspect" or by_file["inputs"] == by_folder["inputs"] == answer(command, old)["inputs"]
+    if schema == 7 and scenario == "implicit":
+        # Only the stub has the settings of that release.
+        ours, without = (answer("inspect", p)["segments"][0]["newton"]["miters"] for p in (old, file))
+        assert ours == 40 != without
     if schema > 2:
         # The driver in the stub of 3.0.0 has a word that neml2 3.1.0 does not know.
         driver = "pull" if scenario == "forward" else "history"
@@ -123,6 +134,7 @@ def test_artifacts_of_old_releases(
         report = answer(command, *words)
         require_form(report, command)
         assert command != "inspect" or report["schema"] == schema
+        assert command != "doctor" or report["artifact"]["runs"]
     if scenario == "implicit" and schema < 12:
         assert "Newton step is one graph" in refused("migrate", old, "--out", "new", status=1)
     else:
@@ -179,7 +191,10 @@ def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place
         (["bench", "aoti/elasticity", "--seconds", "1e999"], "'1e999' is not a finite number"),
         (["verify", "aoti/elasticity", "--rtol", "nan"], "'nan' is not a finite number"),
         (["verify", "aoti/elasticity", "--seed", "1" + "0" * 30], "is not in the range"),
-        (["params", "aoti/promoted", "--set", "promoted.E=1e999"], "is not NAME=VALUE with a finite number"),
+        *(
+            (["params", "aoti/promoted", "--set", f"promoted.E={text}", "--out", "no"], "is not NAME=VALUE with a fin")
+            for text in ("1e999", "nan", "-inf", "True", "1j", "")
+        ),
         (["doctor", "gone.i"], "gone.i"),
         (["doctor", "aoti/elasticity", "--device", "tpu"], "is not a torch device"),
         (["doctor", "aoti/elasticity", "--dtype", "float32"], "compiled leaves: cpu/float64"),

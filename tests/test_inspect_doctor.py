@@ -15,8 +15,6 @@ import torch
 
 import references
 from commands import answer, copy_of, printed, refused, require_form, stub_of
-from legacy import build
-from legacy.catalogue import INPUTS, SCENARIOS
 from neml2_aoti_plugin import seal
 
 
@@ -96,29 +94,6 @@ def test_a_seal_is_reported_and_kept(tmp_path: Path) -> None:
     (finding,) = findings(answer("doctor", stub, status=1), "artifact")
     assert finding["level"] == "problem" and "more: was added" in finding["says"]
     assert "Copy the artifact again" in finding["says"]
-
-
-OLD = [("3.0.0", "forward", 2), ("3.0.0", "implicit", 2), ("3.0.6", "forward", 7), ("3.0.6", "implicit", 7)]
-
-
-@pytest.mark.legacy
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("release", "scenario", "schema"), [*OLD, ("3.1.0", "implicit", 14)])
-def test_old_artifacts(release: str, scenario: str, schema: int) -> None:
-    stub = build.stub(release, scenario)
-    reports = []
-    for path in (stub, build.metadata(release, scenario), build.metadata(release, scenario).parent):
-        reports.append(answer("inspect", path))
-        require_form(reports[-1], "inspect")
-        assert reports[-1]["schema"] == schema
-        diagnosis = json.loads(printed("doctor", path, "--json")[0])["result"]
-        require_form(diagnosis, "doctor")
-        assert diagnosis["artifact"]["runs"] is True
-    assert reports[1]["inputs"] == reports[2]["inputs"] == reports[0]["inputs"]
-    if schema == 7 and scenario == "implicit":
-        # Only the stub has the settings of that release.
-        assert reports[0]["segments"][0]["newton"]["miters"] == 40 != reports[1]["segments"][0]["newton"]["miters"]
-    assert answer("verify", stub, "--against", INPUTS / SCENARIOS[scenario].input)["passed"]
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------

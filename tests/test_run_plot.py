@@ -310,6 +310,9 @@ def test_a_scalar_at_six_points_is_no_tensor(count: int, part: str, tmp_path: Pa
     torch.save({**times, **values}, saved)
     said = f"x as Scalar at {count} point(s). Name what to draw"
     assert said in refused("plot", saved, "--out", picture) and not picture.exists()
+    for file, why in ((saved, "in several ways"), (tmp_path / "gone.npz", "cannot be read")):
+        with pytest.raises(neml2_aoti_plugin.InputError, match=why):
+            neml2_aoti_plugin.read_result(file)
     lines = drawn(saved, "--out", picture, "--x", "t", "--y", "x")
     assert [(line["row"], line["y_last"]) for line in lines] == [(point, 2.0 * point) for point in range(count)]
     (line,) = drawn(saved, "--out", picture, "--y", f"x.{part}")
@@ -399,15 +402,6 @@ def test_netcdf_says_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         neml2_aoti_plugin.read_result(tmp_path / "a.nc")
 
 
-def test_read_result_does_not_guess(tmp_path: Path) -> None:
-    times = {f"input.{k}.t": torch.tensor(float(k)) for k in range(3)}
-    torch.save(times | {f"output.{k}.x": k * torch.arange(6.0) for k in (1, 2)}, tmp_path / "a.pt")
-    with pytest.raises(neml2_aoti_plugin.InputError, match="in several ways"):
-        neml2_aoti_plugin.read_result(tmp_path / "a.pt")
-    with pytest.raises(neml2_aoti_plugin.InputError, match="cannot be read"):
-        neml2_aoti_plugin.read_result(tmp_path / "gone.npz")
-
-
 # -- invariants ----------------------------------------------------------------------------------------------------
 
 
@@ -442,6 +436,9 @@ def test_pictures(ending: str, results: Path, tmp_path: Path) -> None:
         (str(file), "strain.equivalent", "stress.vonmises", row, 61) for file in files for row in (0, 2)
     ]
     assert [line["y_last"] for line in lines[:2]] == pytest.approx([line["y_last"] for line in lines[2:]])
+    # Files of one name are told apart.
+    labels = [f"strain xx to {value}" for value in ("0.03", "0.018")]
+    assert [line["label"] for line in lines] == [f"{file}, {label}" for file in files for label in labels]
 
 
 def test_names_are_no_formulas(results: Path, tmp_path: Path) -> None:
@@ -504,12 +501,6 @@ def test_quantities_of_other_kinds_have_their_own_axes(results: Path, tmp_path: 
         "strain xx to 0.03",
     ]
     assert "--ylabel is given 2 times, for 1" in refused("plot", file, "--out", picture, *("--ylabel", "a") * 2)
-
-
-def test_files_of_one_name_are_told_apart(results: Path, tmp_path: Path) -> None:
-    files = [results / "result.npz", results / "result.csv"]
-    lines = drawn(*files, "--out", tmp_path / "a.svg", "--row", 0)
-    assert [line["label"] for line in lines] == [f"{file}, strain xx to 0.03" for file in files]
 
 
 def test_scalars_are_drawn_over_the_time_if_nothing_is_asked_for(tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import references
-from commands import answer, copy_of, printed, refused, source_input, stub_of
+from commands import answer, copy_of, printed, refused, source_input, stub_of, write_points
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._cli.points import Evaluated, Points
 from neml2_aoti_plugin._cli.references import central
 from neml2_aoti_plugin._cli.result_files import read_readings
-from neml2_aoti_plugin._cli.verify import scale_of
 from stubs.build import QUICK, compiled
 from stubs.catalogue import CATALOGUE
 
@@ -194,7 +194,7 @@ def test_an_output_that_depends_on_no_input_is_the_same_in_all_rows(last: str, o
 def test_a_zero_derivative_by_an_input_that_is_zero_everywhere_is_no_error() -> None:
     rounding = torch.full((2,), 1e-12, dtype=torch.float64)
     found = Evaluated(Points({"a": torch.zeros(2)}, ""), {"x": torch.ones(2)}, {})
-    assert scale_of(found, ("x", "a"), rounding) > 1e6 * 1e-12
+    assert found.scale_of(("x", "a"), rounding) > 1e6 * 1e-12
 
 
 # -- against finite differences ------------------------------------------------------------------------------------
@@ -283,28 +283,15 @@ def test_bad_golden_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
 def test_points_of_a_file(suffix: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     strain = 1e-3 * torch.arange(12.0, dtype=torch.float64).reshape(2, 6)
     file, golden = tmp_path / f"points{suffix}", tmp_path / "golden.safetensors"
-    if suffix == ".npz":
-        np.savez(file, strain=strain.numpy())
-    elif suffix == ".pt":
-        torch.save({"strain": strain}, file)
-    else:
-        save_file({"strain": strain}, file)
+    write_points(file, strain=strain)
     report = verified("elasticity", "--points", file, "--record", golden)
     assert (report["points"], report["rows"]) == (file.name, 2)
     # What is recorded there is what was given.
     wanted = Model(compiled("elasticity") / "elasticity").forward({"strain": strain})["stress"]
-    assert torch.equal(recorded(golden)["input.strain"], strain)
-    assert torch.equal(recorded(golden)["output.stress"], wanted)
-
-
-def recorded(golden: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(golden)
+    recorded = load_file(golden)
+    assert torch.equal(recorded["input.strain"], strain) and torch.equal(recorded["output.stress"], wanted)
 
 
 def test_bad_points_and_what_cannot_be_written_are_reported_ahead(tmp_path: Path) -> None:

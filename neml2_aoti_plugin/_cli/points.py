@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._artifact.stub import AOTI_MODEL, blocks, parse_input
+from .._artifact.stub import AOTI_MODEL, blocks, drivers_of, parse_input
 from .._solve.outcome import Outcome
 from .._tensor_files import Header, read_tensors
 from ..errors import AOTIError, InputError, UnknownNameError
@@ -26,8 +26,10 @@ Blocks = dict[Pair, Tensor]
 
 # Around what a driver passes, as a fraction of the largest entry that it passes.
 SPREAD = 0.01
-# Of random numbers where there is no driver to show what is usual.
+# Of an input of which nothing shows what is usual: no driver passes it, or it is zero everywhere.
 SCALE = 1e-3
+# What is below this part of the output over the input is zero but for rounding.
+ZERO = 1e-5
 FORMATS = (".npz", ".pt", ".safetensors")
 WHAT = f"a file with a tensor per input ({', '.join(FORMATS)})"
 TIME = "t"
@@ -76,6 +78,21 @@ class Evaluated:
     parameters: Tensors = field(default_factory=dict)
     not_finite: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # indices among all points
 
+    def scale_of(self, pair: Pair, block: Tensor) -> float:
+        """What an error of this derivative is measured by; `block` is the reference."""
+        values = {**self.parameters, **self.points.inputs}
+        return scale_of(block, self.outputs[pair[0]], values[pair[1]])
+
+
+def largest(values: Tensor) -> float:
+    """The largest absolute entry; 0 where there is none."""
+    return float(values.detach().abs().max()) if values.numel() else 0.0
+
+
+def scale_of(block: Tensor, out: Tensor, by: Tensor) -> float:
+    """The largest entry of a derivative, or a part of output over input, so that one of mere rounding has no error."""
+    return max(largest(block), ZERO * largest(out) / (largest(by) or SCALE))
+
 
 def choose_points(target: Target, model: Model, where: Where) -> Points:
     """The points that `where` describes."""
@@ -83,8 +100,7 @@ def choose_points(target: Target, model: Model, where: Where) -> Points:
         return read_points(where.points, model)
     driver = where.driver
     if driver is None and target.stub is not None:
-        drivers = blocks(parse_input(target.stub), "Drivers").items()
-        driver = next((n for n, block in drivers if block.param_optional_str("model", "") == target.model), None)
+        driver = next(iter(drivers_of(target.stub, target.model)), None)
     if driver is None:
         return random_points(model, where.rows, where.seed, where.scales)
     driven = driver_points(target, model, driver, where.rows)

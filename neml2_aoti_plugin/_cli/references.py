@@ -19,7 +19,7 @@ from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import AOTIError, InputError
 from ..model import Model
 from .output import first_line, waits_for
-from .points import Blocks, Evaluated, Pair, Points, Tensors, defaults
+from .points import SCALE, Blocks, Evaluated, Pair, Points, Tensors, defaults, largest, scale_of
 from .target import Target, require_block
 
 # What to give where another file was given.
@@ -31,10 +31,6 @@ STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
 # Two estimates, or slopes from both sides, that differ by more than this part of the largest entry are not of one
 # derivative.
 AGREE = 1e-3
-# What is below this part of the output over the input is zero but for rounding.
-ZERO = 1e-5
-# Of an input that is zero everywhere.
-SCALE = 1e-3
 
 
 # -- the source --------------------------------------------------------------------------------------------------------
@@ -246,8 +242,7 @@ def central(
     `evaluate` gives the outputs, and whether each row converged, for the value moved and repeated so many times.
     """
     rows, width = value.shape[0], prod(base)
-    largest = float(value.abs().max()) if value.numel() else 0.0
-    step = STEPS[value.dtype] * (largest or SCALE)
+    step = STEPS[value.dtype] * (largest(value) or SCALE)
     steps = step * torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=value.dtype, device=value.device)
     directions = torch.eye(width, dtype=value.dtype, device=value.device).reshape(width, *base)
     moves = steps.reshape(4, 1, 1, *(1,) * len(base)) * directions.unsqueeze(1)
@@ -262,9 +257,7 @@ def central(
         coarse, fine = (far - back) / (2 * steps[0]), (near - nearer) / (2 * steps[2])
         # The error of a central difference goes with the square of its step.
         best = (4 * fine - coarse) / 3
-        found_largest = float(best[:, whole].abs().max()) if bool(whole.any()) and best.numel() else 0.0
-        size = float(middle[out][whole].abs().max()) if bool(whole.any()) and best.numel() else 0.0
-        scale = max(found_largest, ZERO * size / (largest or SCALE))
+        scale = scale_of(best[:, whole], middle[out][whole], value)
         # The slopes from both sides differ by an amount that goes with the step, unless there is a kink.
         between = middle[out].reshape(rows, prod(shape)).to(torch.float64)
         jump = 2 * (near + nearer - 2 * between) / steps[2] - (far + back - 2 * between) / steps[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -246,7 +246,7 @@ def _with(kind: str, outputs: Tensors, blocks: Blocks, found: Evaluated, rtol: f
         yield compare(name, kind, value, outputs[name], rtol)
     for pair, block in found.blocks.items():
         if pair in blocks:
-            scale = scale_of(found, pair, blocks[pair])
+            scale = found.scale_of(pair, blocks[pair])
             yield compare(_derivative(pair), kind, block, blocks[pair], rtol, scale=scale)
 
 
@@ -297,23 +297,8 @@ def _with_differences(model: Model, found: Evaluated, blocks: Blocks, rtol: floa
             outs_by.setdefault(by, []).append(out)
     for by, outs in outs_by.items():
         for out, taken in differentiate(model, found.points.inputs, by, outs).items():
-            pair, scale = (out, by), scale_of(found, (out, by), taken.block[taken.smooth])
+            pair, scale = (out, by), found.scale_of((out, by), taken.block[taken.smooth])
             yield compare(_derivative(pair), "differences", blocks[pair], taken.block, limit, taken.smooth, scale)
-
-
-def scale_of(found: Evaluated, pair: Pair, block: Tensor) -> float:
-    """What an error of a derivative is measured by: the reference's largest entry, or a part of output over input.
-
-    So a derivative that is zero but for rounding has no error to speak of.
-    """
-    from .references import SCALE, ZERO
-
-    out, by = pair
-    values: Mapping[str, Tensor] = {**found.parameters, **found.points.inputs}
-    largest, size, moved = (
-        float(x.detach().abs().max()) if x.numel() else 0.0 for x in (block, found.outputs[out], values[by])
-    )
-    return max(largest, ZERO * size / (moved or SCALE))
 
 
 def compare(
@@ -328,6 +313,8 @@ def compare(
     """Compare one quantity, `(rows, ...)`, at the rows of a mask; `scale` is the largest entry if it is not given."""
     import torch
 
+    from .points import largest
+
     a, b = found.detach().cpu().to(torch.float64), wanted.detach().cpu().to(torch.float64)
     total = a.shape[0]
     index = torch.arange(total) if rows is None else rows.cpu().nonzero().squeeze(-1)
@@ -339,8 +326,7 @@ def compare(
         # Of another shape, it is another quantity.
         return Comparison(quantity, reference, len(index), total - len(index), inf, int(index[0]), rtol, False)
     a, b = a[index].reshape(len(index), -1), b[index].reshape(len(index), -1)
-    if scale is None:
-        scale = float(b.abs().max()) if b.numel() else 0.0
+    scale = largest(b) if scale is None else scale
     apart = (a - b).abs().amax(-1) if b.numel() else torch.zeros(len(index))
     worst, at = apart.max(0)
     ratio = float(worst) / scale if scale else float(worst)
