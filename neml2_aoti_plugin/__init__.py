@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from neml2_aoti_plugin import _autoload
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 __all__ = [
     "AOTIError",

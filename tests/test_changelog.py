@@ -1,4 +1,4 @@
-"""CHANGELOG.md keeps its form: an Unreleased section first, known headings, and the version of the package."""
+"""CHANGELOG.md keeps its form, and tells the version of the package, as CITATION.cff does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 import neml2_aoti_plugin
 
-TEXT = (Path(__file__).resolve().parent.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 HEADINGS = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
 
 
@@ -34,6 +35,14 @@ def problems(text: str, version: str) -> list[str]:
 
 def test_the_changelog_keeps_its_form() -> None:
     assert not problems(TEXT, neml2_aoti_plugin.__version__)
+
+
+def test_the_citation_is_of_the_same_release() -> None:
+    told = dict(
+        re.findall(r"^(version|date-released): (\S+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    )
+    assert f"## [{told['version']}] - {told['date-released']}" in TEXT
+    assert told["version"] == neml2_aoti_plugin.__version__
 
 
 GOOD = (
