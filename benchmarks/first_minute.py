@@ -84,7 +84,7 @@ def main() -> None:
         for _ in range(2):  # the first run may make what the second one finds
             done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path.cwd())
         rows.append((way, *(duration(float(value)) for value in done.stdout.split())))
-    print(table(("", "load and first call", *(f"later, {n:,} points" for n in COUNTS)), rows))
+    print(table(("", "load and first call", *(f"each later call, {n:,} points" for n in COUNTS)), rows))
 
 
 if __name__ == "__main__":
