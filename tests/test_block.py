@@ -276,6 +276,8 @@ class TestCompiledGraphsThatFail:
     )
     def test_now_and_then(self, count: int, failing: tuple[list[bool], int], capfd: pytest.CaptureFixture[str]) -> None:
         case = references.case("viscoplasticity")
+        # What an older torch has compiled says no more.
+        says = "(API call failed|see what it printed)" if references.OLD_TORCH else "API call failed"
         state = case.rows()
         segment = caller_of(case.load()).program.implicit[0]
         assert segment.graphs.jacobian is not None
@@ -297,7 +299,7 @@ class TestCompiledGraphsThatFail:
             if not fails[0]:
                 assert_same(system.solve(u, g, [], settings), right)
                 continue
-            with pytest.raises(AOTIError, match=r"_jacobian\.pt2: the compiled graph failed: .*API call failed"):
+            with pytest.raises(AOTIError, match=rf"_jacobian\.pt2: the compiled graph failed: .*{says}"):
                 system.solve(u, g, [], settings)
             # torch prints a line of its own; with where it happened, before 2.13.
             assert len(capfd.readouterr().err.splitlines()) <= (30 if references.OLD_TORCH else 2)
