@@ -17,6 +17,7 @@ import tempfile
 import textwrap
 import time
 import warnings
+import weakref
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Child:
     def __init__(self, source: str, arguments: tuple[object, ...], variables: dict[str, str]) -> None:
         handle, self._output = tempfile.mkstemp(prefix="child-", suffix=".out")
         os.close(handle)
+        weakref.finalize(self, Path(self._output).unlink, missing_ok=True)
         given = (textwrap.dedent(source), list(map(str, arguments)), variables, self._output)
         self._process: Any = _context().Process(target=_live, args=given)
         self._process.start()
@@ -99,7 +101,6 @@ class Child:
             self.send(signal.SIGABRT)
             raise AssertionError(f"hung for {limit} s:\n{self.output[-6000:]}")
         found = self.output
-        os.unlink(self._output)
         assert self._process.exitcode == 0, f"status {self._process.exitcode}:\n{found[-6000:]}"
         return found
 
