@@ -320,6 +320,11 @@ def edited(of: Case, folder: Path, edit: Callable[[dict[str, Any]], object]) -> 
     return root
 
 
+def caller_of(model: Any) -> Any:
+    """What is behind a model, a `model._call.Caller`: for tests of what no public name shows."""
+    return model._caller
+
+
 def altered(name: str, folder: Path, **keys: object) -> Model:
     """A model with the graphs of a case and other values of these keys of its metadata."""
     return Model(edited(case(name), folder, lambda metadata: metadata.update(keys)))

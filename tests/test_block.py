@@ -22,8 +22,8 @@ from neml2_aoti_plugin._solve.machine_code import CHOICE
 from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means, Prediction, UnfitPredictor
 from neml2_aoti_plugin._solve.outcome import Solved
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
-from neml2_aoti_plugin.model._module import caller_of
 from neml2_aoti_plugin.settings import NewtonSettings
+from references import caller_of
 from test_newton import SQUARES, Equations, by_machine_code, by_tensors, coupled, double_roots, square_roots
 
 N = 5

@@ -26,8 +26,7 @@ from neml2_aoti_plugin import (
 from neml2_aoti_plugin._artifact.schema import Pair
 from neml2_aoti_plugin._program import explicit
 from neml2_aoti_plugin._program.substepping import successor
-from neml2_aoti_plugin.model._module import caller_of
-from references import Tensors, difference, edited
+from references import Tensors, caller_of, difference, edited
 
 
 def rows_of(name: str) -> Tensors:

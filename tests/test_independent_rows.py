@@ -15,8 +15,7 @@ from torch import Tensor
 import references
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
-from neml2_aoti_plugin.model._module import caller_of
-from references import Case, Tensors
+from references import Case, Tensors, caller_of
 from stubs.catalogue import CATALOGUE, EXPLICIT
 
 IMPLICIT = [name for name, stub in CATALOGUE.items() if stub.model not in EXPLICIT and "float32" not in stub.flags]

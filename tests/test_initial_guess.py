@@ -13,8 +13,7 @@ from torch import Tensor
 
 import references
 from neml2_aoti_plugin import InputError, InputTypeError, Model, UnknownNameError
-from neml2_aoti_plugin.model._module import caller_of
-from references import Tensors, difference
+from references import Tensors, caller_of, difference
 
 UNKNOWNS = ["stress", "equivalent_plastic_strain"]
 

@@ -26,7 +26,7 @@ from neml2_aoti_plugin._artifact.compatibility import check
 from neml2_aoti_plugin._artifact.decode import read_metadata
 from neml2_aoti_plugin._artifact.locate import locate
 from neml2_aoti_plugin._artifact.schema import ExplicitInfo, ImplicitInfo, Metadata
-from neml2_aoti_plugin.model._module import caller_of
+from references import caller_of
 
 pytestmark = [pytest.mark.legacy, pytest.mark.timeout(3600)]
 

@@ -28,7 +28,7 @@ import torch
 from benchmarks.batches import converging
 from benchmarks.memory import peak_growth
 from neml2_aoti_plugin import Model
-from neml2_aoti_plugin.model._module import caller_of
+from references import caller_of
 
 torch.set_num_threads(1)
 artifact, inputs = converging("viscoplasticity", int(sys.argv[1]))

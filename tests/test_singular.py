@@ -14,7 +14,7 @@ from neml2_aoti_plugin import ArtifactError
 from neml2_aoti_plugin._graphs.graph import Graph
 from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
 from neml2_aoti_plugin._solve.native import BlockSolver, Pass
-from neml2_aoti_plugin.model._module import caller_of
+from references import caller_of
 
 DIVERGING = """
 import sys

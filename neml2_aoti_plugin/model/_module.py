@@ -300,11 +300,6 @@ class CompiledModule(nn.Module, metaclass=Concise):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
-def caller_of(model: CompiledModule) -> Caller:
-    """The loaded leaf behind a model: program, metadata and settings."""
-    return model._caller
-
-
 def _mode(mode: str | None) -> str:
     found = mode or os.environ.get(MODE) or "rowwise"
     if found not in MODES:
