@@ -9,7 +9,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/installed
 # The machine code of solves, which an install compiles.
 CODE := neml2_aoti_plugin/_solve/machine_code.bc
-SOURCES := $(wildcard neml2_aoti_plugin/_solve/machine/*.py) $(addprefix neml2_aoti_plugin/_solve/,criteria.py tables.py)
+SOURCES := $(wildcard machine/*.py) $(addprefix neml2_aoti_plugin/_solve/,criteria.py tables.py)
 READY := $(INSTALLED) $(CODE)
 # What pytest runs by itself: without what needs other stubs, releases or packages, or takes minutes.
 PLAIN := not long and not legacy and not wide and not clients

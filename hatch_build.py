@@ -1,4 +1,4 @@
-"""Compile the machine code of solves when the package is built; see `neml2_aoti_plugin/_solve/machine/emit.py`."""
+"""Compile the machine code of solves when the package is built; see `machine/emit.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MachineCodeHook(BuildHookInterface):  # type: ignore[type-arg]
         try:
             code_file.read()
         except code_file.Unusable:
-            command = [sys.executable, "-m", "neml2_aoti_plugin._solve.machine.emit"]
+            command = [sys.executable, "-m", "machine.emit"]
             subprocess.run(command, cwd=self.root, check=True)
         build_data["artifacts"].append(str(code_file.PATH.relative_to(Path(self.root).resolve())))
 

@@ -213,7 +213,7 @@ PROCESSES = {
     ),
     "no machine code": ("code_file.PATH = code_file.HERE / 'nowhere.bc'", "is not there"),
     "damaged machine code": ("code_file.PATH = code_file.HERE / 'outcome.py'", "is damaged"),
-    "machine code of other sources": ("code_file.sources = lambda: 'other'", "is older than its sources"),
+    "machine code of other sources": ("code_file.sources = lambda: {'tables.py': ''}", "is older than its sources"),
     "machine code of a later LLVM": (
         "code = replace(code_file.read(), llvm=(99, 0, 0)); code_file.read = lambda: code",
         "does not read the code of LLVM 99",

@@ -380,7 +380,7 @@ def test_a_line_on_stderr_where_it_takes_long(tmp_path: Path) -> None:
 
 def test_users_need_no_numba(tmp_path: Path) -> None:
     """A process that has solved has imported neither numba nor the sources of the machine code."""
-    source = SHOW + "    print([m for m in sys.modules if 'numba' in m or '.machine.' in m])\n"
+    source = SHOW + "    print([m for m in sys.modules if 'numba' in m or 'machine' in m.split('.')])\n"
     assert kept(tmp_path, source).splitlines()[-1] == "[]"
 
 
@@ -391,6 +391,6 @@ def test_build_makes_the_code_again_from_its_sources(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(python.parent.parent)], check=True)
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", "numba==0.63.1"], check=True)
     target = tmp_path / "made.bc"
-    command = [str(python), "-m", "neml2_aoti_plugin._solve.machine.emit", str(target)]
+    command = [str(python), "-m", "machine.emit", str(target)]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     assert target.read_bytes() == code_file.PATH.read_bytes()

@@ -9,12 +9,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PATH = HERE / "machine_code.bc"
-# What it is compiled from.
-SOURCES = (
-    "criteria.py",
-    "tables.py",
-    *(f"machine/{name}.py" for name in ("calls", "elimination", "emit", "newton", "space")),
-)
+# What it is compiled from; what is not needed to run stands beside the package, in a checkout alone.
+SOURCES = {
+    **{name: HERE / name for name in ("criteria.py", "tables.py")},
+    **{
+        f"machine/{name}.py": HERE.parents[1] / "machine" / f"{name}.py"
+        for name in ("calls", "elimination", "emit", "newton", "space")
+    },
+}
 REBUILD = (
     "In a checkout: make machine-code. Else install the package again: pip install --force-reinstall neml2-aoti-plugin"
 )
@@ -34,13 +36,13 @@ class Code:
     llvm: tuple[int, ...]
 
 
-def sources() -> str:
-    """SHA-256 of what the code is compiled from, whichever way its lines end."""
-    found = hashlib.sha256()
-    for name in SOURCES:
-        content = (HERE / name).read_bytes().replace(b"\r\n", b"\n")
-        found.update(hashlib.sha256(content).digest())
-    return found.hexdigest()
+def sources() -> dict[str, str]:
+    """SHA-256 of each source that is there, whichever way its lines end."""
+    return {
+        name: hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+        for name, path in SOURCES.items()
+        if path.is_file()
+    }
 
 
 def read() -> Code:
@@ -49,11 +51,11 @@ def read() -> Code:
         content = PATH.read_bytes()
         head, _, bitcode = content.partition(b"\n")
         told = json.loads(head)
-        made_of, llvm = str(told["sources"]), tuple(int(number) for number in told["llvm"])
+        made_of, llvm = dict(told["sources"]), tuple(int(number) for number in told["llvm"])
     except FileNotFoundError:
         raise Unusable(f"{PATH.name} is not there. {REBUILD}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unusable(f"{PATH.name} is damaged ({type(error).__name__}). {REBUILD}") from None
-    if made_of != sources():
+    if not sources().items() <= made_of.items():
         raise Unusable(f"{PATH.name} is older than its sources. {REBUILD}")
     return Code(bitcode, hashlib.sha256(content).hexdigest(), llvm)

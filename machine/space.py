@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import inf, sqrt
 from typing import Any, NamedTuple
 
-from .. import tables
-from ..tables import (
+from neml2_aoti_plugin._solve import tables
+from neml2_aoti_plugin._solve.tables import (
     ALPHA,
     DONE,
     FIRST,
@@ -23,6 +23,7 @@ from ..tables import (
     TRIAL_NORM,
     Solve,
 )
+
 from .calls import (
     Graph,
     call_with,

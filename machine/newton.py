@@ -11,9 +11,9 @@ from __future__ import annotations
 from math import isfinite, nan
 from typing import Any, Final
 
-from .. import criteria as by
-from .. import tables
-from ..tables import (
+from neml2_aoti_plugin._solve import criteria as by
+from neml2_aoti_plugin._solve import tables
+from neml2_aoti_plugin._solve.tables import (
     ALPHA,
     ATTEMPT_LINE,
     CONVERGED,
@@ -36,6 +36,7 @@ from ..tables import (
     UPDATE,
     Solve,
 )
+
 from .calls import (
     Output,
     call_with,

@@ -1,4 +1,4 @@
-"""Compile the machine code for no processor in particular: `python -m neml2_aoti_plugin._solve.machine.emit TARGET`.
+"""Compile the machine code for no processor in particular: `python -m machine.emit TARGET`.
 
 The build of the package runs this; whoever changes a source runs it too. numba must be there, torch need not. What
 comes of it is a file of LLVM's code, with a line before it that says what it is made of.
@@ -15,7 +15,8 @@ import numba
 from llvmlite import binding
 
 from neml2_aoti_plugin._solve import code_file
-from neml2_aoti_plugin._solve.machine import calls, newton
+
+from . import calls, newton
 
 ENTRIES = {"solve_block": newton.solve_block, "call_graph": calls.call_graph}
 

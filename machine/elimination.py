@@ -20,8 +20,9 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-from ..criteria import LEAST_SQUARES, MOST_SQUARES
-from ..tables import BEST, EXTRA, LANES, SOUND
+from neml2_aoti_plugin._solve.criteria import LEAST_SQUARES, MOST_SQUARES
+from neml2_aoti_plugin._solve.tables import BEST, EXTRA, LANES, SOUND
+
 from .calls import entry_of, inlined, inner
 
 _DOUBLE = ir.DoubleType()

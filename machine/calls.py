@@ -15,7 +15,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-from ..tables import (
+from neml2_aoti_plugin._solve.tables import (
     ADDRESS,
     ARGUMENT,
     AXES,
@@ -43,7 +43,7 @@ from ..tables import (
     VECTOR,
     WIDTH,
 )
-from ..tables import Call as Table
+from neml2_aoti_plugin._solve.tables import Call as Table
 
 # For any processor of the family: the one at hand is known when the package runs.
 numba.config.CPU_NAME, numba.config.CPU_FEATURES = "generic", ""
