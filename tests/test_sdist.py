@@ -13,7 +13,7 @@ import pytest
 import neml2_aoti_plugin
 from environments import ROOT
 
-FOLDERS = ("benchmarks", "docs", "examples", "legacy", "neml2_aoti_plugin", "stubs", "tests", "tools")
+FOLDERS = ("benchmarks", "docs", "examples", "legacy", "machine", "neml2_aoti_plugin", "stubs", "tests", "tools")
 FILES = (
     ".pre-commit-config.yaml",
     "CITATION.cff",
