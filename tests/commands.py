@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from io import StringIO
@@ -19,8 +18,6 @@ from torch import Tensor
 
 import references
 from neml2_aoti_plugin import _cli
-from stubs.build import compiled
-from stubs.catalogue import CATALOGUE
 from tools.json_forms import REPORTS
 
 
@@ -66,8 +63,8 @@ def stub_of(name: str) -> Path:
 
 def copy_of(name: str, folder: Path) -> Path:
     """The stub in a copy of a compiled model, which a test may change."""
-    shutil.copytree(compiled(name), folder, dirs_exist_ok=True)
-    return folder / f"{CATALOGUE[name].model}_aoti.i"
+    artifact = references.copied(name, folder)
+    return artifact.with_name(f"{artifact.name}_aoti.i")
 
 
 def write_points(file: Path, **tensors: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Generator, Iterator
@@ -79,7 +78,7 @@ def doubles() -> Iterator[None]:
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     """A copy of the elasticity artifact that a test may damage."""
-    return Path(shutil.copytree(references.case("elasticity").artifact, tmp_path / "folder" / "elasticity"))
+    return references.copied("elasticity", tmp_path / "folder")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import neml2
+import pytest
 import torch
 from neml2.models.common.ImplicitUpdate import ImplicitUpdate
 from neml2.solvers import ConvergenceError
@@ -307,17 +308,42 @@ def _case(name: str) -> Case:
     return Case(CATALOGUE[name], compiled(name))
 
 
+def copied(name: str, folder: Path) -> Path:
+    """The artifact in a copy of a compiled model, which has its stub beside it; a test may change both."""
+    of = case(name)
+    return Path(shutil.copytree(of.folder, folder, dirs_exist_ok=True)) / of.stub.model
+
+
+def change_json(file: Path, change: Callable[[Any], object]) -> None:
+    """Change a document in a file; `change` does it in place."""
+    document = json.loads(file.read_text(encoding="utf-8"))
+    change(document)
+    file.write_text(json.dumps(document), encoding="utf-8")
+
+
 def edited(of: Case, folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     """The folder of an artifact with the graphs of a case and metadata that `edit` has changed in place."""
-    root = folder / of.stub.model
-    root.mkdir(parents=True)
-    metadata = json.loads((of.artifact / "metadata.json").read_text(encoding="utf-8"))
-    edit(metadata)
-    (root / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
-    for leaf in of.artifact.iterdir():
-        if leaf.is_dir():
-            shutil.copytree(leaf, root / leaf.name)
+    root = Path(shutil.copytree(of.artifact, folder / of.stub.model))
+    change_json(root / "metadata.json", edit)
     return root
+
+
+def write_stub(file: Path, more: str = "", **models: object) -> Path:
+    """Write an input file with compiled models, the paths of their artifacts by name; give the file's path."""
+    blocks = (
+        f"  [{name}]\n    type = AOTIModel\n    artifact_path = '{path}'\n  []\n" for name, path in models.items()
+    )
+    file.write_text(f"[Models]\n{''.join(blocks)}[]\n{more}", encoding="utf-8")
+    return file
+
+
+@contextlib.contextmanager
+def reported(error: type[Exception], *words: str) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    """Require an error that says these words."""
+    with pytest.raises(error) as raised:
+        yield raised
+    for word in words:
+        assert word in str(raised.value), f"{word!r} is not in: {raised.value}"
 
 
 def caller_of(model: Any) -> Any:
