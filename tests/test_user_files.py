@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import stat
 import struct
@@ -26,7 +25,6 @@ from commands import answer, refused, write_points
 from neml2_aoti_plugin import InputError, Model, Points
 from neml2_aoti_plugin._cli.points import read_points
 from neml2_aoti_plugin._files import draft, file_name, require_writable, variable_of
-from stubs.build import compiled
 
 
 @pytest.mark.parametrize(
@@ -38,8 +36,7 @@ from stubs.build import compiled
         (".hidden", "%2Ehidden"),
         ("..", "%2E."),
         ("a%2Fb", "a%252Fb"),
-        ("x~1", "x~1"),
-        ("stress@E.a+b-c_d", "stress@E.a+b-c_d"),
+        ("stress@E.a+b-c_d~1", "stress@E.a+b-c_d~1"),
         ("a b\\c:d\n", "a%20b%5Cc%3Ad%0A"),
         ("é", "%C3%A9"),
         ("\udc80", "%ED%B2%80"),
@@ -48,6 +45,9 @@ from stubs.build import compiled
 )
 def test_any_variable_has_a_file_name_of_its_own(variable: str, name: str) -> None:
     assert file_name(variable) == name and variable_of(name) == variable
+
+
+# -- written -----------------------------------------------------------------------------------------------------------
 
 
 def device(folder: Path) -> Path:
@@ -62,115 +62,121 @@ def device(folder: Path) -> Path:
     return path
 
 
-class TestWritten:
-    def test_a_new_file_has_the_mode_of_the_umask(self, tmp_path: Path) -> None:
-        for mask, mode in ((0o077, 0o600), (0o002, 0o664)):
-            before = os.umask(mask)
-            try:
-                with draft(tmp_path / oct(mask)) as scratch:
-                    scratch.write_text("new")
-            finally:
-                os.umask(before)
-            assert stat.S_IMODE((tmp_path / oct(mask)).stat().st_mode) == mode
+def mode(file: Path) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
 
-    def test_one_that_was_there_keeps_its_mode(self, tmp_path: Path) -> None:
-        file = tmp_path / "a.txt"
-        file.write_text("old")
+
+def test_a_new_file_has_the_mode_of_the_umask_and_one_that_was_there_keeps_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    for mask, new in ((0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            with draft(file) as scratch:
+                scratch.write_text("old")
+        finally:
+            os.umask(before)
+        assert mode(file) == new
         file.chmod(0o640)
         with draft(file) as scratch:
             scratch.write_text("new")
             assert file.read_text() == "old" and scratch.suffix == ".txt"
-        assert file.read_text() == "new" and stat.S_IMODE(file.stat().st_mode) == 0o640
-        assert list(tmp_path.iterdir()) == [file]
-
-    def test_an_error_leaves_the_old_file(self, tmp_path: Path) -> None:
-        file = tmp_path / "a.txt"
-        file.write_text("old")
+        assert file.read_text() == "new" and mode(file) == 0o640
         with pytest.raises(ZeroDivisionError), draft(file) as scratch:
             scratch.write_text("half")
             raise ZeroDivisionError
-        assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+        assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+        file.unlink()
 
-    @pytest.mark.parametrize("kind", ["pipe", "link", "dangling link", "folder", "device"])
-    def test_only_plain_files_are_written_over(self, kind: str, tmp_path: Path) -> None:
-        target, other = tmp_path / "target", tmp_path / "other"
-        other.write_text("other")
-        if kind == "pipe":
-            os.mkfifo(target)
-        elif kind == "folder":
-            target.mkdir()
-        elif kind == "device":
-            target = device(tmp_path)
-        else:
-            target.symlink_to(other if kind == "link" else tmp_path / "gone")
-        before, mode = sorted(tmp_path.iterdir()), os.lstat(target).st_mode
-        with pytest.raises(InputError, match=f"is a {kind.split()[-1]}, expected the name of a file"):
-            require_writable(target)
-        with pytest.raises(InputError, match=f"is a {kind.split()[-1]}, expected"), draft(target):
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "dangling link", "folder", "device"])
+def test_only_plain_files_are_written_over(kind: str, tmp_path: Path) -> None:
+    target, other = tmp_path / "target", tmp_path / "other"
+    other.write_text("other")
+    if kind == "pipe":
+        os.mkfifo(target)
+    elif kind == "folder":
+        target.mkdir()
+    elif kind == "device":
+        target = device(tmp_path)
+    else:
+        target.symlink_to(other if kind == "link" else tmp_path / "gone")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=f"is a {kind.split()[-1]}, expected the name of a file"):
+        require_writable(target)
+    with pytest.raises(InputError, match=f"is a {kind.split()[-1]}, expected"), draft(target):
+        pytest.fail("begun")
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """What is in a folder, with what kind of thing it is."""
+    found = sorted(folder.rglob("*"))
+    return {str(p): (os.lstat(p).st_mode, p.read_bytes() if p.is_file() else b"") for p in found}
+
+
+def test_what_the_command_reads_is_not_written_over(tmp_path: Path) -> None:
+    read, same = tmp_path / "read", tmp_path / "same"
+    read.write_text("in")
+    same.hardlink_to(read)
+    for target in (read, same, tmp_path / "." / "read"):
+        with pytest.raises(InputError, match="is read by the same command"), draft(target, [tmp_path / "no", read]):
             pytest.fail("begun")
-        assert sorted(tmp_path.iterdir()) == before and os.lstat(target).st_mode == mode
-        assert other.read_text() == "other"
-
-    def test_what_the_command_reads_is_not_written_over(self, tmp_path: Path) -> None:
-        read, same = tmp_path / "read", tmp_path / "same"
-        read.write_text("in")
-        same.hardlink_to(read)
-        for target in (read, same, tmp_path / "." / "read"):
-            with pytest.raises(InputError, match="is read by the same command"), draft(target, [tmp_path / "no", read]):
-                pytest.fail("begun")
-        with draft(tmp_path / "new", [read]) as scratch:
-            scratch.write_text("out")
-        assert read.read_text() == "in"
-
-    @pytest.mark.parametrize("layout", ["metadata.json", "cpu/law_meta.json"])
-    @pytest.mark.parametrize("place", ["a.txt", "cpu/a.txt", "cpu/float64/a.txt"])
-    def test_nothing_is_written_into_an_artifact(self, layout: str, place: str, tmp_path: Path) -> None:
-        (tmp_path / "law/cpu/float64").mkdir(parents=True)
-        (tmp_path / "law" / layout).write_text("{}")
-        (tmp_path / "link").symlink_to(tmp_path / "law")
-        for folder in ("law", "link", "law/../law"):
-            with pytest.raises(InputError, match=r"lies in the artifact .*law, which is never changed"):
-                require_writable(tmp_path / folder / place)
-        require_writable(tmp_path / "a.txt")
+    with draft(tmp_path / "new", [read]) as scratch:
+        scratch.write_text("out")
+    assert read.read_text() == "in"
 
 
-# -- what commands and calls write -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout", ["metadata.json", "cpu/law_meta.json"])
+@pytest.mark.parametrize("place", ["a.txt", "cpu/a.txt", "cpu/float64/a.txt"])
+def test_nothing_is_written_into_an_artifact(layout: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "law/cpu/float64").mkdir(parents=True)
+    (tmp_path / "law" / layout).write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "law")
+    for folder in ("law", "link", "law/../law"):
+        with pytest.raises(InputError, match=r"lies in the artifact .*law, which is never changed"):
+            require_writable(tmp_path / folder / place)
+    require_writable(tmp_path / "a.txt")
+
+
+# -- what commands write -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def promoted(tmp_path: Path) -> Path:
     """A copy of an artifact with its stub."""
-    shutil.copytree(compiled("promoted"), tmp_path, dirs_exist_ok=True)
-    return tmp_path / "promoted"
+    return references.copied("promoted", tmp_path)
 
 
-def kinds(folder: Path, *more: Path) -> dict[str, tuple[int, bytes]]:
-    """What is in a folder and beside it, with what kind of thing it is."""
-    found = (path for path in (*sorted(folder.rglob("*")), *more) if os.path.lexists(path))
-    return {str(p): (os.lstat(p).st_mode, p.read_bytes() if p.is_file() else b"") for p in found}
+STUB = "promoted_aoti.i"
+SET = ("--set", "promoted.E=1", "--out")
 
 
-@pytest.mark.parametrize("force", [[], ["--force"]])
 @pytest.mark.parametrize(
-    ("out", "said"),
+    ("command", "said"),
     [
-        ("promoted/metadata.json", "lies in the artifact"),
-        ("promoted/cpu/float64/promoted.pt2", "lies in the artifact"),
-        ("promoted/new.safetensors", "lies in the artifact"),
-        ("promoted_aoti.i", "is read by the same command"),
-        ("link", "is a link"),
-        ("pipe", "is a pipe"),
-        ("device", "is a device"),
+        *((("params", STUB, *SET, f"promoted/{out}"), "lies in") for out in ("metadata.json", "cpu/a.pt2", "new.st")),
+        (("params", STUB, *SET, STUB), "is read by the same command"),
+        *((("params", STUB, *SET, kind), f"is a {kind}") for kind in ("link", "pipe", "device")),
+        *((("migrate", "promoted", "--out", f"promoted/{out}"), "lies in") for out in (".", "cpu", "cpu/float64")),
+        (("verify", STUB, "--points", "points.npz", "--record", "points.npz"), "is read by the same command"),
+        (("verify", STUB, "--record", STUB), "is read by the same command"),
+        (("run", STUB, "driver", "--parameters", "p.npz", "--out", "p.npz"), "is read by the same command"),
     ],
 )
-def test_params_writes_over_nothing_else(out: str, said: str, force: list[str], promoted: Path) -> None:
-    folder = promoted.parent
-    (folder / "link").symlink_to(promoted / "metadata.json")
-    os.mkfifo(folder / "pipe")
-    target = device(folder) if out == "device" else folder / out
-    before = kinds(folder, target)
-    assert said in refused("params", folder / "promoted_aoti.i", "--set", "promoted.E=1", "--out", target, *force)
-    assert kinds(folder, target) == before
+def test_a_command_writes_over_nothing_else(
+    command: tuple[str, ...], said: str, promoted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("points.npz", strain=np.full((2, 6), 1e-3))
+    Model(promoted).save_parameters("p.npz")
+    Path("link").symlink_to(promoted / "metadata.json")
+    os.mkfifo("pipe")
+    if "device" in command and device(tmp_path) != tmp_path / "device":
+        command = (*command[:-1], "/dev/null")
+    before = contents(tmp_path)
+    for force in ([], ["--force"]) if command[0] == "params" else ([],):
+        assert said in refused(*command, *force)
+    assert contents(tmp_path) == before
 
 
 def test_params_replaces_parameters_and_with_force_any_file(promoted: Path) -> None:
@@ -179,40 +185,17 @@ def test_params_replaces_parameters_and_with_force_any_file(promoted: Path) -> N
     answer(*command, "--out", new)
     new.chmod(0o600)
     answer(*command, "--set", "promoted.nu=0.1", "--out", new)
-    assert stat.S_IMODE(new.stat().st_mode) == 0o600
+    assert mode(new) == 0o600
     assert Model(promoted, parameters=new).named_parameters()["promoted.nu"].item() == 0.1
-    notes.write_text("mine")
     for arguments, said in (
         (["--out", notes], "is there, and holds no parameters. Give another name, or --force"),
         (["--from", new, "--out", new], "is read by the same command"),
     ):
+        notes.write_text("mine")
         assert said in refused(*command, *arguments)
         assert notes.read_text() == "mine"
         answer(*command, *arguments, "--force")
-        notes.write_text("mine")
     assert Model(promoted, parameters=new).named_parameters()["promoted.E"].item() == 1.0
-
-
-def test_migrate_writes_nothing_into_the_artifact(promoted: Path) -> None:
-    before = kinds(promoted.parent)
-    for out in (promoted, promoted / "cpu", promoted / "cpu/float64"):
-        assert "lies in the artifact" in refused("migrate", promoted, "--out", out)
-    assert kinds(promoted.parent) == before
-
-
-def test_record_and_results_are_not_written_over_what_is_read(promoted: Path) -> None:
-    folder, stub = promoted.parent, promoted.parent / "promoted_aoti.i"
-    points, params = folder / "points.npz", folder / "params.npz"
-    np.savez(points, strain=np.full((2, 6), 1e-3))
-    Model(promoted).save_parameters(params)
-    before = kinds(folder)
-    for command in (
-        ("verify", stub, "--points", points, "--record", points),
-        ("verify", stub, "--record", stub),
-        ("run", stub, "driver", "--parameters", params, "--out", params),
-    ):
-        assert "is read by the same command" in refused(*command)
-    assert kinds(folder) == before
 
 
 # -- integration points ------------------------------------------------------------------------------------------------
@@ -239,65 +222,79 @@ def test_a_planted_link_is_not_followed_by_save(points: Points, tmp_path: Path) 
 
 
 def test_a_file_that_threads_save_to_is_whole(points: Points, tmp_path: Path) -> None:
-    file, mode = tmp_path / "state.npz", 0o600
+    file = tmp_path / "state.npz"
     points.save(file)
-    file.chmod(mode)
+    file.chmod(0o600)
     with ThreadPoolExecutor(3) as pool:
         for _ in pool.map(lambda _: points.save(file), range(30)):
             points.load(file)
-    assert os.listdir(tmp_path) == ["state.npz"] and stat.S_IMODE(file.stat().st_mode) == mode
+    assert os.listdir(tmp_path) == ["state.npz"] and mode(file) == 0o600
+
+
+class State:
+    """The file of a state of points, and the same with a part exchanged."""
+
+    def __init__(self, points: Points, folder: Path) -> None:
+        self.points, self.file, self.other = points, folder / "state.npz", folder / "other.npz"
+        points.save(self.file)
+        with np.load(self.file) as found:
+            self.content = dict(found)
+
+    def load(self, **changed: Any) -> None:
+        np.savez_compressed(self.other, **{**self.content, **changed})
+        self.points.load(self.other)
+
+    def load_entry(self, name: str, data: bytes, *how: int) -> None:
+        """With these bytes in the place of an array."""
+        np.savez(self.other, **{entry: value for entry, value in self.content.items() if entry != name})
+        with zipfile.ZipFile(self.other, "a", *how) as archive:
+            archive.writestr(f"{name}.npy", data)
+        self.points.load(self.other)
 
 
 @pytest.fixture
-def content(points: Points, tmp_path: Path) -> dict[str, Any]:
-    """What the file of their state holds."""
-    points.save(tmp_path / "state.npz")
-    with np.load(tmp_path / "state.npz") as found:
-        return dict(found)
+def state(points: Points, tmp_path: Path) -> State:
+    return State(points, tmp_path)
 
 
 STRESS = "value/stress~1"
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("name", "change", "said"),
     [
-        ({STRESS: lambda x: np.where(x == x.max(), np.nan, x)}, r"'value/stress~1' holds NaN or infinite numbers"),
-        ({STRESS: lambda x: np.full_like(x, -np.inf)}, r"'value/stress~1' holds NaN or infinite numbers"),
-        ({STRESS: lambda x: x != 0}, "'value/stress~1' has dtype bool, expected float64 or float32"),
-        ({STRESS: lambda x: x.astype(complex)}, "has dtype complex128, expected"),
-        ({STRESS: lambda x: x.astype(np.int32)}, "has dtype int32, expected"),
-        ({STRESS: lambda x: x.astype(np.float16)}, "has dtype float16, expected"),
-        ({STRESS: lambda x: x.astype("U9")}, "has dtype str288, expected"),
-        ({STRESS: lambda x: x[0]}, r"the state's 'stress~1' has shape \(6,\), expected \(4, 6\)"),
-        ({STRESS: lambda x: x[:0]}, r"has shape \(0, 6\), expected \(4, 6\)"),
-        ({"value/more": lambda _: np.zeros(4)}, "unknown 'more'"),
-        ({"n": lambda _: 5.7}, "with a digest and n"),
-        ({"n": lambda _: True}, "with a digest and n"),
-        ({"n": lambda _: "four"}, r"is not a state of points \(Points.save\) \(ValueError\)"),
-        ({"n": lambda _: 2**40}, "is one of 1099511627776 points, expected 4"),
-        ({"digest": lambda _: 1.0}, "with a digest and n"),
+        (STRESS, lambda x: np.where(x == x.max(), np.nan, x), r"'value/stress~1' holds NaN or infinite numbers"),
+        (STRESS, lambda x: np.full_like(x, -np.inf), r"'value/stress~1' holds NaN or infinite numbers"),
+        (STRESS, lambda x: x != 0, "'value/stress~1' has dtype bool, expected float64 or float32"),
+        (STRESS, lambda x: x.astype(complex), "has dtype complex128, expected"),
+        (STRESS, lambda x: x.astype(np.int32), "has dtype int32, expected"),
+        (STRESS, lambda x: x.astype(np.float16), "has dtype float16, expected"),
+        (STRESS, lambda x: x.astype("U9"), "has dtype str288, expected"),
+        (STRESS, lambda x: x[0], r"the state's 'stress~1' has shape \(6,\), expected \(4, 6\)"),
+        (STRESS, lambda x: x[:0], r"has shape \(0, 6\), expected \(4, 6\)"),
+        ("value/more", lambda _: np.zeros(4), "unknown 'more'"),
+        ("n", lambda _: 5.7, "with a digest and n"),
+        ("n", lambda _: True, "with a digest and n"),
+        ("n", lambda _: "four", r"is not a state of points \(Points.save\) \(ValueError\)"),
+        ("n", lambda _: 2**40, "is one of 1099511627776 points, expected 4"),
+        ("digest", lambda _: 1.0, "with a digest and n"),
     ],
 )
 def test_a_state_of_other_than_finite_numbers_is_refused(
-    changed: dict[str, Callable[[Any], Any]], said: str, points: Points, content: dict[str, Any], tmp_path: Path
+    name: str, change: Callable[[Any], Any], said: str, state: State
 ) -> None:
-    before = points.state().values
-    np.savez(tmp_path / "bad.npz", **{**content, **{n: change(content.get(n)) for n, change in changed.items()}})
+    before = state.points.state().values
     with pytest.raises(InputError, match=said):
-        points.load(tmp_path / "bad.npz")
-    assert all(torch.equal(value, before[name]) for name, value in points.state().values.items())
+        state.load(**{name: change(state.content.get(name))})
+    torch.testing.assert_close(state.points.state().values, before, rtol=0, atol=0)
 
 
-def test_states_of_either_precision_and_order_of_bytes_are_taken(
-    points: Points, content: dict[str, Any], tmp_path: Path
-) -> None:
-    stress = points.state().values["stress~1"]
+def test_states_of_either_precision_and_order_of_bytes_are_taken(state: State) -> None:
+    stress = state.points.state().values["stress~1"]
     for form in ("<f8", ">f8", "<f4"):
-        other = {STRESS: np.asfortranarray(content[STRESS].astype(form)), "value/t~1": content["value/t~1"]}
-        np.savez_compressed(tmp_path / "other.npz", **{**content, **other})
-        points.load(tmp_path / "other.npz")
-        assert torch.allclose(points.state().values["stress~1"], stress, rtol=1e-6 if "4" in form else 0, atol=0)
+        state.load(**{STRESS: np.asfortranarray(state.content[STRESS].astype(form))})
+        found = state.points.state().values["stress~1"]
+        torch.testing.assert_close(found, stress, rtol=1e-6 if "4" in form else 0, atol=0)
 
 
 def header(form: str, version: bytes = b"\x01\x00") -> bytes:
@@ -328,60 +325,62 @@ def form(shape: str, dtype: str = "'<f8'") -> str:
         b"\x80\x04N.",
     ],
 )
-def test_damaged_arrays_are_told(array: bytes, points: Points, content: dict[str, Any], tmp_path: Path) -> None:
-    file = tmp_path / "bad.npz"
-    np.savez(file, **{name: value for name, value in content.items() if name != STRESS})
-    with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr(f"{STRESS}.npy", array)
+def test_damaged_arrays_are_reported(array: bytes, state: State) -> None:
     with pytest.raises(InputError, match=r"is not a state of points|has shape|has dtype object"):
-        points.load(file)
+        state.load_entry(STRESS, array)
 
 
-def test_archives_that_python_cannot_open_are_told(points: Points, content: dict[str, Any], tmp_path: Path) -> None:
-    whole = (tmp_path / "state.npz").read_bytes()
-    (entry,) = [info for info in zipfile.ZipFile(tmp_path / "state.npz").infolist() if STRESS in info.filename]
+def test_archives_that_python_cannot_open_are_reported(state: State) -> None:
+    whole = state.file.read_bytes()
+    (entry,) = [info for info in zipfile.ZipFile(state.file).infolist() if STRESS in info.filename]
     listed = whole.rindex(b"PK\x01\x02", 0, whole.rindex(STRESS.encode()))
-
-    def changed(*changes: tuple[int, bytes]) -> bytes:
-        found = bytearray(whole)
-        for place, data in changes:
-            found[place : place + len(data)] = data
-        return bytes(found)
-
-    for data in (
+    for changes in (
         # Encrypted, of an unknown way to compress, of an unknown version, with other numbers, and at another place.
-        changed((entry.header_offset + 6, b"\x01\x00"), (listed + 8, b"\x01\x00")),
-        changed((entry.header_offset + 8, b"\x63\x00"), (listed + 10, b"\x63\x00")),
-        changed((listed + 6, b"\xff\xff")),
-        changed((entry.header_offset + 200, b"\x41")),
-        changed((listed + 42, b"\x7f\xff\xff\x7f")),
+        {entry.header_offset + 6: b"\x01\x00", listed + 8: b"\x01\x00"},
+        {entry.header_offset + 8: b"\x63\x00", listed + 10: b"\x63\x00"},
+        {listed + 6: b"\xff\xff"},
+        {entry.header_offset + 200: b"\x41"},
+        {listed + 42: b"\x7f\xff\xff\x7f"},
     ):
-        (tmp_path / "bad.npz").write_bytes(data)
+        damaged = bytearray(whole)
+        for place, data in changes.items():
+            damaged[place : place + len(data)] = data
+        state.other.write_bytes(damaged)
         with pytest.raises(InputError, match=r"is not a state of points"):
-            points.load(tmp_path / "bad.npz")
+            state.points.load(state.other)
 
 
+@pytest.fixture
+def memory() -> Iterator[Callable[[], int]]:
+    """The most memory that Python has taken since."""
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "said"),
+    [
+        (STRESS, "(600000, 6)", "'<f8'", r"has shape \(600000, 6\), expected \(4, 6\)"),
+        (STRESS, "(4, 6)", "'<f8'", "of another size"),
+        ("digest", "()", "'<U7200000'", "digest and n"),
+    ],
+)
 def test_what_a_small_file_claims_is_refused_before_it_is_read(
-    points: Points, content: dict[str, Any], tmp_path: Path
+    name: str, shape: str, dtype: str, said: str, state: State, memory: Callable[[], int]
 ) -> None:
-    """29 MB of zeros in 130 kB, as the stress of four points; and the same as a note, and behind a right header."""
-    rows, file = 600_000, tmp_path / "bad.npz"
-    said = r"has shape \(600000, 6\), expected \(4, 6\)|of another size|digest and n"
-    right, zeros = header(form("(4, 6)")), bytes(48 * rows)
-    wrong = header(form(f"({rows}, 6)"))
-    for name, head in ((STRESS, wrong), (STRESS, right), ("digest", header(form("()", "'<U48000000'")))):
-        np.savez(file, **{entry: value for entry, value in content.items() if entry != name})
-        with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            archive.writestr(f"{name}.npy", head + zeros)
-        assert file.stat().st_size < 200_000
-        tracemalloc.start()
-        with pytest.raises(InputError, match=said):
-            points.load(file)
-        assert tracemalloc.get_traced_memory()[1] < 3_000_000
-        tracemalloc.stop()
+    """29 MB of zeros in 130 kB, as the stress of four points; and the same behind a right header, and as a note."""
+    data = header(form(shape, dtype)) + bytes(48 * 600_000)
+    tracemalloc.reset_peak()
+    taken = memory()
+    with pytest.raises(InputError, match=said):
+        state.load_entry(name, data, zipfile.ZIP_DEFLATED)
+    assert state.other.stat().st_size < 200_000 and memory() - taken < 3_000_000
 
 
-def test_compressed_points_that_claim_more_than_is_sensible_are_refused(promoted: Path, tmp_path: Path) -> None:
+def test_compressed_points_that_claim_more_than_is_sensible_are_refused(
+    promoted: Path, tmp_path: Path, memory: Callable[[], int]
+) -> None:
     """Their header and the archive's own list agree; there is nothing to compare them with but the size of the file."""
     rows, file = 30_000_000, tmp_path / "points.npz"
     head = header(form(f"({rows}, 6)"))
@@ -391,44 +390,35 @@ def test_compressed_points_that_claim_more_than_is_sensible_are_refused(promoted
     listed = data.rindex(b"PK\x01\x02")
     data[listed + 24 : listed + 28] = struct.pack("<I", len(head) + 48 * rows)
     file.write_bytes(data)
-    tracemalloc.start()
     with pytest.raises(InputError, match="claims tensors of 1440000000 bytes, much more than it has itself"):
         read_points(file, Model(promoted))
-    assert tracemalloc.get_traced_memory()[1] < 30_000_000
-    tracemalloc.stop()
+    assert memory() < 30_000_000
 
 
 # -- pipes and devices -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_wait() -> Iterator[None]:
-    """End a read that waits for ever."""
+@pytest.fixture(params=["pipe", "device"])
+def endless(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A pipe without a writer, or a link to /dev/zero; a read that waits for ever is ended."""
 
     def ring(*_: object) -> None:
         raise AssertionError("waits for a writer")
 
+    path = tmp_path / "endless.npz"
+    os.mkfifo(path) if request.param == "pipe" else path.symlink_to("/dev/zero")
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(60)
-    yield
+    yield path
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.fixture(params=["pipe", "device"])
-def endless(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A pipe without a writer, and a link to /dev/zero."""
-    path = tmp_path / "endless.npz"
-    os.mkfifo(path) if request.param == "pipe" else path.symlink_to("/dev/zero")
-    return path
-
-
-@pytest.mark.usefixtures("no_wait")
 def test_pipes_and_devices_are_refused_at_once(endless: Path, points: Points, promoted: Path) -> None:
     for call in (points.load, Model(promoted).load_parameters):
         with pytest.raises(InputError, match=r"cannot be read \(not a file but a (pipe|device)\)"):
             call(endless)
-    stub = promoted.parent / "promoted_aoti.i"
+    stub = promoted.parent / STUB
     for command in (
         ("params", stub, "--from", endless),
         ("verify", stub, "--golden", endless),
@@ -444,7 +434,7 @@ def test_pipes_and_devices_are_refused_at_once(endless: Path, points: Points, pr
         assert "endless.npz" in refused(*command), command
 
 
-# -- golden files and points -------------------------------------------------------------------------------------------
+# -- golden files, points and parameters -------------------------------------------------------------------------------
 
 
 def test_golden_files_of_other_than_finite_numbers_are_refused(promoted: Path) -> None:
@@ -496,7 +486,7 @@ def test_points_of_other_than_finite_numbers_are_refused(suffix: str, promoted: 
         None,
     ],
 )
-def test_damaged_safetensors_files_are_told(document: Any, promoted: Path, tmp_path: Path) -> None:
+def test_damaged_safetensors_files_are_reported(document: Any, promoted: Path, tmp_path: Path) -> None:
     text = json.dumps(document).encode()
     (tmp_path / "bad").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
     with pytest.raises(InputError, match="is not a file of parameters"):

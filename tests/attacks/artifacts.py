@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,19 @@ INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
 def package(artifact: Path, name: str = "elasticity") -> Path:
     """One of its packages: that of values, or of derivatives (`elasticity_jvp`)."""
     return artifact / f"cpu/float64/{name}.pt2"
+
+
+def damage(artifact: Path, make: Callable[[bytes], bytes], name: str = "elasticity") -> Path:
+    """Change the bytes of one of its packages; give the file."""
+    file = package(artifact, name)
+    file.write_bytes(make(file.read_bytes()))
+    return file
+
+
+def old_metadata(artifact: Path, **changes: Any) -> str:
+    """Its metadata as neml2 wrote it before 3.0.7, in a file per device."""
+    document = json.loads((artifact / "metadata.json").read_text())
+    return json.dumps({**document, "device": "cpu", "dtype": "float64", **changes})
 
 
 def signature_of(file: Path) -> Signature | None:
