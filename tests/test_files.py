@@ -251,7 +251,7 @@ OLD = "cpu/float64/old_meta.json"
 PACKAGE = "cpu/float64/elasticity.pt2"
 # A file of an artifact, and how it comes to hold the secret.
 HOLDS: list[tuple[str, Callable[[bytes], bytes]]] = [
-    *((name, lambda _, text=text: text.encode()) for name in ("metadata.json", OLD) for text in TEXTS),  # type: ignore[misc]
+    *((name, lambda _, text=text: text.encode()) for name in ("metadata.json", OLD) for text in TEXTS),
     ("metadata.json", lambda _: SECRET.encode() + b"\xff\xfe"),
     (OLD, lambda data: json.dumps({**json.loads(data), "device": SECRET}).encode()),
     (OLD, lambda data: json.dumps({**json.loads(data), "dtype": SECRET}).encode()),

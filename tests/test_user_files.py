@@ -244,10 +244,10 @@ class State:
         np.savez_compressed(self.other, **{**self.content, **changed})
         self.points.load(self.other)
 
-    def load_entry(self, name: str, data: bytes, *how: int) -> None:
+    def load_entry(self, name: str, data: bytes, compression: int = zipfile.ZIP_STORED) -> None:
         """With these bytes in the place of an array."""
         np.savez(self.other, **{entry: value for entry, value in self.content.items() if entry != name})
-        with zipfile.ZipFile(self.other, "a", *how) as archive:
+        with zipfile.ZipFile(self.other, "a", compression) as archive:
             archive.writestr(f"{name}.npy", data)
         self.points.load(self.other)
 
