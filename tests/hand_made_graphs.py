@@ -54,6 +54,10 @@ class Handles:
         """What graphs are called with."""
         return Means(machine_code.load(), self.functions, 0)
 
+    def require_none_left(self) -> None:
+        """Each tensor has been deleted, and once."""
+        assert not self.alive and not self.strays
+
     def _create(self, *arguments: int) -> int:
         failed: int = self._make(*arguments)
         if not failed:
@@ -110,17 +114,12 @@ class HandMadeGraph:
     """A function in the place of a compiled graph; see `neml2_aoti_plugin._solve.native.CompiledGraph`."""
 
     def __init__(
-        self,
-        function: Function,
-        handles: Handles,
-        inputs: int,
-        outputs: int,
-        name: str = "graph",
-        *,
-        keeps: bool = False,
+        self, function: Function, handles: Handles, inputs: int, outputs: int, name: str = "graph", keeps: bool = False
     ) -> None:
         self.file, self.inputs, self.outputs = Path(f"{name}.pt2"), inputs, outputs
         self.calls = 0
+        # What a test changes of the outputs of a call, or does meanwhile; it may raise.
+        self.alter: Callable[[int, Sequence[Tensor]], Sequence[Tensor]] = lambda call, outputs: outputs
         # The containers that were in a call, each with the threads.
         self.users: dict[int, set[int]] = {}
         self._function, self._handles, self._keeps = function, handles, keeps
@@ -146,7 +145,7 @@ class HandMadeGraph:
             self._inside.add(container)
             self.users.setdefault(container, set()).add(threading.get_ident())
             self.calls += 1
-            found = self._function(*map(self._handles.read, handles))
+            found = self.alter(self.calls, self._function(*map(self._handles.read, handles)))
             assert (taken, given, len(found)) == (self.inputs, self.outputs, self.outputs)
             for k, x in enumerate(found):
                 c_int64.from_address(outputs + 8 * k).value = self._handles.of(x, spoiled=not self._keeps)
@@ -163,20 +162,21 @@ class HandMadeGraph:
 
 @dataclass
 class System:
-    """A system whose graphs are functions."""
+    """A system whose graphs are functions: of the residual `-r`, and of the Jacobian and `-r`."""
 
     solver: BlockSolver
+    graphs: tuple[HandMadeGraph, HandMadeGraph]
 
-    def solve(self, u: Tensor, g: Tensor, parameters: Sequence[Tensor], *settings: Any, **options: Any) -> Solved:
-        """Solve from initial guesses `(rows, n)` with givens `(rows, q)`."""
-        return self.run(u, g, parameters, *settings, **options).solved
-
-    def run(self, u: Tensor, g: Tensor, parameters: Sequence[Tensor], *settings: Any, **options: Any) -> Pass:
-        """Solve, and differentiate where that is wanted."""
+    def run(self, u: Tensor, g: Tensor, *settings: Any, parameters: Sequence[Tensor] = (), **options: Any) -> Pass:
+        """Solve from initial guesses `(rows, n)` with givens `(rows, q)`, and differentiate where that is wanted."""
         return self.solver.solve([u], [g], len(u), parameters, *settings, **options)
+
+    def solve(self, *arguments: Any, **options: Any) -> Solved:
+        return self.run(*arguments, **options).solved
 
 
 def system_of(
+    handles: Handles,
     residual: Function,
     jacobian: Function,
     n: int,
@@ -186,20 +186,16 @@ def system_of(
     parameters: int = 0,
     keeps: bool = False,
     code: MachineCode | None = None,
-) -> tuple[System, Handles, HandMadeGraph, HandMadeGraph]:
-    """A system, its handles, and its graphs: of the residual `-r`, and of the Jacobian and `-r`.
+) -> System:
+    """A system of `n` unknowns and `q` givens; `by_givens` is the derivative of the residual at the solution."""
 
-    `by_givens` gives the derivative of the residual by the givens, at the solution.
-    """
-    handles = Handles()
-    one = HandMadeGraph(residual, handles, 2 + parameters, 1, "residual", keeps=keeps)
-    two = HandMadeGraph(jacobian, handles, 2 + parameters, 2, "jacobian", keeps=keeps)
-    of_derivatives: list[HandMadeGraph | None] = [None, None]
-    if by_givens is not None:
-        of_derivatives = [two, HandMadeGraph(by_givens, handles, 2 + parameters, 1, "by_givens", keeps=keeps)]
+    def graph(function: Function, outputs: int, name: str) -> HandMadeGraph:
+        return HandMadeGraph(function, handles, 2 + parameters, outputs, name, keeps=keeps)
+
+    one, two = graph(residual, 1, "residual"), graph(jacobian, 2, "jacobian")
+    last = [None, None] if by_givens is None else [two, graph(by_givens, 1, "by_givens")]
     means = Means(code or machine_code.load(), handles.functions, 0)
-    block = Block([one, two, *of_derivatives], [n], [q], parameters)
-    return System(BlockSolver(block, means, most=1024)), handles, one, two
+    return System(BlockSolver(Block([one, two, *last], [n], [q], parameters), means, most=1024), (one, two))
 
 
 # Forms of an output.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
@@ -13,21 +12,21 @@ from torch import Tensor
 from hand_made_graphs import Function, Handles, HandMadeGraph, expanded, once, strided, transposed
 from neml2_aoti_plugin._graphs.caller import GraphCaller
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
+from test_block import handles as handles  # the fixture
 
-ROWS = (1, 2, 15, 16, 17, 40)
-
-
-def call(caller: GraphCaller, *given: Any) -> list[Tensor]:
-    """The outputs of a graph that gives rows of numbers."""
-    found = caller(*given)
-    assert found is not None
-    return found
+every_number_of_rows = pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 40])
+Make = Callable[[Function, int, int], tuple[GraphCaller, HandMadeGraph]]
 
 
-def caller_of(function: Function, inputs: int, outputs: int) -> tuple[GraphCaller, Handles, HandMadeGraph]:
-    handles = Handles()
-    graph = HandMadeGraph(function, handles, inputs, outputs)
-    return GraphCaller(graph, handles.means), handles, graph
+@pytest.fixture
+def make(handles: Handles) -> Iterator[Make]:
+    """Makes a caller of a function with so many inputs and outputs."""
+
+    def caller(function: Function, inputs: int, outputs: int) -> tuple[GraphCaller, HandMadeGraph]:
+        graph = HandMadeGraph(function, handles, inputs, outputs)
+        return GraphCaller(graph, handles.means), graph
+
+    yield caller
 
 
 def arguments(rows: int, sites: int = 3) -> list[Tensor]:
@@ -45,59 +44,61 @@ def plain(x: Tensor, p: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
     return [p * x, x.unsqueeze(-1) * x.unsqueeze(-2) + t[:, None, None], t * t, y * p]
 
 
-@pytest.mark.parametrize("rows", ROWS)
+def assert_plain(found: list[Tensor] | None, given: list[Tensor]) -> None:
+    """The outputs of the function, to the last bit."""
+    assert found is not None and all(map(torch.equal, found, plain(*given)))
+    assert all(x.is_contiguous() for x in found)
+
+
+@every_number_of_rows
 @pytest.mark.parametrize("form", [torch.clone, transposed, strided])
-def test_outputs_of_any_form(form: Callable[[Tensor], Tensor], rows: int) -> None:
-    caller, handles, graph = caller_of(lambda *given: [form(x) for x in plain(*given)], 4, 4)
+def test_outputs_of_any_form(form: Callable[[Tensor], Tensor], rows: int, make: Make) -> None:
+    caller, graph = make(lambda *given: [form(x) for x in plain(*given)], 4, 4)
     for sites in (3, 3, 5, 1, 3):
         given = arguments(rows, sites)
-        kept = [x.clone() for x in given]
-        found = call(caller, given, BATCHED, rows)
-        assert all(torch.equal(x, y) and x.is_contiguous() for x, y in zip(found, plain(*given), strict=True))
-        assert all(torch.equal(x, y) for x, y in zip(given, kept, strict=True))
-        assert not handles.alive and not handles.strays
+        assert_plain(caller(given, BATCHED, rows), arguments(rows, sites))
+        assert all(map(torch.equal, given, arguments(rows, sites)))
     assert len(graph.users) == 1
 
 
-def test_outputs_go_where_the_caller_says() -> None:
-    caller, handles, _ = caller_of(lambda *given: [strided(x) for x in plain(*given)], 4, 4)
+def test_outputs_go_where_the_caller_says(make: Make) -> None:
+    caller, _ = make(lambda *given: [strided(x) for x in plain(*given)], 4, 4)
     given = arguments(40)
-    whole = [x.fill_(torch.nan) for x in call(caller, given, BATCHED, 40)]
+    whole = caller(given, BATCHED, 40)
+    assert whole is not None
+    for x in whole:
+        x.fill_(torch.nan)
     for start, end in ((0, 16), (16, 33), (33, 40)):
         rows = [x[start:end] if has else x for x, has in zip(given, BATCHED, strict=True)]
         into = [x[start:end] for x in whole]
-        found = call(caller, rows, BATCHED, end - start, into)
-        assert all(x.data_ptr() == y.data_ptr() for x, y in zip(found, into, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(whole, plain(*given), strict=True))
-    assert not handles.alive and not handles.strays
+        found = caller(rows, BATCHED, end - start, into)
+        assert found is not None and [x.data_ptr() for x in found] == [x.data_ptr() for x in into]
+    assert_plain(whole, given)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_outputs_that_are_the_same_for_all_rows(rows: int) -> None:
-    caller, handles, _ = caller_of(lambda x, p: [once(p.expand(4, 6)), expanded(p.expand(len(x), 2)), x], 2, 3)
+@every_number_of_rows
+def test_outputs_that_are_the_same_for_all_rows(rows: int, make: Make) -> None:
+    caller, _ = make(lambda x, p: [once(p.expand(4, 6)), expanded(p.expand(len(x), 2)), x], 2, 3)
+    x = torch.ones(rows, 6, dtype=torch.float64)
     for value in (1.0, 2.0):
-        given = [torch.ones(rows, 6, dtype=torch.float64), torch.tensor(value, dtype=torch.float64)]
-        first, second, third = call(caller, given, [True, False], rows)
-        assert torch.equal(first, torch.full((1, 6), value, dtype=torch.float64))
-        assert torch.equal(second, torch.full((rows, 2), value, dtype=torch.float64))
-        assert torch.equal(third, given[0])
-        assert not handles.alive and not handles.strays
+        found = caller([x, torch.tensor(value, dtype=torch.float64)], [True, False], rows)
+        expected = [torch.full((k, n), value, dtype=torch.float64) for k, n in ((1, 6), (rows, 2))]
+        assert found is not None and all(map(torch.equal, found, [*expected, x]))
 
 
-def test_rows_that_fill_a_call_up_are_copies_of_the_first() -> None:
+def test_rows_that_fill_a_call_up_are_copies_of_the_first(make: Make) -> None:
     seen: list[Tensor] = []
 
     def note(x: Tensor) -> list[Tensor]:
         seen.append(x)
         return [x.clone()]
 
-    caller, *_ = caller_of(note, 1, 1)
+    caller, _ = make(note, 1, 1)
     for rows in (40, 5, 16):
         (x, *_) = arguments(rows)
-        call(caller, [x], [True], len(x))
-        called = seen[-1]
-        assert torch.equal(called[:rows], x) and len(called) == -(-rows // 16) * 16
-        assert torch.equal(called[rows:], x[:1].expand(len(called) - rows, 6))
+        caller([x], [True], rows)
+        filled = -(-rows // 16) * 16
+        assert torch.equal(seen[-1], torch.cat([x, x[:1].expand(filled - rows, 6)]))
 
 
 @pytest.mark.parametrize(
@@ -113,77 +114,66 @@ def test_rows_that_fill_a_call_up_are_copies_of_the_first() -> None:
     ],
 )
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_outputs_that_are_no_rows_of_numbers(other: Callable[[Tensor], Tensor], after: int) -> None:
-    calls: list[int] = []
-
-    def wrong(x: Tensor) -> Sequence[Tensor]:
-        calls.append(1)
-        return [x, other(x) if len(calls) > after else x]
-
-    caller, handles, graph = caller_of(wrong, 1, 2)
+def test_outputs_that_are_no_rows_of_numbers(
+    other: Callable[[Tensor], Tensor], after: int, make: Make, handles: Handles
+) -> None:
+    caller, graph = make(lambda x: [x, x], 1, 2)
+    graph.alter = lambda call, outputs: [outputs[0], other(outputs[0]) if call > after else outputs[1]]
     (x, *_) = arguments(17)
     for _ in range(3):
         found = caller([x], [True], len(x))
-        assert found is None or (len(calls) <= after and all(torch.equal(y, x) for y in found))
-        assert not handles.alive and not handles.strays
+        assert found is None or (graph.calls <= after and all(torch.equal(y, x) for y in found))
+        handles.require_none_left()
     assert caller([x], [True], len(x)) is None
     assert len(graph.users) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 48])
 @pytest.mark.parametrize("shape", [(), (6,), (16,), (48, 6)])
-def test_an_output_without_rows_is_not_taken_for_rows(rows: int, shape: tuple[int, ...]) -> None:
+def test_an_output_without_rows_is_not_taken_for_rows(rows: int, shape: tuple[int, ...], make: Make) -> None:
     """Also where it is as long as the rows of the call are many."""
-    caller, handles, _ = caller_of(lambda x: [x, torch.ones(shape, dtype=torch.float64)], 1, 2)
+    caller, _ = make(lambda x: [x, torch.ones(shape, dtype=torch.float64)], 1, 2)
     for _ in range(2):
         assert caller([torch.ones(rows, 6, dtype=torch.float64)], [True], rows) is None
-        assert not handles.alive and not handles.strays
 
 
-def test_a_graph_that_fails() -> None:
-    calls: list[int] = []
-
-    def perhaps(*given: Tensor) -> Sequence[Tensor]:
-        calls.append(1)
-        if len(calls) % 3 == 0:
+def test_a_graph_that_fails(make: Make, handles: Handles) -> None:
+    def perhaps(call: int, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        if call % 3 == 0:
             raise RuntimeError("every third time")
-        return plain(*given)
+        return outputs
 
-    caller, handles, _ = caller_of(perhaps, 4, 4)
-    failed = 0
+    caller, graph = make(plain, 4, 4)
+    graph.alter = perhaps
+    failed, given = 0, arguments(17)
     for _ in range(60):
-        given = arguments(17)
         try:
-            found = call(caller, given, BATCHED, 17)
-            assert all(torch.equal(x, y) for x, y in zip(found, plain(*given), strict=True))
+            assert_plain(caller(given, BATCHED, 17), given)
         except AOTIError as error:
             assert str(error) == "graph.pt2: the compiled graph failed: every third time"
             failed += 1
-        assert not handles.alive and not handles.strays
-    assert failed == len(calls) // 3 > 10
+        handles.require_none_left()
+    assert failed == graph.calls // 3 > 10
 
 
-def test_threads_have_containers_of_their_own() -> None:
+def test_threads_have_containers_of_their_own(make: Make) -> None:
     """That no container is in two calls at once is looked at in each call."""
-    caller, handles, graph = caller_of(plain, 4, 4)
+    caller, graph = make(plain, 4, 4)
 
     def work(rows: int) -> None:
         given = arguments(rows)
         for _ in range(100):
-            found = call(caller, given, BATCHED, rows)
-            assert all(torch.equal(x, y) for x, y in zip(found, plain(*given), strict=True))
+            assert_plain(caller(given, BATCHED, rows), given)
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(work, (5, 16, 40)))
     assert len(graph.users) <= 3 and graph.calls >= 300
-    assert not handles.alive and not handles.strays
 
 
 @pytest.mark.parametrize("given", [0, 1, 3])
-def test_another_number_of_arguments_is_refused(given: int) -> None:
+def test_another_number_of_arguments_is_refused(given: int, make: Make) -> None:
     """A compiled graph would end the process."""
-    caller, handles, graph = caller_of(lambda x, y: [x, y], 2, 2)
-    (x, *_) = arguments(3)
+    caller, graph = make(lambda x, y: [x, y], 2, 2)
     with pytest.raises(ArtifactError, match=r"^graph\.pt2: takes 2 tensors"):
-        call(caller, [x] * given, [True] * given, 3)
-    assert graph.calls == handles.made == 0
+        caller([arguments(3)[0]] * given, [True] * given, 3)
+    assert graph.calls == 0

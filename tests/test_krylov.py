@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +22,9 @@ from neml2_aoti_plugin._solve.system import Group
 from neml2_aoti_plugin.errors import AOTIError
 from neml2_aoti_plugin.settings import KrylovSettings
 
-METHODS = [KrylovSettings("gmres", rel_tol=1e-11), KrylovSettings("bicgstab", rel_tol=1e-11)]
-both_methods = pytest.mark.parametrize("tight", METHODS, ids=lambda s: s.method)
+GMRES, BICGSTAB = KrylovSettings("gmres", rel_tol=1e-11), KrylovSettings("bicgstab", rel_tol=1e-11)
+both_methods = pytest.mark.parametrize("tight", [GMRES, BICGSTAB], ids=lambda s: s.method)
+SEEDS = st.integers(0, 2**31)
 
 
 class Matrix:
@@ -38,25 +39,20 @@ class Matrix:
         return torch.matmul(self.a, v.unsqueeze(-1)).squeeze(-1)
 
 
-def system(
-    rows: int, n: int, seed: int = 0, spread: float = 0.3, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
+def system(rows: int, n: int, seed: int = 0, spread: float = 0.3) -> tuple[Tensor, Tensor]:
     """Matrices whose eigenvalues lie around 1, and right-hand sides."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, n, n, generator=generator, dtype=torch.float64) / n**0.5
     b = torch.randn(rows, n, generator=generator, dtype=torch.float64)
-    return (torch.eye(n, dtype=torch.float64) + spread * noise).to(dtype), b.to(dtype)
+    return torch.eye(n, dtype=torch.float64) + spread * noise, b
 
 
-def residuals(a: Tensor, x: Tensor, b: Tensor) -> Tensor:
-    """Relative residual of each row."""
-    found: Tensor = (b - Matrix(a)(x)).norm(dim=-1) / b.norm(dim=-1)
-    return found
+# -- one solve --------------------------------------------------------------------------------------------------------
 
 
 @both_methods
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 25), st.integers(0, 2**31), st.floats(0.0, 0.5))
+@given(st.integers(1, 5), st.integers(1, 25), SEEDS, st.floats(0.0, 0.5))
 def test_solutions(tight: KrylovSettings, rows: int, n: int, seed: int, spread: float) -> None:
     a, b = system(rows, n, seed, spread)
     solution = solve_linear(Matrix(a), b, tight)
@@ -65,24 +61,22 @@ def test_solutions(tight: KrylovSettings, rows: int, n: int, seed: int, spread: 
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 8))
+@given(SEEDS, st.integers(1, 8))
 def test_gmres_leaves_the_least_residual_of_its_space(seed: int, directions: int) -> None:
     a, b = system(2, 9, seed, 1.0)
     x = gmres(Matrix(a), b, KrylovSettings(max_its=directions, rel_tol=0.0)).x
-    for row in range(2):
-        matrix, rhs = a[row].numpy(), b[row].numpy()
-        space = np.stack([np.linalg.matrix_power(matrix, k) @ rhs for k in range(directions)], 1)
-        space, _ = np.linalg.qr(space)
+    for matrix, rhs, found in zip(a.numpy(), b.numpy(), x.numpy(), strict=True):
+        space, _ = np.linalg.qr(np.stack([np.linalg.matrix_power(matrix, k) @ rhs for k in range(directions)], 1))
         weights, *_ = np.linalg.lstsq(matrix @ space, rhs, rcond=None)
-        np.testing.assert_allclose(x[row].numpy(), space @ weights, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found, space @ weights, rtol=1e-5, atol=1e-7)
 
 
-def test_gmres_restarts_as_scipy_does() -> None:
+@pytest.mark.parametrize("cycles", [1, 2, 3, 6])
+def test_gmres_restarts_as_scipy_does(cycles: int) -> None:
     a, b = system(1, 30, spread=0.9)
-    for cycles in (1, 2, 3, 6):
-        x = gmres(Matrix(a), b, KrylovSettings(restart=4, max_its=4 * cycles, rel_tol=1e-14)).x
-        expected, _ = scipy.sparse.linalg.gmres(a[0].numpy(), b[0].numpy(), restart=4, maxiter=cycles, rtol=1e-14)
-        np.testing.assert_allclose(x[0].numpy(), expected, rtol=1e-9)
+    x = gmres(Matrix(a), b, KrylovSettings(restart=4, max_its=4 * cycles, rel_tol=1e-14)).x
+    expected, _ = scipy.sparse.linalg.gmres(a[0].numpy(), b[0].numpy(), restart=4, maxiter=cycles, rtol=1e-14)
+    np.testing.assert_allclose(x[0].numpy(), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("preconditioned", [False, True])
@@ -114,10 +108,10 @@ def test_units_of_the_right_hand_side_do_not_matter(tight: KrylovSettings, unit:
 
 @both_methods
 def test_a_strain_in_float32(tight: KrylovSettings) -> None:
-    a, b = system(3, 6, dtype=torch.float32)
+    a, b = (x.float() for x in system(3, 6))
     solution = solve_linear(Matrix(a), 1e-9 * b, replace(tight, rel_tol=1e-4))
     assert solution.done.all()
-    assert residuals(a, solution.x, 1e-9 * b).max() < 1e-3
+    torch.testing.assert_close(1e9 * Matrix(a)(solution.x), b, rtol=0.0, atol=2e-3)
 
 
 @both_methods
@@ -137,28 +131,20 @@ def test_a_zero_right_hand_side_and_no_rows(tight: KrylovSettings) -> None:
 def test_absolute_tolerance(tight: KrylovSettings) -> None:
     a, b = system(2, 10)
     solution = solve_linear(Matrix(a), b, replace(tight, rel_tol=0.0, abs_tol=1e-3))
-    assert solution.done.all()
     left = (b - Matrix(a)(solution.x)).norm(dim=-1)
-    assert (left < 1.1e-3).all() and (left > 1e-9).any()
+    assert solution.done.all() and (left < 1.1e-3).all() and (left > 1e-9).any()
 
 
 @both_methods
-def test_a_row_that_is_done_is_not_spoilt_by_the_others(tight: KrylovSettings) -> None:
-    a, b = system(2, 30, spread=0.6)
+def test_a_row_is_not_spoilt_by_others_that_go_on_or_become_nan(tight: KrylovSettings) -> None:
+    a, b = system(3, 30, spread=0.6)
     a[0] = 2 * torch.eye(30)
-    solution = solve_linear(Matrix(a), b, replace(tight, rel_tol=1e-8))
-    assert solution.iterations > 5
-    torch.testing.assert_close(solution.x[0], b[0] / 2)
-
-
-@both_methods
-def test_a_row_that_becomes_nan_does_not_hold_up_the_others(tight: KrylovSettings) -> None:
-    a, b = system(3, 8)
-    expected = solve_linear(Matrix(a[:2]), b[:2], tight)
+    expected = solve_linear(Matrix(a[:2]), b[:2], replace(tight, rel_tol=1e-8))
+    assert expected.iterations > 5
+    torch.testing.assert_close(expected.x[0], b[0] / 2)
     a[2, 0, 0] = torch.nan
-    solution = solve_linear(Matrix(a), b, tight)
-    assert solution.done.tolist() == [True, True, False]
-    assert solution.iterations == expected.iterations
+    solution = solve_linear(Matrix(a), b, replace(tight, rel_tol=1e-8))
+    assert solution.done.tolist() == [True, True, False] and solution.iterations == expected.iterations
     torch.testing.assert_close(solution.x[:2], expected.x)
 
 
@@ -173,19 +159,16 @@ def test_the_budget_is_kept(tight: KrylovSettings, max_its: int) -> None:
     assert matvec.products == max_its * (1 if tight.method == "gmres" else 2)
 
 
-def test_gmres_takes_no_product_to_confirm() -> None:
+def test_gmres_takes_no_product_to_confirm_and_makes_room_for_more_directions() -> None:
     twice = Matrix(2 * torch.eye(4, dtype=torch.float64).unsqueeze(0))
     solution = gmres(twice, torch.ones(1, 4, dtype=torch.float64), KrylovSettings())
     assert (solution.iterations, twice.products) == (1, 1)
     torch.testing.assert_close(solution.x, torch.full((1, 4), 0.5, dtype=torch.float64))
-
-
-def test_gmres_over_many_directions() -> None:
-    """More than the directions that there is room for at first."""
+    # There is room for 16 at first.
     a, b = system(2, 60, spread=0.9)
     solution = gmres(Matrix(a), b, KrylovSettings(restart=60, max_its=60, rel_tol=1e-10))
     assert solution.iterations > 16
-    assert residuals(a, solution.x, b).max() < 1e-9
+    torch.testing.assert_close(Matrix(a)(solution.x), b, rtol=0.0, atol=1e-8)
 
 
 @pytest.mark.parametrize("stiffness", [1.0, 1e6])
@@ -194,21 +177,15 @@ def test_preconditioner(tight: KrylovSettings, stiffness: float) -> None:
     """The inverse itself: one iteration, also where it is so small that `M^-1 b` is far below `b`."""
     a, b = system(3, 10)
     a = a * stiffness
-    inverse = torch.linalg.inv(a)
-    solution = solve_linear(Matrix(a), b, replace(tight, rel_tol=1e-4), Matrix(inverse))
+    solution = solve_linear(Matrix(a), b, replace(tight, rel_tol=1e-4), Matrix(torch.linalg.inv(a)))
     assert solution.iterations == 1
     torch.testing.assert_close(solution.x, torch.linalg.solve(a, b), rtol=1e-8, atol=1e-12)
 
 
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    collected: list[str] = []
-    monkeypatch.setattr(log, "_sink", lambda level, line: collected.append(f"{level}: {line.split('] ', 1)[1]}"))
+def test_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(log, "_sink", lambda level, line: lines.append(f"{level}: {line.split('] ', 1)[1]}"))
     monkeypatch.setattr(log, "_in_force", {**dict.fromkeys(log.CHANNELS, 1), "linear": 3})
-    return collected
-
-
-def test_log(lines: list[str]) -> None:
     a, b = system(3, 20, spread=0.6)
     solution = solve_linear(Matrix(a), b, KrylovSettings())
     assert len(lines) == solution.iterations + 1
@@ -221,6 +198,9 @@ def test_log(lines: list[str]) -> None:
     assert lines[2] == "warning: linear solve NOT converged (iters=2, 3 element(s) at max_its)"
 
 
+# -- Newton steps -----------------------------------------------------------------------------------------------------
+
+
 DENSE = Group("dense")
 
 
@@ -229,8 +209,7 @@ class Nonlinear:
 
     def __init__(self, rows: int, widths: Sequence[int]) -> None:
         self.widths = list(widths)
-        n = sum(widths)
-        self.m, self.c = system(rows, n)
+        self.m, self.c = system(rows, sum(widths))
         self.count: Counter[str] = Counter()
 
     def split(self, x: Tensor) -> list[Tensor]:
@@ -256,12 +235,9 @@ class Nonlinear:
         self.count["setup"] += 1
         return [self.jacobian(u).diagonal(dim1=-2, dim2=-1).clone()]
 
-    def apply(self, state: Sequence[Tensor], r: Tensor) -> Tensor:
-        return r / state[0]
-
     def system(self, settings: KrylovSettings, preconditioned: bool = True) -> KrylovSystem:
         layout = (DENSE,) * len(self.widths)
-        both = (self.setup, self.apply) if preconditioned else (None, None)
+        both = (self.setup, lambda state, r: r / state[0]) if preconditioned else (None, None)
         return KrylovSystem(CallableProducts(self.residual, self.matvec, *both), settings, (layout, layout))
 
 
@@ -289,31 +265,22 @@ def test_step(tight: KrylovSettings, preconditioned: bool, widths: tuple[int, ..
         problem.count.clear()
 
 
-def test_step_with_a_batch_of_any_rank() -> None:
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_step_with_a_batch_of_any_rank(batch: tuple[int, ...]) -> None:
     a, b = system(6, 3)
-    a = a.reshape(2, 3, 3, 3)
-
-    def matvec(u: list[Tensor], v: list[Tensor]) -> list[Tensor]:
-        return [torch.matmul(a, v[0].unsqueeze(-1)).squeeze(-1)]
-
-    layouts = (DENSE,), (DENSE,)
-    batched = CallableProducts(lambda u: [b.reshape(2, 3, 3)], matvec, None, None)
-    du, _ = step(KrylovSystem(batched, METHODS[0], layouts), [torch.zeros(3, dtype=torch.float64)])
-    torch.testing.assert_close(du[0], torch.linalg.solve(a, b.reshape(2, 3, 3)))
-    alone = CallableProducts(lambda u: [b[0]], lambda u, v: [a[0, 0] @ v[0]], None, None)
-    du, _ = step(KrylovSystem(alone, METHODS[0], layouts), [b[0]])
-    torch.testing.assert_close(du[0], torch.linalg.solve(a[0, 0], b[0]))
+    a, b = (x[0] if not batch else x.reshape(*batch, *x.shape[1:]) for x in (a, b))
+    products = CallableProducts(lambda u: [b], lambda u, v: [Matrix(a)(v[0])], None, None)
+    start = torch.zeros(3, dtype=torch.float64)
+    du, _ = step(KrylovSystem(products, GMRES, ((DENSE,), (DENSE,))), [start])
+    torch.testing.assert_close(du[0], torch.linalg.solve(a, b))
 
 
 @pytest.mark.parametrize(
     ("strategy", "cache_max_its", "setups"), [("none", 0, 4), ("chord", 0, 1), ("max_its", 0, 4), ("max_its", 99, 1)]
 )
-def test_how_long_a_preconditioner_is_kept(
-    strategy: Literal["none", "chord", "max_its"], cache_max_its: int, setups: int
-) -> None:
+def test_how_long_a_preconditioner_is_kept(strategy: Any, cache_max_its: int, setups: int) -> None:
     problem = Nonlinear(2, (4,))
-    chosen = replace(METHODS[0], cache_strategy=strategy, cache_max_its=cache_max_its)
-    newton = problem.system(chosen)
+    newton = problem.system(replace(GMRES, cache_strategy=strategy, cache_max_its=cache_max_its))
     for _ in range(4):
         step(newton, problem.split(problem.c))
     assert problem.count["setup"] == setups
@@ -321,20 +288,18 @@ def test_how_long_a_preconditioner_is_kept(
 
 def test_a_preconditioner_is_set_up_again_after_a_slow_solve() -> None:
     problem = Nonlinear(2, (4,))
-    newton = problem.system(replace(METHODS[0], cache_strategy="max_its", cache_max_its=3))
-    iterations: list[int] = []
-    setups: list[int] = []
+    newton = problem.system(replace(GMRES, rel_tol=1e-3, cache_strategy="max_its", cache_max_its=3))
+    slow, setups = True, 0
     for scale in (0.0, 0.0, 3.0, 3.0, 3.0):
         before = problem.count["matvec"]
         step(newton, problem.split(scale * problem.c))
-        iterations.append(problem.count["matvec"] - before)
-        setups.append(problem.count["setup"])
-    for k in range(1, 5):
-        assert (setups[k] > setups[k - 1]) == (iterations[k - 1] > 3)
+        assert (problem.count["setup"] > setups) == slow
+        slow, setups = problem.count["matvec"] - before > 3, problem.count["setup"]
+    assert 1 < setups < 4
 
 
 def test_block_groups_are_refused() -> None:
     with pytest.raises(AOTIError, match="direct linear solver"):
         KrylovSystem(
-            CallableProducts(lambda u: u, lambda u, v: v, None, None), METHODS[0], ((Group("block", (3,)),), (DENSE,))
+            CallableProducts(lambda u: u, lambda u, v: v, None, None), GMRES, ((Group("block", (3,)),), (DENSE,))
         )

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from attacks import children
 from attacks.children import REPOSITORY
-from hand_made_graphs import system_of
+from equations import coupled
+from hand_made_graphs import Handles, system_of
 from neml2_aoti_plugin._solve import code_file, machine_code
 from neml2_aoti_plugin._solve.machine_code import MachineCode
 from neml2_aoti_plugin._solve.native import Derivatives
 from neml2_aoti_plugin.settings import NewtonSettings
-from test_block import graphs_of_coupled
 
 ENTRIES = {"solve_block", "call_graph"}
 # What the code takes from elsewhere: LLVM's intrinsics, and what C's library has on every platform.
@@ -84,17 +84,17 @@ def test_bits_do_not_depend_on_the_vectors_of_the_processor() -> None:
 
 def cubes(code: MachineCode, g: Tensor) -> tuple[Tensor, ...]:
     """Solve `M u + u^3 = g`; unknowns, iterations, norms and derivatives."""
-    residual, jacobian = graphs_of_coupled()
 
     def by_givens(u: Tensor, g: Tensor) -> list[Tensor]:
         return [-torch.eye(5, dtype=torch.float64).repeat(len(u), 1, 1)]
 
-    system, *_ = system_of(residual, jacobian, 5, 5, by_givens=by_givens, code=code)
+    equations = coupled()
+    system = system_of(Handles(), equations.b, equations.linearised, 5, 5, by_givens=by_givens, code=code)
     settings = NewtonSettings(atol=1e-12, rtol=1e-12, miters=50, ls_max_iters=5)
-    found, _, derivatives = system.run(torch.zeros_like(g), g, [], settings, wanted=Derivatives([0, 1, 4]))
+    found, _, derivatives = system.run(torch.zeros_like(g), g, settings, wanted=Derivatives([0, 1, 4]))
     assert found.statistics.all_converged and derivatives is not None
     (u,) = found.unknowns
-    exact = torch.linalg.inv(jacobian(u, g)[0])[..., [0, 1, 4]]
+    exact = torch.linalg.inv(equations.jacobian(u, g))[..., [0, 1, 4]]
     torch.testing.assert_close(derivatives, exact, rtol=1e-10, atol=1e-10)
     return u, found.statistics.iterations, found.statistics.norms, derivatives
 
