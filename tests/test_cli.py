@@ -22,7 +22,7 @@ from environments import Environment
 from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
 from neml2_aoti_plugin import _cli
-from neml2_aoti_plugin._cli.app import COMMANDS
+from neml2_aoti_plugin._cli.app import app
 from neml2_aoti_plugin._cli.output import console
 from neml2_aoti_plugin._cli.process import heeded
 from stubs.catalogue import CATALOGUE
@@ -79,7 +79,7 @@ CALLS: dict[str, list[str]] = {
 
 
 def test_each_command_gives_its_document_and_says_it_in_words(there: Path) -> None:
-    assert set(CALLS) == set(REPORTS) == set(COMMANDS)
+    assert set(CALLS) == set(REPORTS) == set(app.commands)
     for command, words in CALLS.items():
         require_form(answer(command, *words), command)
         # These write over nothing.
@@ -159,11 +159,11 @@ def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place
     code = f"""
     import sys
     from neml2_aoti_plugin import _cli
-    for words in ([], *([name] for name in {[*COMMANDS]})):
+    for words in ([], *([name] for name in {[*app.commands]})):
         assert _cli.main([*words, "--help"]) == 0
         assert not {heavy} & set(sys.modules), words
     """
-    assert environment.run(code).count("Examples:") == 1 + len(COMMANDS)
+    assert environment.run(code).count("Examples:") == 1 + len(app.commands)
     took = []
     for _ in range(5):
         before = os.times()

@@ -17,7 +17,7 @@ from attacks import children
 from attacks.archives import edited
 from neml2_aoti_plugin import Model, status
 from neml2_aoti_plugin import _log as log
-from neml2_aoti_plugin._cli.doctor import diagnose
+from neml2_aoti_plugin._cli.doctor import doctor
 from neml2_aoti_plugin._cli.target import find_target
 from neml2_aoti_plugin._solve.machine_code import CHOICE as VARIABLE
 from neml2_aoti_plugin.model._plan import SHORT
@@ -128,7 +128,7 @@ def test_a_package_that_is_other(
     assert bool(lines) == ((name, stem) in SOLVED) and all(
         line.endswith(f"{package}: {LOOP} {reason}") for line in lines
     )
-    (advice,) = (x for x in diagnose(find_target(artifact)).findings if x.subject == "graphs")
+    (advice,) = (x for x in doctor(find_target(artifact)).findings if x.subject == "graphs")
     assert advice.level == "advice" and advice.says == f"{package}: {RUNNER} {reason}" and advice.cure
     assert_as_by_torch(found, references.case(name).artifact, monkeypatch)
 
@@ -136,7 +136,7 @@ def test_a_package_that_is_other(
 @pytest.mark.parametrize("name", ["viscoplasticity", "elasticity", "cross_group"])
 def test_a_package_as_it_is_needs_no_runner(name: str, told: list[str]) -> None:
     artifact = references.case(name).artifact
-    assert not [x for x in diagnose(find_target(artifact)).findings if x.subject == "graphs"]
+    assert not [x for x in doctor(find_target(artifact)).findings if x.subject == "graphs"]
     if name != "cross_group":
         results(artifact)
     assert not [line for line in told if RUNNER in line or LOOP in line]
@@ -147,7 +147,7 @@ def test_a_graph_of_another_dtype(tmp_path: Path) -> None:
     """neml2-compile writes graphs for float64 alone; the source in a package tells its dtype."""
     to_float = edited("wrapper.cpp", lambda text: text.replace(b"(at::kDouble", b"(at::kFloat"))
     artifact, package = changed("elasticity", "jvp", to_float, tmp_path)
-    says = [x.says for x in diagnose(find_target(artifact)).findings if x.level != "fine"]
+    says = [x.says for x in doctor(find_target(artifact)).findings if x.level != "fine"]
     assert any(package in text and "float32" in text for text in says), says
 
 
@@ -157,7 +157,7 @@ def test_pinned_batch_axes(name: str, told: list[str], monkeypatch: pytest.Monke
     found = results(artifact)
     for package in ("elasticity.pt2", "elasticity_jvp.pt2"):
         assert any(line.endswith(f"{package}: {RUNNER} it has pinned batch axes") for line in told)
-    (advice,) = (x for x in diagnose(find_target(artifact)).findings if x.subject == "graphs")
+    (advice,) = (x for x in doctor(find_target(artifact)).findings if x.subject == "graphs")
     assert advice.says == f"elasticity.pt2, elasticity_jvp.pt2: {RUNNER} it has pinned batch axes"
     assert_as_by_torch(found, references.case("elasticity").artifact, monkeypatch)
 
@@ -183,8 +183,8 @@ PROGRAM = """
     print("graphs:", status().graphs)
     print("Newton loop:", status().kernels)
     if "doctor" in sys.argv:
-        from neml2_aoti_plugin._cli.doctor import diagnose
-        print("doctor:", *(f"{{x.level}}: {{x.says}}" for x in diagnose().findings if x.subject == "solves"))
+        from neml2_aoti_plugin._cli.doctor import doctor
+        print("doctor:", *(f"{{x.level}}: {{x.says}}" for x in doctor().findings if x.subject == "solves"))
     os.environ["NEML2_AOTI_PLUGIN_KERNELS"] = "torch"
     for x, y in zip(found, results(), strict=True):
         assert torch.isfinite(x).all() and (x - y).abs().max() <= 1e-13 * y.abs().max()

@@ -79,7 +79,12 @@ def test_a_damaged_artifact_is_described_all_the_same(tmp_path: Path) -> None:
     stub = damaged_copy(tmp_path)
     files = {f["name"]: f["bytes"] for f in answer("inspect", stub)["segments"][0]["files"]}
     assert files == {"elasticity.pt2": None, "elasticity_jvp.pt2": 10}
-    assert "elasticity.pt2  missing" in printed("inspect", stub)[0]
+    tree = printed("inspect", stub)[0]
+    assert "elasticity.pt2  missing" in tree
+    # What the doctor says of it, the tree says too.
+    wrong = [found["says"] for found in findings(answer("doctor", stub, status=1), "artifact")]
+    assert answer("inspect", stub)["leaves"][0]["faults"] == wrong
+    assert len(wrong) == 2 and all(text in tree for text in wrong)
     (tmp_path / "elasticity/metadata.json").write_text("{")
     assert "metadata.json" in refused("inspect", stub, status=1)
 

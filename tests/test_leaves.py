@@ -17,8 +17,8 @@ from neml2_aoti_plugin import ArtifactError, Model, seal
 from neml2_aoti_plugin import _cli as cli
 from neml2_aoti_plugin._artifact.files import Folder
 from neml2_aoti_plugin._artifact.kinship import of_one_source, read_generated
-from neml2_aoti_plugin._cli.doctor import diagnose
-from neml2_aoti_plugin._cli.inspect import describe
+from neml2_aoti_plugin._cli.doctor import doctor
+from neml2_aoti_plugin._cli.inspect import inspect
 from neml2_aoti_plugin._cli.target import find_target
 from stubs.build import compiled
 
@@ -139,19 +139,19 @@ def test_a_damaged_leaf_keeps_no_other_from_loading(two_leaves: Path, tmp_path: 
 def test_inspect_and_doctor_tell_of_every_leaf(two_leaves: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(two_leaves / "cpu/float32", stiffer, longer)
     shutil.copy(two_leaves / "cpu/float64/elasticity.pt2", two_leaves / "cpu/float64/elasticity_pvjp.pt2")
-    leaves = {leaf.dtype: leaf for leaf in describe(find_target(two_leaves)).leaves}
+    leaves = {leaf.dtype: leaf for leaf in inspect(find_target(two_leaves)).leaves}
     assert "is of an earlier compile" in leaves["float32"].fault and not leaves["float64"].fault
     assert leaves["float64"].left == ("elasticity_pvjp.pt2",) and not leaves["float32"].left
     assert cli.main(["inspect", str(two_leaves)]) == 0
     text = capsys.readouterr().out
     assert "is of an earlier compile" in text and "not named by the metadata: elasticity_pvjp.pt2" in text
     # What is asked for runs; the leaf beside it does not belong there all the same.
-    found = diagnose(find_target(two_leaves))
+    found = doctor(find_target(two_leaves))
     assert found.artifact is not None and found.artifact.runs and not found.fine
     (problem,) = (f for f in found.findings if f.level == "problem")
     assert "is of an earlier compile" in problem.says and "--dtype float32" in problem.says
     assert any("elasticity_pvjp.pt2, which the metadata does not name" in f.says for f in found.findings)
-    own = diagnose(find_target(two_leaves, dtype="float32"))
+    own = doctor(find_target(two_leaves, dtype="float32"))
     assert own.artifact is not None and not own.artifact.runs
 
 
@@ -162,7 +162,7 @@ def test_devices_of_old_layouts_are_compared_too(two_leaves: Path) -> None:
     for device, leaf in (("cpu", "cpu/float64"), ("cuda", "cpu/float32")):
         shutil.copytree(two_leaves / leaf, root / device)
         (root / device / "elasticity_meta.json").write_text(json.dumps({**document, "device": device}))
-    assert [leaf.doubt for leaf in describe(find_target(root)).leaves] == ["", ""]
+    assert [leaf.doubt for leaf in inspect(find_target(root)).leaves] == ["", ""]
     change(root / "cuda", stiffer, longer)
     with pytest.warns(UserWarning, match=r"cpu: is of another source than .*cuda"):
         Model(root, "cpu")

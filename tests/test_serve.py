@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from neml2_aoti_plugin import ConvergenceError, Model
-from neml2_aoti_plugin._cli.serve import LIMITS, serve
+from neml2_aoti_plugin._cli.app import LIMITS, serve
 from neml2_aoti_plugin.serve import Limits
 from serving import Answer, Service, artifact, close, encode, reference, same, started, step, strain, tensors
 

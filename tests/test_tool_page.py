@@ -17,7 +17,7 @@ from click import Context
 
 from commands import answer, copy_of, printed
 from legacy import build
-from neml2_aoti_plugin._cli.app import COMMANDS, HELP, app
+from neml2_aoti_plugin._cli.app import HELP, app
 from stubs.catalogue import CATALOGUE
 from tools import json_forms
 
@@ -61,8 +61,8 @@ def examples(command: str = "") -> list[str]:
 
 def test_each_command_has_a_section_with_an_example() -> None:
     lines = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-    assert {shlex.split(line)[1] for line in lines if line.startswith("neml2-aoti ")} == {*COMMANDS}
-    for name in COMMANDS:
+    assert {shlex.split(line)[1] for line in lines if line.startswith("neml2-aoti ")} == {*app.commands}
+    for name in app.commands:
         assert re.search(rf"^## (.* and )?{name}\b", PAGE, re.MULTILINE), name
 
 
@@ -71,7 +71,7 @@ def test_examples_of_help_run(place: Path) -> None:
         run(f"neml2-aoti run aoti/viscoplasticity_aoti.i driver --out {name}.npz")
     for line in (line for name in (*RUN, "") for line in examples(name) if not NOT_RUN.search(line)):
         run(line)
-    for line in (line for name in COMMANDS if name not in RUN for line in examples(name)):
+    for line in (line for name in app.commands if name not in RUN for line in examples(name)):
         assert line.startswith(("neml2-aoti ", "NEML2_AOTI_PLUGIN_CACHE=/opt/cache neml2-aoti "))
 
 

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
-import click
+import torch
+from rich.table import Column, Table
 
-from .options import (
-    FILE,
-    MOST_ROWS,
-    MOST_THREADS,
-    Finite,
-    command,
-    counts,
-    refuse_together,
-    target_arguments,
-)
-from .output import Report, figure, literal, require_drawable, table, waits_for
+from ..model import Model
+from .options import refuse_together
+from .output import Report, figure, literal, require_drawable, table, waits_for, written
+from .points import Points, choose_points, evaluate
 from .process import heeded
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ..model import Model
-    from .points import Points
-    from .target import Target
+from .target import Target, leaf_name
 
 # A batch size is timed by so many calls at least.
 LEAST = 3
+UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
 
 
 @dataclass(frozen=True)
@@ -61,79 +49,47 @@ class BenchReport(Report):
 
     def render(self) -> Iterator[str | Table]:
         """The table."""
-        from rich.table import Column
-
         yield f"{self.model} ({self.leaf}), {self.call} at {self.points} points"
         titles = ("threads", "rows", "time of a call", "rows per second")
         times = table(*(Column(title, justify="right") for title in titles))
         for found in self.measurements:
-            times.add_row(str(found.threads), str(found.rows), _duration(found.seconds), f"{found.rows_per_second:.3g}")
+            factor, unit = next((f, u) for f, u in UNITS if found.seconds * f >= 1.0 or u == "us")
+            took = f"{found.seconds * factor:.3g} {unit}"
+            times.add_row(str(found.threads), str(found.rows), took, f"{found.rows_per_second:.3g}")
         yield times
-        if self.picture is not None:
-            yield f"written: {self.picture}"
+        yield from written(self.picture)
 
 
-@command("""\
-  neml2-aoti bench aoti/viscoplasticity_aoti.i
-  neml2-aoti bench aoti/viscoplasticity_aoti.i --rows 1,100,10000 --threads 1,2 --plot speed.png
-  neml2-aoti bench aoti/elasticity --call jacobian --json
-""")
-@click.option("--rows", default="1,10,100,1000,10000", show_default=True, help="Batch sizes.")
-@click.option("--threads", help="Numbers of threads. [as many as torch uses]")
-@click.option(
-    "--call",
-    type=click.Choice(["forward", "jacobian", "solve"]),
-    default="forward",
-    show_default=True,
-    help="Method of the model to time.",
-)
-@click.option("--seconds", type=Finite(0.0), default=0.5, show_default=True, help="For each measurement.")
-@click.option("--points", type=FILE, help="Evaluate at these points; see verify.")
-@click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
-@click.option("--plot", "picture", type=FILE, help="Draw rows per second over batch size to this file.")
-@target_arguments()
 def bench(
     target: Target,
-    rows: str,
-    threads: str | None,
+    rows: Sequence[int],
+    threads: Sequence[int] | None,
     call: str,
     seconds: float,
     points: Path | None,
     driver: str | None,
     picture: Path | None,
 ) -> BenchReport:
-    """Time a compiled model.
-
-    The points are those of verify, repeated to fill a batch. Other programs on the machine disturb the measurement.
-    """
+    """Time calls of so many rows on so many threads, each for some seconds."""
     refuse_together({"--points": points, "--driver": driver})
-    sizes = counts(rows, "--rows", MOST_ROWS)
-    import torch
-
-    from ..model._operations import BY_SOLVE, operation
-    from .points import Where, choose_points, evaluate
-    from .target import leaf_name
-
-    if picture is not None:
-        require_drawable(picture)
+    require_drawable(picture)
     before = torch.get_num_threads()
-    numbers = counts(threads, "--threads", MOST_THREADS) if threads is not None else (before,)
     measurements: list[Measurement] = []
     with heeded() as heed:
         model = target.load()
-        at = choose_points(target, model, Where(points, driver, rows=64))
+        at = choose_points(target, model, points, driver, rows=64)
         # Where it does not converge, it takes another time.
         kept = evaluate(model, at)[0].points
-        method = operation(call, BY_SOLVE).method(model)
+        method = getattr(model, call)
+        cases = [(number, size) for number in threads or (before,) for size in rows]
         try:
-            for number in numbers:
+            for done, (number, size) in enumerate(cases, 1):
                 torch.set_num_threads(number)
-                for size in sizes:
-                    times = _times(model, method, kept, size, seconds)
-                    took = median(times)
-                    measurements.append(Measurement(number, size, took, len(times), size / took))
-                    heed()
-                    waits_for(target.model, len(measurements), len(numbers) * len(sizes))
+                times = _times(model, method, kept, size, seconds)
+                took = median(times)
+                measurements.append(Measurement(number, size, took, len(times), size / took))
+                heed()
+                waits_for(target.model, done, len(cases))
         finally:
             torch.set_num_threads(before)
     report = BenchReport(
@@ -146,11 +102,11 @@ def bench(
         picture=None if picture is None else str(picture),
     )
     if picture is not None:
-        draw(report, picture)
+        _draw(report, picture)
     return report
 
 
-def draw(report: BenchReport, path: Path) -> None:
+def _draw(report: BenchReport, path: Path) -> None:
     """Draw rows per second over the batch size, a line for each number of threads."""
     with figure(path) as (axes,):
         for threads in dict.fromkeys(found.threads for found in report.measurements):
@@ -191,14 +147,4 @@ def _times(model: Model, method: Callable[..., object], points: Points, rows: in
 def _wait(model: Model) -> None:
     """Wait for a GPU, which a call gives its work and does not wait for."""
     if model.device.type == "cuda":
-        import torch
-
         torch.cuda.synchronize(model.device)
-
-
-def _duration(seconds: float) -> str:
-    """A time, for people."""
-    for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if seconds * factor >= 1.0:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"

@@ -11,23 +11,22 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import click
+import torch
+from rich.table import Column, Table
+from rich.text import Text
 
+from .._artifact.compatibility import look_over, machine
+from .._artifact.decode import read_metadata
+from .._artifact.kinship import kinship
+from .._program.program import Program
 from .._status import Status, installed, status
 from ..errors import AOTIError, InputError
 from . import environment
 from .environment import Finding, Level
-from .options import command, target_arguments
 from .output import Report
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
-
-    from .._program.program import Program
-    from .target import Target
+from .points import choose_points, evaluate
+from .target import Target, leaf_name, release_of
 
 COLOURS = {"fine": "green", "advice": "yellow", "problem": "bold red"}
 PACKAGES = ("neml2", "torch", "llvmlite", "numpy", "safetensors", "matplotlib", "neml2-aoti-plugin")
@@ -86,9 +85,6 @@ class Diagnosis(Report):
 
     def render(self) -> Iterator[Table | Text | str]:
         """What no finding says, the findings, and what comes of them."""
-        from rich.table import Column, Table
-        from rich.text import Text
-
         versions = {"Python": self.versions["Python"], **self.versions}
         facts = {
             "versions": ", ".join(f"{name} {version or '-'}" for name, version in versions.items()),
@@ -121,32 +117,8 @@ class Diagnosis(Report):
             yield Text(f"{self.count('problem')} problem(s), see above{hint}.", COLOURS["problem"])
 
 
-@command("""\
-  neml2-aoti doctor
-  neml2-aoti doctor aoti/elasticity
-  neml2-aoti doctor aoti/elasticity_aoti.i --try-binding
-""")
-@click.option(
-    "--try-binding",
-    is_flag=True,
-    help="Try neml2's own binding in a process of its own, with the artifact if one is given, instead of reporting "
-    "what we measured.",
-)
-@target_arguments(required=False)
-def doctor(target: Target | None, try_binding: bool) -> Diagnosis:
-    """Show what is installed, what is active, what is wrong, and what mends it.
-
-    Exit status 1 if something is wrong.
-    """
-    return diagnose(target, try_binding=try_binding)
-
-
-def diagnose(target: Target | None = None, *, try_binding: bool = False) -> Diagnosis:
+def doctor(target: Target | None = None, try_binding: bool = False) -> Diagnosis:
     """Look this environment over, and an artifact if one is given; to try neml2's own binding takes some seconds."""
-    import torch
-
-    from .._artifact.compatibility import machine
-
     trouble = environment.import_neml2()
     # Whether machine code can be used is known once it has been tried.
     code_folder, of_solves = environment.solves()
@@ -186,12 +158,6 @@ def diagnose(target: Target | None = None, *, try_binding: bool = False) -> Diag
 
 def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding, ...]]:
     """Look an artifact over as a load does; nothing of it is run."""
-    from .._artifact.compatibility import look_over
-    from .._artifact.decode import read_metadata
-    from .._artifact.kinship import kinship
-    from .._program.program import Program
-    from .target import leaf_name, release_of
-
     try:
         place = target.place()
         found = read_metadata(place, solver=target.solver)
@@ -230,9 +196,6 @@ def _of_graphs(program: Program) -> list[Finding]:
 
 def _of_leaves(target: Target) -> list[Finding]:
     """Whether all leaves of an artifact are of one compile; files that nobody reads."""
-    from .._artifact.decode import read_metadata
-    from .._artifact.kinship import kinship
-
     findings = []
     try:
         there = [(place, kinship(read_metadata(place), place)) for place in target.places()]
@@ -288,13 +251,10 @@ def tried_binding(target: Target | None) -> str:
     """
     if target is None:
         return _tried([])
-    import torch
-
-    from .points import Where, choose_points, evaluate
 
     model = target.load()
     try:
-        found, _ = evaluate(model, choose_points(target, model, Where(rows=ROWS)))
+        found, _ = evaluate(model, choose_points(target, model, rows=ROWS))
     except AOTIError as error:
         return f"{_tried([])}; the artifact was not called ({error})"
     with tempfile.TemporaryDirectory(prefix="neml2-aoti-doctor-") as folder:

@@ -1,24 +1,24 @@
-"""`neml2-aoti inspect`: what is in an artifact, from its metadata and the sizes of its files; no graph is loaded."""
+"""`neml2-aoti inspect`: what is in an artifact, from its metadata and its files; no graph is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.text import Text
+from rich.tree import Tree
 
 from .._artifact import schema as s
+from .._artifact.compatibility import look_over
+from .._artifact.decode import read_metadata
+from .._artifact.kinship import kinship
+from .._artifact.locate import Place, dtype_name
+from .._artifact.package import build_in, open_archive, read_package
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
-from .options import command, target_arguments
 from .output import Report
-
-if TYPE_CHECKING:
-    from rich.text import Text
-    from rich.tree import Tree
-
-    from .._artifact.locate import Place
-    from .target import Target
+from .target import Target, lag, leaf_name, release_of
 
 # More values of a parameter than this are cut.
 VALUES = 6
@@ -89,6 +89,7 @@ class LeafReport:
     doubt: str  # why it may not belong to it, with the cure; empty if there is no doubt
     left: tuple[str, ...]  # packages in it that the metadata does not name; an earlier compile left them
     absent: tuple[str, ...]  # packages that the metadata names and it does not have
+    faults: tuple[str, ...]  # what else speaks against running it here, such as a damaged file, with the cure
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,6 @@ class ArtifactReport(Report):
 
     def render(self) -> Iterator[Tree]:
         """The tree."""
-        from rich.text import Text
-        from rich.tree import Tree
-
         tree = Tree(Text.assemble((self.model, "bold"), f"  {self.artifact}"))
         tree.add(f"schema {self.schema}, neml2 {self.release}; {'sealed' if self.sealed else 'no seal'}")
         leaves = tree.add("leaves")
@@ -121,14 +119,12 @@ class ArtifactReport(Report):
             name = f"{leaf.device}/{leaf.dtype}"
             mark = " (shown here)" if name == self.leaf and len(self.leaves) > 1 else ""
             branch = leaves.add(f"{name}  {_size(leaf.bytes)}  {leaf.built_for}{mark}")
-            for colour, text in (
-                ("red", leaf.fault),
-                ("yellow", leaf.doubt),
-                ("red", f"missing: {', '.join(leaf.absent)}" if leaf.absent else ""),
-                ("dim", f"not named by the metadata: {', '.join(leaf.left)}" if leaf.left else ""),
-            ):
-                if text:
-                    branch.add(Text(text, colour))
+            for text in filter(None, (leaf.fault, *leaf.faults)):
+                branch.add(Text(text, "red"))
+            if leaf.doubt:
+                branch.add(Text(leaf.doubt, "yellow"))
+            if leaf.left:
+                branch.add(Text(f"not named by the metadata: {', '.join(leaf.left)}", "dim"))
         for title, variables in (("inputs", self.inputs), ("outputs", self.outputs)):
             branch = tree.add(title)
             for variable in variables:
@@ -148,17 +144,6 @@ class ArtifactReport(Report):
         yield tree
 
 
-@command("""\
-  neml2-aoti inspect aoti/elasticity
-  neml2-aoti inspect aoti/elasticity_aoti.i elasticity
-  neml2-aoti inspect aoti/elasticity --json
-""")
-@target_arguments()
-def inspect(target: Target) -> ArtifactReport:
-    """Show what is in a compiled model: leaves, inputs, outputs, parameters, derivatives, segments, files."""
-    return describe(target)
-
-
 # -- the tree ----------------------------------------------------------------------------------------------------------
 
 
@@ -169,13 +154,10 @@ def shown_values(parameter: ParameterReport, form: str) -> str:
 
 
 def _size(count: int) -> str:
-    """A number of bytes, for people."""
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
 
 
 def _variable_line(variable: VariableReport) -> Text:
-    from rich.text import Text
-
     shape = f" {list(variable.base_shape)}" if variable.base_shape else ""
     sites = f", sub-batch {list(variable.sub_batch_shape)}" if variable.sub_batch_shape else ""
     meaning = variable.kind
@@ -187,8 +169,6 @@ def _variable_line(variable: VariableReport) -> Text:
 
 
 def _add_segment(tree: Tree, number: int, segment: SegmentReport) -> None:
-    from rich.text import Text
-
     names = f"  {', '.join(segment.inputs)} -> {', '.join(segment.outputs)}"
     branch = tree.add(Text.assemble(f"{number}: ", (segment.kind, "bold"), names))
     if segment.parameters:
@@ -212,123 +192,118 @@ def _add_segment(tree: Tree, number: int, segment: SegmentReport) -> None:
 # -- what the tree shows -----------------------------------------------------------------------------------------------
 
 
-def describe(target: Target) -> ArtifactReport:
+def inspect(target: Target) -> ArtifactReport:
     """What is in an artifact; if no leaf is asked for, the one that `Model` takes is shown, else the first."""
-    from .._artifact.decode import read_metadata
-    from .target import leaf_name, release_of
-
     there = target.places()
     usual = next((place for place in there if leaf_name(place) == "cpu/float64"), there[0])
     place = target.place() if target.device or target.dtype else usual
     metadata = read_metadata(place, solver=target.solver)
-    outer = _Outer(metadata)
-    inputs, parameters = metadata.aliases.inputs, metadata.aliases.parameters
+    outer = metadata.aliases
+
+    def pairs(found: tuple[tuple[str, str], ...], by: dict[str, str]) -> tuple[tuple[str, str], ...]:
+        return tuple((outer.outputs.get(o, o), by.get(b, b)) for o, b in found)
+
     return ArtifactReport(
         artifact=str(target.artifact),
         model=target.model,
         schema=metadata.schema,
         release=release_of(metadata.schema),
         sealed=place.folder.sealed is not None,
-        leaves=tuple(_leaf(p) for p in there),
+        leaves=tuple(map(_leaf, there)),
         leaf=leaf_name(place),
-        inputs=tuple(outer.input(variable) for variable in metadata.inputs),
-        outputs=tuple(outer.output(variable) for variable in metadata.outputs),
+        inputs=tuple(_inputs(metadata)),
+        outputs=tuple(_outputs(metadata)),
         parameters=tuple(
-            ParameterReport(parameters.get(p.name, p.name), p.base_shape, p.shape, p.values)
+            ParameterReport(outer.parameters.get(p.name, p.name), p.base_shape, p.shape, p.values)
             for p in metadata.parameters
         ),
-        derivatives=outer.pairs(metadata.derivatives, inputs),
-        parameter_derivatives=outer.pairs(metadata.parameter_derivatives, parameters),
-        segments=tuple(outer.segment(part, place) for part in metadata.segments),
+        derivatives=pairs(metadata.derivatives, outer.inputs),
+        parameter_derivatives=pairs(metadata.parameter_derivatives, outer.parameters),
+        segments=tuple(_segment(part, outer, place) for part in metadata.segments),
     )
 
 
-class _Outer:
-    """Metadata as it is at the boundary of the model, whose names may be others than inside."""
-
-    def __init__(self, metadata: s.Metadata) -> None:
-        self.metadata, self.names = metadata, metadata.aliases
-
-    def pairs(self, pairs: tuple[tuple[str, str], ...], by: dict[str, str]) -> tuple[tuple[str, str], ...]:
-        return tuple((self.names.outputs.get(o, o), by.get(b, b)) for o, b in pairs)
-
-    def input(self, variable: s.Variable) -> VariableReport:
-        from .target import lag
-
-        inputs, outputs = ({v.name for v in side} for side in (self.metadata.inputs, self.metadata.outputs))
-        implicit = [part for part in self.metadata.segments if isinstance(part, s.ImplicitInfo)]
+def _inputs(metadata: s.Metadata) -> Iterator[VariableReport]:
+    outer, inputs, outputs = metadata.aliases, *({v.name for v in side} for side in (metadata.inputs, metadata.outputs))
+    implicit = [part for part in metadata.segments if isinstance(part, s.ImplicitInfo)]
+    unknowns = {variable.name for part in implicit for variable in part.unknown_variables}
+    for variable in metadata.inputs:
         base, steps = lag(variable.name)
+        kind, of = "input", None
         if steps and base in outputs:
-            return self._variable(variable, self.names.inputs, "old state", self.names.outputs.get(base, base), steps)
-        if steps and base in inputs:
-            return self._variable(variable, self.names.inputs, "old force", self.names.inputs.get(base, base), steps)
-        if any(variable.name == unknown.name for part in implicit for unknown in part.unknown_variables):
-            return self._variable(variable, self.names.inputs, "initial guess")
-        is_force = any(lag(name) == (variable.name, 1) for name in inputs)
-        return self._variable(variable, self.names.inputs, "force" if is_force else "input")
+            kind, of = "old state", outer.outputs.get(base, base)
+        elif steps and base in inputs:
+            kind, of = "old force", outer.inputs.get(base, base)
+        elif variable.name in unknowns:
+            kind = "initial guess"
+        elif f"{variable.name}~1" in inputs:
+            kind = "force"
+        yield _variable(variable, outer.inputs, kind, of, steps if of is not None else 0)
 
-    def output(self, variable: s.Variable) -> VariableReport:
-        from .target import lag
 
-        is_state = any(lag(v.name)[0] == variable.name and lag(v.name)[1] for v in self.metadata.inputs)
-        return self._variable(variable, self.names.outputs, "state" if is_state else "output")
+def _outputs(metadata: s.Metadata) -> Iterator[VariableReport]:
+    states = {base for base, steps in (lag(variable.name) for variable in metadata.inputs) if steps}
+    for variable in metadata.outputs:
+        yield _variable(variable, metadata.aliases.outputs, "state" if variable.name in states else "output")
 
-    def _variable(
-        self, variable: s.Variable, names: dict[str, str], kind: str, of: str | None = None, steps: int = 0
-    ) -> VariableReport:
-        name = names.get(variable.name, variable.name)
-        return VariableReport(name, variable.type, variable.base_shape, variable.sub_batch_shape, kind, of, steps)
 
-    def segment(self, part: s.Segment, place: Place) -> SegmentReport:
-        renamed = {**self.names.inputs, **self.names.outputs}
-        parameters = tuple(self.names.parameters.get(name, name) for name in part.parameters)
-        files = tuple(FileReport(name, _bytes(place.leaf / name)) for name in sorted(part.files))
+def _variable(
+    variable: s.Variable, outer: dict[str, str], kind: str, of: str | None = None, steps: int = 0
+) -> VariableReport:
+    name = outer.get(variable.name, variable.name)
+    return VariableReport(name, variable.type, variable.base_shape, variable.sub_batch_shape, kind, of, steps)
 
-        def shown(found: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(renamed.get(name, name) for name in found)
 
-        if isinstance(part, s.ExplicitInfo):
-            return SegmentReport("explicit", shown(part.inputs), shown(part.outputs), parameters, files)
-        solver, preconditioned = "direct" if isinstance(part.step, s.DirectStep) else "fused", False
-        if isinstance(part.step, s.KrylovStep):
-            solver, preconditioned = part.step.settings.method, part.step.precond_setup is not None
-        return SegmentReport(
-            kind="implicit",
-            inputs=shown(tuple(given.name for given in part.roles)),
-            outputs=shown(tuple(v.name for v in part.unknown_variables)),
-            parameters=parameters,
-            files=files,
-            unknowns=sum(v.size for v in part.unknown_variables),
-            groups=tuple(group.structure for group in part.unknowns),
-            linear_solver=solver,
-            preconditioned=preconditioned,
-            newton=part.newton,
-            predicted=shown(part.predictor.outputs) if part.predictor else (),
-            max_substepping_level=part.max_substepping_level,
-        )
+def _segment(part: s.Segment, outer: s.Aliases, place: Place) -> SegmentReport:
+    names = {**outer.inputs, **outer.outputs}
+    parameters = tuple(outer.parameters.get(name, name) for name in part.parameters)
+    files = tuple(FileReport(name, _bytes(place.leaf / name)) for name in sorted(part.files))
+
+    def shown(found: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(names.get(name, name) for name in found)
+
+    if isinstance(part, s.ExplicitInfo):
+        return SegmentReport("explicit", shown(part.inputs), shown(part.outputs), parameters, files)
+    solver, preconditioned = "direct" if isinstance(part.step, s.DirectStep) else "fused", False
+    if isinstance(part.step, s.KrylovStep):
+        solver, preconditioned = part.step.settings.method, part.step.precond_setup is not None
+    return SegmentReport(
+        kind="implicit",
+        inputs=shown(tuple(given.name for given in part.roles)),
+        outputs=shown(tuple(v.name for v in part.unknown_variables)),
+        parameters=parameters,
+        files=files,
+        unknowns=sum(v.size for v in part.unknown_variables),
+        groups=tuple(group.structure for group in part.unknowns),
+        linear_solver=solver,
+        preconditioned=preconditioned,
+        newton=part.newton,
+        predicted=shown(part.predictor.outputs) if part.predictor else (),
+        max_substepping_level=part.max_substepping_level,
+    )
 
 
 def _leaf(place: Place) -> LeafReport:
-    from .._artifact.decode import read_metadata
-    from .._artifact.kinship import kinship
-    from .._artifact.locate import dtype_name
-
     # Before neml2 3.0.7 each has its own.
     metadata = read_metadata(place)
     files = [place.leaf / name for name in sorted(metadata.files)]
-    total = sum(size for size in map(_bytes, files) if size is not None)
-    family, dtype = place.device.type, dtype_name(place.dtype) or ""
     kin = kinship(metadata, place)
-    built_for = _built_for(place, files)
     return LeafReport(
-        family, dtype, str(place.leaf), total, built_for, kin.fault, kin.doubt, left=kin.left, absent=kin.absent
+        device=place.device.type,
+        dtype=dtype_name(place.dtype) or "",
+        folder=str(place.leaf),
+        bytes=sum(_bytes(file) or 0 for file in files),
+        built_for=_built_for(place, files),
+        fault=kin.fault,
+        doubt=kin.doubt,
+        left=kin.left,
+        absent=kin.absent,
+        faults=tuple(look_over(metadata, place).faults),
     )
 
 
 def _built_for(place: Place, files: list[Path]) -> str:
     """What the first package that can be read records."""
-    from .._artifact.package import build_in, open_archive, read_package
-
     for file in files:
         try:
             with open_archive(file, read_package(file, place.folder).data) as archive:

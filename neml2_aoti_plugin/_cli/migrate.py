@@ -9,18 +9,19 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import click
-
+from .._artifact.decode import metadata, read_metadata
+from .._artifact.files import PACKAGE
+from .._artifact.layout import METADATA
+from .._artifact.locate import Place, locate
+from .._artifact.rewrite import rewrite
+from .._artifact.stub import AOTI_MODEL, parse_input
+from .._artifact.upgrade import NEWEST
+from .._files import require_outside_artifacts
 from ..errors import AOTIError, ArtifactError, InputError
-from .options import FILE, command, target_arguments
-from .output import Report
-
-if TYPE_CHECKING:
-    from .._artifact.locate import Place
-    from .._artifact.rewrite import Rewritten
-    from .target import Target
+from .output import Report, written
+from .target import Target, leaf_name, release_of, require_block
 
 STUB = """[Models]
   [{model}]
@@ -49,32 +50,18 @@ class MigrateReport(Report):
         """What was written."""
         old, new = f"schema {self.schema} (neml2 {self.release})", f"schema {self.new_schema}"
         yield f"{self.model}: {old} -> {new}, {', '.join(self.leaves)}"
-        yield f"written: {self.written}"
-        yield f"written: {self.stub}"
+        yield from written(self.written, self.stub)
         if self.dropped:
             yield f"without the derivatives {', '.join(self.dropped)}"
 
 
-@command("""\
-  neml2-aoti migrate old/elasticity_aoti.i --out new
-  neml2-aoti migrate old/elasticity --out new --drop-derivatives
-""")
-@click.option("--out", type=FILE, required=True, help="Folder for the new artifact and its stub.")
-@click.option("--drop-derivatives", is_flag=True, help="Leave derivatives out whose graphs do not fit.")
-@target_arguments(leaf=False)
 def migrate(target: Target, out: Path, drop_derivatives: bool) -> MigrateReport:
-    """Rewrite an artifact of an older neml2 in the layout and schema of neml2 3.1.0.
-
-    neml2's own C++ runtime loads only those; this plugin runs old ones as they are. The graphs are copied unchanged,
-    so it works where they are what the newest schema expects: not for implicit models from before 3.0.7, whose Newton
-    step is one graph, nor for promoted parameters from before 3.0.4. Exit status 1 if it cannot be done.
-    """
-    from .._artifact.upgrade import NEWEST
-    from .._files import require_outside_artifacts
-    from .target import leaf_name, release_of
-
+    """Rewrite an artifact in the newest schema, in a folder of its own, with its stub."""
     there = target.places()
-    rewritten = [_rewritten(place, drop_derivatives) for place in there]
+    for place in there:
+        # As a load reads it, which finds what is wrong with it.
+        read_metadata(place)
+    rewritten = [rewrite(p.document, str(p.metadata), drop_derivatives=drop_derivatives) for p in there]
     schema = there[0].document["schema_version"]
     release = release_of(schema)
     reasons = list(dict.fromkeys(reason for found in rewritten for reason in found.reasons))
@@ -91,7 +78,7 @@ def migrate(target: Target, out: Path, drop_derivatives: bool) -> MigrateReport:
         require_outside_artifacts(path)
         if os.path.lexists(path):
             raise InputError(f"{path}: is there already. Give another folder to --out, or move it away.")
-    _write(folder, stub, there, rewritten[0], _stub(target))
+    _write(folder, stub, there, rewritten[0].document, _stub(target))
     return MigrateReport(
         artifact=str(target.artifact),
         model=target.model,
@@ -105,60 +92,38 @@ def migrate(target: Target, out: Path, drop_derivatives: bool) -> MigrateReport:
     )
 
 
-def _rewritten(place: Place, drop_derivatives: bool) -> Rewritten:
-    from .._artifact import rewrite as rewriting
-    from .._artifact.decode import read_metadata
-
-    # First as a load reads it, which finds what is wrong with it.
-    read_metadata(place)
-    return rewriting.rewrite(place.document, str(place.metadata), drop_derivatives=drop_derivatives)
-
-
-def _write(folder: Path, stub: Path, there: list[Place], found: Rewritten, text: str) -> None:
+def _write(folder: Path, stub: Path, there: list[Place], document: dict[str, Any], text: str) -> None:
     """Write all of it to a folder beside its place, look it over, and move it there."""
-    from .._artifact.decode import metadata, read_metadata
-    from .._artifact.files import PACKAGE
-    from .._artifact.layout import METADATA
-    from .._artifact.locate import locate
-    from .target import leaf_name
-
+    out = folder.parent
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise _unwritable(folder.parent, error) from None
-    try:
-        draft = scratch / folder.name
-        draft.mkdir()
-        (draft / METADATA).write_text(json.dumps(found.document, indent=2) + "\n", encoding="utf-8")
-        for place in there:
-            leaf = draft / leaf_name(place)
-            leaf.mkdir(parents=True)
-            for name in sorted(metadata(found.document, str(draft / METADATA)).files):
-                (leaf / name).write_bytes(place.folder.read(place.leaf / name, PACKAGE).data)
-            # What was written must be an artifact of the newest schema with the leaf.
-            new = locate(draft, place.device.type, place.dtype)
-            read_metadata(new)
-        (scratch / stub.name).write_text(text, encoding="utf-8")
-        draft.replace(folder)
-        try:
-            (scratch / stub.name).replace(stub)
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=out, ignore_cleanup_errors=True) as scratch:
+            draft, draft_stub = Path(scratch, folder.name), Path(scratch, stub.name)
+            draft.mkdir()
+            (draft / METADATA).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            for place in there:
+                leaf = draft / leaf_name(place)
+                leaf.mkdir(parents=True)
+                for name in sorted(metadata(document, str(draft / METADATA)).files):
+                    (leaf / name).write_bytes(place.folder.read(place.leaf / name, PACKAGE).data)
+                # What was written must be an artifact of the newest schema with the leaf.
+                read_metadata(locate(draft, place.device.type, place.dtype))
+            draft_stub.write_text(text, encoding="utf-8")
+            draft.replace(folder)
+            try:
+                draft_stub.replace(stub)
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
     except AOTIError:
         raise
     except OSError as error:
-        raise _unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        why = error.strerror or type(error).__name__
+        raise InputError(f"{out}: cannot be written ({why}). Give a folder that can be written to.") from error
 
 
 def _stub(target: Target) -> str:
     """The old stub with the model where the new artifact will be; a short one where there is none."""
-    from .._artifact.stub import AOTI_MODEL, parse_input
-    from .target import require_block
-
     if target.stub is None:
         return STUB.format(model=target.model, kind=AOTI_MODEL)
     import nmhit
@@ -171,8 +136,3 @@ def _stub(target: Target) -> str:
     block.add_child(nmhit.Field("artifact_path", f"'{target.model}'"))
     text: str = root.render()
     return text.strip("\n") + "\n"
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    why = error.strerror or type(error).__name__
-    return InputError(f"{path}: cannot be written ({why}). Give a folder that can be written to.")

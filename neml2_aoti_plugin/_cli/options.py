@@ -1,10 +1,12 @@
-"""Arguments and options that several commands have, read with an error that says what was expected."""
+"""What the options of several commands have in common, and how a command calls its work."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,34 +17,50 @@ from .process import FINE
 
 # More than any machine holds or has; above, numbers overflow in torch.
 MOST_ROWS, MOST_THREADS = 10**15, 4096
-SEED = click.IntRange(0, 2**63 - 1)
 FILE = click.Path(path_type=Path)
 DTYPE = click.Choice(["float64", "float32"])
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def target_arguments(required: bool = True, leaf: bool = True) -> Callable[[Function], Function]:
-    """An artifact or a stub, the model's name where the stub has several, and the options that choose a leaf.
+def command(summary: str, module: str = "") -> Callable[[Callable[..., Any]], click.Command]:
+    """A command whose help is the docstring of a function that does nothing; `summary` stands in the list of commands.
 
-    The command is given the `Target` that was found, or None. This goes below its other options.
+    Its work is the function of the same name in the module of that name, or another: it is imported when the command
+    runs, takes the options by name, and returns what is printed.
     """
 
-    def decorate(function: Function) -> Function:
-        @wraps(function)
-        def with_target(path: str | None, model: str | None, **others: Any) -> Any:
-            from .target import find_target
+    def made(declared: Callable[..., Any]) -> click.Command:
+        name = declared.__name__
+        text, _, examples = inspect.cleandoc(declared.__doc__ or "").partition("Examples:\n")
 
-            device, dtype = others.pop("device", None), others.pop("dtype", None)
-            return function(None if path is None else find_target(path, model, device, dtype), **others)
+        @wraps(declared)
+        def run(as_json: bool, **given: Any) -> int:
+            with progress():
+                if "path" in given:
+                    given["target"] = _target(given)
+                work = getattr(import_module(f".{module or name}", __package__), name)
+                report: Report | None = work(**given)
+            return FINE if report is None else show(name, report, as_json)
 
-        found: Any = device_options(with_target) if leaf else with_target
-        found = click.argument("model", required=False)(found)
-        metavar = "ARTIFACT|STUB" if required else "[ARTIFACT|STUB]"
-        named: Function = click.argument("path", metavar=metavar, required=required)(found)
-        return named
+        # Behind \b lines stay as they are.
+        found = click.command(help=text, short_help=summary, epilog=f"\b\nExamples:\n{examples}")(run)
+        found.params.append(
+            click.Option(["--json", "as_json"], is_flag=True, help="Print a JSON document instead; see docs/tool.md.")
+        )
+        return found
 
-    return decorate
+    return made
+
+
+def target_arguments(function: Function, *, required: bool = True, leaf: bool = True) -> Function:
+    """An artifact or a stub, the model's name where the stub has several, and the options that choose a leaf.
+
+    The work is given the `Target` that was found, or None. This goes below the other options.
+    """
+    metavar = "ARTIFACT|STUB" if required else "[ARTIFACT|STUB]"
+    found = click.argument("model", required=False)(device_options(function) if leaf else function)
+    return click.argument("path", metavar=metavar, required=required)(found)
 
 
 def device_options(function: Function) -> Function:
@@ -53,23 +71,11 @@ def device_options(function: Function) -> Function:
     )
 
 
-def command(examples: str) -> Callable[[Callable[..., Report | None]], click.Command]:
-    """A command that prints what its function returns; in its help are the function's docstring and the examples."""
+def _target(given: dict[str, Any]) -> Any:
+    from .target import find_target
 
-    def made(function: Callable[..., Report | None]) -> click.Command:
-        @wraps(function)
-        def run(as_json: bool, **given: Any) -> int:
-            with progress():
-                report = function(**given)
-            return FINE if report is None else show(click.get_current_context().info_name or "", report, as_json)
-
-        found = click.command(epilog=f"\b\nExamples:\n{examples}")(run)
-        found.params.append(
-            click.Option(["--json", "as_json"], is_flag=True, help="Print a JSON document instead; see docs/tool.md.")
-        )
-        return found
-
-    return made
+    path, model, device, dtype = (given.pop(name, None) for name in ("path", "model", "device", "dtype"))
+    return None if path is None else find_target(path, model, device, dtype)
 
 
 class Finite(click.FloatRange):
@@ -84,43 +90,60 @@ class Finite(click.FloatRange):
         return found
 
 
-def named(text: str, form: str, option: str) -> tuple[str, str]:
-    """Read `NAME=...`; in the error of `option` it is `form`."""
-    name, mark, value = text.partition("=")
-    if not (name and mark and value):
-        raise click.BadParameter(f"{text!r} is not {form}.", param_hint=option)
-    return name, value
+def pairs(form: str, read: Callable[[str], Any] = str) -> Callable[..., dict[str, Any]]:
+    """A callback for an option that is given as `NAME=...` several times: what is read of each, by name."""
+
+    def read_all(context: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for text in given:
+            name, _, value = text.partition("=")
+            try:
+                if not name or not value:
+                    raise ValueError
+                number = read(value)
+            except ValueError:
+                raise click.BadParameter(f"{text!r} is not {form}.") from None
+            if name in found:
+                raise click.BadParameter(f"{name!r} is given twice.")
+            found[name] = number
+        return found
+
+    return read_all
 
 
-def assignments(given: Sequence[str], option: str) -> dict[str, float]:
-    """Read `NAME=VALUE` with finite numbers as the values; `option` is what the error names."""
-    found: dict[str, float] = {}
-    form = "NAME=VALUE with a finite number as the value"
-    for text in given:
-        name, value = named(text, form, option)
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+assignments = pairs("NAME=VALUE with a finite number as the value", _finite)
+
+
+def counts(most: int) -> Callable[..., tuple[int, ...] | None]:
+    """A callback that reads whole numbers from 1 to `most` with commas between, such as `1,100,10000`."""
+
+    def read(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+        if text is None:
+            return None
         try:
-            number = float(value)
+            found = tuple(int(word) for word in text.split(","))
         except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise click.BadParameter(f"{text!r} is not {form}.", param_hint=option)
-        if name in found:
-            raise click.BadParameter(f"{name!r} is given twice.", param_hint=option)
-        found[name] = number
-    return found
+            found = ()
+        if not found or min(found) < 1 or max(found) > most:
+            raise click.BadParameter(f"{text!r} is not a list of whole numbers from 1 to {most}, such as 1,100.")
+        return found
+
+    return read
 
 
-def counts(text: str, option: str, most: int) -> tuple[int, ...]:
-    """Read whole numbers from 1 to `most` with commas between, such as `1,100,10000`."""
-    try:
-        found = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1 or max(found) > most:
-        raise click.BadParameter(
-            f"{text!r} is not a list of whole numbers from 1 to {most}, such as 1,100.", param_hint=option
-        )
-    return found
+def overrides(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    """A callback for what overrides options of an input file."""
+    for text in given:
+        if ":=" not in text:
+            raise click.BadParameter(f"{text!r} is not PATH:=VALUE.")
+    return given
 
 
 def refuse_together(given: Mapping[str, object]) -> None:

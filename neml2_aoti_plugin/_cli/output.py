@@ -7,7 +7,6 @@ they are: what has a colour is a `rich.text.Text`.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -82,9 +81,15 @@ def show(command: str, report: Report, as_json: bool) -> int:
 def write_json(
     command: str, status: int, *, result: dict[str, Any] | None = None, error: dict[str, str] | None = None
 ) -> None:
-    """Print a document in the form that docs/tool.md describes."""
-    document = {"form": FORM, "command": command, "status": status, "result": _finite(result), "error": error}
-    print(json.dumps(document, indent=2, allow_nan=False))
+    """Print a document in the form that docs/tool.md describes; numbers that are not finite are null."""
+    document = {"form": FORM, "command": command, "status": status, "result": result, "error": error}
+    finite = json.loads(json.dumps(document), parse_constant=lambda name: None)
+    print(json.dumps(finite, indent=2))
+
+
+def written(*files: str | None) -> Iterator[str]:
+    """The lines that say which files were written."""
+    yield from (f"written: {file}" for file in files if file is not None)
 
 
 def console(stderr: bool = False) -> Console:
@@ -140,17 +145,6 @@ def waits_for(what: str, done: int = 0, total: int | None = None) -> None:
         context.obj(what, done, total)
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that are not finite, which JSON has none of."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
@@ -160,13 +154,14 @@ def require_ending(path: Path, endings: Collection[str]) -> None:
         raise InputError(f"{path}: ends with {path.suffix!r}, expected one of {', '.join(endings)}.")
 
 
-def require_drawable(path: Path) -> None:
+def require_drawable(path: Path | None) -> None:
     """Refuse a picture whose ending is another, or that cannot be written, ahead of long work."""
-    require_ending(path, FORMATS)
-    # What is missing is reported now as well.
-    import matplotlib  # noqa: F401
+    if path is not None:
+        require_ending(path, FORMATS)
+        # What is missing is reported now as well.
+        import matplotlib  # noqa: F401
 
-    require_writable(path)
+        require_writable(path)
 
 
 def literal(text: str) -> str:

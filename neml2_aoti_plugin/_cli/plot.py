@@ -6,16 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import numpy as np
 
 from ..errors import InputError, UnknownNameError
-from .options import FILE, command
 from .output import Report, figure, literal
-
-if TYPE_CHECKING:
-    from .results import Array, Result
+from .result_files import read_readings
+from .results import POINT, STEP, TIME, Array, Column, Result, at_site, column_of, parts, quantity
 
 STYLES = ("-", "--", "-.", ":")
 # As many lines as there are colours have a legend. More have none, but a scale of colours where each is a point.
@@ -86,20 +85,6 @@ class Line:
     number: str
 
 
-@command("""\
-  neml2-aoti plot result.npz --out curve.png
-  neml2-aoti plot result.npz --x strain.xx --y stress.xx --row 0 --ylabel 'axial stress (MPa)' --out uniaxial.svg
-  neml2-aoti plot stiff.npz soft.npz --x @time --y stress.vonmises --out both.png
-""")
-@click.argument("results", type=FILE, metavar="RESULT...", nargs=-1, required=True)
-@click.option("--out", type=FILE, required=True, help="The picture: .png, .svg or .pdf.")
-@click.option("--x", metavar="NAME", help="Horizontal axis.")
-@click.option("--y", "ys", multiple=True, metavar="NAME", help="Vertical axis; may be given several times.")
-@click.option("--row", "rows", type=int, multiple=True, help="A point to draw; may be given several times. [all]")
-@click.option("--label", metavar="NAME", help="Tell points apart by this quantity, or by @point, their number.")
-@click.option("--title", default="", help="Title of the picture.")
-@click.option("--xlabel", metavar="TEXT", help="What the horizontal axis is called, with its unit.")
-@click.option("--ylabel", "ylabels", multiple=True, metavar="TEXT", help="What each --y is called, in their order.")
 def plot(
     results: tuple[Path, ...],
     out: Path,
@@ -120,8 +105,6 @@ def plot(
     Stresses share their axes, and so does what else has the last word of its name in common; other quantities have
     axes of their own, one above the other.
     """
-    from .results import POINT
-
     if len(ylabels) > max(len(ys), 1):
         raise click.UsageError(f"--ylabel is given {len(ylabels)} times, for {max(len(ys), 1)} quantities.")
     wanted = [name for name in (x, *ys, label) if name and name != POINT]
@@ -158,7 +141,6 @@ def plot(
 
 def _draw(axes: Any, lines: Sequence[Line], files: int, points: str, legend: bool) -> None:
     """Draw lines, with a legend or a scale of colours; `points` is its title where nothing but the points differs."""
-    import numpy as np
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
 
@@ -187,8 +169,6 @@ def _draw(axes: Any, lines: Sequence[Line], files: int, points: str, legend: boo
 
 def _read(path: Path, wanted: Sequence[str]) -> Result:
     """Read a result; of several readings the one that has what is wanted."""
-    from .result_files import read_readings
-
     readings = read_readings(path)
     if len(readings) == 1:
         return readings[0]
@@ -210,8 +190,6 @@ def _in_words(result: Result, name: str) -> str:
 
 
 def _has(result: Result, wanted: Sequence[str]) -> bool:
-    from .results import quantity
-
     try:
         for name in wanted:
             quantity(result, name)
@@ -222,8 +200,6 @@ def _has(result: Result, wanted: Sequence[str]) -> bool:
 
 def spoken(name: str) -> str:
     """A quantity as people call it: `branch_stress[2].vonmises` is the von Mises branch stress at site 2."""
-    from .results import STEP, TIME, column_of
-
     if name in (STEP, TIME):
         return name.removeprefix("@")
     column = column_of(name)
@@ -234,8 +210,6 @@ def spoken(name: str) -> str:
 
 def _kind(name: str) -> str:
     """The last word of a variable's name, which says whether it is a stress, a strain, a rate."""
-    from .results import column_of
-
     return name if name.startswith("@") else re.split(r"[^a-z0-9]+", column_of(name).name.lower())[-1]
 
 
@@ -245,10 +219,6 @@ def _labels(path: Path, result: Result, y: str, wanted: str | None, rows: Sequen
     Inputs come first in a result. The first scalar or component that has another value at each point is taken, one
     that is constant in time before one that is not, but nothing behind the first variable that is drawn.
     """
-    import numpy as np
-
-    from .results import POINT, TIME, Column, column_of, parts, quantity
-
     by_number = Labels(POINT.removeprefix("@"), POINT.removeprefix("@"), np.arange(float(result.points)))
     if wanted == POINT:
         return by_number
@@ -284,10 +254,6 @@ def _labels(path: Path, result: Result, y: str, wanted: str | None, rows: Sequen
 
 def default_x(result: Result) -> str:
     """The first symmetric tensor among the inputs, as `equivalent`, else the time or the step."""
-    import numpy as np
-
-    from .results import STEP, TIME, Column
-
     tensors = [name for name in _tensors(result) if not np.isnan(result.series[name][0]).any()]
     names = [name for name in tensors if "strain" in name] or tensors
     if names:
@@ -297,8 +263,6 @@ def default_x(result: Result) -> str:
 
 def default_y(result: Result, x: str) -> str:
     """The first symmetric tensor that is another one, as `vonmises`, else the first other variable."""
-    from .results import TIME, Column, column_of, parts
-
     others = [name for name in _tensors(result) if name != column_of(x).name]
     names = [name for name in others if "stress" in name] or others
     if names:
@@ -317,10 +281,6 @@ def _lines(
     path: Path, result: Result, x: str, y: str, rows: Sequence[int], labels: Labels, before: Sequence[str]
 ) -> list[Line]:
     """A line for each point and site, with its label."""
-    import numpy as np
-
-    from .results import at_site, quantity
-
     try:
         along, up = quantity(result, x), quantity(result, y)
     except UnknownNameError as error:

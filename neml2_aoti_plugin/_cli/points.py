@@ -53,22 +53,6 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Where:
-    """Which points to evaluate at: those of a file, else of a driver and around it, else random ones."""
-
-    points: Path | None = None
-    driver: str | None = None  # whose calls are taken; the first one of the stub if None
-    rows: int = 16  # how many points of a driver, and how many random ones
-    seed: int = 0  # of the random ones
-    scales: Mapping[str, float] = field(default_factory=dict)  # their standard deviation by input
-
-    @property
-    def asked_for(self) -> bool:
-        """Whether it names points rather than a number of them."""
-        return self.points is not None or self.driver is not None or bool(self.scales)
-
-
-@dataclass(frozen=True)
 class Evaluated:
     """What a model gives at points where it converged, `(rows, ...)`."""
 
@@ -94,17 +78,27 @@ def scale_of(block: Tensor, out: Tensor, by: Tensor) -> float:
     return max(largest(block), ZERO * largest(out) / (largest(by) or SCALE))
 
 
-def choose_points(target: Target, model: Model, where: Where) -> Points:
-    """The points that `where` describes."""
-    if where.points is not None:
-        return read_points(where.points, model)
-    driver = where.driver
+def choose_points(
+    target: Target,
+    model: Model,
+    points: Path | None = None,
+    driver: str | None = None,
+    rows: int = 16,
+    seed: int = 0,
+    scales: Mapping[str, float] | None = None,
+) -> Points:
+    """The points of a file, else so many of a driver and random ones around them, else random ones alone.
+
+    The driver is the first one of the stub if none is named; `scales` are standard deviations of random entries.
+    """
+    if points is not None:
+        return read_points(points, model)
     if driver is None and target.stub is not None:
         driver = next(iter(drivers_of(target.stub, target.model)), None)
-    if driver is None:
-        return random_points(model, where.rows, where.seed, where.scales)
-    driven = driver_points(target, model, driver, where.rows)
-    around = random_points(model, where.rows, where.seed, where.scales, driven)
+    driven = None if driver is None else driver_points(target, model, driver, rows)
+    around = random_points(model, rows, seed, scales or {}, driven)
+    if driven is None:
+        return around
     inputs = {name: torch.cat([driven.inputs[name], around.inputs[name]]) for name in model.inputs}
     return Points(inputs, f"{driven.source}, {around.source}")
 

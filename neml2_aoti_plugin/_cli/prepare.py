@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-
+from .._artifact import trust
+from .._files import draft
+from .._solve import machine_code
 from ..errors import InputError
-from .options import FILE, command
-from .output import Report
+from .output import Report, written
 
 # A copy of the one in `stubs/`, which a wheel does not have.
 SOURCE = Path(__file__).with_name("viscoplasticity.i")
@@ -28,22 +28,14 @@ class ExampleReport(Report):
     run: str  # the command that runs its driver then
 
     def render(self) -> Iterator[str]:
-        yield f"written: {self.written}"
+        yield from written(self.written)
         yield "Compile its model, which takes a minute or two, and run its driver:"
         yield f"  {self.compile}"
         yield f"  {self.run}"
 
 
-@command("  neml2-aoti example first")
-@click.argument("folder", type=FILE, metavar="DIR")
 def example(folder: Path) -> ExampleReport:
-    """Write a viscoplastic model with a driver to the folder DIR, and show the commands that compile and run it.
-
-    The driver pulls three material points to 3 % strain. The folder is made if it is not there; a file that is there
-    is not written over.
-    """
-    from .._files import draft
-
+    """Write the source input of a viscoplastic model, and give the commands that compile and run it."""
     target = folder / SOURCE.name
     if os.path.lexists(target):
         raise InputError(f"{target}: is there already. Give another folder, or move it away.")
@@ -74,18 +66,8 @@ class SealReport(Report):
         return self.seals
 
 
-@command("""\
-  neml2-aoti seal aoti/elasticity
-  cd aoti && sha256sum -c elasticity.sha256
-""")
-@click.argument("paths", metavar="ARTIFACT|STUB...", nargs=-1, required=True)
 def seal(paths: tuple[str, ...]) -> SealReport:
-    """Write the SHA-256 of an artifact's files beside it.
-
-    From then on the artifact loads only as long as none of its files changes. Under NEML2_AOTI_PLUGIN_REQUIRE_SEAL=1,
-    only artifacts with a seal load.
-    """
-    from .._artifact import trust
+    """Seal artifacts."""
     from .target import find_target
 
     # All are looked for before one is sealed.
@@ -116,17 +98,8 @@ class WarmReport(Report):
             )
 
 
-@command("""\
-  neml2-aoti warm
-  NEML2_AOTI_PLUGIN_CACHE=/opt/cache neml2-aoti warm
-""")
 def warm() -> WarmReport:
-    """Make machine code for this processor and keep it, so that no first solve waits for it.
-
-    NEML2_AOTI_PLUGIN_CACHE names another folder than the user's cache folder. Exit status 1 if it cannot be kept.
-    """
-    from .._solve import machine_code
-
+    """Make machine code, or read what is kept."""
     code, reason = machine_code.machine_code()
     if code is None:
         return WarmReport(machine_code.TORCH, reason, "")

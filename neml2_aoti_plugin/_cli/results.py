@@ -7,20 +7,18 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import UnknownNameError
 from .target import lag
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float64]
-    # By name and step, `(*batch, *sub_batch, *base)`, each with its number of sub-batch axes.
-    Values = dict[str, dict[int, tuple[Array, int]]]
+Array = NDArray[np.float64]
+# By name and step, `(*batch, *sub_batch, *base)`, each with its number of sub-batch axes.
+Values = dict[str, dict[int, tuple[Array, int]]]
 
 # Names of ours, which no variable has; the last two are entries of a .npz file, as JSON.
 TIME, STEP, POINT, TYPES, DIMS = "@time", "@step", "@point", "@types", "@dims"

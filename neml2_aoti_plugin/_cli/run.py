@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
+from .._files import draft
 from ..errors import InputError, UnknownNameError
-from .options import DTYPE, FILE, assignments, command
-from .output import Report, waits_for
+from .output import Report, waits_for, written
+from .points import defaults, load_driver
 from .process import heeded
+from .result_files import require_format, write_result
+from .results import from_driver
 
 
 @dataclass(frozen=True)
@@ -44,46 +45,20 @@ class RunReport(Report):
         yield f"{self.driver}: {self.steps - 1} steps of {self.rows} point(s) in {self.seconds:.2f} s"
         for found in self.variables:
             yield f"  {found.name}  {found.type} {list(found.shape)}"
-        yield from (f"written: {file}" for file in (self.saved, self.written) if file is not None)
+        yield from written(self.saved, self.written)
 
 
-@command("""\
-  neml2-aoti run aoti/viscoplasticity_aoti.i driver --out result.npz
-  neml2-aoti run aoti/promoted_aoti.i driver --set promoted.E=80000 --out soft.csv
-  neml2-aoti run aoti/promoted_aoti.i driver 'Drivers/driver/save_as:=soft.pt'
-""")
-@click.argument("stub", type=FILE, metavar="STUB")
-@click.argument("driver")
-@click.argument("overrides", nargs=-1, metavar="[PATH:=VALUE]...")
-@click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="Give a promoted parameter another value.")
-@click.option("--parameters", type=FILE, help="Take the promoted parameters from this file (see params).")
-@click.option("--out", type=FILE, help="Write the result to this file: .pt (neml2's form), .npz, .csv or .nc (netCDF).")
-@click.option("--device", metavar="DEVICE", help="Of tensors and of the leaf, such as cpu or cuda:1.")
-@click.option("--dtype", type=DTYPE, default="float64", show_default=True, help="Of tensors and of the leaf.")
 def run(
     stub: Path,
     driver: str,
     overrides: tuple[str, ...],
-    given: tuple[str, ...],
+    values: Mapping[str, float],
     parameters: Path | None,
     out: Path | None,
     device: str | None,
     dtype: str,
 ) -> RunReport:
-    """Run a driver of an input file.
-
-    PATH:=VALUE overrides an option of the input file, as with neml2-run. Exit status 1 if a step does not converge;
-    then no file is written.
-    """
-    for text in overrides:
-        if ":=" not in text:
-            raise click.BadParameter(f"{text!r} is not PATH:=VALUE.", param_hint="PATH:=VALUE")
-    values = assignments(given, "--set")
-    from .._files import draft
-    from .points import defaults, load_driver
-    from .result_files import require_format, write_result
-    from .results import from_driver
-
+    """Run a driver, with promoted parameters of a file and other values, and write what it gives."""
     if out is not None:
         require_format(out)
     read = [stub, *([parameters] if parameters is not None else [])]
@@ -95,7 +70,7 @@ def run(
             waits_for(driver, done, last)
 
         waits_for(f"loading {stub}")
-        written = None if out is None else drafts.enter_context(draft(out, read))
+        begun = None if out is None else drafts.enter_context(draft(out, read))
         built = load_driver(stub, driver, overrides, device=device, dtype=dtype)
         _require_transient(built, driver, stub)
         _set(built.model, values, parameters)
@@ -106,8 +81,8 @@ def run(
         result = from_driver(built)
         if saved is not None:
             built.save_result(saved)
-        if written is not None:
-            write_result(written, built, result)
+        if begun is not None:
+            write_result(begun, built, result)
     return RunReport(
         input=str(stub),
         driver=driver,

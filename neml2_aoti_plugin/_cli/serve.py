@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
+from .._artifact.stub import drivers_of
+from .._artifact.trust import is_sealed
+from .._files import read_plain
 from ..errors import AOTIError
-from .options import MOST_THREADS, command, device_options, named
+from ..serve._gathering import call_first
+from ..serve._limits import Limits
+from ..serve._listening import Address
+from ..serve._served import DriverValues, Source, require_names
+from ..serve._server import Setup, run, run_many
 from .output import Report, first_line, waits_for
+from .points import defaults, load_driver
 from .process import say
-
-if TYPE_CHECKING:
-    from ..serve._listening import Address
-    from ..serve._served import DriverValues, Source
-    from .target import Target
+from .target import Target, find_target
 
 TOKEN = "NEML2_AOTI_SERVE_TOKEN"
 TOKEN_BYTES = 1 << 16
-
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-# Each limit with its kind, what it bounds, and what holds where it is not given.
-LIMITS: tuple[tuple[str, click.ParamType[Any], str], ...] = (
-    ("--gather-rows", click.IntRange(1), "Rows that a compiled call gathers; 1 gathers none. [2048]"),
-    ("--wait-ms", click.FloatRange(0), "How long a request may wait for others to gather. [0]"),
-    ("--queue-rows", click.IntRange(1), "Rows that may wait for each model. [65536]"),
-    ("--request-rows", click.IntRange(1), "Rows of one request. [65536]"),
-    ("--body-bytes", click.IntRange(1), "Size of the body of a request. [16777216]"),
-    ("--bodies-bytes", click.IntRange(1), "Size of the bodies of all unanswered requests. [268435456]"),
-    ("--header-bytes", click.IntRange(256), "Size of the headers of a request. [32768]"),
-    ("--receive-seconds", click.FloatRange(0.01), "In which the body must arrive. [10]"),
-    ("--answer-seconds", click.FloatRange(0.01), "In which a waiting request must be answered. [30]"),
-    ("--idle-seconds", click.FloatRange(0.01), "That a connection may be open without another request. [75]"),
-    ("--stop-seconds", click.FloatRange(1), "In which accepted requests are finished at the end. [20]"),
-    ("--connections", click.IntRange(1), "Open connections of each process. [1024]"),
-)
 
 
 @dataclass(frozen=True)
@@ -72,41 +57,10 @@ class ServeReport(Report):
             yield f"{model.name}: {', '.join(model.operations)} ({model.artifact}, {sealed})"
 
 
-def limit_options(function: _Function) -> _Function:
-    """The options of all limits."""
-    for name, kind, text in reversed(LIMITS):
-        function = click.option(name, type=kind, help=text)(function)
-    return function
-
-
-@command("""\
-  neml2-aoti serve aoti/elasticity
-  neml2-aoti serve aoti/viscoplasticity_aoti.i --name soft=aoti/promoted --check
-  neml2-aoti serve aoti/elasticity --host 0.0.0.0 --token-file /run/secrets/token --workers 4
-""")
-@click.argument("paths", metavar="[ARTIFACT|STUB]...", nargs=-1)
-@click.option("--name", "others", metavar="NAME=PATH", multiple=True, help="Serve this artifact or stub under NAME.")
-@click.option(
-    "--parameters", metavar="NAME=FILE", multiple=True, help="Take values of promoted parameters from a file."
-)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 for any free one.")
-@click.option("--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
-@click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Number of processes.")
-@click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), default=1, show_default=True, help="Threads of torch in each."
-)
-@click.option("--token-file", type=FILE, help=f"Holds the token; else the environment variable {TOKEN} does.")
-@click.option("--no-token", is_flag=True, help="Listen beyond this machine without a token.")
-@click.option("--allow-unsealed", is_flag=True, help="Listen beyond this machine with artifacts without a seal.")
-@click.option("--quiet", is_flag=True, help="Log no requests but those that fail in the service.")
-@click.option("--check", is_flag=True, help="Load and call the models, tell of them, and end.")
-@limit_options
-@device_options
 def serve(
-    paths: tuple[str, ...],
-    others: tuple[str, ...],
-    parameters: tuple[str, ...],
+    paths: Sequence[str],
+    others: Mapping[str, str],
+    parameters: Mapping[str, str],
     host: str,
     port: int,
     uds: Path | None,
@@ -121,25 +75,28 @@ def serve(
     dtype: str | None,
     **limits: Any,
 ) -> ServeReport | None:
-    """Serve compiled models over HTTP, by the Open Inference Protocol (V2).
-
-    What waits is evaluated together: one compiled call takes all requests that came during the last one. SIGTERM or
-    Ctrl-C stops the service once what it has accepted is answered. The log is one JSON object a line, on the standard
-    output; --json is for --check. docs/service.md tells more.
-    """
+    """Serve the models of paths, and others by name, until a signal comes; or load and call them only."""
     if click.get_current_context().params["as_json"] and not check:
         raise click.UsageError("--json goes with --check; the log of a service is JSON in any case.")
-
-    from ..serve._limits import Limits
-    from ..serve._listening import Address
-    from ..serve._server import Setup, run, run_many
-
     bounds = Limits(**{name: value for name, value in limits.items() if value is not None})
     token = _token(token_file)
     address = Address(host, port, uds)
+    asked = [*((None, path) for path in paths), *others.items()]
+    if not asked:
+        raise click.UsageError("give an artifact or a stub, or NAME=PATH by --name.")
+    # Each is found before one is loaded.
+    targets = [(name, find_target(path, None, device, dtype)) for name, path in asked]
+    models = {name or target.model: target for name, target in targets}
+    require_names([name or target.model for name, target in targets])
+    for name in parameters:
+        if name not in models:
+            raise click.BadParameter(
+                f"there is no model {name!r}; there are {', '.join(models)}.", param_hint="--parameters"
+            )
+    files = {name: Path(file).absolute() for name, file in parameters.items()}
     # A stub is under no seal: beyond this machine, nothing in it is evaluated.
-    sources = _sources(paths, others, device, dtype, drivers=address.is_local)
-    sources = _with_parameters(sources, parameters)
+    drivers = {name: _driver_of(target) for name, target in models.items() if address.is_local}
+    sources = [Source(n, t.artifact, device, dtype, t.solver, files.get(n), drivers.get(n)) for n, t in models.items()]
     if not address.is_local:
         _require_safe(address, sources, token, no_token=no_token, allow_unsealed=allow_unsealed)
     if check:
@@ -161,33 +118,8 @@ def serve(
     return None
 
 
-def _sources(
-    paths: Sequence[str], others: Sequence[str], device: str | None, dtype: str | None, *, drivers: bool
-) -> list[Source]:
-    """The models, each found before one is loaded; `drivers` says whether to read what those of stubs prescribe."""
-    from ..serve._served import Source, require_names
-    from .target import find_target
-
-    def source(target: Target, name: str) -> Source:
-        driver = _driver_of(target) if drivers else None
-        return Source(name, target.artifact, device, dtype, target.solver, driver=driver)
-
-    found = [source(target, target.model) for target in (find_target(p, None, device, dtype) for p in paths)]
-    for text in others:
-        name, path = named(text, "NAME=PATH", "--name")
-        found.append(source(find_target(path, None, device, dtype), name))
-    if not found:
-        raise click.UsageError("give an artifact or a stub, or NAME=PATH by --name.")
-    require_names([source.name for source in found])
-    return found
-
-
 def _driver_of(target: Target) -> DriverValues | None:
     """What the first driver of a model in its stub prescribes at its first point; it is read, and not run."""
-    from .._artifact.stub import drivers_of
-    from ..serve._served import DriverValues
-    from .points import defaults, load_driver
-
     names = drivers_of(target.stub, target.model) if target.stub is not None else []
     if target.stub is None or not names:
         return None
@@ -213,23 +145,8 @@ def _driver_of(target: Target) -> DriverValues | None:
     return DriverValues(names[0], end - start, first, last, initial)
 
 
-def _with_parameters(sources: list[Source], given: Sequence[str]) -> list[Source]:
-    """The models with files of parameters."""
-    known = {source.name: source for source in sources}
-    for text in given:
-        name, path = named(text, "NAME=FILE", "--parameters")
-        if name not in known:
-            raise click.BadParameter(
-                f"there is no model {name!r}; there are {', '.join(known)}.", param_hint="--parameters"
-            )
-        known[name] = replace(known[name], parameters=Path(path).absolute())
-    return list(known.values())
-
-
 def _token(file: Path | None) -> str | None:
     """The token out of a file or the environment; never from the command line, which others on the machine can read."""
-    from .._files import read_plain
-
     given = os.environ.get(TOKEN)
     if file is not None:
         given = read_plain(file, "a file that holds the token", TOKEN_BYTES).decode("utf-8", "replace").strip()
@@ -245,8 +162,6 @@ def _require_safe(
     address: Address, sources: Sequence[Source], token: str | None, *, no_token: bool, allow_unsealed: bool
 ) -> None:
     """Refuse what should not be reached from other machines."""
-    from .._artifact.trust import is_sealed
-
     if token is None and not no_token:
         raise click.UsageError(
             f"{address.host} is reached from other machines, and there is no token. Give one by --token-file or "
@@ -262,9 +177,6 @@ def _require_safe(
 
 def _checked(address: Address, sources: Sequence[Source], token: str | None) -> ServeReport:
     """Load and call the models as a service does."""
-    from .._artifact.trust import is_sealed
-    from ..serve._gathering import call_first
-
     models = []
     for source in sources:
         served = source.load()

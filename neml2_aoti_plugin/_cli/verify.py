@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+import torch
+from rich.table import Column, Table
+from rich.text import Text
+from torch import Tensor
 
+from .._files import require_writable
 from ..errors import InputError
-from .options import (
-    FILE,
-    MOST_ROWS,
-    SEED,
-    Finite,
-    assignments,
-    command,
-    refuse_together,
-    target_arguments,
-)
-from .output import Report, figure, literal, require_drawable, table
+from ..model import Model
+from .options import refuse_together
+from .output import Report, figure, literal, require_drawable, table, written
+from .points import Blocks, Evaluated, Pair, Points, Tensors, choose_points, evaluate, largest
+from .references import Source, differentiate, golden_beside, read_golden, write_golden
+from .target import Target, leaf_name
 
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
-    from torch import Tensor
-
-    from ..model import Model
-    from .points import Blocks, Evaluated, Pair, Points, Tensors
-    from .references import Source
-    from .target import Target
-
-RTOL = 1e-6
 # Finite differences are no better than this, by the model's dtype.
 DIFFERENCE_RTOL = {"float64": 1e-5, "float32": 1e-3}
 # What is compared where the compiled model gives numbers that are not finite.
@@ -79,9 +67,6 @@ class Verification(Report):
 
     def render(self) -> Iterator[str | Text | Table]:
         """The table of errors."""
-        from rich.table import Column
-        from rich.text import Text
-
         count = self.not_converged
         apart = f"; {count} did not converge, or are not finite, and are left out" if count else ""
         yield f"{self.model} ({self.leaf}) at {self.rows} points ({self.points}){apart}"
@@ -103,33 +88,9 @@ class Verification(Report):
             yield "(-N): so many points were left out, because the two steps of the differences disagree there"
         for text in self.not_compared:
             yield Text.assemble(("not compared", "yellow"), f" {text}")
-        yield from (f"written: {file}" for file in (self.recorded, self.picture) if file is not None)
+        yield from written(self.recorded, self.picture)
 
 
-@command("""\
-  neml2-aoti verify aoti/elasticity_aoti.i --against elasticity.i
-  neml2-aoti verify aoti/elasticity --record aoti/elasticity.golden.safetensors
-  neml2-aoti verify aoti/elasticity
-""")
-@click.option("--against", type=FILE, metavar="INPUT.i", help="The input file that was compiled.")
-@click.option("--source-model", metavar="NAME", help="The model in INPUT.i, if it has another name there.")
-@click.option("--golden", type=FILE, help="Compare with what --record has written.")
-@click.option(
-    "--record", type=FILE, help="Write points, values and derivatives to a golden file, if all comparisons pass."
-)
-@click.option("--points", type=FILE, help="Evaluate at these points: .npz, .pt or .safetensors, a tensor per input.")
-@click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
-@click.option("--rows", type=click.IntRange(1, MOST_ROWS), default=16, show_default=True, help="Points of each kind.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random points.")
-@click.option("--scale", multiple=True, metavar="NAME=VALUE", help="Standard deviation of an input's random entries.")
-@click.option(
-    "--rtol", type=Finite(0.0), default=RTOL, show_default=True, help="Tolerance against source and golden file."
-)
-@click.option(
-    "--difference-rtol", type=Finite(0.0), help="Tolerance against finite differences. [1e-5, of float32 1e-3]"
-)
-@click.option("--plot", "picture", type=FILE, help="Draw the worst errors to this file (.png, .svg or .pdf).")
-@target_arguments()
 def verify(
     target: Target,
     against: Path | None,
@@ -140,38 +101,23 @@ def verify(
     driver: str | None,
     rows: int,
     seed: int,
-    scale: tuple[str, ...],
+    scales: Mapping[str, float],
     rtol: float,
     difference_rtol: float | None,
     picture: Path | None,
 ) -> Verification:
-    """Compare a compiled model's values and derivatives with its source.
-
-    The points are those at which the stub's driver calls the model and random ones around them, or random ones alone
-    if there is no driver. Where there is no source, derivatives are compared with finite differences. A golden file
-    ARTIFACT.golden.safetensors beside the artifact is used without being named.
-
-    Errors are relative to the largest entry of each quantity. Exit status 1 if one is above the tolerance.
-    """
-    scales = assignments(scale, "--scale")
+    """Compare a model with its source, a golden file, or finite differences; draw and record what was asked for."""
     if source_model is not None and against is None:
         raise click.UsageError("--source-model names a model in INPUT.i. Give that file as well: --against INPUT.i")
     refuse_together({"--golden": golden, "--points": points, "--driver or --scale": driver or scales})
-    from .._files import require_writable
-    from .points import Where, choose_points, evaluate
-    from .references import Source, golden_beside, read_golden, write_golden
-    from .target import leaf_name
-
-    if picture is not None:
-        require_drawable(picture)
-    where = Where(points, driver, rows, seed, scales)
+    require_drawable(picture)
     if record is not None:
         require_writable(record, [*target.files(), *(file for file in (against, golden, points) if file is not None)])
     model, metadata = target.load(), target.metadata()
-    if golden is None and against is None and record is None and not where.asked_for:
+    if not any((golden, against, record, points, driver, scales)):
         golden = golden_beside(target)
     recorded = None if golden is None else read_golden(golden, model, target.model)
-    at = choose_points(target, model, where) if recorded is None else recorded.points
+    at = choose_points(target, model, points, driver, rows, seed, scales) if recorded is None else recorded.points
     found, not_converged = evaluate(model, at)
     # Comparisons, and in words what is not compared, and why.
     verdicts: list[Comparison | str] = []
@@ -214,11 +160,11 @@ def verify(
         picture=None if picture is None else str(picture),
     )
     if picture is not None:
-        draw(report, picture)
+        _draw(report, picture)
     return report
 
 
-def draw(report: Verification, path: Path) -> None:
+def _draw(report: Verification, path: Path) -> None:
     """Draw the worst error of each quantity, and its tolerance."""
     shown = report.comparisons[::-1]
     places = range(len(shown))
@@ -266,8 +212,6 @@ def _with_source(source: Source, found: Evaluated, points: Points, rtol: float) 
 
 def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Comparison:
     """Whether the source has numbers that are not finite either, where the compiled model has such."""
-    import torch
-
     rows = found.not_finite
     inputs = {name: value.cpu()[rows] for name, value in points.inputs.items()}
     given = [*source.outputs(inputs).values(), *source.blocks(inputs, list(found.blocks))[0].values()]
@@ -283,8 +227,6 @@ def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Co
 
 def _with_differences(model: Model, found: Evaluated, blocks: Blocks, rtol: float | None) -> Iterator[Comparison | str]:
     """Compare derivatives with finite differences, where these can be taken; of the rest it is said why not."""
-    from .references import differentiate
-
     limit = DIFFERENCE_RTOL[str(model.dtype).removeprefix("torch.")] if rtol is None else rtol
     outs_by: dict[str, list[str]] = {}
     for out, by in blocks:
@@ -311,10 +253,6 @@ def compare(
     scale: float | None = None,
 ) -> Comparison:
     """Compare one quantity, `(rows, ...)`, at the rows of a mask; `scale` is the largest entry if it is not given."""
-    import torch
-
-    from .points import largest
-
     a, b = found.detach().cpu().to(torch.float64), wanted.detach().cpu().to(torch.float64)
     total = a.shape[0]
     index = torch.arange(total) if rows is None else rows.cpu().nonzero().squeeze(-1)
