@@ -1,6 +1,6 @@
-"""The command as a process: its exit status, and what errors, signals and streams that are closed or full make of it.
+"""What a process may meet: standard streams that are closed or full, Ctrl-C, SIGTERM.
 
-Each ends the command with a line at most: no traceback, and nothing half-written.
+Each ends the command with an exit status and a line at most: no traceback, and nothing half-written.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import StringIO
 from types import FrameType
 from typing import Any, TextIO
-
-from ..errors import AOTIError, ArtifactError, DerivativeNotCompiledError
 
 # Exit statuses, for scripts: all is well; the artifact or model falls short; the command was used wrongly; Ctrl-C;
 # nobody reads on, as of a program that SIGPIPE ends.
@@ -26,16 +23,12 @@ FINE, SHORT, WRONG_USE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 LOST = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 
 
-# In what torch says, of a CPU and of a GPU; it has no class for the former.
-NO_MEMORY = ("can't allocate memory", "out of memory")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments, or those of the process, and give its exit status."""
+def guarded(work: Callable[[], int]) -> int:
+    """Run a command whose output may have nowhere to go; gives its exit status, or one that says so."""
     _open_closed()
     stdout = sys.stdout
     try:
-        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        status = work()
         stdout.flush()
     except KeyboardInterrupt:
         say("Interrupted.")
@@ -55,58 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"neml2-aoti: the output cannot be written ({error.strerror}). Give another place for it.")
         return WRONG_USE
     return status
-
-
-def _run(arguments: list[str]) -> int:
-    """Run a command; an error that a user can mend becomes a line, and with --json a document."""
-    try:
-        import click
-
-        from .app import app
-    except ModuleNotFoundError as error:
-        if error.name != "click":
-            raise
-        say("neml2-aoti needs the package click, which is not installed: pip install click")
-        return WRONG_USE
-    from . import output
-
-    try:
-        status = app.main(arguments, prog_name="neml2-aoti", standalone_mode=False)
-        return status if isinstance(status, int) else FINE
-    except click.Abort:
-        raise KeyboardInterrupt from None
-    except click.ClickException as error:
-        kind, message, status = "UsageError", error.format_message(), WRONG_USE
-        shown = StringIO()
-        error.show(shown)
-        say(shown.getvalue().rstrip())
-    except (AOTIError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
-        kind, message, status = _meaning(error)
-        say(f"neml2-aoti: {message}")
-    if "--json" in arguments:
-        command = next((word for word in arguments if word in app.commands), "")
-        output.write_json(command, status, error={"kind": kind, "message": message})
-    return status
-
-
-def _meaning(error: Exception) -> tuple[str, str, int]:
-    """The kind of an error, what is said of it, and the exit status; raised again if it is none that a user mends."""
-    from .output import missing
-
-    kind, message = type(error).__name__, str(error)
-    # neml2's own class where neml2 came first, ours else.
-    if kind == "ConvergenceError":
-        return kind, message, SHORT
-    if isinstance(error, AOTIError):
-        of_artifact = isinstance(error, (ArtifactError, DerivativeNotCompiledError))
-        return kind, message, SHORT if of_artifact else WRONG_USE
-    package = missing(error.name) if isinstance(error, ModuleNotFoundError) else None
-    if package is not None:
-        return "MissingPackage", package, WRONG_USE
-    if isinstance(error, MemoryError) or any(text in message for text in NO_MEMORY):
-        shown = message[:200] or "MemoryError"
-        return "MemoryError", f"this takes more memory than there is ({shown}). Take fewer rows.", WRONG_USE
-    raise error
 
 
 def say(text: str) -> None:
