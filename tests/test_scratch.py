@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import references
-from attacks.children import run
+from attacks.children import run, run_fresh, start
+from attacks.scene import everything
 from neml2_aoti_plugin._graphs import unpack as unpacked
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no owners and no locks of this kind")
 
-FORWARD = """
-import sys, torch
-from neml2_aoti_plugin import Model
-print(Model(sys.argv[1]).forward({"strain": torch.ones(6, dtype=torch.float64)})["stress"].shape)
+SETUP = """
+import os, resource, signal, sys, tempfile, time, torch
+from pathlib import Path
+from attacks.scene import everything, stress
+from neml2_aoti_plugin import AOTIError, Model
 """
 PARENT = f"neml2-aoti-plugin-{os.getuid() if hasattr(os, 'getuid') else 0}"
 NAME = "unpacked-4000000-" + "0123456789abcdef" * 2
@@ -44,6 +48,10 @@ def parent(temporary: Path) -> Path:
     return folder
 
 
+def artifact(name: str = "elasticity") -> Path:
+    return references.case(name).artifact
+
+
 def left_behind(parent: Path, name: str = NAME) -> Path:
     """A folder as a process that was killed leaves it."""
     folder = parent / name
@@ -53,38 +61,49 @@ def left_behind(parent: Path, name: str = NAME) -> Path:
     return folder
 
 
-def forward(temporary: Path, artifact: Path | None = None) -> None:
-    """Load and call a model in a process of its own that has these temporary files."""
-    artifact = artifact or references.case("elasticity").artifact
-    assert run(FORWARD, artifact, TMPDIR=str(temporary)).strip() == "torch.Size([6])"
-
-
-def everything(folder: Path) -> list[tuple[str, bytes | None]]:
-    """All that is in a folder, with the bytes of plain files."""
-    return sorted(
-        (str(path), path.read_bytes() if path.is_file() else None) for path in folder.rglob("*") if path.name != PARENT
-    )
+def after_a_load(temporary: Path, of: Path | None = None) -> list[tuple[str, bytes]]:
+    """What is there once a process with these temporary files has called a model, which is the same when it is gone."""
+    program = SETUP + "assert stress(Model(sys.argv[1])).any()\nprint(everything(tempfile.gettempdir()))"
+    seen = run(program, of or artifact(), TMPDIR=str(temporary)).strip()
+    left = everything(temporary)
+    assert seen == repr(left)
+    return left
 
 
 class TestSweep:
-    def test_what_a_killed_process_left_goes(self, temporary: Path, parent: Path) -> None:
-        left_behind(parent)
-        forward(temporary)
-        assert everything(temporary) == []
+    def test_what_a_process_uses_stays_and_what_a_killed_one_left_goes(self, temporary: Path) -> None:
+        child = start(
+            """
+            import time
+            from pathlib import Path
+            from neml2_aoti_plugin._graphs.unpack import scratch_folder
+            with scratch_folder(Path("x.pt2")) as folder:
+                folder.write("half.so", b"half", Path("x.pt2"))
+                print(folder.path, flush=True)
+                time.sleep(60)
+            """,
+            TMPDIR=str(temporary),
+        )
+        folder = Path(child.line())
+        assert folder.parent == temporary / PARENT
+        assert [path.stat().st_mode & 0o777 for path in (folder.parent, folder)] == [0o700, 0o700]
+        before = everything(temporary)
+        assert len(before) == 3 and after_a_load(temporary) == before
+        child.send(signal.SIGKILL)
+        assert everything(temporary) == before and after_a_load(temporary) == []
 
     def test_folders_of_like_names_beside_ours_stay(self, temporary: Path) -> None:
         """A clone of this project, and the artifact itself in it, were once removed while it was loaded."""
         alike = ["neml2-aoti-plugin", "neml2-aoti-", "neml2-aoti-abc123", "neml2-aoti-plugin-abcdefgh"]
         for name in (*alike, "neml2-aoti-plugin-54321", NAME):
             folder = temporary / name
-            shutil.copytree(references.case("elasticity").artifact, folder / "aoti" / "elasticity")
+            shutil.copytree(artifact(), folder / "aoti" / "elasticity")
             folder.chmod(0o700)
             (folder / unpacked.MARKER).write_bytes(unpacked.MARK)
         before = everything(temporary)
-        forward(temporary, temporary / "neml2-aoti-plugin" / "aoti" / "elasticity")
-        assert everything(temporary) == before
+        assert after_a_load(temporary, temporary / "neml2-aoti-plugin" / "aoti" / "elasticity") == before
 
-    def test_folders_that_look_alike_in_every_other_way_stay(self, temporary: Path, parent: Path) -> None:
+    def test_what_looks_alike_in_every_other_way_stays(self, temporary: Path, parent: Path) -> None:
         changes: list[Callable[[Path], object]] = [
             lambda folder: (folder / unpacked.MARKER).unlink(),
             lambda folder: (folder / unpacked.MARKER).write_bytes(b"mine"),
@@ -104,40 +123,13 @@ class TestSweep:
             changes += [given_away, lambda folder: given_away(folder / "graph.so")]
         for number, change in enumerate(changes):
             change(left_behind(parent, f"{NAME[:-2]}{number:02}"))
+        # A link of our name and what it leads to, and a file.
+        (temporary / "there").mkdir()
+        (parent / NAME).symlink_to(left_behind(temporary / "there"))
+        (parent / f"{NAME[:-2]}ff").write_bytes(unpacked.MARK)
         before = everything(temporary)
         assert len({Path(path).parent for path, _ in before} - {temporary, parent}) >= len(changes)
-        forward(temporary)
-        assert everything(temporary) == before
-
-    def test_a_link_of_our_name_stays_and_so_does_what_it_leads_to(self, temporary: Path, parent: Path) -> None:
-        there = temporary / "there"
-        there.mkdir()
-        (parent / NAME).symlink_to(left_behind(there))
-        before = everything(temporary)
-        forward(temporary)
-        assert everything(temporary) == before
-
-    def test_a_file_of_our_name_stays(self, temporary: Path, parent: Path) -> None:
-        (parent / NAME).write_bytes(unpacked.MARK)
-        before = everything(temporary)
-        forward(temporary)
-        assert everything(temporary) == before
-
-    def test_what_a_living_process_uses_stays(self, temporary: Path, parent: Path) -> None:
-        folder = left_behind(parent)
-        before = everything(temporary)
-        with subprocess.Popen(["flock", str(folder), "sh", "-c", "echo; read x"], stdin=-1, stdout=-1) as holder:
-            assert holder.stdout is not None and holder.stdin is not None
-            holder.stdout.readline()
-            forward(temporary)
-            assert everything(temporary) == before
-            holder.stdin.close()
-        forward(temporary)
-        assert everything(temporary) == []
-
-
-class TestParentThatIsNotSafe:
-    """Packages are unpacked elsewhere, and nothing is swept."""
+        assert after_a_load(temporary) == before
 
     @pytest.mark.parametrize(
         "change",
@@ -148,17 +140,18 @@ class TestParentThatIsNotSafe:
             pytest.param(lambda parent: linked(parent), id="a link"),
         ],
     )
-    def test_folder(self, temporary: Path, parent: Path, change: Callable[[Path], object]) -> None:
+    def test_in_a_parent_that_is_not_safe_nothing_goes(
+        self, temporary: Path, parent: Path, change: Callable[[Path], object]
+    ) -> None:
         left_behind(parent)
         change(parent)
         before = everything(temporary)
-        forward(temporary)
-        assert everything(temporary) == before
+        assert after_a_load(temporary) == before
 
-    def test_file(self, temporary: Path) -> None:
+    def test_a_file_in_the_place_of_the_parent_stays(self, temporary: Path) -> None:
         (temporary / PARENT).write_bytes(b"mine")
-        forward(temporary)
-        assert (temporary / PARENT).read_bytes() == b"mine" and len(list(temporary.iterdir())) == 1
+        assert after_a_load(temporary) == []
+        assert (temporary / PARENT).read_bytes() == b"mine"
 
 
 def linked(path: Path) -> None:
@@ -172,45 +165,129 @@ def given_away(path: Path) -> None:
     os.chown(path, SOMEBODY_ELSE, -1)
 
 
-def test_nothing_is_left_when_file_descriptors_run_out(temporary: Path) -> None:
+# -- nothing is left ---------------------------------------------------------------------------------------------------
+
+
+def test_after_sigterm(temporary: Path) -> None:
+    program = SETUP + "model = Model(sys.argv[1]); stress(model); print('ready', flush=True); time.sleep(60)"
+    child = start(program, artifact(), TMPDIR=str(temporary))
+    assert child.line() == "ready"
+    assert child.send(signal.SIGTERM) == -signal.SIGTERM
+    assert everything(temporary) == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_after_processes_that_were_killed_at_any_moment(temporary: Path) -> None:
+    program = SETUP + "print('ready', flush=True)\nwhile True: stress(Model(sys.argv[1]))"
+    for number in range(25):
+        child = start(program, artifact("calibration"), TMPDIR=str(temporary))
+        assert child.line() == "ready"
+        time.sleep(0.02 + 0.013 * number)
+        child.send(signal.SIGKILL)
+    assert after_a_load(temporary, artifact("calibration")) == []
+
+
+def test_when_file_descriptors_run_out(temporary: Path) -> None:
     """At each number of descriptors at which the call fails, whichever step it is that fails."""
     out = run(
-        """
-        import os, resource, sys, tempfile, torch
-        from pathlib import Path
-        from neml2_aoti_plugin import AOTIError
-        from neml2_aoti_plugin._graphs.unpack import load_runner
-        file = Path(sys.argv[1]) / "cpu/float64/elasticity.pt2"
-        data = file.read_bytes()
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        fillers = []
-        for free in range(12):
-            while True:
-                try:
-                    fillers.append(os.open("/dev/null", os.O_RDONLY))
-                except OSError:
-                    break
-                if len(fillers) == 1:
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[0] + 20, hard))
-            for handle in [fillers.pop() for _ in range(free)]:
-                os.close(handle)
-            try:
-                load_runner(file, data, torch.device("cpu"))
-                end = "runs"
-            except AOTIError as error:
-                end = "ulimit -n" if "ulimit -n" in str(error) else str(error)
-            for handle in fillers:
-                os.close(handle)
-            fillers = []
-            found = [name for _, folders, files in os.walk(tempfile.gettempdir()) for name in folders + files]
-            print(free, end, [name for name in found if name != f"neml2-aoti-plugin-{os.getuid()}"], sep="|")
-            if end == "runs":
-                break
-        """,
-        references.case("elasticity").artifact,
+        SETUP
+        + """
+from neml2_aoti_plugin._graphs.unpack import load_runner
+file = Path(sys.argv[1]) / "cpu/float64/elasticity.pt2"
+data = file.read_bytes()
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+fillers = []
+for free in range(12):
+    while True:
+        try:
+            fillers.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            break
+        if len(fillers) == 1:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[0] + 20, hard))
+    for handle in [fillers.pop() for _ in range(free)]:
+        os.close(handle)
+    try:
+        load_runner(file, data, torch.device("cpu"))
+        end = "runs"
+    except AOTIError as error:
+        end = "ulimit -n" if "ulimit -n" in str(error) else str(error)
+    for handle in fillers:
+        os.close(handle)
+    fillers = []
+    print(free, end, everything(tempfile.gettempdir()), sep="|")
+    if end == "runs":
+        break
+""",
+        artifact(),
         TMPDIR=str(temporary),
     )
     lines = [line.split("|") for line in out.splitlines()]
     assert all(left == "[]" for _, _, left in lines), out
     ends = [end for _, end, _ in lines]
     assert ends[-1] == "runs" and "ulimit -n" in ends, out
+
+
+# -- nowhere to unpack -------------------------------------------------------------------------------------------------
+
+NOWHERE = (
+    SETUP
+    + """
+model = Model(sys.argv[1])
+def report():
+    try:
+        stress(model)
+    except AOTIError as error:
+        print(str(error).replace("\\n", " "))
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "mend", "words"),
+    [
+        pytest.param(
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, resource.RLIM_INFINITY))",
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))",
+            ["cannot unpack it to", "File too large", "TMPDIR"],
+            id="no room",
+        ),
+        pytest.param(
+            "tempfile.tempdir = '/proc'",
+            "tempfile.tempdir = None",
+            ["cannot make a folder to unpack it to", "TMPDIR"],
+            id="no folder can be made",
+        ),
+    ],
+)
+def test_nowhere_to_unpack(spoil: str, mend: str, words: list[str]) -> None:
+    out = run(f"{NOWHERE}\n{spoil}\nreport()\n{mend}\nassert stress(model).any()", artifact())
+    assert all(word in out for word in words), out
+
+
+MOUNTS = {
+    "full": ("size=1m", ["cannot unpack it to", "No space left on device", "TMPDIR"]),
+    "read-only": ("ro", ["cannot make a folder", "Read-only file system", "TMPDIR"]),
+    "noexec": ("noexec,size=64m", ["does not let programs run", "TMPDIR", "noexec"]),
+}
+
+
+@pytest.mark.long
+def test_file_systems_that_do_not_serve(temporary: Path) -> None:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root can mount a file system of its own")
+    places = [temporary / kind for kind in MOUNTS]
+    lines = [
+        f"mkdir -p {place} && mount -t tmpfs -o {options} none {place}"
+        for place, (options, _) in zip(places, MOUNTS.values(), strict=True)
+    ]
+    before = ("unshare", "-m", "sh", "-c", " && ".join([*lines, 'exec "$@"']), "sh")
+    if subprocess.run([*before, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this system does not let a file system be mounted")
+    tries = "for tempfile.tempdir in sys.argv[2:]:\n    report()\n"
+    source = f"{NOWHERE}\n{tries}tempfile.tempdir = None\nassert stress(model).any()"
+    out = run_fresh(source, artifact("calibration"), *places, before=before)
+    for line, (_, words) in zip(out.splitlines(), MOUNTS.values(), strict=True):
+        assert all(word in line for word in words), line
