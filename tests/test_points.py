@@ -161,10 +161,12 @@ class TestSteps:
         assert found["equivalent_plastic_strain"]["strain"].shape == found["stress"]["t"].shape == (N, 6)
         assert points.update(strain=strains(), t=1.0, tangent=False).tangent == {}
 
-    def test_no_points(self) -> None:
-        points = begun(n=0)
-        found = points.update(strain=np.zeros((0, 6)), t=1.0)
-        assert found.outputs["stress"].shape == (0, 6) and found.tangent["stress"]["strain"].shape == (0, 6, 6)
+    @pytest.mark.parametrize(("dimension", "entries"), [(3, 6), ("plane stress", 3)])
+    def test_no_points(self, dimension: Any, entries: int) -> None:
+        points = begun(n=0, dimension=dimension)
+        found = points.update(strain=np.zeros((0, entries)), t=1.0)
+        assert found.outputs["stress"].shape == (0, entries)
+        assert found.tangent["stress"]["strain"].shape == (0, entries, entries)
         points.commit()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import references
 from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, InputTypeError, Points
-from neml2_aoti_plugin.points._evaluation import attached
+from neml2_aoti_plugin.points._derivatives import attached
 from point_cases import YIELD, N, begun, strains, unchanged
 
 ONE = torch.tensor(1.0).double()
@@ -138,4 +138,4 @@ def test_derivatives_per_site_are_refused() -> None:
     # As many sites as points, so that the shapes alone would fit.
     values, blocks = torch.zeros(3, 3, 6).double(), {("y", "x"): torch.zeros(3, 3, 6, 6).double()}
     with pytest.raises(InputError, match="does not follow 'x' through Points, since its derivatives are per site"):
-        attached({"y": values}, blocks, {"x": values[0].requires_grad_()}, lambda _: (3, 6), lambda out, by: None)
+        attached({"y": values}, blocks, {"x": values[0].requires_grad_()}, lambda _: (3, 6), lambda _: None)

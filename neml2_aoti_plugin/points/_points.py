@@ -14,11 +14,13 @@ from .._checks import require_names, whole_number
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model, as_model
 from . import _state as states
-from ._arrays import Array, Arrays, is_followed, rows_of
-from ._evaluation import Evaluator, Trial, advanced, attached, parameters_at, step_factor, with_part
-from ._interface import DIMENSIONS, Dimension, Interface, Notation, PointsResult, forms_of, result_of
-from ._plane_stress import Tensors, plane_stress_of
-from ._roles import Pair, earlier, pairs_of, require_in_tangent, roles_of
+from ._arrays import Array, is_followed, rows_of, to_caller
+from ._derivatives import Derivatives, attached
+from ._evaluation import Evaluator, Part, Trial, advanced, parameters_at, step_factor
+from ._interface import DIMENSIONS, Dimension, Notation, interface_of
+from ._plane_stress import plane_stress_of
+from ._results import PointsResult, results_of, tangent_of, targets_of
+from ._roles import Pair, Tensors, earlier, roles_of
 from ._state import PointsState
 
 
@@ -73,27 +75,17 @@ class Points:
             raise InputError(f"dimension is {dimension!r}, expected one of {', '.join(map(repr, DIMENSIONS))}.")
         self.model, self.n = as_model(model), whole_number(n, "n")
         self.notation, self.dimension = notation, dimension
-        where, outputs = str(self.model.artifact), self.model.outputs
-        roles = roles_of(self.model, history or {}, driven)
-        bases = {**{name: v.base_shape for name, v in outputs.items()}, **roles.bases}
-        constraint = None
-        parameters = {name: tuple(base) for name, base in self.model.parameter_base_shapes.items()}
+        constraint, roles = None, roles_of(self.model, history or {}, driven)
         if dimension == "plane stress":
-            constraint = plane_stress_of(
-                where, {**bases, **parameters}, self.model.derivative_pairs, roles.driven, stress_strain
-            )
+            constraint = plane_stress_of(self.model, roles.driven, stress_strain, whole)
             roles = roles_of(self.model, history or {}, driven, [constraint.strain])
-        self.pairs = pairs_of(self.model, roles.driven, pairs)
-        if constraint is not None:
-            self.pairs = constraint.condensable(self.model, self.pairs, chosen=pairs is not None)
-            constraint.require_reduced(whole)
-        forms = forms_of(bases, parameters, notation, dimension, strains, stresses, whole, where)
-        arrays = Arrays(self.model.dtype, self.model.device)
         self._roles, self._kept = roles, roles.kept
-        self._interface = Interface(self.n, arrays, forms, roles.natural)
-        # Guesses of some of the unknowns only would be no iterate of any solve.
+        self._derivatives = Derivatives(self.model, roles.driven, constraint)
+        self.pairs = self._derivatives.of_tangent(pairs)
+        self._interface = interface_of(self.model, self.n, roles, notation, dimension, strains, stresses, whole)
         unknowns = tuple(self.model.initial_guesses)
-        if not all(name in outputs for name in unknowns):
+        if not set(unknowns) <= set(self.model.outputs):
+            # Guesses of some of the unknowns only would be no iterate of any solve.
             unknowns = ()
         self._evaluator = Evaluator(self.model, roles, (*unknowns, *roles.guesses), constraint)
         self._old: Tensors = {name: self._zeros(name) for name in self._kept}
@@ -194,18 +186,24 @@ class Points:
             )
         self._roles.require_driven(given)
         require_names(overrides, self.model.parameter_base_shapes, "param_overrides", "promoted parameters")
-        part, interface, old, parameters = None, self._interface, self._old, Tensors()
+        part: Part = slice(None)
+        interface, parameters = self._interface, Tensors()
         if points is not None:
             part = self._part(points)
-            interface, old = replace(interface, n=len(part)), {name: value[part] for name, value in old.items()}
-            parameters = parameters_at(self.model, {}, part)
+            interface, parameters = replace(interface, n=len(part)), parameters_at(self.model, {}, part)
         torch_kind = any(isinstance(value, Tensor) for value in (*given.values(), *overrides.values()))
         every = {**own, **parameters, **overrides, **given}
         followed = {name: value for name, value in every.items() if is_followed(value, repr(name))}
         pairs = evaluated = self.pairs if tangent else ()
         if followed:
-            evaluated = tuple(dict.fromkeys((*pairs, *self._evaluator.pairs_by(followed))))
-            self._require_graph(next(iter(followed)), torch_kind=torch_kind, out=out)
+            evaluated = tuple(dict.fromkeys((*pairs, *self._derivatives.by(followed))))
+            if out or not torch_kind:
+                why = (
+                    "the arrays of out= are part of no graph: leave out= away"
+                    if out
+                    else "what was given is of NumPy, and so would be the results: give tensors of torch"
+                )
+                raise InputError(f"{next(iter(followed))!r} requires grad, and {why}, or call under torch.no_grad().")
             given, overrides = (
                 {name: value.detach() if name in followed else value for name, value in values.items()}
                 for values in (given, overrides)
@@ -215,29 +213,29 @@ class Points:
         for name, value in overrides.items():
             parameters[name] = interface.arrays.tensor(value, name)
             interface.require_parameter(name, parameters[name])
-        targets = interface.targets({} if out is None else out, self.model.output_names, pairs)
-        last = None if self._trial is None else self._trial.at(part)
-        found, driven = self._evaluator.step(driven, old, last, evaluated, parameters)
-        hardest = int(found.iterations.max()) if interface.n else 0
-        if self._trial is not None:
-            hardest = max(hardest, self._trial.hardest)
+        targets = targets_of({} if out is None else out, interface, self.model.output_names, pairs)
+        trial = self._trial or Trial(self.n, self.model.device)
+        old = {name: value[part] for name, value in self._old.items()}
+        found, driven = self._evaluator.step(driven, old, trial.at(part), evaluated, parameters)
         # Before results are written, which may be over what the caller gave.
-        kept = {name: value.clone() for name, value in driven.items() if name in self._roles.depth}
-        results = interface.results(found, evaluated, targets)
+        now = {**found.outputs, **driven}
+        trial.write(part, {name: now[name] for name in (*self._roles.depth, *self._evaluator.unknowns)}, found)
+        self._trial = trial
+        results = results_of(found, interface, evaluated, targets)
         if followed:
             outputs = {name: results[name] for name in found.outputs}
             blocks = {pair: results[pair] for pair in evaluated if pair[1] in followed}
-            results.update(attached(outputs, blocks, followed, interface.one, self._evaluator.refuse_gradient))
-        for name in dict.fromkeys((*self._roles.depth, *self._evaluator.unknowns)):
-            if name not in driven:
-                value = found.outputs[name]
-                # The caller has results in its hands, and may write to them.
-                kept[name] = value.clone() if value is results[name] else value
-        trial = Trial(kept, found.converged.clone(), torch.ones_like(found.converged), hardest)
-        self._trial = trial if part is None else with_part(self._trial, part, trial, self.n)
-        factor = step_factor(hardest, failed=bool(self._trial.failed.any()))
-        refuse = partial(require_in_tangent, self.model, self.driven, pairs if tangent else None)
-        return result_of(results, found, pairs, factor, refuse, torch_kind=torch_kind)
+            results.update(attached(outputs, blocks, followed, interface.one, self._derivatives.require))
+        arrays = {key: to_caller(value, torch_kind=torch_kind) for key, value in results.items()}
+        refuse = partial(self._derivatives.require_evaluated, pairs if tangent else None)
+        return PointsResult(
+            {name: arrays[name] for name in found.outputs},
+            tangent_of(arrays, pairs, refuse),
+            to_caller(found.converged, torch_kind=torch_kind),
+            to_caller(found.iterations, torch_kind=torch_kind),
+            to_caller(found.outcome, torch_kind=torch_kind),
+            step_factor(trial.hardest, failed=bool(trial.failed.any())),
+        )
 
     def commit(self, keep: Array | None = None) -> None:
         """Make the values of the last update the state.
@@ -290,7 +288,7 @@ class Points:
             UnknownNameError: that value is not kept.
         """
         require_names([earlier(name, steps)], self._old, "committed", "values that are kept")
-        return self._interface.shown(name, self._old[earlier(name, steps)])
+        return self._shown(name, self._old[earlier(name, steps)])
 
     def trial(self, name: str) -> Array:
         """A variable's value in the last update, in the caller's notation and three dimensions.
@@ -309,7 +307,7 @@ class Points:
         """
         values = self._require_trial("trial").values
         require_names([name], values, "trial", "variables that are kept")
-        return self._interface.shown(name, values[name])
+        return self._shown(name, values[name])
 
     def state(self) -> PointsState:
         """The committed state, as a value of its own."""
@@ -330,7 +328,7 @@ class Points:
         if not isinstance(state, PointsState):
             raise InputTypeError(f"the state is a {type(state).__name__}, expected what Points.state() gives.")
         shapes = {name: tuple(value.shape) for name, value in state.values.items()}
-        self._expected(other_artifact=other_artifact).require(state.digest, state.n, shapes)
+        self._require_fitting(state.digest, state.n, shapes, other_artifact=other_artifact)
         state.require_finite()
         dtype, device = self.model.dtype, self.model.device
         self._old = {name: state.values[name].to(device, dtype, copy=True) for name in self._kept}
@@ -357,14 +355,29 @@ class Points:
         Raises:
             InputError: the file is absent, damaged or another one; or as for `restore`.
         """
-        state = states.load(path, self._expected(other_artifact=other_artifact))
-        self.restore(state, other_artifact=other_artifact)
+        require_fitting = partial(self._require_fitting, other_artifact=other_artifact)
+        self.restore(states.load(path, require_fitting), other_artifact=other_artifact)
 
     # -- checks -----------------------------------------------------------------------------------------------------
 
-    def _expected(self, *, other_artifact: bool) -> states.Expected:
-        shapes = {name: self._roles.natural[variable] for name, variable in self._kept.items()}
-        return states.Expected(None if other_artifact else self.model.digest, self.n, shapes)
+    def _require_fitting(self, digest: str, n: int, shapes: states.Shapes, *, other_artifact: bool) -> None:
+        """Refuse a state of another artifact, of another number of points, or of other values."""
+        if n != self.n:
+            raise InputError(f"the state is one of {n} points, expected {self.n}.")
+        require_names(shapes, self._kept, "the state", "values that this model keeps", needed=self._kept)
+        for name, variable in self._kept.items():
+            wanted = (n, *self._roles.natural[variable])
+            if shapes[name] != wanted:
+                raise InputError(f"the state's {name!r} has shape {shapes[name]}, expected {wanted}.")
+        if digest != self.model.digest and not other_artifact:
+            raise InputError(
+                f"the state is one of another artifact (digest {digest[:12]}..., here {self.model.digest[:12]}...). If "
+                "it was compiled anew from the same model, pass other_artifact=True."
+            )
+
+    def _shown(self, name: str, value: Tensor) -> Array:
+        """A copy of a variable's value in the caller's notation, in three dimensions."""
+        return self._interface.outward(name, value, whole=True).cpu().numpy().copy()
 
     def _zeros(self, name: str) -> Tensor:
         shape = (self.n, *self._roles.natural[self._kept[name]])
@@ -375,16 +388,6 @@ class Points:
         if len(part.unique()) < len(part):
             raise InputError("points holds a point twice, whose last update would be either of two.")
         return part.to(self.model.device)
-
-    def _require_graph(self, name: str, *, torch_kind: bool, out: object) -> None:
-        """Refuse that autograd follows a value where results could not carry a graph."""
-        if out:
-            why = "the arrays of out= are part of no graph: leave out= away"
-        elif not torch_kind:
-            why = "what was given is of NumPy, and so would be the results: give tensors of torch"
-        else:
-            return
-        raise InputError(f"{name!r} requires grad, and {why}, or call under torch.no_grad().")
 
     def _require_trial(self, call: str) -> Trial:
         if self._trial is None:

@@ -7,17 +7,20 @@ input, the caller's own value is kept. An input with the name of an output is th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .._checks import require_names
-from ..errors import DerivativeNotCompiledError, InputError
+from ..errors import InputError
 from ..model import Model
 
 _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
 
 Base = tuple[int, ...]
 Pair = tuple[str, str]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,15 @@ def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], al
         else:
             given.append(name)
     if lost:
-        first = lost[0]
         raise InputError(
             f"{model.artifact}: it is not clear where {', '.join(map(repr, lost))} come from, since no output or "
             "input has the name without the number of steps. Say it: Points(..., "
-            f"history={{{first!r}: 'VARIABLE~1'}}) where it is an earlier value under another name, or "
-            f"driven=[{first!r}] where you give it to each update."
+            f"history={{{lost[0]!r}: 'VARIABLE~1'}}) where it is an earlier value under another name, or "
+            f"driven=[{lost[0]!r}] where you give it to each update."
         )
     depth: dict[str, int] = {}
-    for name, lag in lagged.values():
+    for name, lag in (*lagged.values(), *((name, 1) for name in (*guesses, *also_kept))):
         depth[name] = max(depth.get(name, 0), lag)
-    for name in (*guesses, *also_kept):
-        depth.setdefault(name, 1)
     bases = {name: inputs[name].base_shape for name in (*given, *guesses)}
     natural = {name: inputs[name].natural_shape for name in (*given, *guesses)}
     for taken, (name, _) in lagged.items():
@@ -96,44 +96,3 @@ def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], al
         # The metadata have the sub-batch of inputs, and not always that of outputs.
         natural.setdefault(name, inputs[taken].natural_shape)
     return Roles(tuple(given), lagged, tuple(guesses), depth, bases, natural)
-
-
-def pairs_of(model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None) -> tuple[Pair, ...]:
-    """The pairs of the tangent: those that the caller wants, or all that were compiled by driven inputs.
-
-    Those by promoted parameters are evaluated only where the caller names them, since each has its price.
-    """
-    if pairs is None:
-        return tuple((out, by) for out, by in model.derivative_pairs if by in driven)
-    for pair in pairs:
-        require_pair(model, driven, pair)
-    return tuple((out, by) for out, by in dict.fromkeys(map(tuple, pairs)))
-
-
-def compiled_pairs(model: Model) -> set[Pair]:
-    """All pairs of an output and an input or promoted parameter that were compiled."""
-    return {*model.derivative_pairs, *model.parameter_derivative_pairs}
-
-
-def require_pair(model: Model, driven: Sequence[str], pair: Pair) -> None:
-    """Refuse a pair that cannot be in the tangent."""
-    by = pair[-1] if isinstance(pair, tuple | list) and pair else None
-    if by in model.inputs and by not in driven:
-        raise DerivativeNotCompiledError(
-            f"{by!r} is kept by the points; the tangent of points is by a driven input ({', '.join(driven)}) or a "
-            f"promoted parameter. Or Points(..., driven=[{by!r}])."
-        )
-    model.require_pairs([pair])
-
-
-def require_in_tangent(
-    model: Model, driven: Sequence[str], pairs: Sequence[Pair] | None, out: str, by: str | None
-) -> None:
-    """Raise why a derivative, or that by any input, is not in a tangent of `pairs`; None where it was not evaluated."""
-    if pairs is None:
-        raise InputError("this update left derivatives out. Call update(..., tangent=True).")
-    if not model.derivative_pairs:
-        model.require_pairs()
-    pair = (out, by if by is not None else driven[0])
-    require_pair(model, driven, pair)
-    raise InputError(f"the tangent has the pairs {list(pairs)} only. Name the others: Points(..., pairs=[{pair!r}]).")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._checks import require_names
 from .._files import draft
 from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import InputError, InputTypeError
@@ -22,6 +21,9 @@ FORMAT, KIND = "neml2-aoti-plugin points 1", "points 1"
 WHAT = "a state of points (Points.save)"
 # Before the names of values in a file, and of the names of their axes.
 _VALUE, _AXES = "value/", "axes/"
+
+# Of the values of a state by name, with the points.
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -99,35 +101,9 @@ def axes_of(natural: tuple[int, ...], base: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What a state must be to be one of some points."""
-
-    # Of their model; None for that of any model with the same variables.
-    digest: str | None
-    n: int
-    # Of the kept values at one point, by name.
-    shapes: dict[str, tuple[int, ...]]
-
-    def require(self, digest: str, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuse a state of another artifact, of another number of points, or of other values."""
-        if n != self.n:
-            raise InputError(f"the state is one of {n} points, expected {self.n}.")
-        require_names(shapes, self.shapes, "the state", "values that this model keeps", needed=self.shapes)
-        for name, shape in self.shapes.items():
-            if shapes[name] != (n, *shape):
-                raise InputError(f"the state's {name!r} has shape {shapes[name]}, expected {(n, *shape)}.")
-        if self.digest is not None and digest != self.digest:
-            raise InputError(
-                f"the state is one of another artifact (digest {digest[:12]}..., here {self.digest[:12]}...). If it "
-                "was compiled anew from the same model, pass other_artifact=True."
-            )
-
-
-def load(path: str | os.PathLike[str], expected: Expected) -> PointsState:
+def load(path: str | os.PathLike[str], require_fitting: Callable[[str, int, Shapes], None]) -> PointsState:
     """Read a state that `PointsState.save` wrote; what the file claims is compared before its values are read."""
     found: dict[str, Any] = {}
-    axes: dict[str, tuple[str, ...]] = {}
 
     def check(header: Header) -> Iterable[str]:
         form, digest, n = (header.notes.get(name) for name in ("format", "digest", "n"))
@@ -135,12 +111,11 @@ def load(path: str | os.PathLike[str], expected: Expected) -> PointsState:
             raise InputError(
                 f"{path}: is not {WHAT} (its format is {form!r}, expected {FORMAT!r} with a digest and n)."
             )
-        found.update(digest=digest, n=int(n))
-        keys = [key for key in header.notes if key.startswith(_AXES)]
-        axes.update({key.removeprefix(_AXES): tuple(header.notes[key].split()) for key in keys})
+        axes = {key: tuple(text.split()) for key, text in header.notes.items() if key.startswith(_AXES)}
+        found.update(digest=digest, n=int(n), axes={key.removeprefix(_AXES): names for key, names in axes.items()})
         values = [name for name in header.claims if name.startswith(_VALUE)]
-        expected.require(shapes={name.removeprefix(_VALUE): header.claims[name].shape for name in values}, **found)
+        require_fitting(digest, int(n), {name.removeprefix(_VALUE): header.claims[name].shape for name in values})
         return values
 
     values = read_tensors(path, WHAT, check).tensors
-    return PointsState({name.removeprefix(_VALUE): value for name, value in values.items()}, **found, axes=axes)
+    return PointsState({name.removeprefix(_VALUE): value for name, value in values.items()}, **found)
