@@ -52,15 +52,13 @@ def open_plain(path: str | os.PathLike[str], folder: int | None = None) -> int:
     return handle
 
 
-def chunks(handle: int, size: int, at_once: int) -> Iterator[bytes]:
-    """Read a file of a known size and no more: what the system makes up as it is read may have no end."""
-    left = size
-    while left:
-        chunk = os.read(handle, min(left, at_once))
-        if not chunk:
-            raise ValueError("the file became shorter while it was read")
-        left -= len(chunk)
-        yield chunk
+def _require_plain(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, f"not a file but {_kind(status)}")
+
+
+def _kind(status: os.stat_result) -> str:
+    return _KINDS.get(stat.S_IFMT(status.st_mode), "something else than a file")
 
 
 @contextmanager
@@ -69,7 +67,7 @@ def opened(path: str | os.PathLike[str], what: str, limit: int) -> Iterator[Buff
     try:
         handle = open_plain(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        raise unreadable(path, what, error) from None
+        raise InputError(f"{path}: cannot be read ({_why(error)}). Give {what}.") from None
     with os.fdopen(handle, "rb") as file:
         if os.fstat(handle).st_size > limit:
             raise InputError(f"{path}: larger than {limit} bytes. Give {what}.")
@@ -83,7 +81,7 @@ def read_plain(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
             # Of the file's own size: room for the limit itself may not be there.
             return file.read(os.fstat(file.fileno()).st_size)
         except OSError as error:
-            raise unreadable(path, what, error) from None
+            raise InputError(f"{path}: cannot be read ({_why(error)}). Give {what}.") from None
 
 
 def require_plain(path: str | os.PathLike[str], what: str) -> None:
@@ -92,24 +90,21 @@ def require_plain(path: str | os.PathLike[str], what: str) -> None:
         pass
 
 
-def unreadable(path: str | os.PathLike[str], what: str, error: BaseException) -> InputError:
-    """The error for a file that cannot be read."""
-    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return InputError(f"{path}: cannot be read ({why}). Give {what}.")
+def _why(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
+class _OnlyTriedError(Exception):
+    """A draft was made to see whether it can be."""
+
+
 def require_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
     """Refuse a file that cannot be written, ahead of long work; nothing is left. See `draft`."""
-    _mode_of(target, inputs)
-    scratch = _beside(target)
-    try:
-        _make(scratch)
-        scratch.unlink()
-    except OSError as error:
-        raise _unwritable(target, error) from None
+    with suppress(_OnlyTriedError), draft(target, inputs):
+        raise _OnlyTriedError
 
 
 @contextmanager
@@ -121,9 +116,11 @@ def draft(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     same command reads (`inputs`), nor anything in an artifact.
     """
     mode = _mode_of(target, inputs)
-    scratch = _beside(target)
+    # A name that nobody can foresee, with the same ending, from which matplotlib and NumPy take the format.
+    scratch = target.with_name(f".{target.stem[:100]}-{secrets.token_hex(8)}{target.suffix}")
     try:
-        made = _make(scratch)
+        with os.fdopen(os.open(scratch, _NEW, 0o666), "wb") as file:
+            made = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield scratch
         scratch.chmod(made if mode is None else mode)
         with scratch.open("rb+") as file:
@@ -136,19 +133,6 @@ def draft(target: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             scratch.unlink()
-
-
-def require_outside_artifacts(target: Path) -> None:
-    """Refuse to write a file or folder into the folder of an artifact."""
-    folder = Path(os.path.realpath(target.parent))
-    for above in (folder, *folder.parents[:2]):
-        if any(_is_artifact(above, above / device) for device in ("cpu", "cuda")):
-            raise InputError(f"{target}: lies in the artifact {above}, which is never changed. Give another folder.")
-
-
-def _is_artifact(folder: Path, device: Path) -> bool:
-    """Whether a folder is that of an artifact, of any release that has a folder per device."""
-    return device.is_dir() and ((folder / "metadata.json").is_file() or any(device.glob("*_meta.json")))
 
 
 def _mode_of(target: Path, inputs: Iterable[Path]) -> int | None:
@@ -169,33 +153,20 @@ def _mode_of(target: Path, inputs: Iterable[Path]) -> int | None:
     return stat.S_IMODE(present.st_mode) & 0o777
 
 
-def _beside(target: Path) -> Path:
-    """A name that nobody can foresee, with the same ending, from which matplotlib and NumPy take the format."""
-    return target.with_name(f".{target.stem[:100]}-{secrets.token_hex(8)}{target.suffix}")
-
-
-def _make(scratch: Path) -> int:
-    """Make an empty file where there is nothing, and give the mode that the umask leaves it."""
-    handle = os.open(scratch, _NEW, 0o666)
-    try:
-        return stat.S_IMODE(os.fstat(handle).st_mode)
-    finally:
-        os.close(handle)
-
-
-def _require_plain(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, f"not a file but {_kind(status)}")
-
-
-def _kind(status: os.stat_result) -> str:
-    return _KINDS.get(stat.S_IFMT(status.st_mode), "something else than a file")
+def require_outside_artifacts(target: Path) -> None:
+    """Refuse to write a file or folder into the folder of an artifact, of any release that has a folder per device."""
+    folder = Path(os.path.realpath(target.parent))
+    for above in (folder, *folder.parents[:2]):
+        for device in (above / "cpu", above / "cuda"):
+            if device.is_dir() and ((above / "metadata.json").is_file() or any(device.glob("*_meta.json"))):
+                raise InputError(
+                    f"{target}: lies in the artifact {above}, which is never changed. Give another folder."
+                )
 
 
 def _unwritable(target: Path, error: OSError | ValueError) -> InputError:
-    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return InputError(
-        f"{target}: cannot be written ({why}). Give a file in a folder that is there and can be written to."
+        f"{target}: cannot be written ({_why(error)}). Give a file in a folder that is there and can be written to."
     )
 
 

@@ -14,13 +14,12 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._files import chunks, open_plain
+from .._files import open_plain
 from ..errors import ArtifactError
 
 ROOTS = "NEML2_AOTI_PLUGIN_ROOTS"
@@ -33,11 +32,9 @@ _FEW = 12
 
 _FOLDER = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_DIRECTORY", 0)
 _INSIDE = _FOLDER | getattr(os, "O_NOFOLLOW", 0)
-_CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What a file is read as: the name is for messages, the limit is the largest size in bytes."""
 
     name: str
@@ -55,10 +52,8 @@ ANY = Kind("file of an artifact", 1 << 31)
 
 def shown(value: Any) -> str:
     """A value as an error may show it: a short number, true, false or null; of anything else the type."""
-    if value is None or isinstance(value, (bool, float)):
-        return repr(value)
     # A number of many digits takes long to print, and Python refuses more than 4,300 of them.
-    if isinstance(value, int) and value.bit_length() < 64:
+    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() < 64):
         return repr(value)
     return f"a{'n' if isinstance(value, int) else ''} {type(value).__name__}"
 
@@ -83,19 +78,33 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}{where}"
 
 
-# -- from which folders artifacts may be loaded in this process --------------------------------------------------------
+# -- opening and reading -----------------------------------------------------------------------------------------------
 
 
-def allowed_roots() -> list[str] | None:
-    """The folders that `NEML2_AOTI_PLUGIN_ROOTS` names, all links resolved; None where it is not set."""
+class Contents(NamedTuple):
+    """The bytes of a file and their SHA-256, by which it is known from then on."""
+
+    data: bytes
+    digest: str
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something at a path that is not a folder; what it is, `read_file` finds out."""
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def allowed_root(path: Path, real: str) -> str | None:
+    """The folder of those that `NEML2_AOTI_PLUGIN_ROOTS` names in which a path lies; None where it names none.
+
+    `real` is the path with all links resolved; one that lies elsewhere is an ArtifactError.
+    """
     value = os.environ.get(ROOTS, "")
     if not value.strip():
         return None
-    return [os.path.realpath(os.path.expanduser(part)) for part in value.split(os.pathsep) if part.strip()]
-
-
-def root_above(path: Path, real: str, roots: list[str]) -> str:
-    """The allowed root that a file or folder is in; `real` is its path with all links resolved."""
+    roots = [os.path.realpath(os.path.expanduser(part)) for part in value.split(os.pathsep) if part.strip()]
     for root in roots:
         if _within(real, root):
             return root
@@ -109,46 +118,20 @@ def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-# -- opening and reading -----------------------------------------------------------------------------------------------
-
-
-def is_there(path: Path) -> bool:
-    """Whether there is something at a path that is not a folder; what it is, `read_file` finds out."""
-    try:
-        return not stat.S_ISDIR(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def read_file(path: Path, kind: Kind, base: Path | None) -> bytes:
+def read_file(path: Path, kind: Kind, base: Path | None) -> Contents:
     """Read a file that lies below `base`, the real folder of its artifact, or anywhere if that is None.
 
     A FileNotFoundError where there is none, an ArtifactError for anything else.
     """
-    with _opened(path, kind, base) as (handle, size):
-        parts = list(chunks(handle, size, size))
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def digest_file(path: Path, kind: Kind, base: Path | None) -> str:
-    """The SHA-256 of a file; the arguments and errors are those of `read_file`."""
-    digest = hashlib.sha256()
-    with _opened(path, kind, base) as (handle, size):
-        for chunk in chunks(handle, size, _CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _opened(path: Path, kind: Kind, base: Path | None) -> Iterator[tuple[int, int]]:
-    """Open a file; give its handle and its size."""
-    handle = -1
     try:
-        handle = _open(path, base)
-        status = os.fstat(handle)
-        if status.st_size > kind.limit:
-            raise ArtifactError(f"{path}: larger than {kind.limit} bytes, which no {kind.name} is. {AGAIN}")
-        yield handle, status.st_size
+        with os.fdopen(_open(path, base), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > kind.limit:
+                raise ArtifactError(f"{path}: larger than {kind.limit} bytes, which no {kind.name} is. {AGAIN}")
+            # No more than that: what the system makes up as it is read may have no end.
+            data = file.read(size)
+        if len(data) < size:
+            raise ValueError("the file became shorter while it was read")
     except (FileNotFoundError, ArtifactError):
         raise
     except (OSError, ValueError) as error:
@@ -156,15 +139,20 @@ def _opened(path: Path, kind: Kind, base: Path | None) -> Iterator[tuple[int, in
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
             cure = "Close files that are open, or allow this process more of them (ulimit -n), and try again."
         raise ArtifactError(f"{path}: cannot be read ({reason(error)}). {cure}") from error
-    finally:
-        if handle >= 0:
-            os.close(handle)
+    return Contents(data, hashlib.sha256(data).hexdigest())
 
 
 def _open(path: Path, base: Path | None) -> int:
     """Open a file folder by folder, so that no link that comes up meanwhile leads anywhere else."""
     real = os.path.realpath(path)
-    folder = os.path.dirname(real) if base is None else _folder_of(path, real, base)
+    folder = os.path.dirname(real)
+    if base is not None:
+        folder = allowed_root(path, real) or str(base)
+        if not _within(real, folder):
+            raise ArtifactError(
+                f"{path}: leads to {os.path.dirname(real)}, out of the artifact's folder {base}. Copy the file itself "
+                f"to its place, or allow folders that hold both: {ROOTS}={os.path.commonpath([real, base])}"
+            )
     if os.open not in os.supports_dir_fd or os.stat not in os.supports_dir_fd:
         return open_plain(real)
     *between, name = os.path.relpath(real, folder).split(os.sep)
@@ -179,29 +167,6 @@ def _open(path: Path, base: Path | None) -> int:
         os.close(handle)
 
 
-def _folder_of(path: Path, real: str, base: Path) -> str:
-    """The folder in which a file must lie and does."""
-    roots = allowed_roots()
-    if roots is not None:
-        return root_above(path, real, roots)
-    if _within(real, str(base)):
-        return str(base)
-    raise ArtifactError(
-        f"{path}: leads to {os.path.dirname(real)}, out of the artifact's folder {base}. Copy the file itself to "
-        f"its place, or allow folders that hold both: {ROOTS}={os.path.commonpath([real, base])}"
-    )
-
-
-# -- an artifact's folder ----------------------------------------------------------------------------------------------
-
-
-class Contents(NamedTuple):
-    """The bytes of a file and their SHA-256, by which it is known from then on."""
-
-    data: bytes
-    digest: str
-
-
 @dataclass(frozen=True)
 class Folder:
     """The folder of an artifact that may be loaded, through which its files are read, each as it was sealed."""
@@ -213,13 +178,11 @@ class Folder:
 
     def read(self, file: Path, kind: Kind) -> Contents:
         """Read a file of the artifact; see `read_file` for errors."""
-        data = read_file(file, kind, self.root)
-        digest = hashlib.sha256(data).hexdigest()
-        if self.sealed is not None:
-            path = os.path.join(os.path.realpath(file.parent), file.name)
-            if self.sealed.get(path) != digest:
-                raise ArtifactError(
-                    f"{file}: was changed after the sealed artifact was verified. Copy the artifact again from where "
-                    "it came, and load the model anew."
-                )
-        return Contents(data, digest)
+        found = read_file(file, kind, self.root)
+        path = os.path.join(os.path.realpath(file.parent), file.name)
+        if self.sealed is not None and self.sealed.get(path) != found.digest:
+            raise ArtifactError(
+                f"{file}: was changed after the sealed artifact was verified. Copy the artifact again from where it "
+                "came, and load the model anew."
+            )
+        return found

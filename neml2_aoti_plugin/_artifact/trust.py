@@ -37,9 +37,8 @@ def seal(artifact: str | os.PathLike[str]) -> Path:
         ArtifactNotFoundError: there is no artifact at the path.
         ArtifactError: it holds what cannot be sealed, or the seal cannot be written.
     """
-    root = _real(artifact_at(Path(artifact)).root)
+    root, target = _folder_and_seal(artifact_at(Path(artifact)).root)
     lines = [f"{_digest_of(root, name)}  {name}\n" for name in sorted(_files(root))]
-    target = _seal_of(root)
     try:
         with draft(target) as scratch:
             scratch.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
@@ -53,53 +52,61 @@ def seal(artifact: str | os.PathLike[str]) -> Path:
 
 def is_sealed(artifact: str | os.PathLike[str]) -> bool:
     """Whether an artifact has a seal; a load compares it with that. Any path that `seal` takes will do."""
-    return os.path.lexists(_seal_of(_real(artifact_at(Path(artifact)).root)))
+    return os.path.lexists(_folder_and_seal(artifact_at(Path(artifact)).root)[1])
 
 
 def admit(root: Path, metadata: Iterable[Path]) -> Folder:
     """Refuse an artifact that may not be loaded, by its folder and metadata files; nothing in it is opened before."""
-    roots = files.allowed_roots()
-    if roots is not None:
-        for path in (root, *metadata):
-            files.root_above(path, os.path.realpath(path), roots)
-    folder = _real(root)
-    sealed = _verified(folder)
+    for path in (root, *metadata):
+        files.allowed_root(path, os.path.realpath(path))
+    folder, target = _folder_and_seal(root)
+    sealed = _verified(folder, target)
     if sealed is None and os.environ.get(REQUIRE_SEAL, "").strip().lower() not in _OFF:
         raise ArtifactError(
-            f"{root}: this artifact has no seal {_seal_of(folder)}, and {REQUIRE_SEAL} asks for one. If you trust "
-            f"the artifact as it is, write the seal: neml2-aoti seal {root}"
+            f"{root}: this artifact has no seal {target}, and {REQUIRE_SEAL} asks for one. If you trust the artifact "
+            f"as it is, write the seal: neml2-aoti seal {root}"
         )
     return Folder(folder, sealed)
 
 
-def _real(root: Path) -> Path:
-    """The folder itself, also where the path leads over links: its seal is beside it, not beside them."""
-    return Path(os.path.realpath(root))
+def _folder_and_seal(root: Path) -> tuple[Path, Path]:
+    """The folder itself, also where the path leads over links, and its seal, which is beside it, not beside them."""
+    real = Path(os.path.realpath(root))
+    return real, real.with_name(f"{real.name}.sha256")
 
 
-def _seal_of(root: Path) -> Path:
-    return root.with_name(f"{root.name}.sha256")
-
-
-def _verified(root: Path) -> dict[str, str] | None:
+def _verified(root: Path, target: Path) -> dict[str, str] | None:
     """Compare an artifact with its seal; the SHA-256 of each file by absolute path, None where there is no seal."""
-    target = _seal_of(root)
+    reseal = f"Copy the seal again, or, if you trust the artifact as it is: neml2-aoti seal {root}"
     try:
-        text = files.read_file(target, files.SEAL, None).decode("utf-8", "surrogateescape")
+        text = files.read_file(target, files.SEAL, None).data.decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         if os.path.lexists(target):
-            raise ArtifactError(f"{target}: a link to a seal that is not there. {_reseal(root)}") from None
+            raise ArtifactError(f"{target}: a link to a seal that is not there. {reseal}") from None
         return None
     except ArtifactError as error:
         why = str(error).removeprefix(f"{target}: ").removesuffix(files.AGAIN).rstrip(". ")
-        raise ArtifactError(f"{target}: cannot read the seal ({why}). {_reseal(root)}") from error
-    wanted = _parsed(text, root, target)
+        raise ArtifactError(f"{target}: cannot read the seal ({why}). {reseal}") from error
+    wanted: dict[str, str] = {}
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        match = _LINE.fullmatch(line)
+        name = match["name"] if match else ""
+        first, *inside = name.split("/")
+        if match is None or first != root.name or not inside or not {"", ".", ".."}.isdisjoint(inside):
+            # Without its text: the file may be another one than a seal.
+            what = f"a SHA-256 and {named(name)}" if match else f"{len(line)} characters of another kind"
+            raise ArtifactError(
+                f"{target}, line {number}: {what if line else 'an empty line'}, expected a SHA-256 and the name of a "
+                f"file in {root.name}/. {reseal}"
+            )
+        if name in wanted:
+            raise ArtifactError(f"{target}, line {number}: {named(name)} is there twice. {reseal}")
+        wanted[name] = match["digest"]
     present = set(_files(root))
-    found = [f"{name}: is gone" for name in sorted(set(wanted) - present)]
-    found += [f"{name}: was added" for name in sorted(present - set(wanted))]
-    found += [
-        f"{name}: was changed" for name in sorted(present & set(wanted)) if _digest_of(root, name) != wanted[name]
-    ]
+    found = [f"{name}: is gone" for name in sorted(wanted.keys() - present)]
+    found += [f"{name}: was added" for name in sorted(present - wanted.keys())]
+    changed = (name for name in sorted(present & wanted.keys()) if _digest_of(root, name) != wanted[name])
+    found += [f"{name}: was changed" for name in changed]
     if found:
         raise ArtifactError(
             f"{root} is not as it was sealed in {target.name}:\n"
@@ -110,55 +117,28 @@ def _verified(root: Path) -> dict[str, str] | None:
     return {str(root.parent / name): digest for name, digest in wanted.items()}
 
 
-def _parsed(text: str, root: Path, target: Path) -> dict[str, str]:
-    """The SHA-256 of each file by the name that the seal has for it."""
-    wanted: dict[str, str] = {}
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        match = _LINE.fullmatch(line)
-        name = match["name"] if match else ""
-        parts = name.split("/")
-        if match is None or parts[0] != root.name or len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
-            # Without its text: the file may be another one than a seal.
-            what = f"a SHA-256 and {named(name)}" if match else f"{len(line)} characters of another kind"
-            raise ArtifactError(
-                f"{target}, line {number}: {what if line else 'an empty line'}, expected a SHA-256 and the name of a "
-                f"file in {root.name}/. {_reseal(root)}"
-            )
-        if name in wanted:
-            raise ArtifactError(f"{target}, line {number}: {named(name)} is there twice. {_reseal(root)}")
-        wanted[name] = match["digest"]
-    return wanted
-
-
 def _files(root: Path) -> Iterator[str]:
     """Names of all files of an artifact, as the seal writes them: from beside the artifact, with slashes."""
-    for folder, folders, plain in os.walk(root, onerror=_fail):
-        inside = Path(folder).relative_to(root.parent).as_posix()
+
+    def fail(error: OSError) -> None:
+        raise ArtifactError(f"{error.filename}: cannot be read ({error}). Copy the artifact again.") from error
+
+    for folder, folders, plain in os.walk(root, onerror=fail):
         for name in (*folders, *plain):
+            path = os.path.join(folder, name)
             if any(ord(c) < 32 or c == "\\" for c in name):
                 raise ArtifactError(f"{folder}: holds a file named {name!r}, which a seal cannot list. Rename it.")
-        for name in folders:
-            if os.path.islink(os.path.join(folder, name)):
+            if name in folders and os.path.islink(path):
                 raise ArtifactError(
-                    f"{os.path.join(folder, name)}: a link to a folder, which a seal does not cover. Copy the folder "
-                    "itself to its place."
+                    f"{path}: a link to a folder, which a seal does not cover. Copy the folder itself to its place."
                 )
-        for name in plain:
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise ArtifactError(f"{os.path.join(folder, name)}: not a file, which a seal cannot cover. Remove it.")
-            yield f"{inside}/{name}"
+            if name in plain and not os.path.isfile(path):
+                raise ArtifactError(f"{path}: not a file, which a seal cannot cover. Remove it.")
+        yield from (Path(folder, name).relative_to(root.parent).as_posix() for name in plain)
 
 
 def _digest_of(root: Path, name: str) -> str:
     try:
-        return files.digest_file(root.parent / name, files.ANY, root)
+        return files.read_file(root.parent / name, files.ANY, root).digest
     except FileNotFoundError:
         raise ArtifactNotFoundError(f"{root.parent / name}: is gone. Copy the artifact again.") from None
-
-
-def _fail(error: OSError) -> None:
-    raise ArtifactError(f"{error.filename}: cannot be read ({error}). Copy the artifact again.") from error
-
-
-def _reseal(root: Path) -> str:
-    return f"Copy the seal again, or, if you trust the artifact as it is: neml2-aoti seal {root}"

@@ -353,7 +353,7 @@ class Origin:
         for path, digest in self.digests.items():
             kind = files.METADATA if path == self.metadata else files.PACKAGE
             try:
-                same = files.digest_file(path, kind, self.folder.root) == digest
+                same = files.read_file(path, kind, self.folder.root).digest == digest
             except (ArtifactError, FileNotFoundError):
                 same = False
             if not same:
