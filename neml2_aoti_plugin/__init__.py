@@ -32,7 +32,7 @@ __all__ = [
 # Type checkers take a name of this spelling for typing's, whose import would cost more than arming does.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from neml2_aoti_plugin._artifact.trust import seal as seal
+    from neml2_aoti_plugin._artifact.locate import seal as seal
     from neml2_aoti_plugin._cli.result_files import read_result as read_result
     from neml2_aoti_plugin._host.hit import AOTIModel as AOTIModel
     from neml2_aoti_plugin._status import status as status
@@ -54,7 +54,7 @@ _HOME = {
     "Points": "points",
     "map_rows": "parallel",
     "read_result": "_cli.result_files",
-    "seal": "_artifact.trust",
+    "seal": "_artifact.locate",
     "status": "_status",
 }
 

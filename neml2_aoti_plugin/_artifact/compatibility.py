@@ -17,8 +17,7 @@ import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError
 from .files import named
-from .layout import DEVICES
-from .locate import Place
+from .locate import DEVICES, Place
 from .package import (
     Build,
     Package,

@@ -23,7 +23,6 @@ from pathlib import Path
 
 from ..errors import ArtifactError
 from .files import Folder
-from .layout import artifact_at, leaves
 from .locate import Place, dtype_name
 from .package import archive_faults, libraries_in, open_archive, read_entry, read_package, read_text
 from .schema import Metadata
@@ -49,72 +48,50 @@ class Kinship:
 
 def kinship(metadata: Metadata, place: Place) -> Kinship:
     """Compare a leaf with the others of its artifact; one of a single leaf has nothing to compare it with."""
-    names = metadata.files
-    here = {file.name for file in place.leaf.glob("*.pt2")}
-    fault, doubt = _judged(names & here, place)
-    return Kinship(fault, doubt, tuple(sorted(here - names)), tuple(sorted(names - here)))
-
-
-def _judged(names: frozenset[str], place: Place) -> tuple[str, str]:
-    """What speaks against a leaf, and what may."""
-    artifact = artifact_at(place.metadata)
-    root, shared = artifact.root, artifact.shared
-    if shared:
-        folders = [root / device / dtype for device, dtype in leaves(root)]
-    else:
-        folders = [file.parent for file in artifact.of_all_devices()]
-    others = [folder for folder in folders if folder != place.leaf]
-    if place.leaf not in folders or not others:
-        return "", ""
+    leaf, names, shared = place.leaf, metadata.files, place.artifact.shared
+    there = {file.name for file in leaf.glob("*.pt2")}
+    compared = sorted(names & there)
+    folders = place.artifact.folders()
+    others = [folder for folder in folders if folder != leaf] if leaf in folders else []
     # Before neml2 3.0.7 each device has its own metadata, so that none of them is of another compile than that.
-    latest = _latest(folders, names, place.metadata) if shared else None
-    if latest == place.leaf:
-        return "", ""
-    verdicts = {other: _of_one_source(names, place, other, shared) for other in ([latest] if latest else others)}
-    strange = [other for other, same in verdicts.items() if same is False]
-    unclear = [other for other, same in verdicts.items() if same is None]
-    if latest is not None and strange:
+    latest = _latest(folders, compared, place.metadata) if shared and others else None
+    if latest is not None:
+        others = [latest] if latest != leaf else []
+    verdicts = {other: _of_one_source(compared, place, other, shared) for other in others}
+    strange = " and ".join(str(other) for other, same in verdicts.items() if same is False)
+    unclear = " and ".join(str(other) for other, same in verdicts.items() if same is None)
+    fault = doubt = ""
+    if strange and latest is not None:
         options = f"--device {place.device.type} --dtype {dtype_name(place.dtype)}"
-        return (
-            f"{place.leaf}: is of an earlier compile, of another source than the metadata, which was written with "
-            f"{latest}: the constants of the graphs differ. It would give the numbers of the earlier model. Compile "
-            f"it again, by the command of the latest compile with {options}, or remove the folder.",
-            "",
+        fault = (
+            f"{leaf}: is of an earlier compile, of another source than the metadata, which was written with {latest}: "
+            "the constants of the graphs differ. It would give the numbers of the earlier model. Compile it again, by "
+            f"the command of the latest compile with {options}, or remove the folder."
         )
-    if strange:
-        return (
-            "",
-            f"{place.leaf}: is of another source than {_listed(strange)}: the constants of the graphs differ, and "
-            "nothing tells which of them is of the latest compile. The earlier one gives the numbers of an earlier "
-            "model. Remove it, or compile all leaves again from one source.",
+    elif strange:
+        doubt = (
+            f"{leaf}: is of another source than {strange}: the constants of the graphs differ, and nothing tells which "
+            "of them is of the latest compile. The earlier one gives the numbers of an earlier model. Remove it, or "
+            "compile all leaves again from one source."
         )
-    if unclear and place.folder.sealed is None:
-        return (
-            "",
-            f"{place.leaf}: may be of another source than {_listed(unclear)}: the graphs and their constants differ. "
-            "Then the earlier one gives the numbers of an earlier model. Compile all leaves again from one source; or, "
-            f"if they are of one, seal the artifact, which ends this warning: neml2-aoti seal {root}",
+    elif unclear and place.folder.sealed is None:
+        doubt = (
+            f"{leaf}: may be of another source than {unclear}: the graphs and their constants differ. Then the earlier "
+            "one gives the numbers of an earlier model. Compile all leaves again from one source; or, if they are of "
+            f"one, seal the artifact, which ends this warning: neml2-aoti seal {place.artifact.root}"
         )
-    return "", ""
-
-
-def _listed(folders: Iterable[Path]) -> str:
-    return " and ".join(map(str, folders))
+    return Kinship(fault, doubt, tuple(sorted(there - names)), tuple(sorted(names - there)))
 
 
 def _of_one_source(names: Iterable[str], place: Place, other: Path, shared: bool) -> bool | None:
     """Whether two leaves are of one source: False if a package shows that they are not, None if one leaves it open."""
     same_device = shared and other.parent.name == place.leaf.parent.name
-    clear = True
-    for name in sorted(names):
+    found: list[bool | None] = []
+    for name in names:
         mine, theirs = (read_generated(folder / name, place.folder) for folder in (place.leaf, other))
-        if mine is None or theirs is None:
-            continue
-        same = of_one_source(mine, theirs, same_device)
-        if same is False:
-            return False
-        clear = clear and same is True
-    return True if clear else None
+        if mine is not None and theirs is not None:
+            found.append(of_one_source(mine, theirs, same_device))
+    return False if False in found else None if None in found else True
 
 
 def _latest(folders: list[Path], names: Iterable[str], metadata: Path) -> Path | None:

@@ -1,8 +1,14 @@
-"""From a path, a device and a dtype to the leaf of an artifact."""
+"""From a path, a device and a dtype to the leaf of an artifact, in the layout of any release.
+
+Since neml2 3.0.7 one `metadata.json` stands above the leaves `<device>/<dtype>`. Before that each device has a metadata
+file `<model>_meta.json` with its graphs beside it: up to 3.0.3 in the folder that neml2-compile was given, from 3.0.4
+on in a folder per device.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,20 +16,187 @@ import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError, InputError
 from .document import Form, convert, one_of, read_document
-from .files import Folder
-from .layout import DEVICE_METADATA, DEVICES, DTYPE_NAMES, METADATA, Artifact, artifact_at, leaves
-from .trust import admit
+from .files import AGAIN, Folder, is_there, reason
+from .trust import admit, has_seal, write_seal
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+METADATA = "metadata.json"
+DEVICE_METADATA = "_meta.json"
+DEVICES = ("cpu", "cuda", "xpu", "hip", "mps")
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+# -- the artifact ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact, by a path to it or into it."""
+
+    # The folder of the whole artifact.
+    root: Path
+    # The file of all leaves; before neml2 3.0.7 those of the devices that the path leads to.
+    metadata: tuple[Path, ...]
+    shared: bool = True
+    # Device and dtype that the path into it names, as far as it does.
+    named: tuple[str, ...] = ()
+    # Whether the path leads to the metadata of single devices.
+    inside: bool = False
+
+    @property
+    def model(self) -> str:
+        """Name of the compiled model."""
+        if self.shared:
+            return self.root.name or self.root.resolve().name
+        return self.metadata[0].name.removesuffix(DEVICE_METADATA)
+
+    def of_all_devices(self) -> list[Path]:
+        """The metadata files of the model for all devices that have a folder."""
+        return [file for file in _files_below(self.root) if file.name == self.metadata[0].name]
+
+    def folders(self) -> list[Path]:
+        """The folders of all its leaves; before neml2 3.0.7 those of the model's devices."""
+        if self.shared:
+            return [self.root / device / dtype for device, dtype in leaves(self.root)]
+        return [file.parent for file in self.of_all_devices()]
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """An artifact's path that stays the same when the working directory changes."""
+    try:
+        return Path(path).absolute()
+    except OSError as error:
+        raise ArtifactNotFoundError(
+            f"{_short(Path(path))}: a relative path, and the working directory is gone ({reason(error)}). Give an "
+            "absolute path, or change to a folder that is there."
+        ) from None
+
+
+def artifact_at(path: Path) -> Artifact:
+    """The artifact that a path leads to, in any layout; an ArtifactNotFoundError where there is none."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        # Too long, in a ring of links, in a closed folder.
+        raise ArtifactNotFoundError(
+            f"{_short(path)}: cannot be reached ({reason(error)}). Give the artifact's folder that neml2-compile wrote."
+        ) from None
+    found = _find(path)
+    if found is None:
+        raise ArtifactNotFoundError(_missing(path))
+    return found
+
+
+def _find(path: Path) -> Artifact | None:
+    if path.name == METADATA:
+        return Artifact(path.parent, (path,)) if is_there(path) else None
+    # Where an old release had its metadata, when there is none any more.
+    moved = path.name == f"{path.parent.parent.name}{DEVICE_METADATA}" and not path.exists()
+    device = path.parent if moved else path
+    for root, named in (
+        (device, ()),
+        (device.parent, (device.name,)),
+        (device.parent.parent, (device.parent.name, device.name)),
+    ):
+        if is_there(root / METADATA) and (not named or named[0] in DEVICES) and (moved or os.path.isdir(path)):
+            return Artifact(root, (root / METADATA,), named=named)
+    here = _files_at(path)
+    if here:
+        folder = here[0].parent
+        return Artifact(folder.parent if folder.name in DEVICES else folder, here, shared=False, inside=True)
+    below = _files_below(path)
+    return Artifact(path, below, shared=False) if below else None
+
+
+def _files_at(path: Path) -> tuple[Path, ...]:
+    """The metadata file of a device at a path, or those right in the folder at that path."""
+    if path.name.endswith(DEVICE_METADATA) and is_there(path):
+        return (path,)
+    return tuple(sorted(path.glob(f"?*{DEVICE_METADATA}"))) if os.path.isdir(path) else ()
+
+
+def _files_below(path: Path) -> tuple[Path, ...]:
+    """The metadata files in the device folders below a folder."""
+    return tuple(f for device in DEVICES if os.path.isdir(path / device) for f in _files_at(path / device))
+
+
+def leaves(root: Path, *, empty: bool = False) -> list[tuple[str, str]]:
+    """The leaves below `metadata.json` as (device, dtype): the folders that hold packages, or those that hold none."""
+    try:
+        return sorted(
+            (family.name, leaf.name)
+            for family in root.iterdir()
+            if family.is_dir() and family.name in DEVICES
+            for leaf in family.iterdir()
+            if leaf.is_dir() and leaf.name in DTYPES and any(leaf.glob("*.pt2")) != empty
+        )
+    except OSError as error:
+        raise ArtifactError(f"{error.filename}: cannot be read ({reason(error)}). {AGAIN}") from None
+
+
+def _missing(path: Path) -> str:
+    """What to say where there is no artifact."""
+    cure = (
+        "Give the artifact's folder that neml2-compile wrote: it holds metadata.json and a folder per device, or, from "
+        "neml2 before 3.0.7, MODEL_meta.json or DEVICE/MODEL_meta.json."
+    )
+    is_folder = os.path.isdir(path)
+    try:
+        names = sorted(os.listdir(path if is_folder else path.parent))
+    except OSError:
+        names = []
+    if is_folder:
+        names = [name for name in names if os.path.isdir(path / name) and _find(path / name)]
+    few = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    if is_folder:
+        return f"no metadata.json in {path}{f', but artifacts below it: {few}' if few else ''}. {cure}"
+    if is_there(path) and path.suffix != ".json":
+        above = _find(path.parent)
+        whole = f" It belongs to the artifact {above.root}: give that." if above and path.suffix == ".pt2" else ""
+        return f"no metadata.json in {path}: it is a file{', a graph' if path.suffix == '.pt2' else ''}.{whole} {cure}"
+    beside = f" In {path.parent} there are: {few}." if few else ""
+    if path.suffix in (".json", ".i"):
+        return f"{path}: no such {'stub' if path.suffix == '.i' else 'metadata file'}.{beside} {cure}"
+    return f"no metadata.json in {path}: there is no such folder.{beside} {cure}"
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:120]}...{text[-120:]} ({len(text)} characters)"
+
+
+def seal(artifact: str | os.PathLike[str]) -> Path:
+    """Seal an artifact as it is now: from then on it loads only as long as no byte of it changes.
+
+    Args:
+        artifact: the artifact's folder, its metadata file, or a folder inside it.
+
+    Returns:
+        The file of the seal, beside the artifact's folder: a list that `sha256sum -c` checks. One that was there is
+        replaced.
+
+    Raises:
+        ArtifactNotFoundError: there is no artifact at the path.
+        ArtifactError: it holds what cannot be sealed, or the seal cannot be written.
+    """
+    return write_seal(artifact_at(Path(artifact)).root)
+
+
+def is_sealed(artifact: str | os.PathLike[str]) -> bool:
+    """Whether an artifact has a seal; a load compares it with that. Any path that `seal` takes will do."""
+    return has_seal(artifact_at(Path(artifact)).root)
+
+
+# -- the leaf ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Place:
     """Where the files of one leaf are, and what they were compiled for."""
 
-    # Name of the compiled model.
-    model: str
-    metadata: Path
+    # With the metadata file of this leaf alone.
+    artifact: Artifact
     # The folder of the graphs.
     leaf: Path
     # With an index where one was asked for.
@@ -36,6 +209,31 @@ class Place:
     document: dict[str, Any] = field(repr=False)
     digest: str = field(repr=False)
 
+    @property
+    def model(self) -> str:
+        """Name of the compiled model."""
+        return self.artifact.model
+
+    @property
+    def metadata(self) -> Path:
+        """The metadata file."""
+        return self.artifact.metadata[0]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    device: str
+    dtype: str
+    metadata: Path
+    folder: Path
+    # Of the metadata file, where it was read.
+    document: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    def __str__(self) -> str:
+        where = "" if self.metadata.name == METADATA else f" ({self.metadata})"
+        return f"{self.device}/{self.dtype}{where}"
+
 
 def locate(path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Place:
     """Find the leaf of an artifact for a device and a dtype.
@@ -47,19 +245,29 @@ def locate(path: str | Path, device: str | torch.device | None = None, dtype: st
     """
     found = artifact_at(Path(path))
     folder = admit(found.root, found.metadata)
-    asked = device_of(device).type if device is not None and device != "" else None
+    wanted = _device_of(device)
+    hint, precision = (*found.named, None, None)[:2]
     if found.shared:
         present = [_Leaf(*leaf, found.metadata[0], found.root / "/".join(leaf)) for leaf in leaves(found.root)]
-        hint, precision = (*found.named, None, None)[:2]
     else:
-        present = [_recorded(file, asked, folder) for file in found.metadata]
-        hint, precision = present[0].device if found.inside and len(present) == 1 else None, None
-    wanted, precision = device_of(device, hint), dtype_name(dtype) or precision
+        present = [_recorded(file, wanted, folder) for file in found.metadata]
+        hint = present[0].device if found.inside and len(present) == 1 else None
+    wanted = wanted or (torch.device(hint) if hint else torch.get_default_device())
+    precision = dtype_name(dtype) or precision
     fitting = [leaf for leaf in present if leaf.device == wanted.type and precision in (None, leaf.dtype)]
     if not fitting:
         if not found.shared:
-            present = [_recorded(file, wanted.type, folder) for file in found.of_all_devices()] or present
-        raise ArtifactNotFoundError(_absent(found, path, present, wanted.type, precision))
+            present = [_recorded(file, wanted, folder) for file in found.of_all_devices()] or present
+        compiled = ", ".join(map(str, present)) or "(none)"
+        empty = leaves(found.root, empty=True) if found.shared else []
+        if empty:
+            compiled += f"; folders without a graph: {', '.join(map('/'.join, empty))}"
+        of_dtype, option = (f" and dtype {precision!r}", f" --dtype {precision}") if precision else ("", "")
+        raise ArtifactNotFoundError(
+            f"no compiled artifact for device '{wanted.type}'{of_dtype} at {path}; compiled leaves: {compiled}. Load "
+            "one of these (device=, dtype=, or its path), or compile the one you need, with the options of the others: "
+            f"neml2-compile ... --device {wanted.type}{option}"
+        )
     if found.shared and len(fitting) > 1:
         fitting = [leaf for leaf in fitting if leaf.dtype == "float64"]
     if len(fitting) > 1:
@@ -67,17 +275,15 @@ def locate(path: str | Path, device: str | torch.device | None = None, dtype: st
             f"{path} holds several artifacts: {', '.join(map(str, fitting))}. Give the path of one of them."
         )
     (leaf,) = fitting
-    model = found.model if found.shared else leaf.metadata.name.removesuffix(DEVICE_METADATA)
-    document, digest = leaf.document, leaf.digest
-    if found.shared:
-        document, digest = read_document(leaf.metadata, folder)
-    return Place(model, leaf.metadata, leaf.folder, wanted, DTYPES[leaf.dtype], folder, document, digest)
+    document, digest = read_document(leaf.metadata, folder) if found.shared else (leaf.document, leaf.digest)
+    artifact = replace(found, metadata=(leaf.metadata,))
+    return Place(artifact, leaf.folder, wanted, DTYPES[leaf.dtype], folder, document, digest)
 
 
-def device_of(device: str | torch.device | None, hint: str | None = None) -> torch.device:
-    """The device that was asked for, else `hint`, else torch's current default device."""
+def _device_of(device: str | torch.device | None) -> torch.device | None:
+    """The device that was asked for, if one was."""
     if device is None or device == "":
-        return torch.device(hint) if hint is not None else torch.get_default_device()
+        return None
     if isinstance(device, str) and device.split(":")[0] == "hip":
         device = device.replace("hip", "cuda", 1)
     try:
@@ -101,43 +307,14 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
     return name
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    device: str
-    dtype: str
-    metadata: Path
-    folder: Path
-    # Of the metadata file, where it was read.
-    document: dict[str, Any] = field(default_factory=dict)
-    digest: str = ""
-
-    def __str__(self) -> str:
-        where = "" if self.metadata.name == METADATA else f" ({self.metadata})"
-        return f"{self.device}/{self.dtype}{where}"
-
-
-def _absent(found: Artifact, path: str | Path, present: list[_Leaf], device: str, dtype: str | None) -> str:
-    """What to say where there is no leaf of a device and a dtype."""
-    compiled = ", ".join(map(str, present)) or "(none)"
-    empty = leaves(found.root, empty=True) if found.shared else []
-    if empty:
-        compiled += f"; folders without a graph: {', '.join(map('/'.join, empty))}"
-    options = f"--device {device}" + (f" --dtype {dtype}" if dtype else "")
-    return (
-        f"no compiled artifact for device '{device}'{f' and dtype {dtype!r}' if dtype else ''} at {path}; compiled "
-        f"leaves: {compiled}. Load one of these (device=, dtype=, or its path), or compile the one you need, with the "
-        f"options of the others: neml2-compile ... {options}"
-    )
-
-
 class _Label(Form, frozen=True):
-    """What such a file records of itself; the dtype is a label there, and no choice."""
+    """What a file of one device records of itself; the dtype is a label there, and no choice."""
 
     device: Annotated[str, one_of(*DEVICES)] = "cpu"
-    dtype: Annotated[str, one_of(*DTYPE_NAMES)] = "float64"
+    dtype: Annotated[str, one_of(*DTYPES)] = "float64"
 
 
-def _recorded(file: Path, asked: str | None, folder: Folder) -> _Leaf:
+def _recorded(file: Path, asked: torch.device | None, folder: Folder) -> _Leaf:
     """What a file of one device records; a damaged one of another device than that asked for is passed over.
 
     So a leaf that is not there is reported, whatever the others are worth.
@@ -147,6 +324,6 @@ def _recorded(file: Path, asked: str | None, folder: Folder) -> _Leaf:
         label = convert(document, _Label, str(file))
         return _Leaf(label.device, label.dtype, file, file.parent, document, digest)
     except ArtifactError:
-        if asked is None or file.parent.name not in DEVICES or file.parent.name == asked:
+        if asked is None or file.parent.name not in DEVICES or file.parent.name == asked.type:
             raise
         return _Leaf(file.parent.name, "damaged", file, file.parent)

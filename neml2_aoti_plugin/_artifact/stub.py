@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .._files import require_plain
 from ..errors import ArtifactNotFoundError, InputError, UnknownNameError
 from .files import is_there
-from .layout import artifact_at
+from .locate import artifact_at
 
 if TYPE_CHECKING:
     import nmhit

@@ -15,7 +15,6 @@ from .._files import draft
 from ..errors import ArtifactError, ArtifactNotFoundError, InputError
 from . import files
 from .files import Folder, named
-from .layout import artifact_at
 
 REQUIRE_SEAL = "NEML2_AOTI_PLUGIN_REQUIRE_SEAL"
 _OFF = ("", "0", "false", "no", "off")
@@ -23,21 +22,9 @@ _OFF = ("", "0", "false", "no", "off")
 _LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>[^\r]+)\r?")
 
 
-def seal(artifact: str | os.PathLike[str]) -> Path:
-    """Seal an artifact as it is now: from then on it loads only as long as no byte of it changes.
-
-    Args:
-        artifact: the artifact's folder, its metadata file, or a folder inside it.
-
-    Returns:
-        The file of the seal, beside the artifact's folder: a list that `sha256sum -c` checks. One that was there is
-        replaced.
-
-    Raises:
-        ArtifactNotFoundError: there is no artifact at the path.
-        ArtifactError: it holds what cannot be sealed, or the seal cannot be written.
-    """
-    root, target = _folder_and_seal(artifact_at(Path(artifact)).root)
+def write_seal(root: Path) -> Path:
+    """List the files of an artifact as they are now in the file beside its folder; one that was there is replaced."""
+    root, target = _folder_and_seal(root)
     lines = [f"{_digest_of(root, name)}  {name}\n" for name in sorted(_files(root))]
     try:
         with draft(target) as scratch:
@@ -50,9 +37,9 @@ def seal(artifact: str | os.PathLike[str]) -> Path:
     return target
 
 
-def is_sealed(artifact: str | os.PathLike[str]) -> bool:
-    """Whether an artifact has a seal; a load compares it with that. Any path that `seal` takes will do."""
-    return os.path.lexists(_folder_and_seal(artifact_at(Path(artifact)).root)[1])
+def has_seal(root: Path) -> bool:
+    """Whether an artifact has a seal; a load compares it with that."""
+    return os.path.lexists(_folder_and_seal(root)[1])
 
 
 def admit(root: Path, metadata: Iterable[Path]) -> Folder:

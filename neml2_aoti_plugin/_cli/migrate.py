@@ -13,8 +13,7 @@ from typing import Any
 
 from .._artifact.decode import metadata, read_metadata
 from .._artifact.files import PACKAGE
-from .._artifact.layout import METADATA
-from .._artifact.locate import Place, locate
+from .._artifact.locate import METADATA, Place, locate
 from .._artifact.rewrite import rewrite
 from .._artifact.stub import AOTI_MODEL, parse_input
 from .._artifact.upgrade import NEWEST

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._artifact import trust
+from .._artifact import locate
 from .._files import draft
 from .._solve import machine_code
 from ..errors import InputError
@@ -72,7 +72,7 @@ def seal(paths: tuple[str, ...]) -> SealReport:
 
     # All are looked for before one is sealed.
     targets = [find_target(path) for path in paths]
-    return SealReport(tuple(str(trust.seal(found.artifact)) for found in targets))
+    return SealReport(tuple(str(locate.seal(found.artifact)) for found in targets))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._artifact.layout import artifact_at
+from .._artifact.locate import artifact_at
 from .._artifact.schema import Aliases
 from .._artifact.stub import AOTI_MODEL, parse_input
 from .._tensor_files import Header, read_tensors, write_tensors

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
+from .._artifact.locate import is_sealed
 from .._artifact.stub import drivers_of
-from .._artifact.trust import is_sealed
 from .._files import read_plain
 from ..errors import AOTIError
 from ..serve._gathering import call_first

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._artifact.decode import read_metadata
-from .._artifact.layout import absolute, artifact_at, leaves
-from .._artifact.locate import Place, dtype_name, locate
+from .._artifact.locate import Place, absolute, artifact_at, dtype_name, leaves, locate
 from .._artifact.schema import Metadata
 from .._artifact.stub import blocks, is_input_file, model_in
 from .._artifact.upgrade import RELEASES

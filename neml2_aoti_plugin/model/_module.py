@@ -21,8 +21,7 @@ from .._artifact.compatibility import check
 from .._artifact.decode import read_metadata
 from .._artifact.files import Folder
 from .._artifact.kinship import kinship
-from .._artifact.layout import absolute
-from .._artifact.locate import locate
+from .._artifact.locate import absolute, locate
 from .._artifact.stub import is_input_file, model_in
 from ..errors import ArtifactError, InputError, UnknownNameError
 from ..settings import NewtonSettings, changed_settings, newton_settings

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .._artifact.layout import absolute
+from .._artifact.locate import absolute
 from .._artifact.stub import is_input_file, model_in
 from ..errors import InputError, InputTypeError
 from ._model import Model
