@@ -7,6 +7,7 @@ import platform
 import re
 import struct
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -67,16 +68,10 @@ def check(metadata: Metadata, place: Place) -> Checked:
 
 def look_over(metadata: Metadata, place: Place) -> Checked:
     """Look an artifact over, without running any of it."""
-    names = sorted(metadata.files)
     packages: dict[str, Package] = {}
-    # By what is wrong, the packages it is wrong with.
-    found: dict[str, list[str]] = {}
-    for text in (torch_fault(torch.__version__), _device_fault(place)):
-        if text:
-            found[text] = []
-    missing = False
     findings: dict[str, list[str]] = {}
-    for name in names:
+    missing = False
+    for name in sorted(metadata.files):
         file = place.leaf / name
         try:
             packages[name], findings[name] = _inspect(file, place)
@@ -88,18 +83,16 @@ def look_over(metadata: Metadata, place: Place) -> Checked:
     metadata, more = with_argument_order(metadata, taken)
     for name, text in (*more, *wire_faults(metadata, taken)):
         findings[name].append(text)
-    for name in names:
-        for text in dict.fromkeys(findings[name]):
+    # By what is wrong, the packages it is wrong with; none for the leaf itself.
+    found: dict[str, list[str]] = {text: [] for text in (torch_fault(torch.__version__), _device_fault(place)) if text}
+    for name, texts in findings.items():
+        for text in dict.fromkeys(texts):
             found.setdefault(text, []).append(name)
-    faults = [f"{_where(files, place)}: {text}" for text, files in found.items()]
+    faults = []
+    for text, names in found.items():
+        several = f"{place.leaf}{os.sep}{{{', '.join(names)}}}"
+        faults.append(f"{several if len(names) > 1 else place.leaf.joinpath(*names)}: {text}")
     return Checked(metadata, packages, faults, missing)
-
-
-def _where(files: list[str], place: Place) -> str:
-    """Packages of a leaf as one path; the leaf itself where there are none."""
-    if len(files) > 1:
-        return f"{place.leaf}{os.sep}{{{', '.join(files)}}}"
-    return str(place.leaf / files[0] if files else place.leaf)
 
 
 # -- one package -------------------------------------------------------------------------------------------------------
@@ -131,18 +124,15 @@ def _inspect(file: Path, place: Place) -> tuple[Package, list[str]]:
     if inside is None:
         inside = known_packages[known] = _look_into(file, data)
         # Not without end, however many artifacts a process goes through.
-        if len(known_packages) > _MANY:
-            for old in list(known_packages)[:-_MANY]:
-                known_packages.pop(old, None)
+        for old in list(known_packages)[:-_MANY]:
+            known_packages.pop(old, None)
     package = Package(file, place.folder, digest, inside.signature)
     if inside.faults:
         return package, list(inside.faults)
-    build = inside.build
-    faults = [*_machine_faults(build), _build_device_fault(build, place), _processor_fault(build, place)]
+    faults = [*_build_faults(inside.build, place), operator_fault(inside.operators)]
     if place.device.type == "cuda" and torch.cuda.is_available():
         have = torch.cuda.get_device_capability(place.device)
-        faults.append(gpu_fault(build.compute_capability, have, inside.portable))
-    faults.append(operator_fault(inside.operators))
+        faults.append(gpu_fault(inside.build.compute_capability, have, inside.portable))
     return package, [fault for fault in faults if fault]
 
 
@@ -183,8 +173,6 @@ def _word(text: str) -> str:
     return named(text).strip("'")
 
 
-# -- the library -------------------------------------------------------------------------------------------------------
-
 # Processors by the number that an ELF file gives them.
 _ELF_MACHINES = {3: "i686", 21: "ppc64le", 22: "s390x", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 _SHARED, _LOAD = 3, 1
@@ -199,31 +187,22 @@ def _library_fault(data: bytes | memoryview) -> str:
     if bytes(data[:4]) != b"\x7fELF":
         return f"its shared library is not an ELF file. {_AGAIN}"
     try:
-        return _elf_fault(data)
-    except struct.error:
+        if (data[4], data[5]) != (2, 1 if sys.byteorder == "little" else 2):
+            return f"its shared library is of another kind of machine. {_HERE}"
+        kind, number = struct.unpack_from("=HH", data, 16)
+        built_for = _ELF_MACHINES.get(number, f"machine {number}")
+        if built_for != machine() and machine() in _ELF_MACHINES.values():
+            return f"its shared library is for {built_for} processors, this is {machine()}. {_HERE}"
+        start, size, count = struct.unpack_from("=Q14xHH", data, 32)
+        if kind != _SHARED or size != 56 or count == 0:
+            return f"its shared library has a damaged header. {_AGAIN}"
+        for i in range(count):
+            of_type, offset, filled = struct.unpack_from("=I4xQ16xQ", data, start + i * size)
+            # The system maps such a part and kills the process when it is read.
+            if of_type == _LOAD and offset + filled > len(data):
+                return f"its shared library is cut off: {len(data)} bytes, expected {offset + filled} or more. {_AGAIN}"
+    except (struct.error, IndexError):
         return f"its shared library is cut off within its header. {_AGAIN}"
-
-
-def _elf_fault(data: bytes | memoryview) -> str:
-    bits, order = data[4], data[5]
-    if (bits, order) != (2, 1 if sys.byteorder == "little" else 2):
-        return f"its shared library is of another kind of machine. {_HERE}"
-    end = "<" if order == 1 else ">"
-    kind, number = struct.unpack_from(end + "HH", data, 16)
-    built_for = _ELF_MACHINES.get(number, f"machine {number}")
-    if built_for != machine() and machine() in _ELF_MACHINES.values():
-        return f"its shared library is for {built_for} processors, this is {machine()}. {_HERE}"
-    start = struct.unpack_from(end + "Q", data, 32)[0]
-    size, count = struct.unpack_from(end + "HH", data, 54)
-    if kind != _SHARED or size != 56 or count == 0:
-        return f"its shared library has a damaged header. {_AGAIN}"
-    for i in range(count):
-        of_type = struct.unpack_from(end + "I", data, start + i * size)[0]
-        offset = struct.unpack_from(end + "Q", data, start + i * size + 8)[0]
-        filled = struct.unpack_from(end + "Q", data, start + i * size + 32)[0]
-        # The system maps such a part and kills the process when it is read.
-        if of_type == _LOAD and offset + filled > len(data):
-            return f"its shared library is cut off: {len(data)} bytes, expected {offset + filled} or more. {_AGAIN}"
     return ""
 
 
@@ -250,21 +229,25 @@ def _device_fault(place: Place) -> str:
     return ""
 
 
-def _build_device_fault(build: Build, place: Place) -> str:
-    if build.device and build.device.split(":")[0] != place.device.type:
-        return (
-            f"compiled for device {_word(build.device)}, loaded for {place.device.type}. Load it with "
-            f"device={build.device if build.device in DEVICES else 'the device it was compiled for'!r}."
-        )
-    return ""
-
-
-def _machine_faults(build: Build) -> list[str]:
+def _build_faults(build: Build, place: Place) -> list[str]:
+    """What speaks against a build on this machine, for the device of a leaf."""
     found = []
     if build.platform and build.platform != sys.platform:
         found.append(f"compiled on platform {_word(build.platform)}, this is {sys.platform}. {_HERE}")
     if build.machine and machine(build.machine) != machine():
         found.append(f"compiled for {_word(build.machine)} processors, this is {machine()}. {_HERE}")
+    if build.device and build.device.split(":")[0] != place.device.type:
+        own = build.device if build.device in DEVICES else "the device it was compiled for"
+        found.append(
+            f"compiled for device {_word(build.device)}, loaded for {place.device.type}. Load it with device={own!r}."
+        )
+    missing = lacking(build.cpu_isa) if place.device.type == "cpu" and machine(build.machine) == machine() else []
+    if missing:
+        built_for = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
+        found.append(
+            f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop with an "
+            f"illegal instruction. {_HERE}"
+        )
     return found
 
 
@@ -280,8 +263,6 @@ def gpu_fault(built_for: str, have: tuple[int, int], portable: bool) -> str:
         "neml2-compile ... --device cuda."
     )
 
-
-# -- the processor -----------------------------------------------------------------------------------------------------
 
 # What inductor calls an instruction set, and the flags of a processor that has what inductor then compiles for.
 NEEDS = {
@@ -320,26 +301,12 @@ def lacking(instruction_sets: str, have: frozenset[str] | None = None) -> list[s
 @cache
 def cpu_flags() -> frozenset[str]:
     """Flags of this machine's processor; empty where the system lists none."""
-    try:
-        # Line by line: with many cores the system takes its time to write the whole file.
-        with Path("/proc/cpuinfo").open() as lines:
-            for line in lines:
-                if line.lower().startswith(("flags", "features")):
-                    return frozenset(line.partition(":")[2].split())
-    except OSError:
-        pass
+    # Line by line: with many cores the system takes its time to write the whole file.
+    with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        for line in lines:
+            if line.lower().startswith(("flags", "features")):
+                return frozenset(line.partition(":")[2].split())
     return frozenset()
-
-
-def _processor_fault(build: Build, place: Place) -> str:
-    missing = lacking(build.cpu_isa) if place.device.type == "cpu" and machine(build.machine) == machine() else []
-    if not missing:
-        return ""
-    built_for = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
-    return (
-        f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop with an "
-        f"illegal instruction. {_HERE}"
-    )
 
 
 # -- operators that a graph calls by name ------------------------------------------------------------------------------
@@ -352,7 +319,11 @@ def operator_fault(names: tuple[str, ...]) -> str:
     odd = [name for name in names if not _OPERATOR.match(name)]
     if odd:
         return f"calls {len(odd)} things by what is no operator's name. Do not use this file."
-    absent = [name for name in names if not _registered(name)]
+    absent = [name for name in names if not _is_registered(name)]
+    if any(name.startswith("neml2::") for name in absent):
+        with suppress(ImportError):
+            import_module("neml2")
+        absent = [name for name in absent if not _is_registered(name)]
     if not absent:
         return ""
     listed = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
@@ -369,26 +340,9 @@ def operator_fault(names: tuple[str, ...]) -> str:
     return f"calls {listed}, which nothing has registered. Import the Python package that defines it before loading."
 
 
-def _registered(name: str) -> bool:
-    try:
-        return _known(name)
-    except LookupError:
-        pass
-    if not name.startswith("neml2::"):
-        return False
-    try:
-        import_module("neml2")
-        return _known(name)
-    except (ImportError, LookupError):
-        return False
-
-
-@cache
-def _known(name: str) -> bool:
-    """Whether an operator is there; raises where it is not, so that only what is there is kept in the cache."""
+def _is_registered(name: str) -> bool:
     namespace, _, operator = name.partition("::")
-    try:
-        getattr(getattr(torch.ops, namespace), operator)
-    except (AttributeError, RuntimeError):
-        raise LookupError(name) from None
-    return True
+    # An operator that torch cannot make sense of counts as not there.
+    with suppress(RuntimeError):
+        return hasattr(getattr(torch.ops, namespace), operator)
+    return False
