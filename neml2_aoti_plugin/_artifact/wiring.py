@@ -34,20 +34,18 @@ class Wire:
     returns: int | None = None
 
 
-def wires(metadata: s.Metadata) -> list[Wire]:
+def wires(metadata: s.Metadata) -> Iterator[Wire]:
     """What each graph is given, segment after segment; a graph that two parts of a segment use comes twice."""
     known: dict[str, s.Shape] = {v.name: v.natural_shape for v in metadata.inputs}
-    found: list[Wire] = []
     for part in metadata.segments:
         if isinstance(part, s.ExplicitInfo):
-            found += _forward(part, known)
+            yield from _explicit(part, known)
         else:
-            found += _implicit(part, known)
             known |= {v.name: v.natural_shape for v in part.unknown_variables}
-    return found
+            yield from _implicit(part, known)
 
 
-def _forward(part: s.ExplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]:
+def _explicit(part: s.ExplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]:
     shapes = tuple(known.get(name) for name in part.taken)
     yield Wire(part.value, "value", shapes, returns=len(part.outputs))
     for role, of in (("jacobian", part.jacobian), ("parameter jacobian", part.parameter_jacobian)):
@@ -55,9 +53,8 @@ def _forward(part: s.ExplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]:
             blocks = max((pair.output + 1 for pair in of.pairs), default=0)
             yield Wire(of.file, role, shapes, returns=of.skip + blocks)
     if part.parameter_vjp is not None:
-        of_outputs = (None for _ in part.parameter_vjp.outputs)
-        gradients = len(part.parameter_vjp.parameters)
-        yield Wire(part.parameter_vjp.file, "parameter vjp", (*shapes, *of_outputs), returns=gradients)
+        taken = (*shapes, *(None for _ in part.parameter_vjp.outputs))
+        yield Wire(part.parameter_vjp.file, "parameter vjp", taken, returns=len(part.parameter_vjp.parameters))
 
 
 def _implicit(part: s.ImplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]:
@@ -89,9 +86,8 @@ def _implicit(part: s.ImplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]
         if isinstance(by_parameter.solver, str):
             yield Wire(by_parameter.solver, "parameter sensitivity solve", (None, None))
     if part.predictor is not None:
-        shapes = {**known, **{v.name: v.natural_shape for v in part.unknown_variables}}
-        if part.predictor.feedback is not None:
-            shapes[part.predictor.feedback.input.name] = part.predictor.feedback.input.natural_shape
+        fed_back = part.predictor.feedback.input if part.predictor.feedback else None
+        shapes = {**known, **({fed_back.name: fed_back.natural_shape} if fed_back else {})}
         yield Wire(part.predictor.file, "predictor", tuple(shapes.get(name) for name in part.predictor.inputs))
 
 
@@ -103,10 +99,10 @@ def _packed(group: s.GroupInfo) -> s.Shape:
 
 def wire_faults(metadata: s.Metadata, signatures: Mapping[str, Signature | None]) -> Iterator[tuple[str, str]]:
     """Packages that cannot take or be what the metadata says, each with what is wrong and the cure."""
-    roles: dict[str, list[str]] = {}
+    # By package, in order and each once.
+    roles: dict[str, dict[str, None]] = {}
     for wire in wires(metadata):
-        if wire.role not in roles.setdefault(wire.file, []):
-            roles[wire.file].append(wire.role)
+        roles.setdefault(wire.file, {})[wire.role] = None
         fault = wire_fault(wire, signatures.get(wire.file))
         if fault:
             yield wire.file, fault
@@ -121,35 +117,28 @@ def wire_faults(metadata: s.Metadata, signatures: Mapping[str, Signature | None]
 
 def wire_fault(wire: Wire, signature: Signature | None) -> str:
     """What is wrong, with the cure, where a graph does not take what the metadata gives it; empty for nothing."""
-    if signature is None:
+    wrong = _misfit(wire, signature) if signature is not None else ""
+    if not wrong:
         return ""
-    cure = (
-        "It belongs to another model, or to an earlier compile of this one, or the metadata was edited: copy the whole "
-        "artifact folder, or compile again."
+    return (
+        f"{wrong} as the {wire.role}. It belongs to another model, or to an earlier compile of this one, or the "
+        "metadata was edited: copy the whole artifact folder, or compile again."
     )
+
+
+def _misfit(wire: Wire, signature: Signature) -> str:
     given, taken = len(wire.shapes), len(signature.arguments)
     if not given - wire.optional <= taken <= given:
-        return f"takes {taken} tensors, where the metadata gives it {given} as the {wire.role}. {cure}"
+        return f"takes {taken} tensors, where the metadata gives it {given}"
     if wire.returns not in (None, signature.outputs):
-        return (
-            f"gives {signature.outputs} tensors, where the metadata takes {wire.returns} from it as the {wire.role}. "
-            f"{cure}"
-        )
+        return f"gives {signature.outputs} tensors, where the metadata takes {wire.returns} from it"
     for i, (shape, argument) in enumerate(zip(wire.shapes, signature.arguments, strict=False)):
-        rank = len(argument.extents)
-        if shape is None:
-            continue
+        extents = argument.extents
         # One axis or more of the batch stand before.
-        if rank <= len(shape) or argument.extents[rank - len(shape) :] != shape:
-            return (
-                f"takes {_shown(argument.extents)} as tensor {i}, where the metadata gives it (*batch"
-                f"{''.join(f', {n}' for n in shape)}) as the {wire.role}. {cure}"
-            )
+        if shape is not None and (len(extents) <= len(shape) or extents[len(extents) - len(shape) :] != shape):
+            axes, expected = ("*" if n is None else str(n) for n in extents), ("*batch", *map(str, shape))
+            return f"takes ({', '.join(axes)}) as tensor {i}, where the metadata gives it ({', '.join(expected)})"
     return ""
-
-
-def _shown(extents: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("*" if n is None else str(n) for n in extents) + ")"
 
 
 # -- the order of arguments where only packages show it ----------------------------------------------------------------
@@ -163,25 +152,24 @@ def with_argument_order(
     Packages without a signature here have faults of their own.
     """
     shapes = {v.name: v.natural_shape for v in metadata.inputs} | {p.name: p.shape for p in metadata.parameters}
+    segments: list[s.Segment] = []
     faults: list[tuple[str, str]] = []
-
-    def ordered(segment: s.Segment) -> s.Segment:
-        if not isinstance(segment, s.ExplicitInfo) or not segment.parameters_among_inputs:
-            return segment
-        files = [segment.value, *([segment.jacobian.file] if segment.jacobian else [])]
-        orders = {}
-        for file in filter(signatures.__contains__, files):
-            try:
-                orders[file] = argument_order(segment, shapes, signatures[file])
-            except ArtifactError as error:
-                faults.append((file, str(error)))
-        if len(set(orders.values())) > 1:
-            faults.append((segment.value, f"takes its arguments in another order than {files[1]}. Compile it again."))
-        if not orders:
-            return segment
-        return replace(segment, arguments=next(iter(orders.values())), parameters_among_inputs=False)
-
-    return replace(metadata, segments=tuple(map(ordered, metadata.segments))), faults
+    for segment in metadata.segments:
+        orders = []
+        if isinstance(segment, s.ExplicitInfo) and segment.parameters_among_inputs:
+            for file in (segment.value, segment.jvp_package):
+                if file is not None and file in signatures:
+                    try:
+                        orders.append(argument_order(segment, shapes, signatures[file]))
+                    except ArtifactError as error:
+                        faults.append((file, str(error)))
+            if len(set(orders)) > 1:
+                text = f"takes its arguments in another order than {segment.jvp_package}. Compile it again."
+                faults.append((segment.value, text))
+        if orders:
+            segment = replace(segment, arguments=orders[0], parameters_among_inputs=False)
+        segments.append(segment)
+    return replace(metadata, segments=tuple(segments)), faults
 
 
 def argument_order(segment: s.ExplicitInfo, shapes: dict[str, s.Shape], signature: Signature | None) -> tuple[str, ...]:
@@ -199,9 +187,10 @@ def argument_order(segment: s.ExplicitInfo, shapes: dict[str, s.Shape], signatur
         )
 
     count, promoted = len(segment.inputs) + len(segment.parameters), len(segment.parameters)
-    if signature is None or len(signature.arguments) != count:
-        found = "does not tell its arguments" if signature is None else f"takes {len(signature.arguments)} arguments"
-        raise unclear(f"it {found}, expected {count}")
+    if signature is None:
+        raise unclear(f"it does not tell its arguments, expected {count}")
+    if len(signature.arguments) != count:
+        raise unclear(f"it takes {len(signature.arguments)} arguments, expected {count}")
     # The exporter of 3.0.3 hands inputs over as typed tensors and parameters as plain ones; that of 3.0.0 all as plain
     # ones, and there the batch axis is free, which parameters have none of.
     typed = any(argument.kind for argument in signature.arguments)
@@ -212,9 +201,8 @@ def argument_order(segment: s.ExplicitInfo, shapes: dict[str, s.Shape], signatur
     names = tuple(next(parameters) if is_parameter else next(inputs) for is_parameter in plain)
     for name, is_parameter, argument in zip(names, plain, signature.arguments, strict=True):
         wanted = shapes.get(name)
-        if wanted is None:
-            continue
-        axes = argument.extents if is_parameter else argument.extents[len(argument.extents) - len(wanted) :]
-        if axes != wanted:
-            raise unclear(f"where {name!r} of shape {wanted} would stand it takes {argument.extents}")
+        if wanted is not None:
+            axes = argument.extents if is_parameter else argument.extents[len(argument.extents) - len(wanted) :]
+            if axes != wanted:
+                raise unclear(f"where {name!r} of shape {wanted} would stand it takes {argument.extents}")
     return names
