@@ -41,19 +41,8 @@ MAX_RATIO = 20
 SMALL = 1 << 20
 
 # What `zipfile` and the decoders behind it raise on damaged bytes.
-DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-    OSError,
-    EOFError,
-    ValueError,
-    IndexError,
-    OverflowError,
-    RuntimeError,
-    NotImplementedError,
-)
+_OWN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+DAMAGE = (*_OWN, OSError, EOFError, ValueError, IndexError, OverflowError, RuntimeError)
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
@@ -63,20 +52,10 @@ _DTYPE = re.compile(_CHECK + r'unmatched dtype, "\s*<< "expected: " << \w+ << "\
 _FIXED = re.compile(_CHECK + r'unmatched dim value at (\d+), "\s*<< "expected: (\d+), ')
 _DYNAMIC = re.compile(_CHECK + r"dim value is too (?:small|large) at (\d+)")
 _STRIDE = re.compile(_CHECK + r"unmatched stride value at (\d+)")
-_ARITY = re.compile(r"AOTInductorModelBase\(\s*(\d+),\s*(\d+),")
+_ARITY = re.compile(r"AOTInductorModelBase\(\s*(\d{1,5}),\s*(\d{1,5}),")
 _CALL = re.compile(r'in_spec_ = R"\((.*?)\)";', re.DOTALL)
-_DTYPES = {
-    "Double": torch.float64,
-    "Float": torch.float32,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
-}
+_DTYPES = {name.title(): getattr(torch, name) for name in ("double", "float", "half", "long", "int", "short", "bool")}
+_DTYPES |= {"BFloat16": torch.bfloat16, "Char": torch.int8, "Byte": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -255,13 +234,8 @@ def _entry_fault(info: zipfile.ZipInfo) -> str:
 
 
 def signature_in(archive: zipfile.ZipFile) -> Signature | None:
-    """What a graph takes, from its open package; None where the package does not spell it out."""
-    source = read_text(archive, "wrapper.cpp")
-    return parse_signature(source) if source is not None else None
-
-
-def parse_signature(source: str) -> Signature | None:
-    """A graph's signature from the generated wrapper's source."""
+    """A graph's signature from the generated wrapper's source; None where the package does not spell it out."""
+    source = read_text(archive, "wrapper.cpp") or ""
     arity = _ARITY.search(source)
     if arity is None:
         return None
@@ -273,13 +247,12 @@ def parse_signature(source: str) -> Signature | None:
         extents.setdefault(int(i), {}).setdefault(int(axis), None)
     for i, axis, size in _FIXED.findall(source):
         extents.setdefault(int(i), {})[int(axis)] = int(size)
-    kinds = parse_kinds(source, count)
     arguments = []
-    for i in range(count):
+    for i, kind in enumerate(parse_kinds(source, count)):
         dtype, axes = dtypes.get(i), extents[i]
         if dtype is None or sorted(axes) != list(range(len(axes))):
             return None
-        arguments.append(Argument(dtype, tuple(axes[k] for k in range(len(axes))), kinds[i]))
+        arguments.append(Argument(dtype, tuple(axes[k] for k in range(len(axes))), kind))
     return Signature(tuple(arguments), outputs)
 
 

@@ -27,21 +27,21 @@ OPTIONS = ("artifact_path", "meta", "solver")
 STUB = "an input file, such as the stub that neml2-compile wrote beside the artifact, MODEL_aoti.i"
 
 # Option of a solver block: how to read it, and the field of `NewtonSettings` it is; None for one that changes nothing.
-NEWTON: dict[str, tuple[str, str | None]] = {
-    "abs_tol": ("param_float", "atol"),
-    "rel_tol": ("param_float", "rtol"),
-    "max_its": ("param_int", "miters"),
-    "verbose": ("param_bool", None),
-    "linear_solver": ("param_str", None),
-}
-LINE_SEARCH: dict[str, tuple[str, str | None]] = {
+_LINE_SEARCH = {
     "linesearch_type": ("param_str", "ls_type"),
     "max_linesearch_iterations": ("param_int", "ls_max_iters"),
     "linesearch_cutback": ("param_float", "ls_cutback"),
     "linesearch_stopping_criteria": ("param_float", "ls_c"),
     "check_negative_criterion": ("param_bool", None),
 }
-SOLVERS = {"Newton": NEWTON, "NewtonWithLineSearch": NEWTON | LINE_SEARCH}
+_NEWTON = {
+    "abs_tol": ("param_float", "atol"),
+    "rel_tol": ("param_float", "rtol"),
+    "max_its": ("param_int", "miters"),
+    "verbose": ("param_bool", None),
+    "linear_solver": ("param_str", None),
+}
+SOLVERS = {"Newton": _NEWTON, "NewtonWithLineSearch": _NEWTON | _LINE_SEARCH}
 TRIALS = 10
 
 
@@ -63,8 +63,11 @@ def is_input_file(path: Path) -> bool:
 def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = ()) -> tuple[str, Stub]:
     """A compiled model in a stub: its name, and what its block asks for, with the path of the artifact resolved.
 
-    Only where a stub has several models, one must be named. An InputError where there is none, or no artifact.
+    Only where a stub has several models, one must be named. An InputError where there is none, or no artifact, or the
+    block has an option that nobody reads.
     """
+    import nmhit
+
     root = parse_input(path, overrides)
     found = blocks(root, "Models")
     compiled = {name: block for name, block in found.items() if block.param_optional_str("type", "") == AOTI_MODEL}
@@ -83,10 +86,17 @@ def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = 
     elif model not in compiled:
         there = ", ".join(compiled) or "none"
         raise UnknownNameError(f"{path} has no compiled model {model!r}; there are: {there}.")
-    block = compiled[model]
+    # An override may be of a promoted parameter, which neml2's side knows.
+    overridden = {item.partition(":=")[0] for item in overrides}
     try:
-        _require_known(block, {item.partition(":=")[0] for item in overrides})
-        stub = read_stub(block, path.parent, lambda name: blocks(root, "Solvers").get(name))
+        for option in compiled[model].children(nmhit.NodeType.Field):
+            if option.path() not in ("type", *OPTIONS) and option.fullpath() not in overridden:
+                raise InputError(
+                    f"{option.path()} is {option.raw_val()}, which nobody reads. The block takes {', '.join(OPTIONS)}; "
+                    "all else is compiled: compile the model again, with -p PARAMETER for one that is to be changed. "
+                    "Solver settings can be given at the load: Model(..., solver={'atol': 1e-9})."
+                )
+        stub = read_stub(compiled[model], path.parent, lambda name: blocks(root, "Solvers").get(name))
         artifact = stub.artifact.resolve()
         artifact_at(artifact)
     except (ArtifactNotFoundError, InputError) as error:
@@ -120,19 +130,6 @@ def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:
     kind = nmhit.NodeType.Section
     tops = [top for top in root.children(kind) if top.path() == section]
     return {block.path(): block for top in tops for block in top.children(kind)}
-
-
-def _require_known(block: nmhit.Node, overridden: set[str]) -> None:
-    """Refuse an option that nobody reads; an override may be of a promoted parameter, which neml2's side knows."""
-    import nmhit
-
-    for field in block.children(nmhit.NodeType.Field):
-        if field.path() not in ("type", *OPTIONS) and field.fullpath() not in overridden:
-            raise InputError(
-                f"{field.path()} is {field.raw_val()}, which nobody reads. The block takes {', '.join(OPTIONS)}; all "
-                "else is compiled: compile the model again, with -p PARAMETER for one that is to be changed. Solver "
-                "settings can be given at the load: Model(..., solver={'atol': 1e-9})."
-            )
 
 
 def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmhit.Node | None]) -> Stub:
