@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -26,6 +25,8 @@ from .files import shown
 from .schema import BASE_SHAPES, GroupInfo, Variable
 
 Document = dict[str, Any]
+# A variable's name, and a shape.
+Sized = tuple[str, list[int]]
 
 NEWEST = 14
 RELEASES = {2: "3.0.0 to 3.0.2", 3: "3.0.3", 7: "3.0.4 to 3.0.6", 12: "3.0.7", 14: "3.1.0"}
@@ -72,39 +73,28 @@ class _Typed(Form, frozen=True, kw_only=True):
     var_type: Name
     var_size: Whole
     base_shape: Shape | None = None
+    # With its sites in front.
+    unflattened_shape: Shape | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        base = _base_shape(self)
-        if self.var_size != prod(base):
-            raise Unfit("var_size", f"{prod(base)}, the number of entries of a {self.var_type}")
-
-
-class _Flat(Form, frozen=True, kw_only=True):
-    """A variable of an implicit segment of schema 2, whose shape is given with its sites in front."""
-
-    name: Name
-    var_type: Name
-    var_size: Whole
-    unflattened_shape: Shape
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        natural, base = list(self.unflattened_shape), _base_shape(self)
+        if self.base_shape is None and self.var_type not in BASE_SHAPES:
+            of = f"the file has no shape for {self.name!r}, which has type {self.var_type!r}"
+            raise Unfit("var_type", f"one of {', '.join(BASE_SHAPES)}: {of}")
+        base = BASE_SHAPES[self.var_type] if self.base_shape is None else list(self.base_shape)
+        if self.unflattened_shape is None:
+            if prod(base) != self.var_size:
+                raise Unfit("var_size", f"{prod(base)}, the number of entries of a {self.var_type}")
+            return
+        natural = list(self.unflattened_shape)
         if natural[max(0, len(natural) - len(base)) :] != base or prod(natural) != self.var_size:
             raise Unfit("unflattened_shape", f"the shape of {self.var_size} entries that ends in {base}")
 
 
-def _base_shape(variable: _Typed | _Flat) -> list[int]:
-    if isinstance(variable, _Typed) and variable.base_shape is not None:
-        return list(variable.base_shape)
-    if variable.var_type not in BASE_SHAPES:
-        raise Unfit(
-            "var_type",
-            f"one of {', '.join(BASE_SHAPES)}: the file has no shape for {variable.name!r}, which has type "
-            f"{variable.var_type!r}",
-        )
-    return BASE_SHAPES[variable.var_type]
+class _Flat(_Typed, frozen=True, kw_only=True):
+    """A variable of an implicit segment of schema 2."""
+
+    unflattened_shape: Shape
 
 
 class _Explicit2(Form, frozen=True, tag_field="kind", tag="forward"):
@@ -183,19 +173,38 @@ class _Schema14(Form, frozen=True):
 
 def from_2(document: Document) -> Document:
     """Schema 2 to 3: flat vectors become one dense group each, and the one matrix of derivatives one cell or blocks."""
-    steps = {"forward": _flat_explicit, "implicit": _flat_implicit}
-    return {**document, "segments": [steps[segment["kind"]](segment) for segment in document["segments"]]}
+    segments = []
+    for segment in document["segments"]:
+        if segment["kind"] == "forward":
+            rows, columns = ([(v["name"], _base_shape(v)) for v in segment[key]] for key in ("outputs", "inputs"))
+            segments.append({"jacobian_pairs": _blocks(rows, columns, 0), **segment})
+            continue
+        unknowns, givens = ([_sited(variable) for variable in segment[key]] for key in ("unknowns", "givens"))
+        # The file does not name the residuals; there is one for each unknown, of the same size.
+        groups = {"unknown": unknowns, "residual": unknowns, "given": givens}
+        cell = {"row_structure": "dense", "col_structure": "dense", "row_vars": unknowns, "col_vars": givens}
+        found = {"unknowns": unknowns, "givens": givens, "ift_cells": [cell], "step_returns": "iterate"}
+        for kind, group in groups.items():
+            found[f"{kind}_group_infos"] = [{"structure": "dense", "per_var_info": group}]
+        segments.append({**segment, **found})
+    return {**document, "segments": segments}
 
 
 def from_3(document: Document) -> Document:
     """Schema 3 to 7: shapes come from types, all pairs that can be are derivatives, cells become pairs."""
-    steps = {"forward": _unordered, "implicit": _celled}
+    segments = []
+    for segment in document["segments"]:
+        if segment["kind"] == "implicit":
+            segments.append(_celled(segment))
+        else:
+            # Its graphs may take promoted parameters among its inputs.
+            segments.append({**segment, "parameters_among_inputs": bool(segment.get("param_inputs"))})
     return {
         "derivatives": _differentiable(document),
         "parameter_derivatives": [],
         **document,
-        **{key: [_with_base_shape(variable) for variable in document[key]] for key in ("inputs", "outputs")},
-        "segments": [steps[segment["kind"]](segment) for segment in document["segments"]],
+        **{key: [{**v, "base_shape": _base_shape(v)} for v in document[key]] for key in ("inputs", "outputs")},
+        "segments": segments,
         # Whatever was promoted, the graphs were traced with its value in double precision.
         "parameters": [{**parameter, "dtype": "float64"} for parameter in document["parameters"]],
     }
@@ -216,8 +225,18 @@ def from_7(document: Document) -> Document:
 
 def from_14(document: Document) -> Document:
     """Schema 14 to what `schema` reads: lists of bare names, a place for each pair, settings in each segment."""
-    config = document.get("solver_config", {})
-    return {**document, "segments": [_plain(segment, config) for segment in document["segments"]]}
+    config, segments = document.get("solver_config", {}), []
+    for segment in document["segments"]:
+        found = {**segment, "newton": segment.get("newton", config), "krylov": config.get("krylov", {})}
+        for key, linear in (("jacobian_pairs", "input_sensitivity"), ("param_jacobian_pairs", "param_sensitivity")):
+            if key in segment:
+                iterative = segment.get(linear, {}).get("kind") == "krylov"
+                found[key] = [_placed(pair, i, iterative) for i, pair in enumerate(segment[key])]
+        for key in _Segment14.__struct_fields__:
+            if key in segment and not key.endswith(("pairs", "sensitivity")):
+                found[key] = _names(segment[key])
+        segments.append(found)
+    return {**document, "segments": segments}
 
 
 # By the schema that a step starts from, what it needs and what it does. From 12 to 14 there is nothing to do; the role
@@ -230,16 +249,21 @@ STEPS: dict[int, tuple[type[Form], Callable[[Document], Document]]] = {
 }
 
 
-def _plain(segment: Document, config: Document) -> Document:
-    found = {**segment, "newton": segment.get("newton", config), "krylov": config.get("krylov", {})}
-    for key in _Segment14.__struct_fields__:
-        if key in segment and not key.endswith(("pairs", "sensitivity")):
-            found[key] = _names(segment[key])
-    for key, linear in (("jacobian_pairs", "input_sensitivity"), ("param_jacobian_pairs", "param_sensitivity")):
-        if key in segment:
-            iterative = segment.get(linear, {}).get("kind") == "krylov"
-            found[key] = [_placed(pair, i, iterative) for i, pair in enumerate(segment[key])]
-    return found
+# -- parts of them -----------------------------------------------------------------------------------------------------
+
+
+def _names(found: list[Any]) -> list[str]:
+    return [item if isinstance(item, str) else item["name"] for item in found]
+
+
+def _base_shape(variable: Document) -> list[int]:
+    base = variable.get("base_shape")
+    return BASE_SHAPES[variable["var_type"]] if base is None else list(base)
+
+
+def _sited(variable: Document) -> Document:
+    natural, base = variable["unflattened_shape"], _base_shape(variable)
+    return {**variable, "base_shape": base, "sub_batch_shape": natural[: len(natural) - len(base)]}
 
 
 def _placed(pair: Document, i: int, iterative: bool) -> Document:
@@ -251,48 +275,14 @@ def _placed(pair: Document, i: int, iterative: bool) -> Document:
     return {**pair, "output": i, "row_offset": None, "col_offset": None}
 
 
-def _flat_explicit(segment: Document) -> Document:
-    """An explicit segment whose Jacobian is one matrix over all outputs and inputs."""
-    rows, columns = (
-        [{"name": v["name"], "extent": v["var_size"], "shape": _shape_of(v)} for v in segment[key]]
-        for key in ("outputs", "inputs")
-    )
-    return {"jacobian_pairs": _blocks(rows, columns, 0), **segment}
-
-
-def _flat_implicit(segment: Document) -> Document:
-    """An implicit segment that takes its unknowns as one vector, its givens as another, and returns the new iterate."""
-    unknowns, givens = ([_sited(variable) for variable in segment[key]] for key in ("unknowns", "givens"))
-    # The file does not name the residuals; there is one for each unknown, of the same size.
-    groups = {"unknown": unknowns, "residual": unknowns, "given": givens}
-    return {
-        **segment,
-        **{f"{kind}_group_infos": [{"structure": "dense", "per_var_info": group}] for kind, group in groups.items()},
-        "unknowns": unknowns,
-        "givens": givens,
-        "ift_cells": [{"row_structure": "dense", "col_structure": "dense", "row_vars": unknowns, "col_vars": givens}],
-        "step_returns": "iterate",
-    }
-
-
-def _sited(variable: Document) -> Document:
-    natural, base = variable["unflattened_shape"], _shape_of(variable)
-    return {**variable, "base_shape": base, "sub_batch_shape": natural[: len(natural) - len(base)]}
-
-
-def _unordered(segment: Document) -> Document:
-    """An explicit segment whose graphs may take promoted parameters among its inputs."""
-    return {**segment, "parameters_among_inputs": bool(segment.get("param_inputs"))}
-
-
 def _celled(segment: Document) -> Document:
     """An implicit segment with one matrix of derivatives per pair of groups, and with its own Newton settings."""
     pairs = []
     for output, cell in enumerate(segment.get("ift_cells") or []):
-        if any(_summed(variable, cell["col_structure"]) for variable in cell["col_vars"]):
+        if any(_is_summed(variable, cell["col_structure"]) for variable in cell["col_vars"]):
             continue
         rows, columns = (
-            [_cell_variable(variable, cell[f"{side}_structure"]) for variable in cell[f"{side}_vars"]]
+            [(v["name"], _stored_shape(v, cell[f"{side}_structure"])) for v in cell[f"{side}_vars"]]
             for side in ("row", "col")
         )
         pairs += _blocks(rows, columns, output)
@@ -303,6 +293,34 @@ def _celled(segment: Document) -> Document:
     return {**segment, "newton": settings, **({"jacobian_pairs": pairs} if pairs else {})}
 
 
+def _is_summed(given: Document, structure: object) -> bool:
+    """Whether cells hold only the sum of the derivatives by all sites of a given: 3.0.3 sums over a block's columns."""
+    return structure == "block" and bool(given.get("sub_batch_shape"))
+
+
+def _stored_shape(variable: Document, structure: object) -> list[int]:
+    """The shape of a row or column of a cell: all sites of a variable on a dense side, one of them on a block side."""
+    sites = [] if structure == "block" else variable.get("sub_batch_shape") or []
+    return [*sites, *variable["base_shape"]]
+
+
+def _blocks(rows: list[Sized], columns: list[Sized], output: int) -> list[Document]:
+    """Pairs that lie side by side in the matrix that is this output, row after row."""
+    found, row = [], 0
+    for out, out_shape in rows:
+        column = 0
+        for wrt, wrt_shape in columns:
+            found.append(
+                {
+                    **{"out_var": out, "in_var": wrt, "out_base_shape": out_shape, "in_base_shape": wrt_shape},
+                    **{"output": output, "row_offset": row, "col_offset": column},
+                }
+            )
+            column += prod(wrt_shape)
+        row += prod(out_shape)
+    return found
+
+
 def _differentiable(document: Document) -> list[list[str]]:
     """Of each output, the inputs by which the graphs give its derivative: all but those that sums stand between."""
     inputs = [variable["name"] for variable in document["inputs"]]
@@ -311,7 +329,7 @@ def _differentiable(document: Document) -> list[list[str]]:
     for segment in document["segments"]:
         if segment["kind"] == "implicit":
             givens = {
-                variable["name"]: _summed(variable, group.get("structure"))
+                variable["name"]: _is_summed(variable, group.get("structure"))
                 for group in segment["given_group_infos"]
                 for variable in group["per_var_info"]
             }
@@ -324,52 +342,3 @@ def _differentiable(document: Document) -> list[list[str]]:
         lost |= dict.fromkeys(found, gone)
     outputs = _names(document["outputs"])
     return [[out, name] for out in outputs for name in inputs if name not in lost.get(out, set())]
-
-
-def _names(found: list[Any]) -> list[str]:
-    return [item if isinstance(item, str) else item["name"] for item in found]
-
-
-def _summed(given: Document, structure: object) -> bool:
-    """Whether cells hold only the sum of the derivatives by all sites of a given: 3.0.3 sums over a block's columns."""
-    return structure == "block" and bool(given.get("sub_batch_shape"))
-
-
-def _cell_variable(variable: Document, structure: object) -> Document:
-    """A variable as a row or column of a cell: all its sites on a dense side, one of them on a block side."""
-    sites = [] if structure == "block" else variable.get("sub_batch_shape") or []
-    shape = [*sites, *variable["base_shape"]]
-    return {"name": variable["name"], "extent": prod(shape), "shape": shape}
-
-
-def _shape_of(variable: Document) -> list[int]:
-    base = variable.get("base_shape")
-    return BASE_SHAPES[variable["var_type"]] if base is None else list(base)
-
-
-def _with_base_shape(variable: Document) -> Document:
-    return {**variable, "base_shape": _shape_of(variable)}
-
-
-def _blocks(rows: list[Document], columns: list[Document], output: int) -> list[Document]:
-    """Pairs that lie side by side in the matrix that is this output, row after row.
-
-    Rows and columns are variables with `name`, `extent` and `shape`.
-    """
-    return [
-        {
-            "out_var": out["name"],
-            "in_var": wrt["name"],
-            "out_base_shape": out["shape"],
-            "in_base_shape": wrt["shape"],
-            "output": output,
-            "row_offset": row,
-            "col_offset": column,
-        }
-        for row, out in zip(_offsets(rows), rows, strict=True)
-        for column, wrt in zip(_offsets(columns), columns, strict=True)
-    ]
-
-
-def _offsets(variables: list[Document]) -> list[int]:
-    return [0, *accumulate(variable["extent"] for variable in variables)][:-1]
