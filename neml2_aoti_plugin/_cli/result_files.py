@@ -12,11 +12,10 @@ import math
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from io import StringIO
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,24 +30,19 @@ from .results import (
     POINT,
     STEP,
     TYPES,
+    Array,
     Result,
     RunResult,
-    at_site,
     base_shape,
     collect,
     column_of,
     dimensions,
-    has_points,
     parts,
     table_of,
     to_array,
     with_names,
-    without_points,
 )
 from .target import lag
-
-if TYPE_CHECKING:
-    from .results import Array
 
 Shape = tuple[int, ...]
 
@@ -101,18 +95,23 @@ def read_result(path: str | PathLike[str]) -> RunResult:
 def read_readings(path: Path) -> list[Result]:
     """Read a result; gives several readings of a .pt file, where its shapes allow them."""
     require_format(path)
-    return {".pt": _read_pt, ".npz": _read_npz, ".csv": _read_csv, ".nc": _read_nc}[path.suffix.lower()](path)
+    if path.suffix.lower() == ".pt":
+        return _read_pt(path)
+    return [{".npz": _read_npz, ".csv": _read_csv, ".nc": _read_nc}[path.suffix.lower()](path)]
+
+
+def _no_result(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: is not {WHAT}: {why}")
 
 
 # -- .pt ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """What the axes of a variable are, `(*batch, *sub_batch, *base)`: its type and the number of sub-batch axes."""
 
     type: str
-    sites: int = 0
+    sites: int
 
 
 def layouts(shapes: Mapping[str, Shape], outputs: Collection[str] = ()) -> list[dict[str, Layout]]:
@@ -123,7 +122,7 @@ def layouts(shapes: Mapping[str, Shape], outputs: Collection[str] = ()) -> list[
     the components of one point, or a scalar at six; several batch axes are taken only where nothing else fits. Outputs
     have the whole batch also where they are single numbers.
     """
-    leads = {lead for shape in shapes.values() for kind in BASES if (lead := _lead(shape, kind)) is not None}
+    leads = {lead for shape in shapes.values() for lead in _leads(shape).values()}
     found = []
     for batch in sorted(leads, key=lambda lead: (len(lead), lead)):
         fits = {name: _fit(shape, batch, name in outputs) for name, shape in shapes.items()}
@@ -134,20 +133,16 @@ def layouts(shapes: Mapping[str, Shape], outputs: Collection[str] = ()) -> list[
     return [read for number, read in enumerate(few) if read not in few[:number]]
 
 
-def _lead(shape: Shape, kind: str) -> Shape | None:
-    """The axes before the base axes of a type; None if the shape has no such base axes."""
-    base = BASES[kind]
-    lead = len(shape) - len(base)
-    return shape[:lead] if lead >= 0 and shape[lead:] == base else None
+def _leads(shape: Shape) -> dict[str, Shape]:
+    """The axes before the base axes, by each type that the shape may be of."""
+    ends = {kind: len(shape) - len(base) for kind, base in BASES.items()}
+    return {kind: shape[:end] for kind, end in ends.items() if end >= 0 and shape[end:] == BASES[kind]}
 
 
 def _fit(shape: Shape, batch: Shape, output: bool) -> tuple[int, Layout]:
-    """What a tensor is beside a batch, and how badly it fits: its sub-batch axes, and one if it lacks the batch."""
+    """How badly a tensor fits a batch, and what it is then: its sub-batch axes, and one if it lacks the batch."""
     found = []
-    for kind in BASES:
-        lead = _lead(shape, kind)
-        if lead is None:
-            continue
+    for kind, lead in _leads(shape).items():
         sites = 0 if _broadcasts(lead, batch) else len(lead) - (len(batch) if lead[: len(batch)] == batch else 0)
         # A single number is the same for all points, unless the model gave it.
         says = output or math.prod(shape) > 1
@@ -158,14 +153,6 @@ def _fit(shape: Shape, batch: Shape, output: bool) -> tuple[int, Layout]:
 
 def _broadcasts(lead: Shape, batch: Shape) -> bool:
     return len(lead) <= len(batch) and all(a in (1, b) for a, b in zip(lead[::-1], batch[::-1], strict=False))
-
-
-def _sites_in(shape: Shape, widest: Shape, layout: Layout) -> int:
-    """The sub-batch axes of a value at one step: all of the variable, or none where it stands for all sites."""
-    base, sites = len(BASES[layout.type]), layout.sites
-    own = shape[len(shape) - base - sites : len(shape) - base]
-    wanted = widest[len(widest) - base - sites : len(widest) - base]
-    return sites if len(own) == sites and all(a in (1, b) for a, b in zip(own, wanted, strict=True)) else 0
 
 
 def _read_pt(path: Path) -> list[Result]:
@@ -188,36 +175,41 @@ def _read_pt(path: Path) -> list[Result]:
         raise _no_result(path, "holds no variables.")
     if steps > len(flat):
         raise _no_result(path, f"has {steps} steps and {len(flat)} entries, expected some for each step.")
-    shapes = {name: max((array.shape for array in by_step.values()), key=len) for name, by_step in arrays.items()}
-    try:
-        return [
-            collect(
-                {n: {k: (a, _sites_in(a.shape, shapes[n], read[n])) for k, a in v.items()} for n, v in arrays.items()},
-                {name: layout.type for name, layout in read.items()},
-                steps,
-                states & outputs,
-            )
-            for read in layouts(shapes, outputs)
-        ]
-    except ValueError as error:
-        raise _no_result(path, str(error)) from None
+    widest = {name: max((array.shape for array in by_step.values()), key=len) for name, by_step in arrays.items()}
+
+    def sites(array: Array, name: str, layout: Layout) -> int:
+        """The sub-batch axes of a value at one step: all of the variable, or none where it stands for all sites."""
+        base = len(BASES[layout.type])
+        own, wanted = (s[len(s) - base - layout.sites : len(s) - base] for s in (array.shape, widest[name]))
+        return layout.sites if len(own) == layout.sites and _broadcasts(own, wanted) else 0
+
+    found = []
+    for read in layouts(widest, outputs):
+        values = {n: {k: (a, sites(a, n, read[n])) for k, a in by_step.items()} for n, by_step in arrays.items()}
+        try:
+            found.append(collect(values, {n: layout.type for n, layout in read.items()}, steps, states & outputs))
+        except ValueError as error:
+            raise _no_result(path, str(error)) from None
+    return found
 
 
 # -- .npz and netCDF ---------------------------------------------------------------------------------------------------
 
 
 def _write_npz(path: Path, result: Result) -> None:
-    dims, coords = dimensions(result)
-    notes = {TYPES: np.array(json.dumps(result.types)), DIMS: np.array(json.dumps(dims))}
+    variables, coords = dimensions(result)
+    notes = {TYPES: result.types, DIMS: {name: dims for name, (dims, _) in variables.items()}}
+    entries = {f"@{dim}": labels for dim, labels in coords.items()}
+    entries |= {name: values for name, (_, values) in variables.items()}
+    entries |= {name: np.array(json.dumps(note)) for name, note in notes.items()}
     # numpy.savez takes the names as keywords, of which it has some itself.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        entries = {f"@{dim}": values for dim, values in coords.items()} | without_points(result, dims) | notes
         for name, values in entries.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, values, allow_pickle=False)
 
 
-def _read_npz(path: Path) -> list[Result]:
+def _read_npz(path: Path) -> Result:
     types: dict[str, str] = {}
     dims: dict[str, list[str]] = {}
 
@@ -229,18 +221,17 @@ def _read_npz(path: Path) -> list[Result]:
         return types
 
     found = read_tensors(path, WHAT, check, finite=False).tensors
-    return [_with_points(path, {name: to_array(values) for name, values in found.items()}, dims, types)]
+    return _with_points(path, {name: (dims.get(name, ()), to_array(x)) for name, x in found.items()}, types)
 
 
-def _with_points(
-    path: Path, found: Mapping[str, Array], dims: Mapping[str, Collection[str]], types: dict[str, str]
-) -> Result:
-    """The result of values by variable; see `without_points`."""
-    for name, values in found.items():
-        shape, base, axes = values.shape, base_shape(types[name]), tuple(dims.get(name, ()))
-        if len(shape) != len(axes) or shape[len(shape) - len(base) :] != base or len(shape) <= len(base):
-            raise _no_result(path, f"{name!r} has shape {shape}, expected {axes}, at the end {base} of {types[name]}.")
-    series = {name: x if has_points(dims[name]) else x[:, None] for name, x in found.items()}
+def _with_points(path: Path, found: Mapping[str, tuple[Iterable[Any], Array]], types: dict[str, str]) -> Result:
+    """The result of variables with what their axes are called; see `dimensions`."""
+    series = {}
+    for name, (given, values) in found.items():
+        shape, base, dims = values.shape, base_shape(types[name]), tuple(given)
+        if len(shape) != len(dims) or shape[len(shape) - len(base) :] != base or len(shape) <= len(base):
+            raise _no_result(path, f"{name!r} has shape {shape}, expected {dims}, at the end {base} of {types[name]}.")
+        series[name] = values if any(dim.rstrip("_") == POINT[1:] for dim in dims) else values[:, None]
     if len({len(values) for values in series.values()}) != 1:
         raise _no_result(path, "its variables have different numbers of steps, or there are none.")
     return Result(series, types)
@@ -274,19 +265,20 @@ def _write_nc(path: Path, result: Result) -> None:
     dataset.rename(plain).to_netcdf(path, engine="scipy")
 
 
-def _read_nc(path: Path) -> list[Result]:
+def _read_nc(path: Path) -> Result:
     xarray = _xarray(path)
     require_plain(path, WHAT)
+    found, types = {}, {}
     try:
-        dataset = xarray.load_dataset(path)
-        found = {str(x.attrs["long_name"]): x for x in dataset.variables.values() if "type" in x.attrs}
-        types = {name: str(x.attrs["type"]) for name, x in found.items()}
-        series = {name: np.asarray(x.values, dtype=np.float64) for name, x in found.items()}
-        series = {name: x * MANDEL if types[name] == "SR2" else x for name, x in series.items()}
+        for variable in xarray.load_dataset(path).variables.values():
+            if "type" in variable.attrs:
+                name, kind = (str(variable.attrs[key]) for key in ("long_name", "type"))
+                values = np.asarray(variable.values, dtype=np.float64)
+                found[name], types[name] = (variable.dims, values * MANDEL if kind == "SR2" else values), kind
     except Exception as error:
         # xarray, and what it reads by, raise errors of a dozen types.
         raise _no_result(path, first_line(error)) from None
-    return [_with_points(path, series, {name: x.dims for name, x in found.items()}, types)]
+    return _with_points(path, found, types)
 
 
 # -- .csv --------------------------------------------------------------------------------------------------------------
@@ -300,7 +292,7 @@ def _write_csv(path: Path, result: Result) -> None:
         writer.writerows(zip(*(map(repr, values.tolist()) for values in table.values()), strict=True))
 
 
-def _read_csv(path: Path) -> list[Result]:
+def _read_csv(path: Path) -> Result:
     try:
         text = read_plain(path, WHAT, MOST_BYTES).decode()
         head, *lines = csv.reader(StringIO(text, newline=""))
@@ -312,38 +304,28 @@ def _read_csv(path: Path) -> list[Result]:
         raise _no_result(path, f"its first columns are not {STEP} and {POINT}.")
     if not lines:
         raise InputError(f"{path}: has no points, so that there is nothing to draw.")
-    found: dict[str, dict[Shape, dict[str, Array]]] = {}
     try:
-        table = np.array(lines, dtype=np.float64)
-        steps, points = int(table[-1, 0]) + 1, int(table[-1, 1]) + 1
-        if not np.array_equal(table[:, :2], list(np.ndindex(steps, points))):
-            raise ValueError("steps and points are not all there, in order")
-        for index, name in enumerate(head[2:], 2):
-            column = column_of(name)
-            values = table[:, index].reshape(steps, points)
-            found.setdefault(column.name, {}).setdefault(column.site, {})[column.part] = values
-        return [_stacked(found, steps, points)]
+        return _of_table(head, np.array(lines, dtype=np.float64))
     except (ValueError, LookupError, ArithmeticError) as error:
         raise _no_result(path, f"its table cannot be read ({error}).") from None
 
 
-def _stacked(found: Mapping[str, Mapping[Shape, Mapping[str, Array]]], steps: int, points: int) -> Result:
-    """Columns by variable, site and part, each `(steps, points)`, as a result."""
+def _of_table(head: list[str], table: Array) -> Result:
+    """The result of a table with a line for each step and point."""
+    steps, points = int(table[-1, 0]) + 1, int(table[-1, 1]) + 1
+    if len(table) != steps * points or not np.array_equal(table[:, :2], list(np.ndindex(steps, points))):
+        raise ValueError("steps and points are not all there, in order")
+    # Where in a line is which part of which site, by variable.
+    places: dict[str, dict[tuple[Shape, str], int]] = {}
+    for place, text in enumerate(head[2:], 2):
+        column = column_of(text)
+        places.setdefault(column.name, {})[column.site, column.part] = place
     kinds = {parts(kind): kind for kind in reversed(BASE_SHAPES)}
     series, types = {}, {}
-    for name, sites in found.items():
-        labels = tuple(next(iter(sites.values())))
-        types[name] = kinds[labels]
-        shape = tuple(max(axis) + 1 for axis in zip(*sites, strict=True))
-        if math.prod(shape) != len(sites):
-            raise ValueError(f"{name!r} has not all of its sites")
-        values = np.full((steps, points, *shape, len(labels)), math.nan)
-        for site, of_site in sites.items():
-            at_site(values, site)[...] = np.stack([of_site[label] for label in labels], -1)
-        values = values * MANDEL if types[name] == "SR2" else values
-        series[name] = values.reshape((steps, points, *shape, *base_shape(types[name])))
+    for name, at in places.items():
+        kind = types[name] = kinds[tuple(dict.fromkeys(part for _, part in at))]
+        sites = tuple(max(axis) + 1 for axis in zip(*(site for site, _ in at), strict=True))
+        order = [at[site, part] for site in np.ndindex(sites) for part in parts(kind)]
+        values = table[:, order].reshape((steps, points, *sites, *base_shape(kind)))
+        series[name] = values * MANDEL if kind == "SR2" else values
     return Result(series, types)
-
-
-def _no_result(path: Path, why: str) -> InputError:
-    return InputError(f"{path}: is not {WHAT}: {why}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -141,14 +141,17 @@ def at_site(values: Array, site: tuple[int, ...]) -> Array:
     return found
 
 
-def columns(result: Result) -> dict[str, Array]:
-    """The components of all variables at all sites by name, such as `stress[2].xy`, each `(steps, points)`."""
-    return {
-        str(Column(name, site, part)): at_site(component(values, result.types[name], part), site)
-        for name, values in result.series.items()
-        for site in np.ndindex(result.sub_batch(name))
-        for part in parts(result.types[name])
-    }
+def table_of(result: Result) -> dict[str, NDArray[Any]]:
+    """A line for each step and point, a column for each component at each site, such as `stress[2].xy`."""
+    shape = (result.steps, result.points)
+    step, point = np.indices(shape)
+    found: dict[str, NDArray[Any]] = {STEP: step.ravel(), POINT: point.ravel()}
+    for name, values in result.series.items():
+        for site in np.ndindex(result.sub_batch(name)):
+            for part in parts(result.types[name]):
+                column = at_site(component(values, result.types[name], part), site)
+                found[str(Column(name, site, part))] = np.broadcast_to(column, shape).ravel()
+    return found
 
 
 def invariant(name: str, values: Array) -> Array:
@@ -177,14 +180,11 @@ def quantity(result: Result, wanted: str) -> Array:
     if kind is None or column.part not in known:
         raise UnknownNameError(f"{wanted!r} is not in this result: {_there(result)}.")
     values, sub_batch = result.series[column.name], result.sub_batch(column.name)
-    is_invariant = column.part in INVARIANTS
-    found = invariant(column.part, values) if is_invariant else component(values, kind, column.part)
-    if not column.site:
-        return found
-    fits = len(column.site) == len(sub_batch) and all(i < size for i, size in zip(column.site, sub_batch, strict=True))
-    if not fits:
+    if column.site and column.site not in np.ndindex(sub_batch):
         there = f"sites of shape {list(sub_batch)}" if sub_batch else "no sites"
         raise UnknownNameError(f"{wanted!r} is not in this result: {column.name!r} has {there}.")
+    is_invariant = column.part in INVARIANTS
+    found = invariant(column.part, values) if is_invariant else component(values, kind, column.part)
     return at_site(found, column.site)
 
 
@@ -204,18 +204,20 @@ def _there(result: Result) -> str:
 
 def with_names(result: Result) -> RunResult:
     """The arrays of a result, in tensor components, with names and coordinates."""
-    dims, coords = dimensions(result)
-    variables = {
-        name: (dims[name], values / MANDEL if result.types[name] == "SR2" else values)
-        for name, values in without_points(result, dims).items()
-    }
+    variables, coords = dimensions(result)
+    for name in [name for name, kind in result.types.items() if kind == "SR2"]:
+        dims, values = variables[name]
+        variables[name] = (dims, values / MANDEL)
     for dim in [dim for dim in coords if f"@{dim}" in variables]:
         coords[dim] = variables.pop(f"@{dim}")[1]
     return RunResult(variables, coords, table_of(result))
 
 
-def dimensions(result: Result) -> tuple[dict[str, tuple[str, ...]], dict[str, NDArray[Any]]]:
-    """What the axes of each variable are called, and coordinates along them; those of the time are the variable."""
+def dimensions(result: Result) -> tuple[dict[str, tuple[tuple[str, ...], Array]], dict[str, NDArray[Any]]]:
+    """Each variable with what its axes are called, and coordinates along them; those of the time are the variable.
+
+    What is the same at all points has no axis for them.
+    """
     coords: dict[str, NDArray[Any]] = {}
 
     def dimension(name: str, labels: NDArray[Any]) -> str:
@@ -224,39 +226,22 @@ def dimensions(result: Result) -> tuple[dict[str, tuple[str, ...]], dict[str, ND
         coords[name] = labels
         return name
 
-    point, dims = dimension(POINT[1:], np.arange(result.points)), {}
+    point, variables = dimension(POINT[1:], np.arange(result.points)), {}
     time = dimension(TIME[1:], np.arange(result.steps))
     for name, values in result.series.items():
-        sites, kind = result.sub_batch(name), result.types[name]
+        sites = result.sub_batch(name)
         same = values.shape[1] != result.points or (name == TIME and (values == values[:, :1]).all())
-        found = [time] if same else [time, point]
+        dims = [time] if same else [time, point]
         for axis, size in enumerate(sites):
             dim = "site" if len(sites) == 1 else f"site_{axis}"
             dim = dim if len(coords.get(dim, range(size))) == size else f"{name}.{dim}"
-            found.append(dimension(dim, np.arange(size)))
-        found += [dimension(dim, np.array(labels)) for dim, labels in AXES[base_shape(kind)].items()]
-        dims[name] = tuple(found)
-    if dims.get(TIME) != (time,):
+            dims.append(dimension(dim, np.arange(size)))
+        dims += [dimension(dim, np.array(of)) for dim, of in AXES[base_shape(result.types[name])].items()]
+        variables[name] = (tuple(dims), values[:, 0] if same else values)
+    if TIME not in variables or variables[TIME][0] != (time,):
         # Nothing is known of the steps, or it is another time at each point.
         del coords[time]
-    return dims, coords
-
-
-def has_points(dims: Iterable[str]) -> bool:
-    return any(dim.rstrip("_") == POINT[1:] for dim in dims)
-
-
-def without_points(result: Result, dims: Mapping[str, Collection[str]]) -> dict[str, Array]:
-    """The values by variable, without an axis for points where they are the same at all of them."""
-    return {name: x if has_points(dims[name]) else x[:, 0] for name, x in result.series.items()}
-
-
-def table_of(result: Result) -> dict[str, NDArray[Any]]:
-    """A line for each step and point."""
-    shape = (result.steps, result.points)
-    step, point = np.indices(shape)
-    wide = {name: np.broadcast_to(values, shape).ravel() for name, values in columns(result).items()}
-    return {STEP: step.ravel(), POINT: point.ravel(), **wide}
+    return variables, coords
 
 
 def to_array(value: Any) -> Array:
@@ -266,54 +251,45 @@ def to_array(value: Any) -> Array:
 
 def from_driver(driver: Any) -> Result:
     """The result of a transient driver that has run."""
-    values: Values = {}
-    types: dict[str, str] = {}
-    states = set()
+    # A driver records the time only where the model takes it.
+    values: Values = {TIME: {step: (to_array(at), 0) for step, at in enumerate(driver.prescribed_time.data)}}
+    types, states = {TIME: "Scalar"}, set()
     for side in (driver.result_in, driver.result_out):
         for step, found in enumerate(side):
             for name, value in found.items():
                 if lag(name)[1]:
                     states.add(lag(name)[0])
-                    continue
-                types[name] = type(value).__name__
-                values.setdefault(name, {})[step] = (to_array(value.data), value.sub_batch_ndim)
+                else:
+                    types[name] = type(value).__name__
+                    values.setdefault(name, {})[step] = (to_array(value.data), value.sub_batch_ndim)
     outputs = {name for found in driver.result_out for name in found}
-    # A driver records the time only where the model takes it.
-    values = {TIME: {step: (to_array(at), 0) for step, at in enumerate(driver.prescribed_time.data)}, **values}
-    return collect(values, {TIME: "Scalar", **types}, driver.nsteps, states & outputs)
+    return collect(values, types, driver.nsteps, states & outputs)
 
 
 def collect(values: Values, types: dict[str, str], steps: int, states: Collection[str]) -> Result:
-    """Series of the values of steps; a driver starts from zero states where no initial condition is given."""
-    inner: dict[str, int] = {}
-    wide: dict[str, dict[int, Array]] = {}
+    """Series of the values of steps, with batch axes folded onto one; of one point where the value is the same for all.
+
+    A driver starts from zero states where no initial condition is given.
+    """
+    arrays: dict[str, dict[int, Array]] = {}
+    leads, inner = {}, {}
     for name, by_step in values.items():
-        base = len(base_shape(types[name]))
-        sites = max(own for _, own in by_step.values())
-        inner[name] = sites + base
-        wide[name] = {step: _with_sites(array, own, sites, base) for step, (array, own) in by_step.items()}
-    batch = np.broadcast_shapes(*(a.shape[: a.ndim - inner[name]] for name, v in wide.items() for a in v.values()))
-    series = {
-        name: _series(by_step, steps, batch, inner[name], 0.0 if name in states else math.nan)
-        for name, by_step in wide.items()
-    }
+        base, sites = len(base_shape(types[name])), max(own for _, own in by_step.values())
+        arrays[name] = {}
+        for step, (array, own) in by_step.items():
+            # As many sub-batch axes as the variable has at other steps.
+            at = array.ndim - base - own
+            arrays[name][step] = np.expand_dims(array, tuple(range(at, at + sites - own)))
+        shapes = [array.shape for array in arrays[name].values()]
+        leads[name] = np.broadcast_shapes(*(shape[: len(shape) - sites - base] for shape in shapes))
+        inner[name] = np.broadcast_shapes(*(shape[len(shape) - sites - base :] for shape in shapes))
+    batch = np.broadcast_shapes(*leads.values())
+    series = {}
+    for name, wide in arrays.items():
+        lead = leads[name] if math.prod(leads[name]) == 1 else batch
+        found = np.full((steps, *lead, *inner[name]), math.nan)
+        found[0] = 0.0 if name in states else math.nan
+        for step, array in wide.items():
+            found[step] = array
+        series[name] = found.reshape((steps, math.prod(lead), *inner[name]))
     return Result(series, {name: types[name] for name in series})
-
-
-def _with_sites(array: Array, own: int, sites: int, base: int) -> Array:
-    """A value with as many sub-batch axes as the variable has at other steps."""
-    at = array.ndim - base - own
-    return array.reshape((*array.shape[:at], *(1,) * (sites - own), *array.shape[at:]))
-
-
-def _series(values: Mapping[int, Array], steps: int, batch: tuple[int, ...], inner: int, start: float) -> Array:
-    """One array over all steps, its batch axes folded onto one; of one point if the value is the same for all."""
-    lead = np.broadcast_shapes(*(array.shape[: array.ndim - inner] for array in values.values()))
-    lead = lead if math.prod(lead) == 1 else batch
-    shape = np.broadcast_shapes(*(array.shape[array.ndim - inner :] for array in values.values()))
-    found = np.full((steps, *lead, *shape), math.nan)
-    for step, array in values.items():
-        found[step] = array
-    if 0 not in values:
-        found[0] = start
-    return found.reshape((steps, math.prod(lead), *shape))
