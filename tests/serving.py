@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import references
 from neml2_aoti_plugin import Model
-from stubs.build import compiled
 
 Array = NDArray[Any]
 
@@ -38,7 +38,7 @@ NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 def artifact(stub: str) -> Path:
     """The artifact of a stub."""
-    return next(path.parent for path in compiled(stub).glob("*/metadata.json"))
+    return references.case(stub).artifact
 
 
 def step(rows: int, seed: int = 0, size: float = 3e-3) -> dict[str, Array]:
@@ -64,23 +64,25 @@ def tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
+def infer(model: str) -> str:
+    """Where a model is asked for an evaluation."""
+    return f"/v2/models/{model}/infer"
+
+
 def encode(
-    inputs: Mapping[str, Array], binary: bool, parameters: Mapping[str, Any] = {}
+    inputs: Mapping[str, Array], binary: bool = True, parameters: Mapping[str, Any] = {}, **more: Any
 ) -> tuple[bytes, dict[str, str]]:
-    """The body of a request, and its headers."""
+    """The body of a request, which may have more keys, and its headers."""
     entries: list[dict[str, Any]] = []
-    data = b""
     for name, array in inputs.items():
-        entry: dict[str, Any] = {"name": name, "shape": list(array.shape), "datatype": NAMES[array.dtype]}
-        if binary:
-            entry["parameters"] = {"binary_data_size": array.nbytes}
-            data += array.tobytes()
-        else:
-            entry["data"] = array.reshape(-1).tolist()
-        entries.append(entry)
+        data = {"parameters": {"binary_data_size": array.nbytes}} if binary else {"data": array.reshape(-1).tolist()}
+        entries.append({"name": name, "shape": list(array.shape), "datatype": NAMES[array.dtype], **data})
     options = {"binary_data_output": True} if binary else {}
-    head = json.dumps({"inputs": entries, "parameters": {**options, **parameters}}).encode()
-    return head + data, ({"Inference-Header-Content-Length": str(len(head))} if binary else {})
+    head = json.dumps({"inputs": entries, "parameters": {**options, **parameters}, **more}).encode()
+    if not binary:
+        return head, {}
+    body = b"".join([head, *(array.tobytes() for array in inputs.values())])
+    return body, {"Inference-Header-Content-Length": str(len(head))}
 
 
 def raw(path: str, body: bytes = b"", headers: Mapping[str, str] = {}, method: str = "POST") -> bytes:
@@ -139,9 +141,6 @@ def same(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> None:
         close(found[name], value)
 
 
-# -- the service -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Answer:
     """What a request was answered with."""
@@ -169,14 +168,14 @@ class Answer:
         assert self.status == 200, self.body
         rest, found = self.body[self._cut :], {}
         for output in self.document["outputs"]:
-            dtype, shape = DTYPES[output["datatype"]], output["shape"]
+            dtype = DTYPES[output["datatype"]]
             if "data" in output:
-                numbers = [np.nan if x is None else x for x in output["data"]]
-                found[output["name"]] = np.array(numbers, dtype).reshape(shape)
-                continue
-            size = output["parameters"]["binary_data_size"]
-            found[output["name"]] = np.frombuffer(rest[:size], dtype).reshape(shape)
-            rest = rest[size:]
+                flat: Array = np.array([np.nan if x is None else x for x in output["data"]], dtype)
+            else:
+                size = output["parameters"]["binary_data_size"]
+                flat = np.frombuffer(rest[:size], dtype)
+                rest = rest[size:]
+            found[output["name"]] = flat.reshape(output["shape"])
         assert not rest
         return found
 
@@ -185,29 +184,41 @@ class Answer:
         return int(self.headers.get("inference-header-content-length", len(self.body)))
 
 
+# -- the service -----------------------------------------------------------------------------------------------------
+
+
+def eventually(holds: Callable[[], Any], patience: float = PATIENCE) -> Any:
+    """Wait until something holds, and give it."""
+    end = time.monotonic() + patience
+    while not (found := holds()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
+
+
 @dataclass
 class Service:
     """A running service."""
 
     process: subprocess.Popen[bytes]
     log: Path
-    address: str = ""
-    host: str = ""
-    port: int = 0
-    path: str = ""
+    # A path, or host and port.
+    address: Any = ""
     headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """Host and port."""
+        return "{}:{}".format(*self.address)
 
     def connect(self, timeout: float = 60.0) -> socket.socket:
         """A connection."""
-        if not self.path:
-            return socket.create_connection((self.host, self.port), timeout)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(timeout)
-        try:
-            connection.connect(self.path)
-        except OSError:
-            connection.close()
-            raise
+        family = socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            connection.settimeout(timeout)
+            connection.connect(self.address)
+            stack.pop_all()
         return connection
 
     def request(
@@ -231,11 +242,11 @@ class Service:
 
     def post(self, model: str, document: Any) -> Answer:
         """Ask for an evaluation by a document."""
-        return self.request("POST", f"/v2/models/{model}/infer", json.dumps(document).encode())
+        return self.request("POST", infer(model), json.dumps(document).encode())
 
-    def infer(self, model: str, inputs: Mapping[str, Array], binary: bool = True, **parameters: Any) -> Answer:
+    def infer(self, model: str, inputs: Mapping[str, Array], **parameters: Any) -> Answer:
         """Ask for an evaluation."""
-        return self.request("POST", f"/v2/models/{model}/infer", *encode(inputs, binary, parameters))
+        return self.request("POST", infer(model), *encode(inputs, True, parameters))
 
     def lines(self, event: str = "") -> list[dict[str, Any]]:
         """The lines of the log, of one kind or all."""
@@ -246,20 +257,22 @@ class Service:
 
     def wait_for(self, event: str, count: int = 1) -> list[dict[str, Any]]:
         """Wait for lines of a kind."""
-        end = time.monotonic() + PATIENCE
-        while len(found := self.lines(event)) < count:
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text(encoding="utf-8")
-            time.sleep(0.05)
+
+        def came() -> list[dict[str, Any]]:
+            assert self.process.poll() is None, self.log.read_text(encoding="utf-8")
+            found = self.lines(event)
+            return found if len(found) >= count else []
+
+        found: list[dict[str, Any]] = eventually(came) if count else []
         return found
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric over what has these labels."""
         total = 0.0
         for line in self.request("GET", "/metrics").body.decode().splitlines():
-            match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
-            if match and match[1] == name:
-                own = dict(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
-                total += float(match[3]) if labels.items() <= own.items() else 0.0
+            match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+            if match and labels.items() <= dict(re.findall(r'(\w+)="([^"]*)"', match[1] or "")).items():
+                total += float(match[2])
         return total
 
     def stop(self, patience: float = 60.0) -> int:
@@ -278,26 +291,20 @@ def started(
     """
     folder.mkdir(parents=True, exist_ok=True)
     log, errors = folder / "log.jsonl", folder / "errors.txt"
-    where = [] if "--uds" in map(str, arguments) else ["--port", "0"]
+    command = [str(SCRIPT), "serve", *map(str, arguments)]
+    command += [] if "--uds" in command else ["--port", "0"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **variables}
     with log.open("wb") as out, errors.open("wb") as err:
-        command = [str(SCRIPT), "serve", *map(str, arguments), *where]
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-    service = Service(process, log)
+        service = Service(subprocess.Popen(command, stdout=out, stderr=err, env=environment), log)
     try:
-        service.address = service.wait_for("starting")[0]["address"]
-        kind, _, rest = service.address.partition(":")
-        if kind == "unix":
-            service.path = rest
-        else:
-            service.host, _, port = rest.removeprefix("//").partition(":")
-            service.port = int(port)
+        kind, _, rest = service.wait_for("starting")[0]["address"].partition(":")
+        host, _, port = rest.removeprefix("//").partition(":")
+        service.address = rest if kind == "unix" else (host, int(port))
         service.wait_for("listening", ready)
         yield service
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait(30)
+        service.process.kill()
+        service.process.wait(30)
         told = errors.read_text(encoding="utf-8")
         assert told == "", told
 

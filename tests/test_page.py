@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+import references
 from neml2_aoti_plugin.model import Model
-from serving import Service, started
-from stubs.build import compiled
+from serving import Service, artifact, started
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 
@@ -30,60 +29,48 @@ pytestmark = [
     ),
 ]
 
-STUBS = ("elasticity", "viscoplasticity")
 # Too few iterations for steps beyond the elastic ones.
-FEW = """
-[Solvers]
-  [few]
-    type = Newton
-    max_its = 2
-  []
-[]
-"""
+FEW = "\n[Solvers]\n  [few]\n    type = Newton\n    max_its = 2\n  []\n[]\n"
 TOKEN = "a-token"
 # Of the page's numbers against those of the same calls here.
 CLOSE = 1e-11
 
 
 @pytest.fixture(scope="module")
-def artifacts() -> dict[str, Path]:
-    return {name: compiled(name) / name for name in STUBS}
-
-
-@pytest.fixture(scope="module")
-def service(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("page")
-    stub = artifacts["viscoplasticity"].parent / "viscoplasticity_aoti.i"
-    entry = f"artifact_path = '{artifacts['viscoplasticity']}'\n    solver = few"
-    text = stub.read_text(encoding="utf-8").replace("artifact_path = 'viscoplasticity'", entry)
-    (folder / "few_aoti.i").write_text(text + FEW, encoding="utf-8")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two artifacts; one of them again with a solver that fails, and also with a driver that has initial values."""
+    folder, case = tmp_path_factory.mktemp("page"), references.case("viscoplasticity")
+    entry = f"artifact_path = '{case.artifact}'\n    solver = few"
+    text = case.file.read_text(encoding="utf-8").replace("artifact_path = 'viscoplasticity'", entry) + FEW
     initial = "ic_Scalar_names = 'equivalent_plastic_strain'\n    ic_Scalar_values = '0.25'\n    type = TransientDriver"
     driven = text.replace("type = TransientDriver", initial)
     assert driven != text
-    (folder / "driven_aoti.i").write_text(driven + FEW, encoding="utf-8")
-    names = [word for name in ("few", "driven") for word in ("--name", f"{name}={folder / name}_aoti.i")]
-    with started(folder / "log", [*artifacts.values(), *names]) as found:
+    arguments: list[object] = [artifact("elasticity"), case.artifact]
+    for name, content in (("few", text), ("driven", driven)):
+        (folder / f"{name}_aoti.i").write_text(content, encoding="utf-8")
+        arguments += ["--name", f"{name}={folder / name}_aoti.i"]
+    with started(folder / "log", arguments) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    with tempfile.TemporaryDirectory() as profile:
-        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={profile}"):
-            options.add_argument(argument)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-        driver.set_script_timeout(60)
-        yield driver
-        driver.quit()
+    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", profile):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture
 def page(browser: Any, service: Service) -> Any:
     browser.set_window_size(1100, 900)
-    browser.get(f"http://{service.host}:{service.port}/")
+    browser.get(f"http://{service.place}/")
     browser.get_log("browser")
     assert "steps in" in wait(browser)
     return browser
@@ -123,14 +110,33 @@ def curve(browser: Any, name: str, component: int) -> list[list[float]]:
     return found
 
 
-def test_an_elastic_ramp_is_a_straight_line(page: Any, artifacts: dict[str, Path]) -> None:
+def show(browser: Any, what: str) -> list[float]:
+    """Choose what is drawn, and give its values."""
+    found: list[float] = browser.execute_script(
+        "document.getElementById('shown').value = arguments[0]; draw();"
+        "return result.map(step => shown().value(step.outputs))",
+        what,
+    )
+    return found
+
+
+def text_of(browser: Any, element: str) -> str:
+    found: str = browser.find_element("id", element).text
+    return found
+
+
+def stiffness() -> torch.Tensor:
+    """Of the elastic model, `(6, 6)`."""
+    strain = torch.zeros(1, 6, dtype=torch.float64)
+    return Model(artifact("elasticity")).jacobian({"strain": strain}, expand=True)[1]["stress"]["strain"][0]
+
+
+def test_an_elastic_ramp_is_a_straight_line(page: Any) -> None:
     assert put(page, model="elasticity", steps=40, amplitude=-2, history="ramp").startswith("40 steps")
     steps = curve(page, "stress", 0)
-    strain = torch.zeros(1, 6, dtype=torch.float64)
-    strain[0, 0] = 1.0
-    stiffness = float(Model(artifacts["elasticity"]).forward({"strain": strain})["stress"][0, 0])
     assert len(steps) == 40 and steps[-1][1] == pytest.approx(0.01)
-    assert [step[2] for step in steps] == pytest.approx([stiffness * step[1] for step in steps], rel=1e-12)
+    expected = [float(stiffness()[0, 0]) * step[1] for step in steps]
+    assert [step[2] for step in steps] == pytest.approx(expected, rel=1e-12)
     points = page.execute_script("return document.querySelector('#response polyline').getAttribute('points')").split()
     first, middle, last = (tuple(map(float, points[i].split(","))) for i in (0, len(points) // 2, -1))
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in ((first, middle), (middle, last))]
@@ -139,12 +145,12 @@ def test_an_elastic_ramp_is_a_straight_line(page: Any, artifacts: dict[str, Path
     assert not page.find_element("id", "iterations").is_displayed()
 
 
-def test_a_cycle_of_shear_is_the_march_of_the_model(page: Any, artifacts: dict[str, Path]) -> None:
+def test_a_cycle_of_shear_is_the_march_of_the_model(page: Any) -> None:
     put(page, model="viscoplasticity", history="cycle", steps=30, cycles=1, component="xy", rate=-3)
     steps = curve(page, "stress", 5)
     assert max(step[1] for step in steps) == pytest.approx(0.01) and min(s[1] for s in steps) == pytest.approx(-0.01)
     assert steps[-1][1] == pytest.approx(0.0, abs=1e-15)
-    model = Model(artifacts["viscoplasticity"])
+    model = Model(artifact("viscoplasticity"))
     past = {name: torch.zeros(1, *known.natural_shape, dtype=torch.float64) for name, known in model.inputs.items()}
     for time, shear, stress in steps:
         inputs = {name: past[name] for name in model.inputs if "~" in name}
@@ -160,16 +166,6 @@ def test_a_cycle_of_shear_is_the_march_of_the_model(page: Any, artifacts: dict[s
     assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def show(browser: Any, what: str) -> list[float]:
-    """Choose what is drawn, and give its values."""
-    found: list[float] = browser.execute_script(
-        "document.getElementById('shown').value = arguments[0]; draw();"
-        "return result.map(step => shown().value(step.outputs))",
-        what,
-    )
-    return found
-
-
 def test_it_begins_as_the_driver_of_the_stub_does(page: Any) -> None:
     put(page, model="driven")
     chosen = page.execute_script("return ['driven', 'component', 'shown'].map(id => document.getElementById(id).value)")
@@ -178,10 +174,10 @@ def test_it_begins_as_the_driver_of_the_stub_does(page: Any) -> None:
     # The first point of the driver is pulled to 3 % in 30 s.
     assert settings["amplitude"] == pytest.approx(0.03) and settings["rate"] == pytest.approx(0.001)
     assert show(page, "equivalent_plastic_strain\n0")[0] == pytest.approx(0.25)
-    assert "driver" in page.find_element("id", "origin").text
+    assert "driver" in text_of(page, "origin")
     # Of an artifact without its stub, nothing is known.
     put(page, model="viscoplasticity")
-    assert "Nothing is known" in page.find_element("id", "origin").text
+    assert "Nothing is known" in text_of(page, "origin")
 
 
 @pytest.mark.parametrize(("model", "history"), [("elasticity", "ramp"), ("viscoplasticity", "cycle")])
@@ -197,12 +193,10 @@ def test_uniaxial_stress(page: Any, model: str, history: str) -> None:
     assert show(page, "stress\nsize") == pytest.approx([abs(stress[0]) for stress in stresses], rel=1e-6)
     lateral, axial = show(page, "strain\n1"), show(page, "strain\n0")
     assert axial == pytest.approx([step[1] for step in curve(page, "stress", 0)], abs=1e-15)
-    told = page.find_element("id", "told").text
+    told = text_of(page, "told")
     assert "(uniaxial stress)" in told and f"yy = {lateral[-1]:#.4g}" in told
     if model == "elasticity":
-        strain = torch.zeros(1, 6, dtype=torch.float64)
-        blocks = Model(compiled(model) / model).jacobian({"strain": strain}, expand=True)[1]
-        compliance = torch.linalg.inv(blocks["stress"]["strain"][0])
+        compliance = torch.linalg.inv(stiffness())
         assert stresses[-1][0] == pytest.approx(axial[-1] / float(compliance[0, 0]), rel=1e-9)
         assert lateral[-1] == pytest.approx(stresses[-1][0] * float(compliance[1, 0]), rel=1e-9)
 
@@ -212,50 +206,43 @@ def test_uniaxial_stress_is_not_offered_without_its_derivative(page: Any) -> Non
     assert page.execute_script("return stressOf(drivenPort()).name") == "stress"
     page.execute_script("model.parameters.operations.jacobian.outputs = []; chooseDriven()")
     assert not page.find_element("id", "others").is_displayed()
-    assert "neml2-compile ... -d stress:strain" in page.find_element("id", "others-note").text
+    assert "neml2-compile ... -d stress:strain" in text_of(page, "others-note")
 
 
 @pytest.mark.parametrize("kind", ["curl", "python"])
-def test_the_last_call_as_a_program(page: Any, kind: str, tmp_path: Path) -> None:
+def test_the_last_call_as_a_program(page: Any, kind: str) -> None:
     if kind == "curl" and not shutil.which("curl"):
         pytest.skip("there is no curl")
     put(page, model="viscoplasticity", history="hold", steps=10)
     wanted = page.execute_script("return [...result.at(-1).outputs.get('stress')]")
     page.find_element("id", kind).click()
-    text = page.find_element("id", "code").text
-    program = ["bash", "-c", text]
-    if kind == "python":
-        (tmp_path / "call.py").write_text(text, encoding="utf-8")
-        program = [sys.executable, str(tmp_path / "call.py")]
+    program = ["bash" if kind == "curl" else sys.executable, "-c", text_of(page, "code")]
     told = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60).stdout
     if kind == "curl":
         found = {output["name"]: output["data"] for output in json.loads(told)["outputs"]}["stress"]
     else:
-        line = next(line for line in told.splitlines() if line.startswith("stress [1, 6]"))
-        found = [float(x) for x in line.partition("] [")[2].rstrip("]").split(",")]
+        found = json.loads(*re.findall(r"^stress \[1, 6\] (.*)$", told, re.MULTILINE))
     assert found == pytest.approx(wanted, rel=CLOSE, abs=CLOSE)
 
 
 def test_it_fits_a_phone_and_asks_nobody_else(page: Any, service: Service) -> None:
     page.set_window_size(500, 800)
-    page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    )
+    phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     try:
         page.refresh()
         assert "steps in" in wait(page)
         width, shown = page.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
         assert width <= shown == 360
         asked = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
-        assert asked and all(name.startswith(f"http://{service.host}:{service.port}/") for name in asked)
+        assert asked and all(name.startswith(f"http://{service.place}/") for name in asked)
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_step_that_fails_is_told(page: Any) -> None:
-    assert re.match(
-        r"step \d+ failed: not converged; take more steps", put(page, model="few", history="ramp", amplitude=-2)
-    )
+    told = put(page, model="few", history="ramp", amplitude=-2)
+    assert re.match(r"step \d+ failed: not converged; take more steps", told)
     assert page.find_element("id", "status").get_attribute("class") == "bad"
     # What came before it is shown.
     assert 0 < len(curve(page, "stress", 0)) < 60
@@ -263,15 +250,12 @@ def test_a_step_that_fails_is_told(page: Any) -> None:
     assert 0 < len(curve(page, "stress", 0)) < 60
 
 
-def test_the_token(browser: Any, artifacts: dict[str, Path], tmp_path: Path) -> None:
-    variables = {"NEML2_AOTI_SERVE_TOKEN": TOKEN}
-    with started(tmp_path, [artifacts["elasticity"]], variables=variables) as service:
-        browser.get(f"http://{service.host}:{service.port}/")
+def test_the_token(browser: Any, tmp_path: Path) -> None:
+    with started(tmp_path, [artifact("elasticity")], variables={"NEML2_AOTI_SERVE_TOKEN": TOKEN}) as service:
+        browser.get(f"http://{service.place}/")
         assert "token is needed" in wait(browser)
-        field = browser.find_element("id", "token")
         browser.execute_script("document.getElementById('status').textContent = ''")
-        field.send_keys(TOKEN, "\n")
+        browser.find_element("id", "token").send_keys(TOKEN, "\n")
         assert "steps in" in wait(browser)
         browser.find_element("id", "curl").click()
-        text = browser.find_element("id", "code").text
-        assert TOKEN not in text and "$TOKEN" in text
+        assert TOKEN not in text_of(browser, "code") and "$TOKEN" in text_of(browser, "code")

@@ -20,40 +20,33 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neml2_aoti_plugin import Model
-from serving import Answer, Array, Service, artifact, close, encode, raw, read_all, reference, started, strain
+from serving import Answer, Array, Service, artifact, close, encode, infer, raw, read_all, reference, started, strain
 
-PATH = "/v2/models/promoted/infer"
+PATH, LENGTH = infer("promoted"), "Inference-Header-Content-Length"
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("service")
-    with started(folder, [artifact("promoted"), "--body-bytes", 4_000_000]) as running:
-        before = memory(running)
+    with started(tmp_path_factory.mktemp("service"), [artifact("promoted"), "--body-bytes", 4_000_000]) as running:
+        statm = Path(f"/proc/{running.process.pid}/statm")
+        before = int(statm.read_text().split()[1])
         yield running
         # All of it has left the service as it was.
         assert not running.lines("failed"), running.lines("failed")
-        assert memory(running) - before < 200, "MiB more"
+        assert int(statm.read_text().split()[1]) - before < 50_000, "pages of 4 KiB more"
         assert running.stop(20) == 0
 
 
-def memory(service: Service) -> float:
-    """Resident memory of a service in MiB."""
-    text = Path(f"/proc/{service.process.pid}/statm").read_text(encoding="utf-8")
-    return int(text.split()[1]) * 4096 / 2**20
-
-
 @pytest.fixture(scope="module")
-def right() -> tuple[dict[str, Array], Array]:
-    """A request that is right, and the stress that answers it."""
-    inputs = strain(3)
-    return inputs, reference(Model(artifact("promoted")), "forward", inputs)["stress"]
+def stress() -> Array:
+    """What answers `strain(3)`."""
+    return reference(Model(artifact("promoted")), "forward", strain(3))["stress"]
 
 
 def ask(service: Service, document: Any, data: bytes = b"", length: str | None = None) -> Answer:
     """Send JSON, and perhaps binary data behind it."""
     head = document if isinstance(document, bytes) else json.dumps(document).encode()
-    headers = {"Inference-Header-Content-Length": length or str(len(head))} if data or length else {}
+    headers = {LENGTH: length or str(len(head))} if data or length else {}
     return service.request("POST", PATH, head + data, headers, timeout=20)
 
 
@@ -63,14 +56,23 @@ def request(**changes: Any) -> dict[str, Any]:
     return {"inputs": [{key: value for key, value in tensor.items() if value is not ...}]}
 
 
+def binary(size: Any, **more: Any) -> dict[str, Any]:
+    """One whose data are said to be binary."""
+    return request(**{"data": ..., **more}, parameters={"binary_data_size": size})
+
+
 def parameters(**given: Any) -> dict[str, Any]:
     """A right request but for its parameters."""
     return {**request(), "parameters": given}
 
 
+def overrides(given: Any) -> dict[str, Any]:
+    return parameters(parameter_overrides=given)
+
+
 def output(**given: Any) -> dict[str, Any]:
-    """A right request but for the parameters of its output."""
-    return {**request(), "outputs": [{"name": "stress", "parameters": given}]}
+    """A right request but for one output."""
+    return {**request(), "outputs": [{"name": "stress", **given}]}
 
 
 ONE = request()["inputs"][0]
@@ -134,28 +136,25 @@ ONE = request()["inputs"][0]
         ({**request(), "outputs": {}}, "outputs is {}"),
         ({**request(), "outputs": [{"name": "strain"}]}, "with a name out of stress."),
         ({**request(), "outputs": [{"name": "stress"}] * 2}, "expected each once"),
+        (output(shape=[]), "outputs[0]: Object contains unknown field `shape`"),
         (
-            {**request(), "outputs": [{"name": "stress", "shape": []}]},
-            "outputs[0]: Object contains unknown field `shape`",
+            output(parameters={"classification": 3}),
+            "parameters of output 'stress': 'classification' is of an extension",
         ),
-        (output(classification=3), "parameters of output 'stress': 'classification' is of an extension"),
-        (output(binary_data=1), "parameters of output 'stress': binary_data is 1, expected bool"),
+        (output(parameters={"binary_data": 1}), "parameters of output 'stress': binary_data is 1, expected bool"),
         # operations and overrides
         (parameters(operation="hessian"), "operation is 'hessian', expected one of forward"),
         (parameters(operation=["forward"]), "operation is ['forward']"),
         (parameters(operations="solve"), "unknown 'operations'; did you mean 'operation'?"),
         (parameters(operation="jvp"), "no tangent, which jvp needs one of: tangent:strain"),
         (parameters(operation="param_vjp"), "inputs lack 'cotangent:stress'"),
-        (parameters(parameter_overrides=7), "parameter_overrides is 7"),
-        (parameters(parameter_overrides="{"), "the request is no JSON"),
-        (parameters(parameter_overrides="[]"), "parameter_overrides is []"),
-        (parameters(parameter_overrides={"E": 1.0}), "holds 'E', which is no promoted parameter of model 'promoted'"),
-        (
-            parameters(parameter_overrides={"promoted.E": [1.0, 2.0]}),
-            "parameter_overrides: promoted.E is [1.0, 2.0], expected a number, or lists of the shape [1]",
-        ),
-        (parameters(parameter_overrides={"promoted.E": True}), "promoted.E is True"),
-        (parameters(parameter_overrides={"promoted.E": None}), "promoted.E is None"),
+        (overrides(7), "parameter_overrides is 7"),
+        (overrides("{"), "the request is no JSON"),
+        (overrides("[]"), "parameter_overrides is []"),
+        (overrides({"E": 1.0}), "holds 'E', which is no promoted parameter of model 'promoted'"),
+        (overrides({"promoted.E": [1.0, 2.0]}), "E is [1.0, 2.0], expected a number, or lists of the shape [1]"),
+        (overrides({"promoted.E": True}), "promoted.E is True"),
+        (overrides({"promoted.E": None}), "promoted.E is None"),
     ],
 )
 def test_what_is_wrong_is_named(service: Service, document: Any, said: str) -> None:
@@ -166,41 +165,44 @@ def test_what_is_wrong_is_named(service: Service, document: Any, said: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("size", "data", "said"),
+    ("document", "data", "said"),
     [
-        (48, b"", "binary_data_size is 48, but the body has only 0 bytes left"),
-        (48, b"x" * 47, "the body has only 47 bytes left"),
-        (48, b"x" * 49, "the body has 1 bytes more of binary data than its inputs tell"),
-        (47, b"x" * 47, "binary_data_size is 47, but FP64 of"),
-        (-48, b"x" * 48, "binary_data_size is -48"),
-        (48.0, b"x" * 48, "binary_data_size is 48.0"),
-        (True, b"x" * 48, "binary_data_size is True"),
+        (binary(48), b"", "binary_data_size is 48, but the body has only 0 bytes left"),
+        (binary(48), b"x" * 47, "the body has only 47 bytes left"),
+        (binary(48), b"x" * 49, "the body has 1 bytes more of binary data than its inputs tell"),
+        (binary(47), b"x" * 47, "binary_data_size is 47, but FP64 of"),
+        (binary(-48), b"x" * 48, "binary_data_size is -48"),
+        (binary(48.0), b"x" * 48, "binary_data_size is 48.0"),
+        (binary(True), b"x" * 48, "binary_data_size is True"),
+        (binary(48, data=[0.0] * 6), b"x" * 48, "has both data and binary_data_size"),
     ],
 )
-def test_binary_data_that_are_not_those_that_are_told(service: Service, size: Any, data: bytes, said: str) -> None:
-    answer = ask(service, request(data=..., parameters={"binary_data_size": size}), data)
+def test_binary_data_that_are_not_those_that_are_told(service: Service, document: Any, data: bytes, said: str) -> None:
+    answer = ask(service, document, data)
     assert answer.status == 400 and said in answer.error, answer.body
-    both = ask(service, request(parameters={"binary_data_size": 48}), b"x" * 48)
-    assert both.status == 400 and "has both data and binary_data_size" in both.error
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "1e3", "99999", "9" * 5000, "", " ", "0x10"])
 def test_lengths_of_the_json_part(service: Service, length: str) -> None:
-    answer = service.request("POST", PATH, b"{}", {"Inference-Header-Content-Length": length})
-    assert answer.status == 400 and ("Inference-Header-Content-Length" in answer.error or "JSON" in answer.error)
+    answer = service.request("POST", PATH, b"{}", {LENGTH: length})
+    assert answer.status == 400 and (LENGTH in answer.error or "JSON" in answer.error)
+
+
+def with_data(start: bytes, rest: bytes) -> bytes:
+    return b'{"inputs":[{"name":"strain","shape":[1,6],"datatype":"FP64","data":[' + start + rest + b"]}]}"
 
 
 @pytest.mark.parametrize(
     "document",
     [
         b'{"inputs":[' + b"[]," * 1_000_000 + b"[]]}",
-        b'{"inputs":[{"name":"strain","shape":[1,6],"datatype":"FP64","data":[' + b"0," * 1_500_000 + b"0]}]}",
-        b'{"inputs":[{"name":"strain","shape":[1,6],"datatype":"FP64","data":[' + b"NaN," * 900_000 + b"0]}]}",
-        b'{"inputs":[{"name":"strain","shape":[1,6],"datatype":"FP64","data":[' + b"9" * 3_000_000 + b"]}]}",
-        b'{"inputs":[{"name":"strain","shape":[1,6],"datatype":"FP64","data":[NaN,' + b"9" * 3_000_000 + b"]}]}",
+        with_data(b"0," * 1_500_000, b"0"),
+        with_data(b"NaN," * 900_000, b"0"),
+        with_data(b"", b"9" * 3_000_000),
+        with_data(b"NaN,", b"9" * 3_000_000),
         b"{" + b",".join(b'"%d":0' % i for i in range(300_000)) + b"}",
         b'{"inputs":"' + b"x" * 3_900_000 + b'"}',
-        b'{"inputs":[{"name":"strain","shape":[' + b"1," * 1_500_000 + b'6],"datatype":"FP64","data":[]}]}',
+        with_data(b"", b"").replace(b"[1,6]", b"[" + b"1," * 1_500_000 + b"6]"),
         b'{"id":"\\ud800","parameters":{"operation":NaN}}',
     ],
     ids=["lists", "entries", "nan", "digits", "digits and nan", "keys", "text", "extents", "half a character"],
@@ -213,24 +215,12 @@ def test_large_nonsense_is_answered_soon_and_briefly(service: Service, document:
 
 # -- mutations of what is right --------------------------------------------------------------------------------------
 
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**70), 2**70),
-    st.floats(),
-    st.text(max_size=8),
-    st.sampled_from(["strain", "stress", "stress:strain", "tangent:strain", "FP64", "solve", "jacobian", "promoted.E"]),
-)
+NAMES = ["strain", "stress", "stress:strain", "tangent:strain", "FP64", "solve", "jacobian", "promoted.E"]
+KEYS = ["name", "shape", "data", "datatype", "parameters", "inputs", "id", "promoted.E", "x"]
+NUMBERS = st.integers(-(2**70), 2**70) | st.floats()
 JSON = st.recursive(
-    SCALARS,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=6),
-        st.dictionaries(
-            st.sampled_from(["name", "shape", "data", "datatype", "parameters", "inputs", "id", "promoted.E", "x"]),
-            inner,
-            max_size=4,
-        ),
-    ),
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.sampled_from(NAMES),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
     max_leaves=12,
 )
 
@@ -256,19 +246,11 @@ def mutated(draw: st.DrawFn, part: Any) -> Any:
 def mutations(draw: st.DrawFn) -> tuple[bytes, bytes, str | None]:
     """A right request in which some parts were replaced, removed or doubled: JSON, binary data, told length."""
     binary = draw(st.booleans())
-    tensor: dict[str, Any] = {"name": "strain", "shape": [2, 6], "datatype": "FP64"}
-    data = b""
-    if binary:
-        data = np.zeros((2, 6)).tobytes()
-        tensor["parameters"] = {"binary_data_size": len(data)}
-    else:
-        tensor["data"] = [0.0] * 12
-    whole: Any = {
-        "id": "seven",
-        "inputs": [tensor],
-        "outputs": [{"name": "stress", "parameters": {"binary_data": binary}}],
-        "parameters": {"operation": "jacobian", "parameter_overrides": {"promoted.E": 7e4}},
-    }
+    options = {"operation": "jacobian", "parameter_overrides": {"promoted.E": 7e4}}
+    outputs = [{"name": "stress", "parameters": {"binary_data": binary}}]
+    body, headers = encode({"strain": np.zeros((2, 6))}, binary, options, id="seven", outputs=outputs)
+    cut = int(headers.get(LENGTH, len(body)))
+    whole, data = json.loads(body[:cut]), body[cut:]
     for _ in range(draw(st.integers(1, 3))):
         whole = mutated(draw, whole)
     head = json.dumps(whole).encode()
@@ -281,53 +263,42 @@ def mutations(draw: st.DrawFn) -> tuple[bytes, bytes, str | None]:
     return head, data, length
 
 
-def fine_or_told(answer: Answer) -> None:
+CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+SETTINGS = settings(max_examples=100, deadline=5000, derandomize=True, suppress_health_check=CHECKS)
+
+
+def require_an_answer(service: Service, mutation: tuple[bytes, bytes, str | None]) -> None:
     """An answer of the protocol: the tensors, or what is wrong."""
+    answer = ask(service, *mutation)
     if answer.status == 200:
         assert answer.arrays
-        return
-    assert answer.status in (400, 413, 422), answer
-    assert 10 < len(answer.error) < 1500
-
-
-SETTINGS = settings(
-    max_examples=100,
-    deadline=5000,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+    else:
+        assert answer.status in (400, 413, 422) and 10 < len(answer.error) < 1500, answer
 
 
 @SETTINGS
 @given(mutation=mutations())
 def test_mutated_requests(service: Service, mutation: tuple[bytes, bytes, str | None]) -> None:
-    head, data, length = mutation
-    fine_or_told(ask(service, head, data, length))
+    require_an_answer(service, mutation)
 
 
 @pytest.mark.long
 @settings(SETTINGS, max_examples=5000, derandomize=False)
 @given(mutation=mutations())
 def test_many_mutated_requests(service: Service, mutation: tuple[bytes, bytes, str | None]) -> None:
-    head, data, length = mutation
-    fine_or_told(ask(service, head, data, length))
+    require_an_answer(service, mutation)
 
 
 @SETTINGS
 @given(body=st.binary(max_size=300), length=st.one_of(st.none(), st.text("0123456789 -x", max_size=5)))
 def test_bodies_of_any_bytes(service: Service, body: bytes, length: str | None) -> None:
-    headers = {} if length is None else {"Inference-Header-Content-Length": length}
+    headers = {} if length is None else {LENGTH: length}
     answer = service.request("POST", PATH, body, headers)
     assert answer.status == 400 and answer.error
 
 
 @settings(SETTINGS, max_examples=60)
-@given(
-    start=st.sampled_from(
-        [b"", b"GET ", b"POST /v2 HTTP/1.1\r\n", b"POST " + PATH.encode() + b" HTTP/1.1\r\nContent-Length: 5\r\n"]
-    ),
-    rest=st.binary(max_size=200),
-)
+@given(start=st.sampled_from([b"", b"GET ", raw(PATH, b"12345")[:-7]]), rest=st.binary(max_size=200))
 def test_what_is_no_http(service: Service, start: bytes, rest: bytes) -> None:
     """It is refused or waited for; a connection that was refused is closed."""
     with service.connect(0.05) as connection:
@@ -346,14 +317,13 @@ def test_addresses_of_any_text(service: Service, path: str) -> None:
         assert answer.status in (200, 307) or (answer.status in (400, 404) and answer.error)
 
 
-def test_neighbours_are_right_and_it_is_still_there(service: Service, right: tuple[dict[str, Array], Array]) -> None:
+def test_neighbours_are_right_and_it_is_still_there(service: Service, stress: Array) -> None:
     """Bad requests and good ones at the same time."""
-    inputs, stress = right
     nan = {"strain": np.full((1, 6), np.nan)}
 
     def one(place: int) -> None:
         if place % 2:
-            close(service.infer("promoted", inputs).arrays["stress"], stress)
+            close(service.infer("promoted", strain(3)).arrays["stress"], stress)
         elif place % 3 == 0:
             assert service.infer("promoted", nan).status == 422
         else:
@@ -364,10 +334,9 @@ def test_neighbours_are_right_and_it_is_still_there(service: Service, right: tup
     assert service.get("/v2/health/ready") == {"ready": True}
 
 
-def test_bytes_of_a_right_request_in_any_parts(service: Service, right: tuple[dict[str, Array], Array]) -> None:
+def test_bytes_of_a_right_request_in_any_parts(service: Service, stress: Array) -> None:
     """However the network cuts it, and several on one connection."""
-    inputs, stress = right
-    several = raw(PATH, *encode(inputs, binary=True)) * 5
+    several = raw(PATH, *encode(strain(3))) * 5
     cuts = [0, *sorted(np.random.default_rng(0).integers(0, len(several), 40).tolist()), len(several)]
     with service.connect(10) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

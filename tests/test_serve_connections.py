@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import re
 import socket
 import struct
 import subprocess
@@ -18,14 +19,15 @@ import numpy as np
 import pytest
 
 from neml2_aoti_plugin import Model, serve
-from serving import Array, Service, artifact, close, encode, raw, read_all, started, step, strain, tensors
+from serving import Array, Service, artifact, close, encode, infer, raw, read_all, reference, started, step, strain
 
 pytestmark = pytest.mark.processes
 
 TOKEN = "of-the-test-9d1f"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
-INFER = "/v2/models/elasticity/infer"
-VISCO = INFER.replace("elasticity", "viscoplasticity")
+INFER, VISCO = infer("elasticity"), infer("viscoplasticity")
+# As it goes over the wire, without a token; answered by `wanted`.
+ASKED = raw(INFER, encode(strain(2), binary=False)[0])
 
 
 @pytest.fixture(scope="module")
@@ -64,32 +66,56 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def wanted() -> Array:
     """The stress that answers `strain(2)`."""
-    found: Array = Model(artifact("elasticity")).forward(tensors(strain(2)))["stress"].numpy()
-    return found
+    return reference(Model(artifact("elasticity")), "forward", strain(2))["stress"]
 
 
-def stresses(received: bytes) -> list[Array]:
-    """The numbers in answers that came one behind the other."""
-    found = []
-    for answer in received.split(b"HTTP/1.1 ")[1:]:
-        if answer.startswith(b"200"):
-            data = json.loads(answer.partition(b"\r\n\r\n")[2])["outputs"][0]["data"]
-            found.append(np.array(data).reshape(-1, 6))
-    return found
+def parts(received: bytes) -> list[bytes]:
+    """Answers that came one behind the other, each from its status on."""
+    return received.split(b"HTTP/1.1 ")[1:]
+
+
+def require_stresses(received: bytes, wanted: Array, count: int) -> None:
+    """So many answers with these numbers in JSON."""
+    good = [part for part in parts(received) if part.startswith(b"200")]
+    assert len(good) == count
+    for part in good:
+        data = json.loads(part.partition(b"\r\n\r\n")[2])["outputs"][0]["data"]
+        close(np.array(data).reshape(-1, 6), wanted)
 
 
 def read_answers(connection: socket.socket, count: int) -> bytes:
     """What comes, up to a number of answers in JSON, or the end."""
     received = b""
-    while received.count(b"HTTP/1.1 ") < count or not received.endswith(b"}"):
-        part = connection.recv(65536)
-        if not part:
+    while len(parts(received)) < count or not received.endswith(b"}"):
+        if not (part := connection.recv(65536)):
             break
         received += part
     return received
 
 
-# -- tokens ----------------------------------------------------------------------------------------------------------
+def exchange(service: Service, *sent: bytes, pause: float = 0.0) -> bytes:
+    """Send parts, one after the other, on a connection of their own; what comes until the other side closes it."""
+    with service.connect(10) as connection:
+        # What is refused may be so before its end.
+        with contextlib.suppress(OSError):
+            for part in sent:
+                connection.sendall(part)
+                time.sleep(pause)
+        return read_all(connection)
+
+
+def reset(connection: socket.socket) -> None:
+    """Let a connection be reset when it is closed."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def chunked(path: str = INFER, **headers: str) -> bytes:
+    """The head of a request whose body has no length."""
+    head = raw(path, headers={**BEARER, "Transfer-Encoding": "chunked", **headers})
+    return head.replace(b"Content-Length: 0\r\n", b"")
+
+
+# -- tokens and limits -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", ["", "Bearer wrong", f"Basic {TOKEN}", "Bearer", f"Bearer {TOKEN}x", "Bearer \xe4"])
@@ -111,26 +137,9 @@ def test_the_token_opens_and_is_in_no_log(strict: Service) -> None:
     assert TOKEN.encode() not in Path(f"/proc/{strict.process.pid}/cmdline").read_bytes()
 
 
-# -- limits ----------------------------------------------------------------------------------------------------------
-
-
-def chunked(path: str = INFER, **headers: str) -> bytes:
-    """The head of a request whose body has no length."""
-    return raw(path, headers={**BEARER, "Transfer-Encoding": "chunked", **headers}).replace(
-        b"Content-Length: 0\r\n", b""
-    )
-
-
 def test_bodies_that_are_too_large(strict: Service) -> None:
     answer = strict.request("POST", INFER, b" " * 2_000_001)
     assert answer.status == 413 and "2000001 bytes or more; 2000000 are the most here" in answer.error
-    # Without a length, as much as it may have is read, and no more.
-    with strict.connect() as connection:
-        connection.sendall(chunked())
-        with contextlib.suppress(OSError):
-            for _ in range(40):
-                connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
-        assert read_all(connection).startswith(b"HTTP/1.1 413 ")
     answer = strict.request("POST", INFER, b"x", {"Content-Encoding": "gzip"})
     assert answer.status == 415 and "compressed by 'gzip'" in answer.error
 
@@ -141,83 +150,6 @@ def test_rows_that_are_too_many(strict: Service) -> None:
     # Told before anything is allocated for them.
     tensor = {"name": "strain", "shape": [10**15, 6], "datatype": "FP64", "data": []}
     assert strict.post("elasticity", {"inputs": [tensor]}).status == 413
-
-
-def test_headers_that_do_not_end(strict: Service) -> None:
-    with strict.connect(10) as connection:
-        connection.sendall(b"GET /v2 HTTP/1.1\r\nX-Long: ")
-        with contextlib.suppress(OSError):
-            for _ in range(10):
-                connection.sendall(b"x" * 700)
-                time.sleep(0.02)
-        assert read_all(connection).startswith(b"HTTP/1.1 4")
-    assert strict.request("GET", "/v2").status == 200
-
-
-@pytest.mark.parametrize(
-    ("sent", "status"),
-    [
-        (raw(INFER, b"x" * 100, BEARER)[:-50], b"408"),
-        (chunked() + b"4\r\nabcd\r\n", b"408"),
-        # Answered before its body has come, which nobody waits for then.
-        (raw("/nowhere", b"x" * 100, BEARER)[:-50], b"404"),
-        (raw(INFER, b"x" * 100)[:-50], b"401"),
-    ],
-    ids=["half of the body", "a chunk", "a body that nobody needs", "a body without a token"],
-)
-def test_slow_clients(strict: Service, sent: bytes, status: bytes) -> None:
-    begin = time.monotonic()
-    with strict.connect(10) as connection:
-        connection.sendall(sent)
-        answer = read_all(connection)
-    assert answer.startswith(b"HTTP/1.1 " + status) and b'"error"' in answer
-    assert time.monotonic() - begin < 4
-
-
-def test_a_client_that_sends_byte_by_byte(strict: Service) -> None:
-    begin = time.monotonic()
-    with strict.connect(10) as connection:
-        connection.sendall(raw(INFER, b"x" * 1000, BEARER)[:-1000])
-        with contextlib.suppress(OSError):
-            while time.monotonic() - begin < 6:
-                connection.sendall(b"x")
-                time.sleep(0.05)
-        answer = read_all(connection)
-    assert time.monotonic() - begin < 4
-    assert answer.startswith(b"HTTP/1.1 408 ") or answer == b""
-
-
-def test_half_closed_and_broken_connections(strict: Service) -> None:
-    body, headers = encode(step(1), binary=True)
-    text = raw(VISCO, body, {**BEARER, **headers})
-    for cut in (10, len(text) - len(body), len(text) - 1, len(text)):
-        with strict.connect(10) as connection:
-            connection.sendall(text[:cut])
-            connection.shutdown(socket.SHUT_WR)
-            answer = read_all(connection)
-            assert answer == b"" or answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 400")), answer
-        # Reset instead of closed.
-        connection = strict.connect(10)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        connection.sendall(text[:cut])
-        connection.close()
-    assert strict.infer("viscoplasticity", step(1)).status == 200
-
-
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system of Linux does that")
-def test_a_client_that_does_not_read(strict: Service) -> None:
-    """Its connection is cut off once it has not read for a while, and its answer with it."""
-    body, headers = encode(strain(20000), True, {"operation": "jacobian"})
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(10)
-        connection.connect((strict.host, strict.port))
-        connection.sendall(raw(INFER, body, {**BEARER, **headers}))
-        time.sleep(5)
-        # What is left in the buffers of the system comes, and then no more.
-        received = len(read_all(connection))
-    assert received < 20000 * 42 * 8
-    assert strict.infer("elasticity", strain(1)).status == 200
 
 
 def test_more_connections_than_there_may_be(strict: Service) -> None:
@@ -236,7 +168,7 @@ def test_a_full_queue(strict: Service) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: strict.infer("viscoplasticity", step(8000)), range(8)))
     statuses = sorted(answer.status for answer in answers)
-    assert set(statuses) <= {200, 429, 504} and 200 in statuses and 429 in statuses, statuses
+    assert {200, 429} <= set(statuses) <= {200, 429, 504}, statuses
     for answer in answers:
         if answer.status == 429:
             assert answer.headers["retry-after"] == "1"
@@ -257,16 +189,92 @@ def test_a_request_that_waits_for_too_long(strict: Service) -> None:
     assert answer.status == 200 or (answer.status == 504 and "not answered within 0.4 s" in answer.error)
 
 
-# -- upgrades --------------------------------------------------------------------------------------------------------
+# -- slow and broken clients -----------------------------------------------------------------------------------------
+
+
+HALF = raw(INFER, b"x" * 100, BEARER)[:-50]
+
+
+@pytest.mark.parametrize(
+    ("sent", "pause", "status"),
+    [
+        ([HALF], 0.0, "408"),
+        ([chunked(), b"4\r\nabcd\r\n"], 0.0, "408"),
+        ([HALF, *[b"x"] * 45], 0.1, "408|$"),
+        # Answered before the body has come, which nobody waits for then.
+        ([HALF.replace(INFER.encode(), b"/nowhere")], 0.0, "404"),
+        ([raw(INFER, b"x" * 100)[:-50]], 0.0, "401"),
+        # Without a length, as much as it may have is read, and no more.
+        ([chunked(), *[b"10000\r\n" + b" " * 65536 + b"\r\n"] * 40], 0.0, "413"),
+        ([b"GET /v2 HTTP/1.1\r\nX-Long: ", *[b"x" * 700] * 10], 0.02, "4"),
+        # It is no proxy.
+        ([raw("example.org:443", headers={**BEARER, "Connection": "close"}, method="CONNECT")], 0.0, "4"),
+    ],
+    ids=["half", "chunk", "byte by byte", "nobody needs it", "no token", "too large", "endless header", "proxy"],
+)
+def test_what_does_not_end_is_answered_soon(strict: Service, sent: list[bytes], pause: float, status: str) -> None:
+    begin = time.monotonic()
+    answer = exchange(strict, *sent, pause=pause).decode()
+    assert re.match(rf"(HTTP/1\.1 )?{status}", answer) and ('"error"' in answer or status in ("4", "408|$")), answer
+    assert time.monotonic() - begin < 4
+    assert strict.request("GET", "/v2").status == 200
+
+
+def test_half_closed_and_broken_connections(strict: Service) -> None:
+    body, headers = encode(step(1))
+    text = raw(VISCO, body, {**BEARER, **headers})
+    for cut in (10, len(text) - len(body), len(text) - 1, len(text)):
+        with strict.connect(10) as closed, strict.connect(10) as broken:
+            reset(broken)
+            for connection in (closed, broken):
+                connection.sendall(text[:cut])
+            closed.shutdown(socket.SHUT_WR)
+            answer = read_all(closed)
+            assert answer == b"" or answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 400")), answer
+    assert strict.infer("viscoplasticity", step(1)).status == 200
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system of Linux does that")
+def test_a_client_that_does_not_read(strict: Service) -> None:
+    """Its connection is cut off once it has not read for a while, and its answer with it."""
+    body, headers = encode(strain(20000), True, {"operation": "jacobian"})
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(10)
+        connection.connect(strict.address)
+        connection.sendall(raw(INFER, body, {**BEARER, **headers}))
+        time.sleep(5)
+        # What is left in the buffers of the system comes, and then no more.
+        received = len(read_all(connection))
+    assert received < 20000 * 42 * 8
+    assert strict.infer("elasticity", strain(1)).status == 200
+
+
+def test_clients_that_leave_in_the_middle(service: Service) -> None:
+    """Pipelined requests of clients that reset the connection leave no trace but lines for requests."""
+    asked = raw(INFER, *encode(strain(500)))
+    before = len(service.lines("log"))
+    for place in range(60):
+        with service.connect(20) as connection:
+            reset(connection)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(asked * 3 + b"garbage\r\n\r\n" * (place % 2))
+            time.sleep(0.0005 * (place % 8))
+    assert service.infer("elasticity", strain(1)).status == 200
+    time.sleep(0.3)
+    told = service.lines("log")[before:]
+    assert all(line["message"] == "Invalid HTTP request received." for line in told), told
+
+
+# -- upgrades and pipelined requests ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(which("curl") is None, reason="there is no curl")
 @pytest.mark.parametrize("rows", [2, pytest.param(20000, id="in several segments", marks=pytest.mark.wide)])
 def test_a_client_that_asks_for_http2(rows: int, service: Service, tmp_path: Path) -> None:
     """As Java's HttpClient does by itself. HTTP lets a server go on as before."""
-    url, body = f"http://{service.host}:{service.port}{INFER}", tmp_path / "body.json"
-    body.write_bytes(encode(strain(rows), binary=False)[0])
-    command = ["curl", "-sS", "--http2", "-d", f"@{body}", url]
+    (tmp_path / "body.json").write_bytes(encode(strain(rows), binary=False)[0])
+    command = ["curl", "-sS", "--http2", "-d", f"@{tmp_path / 'body.json'}", f"http://{service.place}{INFER}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["outputs"][0]["shape"] == [rows, 6]
@@ -281,27 +289,15 @@ def test_a_body_behind_an_upgrade_is_a_body(size: int, in_chunks: bool, service:
     asked = raw(INFER, body, upgrade)
     if in_chunks:
         asked = chunked(**upgrade) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
-    bad = raw(INFER, raw("/v2/models", method="GET"), upgrade)
+    whole = asked + asked + raw(INFER, raw("/v2/models", method="GET"), upgrade)
     with service.connect(20) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        whole = asked + asked + bad
         for begin in range(0, len(whole), size):
             connection.sendall(whole[begin : begin + size])
         received = read_answers(connection, 3)
-    assert len(stresses(received)) == 2
-    for found in stresses(received):
-        close(found, wanted)
+    require_stresses(received, wanted, 2)
     # The third was one request with a body that is no JSON.
     assert received.count(b"HTTP/1.1 400 ") == received.count(b"the request is no JSON") == 1
-
-
-def test_it_is_no_proxy(service: Service) -> None:
-    with service.connect(20) as connection:
-        connection.sendall(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n")
-        assert connection.recv(65536).startswith(b"HTTP/1.1 4")
-
-
-# -- pipelined requests ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -309,30 +305,9 @@ def test_it_is_no_proxy(service: Service) -> None:
 )
 def test_what_comes_before_garbage_is_answered_in_its_order(rest: bytes, service: Service, wanted: Array) -> None:
     """Two requests and what is no HTTP, all in one segment: two answers, then the refusal, then the end."""
-    asked = raw(INFER, encode(strain(2), binary=False)[0])
-    with service.connect(20) as connection:
-        connection.sendall(asked + asked + rest)
-        received = read_all(connection)
-    assert [part[:3] for part in received.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"400"], received
-    for found in stresses(received):
-        close(found, wanted)
-
-
-def test_clients_that_leave_in_the_middle(service: Service) -> None:
-    """Pipelined requests of clients that reset the connection leave no trace but lines for requests."""
-    asked = raw(INFER, *encode(strain(500), binary=True))
-    before = len(service.lines("log"))
-    for place in range(60):
-        with service.connect(20) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            with contextlib.suppress(ConnectionError):
-                connection.sendall(asked * 3 + b"garbage\r\n\r\n" * (place % 2))
-            time.sleep(0.0005 * (place % 8))
-    assert service.infer("elasticity", strain(1)).status == 200
-    time.sleep(0.3)
-    told = service.lines("log")[before:]
-    assert all(line["message"] == "Invalid HTTP request received." for line in told), told
-    assert not service.lines("failed")
+    received = exchange(service, ASKED + ASKED + rest)
+    assert [part[:3] for part in parts(received)] == [b"200", b"200", b"400"], received
+    require_stresses(received, wanted, 2)
 
 
 # -- claims ----------------------------------------------------------------------------------------------------------
@@ -366,19 +341,17 @@ def test_bodies_that_have_come_and_find_no_room(service: Service, wanted: Array)
     assert service.request("POST", INFER, part).status == 400
 
 
-# -- what it stands on -----------------------------------------------------------------------------------------------
-
-
 def test_no_private_name_of_uvicorn_is_used() -> None:
     """What a release may take away without a word: neither called nor defined anew."""
     import uvicorn
 
-    private = {name for base in (uvicorn.Server, uvicorn.Config) for name in dir(base) if name.startswith("_")}
-    private -= {name for name in private if name.endswith("__")}
+    names = {name for base in (uvicorn.Server, uvicorn.Config) for name in dir(base)}
+    private = {name for name in names if name.startswith("_") and not name.endswith("__")}
     assert private
     for file in Path(serve.__file__).parent.glob("*.py"):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        assert "uvicorn.protocols" not in file.read_text(encoding="utf-8")
-        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        used |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+        text = file.read_text(encoding="utf-8")
+        assert "uvicorn.protocols" not in text
+        nodes = list(ast.walk(ast.parse(text)))
+        used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        used |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
         assert not used & private, (file.name, used & private)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -11,36 +12,59 @@ import torch
 
 from neml2_aoti_plugin import ConvergenceError, Model
 from neml2_aoti_plugin.serve import app
-from serving import DTYPES, Array, artifact, encode, reference, running, same, step, strain
+from serving import DTYPES, Array, Ask, artifact, encode, infer, reference, running, same, step, strain
 
 STUBS = (
     *("calibration", "cross_group", "krylov", "predictor_loop", "promoted", "substepping"),
     *("chaboche", "composed", "crystal", "elasticity_float32", "elasticity_rank2", "elasticity_static"),
-    *("mixed_control", "porous", "promoted_implicit", "rate_independent", "renamed"),
+    *("mixed_control", "porous", "promoted_implicit", "rate_independent", "renamed", "cohesive"),
 )
 REQUESTS, FAILING = 12, 4
 # Steps of time of the same length: with others, some models have several solutions at random inputs.
 TIMES = {"t": 1.0, "t~1": 0.0, "t~2": -1.0}
-INFER = "/v2/models/model/infer"
-LABELS = '{model="model",operation="forward"}'
-
-Asked = tuple[dict[str, Array], dict[str, Array]]
+INFER = infer("model")
 
 
-def requests(model: Model, takes: dict[str, Any]) -> list[Asked]:
+def serving(use: Callable[[Ask], Awaitable[None]], model: Any, **limits: Any) -> None:
+    """Use an application that serves a model."""
+
+    async def run() -> None:
+        async with running(app({"model": model}, **limits)) as ask:
+            await use(ask)
+
+    asyncio.run(asyncio.wait_for(run(), 250))
+
+
+async def at_once(ask: Ask, bodies: list[Any]) -> Any:
+    """The answers to requests that come at once."""
+    return await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
+
+
+async def operations(ask: Ask) -> Any:
+    return (await ask("GET", "/v2/models/model")).document["parameters"]["operations"]
+
+
+def taken(takes: Any) -> list[Any]:
+    """The inputs of an operation, and the tangents among those that may be given."""
+    return [*takes["inputs"], *(x for x in takes["optional_inputs"] if x["name"].startswith("tangent:"))]
+
+
+async def require_count(ask: Ask, metric: str, count: float, operation: str = "forward") -> None:
+    metrics = (await ask("GET", "/metrics")).body.decode()
+    assert f'{metric}{{model="model",operation="{operation}"}} {float(count)}' in metrics, metrics
+
+
+def requests(model: Model, takes: Any) -> list[tuple[dict[str, Array], dict[str, Array]]]:
     """Inputs and overrides: small numbers at random, a step of time, and a NaN in one request."""
     rng = np.random.default_rng(0)
     own = {name: value.detach().numpy() for name, value in model.named_parameters().items()}
-    optional = [known for known in takes["optional_inputs"] if known["name"].startswith("tangent:")]
-    found: list[Asked] = []
+    found = []
     for place in range(REQUESTS):
-        rows = int(rng.integers(1, 4))
-        given: dict[str, Array] = {}
-        for known in (*takes["inputs"], *optional):
+        rows, given, overrides = int(rng.integers(1, 4)), dict[str, Array](), dict[str, Array]()
+        for known in taken(takes):
             name, shape = known["name"], (rows, *known["shape"][1:])
             value = np.full(rows, TIMES[name]) if name in TIMES else 1e-3 * rng.standard_normal(shape)
             given[name] = value.astype(DTYPES[known["datatype"]])
-        overrides: dict[str, Array] = {}
         if own and place % 3:
             first, *_, last = [*own, *own]
             overrides[first] = own[first] * 1.1
@@ -51,20 +75,19 @@ def requests(model: Model, takes: dict[str, Any]) -> list[Asked]:
     return found
 
 
-def failing(model: Model, operation: str, given: dict[str, Array], overrides: dict[str, Array]) -> list[int]:
-    """The rows of a request that fail."""
+def wanted_of(model: Model, operation: str, given: dict[str, Array], overrides: dict[str, Array]) -> Any:
+    """What answers a request, or the rows of it that fail."""
     try:
         wanted = reference(model, operation, given, overrides)
     except ConvergenceError as error:
-        rows: list[int] = error.rows.tolist()  # type: ignore[attr-defined]
-        return rows
-    if all(np.isfinite(value).all() for value in wanted.values()):
-        return []
+        return error.rows.tolist()  # type: ignore[attr-defined]
+    if operation == "solve" or all(np.isfinite(value).all() for value in wanted.values()):
+        return wanted
     # Explicit models give NaN for NaN.
     return [row for row, x in enumerate(next(iter(given.values()))) if not np.isfinite(x).all()]
 
 
-@pytest.mark.parametrize("stub", [*STUBS, pytest.param("cohesive", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("stub", STUBS)
 def test_each_gets_what_it_would_get_alone(stub: str) -> None:
     model = Model(artifact(stub))
     # Those with values of parameters of their own, and those without; one call each where that cannot be per row.
@@ -72,28 +95,23 @@ def test_each_gets_what_it_would_get_alone(stub: str) -> None:
     per_row = all(list(x.shape) == bases[name] for name, x in model.named_parameters().items())
     calls = (2 if bases else 1) if per_row else REQUESTS
 
-    async def use() -> None:
-        async with running(app({"model": model})) as ask:
-            told = (await ask("GET", "/v2/models/model")).document["parameters"]["operations"]
-            for operation, takes in told.items():
-                asked = requests(model, takes)
-                bodies = []
-                for place, (given, overrides) in enumerate(asked):
-                    values = {name: value.tolist() for name, value in overrides.items()}
-                    more = {"parameter_overrides": values} if values else {}
-                    bodies.append(encode(given, place % 2 == 0, {"operation": operation, **more}))
-                answers = await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
-                metrics = (await ask("GET", "/metrics")).body.decode()
-                counted = f'neml2_gathered_rows_count{{model="model",operation="{operation}"}} {float(calls)}'
-                assert counted in metrics, metrics
-                for answer, (given, overrides) in zip(answers, asked, strict=True):
-                    rows = failing(model, operation, given, overrides)
-                    if rows and operation != "solve":
-                        assert answer.status == 422 and answer.document["rows"] == rows
-                    else:
-                        same(answer.arrays, reference(model, operation, given, overrides))
+    async def use(ask: Ask) -> None:
+        for operation, takes in (await operations(ask)).items():
+            asked, bodies = requests(model, takes), []
+            for place, (given, overrides) in enumerate(asked):
+                values = {name: value.tolist() for name, value in overrides.items()}
+                more = {"parameter_overrides": values} if values else {}
+                bodies.append(encode(given, place % 2 == 0, {"operation": operation, **more}))
+            answers = await at_once(ask, bodies)
+            await require_count(ask, "neml2_gathered_rows_count", calls, operation)
+            for answer, one in zip(answers, asked, strict=True):
+                wanted = wanted_of(model, operation, *one)
+                if isinstance(wanted, list):
+                    assert answer.status == 422 and answer.document["rows"] == wanted
+                else:
+                    same(answer.arrays, wanted)
 
-    asyncio.run(use())
+    serving(use, model)
 
 
 def test_where_a_gathered_call_raises_each_is_evaluated_alone() -> None:
@@ -102,38 +120,33 @@ def test_where_a_gathered_call_raises_each_is_evaluated_alone() -> None:
     # An initial guess, found only when the model is called, which raises for the call as a whole.
     asked[3]["stress"][1] = np.nan
 
-    async def use() -> None:
-        async with running(app({"model": model})) as ask:
-            answers = await asyncio.gather(*(ask("POST", INFER, *encode(one, True)) for one in asked))
-        for place, (answer, one) in enumerate(zip(answers, asked, strict=True)):
+    async def use(ask: Ask) -> None:
+        for place, answer in enumerate(await at_once(ask, [encode(one) for one in asked])):
             if place == 3:
                 assert answer.status == 400 and "'stress' is not finite" in answer.error
             else:
-                same(answer.arrays, reference(model, "forward", one))
+                same(answer.arrays, reference(model, "forward", asked[place]))
 
-    asyncio.run(use())
+    serving(use, model)
 
 
 def test_a_parameter_may_get_values_along_the_batch_while_it_serves() -> None:
     """Rows that were gathered before have one value each from then on, and each request is a call of its own."""
     model = Model(artifact("promoted"))
     asked = [strain(2, seed) for seed in range(3)]
-    bodies = [encode(one, True) for one in asked]
+    bodies = [encode(one) for one in asked]
 
-    async def use() -> None:
-        async with running(app({"model": model})) as ask:
-            assert (await ask("POST", INFER, *bodies[0])).status == 200
-            # As many values as a request has rows, and then as three of them gathered have.
-            model.set_parameter("promoted.E", torch.tensor([1e5, 2e5]).double())
-            answers = await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
-            for answer, one in zip(answers, asked, strict=True):
-                same(answer.arrays, reference(model, "forward", one))
-            assert f"neml2_gathered_rows_count{LABELS} 4.0" in (await ask("GET", "/metrics")).body.decode()
-            model.set_parameter("promoted.E", torch.linspace(1e5, 2e5, 6).double())
-            answers = await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
-            assert [answer.status for answer in answers] == [400] * 3
+    async def use(ask: Ask) -> None:
+        assert (await ask("POST", INFER, *bodies[0])).status == 200
+        # As many values as a request has rows, and then as three of them gathered have.
+        model.set_parameter("promoted.E", torch.tensor([1e5, 2e5]).double())
+        for answer, one in zip(await at_once(ask, bodies), asked, strict=True):
+            same(answer.arrays, reference(model, "forward", one))
+        await require_count(ask, "neml2_gathered_rows_count", 4)
+        model.set_parameter("promoted.E", torch.linspace(1e5, 2e5, 6).double())
+        assert [answer.status for answer in await at_once(ask, bodies)] == [400] * 3
 
-    asyncio.run(use())
+    serving(use, model)
 
 
 @pytest.mark.parametrize(
@@ -142,49 +155,42 @@ def test_a_parameter_may_get_values_along_the_batch_while_it_serves() -> None:
     ids=["for some time", "until there are enough", "not at all"],
 )
 def test_requests_wait_for_others(limits: dict[str, Any], calls: int) -> None:
-    async def use() -> None:
-        async with running(app({"model": artifact("elasticity")}, **limits)) as ask:
-            first = asyncio.create_task(ask("POST", INFER, *encode(strain(2), True)))
-            await asyncio.sleep(0.05)
-            second = await ask("POST", INFER, *encode(strain(2), False))
-            same((await first).arrays, second.arrays)
-            assert f"neml2_call_seconds_count{LABELS} {float(calls)}" in (await ask("GET", "/metrics")).body.decode()
+    async def use(ask: Ask) -> None:
+        first = asyncio.create_task(ask("POST", INFER, *encode(strain(2))))
+        await asyncio.sleep(0.05)
+        second = await ask("POST", INFER, *encode(strain(2), False))
+        same((await first).arrays, second.arrays)
+        await require_count(ask, "neml2_call_seconds_count", calls)
 
-    asyncio.run(asyncio.wait_for(use(), 30))
+    serving(use, artifact("elasticity"), **limits)
 
 
 def test_a_client_that_has_gone_costs_nothing() -> None:
-    async def use() -> None:
-        async with running(app({"model": artifact("elasticity")}, wait_ms=300)) as ask:
-            gone = asyncio.create_task(ask("POST", INFER, *encode(strain(50), True), leaves=True))
-            stayed = await ask("POST", INFER, *encode(strain(2), True))
-            same(stayed.arrays, reference(Model(artifact("elasticity")), "forward", strain(2)))
-            assert (await gone).status == 499
-            assert f"neml2_rows_total{LABELS} 2.0" in (await ask("GET", "/metrics")).body.decode()
+    async def use(ask: Ask) -> None:
+        gone = asyncio.create_task(ask("POST", INFER, *encode(strain(50)), leaves=True))
+        stayed = await ask("POST", INFER, *encode(strain(2)))
+        same(stayed.arrays, reference(Model(artifact("elasticity")), "forward", strain(2)))
+        assert (await gone).status == 499
+        await require_count(ask, "neml2_rows_total", 2)
 
-    asyncio.run(asyncio.wait_for(use(), 30))
+    serving(use, artifact("elasticity"), wait_ms=300)
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("operation", ["forward", "jacobian", "jvp"])
 def test_a_rate_where_no_time_passes_fails_its_own_request(operation: str) -> None:
     """In an explicit model, where no solve fails: refused by name, and gathered neighbours are right."""
-    model = Model(artifact("cohesive"))
-    rng = np.random.default_rng(0)
+    model, rng = Model(artifact("cohesive")), np.random.default_rng(0)
 
-    async def use() -> None:
-        async with running(app({"model": model})) as ask:
-            takes = (await ask("GET", "/v2/models/model")).document["parameters"]["operations"][operation]
-            asked = []
-            for place in range(3):
-                known = [*takes["inputs"], *(x for x in takes["optional_inputs"] if "tangent:" in x["name"])]
-                given = {x["name"]: rng.uniform(0.1, 0.5, (2, *x["shape"][1:])) for x in known}
-                asked.append({**given, "t": np.array([2.0, 3.0]), "t~1": np.array([1.0, 3.0 if place == 1 else 2.0])})
-            bodies = [encode(given, True, {"operation": operation}) for given in asked]
-            before, refused, after = await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
+    async def use(ask: Ask) -> None:
+        known, asked = taken((await operations(ask))[operation]), []
+        for before in (2.0, 3.0, 2.0):
+            given = {x["name"]: rng.uniform(0.1, 0.5, (2, *x["shape"][1:])) for x in known}
+            asked.append({**given, "t": np.array([2.0, 3.0]), "t~1": np.array([1.0, before])})
+        first, refused, last = await at_once(ask, [encode(given, True, {"operation": operation}) for given in asked])
         assert refused.status == 422 and refused.document["rows"] == [1]
         assert "1 of 2 rows failed (not finite: 1). 't' equals 't~1' in 1 of these rows" in refused.error
-        for given, answer in ((asked[0], before), (asked[2], after)):
+        for given, answer in ((asked[0], first), (asked[2], last)):
             same(answer.arrays, reference(model, operation, given))
 
-    asyncio.run(use())
+    serving(use, model)
