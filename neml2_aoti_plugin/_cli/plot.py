@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import click
 import numpy as np
 
 from ..errors import InputError, UnknownNameError
-from .output import Report, figure, literal
+from .output import Report, figure, literal, written
 from .result_files import read_readings
 from .results import POINT, STEP, TIME, Array, Column, Result, at_site, column_of, parts, quantity
 
@@ -58,7 +60,7 @@ class PlotReport(Report):
         for line in self.lines:
             where = f"{_place(line.row, line.site)} of {line.result}"
             yield f"  {line.y} over {line.x}, {where}: {line.steps} steps, to {line.y_last:.6g}"
-        yield f"written: {self.written}"
+        yield from written(self.written)
 
 
 @dataclass(frozen=True)
@@ -76,92 +78,88 @@ class Labels:
 
 @dataclass(frozen=True)
 class Line:
-    """A line to draw: its points in time, what the report says of it, and its point's value of `Labels`."""
+    """A line to draw: its points in time, and what the report says of it."""
 
     along: Array
     up: Array
     report: LineReport
-    value: float
-    number: str
 
 
 def plot(
-    results: tuple[Path, ...],
+    results: Sequence[Path],
     out: Path,
     x: str | None,
-    ys: tuple[str, ...],
-    rows: tuple[int, ...],
+    ys: Sequence[str],
+    rows: Sequence[int],
     label: str | None,
     title: str,
     xlabel: str | None,
-    ylabels: tuple[str, ...],
+    ylabels: Sequence[str],
 ) -> PlotReport:
-    """Draw results that `neml2-aoti run --out` or neml2-run have written, several into one picture.
-
-    NAME is a scalar such as temperature, a component such as stress.xy, or an invariant of a symmetric tensor:
-    .vonmises, .equivalent (of a strain, the square root of 2/3 of its deviator's product with itself), .norm, .trace,
-    .mean. @time and @step are there in any case. Each site of a sub-batch is a line; stress[2].xy is one of them.
-
-    Stresses share their axes, and so does what else has the last word of its name in common; other quantities have
-    axes of their own, one above the other.
-    """
+    """Draw quantities over another one into a picture: a line for each result, point and site."""
     if len(ylabels) > max(len(ys), 1):
         raise click.UsageError(f"--ylabel is given {len(ylabels)} times, for {max(len(ys), 1)} quantities.")
     wanted = [name for name in (x, *ys, label) if name and name != POINT]
-    found = [(path, _read(path, wanted)) for path in results]
-    wanted_x = x or default_x(found[0][1])
-    wanted_ys = list(dict.fromkeys(ys)) or [default_y(found[0][1], wanted_x)]
-    names = {y: spoken(y) for y in wanted_ys} | dict(zip(wanted_ys, ylabels, strict=False))
-    labels = [_labels(path, result, wanted_ys[0], label, rows) for path, result in found]
+    found = {path: _read(path, wanted) for path in results}
+    first = found[results[0]]
+    x = x or default_x(first)
+    ys = list(dict.fromkeys(ys)) or [default_y(first, x)]
+    names = {y: spoken(y) for y in ys} | dict(zip(ys, ylabels, strict=False))
+    labels = {path: _labels(path, result, ys[0], label, rows) for path, result in found.items()}
     panels: dict[str, list[str]] = {}
-    for y in wanted_ys:
+    for y in ys:
         panels.setdefault(_kind(y), []).append(y)
-    stems = [path.stem for path in results]
-    files = stems if len(set(stems)) == len(stems) else [str(path) for path in results]
-    drawn: list[Line] = []
+    alike = len({path.stem for path in found}) < len(found)
+    drawn: list[LineReport] = []
     with figure(out, height=1.6 + 3.0 * len(panels), panels=len(panels)) as figures:
-        for number, (axes, shown) in enumerate(zip(figures, panels.values(), strict=True)):
+        before: list[str] = []
+        for axes, shown in zip(figures, panels.values(), strict=True):
             lines: list[Line] = []
-            for (path, result), file, of_points in zip(found, files, labels, strict=True):
+            for path, result in found.items():
                 for y in shown:
-                    words = [file] if len(files) > 1 else []
+                    words = [str(path) if alike else path.stem] if len(found) > 1 else []
                     words += [names[y]] if len(shown) > 1 else []
-                    lines += _lines(path, result, wanted_x, y, rows, of_points, words)
+                    lines += _lines(path, result, x, y, rows, labels[path], words)
             # Where nothing but the points differs, a legend has their values alone, below its title.
-            points_alone = len(files) == len(shown) == 1 and not any(line.report.site for line in lines)
-            legend = number == 0 or [line.report.label for line in lines] != [line.report.label for line in drawn]
-            _draw(axes, lines, len(files), labels[0].title if points_alone else "", legend)
-            separator = ",\n" if len(", ".join(names[y] for y in shown)) > INSIDE else ", "
-            axes.set_ylabel(literal(separator.join(names[y] for y in shown)))
-            drawn = [*drawn, *lines]
+            points_alone = len(found) == len(shown) == 1 and not any(line.report.site for line in lines)
+            told = [line.report.label for line in lines]
+            _draw(axes, lines, len(found), labels[results[0]] if points_alone else None, told != before)
+            axes.set_ylabel(literal(_joined([names[y] for y in shown])))
+            drawn, before = [*drawn, *(line.report for line in lines)], told
         figures[0].set_title(literal(title))
-        figures[-1].set_xlabel(literal(xlabel or spoken(wanted_x)))
-    return PlotReport(str(out), tuple(line.report for line in drawn))
+        figures[-1].set_xlabel(literal(xlabel or spoken(x)))
+    return PlotReport(str(out), tuple(drawn))
 
 
-def _draw(axes: Any, lines: Sequence[Line], files: int, points: str, legend: bool) -> None:
-    """Draw lines, with a legend or a scale of colours; `points` is its title where nothing but the points differs."""
+def _joined(names: Sequence[str]) -> str:
+    """Names beside an axis, below each other where they are long."""
+    found = ", ".join(names)
+    return found if len(found) <= INSIDE else ",\n".join(names)
+
+
+def _draw(axes: Any, lines: Sequence[Line], files: int, points: Labels | None, legend: bool) -> None:
+    """Draw lines, with a legend or a scale of colours; `points` where nothing but the points differs."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
 
     scale = None
     if points and len(lines) > LEGEND:
         scale = ScalarMappable(cmap=colormaps["viridis"])
-        scale.set_array([line.value for line in lines])
+        scale.set_array([points.values[line.report.row] for line in lines])
         scale.autoscale()
+        axes.figure.colorbar(scale, ax=axes, label=literal(points.title))
     per_file = len(lines) // files
     for number, line in enumerate(lines):
+        report = line.report
         # The same line of each file has the same colour.
-        colour = scale.to_rgba(np.array(line.value)) if scale else f"C{number % per_file % 10}"
+        colour = scale.to_rgba(points.values[report.row]) if points and scale else f"C{number % per_file % 10}"
         style = STYLES[number // per_file % len(STYLES)]
-        label = literal(line.number if points else line.report.label)
+        label = literal(points.number(report.row) if points else report.label)
         axes.plot(line.along, line.up, style, color=colour, linewidth=1.4, label=label)
-    if scale:
-        axes.figure.colorbar(scale, ax=axes, label=literal(points))
-    elif legend and 1 < len(lines) <= LEGEND:
+    if legend and scale is None and 1 < len(lines) <= LEGEND:
         longest = max(len(line.report.label) for line in lines)
         if points or longest <= INSIDE:
-            axes.legend(frameon=False, title=literal(points), alignment="left")
+            axes.legend(frameon=False, title=literal(points.title) if points else "", alignment="left")
         else:
             axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
             axes.figure.set_figwidth(max(axes.figure.get_figwidth(), 6.9 + 0.09 * longest))
@@ -170,32 +168,24 @@ def _draw(axes: Any, lines: Sequence[Line], files: int, points: str, legend: boo
 def _read(path: Path, wanted: Sequence[str]) -> Result:
     """Read a result; of several readings the one that has what is wanted."""
     readings = read_readings(path)
-    if len(readings) == 1:
-        return readings[0]
-    if not wanted:
+    if len(readings) > 1 and not wanted:
         unsure = [name for name in readings[0].series if len({read.series[name].shape for read in readings}) > 1]
-        may_be = (", ".join(_in_words(read, name) for name in unsure) for read in readings)
+
+        def said(read: Result, name: str) -> str:
+            sites = f" with sites {list(of)}" if (of := read.sub_batch(name)) else ""
+            return f"{name} as {read.types[name]} at {read.series[name].shape[1]} point(s){sites}"
+
+        may_be = (", ".join(said(read, name) for name in unsure) for read in readings)
         raise InputError(
             f"{path}: a .pt file records no types, and this one may hold {', or '.join(may_be)}. Name what to draw "
             "(--y NAME of a scalar, --y NAME.PART of a tensor), or draw a .npz or .csv file."
         )
-    return next((found for found in readings if _has(found, wanted)), readings[0])
-
-
-def _in_words(result: Result, name: str) -> str:
-    sites = result.sub_batch(name)
-    return f"{name} as {result.types[name]} at {result.series[name].shape[1]} point(s)" + (
-        f" with sites {list(sites)}" if sites else ""
-    )
-
-
-def _has(result: Result, wanted: Sequence[str]) -> bool:
-    try:
-        for name in wanted:
-            quantity(result, name)
-    except UnknownNameError:
-        return False
-    return True
+    for read in readings:
+        with suppress(UnknownNameError):
+            for name in wanted:
+                quantity(read, name)
+            return read
+    return readings[0]
 
 
 def spoken(name: str) -> str:
@@ -213,6 +203,13 @@ def _kind(name: str) -> str:
     return name if name.startswith("@") else re.split(r"[^a-z0-9]+", column_of(name).name.lower())[-1]
 
 
+def _quantity(path: Path, result: Result, name: str) -> Array:
+    try:
+        return quantity(result, name)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{path}: {error}") from None
+
+
 def _labels(path: Path, result: Result, y: str, wanted: str | None, rows: Sequence[int]) -> Labels:
     """What tells the points of a result apart: what is wanted, else an input, else their numbers.
 
@@ -228,28 +225,21 @@ def _labels(path: Path, result: Result, y: str, wanted: str | None, rows: Sequen
             names += [str(Column(name, part=part)) for part in parts(result.types[name])]
         if name == column_of(y).name:
             break
-    chosen = list(rows) if len(set(rows)) > 1 else list(range(result.points))
-    changing: list[Labels] = []
+    chosen = [row for row in rows if 0 <= row < result.points] if len(set(rows)) > 1 else range(result.points)
+    # Each with whether it is constant.
+    telling: list[tuple[bool, Labels]] = []
     for name in names:
-        try:
-            values = quantity(result, name)
-        except UnknownNameError as error:
-            raise UnknownNameError(f"{path}: {error}") from None
+        values = _quantity(path, result, name)
         if values.ndim > 2:
             raise InputError(f"{path}: {name!r} has sites. Tell points apart by one of them, such as NAME[0].PART.")
         values = np.broadcast_to(values, (len(values), result.points))
         # Behind the first step all outputs are there.
-        constant = bool((values[1:] == values[-1]).all())
-        found = spoken(name)
-        labels = Labels(
-            f"{found}{'' if constant else ' at the end'}", f"{found}{'' if constant else ' to'}", values[-1]
-        )
-        numbers = [labels.number(row) for row in chosen if 0 <= row < result.points]
-        if wanted or (constant and len(set(numbers)) == len(numbers)):
-            return labels
-        if len(set(numbers)) == len(numbers):
-            changing.append(labels)
-    return changing[0] if changing else by_number
+        constant, called = bool((values[1:] == values[-1]).all()), spoken(name)
+        ends = ("", "") if constant else (" at the end", " to")
+        labels = Labels(called + ends[0], called + ends[1], values[-1])
+        if wanted or len({labels.number(row) for row in chosen}) == len(chosen):
+            telling.append((constant, labels))
+    return max(telling, key=lambda found: found[0], default=(False, by_number))[1]
 
 
 def default_x(result: Result) -> str:
@@ -279,12 +269,9 @@ def _tensors(result: Result) -> list[str]:
 
 def _lines(
     path: Path, result: Result, x: str, y: str, rows: Sequence[int], labels: Labels, before: Sequence[str]
-) -> list[Line]:
+) -> Iterator[Line]:
     """A line for each point and site, with its label."""
-    try:
-        along, up = quantity(result, x), quantity(result, y)
-    except UnknownNameError as error:
-        raise UnknownNameError(f"{path}: {error}") from None
+    along, up = _quantity(path, result, x), _quantity(path, result, y)
     sites = max(along.shape[2:], up.shape[2:], key=len)
     try:
         # What has no sites is the same at all of them.
@@ -301,21 +288,16 @@ def _lines(
     beyond = [row for row in rows if not 0 <= row < total]
     if beyond:
         raise UnknownNameError(f"{path}: there is no point {beyond[0]}; the points are 0 to {total - 1}.")
-    found = []
-    for row in rows or range(total):
-        for site in np.ndindex(sites):
-            over, above = at_site(along, site)[:, row], at_site(up, site)[:, row]
-            words = [*before]
-            words += [f"{labels.word} {labels.number(row)}"] if total > 1 else []
-            words += [_site(site)] if site else []
-            finite = above[~np.isnan(above)]
-            if not len(finite):
-                raise InputError(f"{path}: {y!r} has no values at {_place(row, site)}.")
-            ends = (float(finite[0]), float(finite[-1]))
-            report = LineReport(str(path), x, y, ", ".join(words), row, site, len(up), *ends)
-            value = float(labels.values[row]) if total > 1 else 0.0
-            found.append(Line(over, above, report, value, labels.number(row) if total > 1 else ""))
-    return found
+    for row, site in product(rows or range(total), np.ndindex(sites)):
+        over, above = at_site(along, site)[:, row], at_site(up, site)[:, row]
+        finite = above[~np.isnan(above)]
+        if not len(finite):
+            raise InputError(f"{path}: {y!r} has no values at {_place(row, site)}.")
+        words = [*before]
+        words += [f"{labels.word} {labels.number(row)}"] if total > 1 else []
+        words += [_site(site)] if site else []
+        ends = (float(finite[0]), float(finite[-1]))
+        yield Line(over, above, LineReport(str(path), x, y, ", ".join(words), row, site, len(up), *ends))
 
 
 def _place(row: int, site: tuple[int, ...]) -> str:
