@@ -180,7 +180,7 @@ def loaded() -> tuple[int, int]:
     """Of a worker, the number of models it has loaded, and torch's threads."""
     from neml2_aoti_plugin.parallel import _tasks as tasks
 
-    return tasks._unpickled.cache_info().currsize, torch.get_num_threads()
+    return tasks.unpickled.cache_info().currsize, torch.get_num_threads()
 
 
 class TestDaskArrays:

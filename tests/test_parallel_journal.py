@@ -180,8 +180,8 @@ class TestSourcesThatChange:
 LONG_RUN = """
 import sys
 from neml2_aoti_plugin import map_rows
-import neml2_aoti_plugin.parallel._rows as rows
-rows.SYNC = 0.05
+import neml2_aoti_plugin.parallel._journal as journal
+journal.SYNC = 0.05
 try:
     map_rows(*sys.argv[1:4], chunk=64, progress=lambda done, total: print(done, flush=True))
 except KeyboardInterrupt:

@@ -17,8 +17,9 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,12 +29,10 @@ from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
 from ..model._operations import operation as operation_named
 from ._journal import Journal
-from ._sinks import Fields, FolderSink, FunctionSink, Sink, open_sink, require_free, require_prepared
-from ._sources import Arrays, Rows, Source, open_source
-from ._tasks import OPERATIONS, Result, Task, digest, evaluate, evaluate_rows, loaded_model, read
+from ._sinks import Fields, FunctionSink, Sink, ZarrSink, open_sink, require_free, require_prepared
+from ._sources import Chunk, Rows, Source, open_source
+from ._tasks import OPERATIONS, Task, digest, evaluate, evaluate_rows, loaded_model, read
 
-# How often what is done is written to disk and to the journal, in seconds.
-SYNC = 5.0
 # Rows of a chunk, of a model that solves something, which are blocks for some dozen threads; and of one that does not.
 IMPLICIT, EXPLICIT = 1 << 14, 1 << 16
 # Tasks that are sent ahead for each worker, so that none waits for the caller; and workers, where an executor does not
@@ -116,16 +115,16 @@ def map_rows(
         if not isinstance(target, FunctionSink):
             if given.rows is None:
                 raise InputError("rows is needed for an iterable as source and files as sink: how many rows it gives.")
-            require_free(target, given.files, fields, resume=resume)
-            journal = Journal(target.journal, _identity(loaded, operation, given, size, fields), resume=resume)
+            require_free(target, given.files(), fields, resume=resume)
+            identity = _identity(loaded, operation, given, size, fields)
+            journal = Journal(target.journal, identity, partial(target.sync, fields), resume=resume)
             stack.callback(journal.close)
             if journal.resumed:
                 require_prepared(target, fields, given.rows)
             else:
                 target.prepare(fields, given.rows, size)
                 journal.begin()
-        shown = stack.enter_context(_shown(progress, given.rows))
-        run = _Run(runner, operation, given, target, size, fields, journal, shown)
+        run = _Run(runner, operation, given, size, target, journal, stack.enter_context(_shown(progress, given.rows)))
         run.go()
         failed = target.finish()
     return Mapped(run.rows, run.evaluated, failed, time.perf_counter() - begun)
@@ -141,16 +140,14 @@ class _Run:
     runner: _Runner
     operation: str
     source: Source
-    sink: Sink
     size: int
-    fields: Fields
+    sink: Sink
     journal: Journal | None
     progress: Progress
     # Rows of the source so far; those evaluated here; those done, here or before.
     rows: int = 0
     evaluated: int = 0
     done: int = 0
-    synced: float = field(default_factory=time.monotonic)
 
     def go(self) -> None:
         """Have all rows done that are not done yet."""
@@ -160,52 +157,45 @@ class _Run:
         try:
             self.runner.run(evaluate, self._coming())
         finally:
-            self._sync()
+            if self.journal is not None:
+                self.journal.flush()
 
-    def _known(self, journal: Journal) -> Iterator[_Chunk[str]]:
-        for start, stop, rows in self.source.chunks(self.size):
-            if (start, stop) in journal.done:
-                yield self._task(start, stop, rows), partial(journal.require_same_rows, start, stop)
+    def _known(self, journal: Journal) -> Iterator[_Coming[str]]:
+        for chunk in self.source.chunks(self.size):
+            if journal.has(chunk):
+                yield self._task(chunk), partial(journal.require_same, chunk)
 
-    def _coming(self) -> Iterator[_Chunk[Result]]:
-        for start, stop, rows in self.source.chunks(self.size):
-            self.rows = stop
-            if self.journal is None or (start, stop) not in self.journal.done:
-                yield self._task(start, stop, rows), partial(self._finish, start, stop)
+    def _coming(self) -> Iterator[_Coming[tuple[str, Rows | None]]]:
+        for chunk in self.source.chunks(self.size):
+            self.rows = chunk.stop
+            if self.journal is None or not self.journal.has(chunk):
+                yield self._task(chunk), partial(self._take, chunk)
                 continue
-            if self.source.arrays is None and not isinstance(rows, Arrays):
+            if self.source.arrays is None:
                 # Blocks come only once; the rows of arrays were looked at before.
-                self.journal.require_same_rows(start, stop, digest(rows))
-            self._report(stop - start)
+                self.journal.require_same(chunk, digest(chunk.read()))
+            self._report(chunk)
 
-    def _task(self, start: int, stop: int, rows: Arrays | Rows) -> Task:
+    def _task(self, chunk: Chunk) -> Task:
         sink = None if isinstance(self.sink, FunctionSink) else self.sink
-        if self.source.arrays is None and not isinstance(sink, FolderSink):
+        if self.source.arrays is None and isinstance(sink, ZarrSink):
             # Blocks of rows need not be chunks of a Zarr array, which only one process at a time may write to.
             sink = None
         header = b"" if self.journal is None else self.journal.header
-        return Task(self.runner.model, self.operation, start, stop, rows, sink, header)
+        return Task(self.runner.model, self.operation, chunk, sink, header)
 
-    def _finish(self, start: int, stop: int, found: Result) -> None:
-        if found.results is not None:
-            self.sink.write(start, found.results)
-        self.evaluated += stop - start
+    def _take(self, chunk: Chunk, found: tuple[str, Rows | None]) -> None:
+        known, results = found
+        if results is not None:
+            self.sink.write(chunk.start, results)
+        self.evaluated += chunk.stop - chunk.start
         if self.journal is not None:
-            self.journal.note(start, stop, found.digest)
-            if time.monotonic() - self.synced > SYNC:
-                self._sync()
-        self._report(stop - start)
+            self.journal.note(chunk, known)
+        self._report(chunk)
 
-    def _report(self, rows: int) -> None:
-        self.done += rows
+    def _report(self, chunk: Chunk) -> None:
+        self.done += chunk.stop - chunk.start
         self.progress(self.done, self.source.rows)
-
-    def _sync(self) -> None:
-        """Have on disk, and then in the journal, what is done."""
-        if self.journal is not None and self.journal.waiting and not isinstance(self.sink, FunctionSink):
-            self.sink.sync(self.fields)
-            self.journal.flush()
-        self.synced = time.monotonic()
 
 
 def _identity(model: Model, operation: str, source: Source, size: int, fields: Fields) -> dict[str, Any]:
@@ -245,37 +235,32 @@ def _shown(progress: bool | Progress, total: int | None) -> Iterator[Progress]:
 
 # What a task gives; and a task with what takes that.
 _Given = TypeVar("_Given")
-_Chunk = tuple[Task, Callable[[_Given], None]]
-
-
-class _Here:
-    """An executor that is the calling thread."""
-
-    def submit(self, function: Callable[[Task], _Given], task: Task) -> Future[_Given]:
-        found: Future[_Given] = Future()
-        found.set_result(function(task))
-        return found
+_Coming = tuple[Task, Callable[[_Given], None]]
 
 
 @dataclass(frozen=True)
 class _Runner:
-    """An executor, how many tasks it is given at a time, and the model, pickled for other processes."""
+    """An executor, or none where the calling thread does it all, and the model, pickled for other processes."""
 
-    executor: Any
-    most: int
     model: Model | bytes
+    executor: Any = None
+    workers: int = 1
 
-    def run(self, function: Callable[[Task], _Given], chunks: Iterable[_Chunk[_Given]]) -> None:
-        """Have all chunks done, taken one after the other as there is room; the first error ends it.
+    def run(self, function: Callable[[Task], _Given], coming: Iterable[_Coming[_Given]]) -> None:
+        """Have all tasks done, taken one after the other as there is room; the first error ends it.
 
-        When it has ended, nothing of these chunks is going on. Whether a task is attempted again is up to the executor.
+        When it has ended, none of these tasks is going on. Whether a task is attempted again is up to the executor.
         """
+        if self.executor is None:
+            for task, take in coming:
+                take(function(task))
+            return
         running: dict[Future[_Given], Callable[[_Given], None]] = {}
-        coming = iter(chunks)
+        tasks = iter(coming)
         try:
             while True:
-                while len(running) < self.most and (chunk := next(coming, None)) is not None:
-                    running[self.executor.submit(function, chunk[0])] = chunk[1]
+                for task, take in islice(tasks, AHEAD * self.workers - len(running)):
+                    running[self.executor.submit(function, task)] = take
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -296,7 +281,7 @@ class _Runner:
 def _runner(executor: object, model: Model) -> Iterator[_Runner]:
     """What runs the tasks: this thread, an executor of the user's, or Dask's client."""
     if executor is None:
-        yield _Runner(_Here(), 1, model)
+        yield _Runner(model)
         return
     if not callable(getattr(executor, "submit", None)):
         raise InputTypeError(
@@ -307,18 +292,12 @@ def _runner(executor: object, model: Model) -> Iterator[_Runner]:
     if type(executor).__module__.partition(".")[0] == "distributed" and hasattr(executor, "get_executor"):
         from .dask import cluster
 
-        with cluster(executor, recipe) as (found, count):
-            yield _Runner(found, AHEAD * count, recipe)
+        with cluster(executor, recipe) as (found, workers):
+            yield _Runner(recipe, found, workers)
         return
-    yield _Runner(executor, AHEAD * _workers_of(executor), recipe)
-
-
-def _workers_of(executor: object) -> int:
-    """How many workers an executor has, as far as it says."""
-    for name in ("max_workers", "num_workers"):
-        found = getattr(executor, name, None)
-        if isinstance(found, int) and found > 0:
-            return found
-    # Those of the standard library do not say it; they are for this machine.
-    own = isinstance(executor, (ThreadPoolExecutor, ProcessPoolExecutor))
-    return os.cpu_count() or 1 if own else UNKNOWN
+    said = (getattr(executor, name, None) for name in ("max_workers", "num_workers"))
+    workers = next((count for count in said if isinstance(count, int) and count > 0), UNKNOWN)
+    if isinstance(executor, (ThreadPoolExecutor, ProcessPoolExecutor)):
+        # Those of the standard library do not say it; they are for this machine.
+        workers = os.cpu_count() or 1
+    yield _Runner(recipe, executor, workers)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import numpy as np
 
 from .._files import draft, file_name, require_outside_artifacts, require_writable
 from ..errors import InputError, InputTypeError
-from ._sources import Rows, import_zarr, opened, path_of_group
+from ._sources import Rows, import_zarr, opened, path_of
 
 # The mask of rows that failed among the results, and their numbers beside it; no variable's name begins so.
 FAILED, FAILED_ROWS = "@failed", "@failed_rows"
+# What single files are called; a sink is a folder.
+ENDINGS = frozenset({".csv", ".h5", ".hdf5", ".json", ".nc", ".npy", ".npz", ".parquet", ".pt", ".safetensors", ".txt"})
 
 # What each row of a result is: dtype and shape.
 Fields = dict[str, tuple[str, tuple[int, ...]]]
@@ -47,24 +49,23 @@ class FolderSink:
             for name in (*fields, FAILED_ROWS):
                 self.place(name).unlink(missing_ok=True)
             for name, (dtype, tail) in fields.items():
-                try:
-                    _make_npy(drafts[name], np.dtype(dtype), (rows, *tail))
-                except OSError as error:
-                    raise _unwritable(self.place(name), error) from error
+                with _written(self.place(name)):
+                    array: Any = np.lib.format.open_memmap(drafts[name], "w+", np.dtype(dtype), (rows, *tail))
+                    if hasattr(os, "posix_fallocate"):
+                        # Room on the disk, so that no process finds it full later on.
+                        with drafts[name].open("r+b") as out:
+                            os.posix_fallocate(out.fileno(), 0, array.offset + array.nbytes)
 
     def write(self, start: int, rows: Rows) -> None:
         """Write rows from a row on to the files that are there."""
         for name, array in rows.items():
             rest = np.ascontiguousarray(array).data.cast("B")
-            try:
-                with open(self.place(name), "r+b", buffering=0, opener=_open_no_link) as out:
-                    np.lib.format.read_magic(out)
-                    np.lib.format.read_array_header_1_0(out)
-                    out.seek(start * (rest.nbytes // len(array)), os.SEEK_CUR)
-                    while rest:
-                        rest = rest[out.write(rest) :]
-            except OSError as error:
-                raise _unwritable(self.place(name), error) from error
+            with _written(self.place(name)), open(self.place(name), "r+b", buffering=0, opener=_open_no_link) as out:
+                np.lib.format.read_magic(out)
+                np.lib.format.read_array_header_1_0(out)
+                out.seek(start * (rest.nbytes // len(array)), os.SEEK_CUR)
+                while rest:
+                    rest = rest[out.write(rest) :]
 
     def sync(self, fields: Fields) -> None:
         """Have on disk what was written."""
@@ -97,7 +98,7 @@ class ZarrSink:
 
     def prepare(self, fields: Fields, rows: int, chunk: int) -> None:
         """Make the arrays; a chunk of the run is a chunk of each array."""
-        try:
+        with _written(self.path):
             group = self._group("a")
             for name, (dtype, tail) in fields.items():
                 key = file_name(name)
@@ -106,17 +107,13 @@ class ZarrSink:
                 group.create_array(
                     key, shape=(rows, *tail), chunks=(min(chunk, rows), *tail), dtype=dtype, overwrite=True
                 )
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
 
     def write(self, start: int, rows: Rows) -> None:
         """Write rows from a row on to the arrays that are there."""
         group = self._group("r+")
         for name, array in rows.items():
-            try:
+            with _written(self.place(name)):
                 group[file_name(name)][start : start + len(array)] = array
-            except OSError as error:
-                raise _unwritable(self.place(name), error) from error
 
     def sync(self, fields: Fields) -> None:
         """Nothing: Zarr's chunks are files of their own."""
@@ -163,22 +160,23 @@ def open_sink(given: object) -> Sink:
     """Find out what was given as a sink, and make the folder that it lies in."""
     if callable(given):
         return FunctionSink(given)
-    sink: FileSink
-    if isinstance(given, (str, os.PathLike)):
-        path = Path(given).absolute()
-        sink = ZarrSink(path) if path.suffix == ".zarr" else FolderSink(path)
-    elif hasattr(given, "arrays") and hasattr(given, "store"):
-        sink = ZarrSink(path_of_group(given).absolute())
-    else:
+    path = path_of(given)
+    if path is None:
         raise InputTypeError(
             f"sink is a {type(given).__name__}, expected a folder for .npy files, the path of a Zarr group (*.zarr), "
             "or a function that takes a dict of arrays."
         )
+    path = path.absolute()
+    is_path = isinstance(given, (str, os.PathLike))
+    if is_path and path.suffix.lower() in ENDINGS and not path.is_dir():
+        raise InputError(
+            f"sink {path}: is named like a file, and results are a folder of .npy files or a Zarr group (*.zarr). Give "
+            f"a name such as {path.stem}."
+        )
+    sink: FileSink = FolderSink(path) if is_path and path.suffix != ".zarr" else ZarrSink(path)
     require_outside_artifacts(sink.journal)
-    try:
+    with _written(sink.journal.parent):
         sink.journal.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(sink.journal.parent, error) from error
     return sink
 
 
@@ -218,20 +216,16 @@ def _inode(file: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _make_npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Make an empty file a `.npy` file with room for an array."""
-    array: Any = np.lib.format.open_memmap(file, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        # Room on the disk, so that no process finds it full later on.
-        with file.open("r+b") as out:
-            os.posix_fallocate(out.fileno(), 0, array.offset + array.nbytes)
-
-
 def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
-def _unwritable(place: Path, error: OSError) -> InputError:
-    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    cure = "Make room, and call again" if full else "Give a sink that can be written to"
-    return InputError(f"sink {place}: cannot be written ({error.strerror or error}). {cure}.")
+@contextmanager
+def _written(place: Path) -> Iterator[None]:
+    """Raise an `InputError` where a part of the sink cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        cure = "Make room, and call again" if full else "Give a sink that can be written to"
+        raise InputError(f"sink {place}: cannot be written ({error.strerror or error}). {cure}.") from error

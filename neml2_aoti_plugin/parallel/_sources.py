@@ -18,20 +18,17 @@ from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
 
 Rows = dict[str, np.ndarray]
+# A `.npy` file, the folder of a Zarr array, or an array in memory.
+Place = Path | np.ndarray
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Where the arrays of a source are: `.npy` files, folders of Zarr arrays, or arrays in memory, by input."""
+    """Where the arrays of a source are, by input."""
 
-    places: Mapping[str, Path | np.ndarray]
+    places: Mapping[str, Place]
     # Names of those that have no row axis, and are the same for all rows.
     common: frozenset[str]
-
-    @property
-    def are_stored(self) -> bool:
-        """Whether another process can read them."""
-        return all(isinstance(place, Path) for place in self.places.values())
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows by name of the input."""
@@ -40,6 +37,27 @@ class Arrays:
             with _as_input_errors(place):
                 found[name] = np.array(opened(place)[... if name in self.common else slice(start, stop)])
         return found
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows: the first one, one behind the last, and the rows, or where any process reads them."""
+
+    start: int
+    stop: int
+    rows: Arrays | Rows
+
+    def read(self) -> Rows:
+        """The rows by name of the input."""
+        if not isinstance(self.rows, Arrays):
+            return self.rows
+        try:
+            return self.rows.read(self.start, self.stop)
+        except InputError as error:
+            raise InputError(
+                f"rows {self.start} to {self.stop - 1} cannot be read: {error} The source must stay as it is, and lie "
+                "on a file system that all workers share, under the same path."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -52,68 +70,78 @@ class Source:
     first: Rows
     arrays: Arrays | None = None
     blocks: Iterable[Rows] = ()
-    # The files and folders that the arrays are read from.
-    files: tuple[Path, ...] = ()
 
-    def chunks(self, size: int) -> Iterator[tuple[int, int, Arrays | Rows]]:
-        """The first row of each chunk, one behind its last, and its rows, or where any process reads them itself.
-
-        Chunks have `size` rows where the source is arrays; else they are its blocks.
-        """
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """Chunks of `size` rows where the source is arrays; else its blocks."""
         stop = 0
         if self.arrays is not None and self.rows is not None:
+            stored = all(isinstance(place, Path) for place in self.arrays.places.values())
             for start in range(0, self.rows, size):
                 stop = min(start + size, self.rows)
-                yield start, stop, self.arrays if self.arrays.are_stored else self.arrays.read(start, stop)
+                yield Chunk(start, stop, self.arrays if stored else self.arrays.read(start, stop))
             return
         for block in self.blocks:
             start, stop = stop, stop + len(next(iter(block.values())))
             if self.rows is not None and self.rows < stop:
                 raise InputError(f"source gives more than {self.rows} rows (rows=).")
-            yield start, stop, block
+            yield Chunk(start, stop, block)
         if self.rows is not None and self.rows != stop:
             raise InputError(f"source gave {stop} rows, expected {self.rows} (rows=).")
+
+    def files(self) -> Iterator[Path]:
+        """The files and folders that are read, also those that arrays in memory are views of."""
+        for place in self.arrays.places.values() if self.arrays is not None else ():
+            if isinstance(place, Path):
+                yield place
+                continue
+            array: Any = place
+            while array is not None:
+                if isinstance(array, np.memmap) and array.filename is not None:
+                    yield Path(str(array.filename))
+                array = getattr(array, "base", None)
 
 
 def open_source(given: object, model: Model, rows: int | None) -> Source:
     """Find out what was given as a source, and check names, dtypes and shapes; `rows` is that of `map_rows`."""
-    if isinstance(given, (str, os.PathLike)):
-        return _from_path(Path(given), model)
+    where, path = "source", path_of(given)
+    if path is not None:
+        if not path.is_dir():
+            raise InputError(f"source {path}: there is no such folder. Give a folder of .npy files, or a Zarr group.")
+        zarr = path.suffix == ".zarr" or (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
+        names = (*model.inputs, *model.initial_guesses)
+        files = {name: path / f"{file_name(name)}{'' if zarr else '.npy'}" for name in names}
+        where, given = str(path), {name: file for name, file in files.items() if file.exists()}
     if isinstance(given, Mapping):
-        return _from_mapping(given, model)
-    if hasattr(given, "arrays") and hasattr(given, "store"):
-        return _from_path(path_of_group(given), model)
-    if isinstance(given, Iterable):
-        return _from_blocks(given, model, rows)
-    raise InputTypeError(
-        f"source is a {type(given).__name__}, expected a folder of .npy files, a Zarr group, a dict from the name of "
-        "an input to an array or a .npy file, or an iterable of dicts of arrays."
-    )
+        places = {name: _place_of(value, name) for name, value in given.items()}
+        count, common = checked({name: opened(place) for name, place in places.items()}, model, where)
+        arrays = Arrays(places, common)
+        return Source(count, arrays.read(0, 1), arrays)
+    if not isinstance(given, Iterable):
+        raise InputTypeError(
+            f"source is a {type(given).__name__}, expected a folder of .npy files, a Zarr group, a dict from the name "
+            "of an input to an array or a .npy file, or an iterable of dicts of arrays."
+        )
+    blocks = (_block(block, model, number) for number, block in enumerate(given))
+    first = next(blocks, None)
+    if first is None:
+        raise InputError("source gives no block of rows.")
+    return Source(rows, {name: array[:1] for name, array in first.items()}, blocks=itertools.chain([first], blocks))
 
 
-def _from_path(path: Path, model: Model) -> Source:
-    if not path.is_dir():
-        raise InputError(f"source {path}: there is no such folder. Give a folder of .npy files, or a Zarr group.")
-    zarr = path.suffix == ".zarr" or (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
-    names = (*model.inputs, *model.initial_guesses)
-    files = {name: path / f"{file_name(name)}{'' if zarr else '.npy'}" for name in names}
-    return _from_mapping({name: file for name, file in files.items() if file.exists()}, model, str(path))
+def path_of(given: Any) -> Path | None:
+    """The folder that a path or a Zarr group leads to; None for what is neither."""
+    if isinstance(given, (str, os.PathLike)):
+        return Path(given)
+    if not (hasattr(given, "arrays") and hasattr(given, "store")):
+        return None
+    root = getattr(given.store, "root", None) or getattr(given.store, "path", None)
+    if root is None:
+        raise InputTypeError("the Zarr group is not in a folder of this machine. Give one that is, by its path.")
+    return Path(root) / str(given.path)
 
 
-def _from_mapping(given: Mapping[Any, Any], model: Model, where: str = "source") -> Source:
-    places: dict[str, Path | np.ndarray] = {}
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        place = places[name] = _file_of(value) or _as_array(value, name)
-        found[name] = opened(place)
-    rows, common = checked(found, model, where)
-    arrays = Arrays(places, common)
-    files = tuple(file for place in places.values() for file in _files_behind(place))
-    return Source(rows, arrays.read(0, 1), arrays, files=files)
-
-
-def opened(place: Path | np.ndarray) -> Any:
-    """An array of which nothing is read yet: of a `.npy` file, of the folder of a Zarr array, or in memory."""
+def opened(place: Place) -> Any:
+    """An array of which nothing is read yet."""
     if not isinstance(place, Path):
         return place
     with _as_input_errors(place):
@@ -125,7 +153,7 @@ def opened(place: Path | np.ndarray) -> Any:
 
 
 @contextmanager
-def _as_input_errors(place: Path | np.ndarray) -> Iterator[None]:
+def _as_input_errors(place: Place) -> Iterator[None]:
     """Raise an `InputError` for a file that cannot be read: damaged headers and chunks raise errors of many kinds."""
     try:
         yield
@@ -140,29 +168,18 @@ def _as_input_errors(place: Path | np.ndarray) -> Iterator[None]:
         ) from error
 
 
-def _files_behind(place: Path | np.ndarray) -> Iterator[Path]:
-    """The file itself, or those that an array is a view of."""
-    array: Any = place
-    if isinstance(place, Path):
-        yield place
-    while array is not None:
-        if isinstance(array, np.memmap) and array.filename is not None:
-            yield Path(str(array.filename))
-        array = getattr(array, "base", None)
-
-
-def _file_of(value: object) -> Path | None:
-    """The file that a value is, or that it is the whole memory map of."""
+def _place_of(value: object, name: str) -> Place:
+    """The file that a value of a source is, or is the whole memory map of; else the array."""
     if isinstance(value, (str, os.PathLike)):
         return Path(value).absolute()
     if isinstance(value, np.memmap) and not isinstance(value.base, np.ndarray) and value.filename is not None:
         file = Path(str(value.filename)).absolute()
         if file.suffix == ".npy" and value.mode in ("r", "r+") and value.flags.c_contiguous:
             return file
-    return None
+    return _as_array(value, name)
 
 
-def _as_array(value: object, name: str) -> np.ndarray:
+def _as_array(value: Any, name: str) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     if hasattr(value, "detach"):
@@ -171,23 +188,6 @@ def _as_array(value: object, name: str) -> np.ndarray:
     raise InputTypeError(
         f"source {name!r} is a {type(value).__name__}, expected an array of NumPy, a tensor, or a path of a .npy file."
     )
-
-
-def path_of_group(group: Any) -> Path:
-    """The folder of a Zarr group."""
-    root = getattr(group.store, "root", None) or getattr(group.store, "path", None)
-    if root is None:
-        raise InputTypeError("the Zarr group is not in a folder of this machine. Give one that is, by its path.")
-    return Path(root) / str(group.path)
-
-
-def _from_blocks(given: Iterable[Any], model: Model, rows: int | None) -> Source:
-    blocks = (_block(block, model, number) for number, block in enumerate(given))
-    first = next(blocks, None)
-    if first is None:
-        raise InputError("source gives no block of rows.")
-    row = {name: array[:1] for name, array in first.items()}
-    return Source(rows, row, blocks=itertools.chain([first], blocks))
 
 
 def _block(block: object, model: Model, number: int) -> Rows:
@@ -202,27 +202,26 @@ def _block(block: object, model: Model, number: int) -> Rows:
 
 def checked(arrays: Mapping[str, Any], model: Model, where: str) -> tuple[int, frozenset[str]]:
     """The number of rows, and the names of arrays without a row axis; arrays need no more than a dtype and a shape."""
-    variables = {**model.initial_guesses, **model.inputs}
+    variables = {**model.inputs, **model.initial_guesses}
     require_names(arrays, variables, where, "inputs", needed=model.inputs)
     dtype = str(model.dtype).removeprefix("torch.")
     rows: dict[str, int] = {}
     for name, array in arrays.items():
-        natural = variables[name].natural_shape
+        natural, shape = variables[name].natural_shape, tuple(array.shape)
         if np.dtype(array.dtype) != np.dtype(dtype):
             raise InputTypeError(f"{where}: {name!r} has dtype {array.dtype}, expected {dtype}, as the model has.")
-        shape = tuple(array.shape)
-        if shape == natural:
-            continue
-        if shape[1:] != natural:
+        if shape[1:] == natural and shape != natural:
+            rows[name] = shape[0]
+        elif shape != natural:
             shown = ", ".join(("rows", *map(str, natural)))
             raise InputError(f"{where}: {name!r} has shape {shape}, expected ({shown}), or {natural} for all rows.")
-        rows[name] = shape[0]
     if len(set(rows.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in rows.items())
         raise InputError(f"{where}: the arrays differ in their number of rows: {listed}.")
-    if not rows or not next(iter(rows.values())):
+    count = next(iter(rows.values()), 0)
+    if not count:
         raise InputError(f"{where}: there are no rows. Give at least one input with the shape (rows, *base).")
-    return next(iter(rows.values())), frozenset(arrays) - frozenset(rows)
+    return count, frozenset(arrays) - frozenset(rows)
 
 
 def import_zarr() -> Any:

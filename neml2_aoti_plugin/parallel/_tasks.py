@@ -16,36 +16,12 @@ from ..model import Model, as_model
 from ..model._operations import operation
 from ._journal import require_seen
 from ._sinks import FAILED, FileSink
-from ._sources import Arrays, Rows
+from ._sources import Chunk, Rows
 
 # Of `model._operations.OPERATIONS`; results of the others do not belong to files of rows.
 OPERATIONS = ("forward", "jacobian")
 # Models that a process keeps.
 KEPT = 16
-
-
-@dataclass(frozen=True)
-class Task:
-    """Some rows of a long run; the model is pickled where another process has to load it."""
-
-    model: Model | bytes
-    operation: str
-    # The first row, and one behind the last.
-    start: int
-    stop: int
-    # The rows, or where to read them.
-    rows: Arrays | Rows
-    # Where to write results, and how the journal there begins; None where they are to be sent back.
-    sink: FileSink | None
-    header: bytes
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a task gave: a digest of its rows, by which they are known again; results where there is no sink."""
-
-    digest: str
-    results: Rows | None = None
 
 
 def loaded_model(given: Model | str | os.PathLike[str]) -> Model:
@@ -64,44 +40,40 @@ def loaded_model(given: Model | str | os.PathLike[str]) -> Model:
     return model
 
 
-def model_of(given: Model | bytes) -> Model:
-    """The model that is meant; a pickled one is loaded at its first use in this process."""
-    return given if isinstance(given, Model) else _unpickled(given)
-
-
 @lru_cache(KEPT)
-def _unpickled(recipe: bytes) -> Model:
+def unpickled(recipe: bytes) -> Model:
+    """A pickled model, loaded at its first use in this process."""
     found: Model = pickle.loads(recipe)
     return found
 
 
-def evaluate(task: Task) -> Result:
-    """Evaluate the rows of a task, and write what they give to its sink if it has one."""
-    rows = _read(task)
-    known = digest(rows)
-    found = evaluate_rows(model_of(task.model), task.operation, rows, task.stop - task.start)
+@dataclass(frozen=True)
+class Task:
+    """Some rows of a long run; the model is pickled where another process has to load it."""
+
+    model: Model | bytes
+    operation: str
+    chunk: Chunk
+    # Where to write results, and how the journal there begins; None where they are to be sent back.
+    sink: FileSink | None
+    header: bytes
+
+
+def evaluate(task: Task) -> tuple[str, Rows | None]:
+    """Evaluate the rows of a task: their digest, by which they are known again, and results where there is no sink."""
+    rows, start = task.chunk.read(), task.chunk.start
+    model = task.model if isinstance(task.model, Model) else unpickled(task.model)
+    found = evaluate_rows(model, task.operation, rows, task.chunk.stop - start)
     if task.sink is None:
-        return Result(known, found)
+        return digest(rows), found
     require_seen(task.sink.journal, task.header)
-    task.sink.write(task.start, found)
-    return Result(known)
+    task.sink.write(start, found)
+    return digest(rows), None
 
 
 def read(task: Task) -> str:
     """The digest of a task's rows, which are not evaluated, to see whether they are still the same."""
-    return digest(_read(task))
-
-
-def _read(task: Task) -> Rows:
-    if not isinstance(task.rows, Arrays):
-        return task.rows
-    try:
-        return task.rows.read(task.start, task.stop)
-    except InputError as error:
-        raise InputError(
-            f"rows {task.start} to {task.stop - 1} cannot be read: {error} The source must stay as it is, and lie on a "
-            "file system that all workers share, under the same path."
-        ) from error
+    return digest(task.chunk.read())
 
 
 def evaluate_rows(model: Model, name: str, rows: Rows, count: int) -> Rows:

@@ -16,7 +16,7 @@ from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
 from ..model._operations import operation as operation_named
 from ._sources import checked
-from ._tasks import OPERATIONS, evaluate_rows, loaded_model, model_of
+from ._tasks import OPERATIONS, evaluate_rows, loaded_model, unpickled
 
 try:
     from distributed import KilledWorker, WorkerPlugin
@@ -36,7 +36,7 @@ class LoadModel(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         """Load the model."""
-        model_of(self.recipe)
+        unpickled(self.recipe)
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def _block(*arrays: np.ndarray, recipe: bytes, operation: str, names: list[str],
     """The results of a block side by side: one array, so that they are evaluated once whichever are asked for."""
     rows = {**dict(zip(names, arrays, strict=True)), **common}
     count = len(arrays[0])
-    found = evaluate_rows(model_of(recipe), operation, rows, count)
+    found = evaluate_rows(unpickled(recipe), operation, rows, count)
     return np.concatenate([array.reshape(count, -1).astype(np.float64) for array in found.values()], 1)
 
 
