@@ -119,16 +119,17 @@ class Diagnosis(Report):
 
 def doctor(target: Target | None = None, try_binding: bool = False) -> Diagnosis:
     """Look this environment over, and an artifact if one is given; to try neml2's own binding takes some seconds."""
-    trouble = environment.import_neml2()
+    of_neml2 = environment.neml2_finding()
     # Whether machine code can be used is known once it has been tried.
     code_folder, of_solves = environment.solves()
     now, cores, threads = status(), environment.cores(), torch.get_num_threads()
     compiler, of_compiler = environment.compiler()
     scratch, of_scratch = environment.scratch()
-    artifact, found = (None, ()) if target is None else _of_artifact(target)
+    artifact, found = (None, []) if target is None else _of_artifact(target)
     binding = now.native_binding
     if try_binding:
-        binding = tried_binding(target if artifact is not None and artifact.runs else None)
+        binding = _tried(target if artifact is not None and artifact.runs else None)
+    findings = (of_neml2, environment.plugin_finding(now), environment.torch_finding(), of_solves, of_compiler)
     return Diagnosis(
         versions={name: installed(name) for name in PACKAGES} | {"Python": now.python},
         plugin=now,
@@ -143,20 +144,11 @@ def doctor(target: Target | None = None, try_binding: bool = False) -> Diagnosis
         scratch=scratch,
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         artifact=artifact,
-        findings=(
-            environment.neml2_finding(now.neml2, trouble),
-            environment.plugin_finding(now),
-            environment.torch_finding(),
-            of_solves,
-            of_compiler,
-            environment.threads(threads, cores),
-            of_scratch,
-            *found,
-        ),
+        findings=(*findings, environment.threads(threads, cores), of_scratch, *found),
     )
 
 
-def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding, ...]]:
+def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, list[Finding]]:
     """Look an artifact over as a load does; nothing of it is run."""
     try:
         place = target.place()
@@ -165,33 +157,25 @@ def _of_artifact(target: Target) -> tuple[ArtifactSummary | None, tuple[Finding,
         # Another leaf was asked for than there is, which is no fault of the artifact.
         raise
     except AOTIError as error:
-        return None, (Finding("artifact", "problem", str(error)),)
-    sealed = place.folder.sealed is not None
-    leaf = leaf_name(place)
+        return None, [Finding("artifact", "problem", str(error))]
+    sealed, leaf, release = place.folder.sealed is not None, leaf_name(place), release_of(found.schema)
     checked = look_over(found, place)
     runs = not checked.faults and not kinship(found, place).fault
     findings = [Finding("artifact", "problem", fault) for fault in checked.faults] + _of_leaves(target)
     if runs:
         findings.append(Finding("artifact", "fine", f"{target.model} ({leaf}, schema {found.schema}) can run here"))
+        by_reason: dict[str, list[str]] = {}
         # A variable that holds a wrong word has a finding of its own.
         with suppress(InputError):
-            findings += _of_graphs(Program(checked.metadata, checked.packages, place.device, lockstep=False))
+            program = Program(checked.metadata, checked.packages, place.device, lockstep=False)
+            for file, reason in program.by_runner().items():
+                by_reason.setdefault(reason, []).append(file)
+        for reason, files in by_reason.items():
+            says = f"{', '.join(files)}: run by torch's runner, since {reason}"
+            findings.append(Finding("graphs", "advice", says, SLOWER))
     says = "sealed, and as it was sealed" if sealed else f"none; `neml2-aoti seal {target.artifact}` would write one"
     findings.append(Finding("seal", "fine", says))
-    release = release_of(found.schema)
-    summary = ArtifactSummary(str(target.artifact), target.model, found.schema, release, leaf, sealed, runs)
-    return summary, tuple(findings)
-
-
-def _of_graphs(program: Program) -> list[Finding]:
-    """Which graphs are not called by their C interface for what they are, by the reason."""
-    files: dict[str, list[str]] = {}
-    for file, reason in program.by_runner().items():
-        files.setdefault(reason, []).append(file)
-    return [
-        Finding("graphs", "advice", f"{', '.join(names)}: run by torch's runner, since {reason}", SLOWER)
-        for reason, names in files.items()
-    ]
+    return ArtifactSummary(str(target.artifact), target.model, found.schema, release, leaf, sealed, runs), findings
 
 
 def _of_leaves(target: Target) -> list[Finding]:
@@ -244,41 +228,36 @@ ROWS = 2
 CLOSE = 1e-6
 
 
-def tried_binding(target: Target | None) -> str:
+def _tried(target: Target | None) -> str:
     """Import neml2's own binding in a process without the plugin, which it may crash, and call a model through it.
 
     The model is called at points of its driver and random ones; with no target the binding is imported only.
     """
-    if target is None:
-        return _tried([])
-
-    model = target.load()
-    try:
-        found, _ = evaluate(model, choose_points(target, model, rows=ROWS))
-    except AOTIError as error:
-        return f"{_tried([])}; the artifact was not called ({error})"
+    arguments, more = [], ""
     with tempfile.TemporaryDirectory(prefix="neml2-aoti-doctor-") as folder:
-        points = Path(folder) / "points.pt"
-        torch.save((found.points.inputs, found.outputs), points)
-        # From 3.0.7 on this is the artifact's folder, which is all that the binding loads.
-        return _tried([str(model.artifact), str(points)])
-
-
-def _tried(arguments: list[str]) -> str:
-    command = [sys.executable, "-c", _CODE, *arguments]
-    environment = {**os.environ, "NEML2_AOTI_PLUGIN": "0"}
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False, errors="replace"
-        )
-    except subprocess.TimeoutExpired:
-        return f"did not end within {TIMEOUT} s"
+        if target is not None:
+            model, points = target.load(), Path(folder) / "points.pt"
+            try:
+                found, _ = evaluate(model, choose_points(target, model, rows=ROWS))
+                torch.save((found.points.inputs, found.outputs), points)
+                # From 3.0.7 on this is the artifact's folder, which is all that the binding loads.
+                arguments = [str(model.artifact), str(points)]
+            except AOTIError as error:
+                more = f"; the artifact was not called ({error})"
+        command = [sys.executable, "-c", _CODE, *arguments]
+        variables = {**os.environ, "NEML2_AOTI_PLUGIN": "0"}
+        try:
+            done = subprocess.run(
+                command, env=variables, capture_output=True, text=True, timeout=TIMEOUT, check=False, errors="replace"
+            )
+        except subprocess.TimeoutExpired:
+            return f"did not end within {TIMEOUT} s{more}"
     if done.returncode != 0:
-        return f"crashes the interpreter (exit status {done.returncode})"
+        return f"crashes the interpreter (exit status {done.returncode}){more}"
     step, trouble, apart = json.loads(done.stdout.splitlines()[-1])
     if trouble:
-        return f"fails at the {step} ({trouble})"
+        return f"fails at the {step} ({trouble}){more}"
     if step != "done":
-        return "imports; give an artifact to see whether it can be called"
+        return "imports" + (more or "; give an artifact to see whether it can be called")
     verdict = "works" if apart <= CLOSE else "loads the artifact, and gives other numbers"
     return f"{verdict}: called, its outputs are within {apart:.0e} of ours"

@@ -8,12 +8,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
+import torch
+
+from .._artifact.compatibility import lacking, machine
+from .._graphs.graph import means
 from .._solve import machine_code
-from .._status import Status
+from .._status import Status, installed
 from ..errors import AOTIError
 from .output import first_line
 
@@ -36,22 +41,16 @@ class Finding:
     cure: str = ""  # the command or change that mends it; empty where all is well, or `says` ends with it
 
 
-def import_neml2() -> str:
-    """Import neml2, after which the plugin's status is what it is in a program; say what went wrong."""
+def neml2_finding() -> Finding:
+    """Is neml2 there, and can it be imported? It is, after which the plugin's status is what it is in a program."""
+    version = installed("neml2")
+    if version is None:
+        return Finding("neml2", "problem", "is not installed", "pip install neml2")
     try:
         import neml2  # noqa: F401
     except Exception as error:
-        return first_line(error)
-    return ""
-
-
-def neml2_finding(version: str | None, trouble: str) -> Finding:
-    """Is neml2 there, and can it be imported?"""
-    if version is None:
-        return Finding("neml2", "problem", "is not installed", "pip install neml2")
-    if trouble:
         cure = "Mend what the message names; if it is NEML2_LOGS, correct it or unset it. Else: pip install -U neml2"
-        return Finding("neml2", "problem", f"cannot be imported ({trouble})", cure)
+        return Finding("neml2", "problem", f"cannot be imported ({first_line(error)})", cure)
     return Finding("neml2", "fine", f"neml2 {version} can be imported")
 
 
@@ -67,8 +66,6 @@ def plugin_finding(status: Status) -> Finding:
 
 def torch_finding() -> Finding:
     """Does torch put the plugin in place?"""
-    import torch
-
     here = f"torch {torch.__version__}"
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         says = f"{here} loads no entry points (TORCH_DEVICE_BACKEND_AUTOLOAD=0), so programs that import "
@@ -82,25 +79,22 @@ def torch_finding() -> Finding:
 
 def solves() -> tuple[str, Finding]:
     """Are solves done by machine code, and where is it kept?"""
-    from .._graphs.graph import means
-
-    subject = "solves"
     try:
         # It imports llvmlite, which may be there and not work.
         found, reason = means()
     except AOTIError as error:
-        return "", Finding(subject, "problem", str(error), f"unset {machine_code.CHOICE}")
+        return "", Finding("solves", "problem", str(error), f"unset {machine_code.CHOICE}")
     if found is None:
         asked_for = reason == f"{machine_code.CHOICE}={machine_code.TORCH}"
         cure = f"unset {machine_code.CHOICE}" if asked_for else "pip install -U llvmlite neml2-aoti-plugin"
         says = f"done by torch's operations, and graphs by torch's runner ({reason}); machine code is faster on a CPU"
-        return "", Finding(subject, "advice", says, cure)
+        return "", Finding("solves", "advice", says, cure)
     if not found.code.kept:
         says = "done by machine code, which cannot be kept: each process makes it anew, which takes a second"
         cure = f"Name a folder that only you can write to: {machine_code.VARIABLE}=FOLDER"
-        return "", Finding(subject, "advice", says, cure)
+        return "", Finding("solves", "advice", says, cure)
     folder = str(found.code.kept.parent)
-    return folder, Finding(subject, "fine", f"done by machine code, which is kept in {folder}")
+    return folder, Finding("solves", "fine", f"done by machine code, which is kept in {folder}")
 
 
 def compiler() -> tuple[str | None, Finding]:
@@ -112,11 +106,9 @@ def compiler() -> tuple[str | None, Finding]:
         cure = "Install one (for example the package g++), or name it in CXX."
         return None, Finding("compiler", "advice", says, cure)
     version = ""
-    try:
+    with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
-        version = next(iter((done.stdout or done.stderr).strip().splitlines()), "")
-    except (OSError, subprocess.TimeoutExpired):
-        pass
+        version = (done.stdout or done.stderr).strip().partition("\n")[0]
     return path, Finding("compiler", "fine", f"neml2-compile finds {version or path}")
 
 
@@ -128,8 +120,6 @@ def cores() -> int:
 
 def instruction_sets(machine: str) -> tuple[str, ...]:
     """The instruction sets of this processor that graphs may be compiled for, in torch's names."""
-    from .._artifact.compatibility import lacking
-
     return tuple(name for name in SETS.get(machine, ()) if not lacking(name))
 
 
@@ -145,10 +135,6 @@ def threads(number: int, available: int) -> Finding:
 
 def devices() -> dict[str, str]:
     """The devices that torch sees, as `device=` takes them, and what each is."""
-    import torch
-
-    from .._artifact.compatibility import machine
-
     found = {"cpu": platform.processor() or machine()}
     for name in ("cuda", "xpu"):
         family = getattr(torch, name, None)
@@ -161,17 +147,18 @@ def devices() -> dict[str, str]:
 
 def scratch() -> tuple[str, Finding]:
     """Where can packages be unpacked?"""
-    subject, cure = "temporary folder", "Name a folder in TMPDIR that has room and is not mounted noexec."
+    level: Level = "problem"
     try:
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free
     except OSError:
-        return "", Finding(subject, "problem", "there is none that can be written to", cure)
-    flags = os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0) if hasattr(os, "statvfs") else 0
-    if flags:
-        return folder, Finding(subject, "problem", f"{folder} is mounted noexec, so that no library loads there", cure)
-    if free < LEAST_ROOM:
-        return folder, Finding(subject, "problem", f"{folder} has {free >> 20} MiB left", cure)
-    return folder, Finding(
-        subject, "fine", f"compiled graphs are unpacked in {folder}, which has {free >> 30} GiB left"
-    )
+        folder, says = "", "there is none that can be written to"
+    else:
+        if hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+            says = f"{folder} is mounted noexec, so that no library loads there"
+        elif free < LEAST_ROOM:
+            says = f"{folder} has {free >> 20} MiB left"
+        else:
+            level, says = "fine", f"compiled graphs are unpacked in {folder}, which has {free >> 30} GiB left"
+    cure = "Name a folder in TMPDIR that has room and is not mounted noexec." if level == "problem" else ""
+    return folder, Finding("temporary folder", level, says, cure)
