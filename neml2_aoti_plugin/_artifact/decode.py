@@ -146,7 +146,7 @@ def _strange_shapes(found: Metadata) -> Iterator[str]:
             variables += [v for group in (*part.unknowns, *part.givens) for v in group.variables]
             variables += part.roles
             if part.predictor is not None and part.predictor.feedback is not None:
-                variables.append(part.predictor.feedback.input)
+                variables.append(part.predictor.feedback)
     shapes: dict[str, Shape] = {}
     for v in variables:
         if shapes.setdefault(v.name, v.natural_shape) != v.natural_shape:

@@ -9,22 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from .document import Form
+from .schema import ExplicitInfo, Pair, Parameter, Variable
 from .upgrade import NEWEST, Document, released_form, upgrade
 
-# Keys of schema 14, in the order in which it has them.
-TOP = ("inputs", "outputs", "segments", "parameters", "derivatives", "parameter_derivatives")
-TOP_OPTIONAL = ("boundary_aliases", "solver_config")
-VARIABLE = ("name", "var_size", "var_type", "base_shape")
-EXPLICIT = (
-    *("kind", "package", "inputs", "outputs", "param_inputs", "jvp_package", "jacobian_pairs"),
-    *("param_jacobian_package", "param_jacobian_pairs", "param_vjp_package", "param_vjp_params", "param_vjp_outputs"),
-)
-PAIR = ("out_var", "in_var", "out_base_shape", "in_base_shape", "in_sub_batch_shape", "batch_independent")
-PARAMETER = ("name", "shape", "values", "origin", "param_base_shape")
 # The first schema whose explicit segments take promoted parameters with a batch axis.
 WITH_BATCH = 7
 # The first schema with Newton's Jacobian and its solve in graphs of their own.
 APART = 12
+# Keys of the objects in `schema` that no release writes.
+OURS = {"output", "row_offset", "col_offset", "parameters_among_inputs", "arguments"}
 
 
 @dataclass(frozen=True)
@@ -63,16 +57,13 @@ def rewrite(document: Document, file: str, *, drop_derivatives: bool = False) ->
 def _reasons(document: Document, form: int) -> list[str]:
     """What stands in the way, but for derivatives."""
     implicit = [segment for segment in document["segments"] if segment.get("kind") == "implicit"]
-    found = []
     if form >= APART:
         # Schema 12 differs from 14 in the treatment of incremental variables only.
         givens = [given for segment in implicit for given in segment.get("givens", [])]
-        names = [str(given["name"]) for given in givens if given.get("role") == "incremental"]
-        if names:
-            found.append(
-                f"substepping cuts the incremental variable(s) {', '.join(names)} in a way that schema {NEWEST} has not"
-            )
-        return found
+        names = ", ".join(str(given["name"]) for given in givens if given.get("role") == "incremental")
+        cut = f"substepping cuts the incremental variable(s) {names} in a way that schema {NEWEST} has not"
+        return [cut] if names else []
+    found = []
     if implicit:
         found.append(
             "its Newton step is one graph; neml2's runtime expects the Jacobian and its solve in graphs of their own"
@@ -97,40 +88,46 @@ def _has_flat_jacobian(document: Document, newest: Document) -> bool:
 
 
 def _document(newest: Document, *, keep_derivatives: bool = True) -> Document:
-    return {
+    """What the newest release writes of a document with explicit segments alone."""
+    found = {
         "schema_version": NEWEST,
         "type": "composed",
-        **{key: newest[key] for key in TOP},
-        **{key: newest[key] for key in TOP_OPTIONAL if key in newest},
-        **{key: [_variable(variable) for variable in newest[key]] for key in ("inputs", "outputs")},
+        "inputs": [_variable(variable) for variable in newest["inputs"]],
+        "outputs": [_variable(variable) for variable in newest["outputs"]],
         "segments": [_explicit(segment, keep_derivatives) for segment in newest["segments"]],
         "parameters": [_parameter(parameter) for parameter in newest["parameters"]],
         "derivatives": newest["derivatives"] if keep_derivatives else [],
+        "parameter_derivatives": newest["parameter_derivatives"],
     }
+    return found | {key: newest[key] for key in ("boundary_aliases", "solver_config") if key in newest}
+
+
+def _written(found: Document, form: type[Form]) -> Document:
+    """The keys of an object that the newest release writes too."""
+    return {key: found[key] for key in form.__struct_encode_fields__ if key in found and key not in OURS}
 
 
 def _variable(variable: Document) -> Document:
-    kept = {key: variable[key] for key in VARIABLE} | {"var_size": prod(variable["base_shape"])}
-    sites = variable.get("sub_batch_shape")
-    return {**kept, "sub_batch_shape": sites} if sites else kept
+    found = _written({**variable, "var_size": prod(variable["base_shape"])}, Variable)
+    if not found.get("sub_batch_shape"):
+        found.pop("sub_batch_shape", None)
+    return found
 
 
 def _explicit(segment: Document, keep_derivatives: bool) -> Document:
-    left_out = () if keep_derivatives else ("jvp_package", "jacobian_pairs")
-    kept = {key: segment[key] for key in EXPLICIT if key in segment and key not in left_out}
-    for key in ("inputs", "outputs"):
-        kept[key] = [{"name": variable["name"]} for variable in segment[key]]
-    kept.setdefault("param_inputs", [])
-    if "jacobian_pairs" in kept:
+    found = {"kind": "forward", "param_inputs": [], **_written(segment, ExplicitInfo)}
+    found |= {key: [{"name": variable["name"]} for variable in segment[key]] for key in ("inputs", "outputs")}
+    if "jacobian_pairs" in found:
         absent = {"in_sub_batch_shape": [], "batch_independent": False}
-        kept["jacobian_pairs"] = [{key: (absent | pair)[key] for key in PAIR} for pair in kept["jacobian_pairs"]]
-    return kept
+        found["jacobian_pairs"] = [_written(absent | pair, Pair) for pair in found["jacobian_pairs"]]
+    left_out = () if keep_derivatives else ("jvp_package", "jacobian_pairs")
+    return {key: value for key, value in found.items() if key not in left_out}
 
 
 def _parameter(parameter: Document) -> Document:
-    whole = {"param_base_shape": parameter["shape"], "origin": "parameter", **parameter}
-    kept = {key: whole[key] for key in PARAMETER}
+    found = {"param_base_shape": parameter["shape"], "origin": "parameter", **parameter}
+    kept = {**_written(found, Parameter), "origin": found["origin"]}
     # Schema 14 has a dtype for numbers without a fraction only; the others have that of the leaf.
-    if not str(parameter.get("dtype", "float")).removeprefix("torch.").startswith("float"):
-        kept["dtype"] = parameter["dtype"]
+    if str(kept.get("dtype", "float")).removeprefix("torch.").startswith("float"):
+        kept.pop("dtype", None)
     return kept

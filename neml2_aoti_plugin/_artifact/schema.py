@@ -215,19 +215,13 @@ class SolvedSensitivity:
     jacobian: str = ""
 
 
-class Feedback(Form, frozen=True):
-    """A predictor that is run several times, one of its outputs fed back to one of its inputs."""
+class Feedback(Variable, frozen=True, kw_only=True):
+    """The input to which an output of a predictor is fed back that is run several times."""
 
     name: Name = key(name="input")
+    base_shape: Shape = ()
     output: Name
     iterations: Annotated[int, msgspec.Meta(ge=1, le=10**4)]
-    base_shape: Shape = ()
-    sub_batch_shape: Shape = ()
-
-    @cached_property
-    def input(self) -> Variable:
-        """What is fed back."""
-        return Variable(self.name, self.base_shape, self.sub_batch_shape)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _implicit(part: s.ImplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]
         if isinstance(by_parameter.solver, str):
             yield Wire(by_parameter.solver, "parameter sensitivity solve", (None, None))
     if part.predictor is not None:
-        fed_back = part.predictor.feedback.input if part.predictor.feedback else None
+        fed_back = part.predictor.feedback
         shapes = {**known, **({fed_back.name: fed_back.natural_shape} if fed_back else {})}
         yield Wire(part.predictor.file, "predictor", tuple(shapes.get(name) for name in part.predictor.inputs))
 

@@ -67,7 +67,7 @@ class ImplicitSegment:
                 state[unknown.name] = like.new_zeros((rows, *unknown.natural_shape))
         loop = self.spec.predictor.feedback if self.spec.predictor else None
         if loop is not None:
-            state[loop.input.name] = like.new_zeros((rows, *loop.input.natural_shape))
+            state[loop.name] = like.new_zeros((rows, *loop.natural_shape))
 
     def _predict(self, spec: schema.Predictor, predictor: Graph, state: State, rows: int) -> None:
         loop = spec.feedback
@@ -77,7 +77,7 @@ class ImplicitSegment:
             for name, value in zip(spec.outputs, outputs, strict=True):
                 state[name] = value if value.shape[0] == rows else value.expand(rows, *value.shape[1:])
             if loop is not None:
-                state[loop.input.name] = state[loop.output]
+                state[loop.name] = state[loop.output]
 
     def solve(
         self,
@@ -250,9 +250,9 @@ class _MachineCode:
         sizes = {v.name: v.size for v in self._unknowns}
         outputs = []
         for name in spec.outputs:
-            fed = loop.input.name if loop is not None and loop.output == name else name
+            fed = loop.name if loop is not None and loop.output == name else name
             argument = spec.inputs.index(fed) if loop is not None and fed in spec.inputs else -1
-            size = sizes.get(name, loop.input.size if loop is not None and argument >= 0 else 0)
+            size = sizes.get(name, loop.size if loop is not None and argument >= 0 else 0)
             outputs.append((size, self._columns.get(name, -1), argument))
         return Prediction(tuple(outputs), loop.iterations if loop is not None else 1)
 
