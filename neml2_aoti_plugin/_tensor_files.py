@@ -57,6 +57,9 @@ class Header:
             )
 
 
+Form = tuple[Header, Callable[[str], Any]]
+
+
 @dataclass(frozen=True)
 class TensorFile:
     """What was read from a file: tensors on the CPU, and the notes of its header."""
@@ -92,17 +95,26 @@ def read_tensors(
     import torch
 
     with opened(path, what, MOST_BYTES) as file, _damage_as_input_error(path, what):
-        reader = _reader(file, str(path))
-        header = Header(str(path), reader.claims, reader.notes)
-        names = list(check(header))
+        if str(path).lower().endswith(".pt"):
+            header, read = _pt(file, str(path))
+        elif file.peek(2)[:2] == b"PK":
+            header, read = _npz(file, str(path))
+        else:
+            header, read = _safetensors(str(path))
+        names, claimed = list(check(header)), 0
         for name in names:
-            _require_numbers(header, name)
-        claimed = sum(_bytes(header.claims[name]) for name in names)
+            claim = header.claims[name]
+            if claim.dtype not in _NUMBERS.values():
+                raise InputTypeError(
+                    f"{path}: {name!r} has dtype {claim.dtype}, expected float64 or float32. Give a file of such "
+                    "numbers."
+                )
+            claimed += math.prod(claim.shape) * (8 if claim.dtype == "float64" else 4)
         if claimed > max(MOST_COMPRESSED_BYTES, os.fstat(file.fileno()).st_size):
             raise InputError(f"{path}: claims tensors of {claimed} bytes, much more than it has itself. Give {what}.")
         tensors = {}
         for name in names:
-            array = reader.read(name)
+            array = read(name)
             if finite and not np.isfinite(array).all():
                 raise InputError(f"{path}: {name!r} holds NaN or infinite numbers. Give a file of finite ones.")
             tensors[name] = torch.from_numpy(array)
@@ -128,115 +140,73 @@ def _damage_as_input_error(path: str | os.PathLike[str], what: str) -> Iterator[
         raise InputError(f"{path}: is not {what} ({why}). Give another file.") from None
 
 
-def _require_numbers(header: Header, name: str) -> None:
-    dtype = header.claims[name].dtype
-    if dtype not in _NUMBERS.values():
-        raise InputTypeError(
-            f"{header.path}: {name!r} has dtype {dtype}, expected float64 or float32. Give a file of such numbers."
-        )
+# -- the forms: each gives what a file says it holds, and what reads a tensor of it as an array ------------------------
 
 
-# -- the forms ---------------------------------------------------------------------------------------------------------
-
-
-def _reader(file: BufferedReader, path: str) -> _Safetensors | _Npz | _Pt:
-    if path.lower().endswith(".pt"):
-        return _Pt(file)
-    start = file.read(2)
-    file.seek(0)
-    return _Npz(file) if start == b"PK" else _Safetensors(path)
-
-
-class _Safetensors:
+def _safetensors(path: str) -> Form:
     """What safetensors opens: it finds a header that does not fit the file, and reads a tensor when it is asked for."""
+    from safetensors import safe_open
 
-    def __init__(self, path: str) -> None:
-        from safetensors import safe_open
-
-        # Its methods have no types.
-        file: Any = safe_open(path, "np")
-        self._file = file
-        self.notes: dict[str, str] = dict(file.metadata() or {})
-        self.claims: dict[str, Claim] = {}
-        for name in file.keys():  # noqa: SIM118
-            entry = file.get_slice(name)
-            dtype = entry.get_dtype()
-            self.claims[name] = Claim(_NUMBERS.get(dtype, dtype), tuple(entry.get_shape()))
-
-    def read(self, name: str) -> Any:
-        """The tensor as an array."""
-        return self._file.get_tensor(name)
+    # Its methods have no types.
+    file: Any = safe_open(path, "np")
+    claims: dict[str, Claim] = {}
+    for name in file.keys():  # noqa: SIM118
+        entry = file.get_slice(name)
+        dtype = entry.get_dtype()
+        claims[name] = Claim(_NUMBERS.get(dtype, dtype), tuple(entry.get_shape()))
+    return Header(path, claims, dict(file.metadata() or {})), file.get_tensor
 
 
-class _Npz:
+def _npz(file: BufferedReader, path: str) -> Form:
     """A zip archive of arrays, each with a header of its own."""
+    import numpy as np
+    from numpy.lib import format as npy
 
-    def __init__(self, file: BufferedReader) -> None:
-        self._archive = zipfile.ZipFile(file)
-        self.claims: dict[str, Claim] = {}
-        self.notes: dict[str, str] = {}
-        self._members: dict[str, zipfile.ZipInfo] = {}
-        room = _NOTE_BYTES
-        for member in self._archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            if name in self.claims:
-                raise _DamagedError(f"{name!r} is there twice")
-            shape, dtype = self._header(member)
-            self.claims[name], self._members[name] = Claim(dtype.name, shape), member
-            if not shape and dtype.kind in "Uiu" and dtype.itemsize <= room:
-                room -= dtype.itemsize
-                self.notes[name] = str(self.read(name))
+    archive = zipfile.ZipFile(file)
+    members: dict[str, zipfile.ZipInfo] = {}
+    found, room = Header(path, {}, {}), _NOTE_BYTES
 
-    def _header(self, member: zipfile.ZipInfo) -> tuple[tuple[int, ...], Any]:
-        """Shape and dtype of an array, from no more bytes than a header has."""
-        from numpy.lib import format as npy
+    def read(name: str) -> Any:
+        with archive.open(members[name]) as stream:
+            array = npy.read_array(stream, allow_pickle=False)
+        return np.asarray(array, array.dtype.newbyteorder("="), order="C")
 
-        with self._archive.open(member) as stream:
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if name in members:
+            raise _DamagedError(f"{name!r} is there twice")
+        # No more bytes than a header has.
+        with archive.open(member) as stream:
             start = BytesIO(stream.read(1 << 16))
         version = npy.read_magic(start)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(start)
+        shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(start)
         if not dtype.hasobject and member.file_size != start.tell() + math.prod(shape) * dtype.itemsize:
             raise _DamagedError(f"{member.filename} is of another size than it says")
-        return shape, dtype
-
-    def read(self, name: str) -> Any:
-        """The tensor as an array."""
-        import numpy as np
-
-        with self._archive.open(self._members[name]) as stream:
-            found = np.lib.format.read_array(stream, allow_pickle=False)
-        return np.asarray(found, found.dtype.newbyteorder("="), order="C")
+        members[name], found.claims[name] = member, Claim(dtype.name, shape)
+        if not shape and dtype.kind in "Uiu" and dtype.itemsize <= room:
+            room -= dtype.itemsize
+            found.notes[name] = str(read(name))
+    return found, read
 
 
-class _Pt:
+def _pt(file: BufferedReader, path: str) -> Form:
     """What torch saves; it has no header, and takes no more room than it has on disk."""
+    import torch
 
-    def __init__(self, file: BufferedReader) -> None:
-        import torch
-
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise _DamagedError("compressed, which torch does not do")
-        file.seek(0)
-        try:
-            self._tensors = torch.load(file, weights_only=True, map_location="cpu")
-        except Exception as error:
-            # What torch says of another file is how to run what is in it.
-            raise _DamagedError(type(error).__name__) from None
-        if not isinstance(self._tensors, dict) or not all(isinstance(x, torch.Tensor) for x in self._tensors.values()):
-            raise _DamagedError("it holds no dict of tensors")
-        self.notes: dict[str, str] = {}
-        self.claims: dict[str, Claim] = {}
-        for name, value in self._tensors.items():
-            form = value.dtype if value.layout == torch.strided else value.layout
-            self.claims[str(name)] = Claim(str(form).removeprefix("torch."), tuple(value.shape))
-
-    def read(self, name: str) -> Any:
-        """The tensor as an array."""
-        return self._tensors[name].detach().contiguous().numpy()
-
-
-def _bytes(claim: Claim) -> int:
-    return math.prod(claim.shape) * (8 if claim.dtype == "float64" else 4)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise _DamagedError("compressed, which torch does not do")
+    file.seek(0)
+    try:
+        tensors = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:
+        # What torch says of another file is how to run what is in it.
+        raise _DamagedError(type(error).__name__) from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise _DamagedError("it holds no dict of tensors")
+    claims: dict[str, Claim] = {}
+    for name, value in tensors.items():
+        form = value.dtype if value.layout == torch.strided else value.layout
+        claims[str(name)] = Claim(str(form).removeprefix("torch."), tuple(value.shape))
+    return Header(path, claims, {}), lambda name: tensors[name].detach().contiguous().numpy()
