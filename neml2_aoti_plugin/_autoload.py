@@ -28,7 +28,10 @@ problem: str | None = None
 
 
 class Finder:
-    """The import finder; the one in `sys.meta_path` also remembers how it came there and what became of it."""
+    """The import finder; the one in `sys.meta_path` also remembers how it came there and what became of it.
+
+    It is also the loader of neml2's modules that others of the plugin stand in for: it fills them with their names.
+    """
 
     # Found by this mark rather than by class, so that reloading this module does not put a second one in place.
     neml2_aoti_plugin = True
@@ -47,7 +50,7 @@ class Finder:
         if fullname in STAND_INS and self.failure is None:
             from importlib.machinery import ModuleSpec
 
-            return ModuleSpec(fullname, _StandInLoader(self), origin=STAND_INS[fullname])  # type: ignore[arg-type]
+            return ModuleSpec(fullname, self, origin=STAND_INS[fullname])  # type: ignore[arg-type]
         if fullname == HIT_MODULE and not neml2_is_imported():
             from importlib.machinery import PathFinder
 
@@ -57,8 +60,8 @@ class Finder:
             return spec
         return None
 
-    def load(self) -> bool:
-        """Import what stands in; tell whether it is there, and warn if it is not."""
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Leave it to the import system to make an empty module; give neml2's own if ours cannot be imported."""
         # What our modules import of neml2 may ask for the binding in turn: then it is on its way.
         if not self.loading and self.failure is None:
             self.loading = True
@@ -73,35 +76,23 @@ class Finder:
                 )
             finally:
                 self.loading = False
-        return self.failure is None
-
-
-class _StandInLoader:
-    """Fills neml2's module with the names of the plugin's module that stands in for it."""
-
-    def __init__(self, finder: Finder) -> None:
-        self.finder = finder
-        self.native: ModuleSpec | None = None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave it to the import system to make an empty module; give neml2's own if ours cannot be imported."""
-        if self.finder.load():
+        if self.failure is None:
             return None
         from importlib.util import find_spec, module_from_spec
 
-        self.native = find_spec(spec.name)
-        if self.native is None:
+        native = spec.loader_state = find_spec(spec.name)
+        if native is None:
             raise ModuleNotFoundError(f"No module named {spec.name!r}", name=spec.name)
-        return module_from_spec(self.native)
+        return module_from_spec(native)
 
     def exec_module(self, module: ModuleType) -> None:
         """Copy the names over; classes keep the plugin's `__module__`, so they pickle."""
-        if self.native is not None and self.native.loader is not None:
-            module.__spec__ = self.native
-            self.native.loader.exec_module(module)
+        native: ModuleSpec | None = module.__spec__ and module.__spec__.loader_state
+        if native is not None and native.loader is not None:
+            module.__spec__ = native
+            native.loader.exec_module(module)
             return
-        source = sys.modules[STAND_INS[module.__name__]]
-        names = vars(source)
+        names = vars(sys.modules[STAND_INS[module.__name__]])
         # Of the special names all but these belong to a module's identity.
         special = {"__all__", "__dir__", "__doc__", "__getattr__"}
         vars(module).update({name: value for name, value in names.items() if name in special or name[:2] != "__"})
@@ -202,43 +193,33 @@ def replace(finder: Finder) -> None:
     finder.route = "late"
     try:
         load_stand_ins()
-        _replace_aoti()
-        _replace_log_store()
+        for name in STAND_INS:
+            sys.modules.pop(name, None)
+        aoti = sys.modules.get("neml2.aoti")
+        if aoti is None:
+            # The native binding did not import, so neml2 gave its subpackage up; with ours it comes up.
+            vars(sys.modules["neml2"])["_aoti_module"] = _import("neml2.aoti")
+        else:
+            for name in STAND_INS:
+                _import(name)
+            vars(aoti).update(Model=sys.modules[BINDING].Model, AOTIModel=sys.modules[HIT_MODULE].AOTIModel)
+        log: ModuleType | None = sys.modules.get("neml2.log")
+        if log is not None:
+            # It is to steer our store, with the levels that its old one had.
+            ours, old = sys.modules[BINDING].log, log._store
+            ours.apply_env()
+            for channel in log.CHANNELS:
+                level = old.effective_level(channel)
+                if ours.effective_level(channel) != level:
+                    ours.set_default_level(channel, level)
+            ours.set_sink(log._forward)
+            vars(log).update(_backend=ours, _store=ours)
     except Exception as error:
         finder.failure = error
         warn(
             f"neml2-aoti-plugin was imported after neml2 and cannot take the place of its binding "
             f"({type(error).__name__}: {error}); neml2 stays as it was."
         )
-
-
-def _replace_aoti() -> None:
-    for name in STAND_INS:
-        sys.modules.pop(name, None)
-    aoti = sys.modules.get("neml2.aoti")
-    if aoti is None:
-        # The native binding did not import, so neml2 gave its subpackage up; with ours it comes up.
-        vars(sys.modules["neml2"])["_aoti_module"] = _import("neml2.aoti")
-        return
-    for name in STAND_INS:
-        _import(name)
-    vars(aoti).update(Model=sys.modules[BINDING].Model, AOTIModel=sys.modules[HIT_MODULE].AOTIModel)
-
-
-def _replace_log_store() -> None:
-    """Let `neml2.log` steer our store, with the levels that its old one had."""
-    log: ModuleType | None = sys.modules.get("neml2.log")
-    if log is None:
-        return
-    ours = sys.modules[BINDING].log
-    old = log._store
-    ours.apply_env()
-    for channel in log.CHANNELS:
-        level = old.effective_level(channel)
-        if ours.effective_level(channel) != level:
-            ours.set_default_level(channel, level)
-    ours.set_sink(log._forward)
-    vars(log).update(_backend=ours, _store=ours)
 
 
 def arm(route: str) -> None:
