@@ -78,7 +78,7 @@ def apply_env() -> None:
     entries, faults = _parse(os.environ.get("NEML2_LOGS", ""))
     if faults:
         raise InputError(f"NEML2_LOGS: {'; '.join(faults)}")
-    _install(entries)
+    _resolve(entries)
 
 
 def set_sink(sink: Sink | None) -> None:
@@ -133,21 +133,20 @@ def _read_environment_once() -> None:
         if _in_force:
             return
         entries, faults = _parse(os.environ.get("NEML2_LOGS", ""))
-        _install(entries)
+        _resolve(entries)
     if faults:
         warnings.warn(f"NEML2_LOGS: {'; '.join(faults)}", RuntimeWarning, stacklevel=3)
 
 
-def _install(entries: dict[str, str]) -> None:
+def _resolve(entries: dict[str, str] | None = None) -> None:
+    """Work out the level in force on each channel, by other entries of the environment if they are given.
+
+    Readers see the old level or the new one, never none.
+    """
     with _lock:
-        _environment.clear()
-        _environment.update(entries)
-        _resolve()
-
-
-def _resolve() -> None:
-    """Work out the level in force on each channel; readers see the old or the new one, never none."""
-    layers = (_environment, _defaults)
-    for channel in CHANNELS:
-        settings = (layer[key] for layer in layers for key in (channel, "all") if key in layer)
-        _in_force[channel] = _ORDER[next(settings, "warning")]
+        if entries is not None:
+            _environment.clear()
+            _environment.update(entries)
+        for channel in CHANNELS:
+            settings = (layer[key] for layer in (_environment, _defaults) for key in (channel, "all") if key in layer)
+            _in_force[channel] = _ORDER[next(settings, "warning")]

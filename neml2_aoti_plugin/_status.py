@@ -76,12 +76,20 @@ class Status:
 
 def status() -> Status:
     """Tell whether the plugin is active and what neml2's own binding would have done, in this process as it is now."""
+    from ._solve import machine_code
+
     neml2, torch = installed("neml2"), installed("torch")
-    owner = _owner()
+    registered = getattr(sys.modules.get("neml2.factory"), "_registry", {}).get(_autoload.HIT_TYPE)
+    owner = None if registered is None else f"{registered.__module__}.{registered.__qualname__}"
     active, reason = _activity(neml2, torch, owner)
     finder = _autoload.current()
     on_disk = _native_on_disk()
-    kernels, graphs = _kernels()
+    try:
+        implementation, why = machine_code.chosen()
+        by = "their C interface" if implementation == machine_code.NATIVE else "torch's runner"
+        kernels, graphs = f"{implementation} ({why})", f"by {by} ({why})"
+    except ValueError as error:
+        kernels = graphs = str(error)
     return Status(
         active=active,
         reason=reason,
@@ -96,18 +104,6 @@ def status() -> Status:
         kernels=kernels,
         graphs=graphs,
     )
-
-
-def _kernels() -> tuple[str, str]:
-    """What the Newton loop runs on, and how graphs are called."""
-    from ._solve import machine_code
-
-    try:
-        implementation, reason = machine_code.chosen()
-    except ValueError as error:
-        return str(error), str(error)
-    graphs = "by their C interface" if implementation == machine_code.NATIVE else "by torch's runner"
-    return f"{implementation} ({reason})", f"{graphs} ({reason})"
 
 
 def native_verdict(neml2: str | None, torch: str | None, on_disk: bool | None) -> str:
@@ -134,21 +130,12 @@ def _activity(neml2: str | None, torch: str | None, owner: str | None) -> tuple[
     if "neml2" not in sys.modules:
         return True, "it is in place for when neml2 is imported"
     aoti = sys.modules.get("neml2.aoti._aoti")
-    if not _is_ours(getattr(aoti, "Model", None)):
+    home = getattr(getattr(aoti, "Model", None), "__module__", None) or ""
+    if not home.startswith("neml2_aoti_plugin."):
         return False, "neml2 has not taken it up" if aoti is None else "neml2's own binding is loaded"
     if owner is None or not owner.startswith("neml2_aoti_plugin."):
         return False, f"the HIT type {_autoload.HIT_TYPE} belongs to another class"
     return True, "it stands in for neml2's binding"
-
-
-def _is_ours(value: object) -> bool:
-    return (getattr(value, "__module__", None) or "").startswith("neml2_aoti_plugin.")
-
-
-def _owner() -> str | None:
-    registry = getattr(sys.modules.get("neml2.factory"), "_registry", {})
-    cls = registry.get(_autoload.HIT_TYPE)
-    return None if cls is None else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def installed(name: str) -> str | None:
