@@ -15,34 +15,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-from neml2_aoti_plugin._solve.tables import (
-    ADDRESS,
-    ARGUMENT,
-    AXES,
-    CALLED,
-    CREATE,
-    DATA,
-    DELETE,
-    DIM,
-    DTYPE,
-    FAILED,
-    FLOAT64,
-    FUNCTIONS,
-    MOST_AXES,
-    OTHER,
-    OUTPUT,
-    OUTPUT_AXES,
-    OUTPUT_SIZES,
-    SCRATCH,
-    SIZES,
-    SIZES_AT,
-    STRIDES,
-    STRIDES_AT,
-    TARGET,
-    UNREADABLE,
-    VECTOR,
-    WIDTH,
-)
+from neml2_aoti_plugin._solve import tables
+from neml2_aoti_plugin._solve.tables import ADDRESS, GIVEN, OUTPUT_AXES, OUTPUT_SIZES, SIZES_AT, TARGET, VECTOR, WIDTH
 from neml2_aoti_plugin._solve.tables import Call as Table
 
 # For any processor of the family: the one at hand is known when the package runs.
@@ -58,11 +32,6 @@ def inner(function: Callable[..., Any], **options: Any) -> Any:
 def inlined(function: Callable[..., Any]) -> Any:
     """A short function that is compiled as if its lines stood where it is called."""
     return inner(function, inline="always")
-
-
-def entry(function: Callable[..., Any]) -> Any:
-    """A function that Python calls, with the address of a table; it gives an integer."""
-    return inner(function)
 
 
 class Graph(NamedTuple):
@@ -149,32 +118,38 @@ def _array(entry: Any, axes: int) -> Any:
 
 integers, numbers = _array(types.int64, 1), _array(types.float64, 1)
 integer_rows, number_rows = _array(types.int64, 2), _array(types.float64, 2)
+number_blocks = _array(types.float64, 3)
 
 
 @inner
-def start_graph(graph: Any, call: Any) -> Any:
+def copy(source: Any, row: Any, target: Any, place: Any) -> None:
+    """Copy a row of one array to a place in another one."""
+    for i in range(source.shape[1]):
+        target[place, i] = source[row, i]
+
+
+@inlined
+def call_with(functions: Any, arguments: Any, count: Any, outputs: Any, handles: Any) -> Any:
+    """A call whose table of arguments and room for handles stand at addresses."""
+    return Call(
+        integers(functions, (tables.FUNCTIONS,)),
+        integer_rows(arguments, (count, tables.ARGUMENT)),
+        integers(handles, (count + outputs,)),
+        integers(handles + 8 * (count + outputs), (tables.SCRATCH,)),
+    )
+
+
+@inner
+def _start(graph: Any, call: Any) -> Any:
     """Run a graph on the tensors that the table of arguments tells of; tell whether it failed."""
     functions, arguments, handles = call.functions, call.arguments, call.handles
-    count = len(arguments)
+    count, float64 = len(arguments), functions[tables.FLOAT64]
     for k in range(count):
-        tensor = arguments[k]
-        failed = _create(
-            functions[CREATE],
-            (
-                tensor[ADDRESS],
-                tensor[AXES],
-                tensor[SIZES_AT],
-                tensor[STRIDES_AT],
-                0,
-                functions[FLOAT64],
-                0,
-                -1,
-                handles.ctypes.data + 8 * k,
-            ),
-        )
-        if failed != 0:
+        tensor, at = arguments[k], handles.ctypes.data + 8 * k
+        extents = tensor[tables.AXES], tensor[SIZES_AT], tensor[tables.STRIDES_AT]
+        if _create(functions[tables.CREATE], (tensor[ADDRESS], *extents, 0, float64, 0, -1, at)) != 0:
             for made in range(k):
-                _delete(functions[DELETE], (handles[made],))
+                _delete(functions[tables.DELETE], (handles[made],))
             return True
     outputs = handles.ctypes.data + 8 * count
     given = (graph.container, handles.ctypes.data, count, outputs, graph.outputs, 0, graph.executor)
@@ -182,7 +157,7 @@ def start_graph(graph: Any, call: Any) -> Any:
 
 
 @inlined
-def filled(rows: Any) -> Any:
+def _filled(rows: Any) -> Any:
     """Rows with those that fill them up to whole vectors."""
     return (rows + VECTOR - 1) // VECTOR * VECTOR
 
@@ -193,33 +168,32 @@ def run(graph: Any, call: Any, u: Any, g: Any, rows: Any) -> Any:
 
     Rows behind them are written over by copies of the first, so that no row is rounded by how many there are.
     """
-    for k in range(rows, filled(rows)):
-        for i in range(u.shape[1]):
-            u[k, i] = u[0, i]
-        for i in range(g.shape[1]):
-            g[k, i] = g[0, i]
+    fill = _filled(rows)
+    for k in range(rows, fill):
+        copy(u, 0, u, k)
+        copy(g, 0, g, k)
     arguments = call.arguments
     arguments[0, ADDRESS], arguments[1, ADDRESS] = u.ctypes.data, g.ctypes.data
-    integers(arguments[0, SIZES_AT], (1,))[0] = integers(arguments[1, SIZES_AT], (1,))[0] = filled(rows)
-    return start_graph(graph, call)
+    integers(arguments[0, SIZES_AT], (1,))[0] = integers(arguments[1, SIZES_AT], (1,))[0] = fill
+    return _start(graph, call)
 
 
 @inlined
 def release(graph: Any, call: Any) -> None:
     """Delete the outputs of a graph that has run."""
     for k in range(graph.outputs):
-        _delete(call.functions[DELETE], (call.handles[len(call.arguments) + k],))
+        _delete(call.functions[tables.DELETE], (call.handles[len(call.arguments) + k],))
 
 
 @inlined
-def look(call: Any, place: Any) -> Any:
+def _look(call: Any, place: Any) -> Any:
     """Ask an output for its axes, sizes, strides and memory, into `scratch`; tell whether it is one of float64."""
     functions, found, handle = call.functions, call.scratch, call.handles[len(call.arguments) + place]
     at = found.ctypes.data
-    _ask(functions[DTYPE], (handle, at))
+    _ask(functions[tables.DTYPE], (handle, at))
     # It has 32 bits.
-    sound = found[0] & 0xFFFFFFFF == functions[FLOAT64]
-    for k, question in enumerate((DIM, SIZES, STRIDES, DATA)):
+    sound = found[0] & 0xFFFFFFFF == functions[tables.FLOAT64]
+    for k, question in enumerate((tables.DIM, tables.SIZES, tables.STRIDES, tables.DATA)):
         sound = _ask(functions[question], (handle, at + 8 * k)) == 0 and sound
     return sound
 
@@ -227,15 +201,12 @@ def look(call: Any, place: Any) -> Any:
 @inner
 def output(call: Any, place: Any, rows: Any, n: Any, m: Any) -> Any:
     """Look at an output `(rows or 1, n, m)`, `(rows or 1, n)` for no `m`; its address is 0 if it is something else."""
-    nothing, found, axes = Output(0, 0, 0, 0), call.scratch, 2 if m == 0 else 3
-    if not look(call, place) or found[0] != axes:
-        return nothing
-    sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
-    if sizes[1] != n or (axes > 2 and sizes[2] != m):
-        return nothing
-    if sizes[0] != filled(rows) and sizes[0] != 1:
-        return nothing
-    return Output(found[3], strides[0] if sizes[0] == filled(rows) else 0, strides[1], strides[2] if axes > 2 else 0)
+    found, axes, fill = call.scratch, 2 if m == 0 else 3, _filled(rows)
+    if _look(call, place) and found[0] == axes:
+        sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
+        if sizes[1] == n and (axes == 2 or sizes[2] == m) and (sizes[0] == fill or sizes[0] == 1):
+            return Output(found[3], strides[0] if sizes[0] == fill else 0, strides[1], strides[2] if axes > 2 else 0)
+    return Output(0, 0, 0, 0)
 
 
 @inlined
@@ -251,53 +222,7 @@ def take(x: Any, row: Any, target: Any, place: Any) -> None:
         target[place, i] = entry_of(x, row, i, 0)
 
 
-@inlined
-def copies(address: Any, room: Any, rows: Any, fill: Any, width: Any) -> None:
-    """Copy rows to a room and fill them up with the first one; zeros where there is no address."""
-    target = number_rows(room, (fill, width))
-    for row in range(fill):
-        source = numbers(address + 8 * width * (row if row < rows else 0), (width,))
-        for i in range(width):
-            target[row, i] = source[i] if address != 0 else 0.0
-
-
 @inner
-def place_rows(call: Any, rows: Any, target: Any, first: Any, width: Any) -> None:
-    """Copy the rows of the output that `look` has asked of to columns of an array, whatever its strides."""
-    found = call.scratch
-    axes = found[0]
-    sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
-    dense, size = True, 1
-    for k in range(axes - 1, 0, -1):
-        dense = dense and (strides[k] == size or sizes[k] == 1)
-        size *= sizes[k]
-    for row in range(rows):
-        at = found[3] + (8 * row * strides[0] if sizes[0] > 1 else 0)
-        if dense:
-            source = numbers(at, (width,))
-            for i in range(width):
-                target[row, first + i] = source[i]
-            continue
-        for i in range(width):
-            rest, offset = i, 0
-            for k in range(axes - 1, 0, -1):
-                offset += rest % sizes[k] * strides[k]
-                rest //= sizes[k]
-            target[row, first + i] = numbers(at + 8 * offset, (1,))[0]
-
-
-@inlined
-def call_with(functions: Any, arguments: Any, count: Any, outputs: Any, handles: Any) -> Any:
-    """A call whose table of arguments and room for handles stand at addresses."""
-    return Call(
-        integers(functions, (FUNCTIONS,)),
-        integer_rows(arguments, (count, ARGUMENT)),
-        integers(handles, (count + outputs,)),
-        integers(handles + 8 * (count + outputs), (SCRATCH,)),
-    )
-
-
-@entry
 def call_graph(table: Any) -> Any:
     """Run a graph for rows of any number, by a table of `tables.Call`, filled up to so many by copies of the first one.
 
@@ -306,22 +231,25 @@ def call_graph(table: Any) -> Any:
     """
     t = integers(table, (Table.FIELDS,))
     outputs, rows, fill, room = t[Table.OUTPUTS], t[Table.ROWS], t[Table.FILLED], t[Table.ROOM]
-    told = integer_rows(t[Table.OUTPUTS_AT], (outputs, OUTPUT))
+    told = integer_rows(t[Table.OUTPUTS_AT], (outputs, tables.OUTPUT))
     call = call_with(t[Table.FUNCTIONS], t[Table.ARGUMENTS_AT], t[Table.ARGUMENTS], outputs, t[Table.HANDLES])
     arguments = call.arguments
     for k in range(len(arguments)):
-        width = arguments[k, WIDTH]
+        given, width = arguments[k, GIVEN], arguments[k, WIDTH]
+        arguments[k, ADDRESS] = given
         if width == 0:
             continue
         integers(arguments[k, SIZES_AT], (1,))[0] = fill
         if fill != rows:
-            copies(arguments[k, ADDRESS], room, rows, fill, width)
+            source, target = number_rows(given, (rows, width)), number_rows(room, (fill, width))
+            for row in range(fill):
+                copy(source, row if row < rows else 0, target, row)
             arguments[k, ADDRESS] = room
             room += 8 * fill * width
     graph = Graph(t[Table.RUN], t[Table.CONTAINER], t[Table.EXECUTOR], outputs, 0)
-    if start_graph(graph, call):
-        return FAILED
-    found = CALLED
+    if _start(graph, call):
+        return tables.FAILED
+    found = tables.CALLED
     for place in range(outputs):
         found = max(found, _fetch(call, place, told[place], rows, fill))
     release(graph, call)
@@ -332,22 +260,36 @@ def call_graph(table: Any) -> Any:
 def _fetch(call: Any, place: Any, told: Any, rows: Any, fill: Any) -> Any:
     """Copy an output to its target, if it has the axes and sizes that the table tells; else tell them there."""
     found = call.scratch
-    if not look(call, place) or found[0] < 1 or found[0] > MOST_AXES:
-        return UNREADABLE
+    if not _look(call, place) or found[0] < 1 or found[0] > tables.MOST_AXES:
+        return tables.UNREADABLE
     axes = found[0]
-    sizes = integers(found[1], (axes,))
-    same, once = told[OUTPUT_AXES] == axes, sizes[0] == 1
+    sizes, strides = integers(found[1], (axes,)), integers(found[2], (axes,))
+    once = sizes[0] == 1
     if not once and sizes[0] != fill:
-        return UNREADABLE
-    told[OUTPUT_AXES], width = axes, 1
-    for k in range(axes):
-        # The first one tells whether there is a row for each.
-        size = sizes[k] if k > 0 else (1 if once else 0)
-        same = same and told[OUTPUT_SIZES + k] == size
-        told[OUTPUT_SIZES + k] = size
-        width *= size if k > 0 else 1
+        return tables.UNREADABLE
+    # The first size tells whether there is a row for each.
+    first = 1 if once else 0
+    same = told[OUTPUT_AXES] == axes and told[OUTPUT_SIZES] == first
+    told[OUTPUT_AXES], told[OUTPUT_SIZES], width, dense = axes, first, 1, True
+    for k in range(axes - 1, 0, -1):
+        same = same and told[OUTPUT_SIZES + k] == sizes[k]
+        told[OUTPUT_SIZES + k] = sizes[k]
+        dense = dense and (strides[k] == width or sizes[k] == 1)
+        width *= sizes[k]
     if not same or told[TARGET] == 0:
-        return OTHER
+        return tables.OTHER
     count = 1 if once else rows
-    place_rows(call, count, number_rows(told[TARGET], (count, width)), 0, width)
-    return CALLED
+    target = number_rows(told[TARGET], (count, width))
+    for row in range(count):
+        at = found[3] + 8 * row * strides[0]
+        source = numbers(at, (width,))
+        for i in range(width):
+            if dense:
+                target[row, i] = source[i]
+                continue
+            rest, offset = i, 0
+            for k in range(axes - 1, 0, -1):
+                offset += rest % sizes[k] * strides[k]
+                rest //= sizes[k]
+            target[row, i] = numbers(at + 8 * offset, (1,))[0]
+    return tables.CALLED

@@ -2,8 +2,8 @@
 
 The factors of a batch lie in one flat array, `lu`: those of eight rows are a group, whose number `i, j` has a vector of
 eight lanes at `group + (i n + j) LANES`. At its end there is room for what is worked on: `n` vectors of a right-hand
-side, then pivots (see `larger`) and which lanes have them all. Sums are taken in the order of the entries,
-without reassociation, so that the bits of a row depend on the row alone.
+side, then pivots (see `larger`). Sums are taken in the order of the entries, without reassociation, so that the bits of
+a row depend on the row alone.
 
 Arithmetic on eight lanes is written in LLVM's language: a loop over them would not become vector instructions, since
 the compiler cannot tell that two arrays do not overlap. LLVM splits a vector for processors with shorter ones.
@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from numba.np import arrayobj
 
 from neml2_aoti_plugin._solve.criteria import LEAST_SQUARES, MOST_SQUARES
-from neml2_aoti_plugin._solve.tables import BEST, EXTRA, LANES, SOUND
+from neml2_aoti_plugin._solve.tables import BEST, EXTRA, LANES
 
 from .calls import entry_of, inlined, inner
 
@@ -29,33 +29,27 @@ _DOUBLE = ir.DoubleType()
 _VECTOR = ir.VectorType(_DOUBLE, LANES)
 
 
-# Emits the instructions of an operation: the builder, the pointer to a vector at an offset, the other arguments.
-Emit = Callable[[Any, Callable[[Any], Any], Any], None]
+def _operation(emit: Callable[[Any, Callable[[Any], Any], Any], None]) -> Any:
+    """An operation on an array by offsets into it, those of the first lanes of vectors, and by numbers of vectors.
 
+    `emit` takes the builder, what gives the pointer to the vector at an offset, and the offsets and numbers.
+    """
 
-def _operation(emit: Emit, offsets: int) -> Any:
-    """An operation on one array, with so many offsets: those of the first lanes, and numbers of vectors."""
+    @intrinsic  # type: ignore[untyped-decorator]
+    def operation(typing: Any, x: Any, offsets: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            data = arrayobj.make_array(signature.args[0])(context, builder, values[0]).data
+            given = zip(cgutils.unpack_tuple(builder, values[1]), signature.args[1], strict=True)
 
-    # numba takes no variable number of arguments here.
-    def with_two(context: Any, x: Any, i: Any, j: Any) -> Any:
-        return types.void(x, *[types.int64] * 2), generate
+            def vector_at(offset: Any) -> Any:
+                return builder.bitcast(builder.gep(data, [offset]), _VECTOR.as_pointer())
 
-    def with_three(context: Any, x: Any, i: Any, j: Any, k: Any) -> Any:
-        return types.void(x, *[types.int64] * 3), generate
+            emit(builder, vector_at, [context.cast(builder, value, kind, types.int64) for value, kind in given])
+            return context.get_dummy_value()
 
-    def with_four(context: Any, x: Any, i: Any, j: Any, k: Any, m: Any) -> Any:
-        return types.void(x, *[types.int64] * 4), generate
+        return types.void(x, offsets), generate
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = arrayobj.make_array(signature.args[0])(context, builder, arguments[0]).data
-
-        def vector_at(offset: Any) -> Any:
-            return builder.bitcast(builder.gep(data, [offset]), _VECTOR.as_pointer())
-
-        emit(builder, vector_at, arguments[1:])
-        return context.get_dummy_value()
-
-    return intrinsic({2: with_two, 3: with_three, 4: with_four}[offsets])
+    return operation
 
 
 def _load(builder: Any, pointer: Any) -> Any:
@@ -71,8 +65,10 @@ def _behind(builder: Any, offset: Any, vectors: Any) -> Any:
     return builder.add(offset, builder.mul(vectors, ir.Constant(ir.IntType(64), LANES)))
 
 
-def _emit_larger(builder: Any, vector_at: Any, arguments: Any) -> None:
-    at, index, peak = arguments
+@_operation
+def larger(builder: Any, vector_at: Any, offsets: Any) -> None:
+    """`(at, index, peak)`: where `|x|` is larger than the peak so far, it is the new one; its index lies behind it."""
+    at, index, peak = offsets
     peaks, indices = vector_at(peak), vector_at(_behind(builder, peak, ir.Constant(ir.IntType(64), 1)))
     x, old = _load(builder, vector_at(at)), _load(builder, peaks)
     zero = ir.Constant(_VECTOR, [ir.Constant(_DOUBLE, 0.0)] * LANES)
@@ -86,18 +82,24 @@ def _emit_larger(builder: Any, vector_at: Any, arguments: Any) -> None:
     _store(builder, builder.select(found, of_all, _load(builder, indices)), indices)
 
 
-def _emit_divide(builder: Any, vector_at: Any, arguments: Any) -> None:
-    at, by = map(vector_at, arguments)
+@_operation
+def divide(builder: Any, vector_at: Any, offsets: Any) -> None:
+    """`(at, by)`: `x /= y`."""
+    at, by = map(vector_at, offsets)
     _store(builder, builder.fdiv(_load(builder, at), _load(builder, by)), at)
 
 
-def _emit_multiply(builder: Any, vector_at: Any, arguments: Any) -> None:
-    at, by = map(vector_at, arguments)
+@_operation
+def multiply(builder: Any, vector_at: Any, offsets: Any) -> None:
+    """`(at, by)`: `x *= y`."""
+    at, by = map(vector_at, offsets)
     _store(builder, builder.fmul(_load(builder, at), _load(builder, by)), at)
 
 
-def _emit_subtract_multiple(builder: Any, vector_at: Any, arguments: Any) -> None:
-    at, source, count, factor = arguments
+@_operation
+def subtract_multiple(builder: Any, vector_at: Any, offsets: Any) -> None:
+    """`(at, source, count, factor)`: `x -= f y` for so many vectors of `x` and of `y`, one after the other."""
+    at, source, count, factor = offsets
     multiple = _load(builder, vector_at(factor))
     with cgutils.for_range(builder, count) as loop:
         target = vector_at(_behind(builder, at, loop.index))
@@ -105,8 +107,10 @@ def _emit_subtract_multiple(builder: Any, vector_at: Any, arguments: Any) -> Non
         _store(builder, builder.fsub(_load(builder, target), product), target)
 
 
-def _emit_subtract_products(builder: Any, vector_at: Any, arguments: Any) -> None:
-    at, left, right, count = arguments
+@_operation
+def subtract_products(builder: Any, vector_at: Any, offsets: Any) -> None:
+    """`(at, left, right, count)`: `x -= sum(y z)` over so many vectors of `y` and of `z`, one after the other."""
+    at, left, right, count = offsets
     total = cgutils.alloca_once_value(builder, _load(builder, vector_at(at)))
     with cgutils.for_range(builder, count) as loop:
         y, z = (_load(builder, vector_at(_behind(builder, offset, loop.index))) for offset in (left, right))
@@ -114,31 +118,10 @@ def _emit_subtract_products(builder: Any, vector_at: Any, arguments: Any) -> Non
     _store(builder, builder.load(total), vector_at(at))
 
 
-# `larger(x, at, index, peak)`: where `|x|` is larger than the peak so far, it is the new one; behind the peaks lie the
-# indices of theirs.
-larger = _operation(_emit_larger, 3)
-# `divide(x, at, by)`: `x /= y`, and `multiply`: `x *= y`; `by` is the offset of `y` in the same array.
-divide = _operation(_emit_divide, 2)
-multiply = _operation(_emit_multiply, 2)
-# `subtract_multiple(x, at, source, count, factor)`: `x -= f y` for so many vectors one after the other; `source` and
-# `factor` are the offsets of `y` and `f`.
-subtract_multiple = _operation(_emit_subtract_multiple, 4)
-# `subtract_products(x, at, left, right, count)`: `x -= sum(y z)` over so many vectors, one after the other; `left` and
-# `right` are the offsets of `y` and `z`.
-subtract_products = _operation(_emit_subtract_products, 4)
-
-
 @inlined
 def side_in(lu: Any, n: Any) -> Any:
     """The offset of the right-hand side."""
     return len(lu) - (n + EXTRA) * LANES
-
-
-@inner
-def copy(source: Any, row: Any, target: Any, place: Any) -> None:
-    """Copy a row of one array to a place in another one."""
-    for i in range(source.shape[1]):
-        target[place, i] = source[row, i]
 
 
 @inner
@@ -161,6 +144,15 @@ def norm_of(x: Any, row: Any) -> Any:
     for i in range(x.shape[1]):
         total += (x[row, i] / peak) * (x[row, i] / peak)
     return peak * sqrt(total)
+
+
+@inlined
+def finite(x: Any, row: Any) -> Any:
+    """Whether a row is finite."""
+    found = True
+    for i in range(x.shape[1]):
+        found = found and isfinite(x[row, i])
+    return found
 
 
 @inlined
@@ -189,36 +181,40 @@ def fill_up(lu: Any, slot: Any, n: Any) -> None:
 def factor(lu: Any, pivots: Any, group: Any, n: Any) -> None:
     """Factor the matrices of a group in place by elimination with partial pivoting.
 
-    Golub, van Loan, Matrix Computations, 4th ed., algorithm 3.4.1. Lanes without a pivot in some column are noted.
+    Golub, van Loan, Matrix Computations, 4th ed., algorithm 3.4.1.
     """
     first, chosen = group * n * n * LANES, group * n * LANES
     peak = side_in(lu, n) + n * LANES
-    best, sound = peak + BEST * LANES, peak + SOUND * LANES
-    for lane in range(LANES):
-        lu[sound + lane] = 1.0
+    best = peak + BEST * LANES
     for k in range(n):
         diagonal = first + (k * n + k) * LANES
         for lane in range(LANES):
             lu[peak + lane], lu[best + lane] = -1.0, k
         for i in range(k, n):
-            larger(lu, first + (i * n + k) * LANES, i, peak)
+            larger(lu, (first + (i * n + k) * LANES, i, peak))
         for lane in range(LANES):
             place = int(lu[best + lane])
             pivots[chosen + k * LANES + lane] = place
-            if not 0.0 < lu[peak + lane] < inf:
-                lu[sound + lane] = 0.0
             if place != k:
                 for j in range(n):
                     one, two = first + (k * n + j) * LANES + lane, first + (place * n + j) * LANES + lane
                     lu[one], lu[two] = lu[two], lu[one]
-        # The peaks have served, and make room for the inverse of the pivots.
-        for lane in range(LANES):
+            # The peak has served, and makes room for the inverse of the pivot.
             lu[peak + lane] = 1.0
-        divide(lu, peak, diagonal)
+        divide(lu, (peak, diagonal))
         for i in range(k + 1, n):
             multiple = first + (i * n + k) * LANES
-            multiply(lu, multiple, peak)
-            subtract_multiple(lu, multiple + LANES, diagonal + LANES, n - k - 1, multiple)
+            multiply(lu, (multiple, peak))
+            subtract_multiple(lu, (multiple + LANES, diagonal + LANES, n - k - 1, multiple))
+
+
+@inlined
+def had_pivots(lu: Any, slot: Any, n: Any) -> Any:
+    """Whether the matrix that was factored in a slot had a pivot in each column."""
+    at, found = (slot // LANES) * n * n * LANES + slot % LANES, True
+    for k in range(n):
+        found = found and 0.0 < abs(lu[at + (k * n + k) * LANES]) < inf
+    return found
 
 
 @inner
@@ -232,11 +228,11 @@ def substitute(lu: Any, pivots: Any, group: Any, n: Any) -> None:
                 one, two = x + k * LANES + lane, x + place * LANES + lane
                 lu[one], lu[two] = lu[two], lu[one]
     for i in range(n):
-        subtract_products(lu, x + i * LANES, first + i * n * LANES, x, i)
+        subtract_products(lu, (x + i * LANES, first + i * n * LANES, x, i))
     for i in range(n - 1, -1, -1):
         row = first + (i * n + i) * LANES
-        subtract_products(lu, x + i * LANES, row + LANES, x + (i + 1) * LANES, n - 1 - i)
-        divide(lu, x + i * LANES, row)
+        subtract_products(lu, (x + i * LANES, row + LANES, x + (i + 1) * LANES, n - 1 - i))
+        divide(lu, (x + i * LANES, row))
 
 
 @inlined
@@ -257,43 +253,9 @@ def clear_sides(lu: Any, n: Any) -> None:
 
 
 @inlined
-def take_side(lu: Any, slot: Any, x: Any, row: Any) -> Any:
-    """Take the solution of a slot's lane; tell whether it is finite."""
+def take_side(lu: Any, slot: Any, x: Any, row: Any) -> None:
+    """Take the solution of a slot's lane."""
     n = x.shape[1]
     at = side_in(lu, n) + slot % LANES
-    sound = True
     for i in range(n):
         x[row, i] = lu[at + i * LANES]
-        sound = sound and isfinite(x[row, i])
-    return sound
-
-
-@inlined
-def had_pivots(lu: Any, slot: Any, n: Any) -> Any:
-    """Whether the matrix in a slot of the group that was factored last had a pivot in each column."""
-    return lu[side_in(lu, n) + (n + SOUND) * LANES + slot % LANES] != 0.0
-
-
-@inlined
-def substitute_one(lu: Any, pivots: Any, slot: Any, x: Any, row: Any) -> Any:
-    """Solve with the factors of one slot, in place; tell whether the solution is finite."""
-    n = x.shape[1]
-    lane = slot % LANES
-    first, chosen = (slot // LANES) * n * n * LANES + lane, (slot // LANES) * n * LANES + lane
-    for k in range(n):
-        place = pivots[chosen + k * LANES]
-        x[row, k], x[row, place] = x[row, place], x[row, k]
-    for i in range(n):
-        total = x[row, i]
-        for j in range(i):
-            total -= lu[first + (i * n + j) * LANES] * x[row, j]
-        x[row, i] = total
-    sound = True
-    for i in range(n - 1, -1, -1):
-        total = x[row, i]
-        for j in range(i + 1, n):
-            total -= lu[first + (i * n + j) * LANES] * x[row, j]
-        total /= lu[first + (i * n + i) * LANES]
-        sound = sound and isfinite(total)
-        x[row, i] = total
-    return sound

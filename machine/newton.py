@@ -13,57 +13,20 @@ from typing import Any, Final
 
 from neml2_aoti_plugin._solve import criteria as by
 from neml2_aoti_plugin._solve import tables
-from neml2_aoti_plugin._solve.tables import (
-    ALPHA,
-    ATTEMPT_LINE,
-    CONVERGED,
-    DIVERGED,
-    DONE,
-    FIRST,
-    LANES,
-    LAST,
-    MEMBER,
-    NORM,
-    OUT_OF_ITERATIONS,
-    OUTCOME,
-    PLACE,
-    SINGULAR,
-    SLOPE,
-    SLOT,
-    SOURCE,
-    TRIAL_NORM,
-    TRIED,
-    UPDATE,
-    Solve,
-)
+from neml2_aoti_plugin._solve.tables import CONVERGED, DONE, FIRST, LANES, LAST, OUTCOME, UPDATE, Solve
 
-from .calls import (
-    Output,
-    call_with,
-    entry,
-    entry_of,
-    inlined,
-    inner,
-    integers,
-    number_rows,
-    numbers,
-    output,
-    release,
-    run,
-    take,
-)
+from .calls import call_with, copy, entry_of, inlined, inner, integers, number_rows, numbers, output, release, run, take
 from .elimination import (
     clear_sides,
-    copy,
     factor,
     fill_up,
+    finite,
     had_pivots,
     load,
     norm_of,
     put_side,
     side_in,
     substitute,
-    substitute_one,
     take_side,
 )
 from .space import Graphs, gather, graph_of, note, note_iteration, note_trials, predict, space
@@ -71,6 +34,8 @@ from .space import Graphs, gather, graph_of, note, note_iteration, note_trials, 
 # In `record` of a row that has converged: it waits for a last step with a linearisation of its own; it has a last step.
 WAITING: Final = -1
 STEPPING: Final = -2
+# Where no row is done before the first step.
+NONE_DONE: Final = -1.0
 CRITERIA: Final = len(by.Criteria._fields)
 
 _converged, _small_step, _accepted = inlined(by.converged), inlined(by.small_step), inlined(by.accepted)
@@ -85,7 +50,7 @@ def _unpacked(p: Any, chord_steps: Any) -> Any:
     )
 
 
-@entry
+@inner
 def solve_block(table: Any) -> Any:
     """Solve the rows of a block by a table of `tables.Solve`; gives `DONE`, or what is wrong with a graph.
 
@@ -94,21 +59,26 @@ def solve_block(table: Any) -> Any:
     t = integers(table, (Solve.FIELDS,))
     s, rows = space(t), t[Solve.ROWS]
     call = call_with(t[Solve.FUNCTIONS], t[Solve.ARGUMENTS_AT], t[Solve.ARGUMENTS], 2, t[Solve.HANDLES])
-    graphs = Graphs(graph_of(t, tables.RESIDUAL, 1), graph_of(t, tables.JACOBIAN, 2), call)
-    gather(t, s)
-    fault = predict(t, s) if t[Solve.PREDICTIONS] > 0 and rows > 0 else DONE
+    graphs = Graphs(graph_of(t, tables.RESIDUAL), graph_of(t, tables.JACOBIAN), call)
+    fault = predict(t)
     if fault != DONE:
         return fault
+    gather(t, s)
     limits, updates, cuts = numbers(t[Solve.LIMITS], (CRITERIA,)), t[Solve.UPDATES], t[Solve.CUTS]
     criteria = _unpacked(limits, True)
     for row in range(rows):
         s.record[row, UPDATE] = 0
-        s.indices[row, PLACE] = row
+        s.member[row] = row
     fault, line = _attempt(graphs, s, rows, updates, cuts, 0, criteria)
     if fault == DONE and criteria.chord_steps:
-        failed = _failed_rows(s)
+        # Without an update there was no chord step, and a second attempt would end as the first.
+        failed = 0
+        for row in range(rows):
+            if s.record[row, OUTCOME] > CONVERGED and s.record[row, UPDATE] > 0:
+                s.member[failed] = row
+                failed += 1
         if failed > 0:
-            line = note(s, line, ATTEMPT_LINE, failed, 0.0, 0.0, 0.0)
+            line = note(s, line, tables.ATTEMPT_LINE, failed, 0.0, 0.0, 0.0)
             fault, line = _attempt(graphs, s, failed, updates, cuts, line, _unpacked(limits, False))
     if fault == DONE:
         fault = _take_last_steps(graphs, s)
@@ -122,60 +92,45 @@ def solve_block(table: Any) -> Any:
 
 
 @inner
-def _failed_rows(s: Any) -> Any:
-    """Set the rows that have failed after an update as those of the next attempt; give their number.
-
-    Without an update there was no chord step, and a second attempt would end as the first.
-    """
-    failed = 0
-    for row in range(len(s.record)):
-        outcome = s.record[row, OUTCOME]
-        if outcome > CONVERGED and s.record[row, UPDATE] > 0:
-            s.indices[failed, PLACE] = row
-            failed += 1
-    return failed
-
-
-@inner
 def _attempt(graphs: Any, s: Any, rows: Any, updates: Any, cuts: Any, line: Any, criteria: Any) -> Any:
-    """Solve the rows at the places in `indices` from their initial guess; give what is wrong, and the next line."""
-    for k in range(rows):
-        row = s.indices[k, PLACE]
-        s.indices[k, MEMBER] = row
-        copy(s.guess, row, s.u, k)
-        copy(s.givens, row, s.g, k)
+    """Solve the rows at the places in `member` from their initial guess; give what is wrong, and the next line."""
     if rows == 0:
         return DONE, note_iteration(s, line, 0, 0, 0)
-    fault, a = _linearise(graphs.jacobian, graphs.call, s, rows)
-    if fault != DONE:
-        return fault, line
-    live, update = _begin(s, rows, criteria), 0
-    while True:
+    for k in range(rows):
+        _enter(s, k, s.guess, s.member[k])
+    fault, live = _linearise(graphs.jacobian, graphs.call, s, rows, criteria.atol)
+    update = 0
+    while fault == DONE:
         line = note_iteration(s, line, update, live, rows)
         if live == 0 or update == updates:
             break
         if update > 0:
-            fault, a = _linearise(graphs.jacobian, graphs.call, s, live)
+            fault, live = _linearise(graphs.jacobian, graphs.call, s, live, NONE_DONE)
             if fault != DONE:
-                return fault, line
+                break
         update += 1
-        live = _advance(a, live, update, s)
-        release(graphs.jacobian, graphs.call)
+        live = _advance(live, update, s)
         fault, followed, line = _try(graphs.residual, graphs.call, s, live, cuts, line, criteria)
-        if fault != DONE:
-            return fault, line
-        live = _settle(followed, live, update, s, criteria)
-    if update == 0:
-        release(graphs.jacobian, graphs.call)
-    for k in range(live):
-        _leave(s, k, s.u, OUT_OF_ITERATIONS, update, s.numbers[k, NORM])
-    return DONE, line
+        if fault == DONE:
+            live = _settle(followed, live, update, s, criteria)
+    if fault == DONE:
+        for k in range(live):
+            _leave(s, k, s.u, tables.OUT_OF_ITERATIONS, update, s.norm[k])
+    return fault, line
+
+
+@inlined
+def _enter(s: Any, k: Any, unknowns: Any, row: Any) -> None:
+    """Let a row of the batch be one of the live rows, with these unknowns."""
+    copy(unknowns, row, s.u, k)
+    copy(s.givens, row, s.g, k)
+    s.place[k] = row
 
 
 @inlined
 def _leave(s: Any, k: Any, unknowns: Any, outcome: Any, updates: Any, norm: Any) -> None:
     """Let a live row go with its outcome, after so many updates of this attempt."""
-    row = s.indices[k, PLACE]
+    row = s.place[k]
     copy(unknowns, k, s.solution, row)
     s.record[row, OUTCOME] = outcome
     s.record[row, UPDATE] += updates
@@ -183,19 +138,34 @@ def _leave(s: Any, k: Any, unknowns: Any, outcome: Any, updates: Any, norm: Any)
 
 
 @inner
-def _linearise(jacobian: Any, call: Any, s: Any, rows: Any) -> Any:
-    """Evaluate the Jacobian and `-r` of the first rows, the latter into `b`; outputs are to be released."""
-    nothing = Output(0, 0, 0, 0)
+def _linearise(jacobian: Any, call: Any, s: Any, rows: Any, atol: Any) -> Any:
+    """Evaluate the Jacobian and `-r` of the first rows, factor it, and solve for the directions.
+
+    At an initial guess, rows leave first whose norm is below `atol`. Gives what is wrong with the graph, and the number
+    of rows that stay.
+    """
     if run(jacobian, call, s.u, s.g, rows):
-        return jacobian.fault, nothing
-    n = s.u.shape[1]
+        return jacobian.fault, 0
+    n, live = s.u.shape[1], 0
     a, b = output(call, 0, rows, n, n), output(call, 1, rows, n, 0)
-    if a.address == 0 or b.address == 0:
-        release(jacobian, call)
-        return jacobian.fault + 1, nothing
-    for k in range(rows):
-        take(b, k, s.b, k)
-    return DONE, a
+    fault = DONE if a.address != 0 and b.address != 0 else jacobian.fault + 1
+    if fault == DONE:
+        for k in range(rows):
+            take(b, k, s.b, k)
+            s.source[k] = k
+        live = rows if atol == NONE_DONE else _begin(s, rows, atol)
+        for start in range(0, live, LANES):
+            end = min(start + LANES, live)
+            for k in range(start, end):
+                load(a, s.source[k], s.lu, k, n)
+                put_side(s.b, k, s.lu, k)
+            fill_up(s.lu, end, n)
+            factor(s.lu, s.pivots, start // LANES, n)
+            substitute(s.lu, s.pivots, start // LANES, n)
+            for k in range(start, end):
+                take_side(s.lu, k, s.step, k)
+    release(jacobian, call)
+    return fault, live
 
 
 @inner
@@ -212,67 +182,46 @@ def _evaluate(residual: Any, call: Any, u: Any, g: Any, into: Any, rows: Any) ->
 
 
 @inner
-def _begin(s: Any, rows: Any, criteria: Any) -> Any:
+def _begin(s: Any, rows: Any, atol: Any) -> Any:
     """Judge the initial guesses of the rows; give the number of those that go on."""
     live = 0
     for k in range(rows):
-        row, norm = s.indices[k, PLACE], norm_of(s.b, k)
+        row, norm = s.place[k], norm_of(s.b, k)
         s.norms[row, FIRST] = norm
         # Nothing is relative to the first norm yet.
-        small = norm < criteria.atol or norm == 0.0
+        small = norm < atol or norm == 0.0
         if small or not isfinite(norm):
-            _leave(s, k, s.u, CONVERGED if small else DIVERGED, 0, norm)
+            _leave(s, k, s.u, CONVERGED if small else tables.DIVERGED, 0, norm)
             continue
         if live != k:
             copy(s.u, k, s.u, live)
             copy(s.g, k, s.g, live)
             copy(s.b, k, s.b, live)
-        s.numbers[live, NORM] = norm
-        s.indices[live, PLACE], s.indices[live, SOURCE] = row, k
+        s.norm[live], s.place[live], s.source[live] = norm, row, k
         live += 1
     return live
 
 
-@inlined
-def _directions(a: Any, s: Any, start: Any, end: Any) -> None:
-    """Factor the Jacobians of a group of rows, and solve for their directions."""
-    n = s.u.shape[1]
-    for k in range(start, end):
-        load(a, s.indices[k, SOURCE], s.lu, k, n)
-        put_side(s.b, k, s.lu, k)
-    fill_up(s.lu, end, n)
-    factor(s.lu, s.pivots, start // LANES, n)
-    substitute(s.lu, s.pivots, start // LANES, n)
-
-
 @inner
-def _advance(a: Any, live: Any, update: Any, s: Any) -> Any:
-    """Solve for the directions and set the full trials; rows without a direction leave.
-
-    Gives the number of rows that stay.
-    """
-    n = s.u.shape[1]
-    kept = 0
-    for start in range(0, live, LANES):
-        end = min(start + LANES, live)
-        _directions(a, s, start, end)
-        for k in range(start, end):
-            norm = s.numbers[k, NORM]
-            if not (take_side(s.lu, k, s.step, kept) and had_pivots(s.lu, k, n)):
-                _leave(s, k, s.u, SINGULAR, update - 1, norm)
-                continue
-            if kept != k:
-                copy(s.u, k, s.u, kept)
-                copy(s.g, k, s.g, kept)
-                s.numbers[kept, NORM] = norm
-                s.indices[kept, PLACE] = s.indices[k, PLACE]
-            s.indices[kept, SLOT] = k
-            slope = 0.0
-            for i in range(n):
-                slope += (s.b[k, i] / norm) * (s.step[kept, i] / norm)
-                s.trial[kept, i] = s.u[kept, i] + s.step[kept, i]
-            s.numbers[kept, SLOPE], s.numbers[kept, ALPHA] = slope, 1.0
-            kept += 1
+def _advance(live: Any, update: Any, s: Any) -> Any:
+    """Set the full trials; rows without a direction leave. Gives the number of rows that stay."""
+    n, kept = s.u.shape[1], 0
+    for k in range(live):
+        norm = s.norm[k]
+        if not (finite(s.step, k) and had_pivots(s.lu, k, n)):
+            _leave(s, k, s.u, tables.SINGULAR, update - 1, norm)
+            continue
+        if kept != k:
+            copy(s.u, k, s.u, kept)
+            copy(s.g, k, s.g, kept)
+            copy(s.step, k, s.step, kept)
+            s.norm[kept], s.place[kept] = norm, s.place[k]
+        slope = 0.0
+        for i in range(n):
+            slope += (s.b[k, i] / norm) * (s.step[kept, i] / norm)
+            s.trial[kept, i] = s.u[kept, i] + s.step[kept, i]
+        s.slot[kept], s.slope[kept], s.alpha[kept] = k, slope, 1.0
+        kept += 1
     return kept
 
 
@@ -286,8 +235,7 @@ def _try(residual: Any, call: Any, s: Any, live: Any, cuts: Any, line: Any, crit
         return DONE, 0, note_trials(s, line, 1, live, criteria)
     fault = _evaluate(residual, call, s.trial, s.g, s.b, live)
     for k in range(live):
-        s.numbers[k, TRIAL_NORM] = norm_of(s.b, k)
-        s.indices[k, TRIED] = k
+        s.trial_norm[k], s.tried[k] = norm_of(s.b, k), k
     line = note_trials(s, line, 1, live, criteria)
     refused = _shorten(live, s, criteria) if fault == DONE and cuts > 0 else 0
     cut = 0
@@ -295,10 +243,10 @@ def _try(residual: Any, call: Any, s: Any, live: Any, cuts: Any, line: Any, crit
         cut += 1
         fault = _evaluate(residual, call, s.further, s.further_g, s.further_b, refused)
         for i in range(refused):
-            k = s.indices[i, TRIED]
+            k = s.tried[i]
             copy(s.further, i, s.trial, k)
             copy(s.further_b, i, s.b, k)
-            s.numbers[k, TRIAL_NORM] = norm_of(s.b, k)
+            s.trial_norm[k] = norm_of(s.b, k)
         line = note_trials(s, line, cut + 1, live, criteria)
         refused = _shorten(refused, s, criteria) if cut < cuts else 0
     followed = _set_chord_steps(live, s, criteria) if fault == DONE and criteria.chord_steps else 0
@@ -312,17 +260,15 @@ def _shorten(tried: Any, s: Any, criteria: Any) -> Any:
     """Set shorter trials of the rows whose last ones may not stand; give the number of these."""
     refused = 0
     for i in range(tried):
-        k = s.indices[i, TRIED]
-        norm0 = s.norms[s.indices[k, PLACE], FIRST]
-        alpha = s.numbers[k, ALPHA]
-        if _accepted(s.numbers[k, TRIAL_NORM], s.numbers[k, NORM], norm0, s.numbers[k, SLOPE], alpha, criteria):
+        k = s.tried[i]
+        norm0, alpha = s.norms[s.place[k], FIRST], s.alpha[k]
+        if _accepted(s.trial_norm[k], s.norm[k], norm0, s.slope[k], alpha, criteria):
             continue
-        alpha = alpha / criteria.cutback
-        s.numbers[k, ALPHA] = alpha
+        s.alpha[k] = alpha = alpha / criteria.cutback
         for j in range(s.u.shape[1]):
             s.further[refused, j] = s.u[k, j] + alpha * s.step[k, j]
         copy(s.g, k, s.further_g, refused)
-        s.indices[refused, TRIED] = k
+        s.tried[refused] = k
         refused += 1
     return refused
 
@@ -333,13 +279,13 @@ def _set_chord_steps(live: Any, s: Any, criteria: Any) -> Any:
     n = s.u.shape[1]
     followed = end = 0
     while end < live:
-        first, group = followed, s.indices[end, SLOT] // LANES
+        first, group = followed, s.slot[end] // LANES
         clear_sides(s.lu, n)
-        while end < live and s.indices[end, SLOT] // LANES == group:
-            norm0 = s.norms[s.indices[end, PLACE], FIRST]
-            if _followed(s.numbers[end, TRIAL_NORM], s.numbers[end, NORM], norm0, s.numbers[end, ALPHA], criteria):
-                put_side(s.b, end, s.lu, s.indices[end, SLOT])
-                s.indices[followed, TRIED] = end
+        while end < live and s.slot[end] // LANES == group:
+            norm0 = s.norms[s.place[end], FIRST]
+            if _followed(s.trial_norm[end], s.norm[end], norm0, s.alpha[end], criteria):
+                put_side(s.b, end, s.lu, s.slot[end])
+                s.tried[followed] = end
                 followed += 1
             end += 1
         if followed == first:
@@ -347,12 +293,13 @@ def _set_chord_steps(live: Any, s: Any, criteria: Any) -> Any:
         substitute(s.lu, s.pivots, group, n)
         tried, followed = followed, first
         for i in range(first, tried):
-            k = s.indices[i, TRIED]
-            if take_side(s.lu, s.indices[k, SLOT], s.further, followed):
+            k = s.tried[i]
+            take_side(s.lu, s.slot[k], s.further, followed)
+            if finite(s.further, followed):
                 for j in range(n):
                     s.further[followed, j] += s.trial[k, j]
                 copy(s.g, k, s.further_g, followed)
-                s.indices[followed, TRIED] = k
+                s.tried[followed] = k
                 followed += 1
     return followed
 
@@ -360,107 +307,93 @@ def _set_chord_steps(live: Any, s: Any, criteria: Any) -> Any:
 @inner
 def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any:
     """Accept the trials; rows that are done leave, the others move up. Gives the number of those that stay."""
-    _accept_chord_steps(followed, s)
+    for i in range(followed):
+        # A chord step that lets the residual fall is the trial of its row.
+        k, norm = s.tried[i], norm_of(s.further_b, i)
+        if norm < s.trial_norm[k]:
+            s.norm[k], s.trial_norm[k] = s.trial_norm[k], norm
+            for j in range(s.u.shape[1]):
+                s.step[k, j] = s.further[i, j] - s.trial[k, j]
+            copy(s.further, i, s.trial, k)
+            copy(s.further_b, i, s.b, k)
     kept = 0
     for k in range(live):
-        row, norm = s.indices[k, PLACE], s.numbers[k, TRIAL_NORM]
+        row, norm = s.place[k], s.trial_norm[k]
         done = _converged(norm, s.norms[row, FIRST], criteria)
         if done and criteria.small_steps:
-            moved = s.numbers[k, ALPHA] * norm_of(s.step, k)
+            moved = s.alpha[k] * norm_of(s.step, k)
             done = _small_step(moved, norm_of(s.trial, k), norm, criteria)
         if done or not isfinite(norm):
-            _leave(s, k, s.trial, CONVERGED if done else DIVERGED, update, norm)
+            _leave(s, k, s.trial, CONVERGED if done else tables.DIVERGED, update, norm)
             if done:
                 _set_last_step(s, k, row, norm, criteria)
             continue
         copy(s.trial, k, s.u, kept)
         if kept != k:
             copy(s.g, k, s.g, kept)
-        s.numbers[kept, NORM] = norm
-        s.indices[kept, PLACE], s.indices[kept, SOURCE] = row, kept
+        s.norm[kept], s.place[kept] = norm, row
         kept += 1
     return kept
 
 
 @inlined
-def _accept_chord_steps(followed: Any, s: Any) -> None:
-    """Make the chord steps that let the residual fall the trials of their rows."""
-    for i in range(followed):
-        k, norm = s.indices[i, TRIED], norm_of(s.further_b, i)
-        if norm < s.numbers[k, TRIAL_NORM]:
-            s.numbers[k, NORM] = s.numbers[k, TRIAL_NORM]
-            s.numbers[k, TRIAL_NORM] = norm
-            for j in range(s.u.shape[1]):
-                s.step[k, j] = s.further[i, j] - s.trial[k, j]
-            copy(s.further, i, s.trial, k)
-            copy(s.further_b, i, s.b, k)
+def _set_last_step(s: Any, k: Any, row: Any, norm: Any, criteria: Any) -> None:
+    """Set the last step of a row that has converged, by the factors at hand, or let it wait for factors of its own."""
+    n, norm0, slot = s.u.shape[1], s.norms[row, FIRST], s.slot[k]
+    if not _gains(norm, norm0, criteria):
+        return
+    if not _carries(norm, s.norm[k], norm0, criteria):
+        s.record[row, OUTCOME] = WAITING
+        return
+    clear_sides(s.lu, n)
+    put_side(s.b, k, s.lu, slot)
+    substitute(s.lu, s.pivots, slot // LANES, n)
+    take_side(s.lu, slot, s.step, k)
+    _step_last(s, k, s.trial)
 
 
 @inlined
-def _set_last_step(s: Any, k: Any, row: Any, norm: Any, criteria: Any) -> None:
-    """Set the last step of a row that has converged, by the factors at hand, or let it wait for factors of its own."""
-    norm0 = s.norms[row, FIRST]
-    if not _gains(norm, norm0, criteria):
-        return
-    if not _carries(norm, s.numbers[k, NORM], norm0, criteria):
-        s.record[row, OUTCOME] = WAITING
-    elif substitute_one(s.lu, s.pivots, s.indices[k, SLOT], s.b, k):
+def _step_last(s: Any, k: Any, unknowns: Any) -> None:
+    """Note the last step of a live row, if it is finite."""
+    row = s.place[k]
+    if finite(s.step, k):
         s.record[row, OUTCOME] = STEPPING
         for i in range(s.u.shape[1]):
-            s.last_step[row, i] = s.trial[k, i] + s.b[k, i]
+            s.last_step[row, i] = unknowns[k, i] + s.step[k, i]
 
 
 @inner
 def _take_last_steps(graphs: Any, s: Any) -> Any:
     """Take the last steps that let the residual fall; tell what is wrong with a graph."""
-    fault = _take_linearisations(graphs.jacobian, graphs.call, s)
-    if fault != DONE:
-        return fault
-    stepping = 0
-    for row in range(len(s.record)):
-        if s.record[row, OUTCOME] == STEPPING:
-            s.record[row, OUTCOME] = CONVERGED
-            copy(s.last_step, row, s.u, stepping)
-            copy(s.givens, row, s.g, stepping)
-            s.indices[stepping, PLACE] = row
-            stepping += 1
+    waiting = _collected(s, WAITING, s.solution)
+    if waiting > 0:
+        fault, _ = _linearise(graphs.jacobian, graphs.call, s, waiting, NONE_DONE)
+        if fault != DONE:
+            return fault
+        for k in range(waiting):
+            if had_pivots(s.lu, k, s.u.shape[1]):
+                _step_last(s, k, s.u)
+    stepping = _collected(s, STEPPING, s.last_step)
     if stepping == 0:
         return DONE
     fault = _evaluate(graphs.residual, graphs.call, s.u, s.g, s.b, stepping)
     for k in range(stepping):
-        row = s.indices[k, PLACE]
+        row = s.place[k]
         if fault == DONE and norm_of(s.b, k) < s.norms[row, LAST]:
             copy(s.u, k, s.solution, row)
     return fault
 
 
 @inner
-def _take_linearisations(jacobian: Any, call: Any, s: Any) -> Any:
-    """Set the last steps of the rows that wait for a linearisation of their own; tell what is wrong with the graph."""
-    n, waiting = s.u.shape[1], 0
+def _collected(s: Any, mark: Any, unknowns: Any) -> Any:
+    """Let the rows with a mark in `record` be the live ones, with these unknowns; give their number."""
+    found = 0
     for row in range(len(s.record)):
-        if s.record[row, OUTCOME] == WAITING:
+        if s.record[row, OUTCOME] == mark:
             s.record[row, OUTCOME] = CONVERGED
-            copy(s.solution, row, s.u, waiting)
-            copy(s.givens, row, s.g, waiting)
-            s.indices[waiting, PLACE], s.indices[waiting, SOURCE] = row, waiting
-            waiting += 1
-    if waiting == 0:
-        return DONE
-    fault, a = _linearise(jacobian, call, s, waiting)
-    if fault != DONE:
-        return fault
-    for start in range(0, waiting, LANES):
-        end = min(start + LANES, waiting)
-        _directions(a, s, start, end)
-        for k in range(start, end):
-            if take_side(s.lu, k, s.step, k) and had_pivots(s.lu, k, n):
-                row = s.indices[k, PLACE]
-                s.record[row, OUTCOME] = STEPPING
-                for i in range(n):
-                    s.last_step[row, i] = s.u[k, i] + s.step[k, i]
-    release(jacobian, call)
-    return DONE
+            _enter(s, found, unknowns, row)
+            found += 1
+    return found
 
 
 @inner
@@ -471,23 +404,11 @@ def _differentiate(t: Any, s: Any, call: Any) -> Any:
     """
     rows, n, q = t[Solve.ROWS], t[Solve.N], t[Solve.Q]
     for row in range(rows):
-        copy(s.solution, row, s.u, row)
-        copy(s.givens, row, s.g, row)
-        s.indices[row, SOURCE] = row
-    jacobian = graph_of(t, tables.JACOBIAN_AT_SOLUTION, 2)
-    fault, a = _linearise(jacobian, call, s, rows)
+        _enter(s, row, s.solution, row)
+    fault, _ = _linearise(graph_of(t, tables.JACOBIAN_AT_SOLUTION), call, s, rows, NONE_DONE)
     if fault != DONE:
         return fault
-    for start in range(0, rows, LANES):
-        end = min(start + LANES, rows)
-        for k in range(start, end):
-            load(a, k, s.lu, k, n)
-        fill_up(s.lu, end, n)
-        factor(s.lu, s.pivots, start // LANES, n)
-        for k in range(start, end):
-            s.indices[k, SLOT] = 1 if had_pivots(s.lu, k, n) else 0
-    release(jacobian, call)
-    by_givens = graph_of(t, tables.BY_GIVENS, 1)
+    by_givens = graph_of(t, tables.BY_GIVENS)
     if run(by_givens, call, s.u, s.g, rows):
         return by_givens.fault
     b = output(call, 0, rows, n, q)
@@ -520,6 +441,7 @@ def _derivatives_of(t: Any, s: Any, b: Any, start: Any, end: Any) -> None:
                 s.lu[side + i * LANES + lane] = -total
         substitute(s.lu, s.pivots, start // LANES, n)
         for row in range(start, end):
-            sound = s.indices[row, SLOT] != 0
-            for i in range(n):
-                found[row * sides + c, i] = s.lu[side + i * LANES + row - start] if sound else nan
+            take_side(s.lu, row, found, row * sides + c)
+    for row in range(start, end):
+        if not had_pivots(s.lu, row, n):
+            found[row * sides : (row + 1) * sides] = nan

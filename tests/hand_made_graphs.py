@@ -17,8 +17,9 @@ from torch import Tensor
 
 from neml2_aoti_plugin._graphs.c_interface import address, function, libtorch, tensor_functions
 from neml2_aoti_plugin._solve import machine_code
+from neml2_aoti_plugin._solve.caller import Means
 from neml2_aoti_plugin._solve.machine_code import MachineCode
-from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means, Pass
+from neml2_aoti_plugin._solve.native import Block, BlockSolver, Pass
 from neml2_aoti_plugin._solve.outcome import Solved
 from neml2_aoti_plugin._solve.tables import CREATE, DATA, DELETE, DIM, SIZES, STRIDES
 
@@ -104,14 +105,14 @@ class Handles:
 
 @dataclass
 class Container:
-    """See `neml2_aoti_plugin._solve.native.Container`."""
+    """See `neml2_aoti_plugin._solve.caller.Container`."""
 
     run: int
     handle: int
 
 
 class HandMadeGraph:
-    """A function in the place of a compiled graph; see `neml2_aoti_plugin._solve.native.CompiledGraph`."""
+    """A function in the place of a compiled graph; see `neml2_aoti_plugin._solve.caller.CompiledGraph`."""
 
     def __init__(
         self, function: Function, handles: Handles, inputs: int, outputs: int, name: str = "graph", keeps: bool = False

@@ -19,7 +19,8 @@ from equations import Equations, by_machine_code, by_tensors, coupled, double_ro
 from hand_made_graphs import Function, Handles, HandMadeGraph, System, expanded, once, strided, system_of, transposed
 from neml2_aoti_plugin._graphs.c_interface import power_executor, tensor_functions
 from neml2_aoti_plugin._solve import machine_code
-from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means, Prediction, UnfitPredictor
+from neml2_aoti_plugin._solve.caller import Means
+from neml2_aoti_plugin._solve.native import Block, BlockSolver, Prediction, UnfitPredictor
 from neml2_aoti_plugin._solve.outcome import Solved
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
 from neml2_aoti_plugin.settings import NewtonSettings
@@ -398,12 +399,13 @@ class TestInitialGuess:
         graphs = [
             HandMadeGraph(lambda u, g: [torch.ones_like(u)], handles, 2, 1),
             HandMadeGraph(jacobian, handles, 2, 2),
-            *(None, None, HandMadeGraph(predictor, handles, 2, 2, "predictor")),
+            *(None, None),
         ]
+        fed = HandMadeGraph(predictor, handles, 2, 2, "predictor")
         # The second output feeds the second argument, and belongs to no unknown.
-        prediction = Prediction(((1, 0, -1), (2, -1, 1)), times)
+        block = Block(graphs, [1, 2], [1], predictor=fed, prediction=Prediction(((0, -1), (-1, 1)), times))
         rows = len(self.G)
-        found = BlockSolver(Block(graphs, [1, 2], [1], prediction=prediction), handles.means, most=64).solve(
+        found = BlockSolver(block, handles.means, most=64).solve(
             [torch.full_like(self.G, 7.0), second],
             [self.G],
             rows,

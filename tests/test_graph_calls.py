@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hand_made_graphs import Function, Handles, HandMadeGraph, expanded, once, strided, transposed
-from neml2_aoti_plugin._graphs.caller import GraphCaller
+from neml2_aoti_plugin._solve.caller import GraphCaller
 from neml2_aoti_plugin.errors import AOTIError, ArtifactError
 from test_block import handles as handles  # the fixture
 

@@ -171,7 +171,8 @@ def undefined(elf: bytes) -> Iterator[str]:
 LOAD = """
     import sys, numpy, torch
     from neml2_aoti_plugin._solve import code_file, machine_code
-    from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means
+    from neml2_aoti_plugin._solve.caller import Means
+    from neml2_aoti_plugin._solve.native import Block, BlockSolver
     from neml2_aoti_plugin.settings import NewtonSettings
     machine_code._PATIENCE = 1e9
     class Graph:

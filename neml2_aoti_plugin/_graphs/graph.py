@@ -12,10 +12,9 @@ from torch import Tensor
 from .. import _log as log
 from .._artifact.package import Argument, Package
 from .._solve import machine_code
-from .._solve.native import Means
+from .._solve.caller import GraphCaller, Means
 from ..errors import AOTIError, ArtifactError
 from .c_interface import Library, Unavailable, power_executor, tensor_functions
-from .caller import GraphCaller
 from .loaded import loaded, require_one_thread
 from .threads import cut, run_all
 

@@ -12,7 +12,8 @@ from .._artifact import schema
 from .._graphs.c_interface import Library, Unavailable
 from .._graphs.graph import Graph, means
 from .._graphs.loaded import require_one_thread
-from .._solve.native import Block, BlockSolver, Derivatives, Means, Prediction, UnfitPredictor
+from .._solve.caller import Means
+from .._solve.native import Block, BlockSolver, Derivatives, Prediction, UnfitPredictor
 from .._solve.outcome import listener, outcome_line
 from .._solve.system import System
 from .._solve.tensors import solve_in_lockstep, solve_rows
@@ -164,8 +165,7 @@ class _MachineCode:
     def __init__(self, segment: ImplicitSegment, means: Means) -> None:
         self._segment, self._means = segment, means
         self._unknowns = segment.spec.unknown_variables
-        # The columns at which each unknown begins.
-        self._columns = {v.name: sum(u.size for u in self._unknowns[:k]) for k, v in enumerate(self._unknowns)}
+        self._places = {v.name: place for place, v in enumerate(self._unknowns)}
         # Made at the first call; None where a graph has no C interface.
         self._solver: BlockSolver | None = None
         self._looked_for = self._predicts = False
@@ -188,9 +188,9 @@ class _MachineCode:
         solver, segment = self._solver, self._segment
         if solver is None or any(p.dtype != torch.float64 or not p.is_contiguous() for p in parameters):
             return None
-        kept = [column for name, column in self._columns.items() if name in given]
+        kept = [place for name, place in self._places.items() if name in given]
         predicted_from: list[Tensor] = []
-        if segment.predictor is not None and len(kept) < len(self._columns):
+        if segment.predictor is not None and len(kept) < len(self._places):
             if self._predicts and segment.spec.predictor is not None:
                 segment.put_zeros(state, rows)
                 predicted_from = [state[name] for name in segment.spec.predictor.inputs]
@@ -236,24 +236,22 @@ class _MachineCode:
         predictor = _libraries(segment.predictor) if segment.predictor else []
         self._predicts = bool(predictor)
         block = Block(
-            [*system, *(derivatives or (None, None)), *predictor],
+            [*system, *(derivatives or (None, None))],
             [v.size for v in self._unknowns],
             [v.size for group in segment.spec.givens for v in group.variables],
             len(segment.spec.parameters),
-            self._prediction(segment.spec.predictor) if predictor and segment.spec.predictor else None,
+            predictor[0] if predictor else None,
+            self._prediction(segment.spec.predictor) if segment.spec.predictor else None,
         )
         return BlockSolver(block, self._means, 2 * MAX_ROWS)
 
     def _prediction(self, spec: schema.Predictor) -> Prediction:
         """Where the predictor's outputs go."""
         loop = spec.feedback
-        sizes = {v.name: v.size for v in self._unknowns}
         outputs = []
         for name in spec.outputs:
             fed = loop.name if loop is not None and loop.output == name else name
-            argument = spec.inputs.index(fed) if loop is not None and fed in spec.inputs else -1
-            size = sizes.get(name, loop.size if loop is not None and argument >= 0 else 0)
-            outputs.append((size, self._columns.get(name, -1), argument))
+            outputs.append((self._places.get(name, -1), spec.inputs.index(fed) if fed in spec.inputs else -1))
         return Prediction(tuple(outputs), loop.iterations if loop is not None else 1)
 
     def _require(self, solver: BlockSolver, rows: int, parameters: Sequence[Tensor]) -> None:

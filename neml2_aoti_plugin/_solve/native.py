@@ -5,11 +5,10 @@ A block is one dense group of unknowns on a CPU in float64, with graphs that hav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -18,50 +17,19 @@ from torch import Tensor
 from ..errors import AOTIError, ArtifactError
 from ..settings import NewtonSettings
 from . import tables
+from .caller import Arguments, CompiledGraph, Container, GraphCall, Means, failed, filled, require_counts
 from .criteria import criteria_of
-from .machine_code import MachineCode
 from .outcome import ITERATION, SECOND_ATTEMPT, TRIALS, Listener, RowStatistics, Solved
-from .tables import VECTOR
 from .tables import Solve as Table
 
 # Lines for the log that a solve notes at most.
 LINES = 4096
 
 
-class Container(Protocol):
-    """A compiled graph for one thread at a time: its handle, and the address of the function that runs it."""
-
-    handle: int
-    run: int
-
-
-class CompiledGraph(Protocol):
-    """A compiled graph that is called by its C interface."""
-
-    inputs: int
-    outputs: int
-    file: Path
-
-    def container(self) -> Container:
-        """A container that nobody else has."""
-
-    def last_error(self) -> str:
-        """What the last call in this thread that failed says of itself."""
-
-
-@dataclass(frozen=True)
-class Means:
-    """What this process calls graphs with: machine code, addresses of functions for tensors, the proxy executor."""
-
-    code: MachineCode
-    functions: np.ndarray
-    executor: int
-
-
 class Prediction(NamedTuple):
-    """What a predictor gives: of each output its entries, the column of the unknowns, the argument that it feeds."""
+    """What a predictor gives: of each output the place of the unknown, and of the argument that it feeds, or -1."""
 
-    outputs: tuple[tuple[int, int, int], ...]
+    outputs: tuple[tuple[int, int], ...]
     # How often the predictor is run.
     times: int = 1
 
@@ -89,8 +57,8 @@ class UnfitPredictor(ArtifactError):
 class Block:
     """A system as machine code solves it.
 
-    Its graphs stand in the order of `tables`: residual, Jacobian, Jacobian at the solution, derivative by the givens,
-    predictor; the last three may be missing. All but the predictor take unknowns, givens and parameters.
+    Its graphs stand in the order of `tables`: residual, Jacobian, Jacobian at the solution, derivative by the givens;
+    the last two may be missing. They take unknowns, givens and parameters.
     """
 
     graphs: Sequence[CompiledGraph | None]
@@ -98,6 +66,7 @@ class Block:
     unknowns: Sequence[int]
     givens: Sequence[int]
     parameters: int = 0
+    predictor: CompiledGraph | None = None
     prediction: Prediction | None = None
 
 
@@ -105,11 +74,11 @@ class BlockSolver:
     """Solves blocks of rows, by any thread; workspaces of up to `most` rows are kept."""
 
     def __init__(self, block: Block, means: Means, most: int) -> None:
-        self.block, self.means, self._most = block, means, most
+        self._block, self._means, self._most = block, means, most
         self.n, self.q = sum(block.unknowns), sum(block.givens)
         self.differentiates = block.graphs[tables.BY_GIVENS] is not None
         self._free: list[_Workspace] = []
-        for graph, outputs in zip(block.graphs, tables.OUTPUTS, strict=False):
+        for graph, outputs in zip(block.graphs, tables.OUTPUTS, strict=True):
             if graph is not None:
                 require_counts(graph, 2 + block.parameters, outputs)
 
@@ -129,14 +98,14 @@ class BlockSolver:
     ) -> Pass:
         """Solve for the unknowns of all rows from an initial guess, each variable `(rows, ...)`; None stands for zeros.
 
-        Where there are inputs of the predictor, it gives the guess, but for the unknowns at the columns `kept`.
+        Where there are inputs of the predictor, it gives the guess, but for the unknowns at the places `kept`.
         """
         space = self._borrow(rows)
         # What machine code reads and nobody else holds.
         alive: list[Tensor] = []
-        space.put_variables((*unknowns, *givens), rows, alive)
+        first = space.put_predictor(unknowns, predicted_from, kept, rows, alive)
+        space.put_variables((*first, *givens), rows, alive)
         space.put_parameters(parameters)
-        space.put_predictor(predicted_from, kept, rows, alive)
         space.put_settings(settings, small_steps)
         derivatives = space.put_wanted(wanted or Derivatives(), rows, alive)
         solution, side = torch.empty(rows, self.n, dtype=torch.float64), torch.empty(rows, self.q, dtype=torch.float64)
@@ -144,72 +113,75 @@ class BlockSolver:
         table = space.table
         table[Table.ROWS], table[Table.SOLUTION], table[Table.GIVENS] = rows, solution.data_ptr(), side.data_ptr()
         table[Table.NORMS], table[Table.RECORD] = norms.data_ptr(), record.data_ptr()
-        table[Table.HISTORY_LINES], history = 0, None
+        table[Table.HISTORY_LINES] = 0
         if listener is not None:
             # The lines of two attempts.
             lines = min(2 * (settings.updates + 1) * (settings.cuts + 2) + 1, LINES)
             history = np.full((lines, tables.HISTORY_COLUMNS), -1.0)
             table[Table.HISTORY], table[Table.HISTORY_LINES] = history.ctypes.data, lines
-        fault = self.means.code.solve_block(space.at)
-        failed = table[Table.FAILED]
+        fault = self._means.code.solve_block(space.at)
+        all_converged = table[Table.FAILED] == 0
         # One in which an exception has ended a call may be half made, and is dropped.
         if space.capacity <= self._most:
             self._free.append(space)
         if fault != tables.DONE:
             self._complain(fault)
-        if listener is not None and history is not None:
+        if listener is not None:
             _report(history, settings, listener)
-        return Pass(Solved([solution], RowStatistics(record, norms, failed == 0)), side, derivatives)
+        return Pass(Solved([solution], RowStatistics(record, norms, all_converged)), side, derivatives)
 
     def _complain(self, fault: int) -> NoReturn:
         """Raise what is wrong with a graph."""
         place, other = divmod(fault - tables.BROKEN, 2)
-        graph = self.block.graphs[place]
+        graph = (*self._block.graphs, self._block.predictor)[place]
         assert graph is not None, "only graphs that are there are run"
         if not other:
-            raise AOTIError(f"{graph.file}: the compiled graph failed: {graph.last_error()}")
-        raise (UnfitPredictor if place == tables.PREDICTOR else ArtifactError)(
-            f"{graph.file}: returned tensors of other shapes than the metadata tells. The package belongs to another "
-            "model or to another compile; compile the model again with neml2-compile."
-        )
+            raise failed(graph)
+        raise _unfit(graph, UnfitPredictor if place == tables.PREDICTOR else ArtifactError)
 
     def _borrow(self, rows: int) -> _Workspace:
         """A workspace for so many rows at least, which no other thread has."""
         try:
             found = self._free.pop()
         except IndexError:
-            return _Workspace(self, rows)
-        return found if found.capacity >= rows else _Workspace(self, rows, found.containers)
+            return _Workspace(self._block, self._means, rows)
+        return found if found.capacity >= rows else _Workspace(self._block, self._means, rows, found)
 
 
 class _Workspace:
-    """What one thread solves with: memory for so many rows, and a container of each graph."""
+    """What one thread solves with: memory for so many rows, and a container of each graph, perhaps those of another."""
 
-    def __init__(self, solver: BlockSolver, rows: int, containers: Sequence[Container | None] = ()) -> None:
-        n, q, block, means = solver.n, solver.q, solver.block, solver.means
-        self._solver, self._widths = solver, (*block.unknowns, *block.givens)
-        # Rows are filled up to whole vectors.
-        self.capacity = capacity = max(-(-rows // VECTOR), 1) * VECTOR
-        self.containers = containers or _containers(block.graphs)
-        graphs = np.zeros((tables.GRAPHS, tables.GRAPH_COLUMNS), np.int64)
-        for row, container in zip(graphs, self.containers, strict=False):
-            if container is not None:
+    def __init__(self, block: Block, means: Means, rows: int, other: _Workspace | None = None) -> None:
+        self._block, self._widths = block, (*block.unknowns, *block.givens)
+        self._n, self._q = n, q = sum(block.unknowns), sum(block.givens)
+        self.capacity = capacity = max(filled(rows), tables.VECTOR)
+        self._containers: dict[int, Container] = other._containers if other else {}
+        self._predictor: GraphCall | None = other._predictor if other else None
+        if block.predictor is not None and self._predictor is None:
+            self._predictor = GraphCall(block.predictor, means)
+        graphs = np.zeros((len(block.graphs), tables.GRAPH_COLUMNS), np.int64)
+        for row, graph in zip(graphs, block.graphs, strict=True):
+            if graph is not None:
+                # One for those that are the same.
+                if id(graph) not in self._containers:
+                    self._containers[id(graph)] = graph.container()
+                container = self._containers[id(graph)]
                 row[:] = container.run, container.handle
         self._variables = np.zeros((len(self._widths), tables.VARIABLE), np.int64)
         self._variables[:, tables.VARIABLE_WIDTH] = self._widths
-        lu, pivots = np.empty(tables.factors_size(capacity, n)), np.empty(tables.pivots_size(capacity, n), np.int64)
+        self._steps: list[int] = []
         arrays = {
             Table.GRAPHS_AT: graphs,
             Table.VARIABLES_AT: self._variables,
             Table.VECTORS: np.empty((tables.VECTOR_KINDS, capacity, n)),
             Table.GIVEN_VECTORS: np.empty((tables.GIVEN_KINDS, capacity, q)),
-            Table.NUMBERS: np.empty((capacity, tables.NUMBER_COLUMNS)),
-            Table.INDICES: np.empty((capacity, tables.INDEX_COLUMNS), np.int64),
-            Table.FACTORS: lu,
-            Table.PIVOTS: pivots,
+            Table.NUMBERS: np.empty((tables.NUMBER_KINDS, capacity)),
+            Table.INDICES: np.empty((tables.INDEX_KINDS, capacity), np.int64),
+            Table.FACTORS: np.empty(tables.factors_size(capacity, n)),
+            Table.PIVOTS: np.empty(tables.pivots_size(capacity, n), np.int64),
             Table.FUNCTIONS: means.functions,
         }
-        self._arrays = list(arrays.values())
+        self._arrays, self._zeros = list(arrays.values()), torch.zeros(n, dtype=torch.float64)
         words = np.zeros(Table.FIELDS, np.int64)
         self.at = words.ctypes.data
         # An entry of a view is set in half the time that one of an array takes.
@@ -217,56 +189,89 @@ class _Workspace:
         for field, array in arrays.items():
             table[field] = array.ctypes.data
         table[Table.CAPACITY], table[Table.N], table[Table.Q] = capacity, n, q
-        table[Table.FACTORS_SIZE], table[Table.PIVOTS_SIZE] = lu.size, pivots.size
         table[Table.EXECUTOR], table[Table.VARIABLES] = means.executor, len(self._widths)
+        if self._predictor is not None:
+            table[Table.PREDICTOR_AT] = self._predictor.at
         self._settled: tuple[NewtonSettings, bool] | None = None
-        # Shapes of the parameters and of what the predictor takes, with the columns that it leaves alone.
         self._shapes: list[torch.Size] | None = None
-        self._predictor_shapes: tuple[list[torch.Size], Sequence[int]] | None = None
+        # For how many rows, and which unknowns that stay, what comes of the predictor is in its place.
+        self._wired: tuple[int, Sequence[int]] | None = None
+
+    def put_predictor(
+        self,
+        unknowns: Sequence[Tensor | None],
+        inputs: Sequence[Tensor],
+        kept: Sequence[int],
+        rows: int,
+        alive: list[Tensor],
+    ) -> Sequence[Tensor | None]:
+        """Have the predictor run first, if it has inputs; give the unknowns, with what it will give in their places."""
+        self.table[Table.PREDICTIONS] = 0
+        prediction = self._block.prediction
+        if self._predictor is None or prediction is None or not inputs or not rows:
+            return unknowns
+        given = [_with_rows(x, rows) for x in inputs]
+        alive += given
+        self._predictor.put(given, [True] * len(given), rows)
+        if (rows, kept) != self._wired:
+            self._wire(self._predictor, prediction, given, kept, rows)
+        for argument, x in self._fed:
+            self._predictor.feed(argument, x.copy_(given[argument].view_as(x)))
+        self.table[Table.PREDICTIONS] = prediction.times
+        found = list(unknowns)
+        for place, x in self._predicted:
+            found[place] = x
+        return found
+
+    def _wire(
+        self, predictor: GraphCall, to: Prediction, given: Sequence[Tensor], kept: Sequence[int], rows: int
+    ) -> None:
+        """Find the unknowns among the predictor's outputs, and what it takes again."""
+        require_counts(predictor.graph, len(given), len(to.outputs))
+        # All are kept, for the predictor writes all. There is none where their shapes could not be learned; then
+        # the call fails, and tells why.
+        self._outputs = outputs = predictor.targets(rows)
+        self._wired = (rows, list(kept)) if outputs else None
+        self._predicted, self._fed = [], []
+        for (place, argument), x in zip(to.outputs, outputs, strict=False):
+            fits = True
+            if place >= 0 and place not in kept:
+                fits = prod(x.shape[1:]) == self._block.unknowns[place]
+                self._predicted.append((place, x))
+            if argument >= 0 and to.times > 1:
+                fits = fits and x.numel() == given[argument].numel()
+                self._fed.append((argument, x))
+            if not fits:
+                raise _unfit(predictor.graph, UnfitPredictor)
 
     def put_variables(self, variables: Sequence[Tensor | None], rows: int, alive: list[Tensor]) -> None:
-        """Put the unknowns and givens, `(rows, ...)` each, into the table; None stands for zeros."""
-        self._variables[:, tables.VARIABLE_ADDRESS] = _addresses(variables, self._widths, rows, alive)
+        """Put the unknowns and givens, `(rows or 1, ...)` each, into the table; None stands for zeros."""
+        addresses, steps = [], []
+        for x, width in zip(variables, self._widths, strict=True):
+            if x is None:
+                x, width = self._zeros, 0
+            elif x.numel() != rows * width or x.dtype != torch.float64 or not x.is_contiguous():
+                if x.shape[0] not in (1, rows) or x[:1].numel() != width * min(rows, 1):
+                    raise AOTIError(f"a variable of shape {tuple(x.shape)} has not {rows} rows of {width} entries.")
+                width = width if x.shape[0] == rows else 0
+                x = x.to(torch.float64).contiguous()
+                alive.append(x)
+            addresses.append(x.data_ptr())
+            steps.append(width)
+        self._variables[:, tables.VARIABLE_ADDRESS] = addresses
+        if steps != self._steps:
+            self._variables[:, tables.VARIABLE_STEP] = self._steps = steps
 
     def put_parameters(self, parameters: Sequence[Tensor]) -> None:
         """Put the parameters behind unknowns and givens, whose places the machine code fills in."""
         shapes = [x.shape for x in parameters]
         if shapes != self._shapes:
-            self._shapes, n, q = shapes, self._solver.n, self._solver.q
-            self._arguments = Arguments(
-                [(n,), (q,), *shapes], [True, True, *[False] * len(shapes)], max(tables.OUTPUTS)
-            )
+            self._shapes = shapes
+            batched = [True, True, *[False] * len(shapes)]
+            self._arguments = Arguments([(self._n,), (self._q,), *shapes], batched, max(tables.OUTPUTS))
             self._arguments.enter(self.table, Table.ARGUMENTS, Table.ARGUMENTS_AT, Table.HANDLES)
         if parameters:
             self._arguments.table[2:, tables.ADDRESS] = [x.data_ptr() for x in parameters]
-
-    def put_predictor(self, inputs: Sequence[Tensor], kept: Sequence[int], rows: int, alive: list[Tensor]) -> None:
-        """Put what the predictor takes and gives into the table; nothing where it is not run."""
-        table, prediction = self.table, self._solver.block.prediction
-        table[Table.PREDICTIONS] = 0
-        if prediction is None or not inputs:
-            return
-        shapes = [x.shape[1:] for x in inputs]
-        if (shapes, kept) != self._predictor_shapes:
-            graph = self._solver.block.graphs[tables.PREDICTOR]
-            assert graph is not None, "where there is a prediction, there is a predictor"
-            require_counts(graph, len(inputs), len(prediction.outputs))
-            self._predictor_shapes = shapes, kept
-            self._predictor = Arguments(shapes, [True] * len(shapes), len(prediction.outputs))
-            self._predictor.enter(
-                table, Table.PREDICTOR_ARGUMENTS, Table.PREDICTOR_ARGUMENTS_AT, Table.PREDICTOR_HANDLES
-            )
-            # Room for copies of all rows.
-            self._room = np.empty(self.capacity * self._predictor.width)
-            self._predicted = np.array(
-                [(w, -1 if column in kept else column, argument) for w, column, argument in prediction.outputs],
-                np.int64,
-            )
-            table[Table.PREDICTOR_ROOM], table[Table.PREDICTED_AT] = self._room.ctypes.data, self._predicted.ctypes.data
-            table[Table.PREDICTED] = len(self._predicted)
-        widths = self._predictor.widths
-        self._predictor.table[:, tables.ADDRESS] = _addresses(inputs, widths, rows, alive)
-        table[Table.PREDICTIONS] = prediction.times
 
     def put_wanted(self, wanted: Derivatives, rows: int, alive: list[Tensor]) -> Tensor | None:
         """Put what is wanted of the derivatives into the table; give the tensor that they will be in."""
@@ -283,7 +288,7 @@ class _Workspace:
             step = prod(along.shape[1:]) if len(along) > 1 else 0
             table[Table.DIRECTIONS], table[Table.DIRECTION_ROW] = along.data_ptr(), step
         self._columns = np.array(wanted.columns, np.int64)
-        found = torch.empty(rows, sides, self._solver.n, dtype=torch.float64)
+        found = torch.empty(rows, sides, self._n, dtype=torch.float64)
         table[Table.COLUMNS_AT], table[Table.DERIVATIVES] = self._columns.ctypes.data, found.data_ptr()
         return found.transpose(1, 2)
 
@@ -298,65 +303,22 @@ class _Workspace:
         self._settled = settings, small_steps
 
 
-class Arguments:
-    """The table of a graph's arguments, of these shapes behind the rows, and room for handles of all its tensors."""
-
-    def __init__(self, shapes: Sequence[Sequence[int]], batched: Sequence[bool], outputs: int) -> None:
-        self.table = np.zeros((len(shapes), tables.ARGUMENT), np.int64)
-        self._handles = np.zeros(len(shapes) + outputs + tables.SCRATCH, np.int64)
-        self._extents = []
-        for row, shape, has in zip(self.table, shapes, batched, strict=True):
-            # The number of rows is filled in at each call.
-            sizes = (0, *shape) if has else tuple(shape)
-            strides = [prod(sizes[k + 1 :]) for k in range(len(sizes))]
-            extents = np.array([*sizes, *strides], np.int64)
-            self._extents.append(extents)
-            at = extents.ctypes.data
-            row[:] = 0, len(sizes), at, at + 8 * len(sizes), prod(shape) if has else 0
-        self.widths: list[int] = self.table[:, tables.WIDTH].tolist()
-        self.width = sum(self.widths)
-
-    def enter(self, table: memoryview, count: int, at: int, handles: int) -> None:
-        """Enter their number, their place and that of the handles into a table of a call."""
-        table[count], table[at], table[handles] = len(self.table), self.table.ctypes.data, self._handles.ctypes.data
+def _with_rows(x: Tensor, rows: int) -> Tensor:
+    """A variable with a row for each, contiguous, in float64; often as it is."""
+    if x.shape[0] == rows and x.dtype == torch.float64 and x.is_contiguous():
+        return x
+    return x.to(torch.float64).expand(rows, *x.shape[1:]).contiguous()
 
 
-def _containers(graphs: Sequence[CompiledGraph | None]) -> list[Container | None]:
-    """A container of each graph; one for those that are the same."""
-    made: dict[int, Container | None] = {id(None): None}
-    for graph in graphs:
-        if graph is not None and id(graph) not in made:
-            made[id(graph)] = graph.container()
-    return [made[id(graph)] for graph in graphs]
+def _unfit(graph: CompiledGraph, kind: type[ArtifactError]) -> ArtifactError:
+    """The error for a graph that does not belong to the metadata."""
+    return kind(
+        f"{graph.file}: returned tensors of other shapes than the metadata tells. The package belongs to another "
+        "model or to another compile; compile the model again with neml2-compile."
+    )
 
 
-def _addresses(variables: Sequence[Tensor | None], widths: Sequence[int], rows: int, alive: list[Tensor]) -> list[int]:
-    """Where the rows of each variable begin, one after the other; those of copies, which are put into `alive`."""
-    found = []
-    for x, width in zip(variables, widths, strict=True):
-        if x is None:
-            found.append(0)
-            continue
-        if x.numel() != rows * width or x.dtype != torch.float64 or not x.is_contiguous():
-            if x.shape[0] not in (1, rows) or x[:1].numel() != width * min(rows, 1):
-                raise AOTIError(f"a variable of shape {tuple(x.shape)} has not {rows} rows of {width} entries.")
-            x = x.to(torch.float64).expand(rows, *x.shape[1:]).contiguous()
-            alive.append(x)
-        found.append(x.data_ptr())
-    return found
-
-
-def require_counts(graph: CompiledGraph, inputs: int, outputs: int | None = None) -> None:
-    """Refuse a graph that takes or returns another number of tensors; called so it would end the process."""
-    if graph.inputs != inputs or outputs not in (None, graph.outputs):
-        raise ArtifactError(
-            f"{graph.file}: takes {graph.inputs} tensors and returns {graph.outputs}; the metadata gives it {inputs}"
-            + (f" and expects {outputs}" if outputs is not None else "")
-            + ". The package and the metadata do not belong together: copy the whole artifact folder, or compile again."
-        )
-
-
-def _report(history: np.ndarray, settings: NewtonSettings, listener: Callable[[str], None]) -> None:
+def _report(history: np.ndarray, settings: NewtonSettings, listener: Listener) -> None:
     """Give the lines of a solve to the log."""
     for kind, number, *figures in history.tolist():
         if kind == tables.ITERATION_LINE:

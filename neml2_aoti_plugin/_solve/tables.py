@@ -17,8 +17,9 @@ LANES: Final = 8
 # How the solve of a row ended; `outcome.Outcome` names them.
 CONVERGED, DIVERGED, OUT_OF_ITERATIONS, SINGULAR = range(4)
 
-# The graphs of a solve, in the order of their table, and how many outputs those before the predictor have.
-RESIDUAL, JACOBIAN, JACOBIAN_AT_SOLUTION, BY_GIVENS, PREDICTOR, GRAPHS = range(6)
+# The graphs of a solve, in the order of their table, and how many outputs they have; behind them the predictor, which
+# has the table of a call.
+RESIDUAL, JACOBIAN, JACOBIAN_AT_SOLUTION, BY_GIVENS, PREDICTOR = range(5)
 OUTPUTS: Final = (1, 2, 2, 1)
 # Columns of that table: the function that runs a graph, and its container.
 RUN, CONTAINER, GRAPH_COLUMNS = range(3)
@@ -32,19 +33,17 @@ CALLED, FAILED, OTHER, UNREADABLE = range(4)
 
 # The table of functions for tensors; behind them torch's number for float64.
 CREATE, DELETE, DATA, DIM, SIZES, STRIDES, DTYPE, FLOAT64, FUNCTIONS = range(9)
-# Columns of a table of arguments: address, number of axes, address of their sizes, of their strides; the entries of a
-# row, 0 for what all rows share.
-ADDRESS, AXES, SIZES_AT, STRIDES_AT, WIDTH, ARGUMENT = range(6)
+# Columns of a table of arguments: where the caller has it, and where the graph finds it, perhaps filled up; the number
+# of axes, address of their sizes, of their strides; the entries of a row, 0 for what all rows share.
+GIVEN, ADDRESS, AXES, SIZES_AT, STRIDES_AT, WIDTH, ARGUMENT = range(7)
 # Columns of a table of outputs: where its rows go, the number of axes, and the sizes of these; then the most axes.
 TARGET, OUTPUT_AXES, OUTPUT_SIZES, MOST_AXES = 0, 1, 2, 10
 OUTPUT: Final = OUTPUT_SIZES + MOST_AXES
 # Entries of the room for handles behind those of inputs and outputs: what is asked of an output.
 SCRATCH: Final = 4
-# Columns of the table of variables, unknowns before givens: address of the first row, 0 for zeros; entries of a row.
-VARIABLE_ADDRESS, VARIABLE_WIDTH, VARIABLE = range(3)
-# Columns of the table of a predictor's outputs: entries of a row; the column of the unknowns that they go to, and the
-# argument that takes them when the predictor is run again, each -1 for none.
-PREDICTED_WIDTH, PREDICTED_COLUMN, PREDICTED_ARGUMENT, PREDICTED = range(4)
+# Columns of the table of variables, unknowns before givens: entries of a row, address of the first row, and how many
+# entries the next one is behind it, 0 where all rows share one.
+VARIABLE_WIDTH, VARIABLE_ADDRESS, VARIABLE_STEP, VARIABLE = range(4)
 
 
 # Places in the table of a solve of a block: sizes and graphs; variables and the initial guess; memory to work in;
@@ -52,9 +51,7 @@ PREDICTED_WIDTH, PREDICTED_COLUMN, PREDICTED_ARGUMENT, PREDICTED = range(4)
 _Solve = namedtuple(
     "_Solve",
     "ROWS CAPACITY N Q UPDATES CUTS GRAPHS_AT EXECUTOR FUNCTIONS ARGUMENTS ARGUMENTS_AT HANDLES "
-    "VARIABLES VARIABLES_AT GIVENS PREDICTIONS PREDICTOR_ARGUMENTS PREDICTOR_ARGUMENTS_AT PREDICTOR_HANDLES "
-    "PREDICTOR_ROOM PREDICTED PREDICTED_AT "
-    "VECTORS GIVEN_VECTORS NUMBERS INDICES FACTORS FACTORS_SIZE PIVOTS PIVOTS_SIZE "
+    "VARIABLES VARIABLES_AT GIVENS PREDICTIONS PREDICTOR_AT VECTORS GIVEN_VECTORS NUMBERS INDICES FACTORS PIVOTS "
     "LIMITS NORMS RECORD SOLUTION HISTORY HISTORY_LINES FAILED "
     "SIDES COLUMNS_AT DIRECTIONS DIRECTION_ROW DERIVATIVES FIELDS",
 )
@@ -71,11 +68,11 @@ Call = _Call(*range(len(_Call._fields)))
 # the live rows, of the further trials.
 U, STEP, TRIAL, B, FURTHER, FURTHER_B, LAST_STEP, GUESS, VECTOR_KINDS = range(9)
 OWN, FURTHER_OWN, GIVEN_KINDS = range(3)
-# Columns of `numbers`, of the live rows: residual norm, that of the trial, slope over squared norm, step length.
-NORM, TRIAL_NORM, SLOPE, ALPHA, NUMBER_COLUMNS = range(5)
-# Columns of `indices`: place of a live row in the batch, its row in the linearisation, the slot of its factors, or
-# whether it has factors; the live row of a further trial; the places of all rows of an attempt.
-PLACE, SOURCE, SLOT, TRIED, MEMBER, INDEX_COLUMNS = range(6)
+# Kinds of numbers of the live rows: residual norm, that of the trial, slope over squared norm, step length.
+NORM, TRIAL_NORM, SLOPE, ALPHA, NUMBER_KINDS = range(5)
+# Kinds of indices: place of a live row in the batch, its row in the linearisation, the slot of its factors; the live
+# row of a further trial; the places of all rows of an attempt.
+PLACE, SOURCE, SLOT, TRIED, MEMBER, INDEX_KINDS = range(6)
 # Columns of `norms` and of `record`, of all rows: last and first residual norm; outcome and updates.
 LAST, FIRST = range(2)
 OUTCOME, UPDATE = range(2)
@@ -84,8 +81,8 @@ OUTCOME, UPDATE = range(2)
 ITERATION_LINE, TRIAL_LINE, ATTEMPT_LINE = range(3)
 HISTORY_COLUMNS: Final = 5
 
-# Vectors at the end of the factors beside those of the right-hand side: peaks, their places, whether there was one.
-PEAK, BEST, SOUND, EXTRA = range(4)
+# Vectors at the end of the factors beside those of the right-hand side: peaks, and their places.
+PEAK, BEST, EXTRA = range(3)
 
 
 def factors_size(rows: int, n: int) -> int:
