@@ -23,7 +23,6 @@ from .options import (
     command,
     counts,
     device_options,
-    overrides,
     pairs,
     target_arguments,
 )
@@ -174,7 +173,7 @@ def bench() -> None:
 @command("Run a driver, with a progress bar.")
 @click.argument("stub", type=FILE, metavar="STUB")
 @click.argument("driver")
-@click.argument("overrides", nargs=-1, metavar="[PATH:=VALUE]...", callback=overrides)
+@click.argument("overrides", nargs=-1, metavar="[PATH:=VALUE]...")
 @set_option
 @click.option("--parameters", type=FILE, help="Take the promoted parameters from this file (see params).")
 @click.option("--out", type=FILE, help="Write the result to this file: .pt (neml2's form), .npz, .csv or .nc (netCDF).")

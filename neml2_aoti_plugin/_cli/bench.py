@@ -48,7 +48,6 @@ class BenchReport(Report):
     picture: str | None  # the file that was drawn; null if none was
 
     def render(self) -> Iterator[str | Table]:
-        """The table."""
         yield f"{self.model} ({self.leaf}), {self.call} at {self.points} points"
         titles = ("threads", "rows", "time of a call", "rows per second")
         times = table(*(Column(title, justify="right") for title in titles))
@@ -79,7 +78,7 @@ def bench(
         model = target.load()
         at = choose_points(target, model, points, driver, rows=64)
         # Where it does not converge, it takes another time.
-        kept = evaluate(model, at)[0].points
+        kept = evaluate(model, at).points
         method = getattr(model, call)
         cases = [(number, size) for number in threads or (before,) for size in rows]
         try:

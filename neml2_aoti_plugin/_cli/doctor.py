@@ -84,7 +84,6 @@ class Diagnosis(Report):
         return sum(finding.level == level for finding in self.findings)
 
     def render(self) -> Iterator[Table | Text | str]:
-        """What no finding says, the findings, and what comes of them."""
         versions = {"Python": self.versions["Python"], **self.versions}
         facts = {
             "versions": ", ".join(f"{name} {version or '-'}" for name, version in versions.items()),
@@ -238,7 +237,7 @@ def _tried(target: Target | None) -> str:
         if target is not None:
             model, points = target.load(), Path(folder) / "points.pt"
             try:
-                found, _ = evaluate(model, choose_points(target, model, rows=ROWS))
+                found = evaluate(model, choose_points(target, model, rows=ROWS))
                 torch.save((found.points.inputs, found.outputs), points)
                 # From 3.0.7 on this is the artifact's folder, which is all that the binding loads.
                 arguments = [str(model.artifact), str(points)]

@@ -111,7 +111,6 @@ class ArtifactReport(Report):
     segments: tuple[SegmentReport, ...]  # in the order in which they are evaluated
 
     def render(self) -> Iterator[Tree]:
-        """The tree."""
         tree = Tree(Text.assemble((self.model, "bold"), f"  {self.artifact}"))
         tree.add(f"schema {self.schema}, neml2 {self.release}; {'sealed' if self.sealed else 'no seal'}")
         leaves = tree.add("leaves")
@@ -317,7 +316,4 @@ def _built_for(place: Place, files: list[Path]) -> str:
 
 
 def _bytes(file: Path) -> int | None:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return None
+    return file.stat().st_size if file.is_file() else None

@@ -46,7 +46,6 @@ class MigrateReport(Report):
     dropped: tuple[str, ...]  # derivatives that the new artifact lacks, as `out:in`
 
     def render(self) -> Iterator[str]:
-        """What was written."""
         old, new = f"schema {self.schema} (neml2 {self.release})", f"schema {self.new_schema}"
         yield f"{self.model}: {old} -> {new}, {', '.join(self.leaves)}"
         yield from written(self.written, self.stub)

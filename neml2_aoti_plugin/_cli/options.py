@@ -138,14 +138,6 @@ def counts(most: int) -> Callable[..., tuple[int, ...] | None]:
     return read
 
 
-def overrides(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
-    """A callback for what overrides options of an input file."""
-    for text in given:
-        if ":=" not in text:
-            raise click.BadParameter(f"{text!r} is not PATH:=VALUE.")
-    return given
-
-
 def refuse_together(given: Mapping[str, object]) -> None:
     """Refuse options, by what they are called, that each say which points to take: only one would be heeded."""
     both = [name for name, value in given.items() if value]

@@ -30,7 +30,6 @@ class ParametersReport(Report):
     written: str | None  # the file that was written; null if none was
 
     def render(self) -> Iterator[str | Table]:
-        """The parameters."""
         if not self.parameters:
             yield f"{self.model} has no promoted parameters. Promote some: neml2-compile ... -p NAME"
             return

@@ -56,7 +56,6 @@ class PlotReport(Report):
     lines: tuple[LineReport, ...]  # in it
 
     def render(self) -> Iterator[str]:
-        """The lines that were drawn."""
         for line in self.lines:
             where = f"{_place(line.row, line.site)} of {line.result}"
             yield f"  {line.y} over {line.x}, {where}: {line.steps} steps, to {line.y_last:.6g}"

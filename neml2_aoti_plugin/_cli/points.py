@@ -103,14 +103,13 @@ def choose_points(
     return Points(inputs, f"{driven.source}, {around.source}")
 
 
-def evaluate(model: Model, points: Points) -> tuple[Evaluated, int]:
-    """Evaluate a model with all its derivatives where it converges; gives at how many points it does not as well."""
+def evaluate(model: Model, points: Points) -> Evaluated:
+    """Evaluate a model with all its derivatives where it converges."""
     waits_for(f"evaluating {points.rows} points")
     on_device = Points({n: v.to(model.device) for n, v in points.inputs.items()}, points.source)
     solution = model.solve(on_device.inputs, jacobian=bool(model.derivative_pairs))
     converged = solution.converged
-    rows = int(converged.sum())
-    if rows == 0:
+    if not converged.any():
         raise InputError(
             f"the model converges at none of the {points.rows} points ({points.source}). Give points that it meets "
             "(--points FILE, or a stub with a driver), or a scale for its inputs (--scale NAME=VALUE)."
@@ -122,7 +121,7 @@ def evaluate(model: Model, points: Points) -> tuple[Evaluated, int]:
         found = model.param_jacobian(kept.inputs)[1]
         blocks |= {(out, by): block for out, row in found.items() for by, block in row.items()}
     not_finite = (solution.outcome == Outcome.NOT_FINITE).nonzero().squeeze(-1).cpu()
-    return Evaluated(kept, outputs, blocks, dict(model.named_parameters()), not_finite), points.rows - rows
+    return Evaluated(kept, outputs, blocks, dict(model.named_parameters()), not_finite)
 
 
 def driver_points(target: Target, model: Model, driver: str, most: int) -> Points:
@@ -165,9 +164,7 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
     found = Points({name: torch.cat([call[name] for call in calls]) for name in model.inputs}, source)
     if not found.rows:
         raise InputError(f"[Drivers/{driver}] in {target.stub} has no points. Give points in a file (--points FILE).")
-    if found.rows <= most:
-        return found
-    return found.at(torch.linspace(0, found.rows - 1, most).round().long())
+    return found if found.rows <= most else found.at(torch.linspace(0, found.rows - 1, most).round().long())
 
 
 def load_driver(
@@ -242,17 +239,16 @@ def random_points(
     if unknown:
         raise UnknownNameError(f"no input {', '.join(unknown)}; the inputs are {', '.join(model.inputs)}.")
     generator = torch.Generator().manual_seed(seed)
-    pick = torch.randint(around.rows, (rows,), generator=generator) if around is not None else None
+    middle = None if around is None else around.at(torch.randint(around.rows, (rows,), generator=generator))
     found: Tensors = {}
     for name, variable in model.inputs.items():
         noise = torch.randn((rows, *variable.natural_shape), generator=generator, dtype=torch.float64)
-        if around is None or pick is None:
+        if around is None or middle is None:
             found[name] = scales.get(name, SCALE) * noise
         else:
-            middle = around.inputs[name].to(torch.float64)
             # Times stay what they are: a step that lasts no time, or less, means nothing.
-            usual = 0.0 if lag(name)[0] == TIME else SPREAD * float(middle.abs().max())
-            found[name] = middle[pick] + scales.get(name, usual) * noise
+            usual = 0.0 if lag(name)[0] == TIME else SPREAD * largest(around.inputs[name])
+            found[name] = middle.inputs[name] + scales.get(name, usual) * noise
     if around is None and {TIME, f"{TIME}~1"} <= found.keys():
         before = torch.rand(rows, generator=generator, dtype=torch.float64)
         found[f"{TIME}~1"], found[TIME] = before, before + 0.1 + before.flip(0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,19 @@ STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
 # Two estimates, or slopes from both sides, that differ by more than this part of the largest entry are not of one
 # derivative.
 AGREE = 1e-3
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Values and derivatives that those of a model are compared with, at the same rows."""
+
+    kind: str
+    outputs: Tensors
+    blocks: Blocks
+    # Of differences, the rows in which both steps gave the same derivative, from both sides, bool.
+    smooth: dict[Pair, Tensor] = field(default_factory=dict)
+    # Why there is no derivative of a pair.
+    missing: dict[Pair, str] = field(default_factory=dict)
 
 
 # -- the source --------------------------------------------------------------------------------------------------------
@@ -73,35 +86,37 @@ class Source:
                 f"{', '.join(model.input_spec)} and gives {', '.join(model.output_spec)}."
             )
 
-    def outputs(self, inputs: Mapping[str, Tensor]) -> Tensors:
-        """Values for inputs `(rows, *sub_batch, *base)`; some may have no axis of rows."""
+    def reference(self, inputs: Mapping[str, Tensor], pairs: Collection[Pair]) -> Reference:
+        """Values, which may have no axis of rows, and derivatives, for inputs `(rows, *sub_batch, *base)`.
+
+        Pairs with an input that has a sub-batch are left out: neml2 and compiled models have blocks of other forms for
+        them.
+        """
+        given = {inside: (inputs[name], self._compiled.inputs[name]) for name, inside in self._inputs.items()}
+        typed = {
+            name: wrapper(given[name][0].cpu().double(), sub_batch_ndim=len(given[name][1].sub_batch_shape))
+            for name, wrapper in self._model.input_spec.items()
+        }
         try:
-            return {name: value.detach() for name, value in self._values(self._typed(inputs)).items()}
+            outputs = {name: value.detach() for name, value in self._values(typed).items()}
         except Exception as error:
             raise InputError(
                 f"{self._where}: the source model itself fails at these points ({first_line(error)}). Give others "
                 "(--points FILE, --driver NAME, or --scale NAME=VALUE)."
             ) from error
-
-    def blocks(self, inputs: Mapping[str, Tensor], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
-        """Derivatives by inputs and parameters, and for the pairs that the eager model gives none of, why.
-
-        Pairs with an input that has a sub-batch are in neither: neml2 and compiled models have blocks of other forms
-        for them.
-        """
         variables = self._compiled.inputs
         by_inputs = [pair for pair in pairs if pair[1] in variables and not variables[pair[1]].sub_batch_shape]
         by_parameters = [pair for pair in pairs if pair[1] not in variables]
-        found: Blocks = {}
+        blocks: Blocks = {}
         missing: dict[Pair, str] = {}
         for wanted, take in ((by_inputs, self._by_inputs), (by_parameters, self._by_parameters)):
             try:
-                more, cannot = take(self._typed(inputs), wanted)
+                found, cannot = take(typed, wanted)
             except Exception as error:
-                more, cannot = {}, dict.fromkeys(wanted, f"it fails ({first_line(error)})")
-            found |= more
+                found, cannot = {}, dict.fromkeys(wanted, f"it fails ({first_line(error)})")
+            blocks |= found
             missing |= cannot
-        return found, missing
+        return Reference("source", outputs, blocks, missing=missing)
 
     def _by_inputs(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
         """One direction at a time: neml2's `jacobian` takes no sub-batch, and no output that depends on no input."""
@@ -155,14 +170,6 @@ class Source:
         values = dict(zip(self._model.output_spec, found if isinstance(found, tuple) else (found,), strict=True))
         return {name: values[inside].data for name, inside in self._outputs.items()}
 
-    def _typed(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Inputs as the eager model takes them, by its names and in its order."""
-        given = {inside: (inputs[name], self._compiled.inputs[name]) for name, inside in self._inputs.items()}
-        return {
-            name: wrapper(given[name][0].to(torch.float64), sub_batch_ndim=len(given[name][1].sub_batch_shape))
-            for name, wrapper in self._model.input_spec.items()
-        }
-
 
 class _Within(nn.Module):
     """A model, and work to do while `functional_call` has its parameters exchanged."""
@@ -193,15 +200,34 @@ def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
 # -- finite differences ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A derivative by differences, `(rows, *out_base, *by_base)`."""
+class Difference(NamedTuple):
+    """A derivative by differences, `(rows, *out_base, *by_base)`, and in which rows it is one; see `Reference`."""
 
     block: Tensor
-    smooth: Tensor  # the rows in which both steps gave the same derivative, from both sides, bool
+    smooth: Tensor
 
 
-def differentiate(model: Model, inputs: Mapping[str, Tensor], by: str, outs: Sequence[str]) -> dict[str, Difference]:
+def differences(model: Model, found: Evaluated, pairs: Iterable[Pair]) -> Reference:
+    """Derivatives by finite differences, where these can be taken."""
+    blocks: Blocks = {}
+    smooth: dict[Pair, Tensor] = {}
+    missing: dict[Pair, str] = {}
+    outs_by: dict[str, list[str]] = {}
+    for out, by in pairs:
+        variable = model.inputs.get(by)
+        if model.outputs[out].sub_batch_shape or (variable is not None and variable.sub_batch_shape):
+            missing[out, by] = "differences of a sub-batch are not taken"
+        elif variable is None and found.parameters[by].ndim > len(model.parameter_base_shapes[by]):
+            missing[out, by] = "differences of a parameter with a batch are not taken"
+        else:
+            outs_by.setdefault(by, []).append(out)
+    for by, outs in outs_by.items():
+        for out, taken in _differentiate(model, found.points.inputs, by, outs).items():
+            blocks[out, by], smooth[out, by] = taken
+    return Reference("differences", {}, blocks, smooth, missing)
+
+
+def _differentiate(model: Model, inputs: Mapping[str, Tensor], by: str, outs: Sequence[str]) -> dict[str, Difference]:
     """Derivatives of outputs, at inputs `(rows, *base)`, by one input, or by one parameter that has no batch."""
     is_input = by in model.inputs
     base = tuple(model.inputs[by].base_shape if is_input else model.parameter_base_shapes[by])

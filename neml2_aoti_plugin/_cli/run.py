@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 from .._files import draft
 from ..errors import InputError, UnknownNameError
 from .output import Report, waits_for, written
@@ -41,7 +43,6 @@ class RunReport(Report):
     saved: str | None  # the file that the driver's own `save_as` names; null if it names none
 
     def render(self) -> Iterator[str]:
-        """What was run, and what there is now."""
         yield f"{self.driver}: {self.steps - 1} steps of {self.rows} point(s) in {self.seconds:.2f} s"
         for found in self.variables:
             yield f"  {found.name}  {found.type} {list(found.shape)}"
@@ -59,6 +60,9 @@ def run(
     dtype: str,
 ) -> RunReport:
     """Run a driver, with promoted parameters of a file and other values, and write what it gives."""
+    for text in overrides:
+        if ":=" not in text:
+            raise click.BadParameter(f"{text!r} is not PATH:=VALUE.", param_hint="PATH:=VALUE")
     if out is not None:
         require_format(out)
     read = [stub, *([parameters] if parameters is not None else [])]

@@ -49,7 +49,6 @@ class ServeReport(Report):
     models: tuple[ServedModel, ...]  # each loaded, and each of its operations called once
 
     def render(self) -> Iterator[str]:
-        """The models."""
         guarded = "with a token" if self.token else "without a token"
         yield f"{self.address}, {'this machine only' if self.local else 'any machine'}, {guarded}"
         for model in self.models:

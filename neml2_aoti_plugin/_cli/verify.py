@@ -15,15 +15,14 @@ from torch import Tensor
 
 from .._files import require_writable
 from ..errors import InputError
-from ..model import Model
 from .options import refuse_together
 from .output import Report, figure, literal, require_drawable, table, written
-from .points import Blocks, Evaluated, Pair, Points, Tensors, choose_points, evaluate, largest
-from .references import Source, differentiate, golden_beside, read_golden, write_golden
+from .points import Evaluated, Pair, Points, choose_points, evaluate, largest
+from .references import Reference, Source, differences, golden_beside, read_golden, write_golden
 from .target import Target, leaf_name
 
 # Finite differences are no better than this, by the model's dtype.
-DIFFERENCE_RTOL = {"float64": 1e-5, "float32": 1e-3}
+DIFFERENCE_RTOL = {torch.float64: 1e-5, torch.float32: 1e-3}
 # What is compared where the compiled model gives numbers that are not finite.
 FINITE = "finite numbers"
 
@@ -66,7 +65,6 @@ class Verification(Report):
         return self.passed
 
     def render(self) -> Iterator[str | Text | Table]:
-        """The table of errors."""
         count = self.not_converged
         apart = f"; {count} did not converge, or are not finite, and are left out" if count else ""
         yield f"{self.model} ({self.leaf}) at {self.rows} points ({self.points}){apart}"
@@ -118,24 +116,28 @@ def verify(
         golden = golden_beside(target)
     recorded = None if golden is None else read_golden(golden, model, target.model)
     at = choose_points(target, model, points, driver, rows, seed, scales) if recorded is None else recorded.points
-    found, not_converged = evaluate(model, at)
+    found = evaluate(model, at)
+    not_converged = at.rows - found.points.rows
     # Comparisons, and in words what is not compared, and why.
     verdicts: list[Comparison | str] = []
     if against is not None:
         source = Source(against, source_model or target.model, model, metadata.aliases)
-        verdicts += _with_source(source, found, at, rtol)
+        verdicts += _with(source.reference(found.points.inputs, found.blocks), found, rtol)
+        if len(found.not_finite):
+            verdicts.append(_finite(source, found, at, rtol))
     if recorded is not None:
-        if found.points.rows != at.rows:
+        if not_converged:
             raise InputError(
                 f"the model converges at {found.points.rows} of the {at.rows} points of {at.source} only, and has "
                 "converged at all of them when that was recorded. `neml2-aoti inspect` shows the solver's settings."
             )
-        verdicts += _with("golden", recorded.outputs, recorded.blocks, found, rtol)
+        verdicts += _with(Reference("golden", recorded.outputs, recorded.blocks), found, rtol)
     if against is None and recorded is None:
         verdicts.append("values: no source (--against INPUT.i) and no golden file (--golden FILE)")
     compared = {verdict.quantity for verdict in verdicts if isinstance(verdict, Comparison)}
-    left = {pair: block for pair, block in found.blocks.items() if _derivative(pair) not in compared}
-    verdicts += _with_differences(model, found, left, difference_rtol)
+    left = [pair for pair in found.blocks if _derivative(pair) not in compared]
+    limit = DIFFERENCE_RTOL[model.dtype] if difference_rtol is None else difference_rtol
+    verdicts += _with(differences(model, found, left), found, limit)
     comparisons = tuple(verdict for verdict in verdicts if isinstance(verdict, Comparison))
     not_compared = tuple(verdict for verdict in verdicts if isinstance(verdict, str))
     if not comparisons and record is None:
@@ -186,37 +188,29 @@ def _draw(report: Verification, path: Path) -> None:
         axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
-def _with(kind: str, outputs: Tensors, blocks: Blocks, found: Evaluated, rtol: float) -> Iterator[Comparison]:
-    """Compare with all that a reference of this kind gives."""
-    for name, value in found.outputs.items():
-        yield compare(name, kind, value, outputs[name], rtol)
+def _with(reference: Reference, found: Evaluated, rtol: float) -> Iterator[Comparison | str]:
+    """Compare with all that a reference gives, quantity by quantity; of the rest it is said why not."""
+    for name, wanted in reference.outputs.items():
+        yield _compare(name, reference.kind, found.outputs[name], wanted, rtol)
     for pair, block in found.blocks.items():
-        if pair in blocks:
-            scale = found.scale_of(pair, blocks[pair])
-            yield compare(_derivative(pair), kind, block, blocks[pair], rtol, scale=scale)
+        if pair in reference.blocks:
+            wanted, rows = reference.blocks[pair], reference.smooth.get(pair)
+            scale = found.scale_of(pair, wanted if rows is None else wanted[rows])
+            yield _compare(_derivative(pair), reference.kind, block, wanted, rtol, rows, scale)
+    where = " with the source" if reference.kind == "source" else ""
+    yield from (f"{_derivative(pair)}{where}: {why}" for pair, why in reference.missing.items())
 
 
-def _with_source(source: Source, found: Evaluated, points: Points, rtol: float) -> Iterator[Comparison | str]:
-    """What the source gives is compared, quantity by quantity; of the rest it is said why not."""
-    inputs = {name: value.cpu() for name, value in found.points.inputs.items()}
-    outputs = source.outputs(inputs)
-    blocks, missing = source.blocks(inputs, list(found.blocks))
-    yield from _with("source", outputs, blocks, found, rtol)
-    yield from (f"{_derivative(pair)} with the source: {why}" for pair, why in missing.items())
-    if len(found.not_finite):
-        try:
-            yield _finite(source, found, points, rtol)
-        except InputError as error:
-            yield f"{FINITE} with the source: {error}"
-
-
-def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Comparison:
+def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Comparison | str:
     """Whether the source has numbers that are not finite either, where the compiled model has such."""
     rows = found.not_finite
     inputs = {name: value.cpu()[rows] for name, value in points.inputs.items()}
-    given = [*source.outputs(inputs).values(), *source.blocks(inputs, list(found.blocks))[0].values()]
+    try:
+        given = source.reference(inputs, found.blocks)
+    except InputError as error:
+        return f"{FINITE} with the source: {error}"
     finite = torch.ones(len(rows), dtype=torch.bool)
-    for value in given:
+    for value in (*given.outputs.values(), *given.blocks.values()):
         entries = torch.isfinite(value)
         whole = entries.ndim and len(entries) == len(rows)
         finite &= entries.reshape(len(rows), -1).all(1) if whole else entries.all()
@@ -225,25 +219,7 @@ def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Co
     return Comparison(FINITE, "source", len(rows), 0, inf if len(wrong) else 0.0, at, rtol, not len(wrong))
 
 
-def _with_differences(model: Model, found: Evaluated, blocks: Blocks, rtol: float | None) -> Iterator[Comparison | str]:
-    """Compare derivatives with finite differences, where these can be taken; of the rest it is said why not."""
-    limit = DIFFERENCE_RTOL[str(model.dtype).removeprefix("torch.")] if rtol is None else rtol
-    outs_by: dict[str, list[str]] = {}
-    for out, by in blocks:
-        sites = model.outputs[out].sub_batch_shape or (by in model.inputs and model.inputs[by].sub_batch_shape)
-        batched = by not in model.inputs and found.parameters[by].ndim > len(model.parameter_base_shapes[by])
-        if sites or batched:
-            kind = "a sub-batch" if sites else "a parameter with a batch"
-            yield f"{_derivative((out, by))}: differences of {kind} are not taken"
-        else:
-            outs_by.setdefault(by, []).append(out)
-    for by, outs in outs_by.items():
-        for out, taken in differentiate(model, found.points.inputs, by, outs).items():
-            pair, scale = (out, by), found.scale_of((out, by), taken.block[taken.smooth])
-            yield compare(_derivative(pair), "differences", blocks[pair], taken.block, limit, taken.smooth, scale)
-
-
-def compare(
+def _compare(
     quantity: str,
     reference: str,
     found: Tensor,
