@@ -13,12 +13,12 @@ import neml2
 import pytest
 import torch
 
+from data.collect import HERE, document
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._artifact.locate import locate
 from neml2_aoti_plugin._artifact.stub import Stub, find, read_stub
 from neml2_aoti_plugin.errors import ArtifactError, ArtifactNotFoundError, InputError
-
-DATA = Path(__file__).resolve().parent / "data"
+from references import change_json, reported
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def flat(tmp_path: Path) -> Path:
     """The folder that neml2 3.0.3 writes: metadata and graphs side by side."""
     folder = tmp_path / "flat" / "bar"
     folder.mkdir(parents=True)
-    shutil.copy(DATA / "3.0.3-multi.json", folder / "bar_meta.json")
+    shutil.copy(HERE / "3.0.3-multi.json", folder / "bar_meta.json")
     return folder
 
 
@@ -36,8 +36,7 @@ def per_device(tmp_path: Path) -> Path:
     root = tmp_path / "aoti" / "bar"
     for device in ("cpu", "cuda"):
         (root / device).mkdir(parents=True)
-        document = {**json.loads((DATA / "3.0.6-multi.json").read_text()), "device": device}
-        (root / device / "bar_meta.json").write_text(json.dumps(document))
+        (root / device / "bar_meta.json").write_text(json.dumps({**document("3.0.6"), "device": device}))
     return root
 
 
@@ -48,25 +47,19 @@ def shared(tmp_path: Path) -> Path:
     for leaf in ("cpu/float64", "cpu/float32", "cuda/float64"):
         (root / leaf).mkdir(parents=True)
         (root / leaf / "bar.pt2").touch()
-    shutil.copy(DATA / "3.0.7-multi.json", root / "metadata.json")
+    shutil.copy(HERE / "3.0.7-multi.json", root / "metadata.json")
     return root
 
 
 # -- entries -------------------------------------------------------------------------------------------------------
 
 
-def test_a_flat_folder_is_found_from_both_entries(flat: Path) -> None:
-    for entry in (flat, flat / "bar_meta.json"):
-        place = locate(entry)
-        assert (place.model, place.metadata, place.leaf) == ("bar", flat / "bar_meta.json", flat)
-        assert (place.device, place.dtype) == (torch.device("cpu"), torch.float64)
-
-
-def test_a_device_folder_is_found_from_all_entries(per_device: Path) -> None:
-    cpu = per_device / "cpu"
-    for entry in (per_device, cpu, cpu / "bar_meta.json"):
-        place = locate(entry)
-        assert (place.model, place.metadata, place.leaf) == ("bar", cpu / "bar_meta.json", cpu)
+def test_a_folder_is_found_from_all_entries(flat: Path, per_device: Path) -> None:
+    for leaf, entries in ((flat, [flat]), (per_device / "cpu", [per_device, per_device / "cpu"])):
+        for entry in (*entries, leaf / "bar_meta.json"):
+            place = locate(entry)
+            assert (place.model, place.metadata, place.leaf) == ("bar", leaf / "bar_meta.json", leaf)
+            assert (place.device, place.dtype) == (torch.device("cpu"), torch.float64)
     assert locate(per_device, "cuda:1").device == torch.device("cuda", 1)
     assert locate(per_device / "cuda", "cuda").leaf == per_device / "cuda"
 
@@ -88,31 +81,37 @@ def test_the_device_is_the_current_default(per_device: Path, flat: Path, monkeyp
     assert locate(flat).device == torch.device("cpu")
 
 
-def test_the_path_of_old_leads_to_an_artifact_of_today(shared: Path) -> None:
-    place = locate(shared / "cpu" / "bar_meta.json")
-    assert (place.metadata, place.leaf) == (shared / "metadata.json", shared / "cpu" / "float64")
+def test_the_path_of_old_leads_to_an_artifact_of_today_unless_the_old_one_is_there(shared: Path) -> None:
+    old = shared / "cpu" / "bar_meta.json"
+    assert (locate(old).metadata, locate(old).leaf) == (shared / "metadata.json", shared / "cpu" / "float64")
     assert locate(shared / "cuda" / "bar_meta.json").device == torch.device("cuda")
     with pytest.raises(ArtifactNotFoundError, match=r"foo_meta.json: no such metadata file"):
         locate(shared / "cpu" / "foo_meta.json")
-
-
-def test_an_artifact_compiled_again_is_the_new_one_unless_the_old_is_named(shared: Path) -> None:
-    shutil.copy(DATA / "3.0.6-multi.json", shared / "cpu" / "bar_meta.json")
-    assert locate(shared).metadata.name == "metadata.json"
-    assert locate(shared / "cpu" / "bar_meta.json").metadata.name == "bar_meta.json"
-
-
-def test_a_leaf_that_is_not_there_is_told_before_the_metadata_is_judged(shared: Path) -> None:
-    (shared / "metadata.json").write_text('{"schema_version": 10}')
-    for leaf in ("cpu/float64", "cuda/float64"):
-        (shared / leaf / "bar.pt2").unlink()
-    # What is left is float32, which is taken where no dtype is asked for.
-    (shared / "cpu/float32/bar.pt2").unlink()
-    with pytest.raises(ArtifactNotFoundError, match=r"no .* for device 'cpu'.*without a graph: cpu/float32"):
-        Model(shared)
+    shutil.copy(HERE / "3.0.6-multi.json", old)
+    assert (locate(shared).metadata, locate(old).metadata) == (shared / "metadata.json", old)
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 4, "device": "tpu"}', '{"schema_version": 10}'])
+def test_a_leaf_that_is_not_there_is_reported_whatever_the_metadata_is_worth(
+    text: str, shared: Path, flat: Path
+) -> None:
+    old = flat / "cpu" / "bar_meta.json"
+    old.parent.mkdir()
+    (flat / "bar_meta.json").rename(old).write_text(text)
+    for path in (flat, flat / "cpu", old):
+        with reported(ArtifactNotFoundError, "no compiled artifact for device 'cuda'", f"({old})"):
+            Model(path, device="cuda")
+        with pytest.raises(ArtifactError):
+            Model(path)
+    (shared / "metadata.json").write_text(text)
+    # What is left is float32, which is taken where no dtype is asked for.
+    for leaf in ("cpu/float64", "cuda/float64", "cpu/float32"):
+        (shared / leaf / "bar.pt2").unlink()
+    with pytest.raises(ArtifactNotFoundError, match=r"no .* for device 'cpu'.*without a graph: cpu/float32"):
+        Model(shared)
 
 
 def test_another_device_is_refused_with_those_there_are(per_device: Path) -> None:
@@ -124,17 +123,11 @@ def test_another_device_is_refused_with_those_there_are(per_device: Path) -> Non
             locate(entry, "cuda")
 
 
-def record(flat: Path, **changes: object) -> None:
-    """Change what the metadata records."""
-    file = flat / "bar_meta.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
 def test_another_dtype_than_the_recorded_one_is_refused(flat: Path) -> None:
     assert locate(flat, dtype="float64").dtype == locate(flat, dtype=torch.float64).dtype == torch.float64
     with pytest.raises(ArtifactNotFoundError, match=r"device 'cpu' and dtype 'float32'.*leaves: cpu/float64"):
         locate(flat, dtype="float32")
-    record(flat, dtype="float32")
+    change_json(flat / "bar_meta.json", lambda written: written.update(dtype="float32"))
     assert locate(flat).dtype == torch.float32
 
 
@@ -143,19 +136,16 @@ def test_another_dtype_than_the_recorded_one_is_refused(flat: Path) -> None:
     [("device", "tpu", "device is a str"), ("dtype", "float16", "dtype is a str"), ("dtype", 3, "dtype is 3")],
 )
 def test_a_recorded_leaf_that_is_none_is_refused(flat: Path, key: str, value: object, words: str) -> None:
-    record(flat, **{key: value})
+    change_json(flat / "bar_meta.json", lambda written: written.update({key: value}))
     with pytest.raises(ArtifactError, match=f"bar_meta.json: {words}, expected"):
         locate(flat)
 
 
-def test_two_models_in_a_folder_must_be_told_apart(flat: Path) -> None:
+def test_two_models_in_a_folder_must_be_told_apart(flat: Path, per_device: Path) -> None:
     shutil.copy(flat / "bar_meta.json", flat / "rod_meta.json")
     with pytest.raises(ArtifactError, match=r"holds several artifacts:.*bar_meta.json.*rod_meta.json"):
         locate(flat)
     assert locate(flat / "rod_meta.json").model == "rod"
-
-
-def test_a_folder_of_artifacts_names_them(per_device: Path) -> None:
     with pytest.raises(ArtifactNotFoundError, match="but artifacts below it: bar"):
         locate(per_device.parent)
 
@@ -182,15 +172,11 @@ def asked(file: Path) -> Stub:
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ("meta = ./bar_meta.json", "bar_meta.json"),
-        ("meta = ../bar/bar_meta.json", "../bar/bar_meta.json"),
-        ("artifact_path = 'bar'", "bar"),
-    ],
+    ("option", "path"),
+    [("meta", "./bar_meta.json"), ("meta", "../bar/bar_meta.json"), ("artifact_path", "bar")],
 )
-def test_a_relative_path_starts_at_the_stub(tmp_path: Path, options: str, expected: str) -> None:
-    assert asked(stub(tmp_path, options)) == Stub(tmp_path / expected)
+def test_a_relative_path_starts_at_the_stub(tmp_path: Path, option: str, path: str) -> None:
+    assert asked(stub(tmp_path, f"{option} = {path}")) == Stub(tmp_path / path)
 
 
 def test_an_absolute_path_is_taken_while_it_is_there(tmp_path: Path, flat: Path) -> None:
@@ -198,18 +184,15 @@ def test_an_absolute_path_is_taken_while_it_is_there(tmp_path: Path, flat: Path)
     assert asked(stub(tmp_path, f"artifact_path = {flat}")).artifact == flat
 
 
-def test_an_artifact_that_moved_with_its_stub_is_found(per_device: Path) -> None:
+def test_an_artifact_that_moved_with_its_stub_is_found(per_device: Path, tmp_path: Path) -> None:
     here = per_device.parent
     assert asked(stub(here, "artifact_path = /gone/far/aoti/bar")).artifact == per_device
     # The stub one folder higher: two names of the path are the same.
     assert asked(stub(here.parent, "artifact_path = /gone/far/aoti/bar")).artifact == per_device
     assert find("/gone/bar/cpu/bar_meta.json", here) == per_device / "cpu" / "bar_meta.json"
-
-
-def test_an_artifact_that_is_in_neither_place_is_refused_with_both(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactNotFoundError) as error:
+    # One that is in neither place is refused with both.
+    with reported(ArtifactNotFoundError, "/gone/aoti/rod", str(tmp_path / "rod")):
         asked(stub(tmp_path, "artifact_path = /gone/aoti/rod"))
-    assert "/gone/aoti/rod" in str(error.value) and str(tmp_path / "rod") in str(error.value)
 
 
 SOLVED = "artifact_path = 'bar'\n    solver = newton"
@@ -237,8 +220,7 @@ NEWTON = "[Solvers]\n  [newton]\n    type = {}\n    {}\n  []\n[]\n"
 def test_settings_come_from_the_solvers_block(
     tmp_path: Path, kind: str, options: str, settings: dict[str, object]
 ) -> None:
-    file = stub(tmp_path, SOLVED, NEWTON.format(kind, options))
-    assert asked(file) == Stub(tmp_path / "bar", settings)
+    assert asked(stub(tmp_path, SOLVED, NEWTON.format(kind, options))) == Stub(tmp_path / "bar", settings)
 
 
 @pytest.mark.parametrize(

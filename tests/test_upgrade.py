@@ -12,6 +12,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from data.collect import document
 from neml2_aoti_plugin._artifact import decode, upgrade
 from neml2_aoti_plugin._artifact.locate import locate
 from neml2_aoti_plugin._artifact.package import Argument, Signature, parse_kinds
@@ -26,24 +27,22 @@ from neml2_aoti_plugin._artifact.schema import (
 from neml2_aoti_plugin._artifact.wiring import argument_order, with_argument_order
 from neml2_aoti_plugin.errors import ArtifactError, InputError
 from neml2_aoti_plugin.settings import NewtonSettings
+from references import reported
 
-DATA = Path(__file__).resolve().parent / "data"
 SCHEMAS = {"3.0.0": 2, "3.0.3": 3, "3.0.6": 7, "3.0.7": 12, "3.1.0": 14}
 *OLD, NEWEST = SCHEMAS
-
 # What multi.i sets; 3.0.0 keeps no line search, and 3.0.6 leaves all of it to the stub.
 SET = {"atol": 1e-14, "rtol": 1e-13, "miters": 30, "ls_max_iters": 4}
 
-old_releases = pytest.mark.parametrize("release", OLD)
+typed_releases = pytest.mark.parametrize("release", ["3.0.0", "3.0.3"])
 
 
-def document(release: str, scenario: str = "multi") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((DATA / f"{release}-{scenario}.json").read_text())
-    return found
+def read(written: dict[str, Any], **solver: Any) -> Metadata:
+    return decode.with_solver(decode.metadata(written, "meta.json"), solver)
 
 
-def read(written: dict[str, Any], solver: dict[str, Any] | None = None) -> Metadata:
-    return decode.with_solver(decode.metadata(written, "meta.json"), solver or {})
+def explicit(metadata: Metadata) -> ExplicitInfo:
+    return next(s for s in metadata.segments if isinstance(s, ExplicitInfo))
 
 
 def implicit(metadata: Metadata) -> ImplicitInfo:
@@ -57,15 +56,15 @@ def pairs_of(segment: ImplicitInfo) -> tuple[Any, ...]:
 # -- what all schemas have in common -------------------------------------------------------------------------------
 
 
-@old_releases
+@pytest.mark.parametrize("release", OLD)
 def test_schemas_agree_on_the_model(release: str) -> None:
-    old, new = read(document(release)), read(document(NEWEST))
-    assert (old.inputs, old.outputs) == (new.inputs, new.outputs)
+    written = document(release)
+    upgrade.upgrade(written, "meta.json")
+    assert written == document(release)
+    old, new = read(written), read(document(NEWEST))
+    assert (old.schema, old.inputs, old.outputs) == (SCHEMAS[release], new.inputs, new.outputs)
     assert set(old.derivatives) == set(new.derivatives)
-    assert [type(s) for s in old.segments] == [type(s) for s in new.segments]
-    for ours, theirs in zip(old.segments, new.segments, strict=True):
-        assert signature(ours) == signature(theirs)
-    assert old.schema == SCHEMAS[release]
+    assert [*map(signature, old.segments)] == [*map(signature, new.segments)]
 
 
 def signature(segment: Segment) -> object:
@@ -80,42 +79,20 @@ def signature(segment: Segment) -> object:
     return groups, residuals, segment.predictor, {(p.out, p.wrt) for p in pairs_of(segment)}
 
 
-@old_releases
-def test_an_upgrade_is_its_steps_and_leaves_the_document_as_it_was(release: str) -> None:
-    written = document(release)
-    found = upgrade.upgrade(written, "meta.json")
-    assert written == document(release)
-    for _, step in (steps for schema, steps in upgrade.STEPS.items() if schema >= SCHEMAS[release]):
-        written = step(written)
-    assert written == found
-
-
-# -- Newton settings -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("release", SCHEMAS)
-def test_newton_settings_come_from_where_the_release_put_them(release: str) -> None:
+def test_newton_settings_come_from_where_the_release_put_them_and_from_the_caller(release: str) -> None:
     expected = {"3.0.0": {**SET, "ls_max_iters": 1}, "3.0.6": {}}.get(release, SET)
     own = implicit(read(document(release))).newton
     assert own == NewtonSettings(**expected)  # type: ignore[arg-type]
-    # Those that a caller gives win.
-    found = implicit(read(document(release), {"atol": 1e-5, "ls_type": "STRONG_WOLFE"})).newton
+    found = implicit(read(document(release), atol=1e-5, ls_type="STRONG_WOLFE")).newton
     assert asdict(found) == {**asdict(own), "atol": 1e-5, "ls_type": "STRONG_WOLFE"}
-
-
-@pytest.mark.parametrize(
-    ("solver", "words"),
-    [({"abs_tol": 1e-5}, ["abs_tol", *(f.name for f in fields(NewtonSettings))]), ({"atol": -1.0}, ["atol", "-1.0"])],
-)
-def test_a_newton_setting_that_is_none_is_refused(solver: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(InputError) as error:
-        read(document("3.0.6"), solver)
-    assert all(word in str(error.value) for word in words)
+    with reported(InputError, "abs_tol", *(f.name for f in fields(NewtonSettings))):
+        read(document(release), abs_tol=1e-5)
+    with reported(InputError, "atol", "-1.0"):
+        read(document(release), atol=-1.0)
 
 
 # -- schemas 2 and 3 -----------------------------------------------------------------------------------------------
-
-typed_releases = pytest.mark.parametrize("release", ["3.0.0", "3.0.3"])
 
 
 @typed_releases
@@ -127,11 +104,9 @@ def test_all_pairs_are_derivatives(release: str) -> None:
 
 def test_schema_2_cuts_blocks_out_of_one_matrix() -> None:
     metadata = read(document("3.0.0"))
-    first, segment = metadata.segments[0], implicit(metadata)
-    assert isinstance(first, ExplicitInfo) and first.jacobian is not None
-    assert covered(first.jacobian.pairs) == (7, 7)
-    assert isinstance(segment.sensitivity, PairGraph)
-    assert covered(segment.sensitivity.pairs) == (7, 16)
+    matrix, sensitivity = explicit(metadata).jacobian, implicit(metadata).sensitivity
+    assert matrix is not None and covered(matrix.pairs) == (7, 7)
+    assert isinstance(sensitivity, PairGraph) and covered(sensitivity.pairs) == (7, 16)
 
 
 def covered(pairs: tuple[Any, ...]) -> tuple[int, int]:
@@ -153,14 +128,12 @@ def test_only_schema_2_returns_the_iterate(release: str, iterate: bool) -> None:
 
 def test_schema_3_cells_are_cut_by_what_their_sides_store() -> None:
     segment = implicit(read(document("3.0.3", "cross_group_folded")))
-    places = {(p.out, p.wrt): (p.output, p.row, p.column, p.rows, p.columns) for p in pairs_of(segment)}
+    columns = {p.wrt: p.columns for p in pairs_of(segment) if p.out == "all"}
     # Three sites of a symmetric tensor are 18 columns of a dense group.
     wide = [v for g in segment.givens for v in g.variables if v.sub_batch_shape]
-    assert wide and all(places["all", v.name][4] == prod(v.natural_shape) == 18 for v in wide)
-    per_matrix: dict[int, list[Any]] = {}
-    for pair in pairs_of(segment):
-        per_matrix.setdefault(pair.output, []).append(replace(pair, output=0))
-    assert [covered(tuple(pairs)) for _, pairs in sorted(per_matrix.items())]
+    assert wide and all(columns[v.name] == prod(v.natural_shape) == 18 for v in wide)
+    for output in {pair.output for pair in pairs_of(segment)}:
+        covered(tuple(replace(pair, output=0) for pair in pairs_of(segment) if pair.output == output))
 
 
 @typed_releases
@@ -222,13 +195,29 @@ def test_a_schema_that_is_not_known_is_refused(number: object, words: str) -> No
         read({**document("3.0.3"), "schema_version": number})
 
 
+@pytest.mark.parametrize("path", ["solver_config", "solver_config.krylov", "segments.1.input_sensitivity"])
+def test_null_in_the_place_of_an_object(path: str) -> None:
+    *above, last = path.split(".")
+    written: Any = document(NEWEST)
+    place = written
+    for step in above:
+        place = place[int(step) if step.isdigit() else step]
+    place[last] = None
+    with pytest.raises(ArtifactError, match=f"{last} is None, expected an object"):
+        read(written)
+
+
 # -- the order of arguments ----------------------------------------------------------------------------------------
 
 SR2, SCALAR = "neml2.types.SR2", "neml2.types.Scalar"
+PARAMETER = ((), "")
 
 
 def taking(*arguments: tuple[tuple[int | None, ...], str]) -> Signature:
     return Signature(tuple(Argument(torch.float64, extents, kind) for extents, kind in arguments), 1)
+
+
+BEHIND, AHEAD = taking(((None, 6), SR2), PARAMETER), taking(PARAMETER, ((None, 6), SR2))
 
 
 def order(signature: Signature | None, inputs: tuple[str, ...] = ("strain",)) -> tuple[str, ...]:
@@ -241,15 +230,15 @@ def order(signature: Signature | None, inputs: tuple[str, ...] = ("strain",)) ->
 @pytest.mark.parametrize(
     ("signature", "expected"),
     [
-        (taking(((None, 6), SR2), ((), "")), ("strain", "E")),
-        (taking(((), ""), ((None, 6), SR2)), ("E", "strain")),
+        (BEHIND, ("strain", "E")),
+        (AHEAD, ("E", "strain")),
         # 3.0.0 hands all of them over as plain tensors; a parameter has no free axis.
-        (taking(((None, 6), ""), ((), "")), ("strain", "E")),
-        (taking(((), ""), ((None, 6), "")), ("E", "strain")),
+        (taking(((None, 6), ""), PARAMETER), ("strain", "E")),
+        (taking(PARAMETER, ((None, 6), "")), ("E", "strain")),
         # A pinned batch has no free axis; 3.0.3, which first pins it, has types.
-        (taking(((), ""), ((2, 6), SR2)), ("E", "strain")),
+        (taking(PARAMETER, ((2, 6), SR2)), ("E", "strain")),
         # Inputs keep their own order around a parameter.
-        (taking(((None,), SCALAR), ((), ""), ((None, 6), SR2)), ("T", "E", "strain")),
+        (taking(((None,), SCALAR), PARAMETER, ((None, 6), SR2)), ("T", "E", "strain")),
     ],
 )
 def test_the_package_tells_the_order(signature: Signature, expected: tuple[str, ...]) -> None:
@@ -261,9 +250,9 @@ def test_the_package_tells_the_order(signature: Signature, expected: tuple[str, 
     [
         (None, "does not tell its arguments"),
         (taking(((None, 6), SR2)), "takes 1 arguments, expected 2"),
-        (taking(((2, 6), ""), ((), "")), "2 of its 2 arguments look like parameters, expected 1"),
+        (taking(((2, 6), ""), PARAMETER), "2 of its 2 arguments look like parameters, expected 1"),
         (taking(((None, 6), SR2), ((None,), SCALAR)), "0 of its 2 arguments look like parameters, expected 1"),
-        (taking(((None, 3), SR2), ((), "")), r"where 'strain' of shape \(6,\) would stand it takes \(None, 3\)"),
+        (taking(((None, 3), SR2), PARAMETER), r"where 'strain' of shape \(6,\) would stand it takes \(None, 3\)"),
         (taking(((None, 6), SR2), ((6,), "")), r"where 'E' of shape \(\) would stand it takes \(6,\)"),
     ],
 )
@@ -285,37 +274,22 @@ def test_kinds_come_from_the_call_spec() -> None:
 
 @typed_releases
 def test_promotion_leaves_the_order_open_until_the_package_is_read(release: str) -> None:
-    first = read(document(release, "promoted_provider")).segments[0]
-    assert isinstance(first, ExplicitInfo) and first.parameters_among_inputs and first.parameters == ("young.value",)
-    assert first.jacobian is not None
+    first = explicit(read(document(release, "promoted_provider")))
+    assert first.parameters_among_inputs and first.parameters == ("young.value",) and first.jacobian is not None
     metadata = replace(read(document(release, "promoted_provider")), segments=(first,))
-    behind, ahead = taking(((None, 6), SR2), ((), "")), taking(((), ""), ((None, 6), SR2))
-    for signature, order in ((behind, None), (ahead, (1, 0))):
-        ((settled,), faults) = ordered(metadata, {first.value: signature, first.jacobian.file: signature})
-        assert not faults and isinstance(settled, ExplicitInfo) and settled.order == order
-        assert not settled.parameters_among_inputs
-    ((_,), ((file, fault),)) = ordered(metadata, {first.value: ahead, first.jacobian.file: behind})
+
+    files = first.value, first.jacobian.file
+
+    def ordered(*packages: Signature | None) -> tuple[ExplicitInfo, tuple[tuple[str, str], ...]]:
+        found, faults = with_argument_order(metadata, dict(zip(files, packages, strict=False)))
+        return explicit(found), tuple(faults)
+
+    for package, found in ((BEHIND, None), (AHEAD, (1, 0))):
+        settled, faults = ordered(package, package)
+        assert not faults and settled.order == found and not settled.parameters_among_inputs
+    ((file, fault),) = ordered(AHEAD, BEHIND)[1]
     assert file == first.value and "another order" in fault
-    ((open_one,), ((file, fault),)) = ordered(metadata, {first.value: None})
-    assert open_one is first and file == first.value and "does not show" in fault
+    settled, ((file, fault),) = ordered(None)
+    assert settled is first and file == first.value and "does not show" in fault
     # A package that is missing or damaged has a fault of its own.
-    assert ordered(metadata, {}) == ((first,), [])
-
-
-def ordered(metadata: Metadata, signatures: dict[str, Signature | None]) -> tuple[tuple[Segment, ...], Any]:
-    found, faults = with_argument_order(metadata, signatures)
-    return found.segments, faults
-
-
-@pytest.mark.parametrize(
-    "path", [("solver_config",), ("solver_config", "krylov"), ("segments", 1, "input_sensitivity")], ids=str
-)
-def test_null_in_the_place_of_an_object(path: tuple[Any, ...]) -> None:
-    written = document(NEWEST)
-    *above, last = path
-    place: Any = written
-    for step in above:
-        place = place[step]
-    place[last] = None
-    with pytest.raises(ArtifactError, match=f"{last} is None, expected an object"):
-        read(written)
+    assert ordered() == (first, ())

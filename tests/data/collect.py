@@ -1,10 +1,11 @@
-"""Copy metadata files of old artifacts from the cache of `legacy.build` to this folder."""
+"""Metadata files of old artifacts: what is in this folder, and how it comes here from the cache of `legacy.build`."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -19,11 +20,14 @@ WANTED = [
 ]
 
 
-def compact(release: str, scenario: str) -> str:
-    """The metadata of one artifact, without white space that the file does not need."""
-    return json.dumps(json.loads(build.metadata(release, scenario).read_text()), separators=(",", ":")) + "\n"
+def document(release: str, scenario: str = "multi") -> dict[str, Any]:
+    """The metadata that a release wrote for a scenario."""
+    found: dict[str, Any] = json.loads((HERE / f"{release}-{scenario}.json").read_text(encoding="utf-8"))
+    return found
 
 
 if __name__ == "__main__":
     for release, scenario in WANTED:
-        (HERE / f"{release}-{scenario}.json").write_text(compact(release, scenario))
+        # Without white space that the file does not need.
+        text = json.dumps(json.loads(build.metadata(release, scenario).read_text()), separators=(",", ":"))
+        (HERE / f"{release}-{scenario}.json").write_text(f"{text}\n")
