@@ -15,9 +15,8 @@ from typing import Any
 
 from neml2_aoti_plugin._cli.bench import BenchReport
 from neml2_aoti_plugin._cli.doctor import Diagnosis
-from neml2_aoti_plugin._cli.inspect import ArtifactReport
+from neml2_aoti_plugin._cli.inspect import ArtifactReport, ParametersReport
 from neml2_aoti_plugin._cli.migrate import MigrateReport
-from neml2_aoti_plugin._cli.params import ParametersReport
 from neml2_aoti_plugin._cli.plot import PlotReport
 from neml2_aoti_plugin._cli.prepare import ExampleReport, SealReport, WarmReport
 from neml2_aoti_plugin._cli.run import RunReport

@@ -219,7 +219,7 @@ def plot() -> None:
     """
 
 
-@command("Promoted parameters: show, set, write to a file.")
+@command("Promoted parameters: show, set, write to a file.", "inspect")
 @click.option("--from", "file", type=FILE, help="Begin with the values in this file instead of the artifact's.")
 @set_option
 @click.option("--out", type=FILE, help="Write the values to this file (.safetensors).")

@@ -1,11 +1,17 @@
-"""`neml2-aoti inspect`: what is in an artifact, from its metadata and its files; no graph is loaded."""
+"""`neml2-aoti inspect` and `params`: what is in an artifact, and its promoted parameters, handed on in a file.
+
+`inspect` reads metadata and files, and loads no graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+import torch
+from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -15,9 +21,11 @@ from .._artifact.decode import read_metadata
 from .._artifact.kinship import kinship
 from .._artifact.locate import Place, dtype_name
 from .._artifact.package import build_in, open_archive, read_package
-from ..errors import ArtifactError
+from .._files import require_writable
+from ..errors import ArtifactError, InputError
+from ..model._parameters import is_parameter_file
 from ..settings import NewtonSettings
-from .output import Report
+from .output import Report, table, written
 from .target import Target, lag, leaf_name, release_of
 
 # More values of a parameter than this are cut.
@@ -130,7 +138,7 @@ class ArtifactReport(Report):
                 branch.add(_variable_line(variable))
         parameters = tree.add(f"parameters{'' if self.parameters else ': none promoted'}")
         for parameter in self.parameters:
-            shown = shown_values(parameter, "g")
+            shown = _shown_values(parameter, "g")
             value = f"[{shown}] shape {list(parameter.shape)}" if parameter.shape else shown
             parameters.add(Text.assemble((parameter.name, "bold"), f" = {value}"))
         pairs = [*self.derivatives, *self.parameter_derivatives]
@@ -146,7 +154,7 @@ class ArtifactReport(Report):
 # -- the tree ----------------------------------------------------------------------------------------------------------
 
 
-def shown_values(parameter: ParameterReport, form: str) -> str:
+def _shown_values(parameter: ParameterReport, form: str) -> str:
     """The first values of a parameter, each by this format."""
     shown = [format(value, form) for value in parameter.values[:VALUES]]
     return ", ".join([*shown, *(["..."] if len(parameter.values) > VALUES else [])])
@@ -317,3 +325,58 @@ def _built_for(place: Place, files: list[Path]) -> str:
 
 def _bytes(file: Path) -> int | None:
     return file.stat().st_size if file.is_file() else None
+
+
+# -- promoted parameters -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParametersReport(Report):
+    """The promoted parameters of an artifact."""
+
+    artifact: str  # its path
+    model: str  # name of the model
+    parameters: tuple[ParameterReport, ...]  # with their values: the artifact's, those of a file, or those set
+    changed: tuple[str, ...]  # names of those that differ from the artifact's
+    written: str | None  # the file that was written; null if none was
+
+    def render(self) -> Iterator[str | Table]:
+        if not self.parameters:
+            yield f"{self.model} has no promoted parameters. Promote some: neml2-compile ... -p NAME"
+            return
+        values = table("parameter", "shape", "value", "")
+        for found in self.parameters:
+            mark = "changed" if found.name in self.changed else ""
+            values.add_row(found.name, str(list(found.shape)), _shown_values(found, ".10g"), Text(mark, "yellow"))
+        yield values
+        yield from written(self.written)
+
+
+def params(
+    target: Target, file: Path | None, values: Mapping[str, float], out: Path | None, force: bool
+) -> ParametersReport:
+    """The promoted parameters: the artifact's or those of a file, with other values for some; written to a file."""
+    if values and out is None:
+        raise click.UsageError("--set changes nothing by itself. Give a file to write as well: --out FILE.safetensors")
+    if out is not None:
+        require_writable(out, [*target.files(), *([file] if file is not None and not force else [])])
+        if not force and out.exists() and not is_parameter_file(out):
+            raise InputError(
+                f"{out}: is there, and holds no parameters. Give another name, or --force to write over it."
+            )
+    model = target.load()
+    before = {name: value.detach().clone() for name, value in model.named_parameters().items()}
+    if file is not None:
+        model.load_parameters(file, same_artifact=False)
+    for name, value in values.items():
+        model.set_parameter(name, value)
+    if out is not None:
+        model.save_parameters(out)
+    reports, changed = [], []
+    for name, now in model.named_parameters().items():
+        entries = tuple(now.detach().cpu().flatten().tolist())
+        reports.append(ParameterReport(name, tuple(model.parameter_base_shapes[name]), tuple(now.shape), entries))
+        if not torch.equal(now, before[name]):
+            changed.append(name)
+    path = None if out is None else str(out)
+    return ParametersReport(str(target.artifact), target.model, tuple(reports), tuple(changed), path)

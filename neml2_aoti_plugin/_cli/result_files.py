@@ -34,6 +34,7 @@ from .results import (
     Result,
     RunResult,
     base_shape,
+    by_name,
     collect,
     column_of,
     dimensions,
@@ -42,7 +43,6 @@ from .results import (
     to_array,
     with_names,
 )
-from .target import lag
 
 Shape = tuple[int, ...]
 
@@ -156,25 +156,18 @@ def _broadcasts(lead: Shape, batch: Shape) -> bool:
 
 
 def _read_pt(path: Path) -> list[Result]:
-    arrays: dict[str, dict[int, Array]] = {}
-    steps, states, outputs = 0, set(), set()
-    flat = read_tensors(path, WHAT, lambda header: header.claims, finite=False).tensors
-    for key, value in flat.items():
-        entry = KEY.fullmatch(key)
-        if entry is None:
+    entries = []
+    for key, value in read_tensors(path, WHAT, lambda header: header.claims, finite=False).tensors.items():
+        found = KEY.fullmatch(key)
+        if found is None:
             raise _no_result(path, f"has an entry {key!r}, expected input.<step>.<name> and output.<step>.<name>.")
-        side, number, name = entry.groups()
-        steps = max(steps, int(number) + 1)
-        if lag(name)[1]:
-            states.add(lag(name)[0])
-            continue
-        if side == "output":
-            outputs.add(name)
-        arrays.setdefault(name, {})[int(number)] = to_array(value)
+        entries.append((found[1], int(found[2]), found[3], to_array(value)))
+    arrays, outputs, states = by_name(entries)
     if not arrays:
         raise _no_result(path, "holds no variables.")
-    if steps > len(flat):
-        raise _no_result(path, f"has {steps} steps and {len(flat)} entries, expected some for each step.")
+    steps = max(step for _, step, _, _ in entries) + 1
+    if steps > len(entries):
+        raise _no_result(path, f"has {steps} steps and {len(entries)} entries, expected some for each step.")
     widest = {name: max((array.shape for array in by_step.values()), key=len) for name, by_step in arrays.items()}
 
     def sites(array: Array, name: str, layout: Layout) -> int:
@@ -183,14 +176,14 @@ def _read_pt(path: Path) -> list[Result]:
         own, wanted = (s[len(s) - base - layout.sites : len(s) - base] for s in (array.shape, widest[name]))
         return layout.sites if len(own) == layout.sites and _broadcasts(own, wanted) else 0
 
-    found = []
+    results = []
     for read in layouts(widest, outputs):
         values = {n: {k: (a, sites(a, n, read[n])) for k, a in by_step.items()} for n, by_step in arrays.items()}
         try:
-            found.append(collect(values, {n: layout.type for n, layout in read.items()}, steps, states & outputs))
+            results.append(collect(values, {n: layout.type for n, layout in read.items()}, steps, states))
         except ValueError as error:
             raise _no_result(path, str(error)) from None
-    return found
+    return results
 
 
 # -- .npz and netCDF ---------------------------------------------------------------------------------------------------

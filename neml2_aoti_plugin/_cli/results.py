@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import UnknownNameError
 from .target import lag
 
+T = TypeVar("T")
 Array = NDArray[np.float64]
 # By name and step, `(*batch, *sub_batch, *base)`, each with its number of sub-batch axes.
 Values = dict[str, dict[int, tuple[Array, int]]]
@@ -251,19 +252,34 @@ def to_array(value: Any) -> Array:
 
 def from_driver(driver: Any) -> Result:
     """The result of a transient driver that has run."""
+    sides = {"input": driver.result_in, "output": driver.result_out}
+    steps = ((side, step, by) for side, of in sides.items() for step, by in enumerate(of))
+    found, _, states = by_name((side, step, name, value) for side, step, by in steps for name, value in by.items())
     # A driver records the time only where the model takes it.
     values: Values = {TIME: {step: (to_array(at), 0) for step, at in enumerate(driver.prescribed_time.data)}}
-    types, states = {TIME: "Scalar"}, set()
-    for side in (driver.result_in, driver.result_out):
-        for step, found in enumerate(side):
-            for name, value in found.items():
-                if lag(name)[1]:
-                    states.add(lag(name)[0])
-                else:
-                    types[name] = type(value).__name__
-                    values.setdefault(name, {})[step] = (to_array(value.data), value.sub_batch_ndim)
-    outputs = {name for found in driver.result_out for name in found}
-    return collect(values, types, driver.nsteps, states & outputs)
+    types = {TIME: "Scalar"}
+    for name, by_step in found.items():
+        values[name] = {step: (to_array(value.data), value.sub_batch_ndim) for step, value in by_step.items()}
+        types[name] = type(next(iter(by_step.values()))).__name__
+    return collect(values, types, driver.nsteps, states)
+
+
+def by_name(entries: Iterable[tuple[str, int, str, T]]) -> tuple[dict[str, dict[int, T]], set[str], set[str]]:
+    """Sort what a driver records, `(side, step, name, value)`, by name and step; gives outputs and states as well.
+
+    An output whose value one step before is an input is a state.
+    """
+    values: dict[str, dict[int, T]] = {}
+    outputs, lagged = set(), set()
+    for side, step, name, value in entries:
+        base, steps = lag(name)
+        if steps:
+            lagged.add(base)
+        else:
+            values.setdefault(name, {})[step] = value
+            if side == "output":
+                outputs.add(name)
+    return values, outputs, outputs & lagged
 
 
 def collect(values: Values, types: dict[str, str], steps: int, states: Collection[str]) -> Result:

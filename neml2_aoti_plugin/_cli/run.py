@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,22 +66,34 @@ def run(
     if out is not None:
         require_format(out)
     read = [stub, *([parameters] if parameters is not None else [])]
+    done = 0
     # What is to be written is begun before the run, which may take long, so that what cannot be written is known now.
-    with heeded() as heed, contextlib.ExitStack() as drafts, defaults(device, dtype):
-
-        def on_step(done: int, last: int) -> None:
-            heed()
-            waits_for(driver, done, last)
-
+    with heeded() as heed, contextlib.ExitStack() as cleanup, defaults(device, dtype):
         waits_for(f"loading {stub}")
-        begun = None if out is None else drafts.enter_context(draft(out, read))
+        begun = None if out is None else cleanup.enter_context(draft(out, read))
         built = load_driver(stub, driver, overrides, device=device, dtype=dtype)
         _require_transient(built, driver, stub)
         _set(built.model, values, parameters)
         # The driver itself would write without a look ahead, at the end.
         save_as, built.save_as = built.save_as, ""
-        saved = drafts.enter_context(draft(Path(save_as), read)) if save_as else None
-        seconds = _steps(built, f"[Drivers/{driver}] in {stub}", on_step)
+        saved = cleanup.enter_context(draft(Path(save_as), read)) if save_as else None
+
+        def on_step(*_: object) -> None:
+            nonlocal done
+            done += 1
+            heed()
+            waits_for(driver, done, built.nsteps - 1)
+
+        cleanup.callback(built.model.register_forward_hook(on_step).remove)
+        start = time.perf_counter()
+        try:
+            built.run()
+        except RuntimeError as error:
+            if type(error).__name__ == "ConvergenceError":
+                where = f"step {done + 1} of {built.nsteps - 1} of [Drivers/{driver}] in {stub}"
+                error.args = (f"{where}: {error}", *error.args[1:])
+            raise
+        seconds = time.perf_counter() - start
         result = from_driver(built)
         if saved is not None:
             built.save_result(saved)
@@ -113,28 +125,6 @@ def _require_transient(built: Any, driver: str, path: Path) -> None:
             f"the model of [Drivers/{driver}] in {path} has variables {', '.join(ours)}; names that begin with @ are "
             "those of the result itself. Give them other names."
         )
-
-
-def _steps(built: Any, where: str, on_step: Callable[[int, int], None]) -> float:
-    """Run a driver, with a call behind each of so many steps; gives the seconds that it took."""
-    last, done = built.nsteps - 1, 0
-
-    def count(*_: object) -> None:
-        nonlocal done
-        done += 1
-        on_step(done, last)
-
-    handle = built.model.register_forward_hook(count)
-    start = time.perf_counter()
-    try:
-        built.run()
-    except RuntimeError as error:
-        if type(error).__name__ == "ConvergenceError":
-            error.args = (f"step {done + 1} of {last} of {where}: {error}", *error.args[1:])
-        raise
-    finally:
-        handle.remove()
-    return time.perf_counter() - start
 
 
 def _set(model: Any, values: Mapping[str, float], parameters: Path | None) -> None:
