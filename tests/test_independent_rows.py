@@ -25,11 +25,12 @@ ALIKE = 1e-12
 PRECONDITIONED = {"krylov_precond": 1e-11}
 # Models that machine code does not take: several groups, or iterative solves.
 OTHERS = ("krylov", "krylov_precond", "bicgstab", "cross_group")
-TOLERANCES = (1e-6, 1e-8, 1e-10)
 SIZES = (1, 2, 7, 63, 64, 65)
 COUNT = 65
 # The rows of this stub take hundreds of solves each.
 SUBSTEPPED = {"substepping": 12}
+
+tolerances = pytest.mark.parametrize("tolerance", [1e-6, 1e-8, 1e-10])
 
 
 @cache
@@ -59,110 +60,98 @@ def tolerance_of(name: str, implementation: str) -> float:
     return 0.0 if implementation == "native" and name not in OTHERS else PRECONDITIONED.get(name, ALIKE)
 
 
-def part(rows: Tensors, index: Tensor) -> Tensors:
-    return {n: x[index] for n, x in rows.items()}
+class Together:
+    """Rows that are solved together, for comparison with some of them."""
 
+    def __init__(self, model: Model, rows: Tensors, tolerance: float) -> None:
+        self._model, self._rows, self._tolerance = model, rows, tolerance
+        self.solution = self.solve(rows)
 
-def assert_alike(found: Any, index: Tensor, together: Any, tolerance: float) -> None:
-    """The same verdicts and iterations, and the same values row by row; to the last bit where the tolerance is zero."""
-    assert found.converged.tolist() == together.converged[index].tolist()
-    assert found.iterations.tolist() == together.iterations[index].tolist()
-    for out, value in found.outputs.items():
+    def solve(self, rows: Tensors) -> Any:
+        return self._model.solve(rows, jacobian=bool(self._model.derivative_pairs))
+
+    def require_the_same_of(self, index: Tensor, found: Any = None) -> None:
+        """The same verdicts, iterations, values and derivatives; to the last bit where the tolerance is zero."""
+        found, whole = found or self.solve({n: x[index] for n, x in self._rows.items()}), self.solution
+        assert found.converged.tolist() == whole.converged[index].tolist()
+        assert found.iterations.tolist() == whole.iterations[index].tolist()
+        # What rounding does to values, derivatives have more of.
+        alike = self._tolerance
+        pairs = [(x, whole.outputs[out], alike) for out, x in found.outputs.items()]
+        pairs += [(x, whole.blocks[out][by], 100 * alike) for out, row in found.blocks.items() for by, x in row.items()]
         good = found.converged
-        whole = together.outputs[out]
-        if not tolerance:
-            assert torch.equal(value[good], whole[index][good]), out
-            continue
-        expected = whole[index][good].reshape(int(good.sum()), whole[0].numel())
-        # A row that is next to nothing beside the others is compared with a millionth of these.
-        least = 1e-6 * float(whole[together.converged].abs().max())
-        scale = expected.abs().amax(1, keepdim=True).clamp(min=least)
-        assert bool(((value[good].reshape(expected.shape) - expected).abs() <= tolerance * scale).all()), out
+        for value, of_all, tolerance in pairs:
+            expected, value = (x[good].reshape(int(good.sum()), of_all[0].numel()) for x in (of_all[index], value))
+            # A row that is next to nothing beside the others is compared with a millionth of these, if they are any.
+            least = max(1e-6 * float(of_all[whole.converged].abs().max()), 1e-9)
+            scale = expected.abs().amax(1, keepdim=True).clamp(min=least)
+            assert bool(((value - expected).abs() <= tolerance * scale).all())
 
 
-@pytest.mark.parametrize("tolerance", TOLERANCES)
+@tolerances
 @pytest.mark.parametrize("name", IMPLICIT)
 def test_rows_fare_as_alone(name: str, tolerance: float, implementation: str) -> None:
     count = SUBSTEPPED.get(name, COUNT)
-    case, rows = references.case(name), uneven(name, count)
-    model, alike = loaded(case, tolerance), tolerance_of(name, implementation)
-    together = model.solve(rows)
+    model = loaded(references.case(name), tolerance)
+    together = Together(model, uneven(name, count), tolerance_of(name, implementation))
+    iterations = together.solution.iterations
     # Without rates, rows at other rates are the same ones.
-    assert len(together.iterations.unique()) > 1 or name == "rate_independent"
-    slow = int(together.iterations.argmax())
+    assert len(iterations.unique()) > 1 or name == "rate_independent"
+    slow = int(iterations.argmax())
     for k in range(0, count, 3):
-        assert_alike(model.solve(part(rows, torch.tensor([k]))), torch.tensor([k]), together, alike)
-        pair = torch.tensor([k, slow])
-        assert_alike(model.solve(part(rows, pair)), pair, together, alike)
+        together.require_the_same_of(torch.tensor([k]))
+        together.require_the_same_of(torch.tensor([k, slow]))
     for size in (n for n in SIZES if n <= count):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(size))[:size]
-        assert_alike(model.solve(part(rows, order)), order, together, alike)
-        slow_last = torch.cat([order[order != slow], torch.tensor([slow])])
-        assert_alike(model.solve(part(rows, slow_last)), slow_last, together, alike)
+        together.require_the_same_of(order)
+        together.require_the_same_of(torch.cat([order[order != slow], torch.tensor([slow])]))
 
 
-@pytest.mark.parametrize("tolerance", TOLERANCES)
+@tolerances
 @pytest.mark.parametrize("name", ["viscoplasticity", "chaboche"])
 def test_large_batches_and_borders_of_blocks(
     name: str, tolerance: float, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, rows = references.case(name), uneven(name, 600)
-    model, alike = loaded(case, tolerance), tolerance_of(name, implementation)
-    together = model.solve(rows)
+    together = Together(loaded(case, tolerance), rows, tolerance_of(name, implementation))
     for size in (511, 512, 513):
-        order = torch.randperm(600, generator=torch.Generator().manual_seed(size))[:size]
-        assert_alike(model.solve(part(rows, order)), order, together, alike)
+        together.require_the_same_of(torch.randperm(600, generator=torch.Generator().manual_seed(size))[:size])
     monkeypatch.setenv("NEML2_AOTI_PLUGIN_BLOCK_ROWS", "37")
-    assert_alike(loaded(case, tolerance).solve(rows), torch.arange(600), together, alike)
+    cut = loaded(case, tolerance)
+    together.require_the_same_of(torch.arange(600), cut.solve(rows, jacobian=bool(cut.derivative_pairs)))
 
 
 @pytest.mark.wide
 def test_a_row_whose_first_norms_overflow_fares_the_same_twice() -> None:
-    case = references.case("chaboche")
-    rows = {n: x[:1].clone() for n, x in case.rows().items()}
+    rows = {n: x[:1].clone() for n, x in references.case("chaboche").rows().items()}
     rows["t~2"] = torch.full_like(rows["t~2"], 1e-4)
-    model = case.load(tight=False)
-    alone = model.solve(rows)
-    twice = model.solve({n: torch.cat([x, x]) for n, x in rows.items()})
-    assert twice.converged.tolist() == alone.converged.tolist() * 2
-    assert twice.iterations.tolist() == alone.iterations.tolist() * 2
+    twice = {n: torch.cat([x, x]) for n, x in rows.items()}
+    together = Together(references.case("chaboche").load(tight=False), twice, torch.inf)
+    together.require_the_same_of(torch.tensor([0]))
 
 
-@pytest.mark.parametrize("name", [name for name in IMPLICIT if "-d" in CATALOGUE[name].flags])
-def test_derivatives_are_those_of_a_row_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "native")
-    rows = uneven(name, SUBSTEPPED.get(name, COUNT))
-    model, alike = loaded(references.case(name), 1e-10), tolerance_of(name, "native")
-    rows = part(rows, model.solve(rows).converged)
-    together = model.jacobian(rows)[1]
-    count = len(rows[references.case(name).driven])
-    for index in (*torch.arange(count).split(1)[::9], torch.randperm(count)[:17]):
-        for out, blocks in model.jacobian(part(rows, index))[1].items():
-            for given, block in blocks.items():
-                whole = together[out][given].reshape(count, -1)
-                scale = whole[index].abs().amax(1, keepdim=True).clamp(min=1e-6 * float(whole.abs().max()))
-                difference = (block.reshape(len(index), -1) - whole[index]).abs()
-                assert bool((difference <= alike * scale).all()), (out, given)
-
-
-@pytest.mark.parametrize("tolerance", TOLERANCES)
+@tolerances
 @pytest.mark.parametrize("name", [name for name in IMPLICIT if name not in SUBSTEPPED])
 def test_implementations_agree(name: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, rows = references.case(name), uneven(name)
     found = {}
     for implementation in ("native", "torch"):
         monkeypatch.setenv(VARIABLE, implementation)
-        model = loaded(case, tolerance)
+        model = loaded(references.case(name), tolerance)
         by = [segment.implementation.startswith("torch") for segment in caller_of(model).program.implicit]
         assert all(by) if implementation == "torch" or name in OTHERS else not any(by)
-        found[implementation] = model.solve(rows)
+        found[implementation] = model.solve(uneven(name), jacobian=bool(model.derivative_pairs))
     kernels, tensors = found.values()
     assert torch.equal(kernels.converged, tensors.converged)
     assert torch.equal(kernels.iterations, tensors.iterations)
+    good = kernels.converged
     for out, value in kernels.outputs.items():
-        good = kernels.converged
         scale = float(value[good].abs().max())
         assert float((value[good] - tensors.outputs[out][good]).abs().max()) <= 1e-13 * scale, out
+    for out, row in kernels.blocks.items():
+        for by_name, block in row.items():
+            expected = tensors.blocks[out][by_name][good]
+            scale = max(float(expected.abs().max()), 1e-6)
+            torch.testing.assert_close(block[good], expected, rtol=0.0, atol=1e-8 * scale)
 
 
 def test_rows_at_loose_tolerances_are_right_and_not_only_alike(implementation: str) -> None:

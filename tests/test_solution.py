@@ -1,4 +1,4 @@
-"""`Model.solve` with derivatives, and derivatives of chosen pairs, against `forward` and `jacobian`."""
+"""`Model.solve`: outcomes, rows whose results are not finite, derivatives of chosen pairs and with all their rows."""
 
 from __future__ import annotations
 
@@ -9,72 +9,35 @@ import pytest
 import torch
 
 import references
-from neml2_aoti_plugin import (
-    ConvergenceError,
-    DerivativeNotCompiledError,
-    InputTypeError,
-    Model,
-    UnknownNameError,
-)
-from neml2_aoti_plugin._program.implicit import ImplicitSegment
+from neml2_aoti_plugin import ConvergenceError, DerivativeNotCompiledError, InputTypeError, Model, UnknownNameError
 from neml2_aoti_plugin._program.program import Program
 from neml2_aoti_plugin.model import Outcome
 from references import Tensors, difference
-from stubs.catalogue import CATALOGUE
+
+NOT_FINITE = int(Outcome.NOT_FINITE)
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of every evaluation that programs make from now on."""
     seen: list[dict[str, Any]] = []
     evaluate = Program.evaluate
 
-    def noted(self: Program, *arguments: Any, **options: Any) -> Any:
-        seen.append(inspect.signature(evaluate).bind(self, *arguments, **options).arguments)
-        return evaluate(self, *arguments, **options)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        seen.append(inspect.signature(evaluate).bind(*arguments, **options).arguments)
+        return evaluate(*arguments, **options)
 
     monkeypatch.setattr(Program, "evaluate", noted)
     return seen
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
-def test_one_evaluation_gives_what_forward_and_jacobian_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["elasticity", "viscoplasticity", "cross_group", "substepping", "calibration"])
+def test_values_and_derivatives_come_of_one_evaluation(name: str, evaluations: list[dict[str, Any]]) -> None:
     case = references.case(name)
-    model, states = case.model, case.states
-    derived = bool(model.derivative_pairs)
-    outputs, blocks = model.jacobian(states, expand=True) if derived else (model.forward(states), {})
-    evaluations = counted(monkeypatch)
-    found = model.solve(states, jacobian=derived)
+    found = case.model.solve(case.states, jacobian=bool(case.model.derivative_pairs))
     assert len(evaluations) == 1
-    batch = next(iter(states.values())).shape[:2]
+    batch = next(iter(case.states.values())).shape[:2]
     assert found.converged.shape == found.iterations.shape == found.outcome.shape == batch
-    assert found.converged.dtype == torch.bool and bool(found.converged.all()) and not found.outcome.any()
-    assert bool((found.iterations > 0).any()) == (case.implicit is not None)
-    assert list(found.outputs) == model.output_names
-    assert all(torch.equal(found.outputs[out], value) for out, value in outputs.items())
-    assert [(o, i) for o, row in found.blocks.items() for i in row] == [
-        (o, i) for o, row in blocks.items() for i in row
-    ]
-    assert all(torch.equal(found.blocks[out][by], blocks[out][by]) for out, by in model.derivative_pairs)
-
-
-@pytest.mark.parametrize("name", CATALOGUE)
-def test_a_row_that_fails_is_nan_and_touches_no_other(name: str) -> None:
-    case = references.case(name)
-    model, rows = case.model, case.rows()
-    derived = bool(model.derivative_pairs)
-    expected = model.solve(rows, jacobian=derived)
-    rows[case.driven] = rows[case.driven].clone()
-    rows[case.driven][1] = torch.nan
-    found = model.solve(rows, jacobian=derived)
-    good = torch.arange(len(found.converged)) != 1
-    assert torch.equal(found.converged, good)
-    assert int(found.outcome[1]) != Outcome.CONVERGED and not found.outcome[good].any()
-    assert torch.equal(found.iterations[good], expected.iterations[good])
-    values = [(found.outputs[out], expected.outputs[out]) for out in model.output_names]
-    values += [(found.blocks[out][by], expected.blocks[out][by]) for out, by in model.derivative_pairs]
-    for value, wanted in values:
-        assert bool(value[1].isnan().all())
-        assert difference(value[good], wanted[good], float(wanted.abs().max())) < (1e-9 if derived else 1e-10)
 
 
 def test_all_rows_may_fail() -> None:
@@ -95,130 +58,100 @@ def test_outcome_tells_why() -> None:
     assert found.outcome.shape == found.converged.shape == (3, 3) and found.blocks == {}
     assert bool((found.outcome == Outcome.OUT_OF_ITERATIONS).any())
     assert torch.equal(found.outcome == Outcome.CONVERGED, found.converged)
+    assert Outcome.NOT_FINITE.words == "not finite"
 
 
-def test_row_with_a_derivative_that_is_not_finite_fails_where_derivatives_are_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    case = references.case("viscoplasticity")
-    model, rows = case.load(), case.rows()
-    carry = ImplicitSegment.carry
-
-    def spoiled(self: ImplicitSegment, *arguments: Any, **options: Any) -> Any:
-        found = carry(self, *arguments, **options)
-        for columns in found.values():
-            for column in columns.values():
-                assert column is not None
-                column[2] = torch.nan
-        return found
-
-    monkeypatch.setattr(ImplicitSegment, "carry", spoiled)
-    assert bool(model.solve(rows).converged.all())
-    found = model.solve(rows, jacobian=True)
-    assert (~found.converged).nonzero().tolist() == [[2]] and int(found.outcome[2]) == Outcome.NOT_FINITE
-    assert bool(found.outputs["stress"][2].isnan().all())
+# -- rows whose results are NaN or infinite, though no solve failed ----------------------------------------------------
 
 
-class TestNotFinite:
-    """Rows whose results are NaN or infinite, though no solve failed, against neighbours and the same rows alone."""
+@pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3)])
+@pytest.mark.parametrize("expand", [True, False])
+def test_row_of_an_explicit_model_fails_alone(batch: tuple[int, ...], expand: bool) -> None:
+    model = references.case("elasticity").model
+    strain = torch.rand((*batch, 6), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    good = model.solve({"strain": strain}, jacobian=True, expand=expand)
+    assert bool(good.converged.all())
+    strain.view(-1, 6)[0, 2] = torch.nan
+    found = model.solve({"strain": strain}, jacobian=True, expand=expand)
+    assert found.converged.shape == found.outcome.shape == batch
+    assert found.outcome.flatten()[0] == NOT_FINITE and found.outcome.count_nonzero() == 1
+    assert torch.equal(found.converged, found.outcome == Outcome.CONVERGED)
+    block, expected = found.blocks["stress"]["strain"], good.blocks["stress"]["strain"]
+    pairs = [(found.outputs["stress"].view(-1, 6), good.outputs["stress"].view(-1, 6))]
+    if expand or not batch:
+        pairs.append((block.reshape(-1, 6, 6), expected.reshape(-1, 6, 6)))
+    else:
+        assert torch.equal(block, expected)
+    for value, wanted in pairs:
+        assert bool(value[0].isnan().all()) and torch.equal(value[1:], wanted[1:])
+    # What does not solve gives NaN for NaN.
+    for outputs in (model.forward({"strain": strain}), model.jacobian({"strain": strain})[0]):
+        stress = outputs["stress"].view(-1, 6)
+        assert bool(stress[0].isnan().all()) and torch.equal(stress[1:], pairs[0][1][1:])
 
-    @pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3)])
-    @pytest.mark.parametrize("expand", [True, False])
-    def test_row_of_an_explicit_model_fails_alone(self, batch: tuple[int, ...], expand: bool) -> None:
-        model = references.case("elasticity").model
-        strain = torch.rand((*batch, 6), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        good = model.solve({"strain": strain}, jacobian=True, expand=expand)
-        assert bool(good.converged.all())
-        strain.view(-1, 6)[0, 2] = torch.nan
-        found = model.solve({"strain": strain}, jacobian=True, expand=expand)
-        assert found.converged.shape == found.outcome.shape == batch
-        assert found.outcome.flatten()[0] == Outcome.NOT_FINITE and found.outcome.count_nonzero() == 1
-        assert torch.equal(found.converged, found.outcome == Outcome.CONVERGED)
-        stress = found.outputs["stress"].view(-1, 6)
-        assert bool(stress[0].isnan().all())
-        assert torch.equal(stress[1:], good.outputs["stress"].view(-1, 6)[1:])
-        block, expected = found.blocks["stress"]["strain"], good.blocks["stress"]["strain"]
-        if not expand and batch:
-            assert torch.equal(block, expected)
-        else:
-            assert bool(block.reshape(-1, 6, 6)[0].isnan().all())
-            assert torch.equal(block.reshape(-1, 6, 6)[1:], expected.reshape(-1, 6, 6)[1:])
-        assert Outcome.NOT_FINITE.words == "not finite"
 
-    def test_forward_and_jacobian_of_an_explicit_model_give_nan(self) -> None:
-        model = references.case("elasticity").model
-        strain = torch.full((3, 6), 1e-3, dtype=torch.float64)
-        good = model.forward({"strain": strain})["stress"]
-        strain[1] = torch.nan
-        for found in (model.forward({"strain": strain}), model.jacobian({"strain": strain})[0]):
-            assert bool(found["stress"][1].isnan().all()) and torch.equal(found["stress"][::2], good[::2])
+@pytest.mark.parametrize("pairs", [None, [("stress", "strain")]])
+def test_block_that_all_rows_share_fails_all(pairs: list[tuple[str, str]] | None) -> None:
+    strain, nan = torch.zeros((4, 6), dtype=torch.float64), torch.tensor(torch.nan, dtype=torch.float64)
+    model = references.case("promoted").model
+    found = model.solve({"strain": strain}, {"promoted.E": nan}, pairs=pairs, expand=False)
+    assert not found.converged.any() and bool((found.outcome == NOT_FINITE).all())
 
-    @pytest.mark.parametrize("pairs", [None, [("stress", "strain")]])
-    def test_block_that_all_rows_share_fails_all(self, pairs: list[tuple[str, str]] | None) -> None:
-        case = references.case("promoted")
-        strain = torch.zeros((4, 6), dtype=torch.float64)
-        found = case.model.solve(
-            {"strain": strain}, {"promoted.E": torch.tensor(torch.nan, dtype=torch.float64)}, pairs=pairs, expand=False
-        )
-        assert not found.converged.any() and bool((found.outcome == Outcome.NOT_FINITE).all())
 
-    @pytest.mark.wide
-    def test_time_that_stands_still_under_a_rate(self) -> None:
-        model, rows = self.opening()
+@pytest.mark.wide
+class TestRates:
+    """Rates divide by the step of time."""
+
+    @pytest.fixture
+    def opening(self) -> tuple[Model, Tensors]:
+        """A cohesive zone with five points that open."""
+        separation = torch.rand((5, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        zeros = torch.zeros(5, dtype=torch.float64)
+        before = {"separation~1": 0.5 * separation, "t~1": zeros, "damage~1": zeros.clone()}
+        return references.case("cohesive").model, {"separation": separation, "t": zeros + 1.0, **before}
+
+    def test_time_that_stands_still(self, opening: tuple[Model, Tensors]) -> None:
+        model, rows = opening
         good = model.solve(rows, jacobian=True)
         rows["separation"][1, 2] = torch.nan
         rows["t~1"][3] = rows["t"][3]
         for found in (model.solve(rows), model.solve(rows, jacobian=True)):
-            assert found.outcome.tolist() == [0, Outcome.NOT_FINITE, 0, Outcome.NOT_FINITE, 0]
-            for out, value in found.outputs.items():
-                assert bool(value[[1, 3]].isnan().all())
-                assert torch.equal(value[::2], good.outputs[out][::2])
-        for out, by in model.derivative_pairs:
-            assert torch.equal(found.blocks[out][by][::2], good.blocks[out][by][::2])
-            assert bool(found.blocks[out][by][[1, 3]].isnan().all())
+            assert found.outcome.tolist() == [0, NOT_FINITE, 0, NOT_FINITE, 0]
+            values = [(x, good.outputs[out]) for out, x in found.outputs.items()]
+            values += [(x, good.blocks[out][by]) for out, row in found.blocks.items() for by, x in row.items()]
+            for value, wanted in values:
+                assert bool(value[[1, 3]].isnan().all()) and torch.equal(value[::2], wanted[::2])
 
-    @pytest.mark.wide
-    def test_derivative_fails_a_row_only_where_it_is_asked_for(self) -> None:
-        model, rows = self.opening()
+    def test_derivative_fails_a_row_only_where_it_is_asked_for(self, opening: tuple[Model, Tensors]) -> None:
+        model, rows = opening
         # The rate is 1e199 or so, and its derivative by time 1e399.
         rows["t"][2] = 1e-200
         assert bool(model.solve(rows).converged.all())
         assert bool(model.solve(rows, pairs=[("traction", "separation")]).converged.all())
         found = model.solve(rows, pairs=[("traction", "separation"), ("separation_rate", "t")])
-        assert found.outcome.tolist() == [0, 0, Outcome.NOT_FINITE, 0, 0]
+        assert found.outcome.tolist() == [0, 0, NOT_FINITE, 0, 0]
 
-    @pytest.mark.wide
     def test_explicit_segment_behind_a_solve_that_converged(self) -> None:
-        case = references.case("rates")
-        model, rows = case.model, case.rows()
+        model, rows = references.case("rates").model, references.case("rates").rows()
         good = model.solve(rows, jacobian=True)
-        assert bool(good.converged.all())
         rows["t"] = rows["t"].clone()
         rows["t"][1] = rows["t~1"][1]
+        others = torch.arange(len(rows["t"])) != 1
         for found in (model.solve(rows), model.solve(rows, jacobian=True)):
-            assert found.outcome[1] == Outcome.NOT_FINITE and found.outcome.count_nonzero() == 1
+            assert found.outcome[1] == NOT_FINITE and found.outcome.count_nonzero() == 1
             assert bool(found.outputs["stress"][1].isnan().all())
-            others = torch.arange(len(found.outcome)) != 1
-            for out, value in found.outputs.items():
-                assert torch.equal(value[others], good.outputs[out][others])
+            assert all(torch.equal(x[others], good.outputs[out][others]) for out, x in found.outputs.items())
         # A step of no length changes nothing, and has no rate.
         values = model.forward(rows)
         assert torch.equal(values["stress"][1], rows["stress~1"][1]) and bool(values["stress_rate"][1].isnan())
-        with pytest.raises(ConvergenceError, match=r"row 1: not finite"):
+        with references.reported(
+            ConvergenceError, "row 1: not finite", "'t' equals 't~1' in 1 of these rows"
+        ) as raised:
             model.jacobian(rows)
+        assert "better predictor" not in str(raised.value)
 
-    def opening(self) -> tuple[Model, Tensors]:
-        """A cohesive zone with five points that open."""
-        n = 5
-        separation = torch.rand((n, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-        zeros = torch.zeros(n, dtype=torch.float64)
-        return references.case("cohesive").model, {
-            "separation": separation,
-            "separation~1": 0.5 * separation,
-            "t": zeros + 1.0,
-            "t~1": zeros,
-            "damage~1": zeros.clone(),
-        }
+
+# -- which derivatives ------------------------------------------------------------------------------------------------
 
 
 class TestPairs:
@@ -230,21 +163,16 @@ class TestPairs:
     def rows(self) -> Tensors:
         return references.case("calibration").rows()
 
-    def test_chosen_alone(self, model: Model, rows: Tensors) -> None:
+    def test_chosen_alone(self, model: Model, rows: Tensors, evaluations: list[dict[str, Any]]) -> None:
         _, every = model.jacobian(rows)
+        evaluations.clear()
         chosen = [("equivalent_plastic_strain", "strain"), ("stress", "t"), ("stress", "t")]
         for blocks in (model.jacobian(rows, pairs=chosen)[1], model.solve(rows, pairs=chosen).blocks):
-            assert {out: list(row) for out, row in blocks.items()} == {
-                "equivalent_plastic_strain": ["strain"],
-                "stress": ["t"],
-            }
-            for out, by in chosen:
-                assert difference(blocks[out][by], every[out][by], 1e-6) < 1e-9
-
-    def test_only_what_is_needed_is_carried(self, model: Model, rows: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen = counted(monkeypatch)
-        model.jacobian(rows, pairs=[("stress", "strain")])
-        assert [list(arguments["tangents"]) for arguments in seen] == [["strain"]]
+            names = {out: list(row) for out, row in blocks.items()}
+            assert names == {"equivalent_plastic_strain": ["strain"], "stress": ["t"]}
+            assert all(difference(blocks[out][by], every[out][by], 1e-6) < 1e-9 for out, by in chosen)
+        # Only what is needed is carried.
+        assert [sorted(arguments["tangents"]) for arguments in evaluations] == [["strain", "t"]] * 2
 
     def test_none(self, model: Model, rows: Tensors) -> None:
         assert model.jacobian(rows, pairs=[])[1] == {} and model.solve(rows, pairs=()).blocks == {}
@@ -291,26 +219,22 @@ class TestPairs:
         assert case.model.solve(case.rows(), pairs=[]).blocks == {}
 
 
-class TestExpand:
-    @pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3)])
-    def test_constant_block(self, batch: tuple[int, ...]) -> None:
-        model = references.case("elasticity").model
-        strain = torch.full((*batch, 6), 1e-3, dtype=torch.float64)
-        _, once = model.jacobian({"strain": strain})
-        _, each = model.jacobian({"strain": strain}, expand=True)
-        solved = model.solve({"strain": strain}, jacobian=True)
-        assert once["stress"]["strain"].shape == (6, 6)
-        for block in (each["stress"]["strain"], solved.blocks["stress"]["strain"]):
-            assert block.shape == (*batch, 6, 6) and block.is_contiguous()
-            assert torch.equal(block, once["stress"]["strain"].expand(*batch, 6, 6))
-        assert solved.converged.shape == solved.outcome.shape == batch
-        assert model.solve({"strain": strain}, jacobian=True, expand=False).blocks["stress"]["strain"].shape == (6, 6)
+@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3)])
+def test_constant_block_is_given_once_or_for_each_row(batch: tuple[int, ...]) -> None:
+    model = references.case("elasticity").model
+    inputs = {"strain": torch.full((*batch, 6), 1e-3, dtype=torch.float64)}
+    once = model.jacobian(inputs)[1]["stress"]["strain"]
+    assert once.shape == (6, 6)
+    for blocks in (model.jacobian(inputs, expand=True)[1], model.solve(inputs, jacobian=True).blocks):
+        block = blocks["stress"]["strain"]
+        assert block.is_contiguous() and torch.equal(block, once.expand(*batch, 6, 6))
+    assert model.solve(inputs, jacobian=True, expand=False).blocks["stress"]["strain"].shape == (6, 6)
 
-    def test_of_a_model_that_iterates(self) -> None:
-        case = references.case("viscoplasticity")
-        rows = case.rows()
-        plain, expanded = case.model.jacobian(rows), case.model.jacobian(rows, expand=True)
-        assert torch.equal(plain[1]["stress"]["strain"], expanded[1]["stress"]["strain"])
+
+def test_block_of_a_model_that_iterates_has_its_rows_always() -> None:
+    case = references.case("viscoplasticity")
+    plain, expanded = case.model.jacobian(case.rows()), case.model.jacobian(case.rows(), expand=True)
+    assert torch.equal(plain[1]["stress"]["strain"], expanded[1]["stress"]["strain"])
 
 
 def test_digest_is_that_of_the_files() -> None:
