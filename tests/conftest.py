@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from filelock import FileLock
 
 import environments
 import references
+from neml2_aoti_plugin._program.program import Program
 from stubs.build import OlderTorchError
 from stubs.catalogue import CATALOGUE
 
@@ -73,6 +75,20 @@ def doubles() -> Iterator[None]:
     """What computes in torch's default dtype computes in double precision."""
     with references.default_dtype(torch.float64):
         yield
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of every evaluation that programs make from now on."""
+    seen: list[dict[str, Any]] = []
+    evaluate = Program.evaluate
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        seen.append(inspect.signature(evaluate).bind(*arguments, **options).arguments)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(Program, "evaluate", noted)
+    return seen
 
 
 @pytest.fixture

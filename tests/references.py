@@ -356,6 +356,14 @@ def altered(name: str, folder: Path, **keys: object) -> Model:
     return Model(edited(case(name), folder, lambda metadata: metadata.update(keys)))
 
 
+def flat(result: object, name: str = "") -> Tensors:
+    """All tensors of a result, by their place in it."""
+    if isinstance(result, Tensor):
+        return {name: result}
+    entries = result.items() if isinstance(result, dict) else enumerate(result)  # type: ignore[arg-type]
+    return {place: x for key, value in entries for place, x in flat(value, f"{name}/{key}").items()}
+
+
 def few(of: Case) -> Tensors:
     """A few rows of a case for what is evaluated many times over: two points of one step."""
     return {name: x[-1, -2:] for name, x in of.states.items()}

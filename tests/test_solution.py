@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -10,33 +9,19 @@ import torch
 
 import references
 from neml2_aoti_plugin import ConvergenceError, DerivativeNotCompiledError, InputTypeError, Model, UnknownNameError
-from neml2_aoti_plugin._program.program import Program
 from neml2_aoti_plugin.model import Outcome
 from references import Tensors, difference
 
 NOT_FINITE = int(Outcome.NOT_FINITE)
 
 
-@pytest.fixture
-def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The arguments of every evaluation that programs make from now on."""
-    seen: list[dict[str, Any]] = []
-    evaluate = Program.evaluate
-
-    def noted(*arguments: Any, **options: Any) -> Any:
-        seen.append(inspect.signature(evaluate).bind(*arguments, **options).arguments)
-        return evaluate(*arguments, **options)
-
-    monkeypatch.setattr(Program, "evaluate", noted)
-    return seen
-
-
 @pytest.mark.parametrize("name", ["elasticity", "viscoplasticity", "cross_group", "substepping", "calibration"])
 def test_values_and_derivatives_come_of_one_evaluation(name: str, evaluations: list[dict[str, Any]]) -> None:
     case = references.case(name)
-    found = case.model.solve(case.states, jacobian=bool(case.model.derivative_pairs))
+    states, batch = case.states, next(iter(case.states.values())).shape[:2]
+    evaluations.clear()
+    found = case.model.solve(states, jacobian=bool(case.model.derivative_pairs))
     assert len(evaluations) == 1
-    batch = next(iter(case.states.values())).shape[:2]
     assert found.converged.shape == found.iterations.shape == found.outcome.shape == batch
 
 
