@@ -14,49 +14,36 @@ from hypothesis import strategies as st
 import references
 from attacks import documents
 from attacks.children import run
-from neml2_aoti_plugin import AOTIError, ArtifactError, ConvergenceError
+from neml2_aoti_plugin import AOTIError, ArtifactError
 from neml2_aoti_plugin._artifact import decode
 
 WORKER = "import sys; from attacks import worker; sys.exit(worker.main())"
+RELEASED = sorted((Path(__file__).parent / "data").glob("*.json"))
 
 # The long run takes ten thousand mutations of metadata and a thousand of packages over models of every kind.
 KINDS = ["elasticity", "promoted", "promoted_implicit", "composed", "cross_group", "krylov", "predictor_loop"]
 KINDS += ["substepping", "viscoplasticity", "renamed"]
+# Kind of damage, artifact, seed and count.
+SHORT = [("metadata", "elasticity", 1, 120), ("metadata", "calibration", 2, 120)]
+SHORT += [("archive", "elasticity", 3, 30), ("archive", "calibration", 4, 30)]
+LONG = [(kind, name, *rest) for kind, *rest in (("metadata", 100, 1050), ("archive", 200, 110)) for name in KINDS]
+FOR_LONG = (pytest.mark.long, pytest.mark.timeout(1800))
 
 
-def damage(kind: str, name: str, folder: Path, seed: int, count: int, limit: float) -> dict[str, int]:
-    """Have a worker damage an artifact and load it, many times; tell how that ended."""
-    out = run(WORKER, kind, references.case(name).artifact, folder, seed, count, limit=limit)
+@pytest.mark.parametrize(
+    ("kind", "name", "seed", "count"), [*SHORT, *(pytest.param(*damage, marks=FOR_LONG) for damage in LONG)]
+)
+def test_damaged_artifacts(kind: str, name: str, seed: int, count: int, tmp_path: Path) -> None:
+    """A worker damages an artifact and loads it, many times, and tells how that ended."""
+    limit = 100 if count < 1000 and seed < 100 else 1700
+    out = run(WORKER, kind, references.case(name).artifact, tmp_path, seed, count, limit=limit)
     found = json.loads(out[out.rindex('{"ends"') :])
     assert found["wrong"] == [] and found["escapes"] == [] and found["strays"] == []
     ends: dict[str, int] = found["ends"]
     # Both must happen, else the mutations are too tame or too wild to tell anything.
     assert ends["loads"] > count // 20 and ends["ArtifactError"] > count // 5, ends
-    return ends
-
-
-# Kind of damage, artifact, seed and count.
-SHORT = [("metadata", "elasticity", 1, 120), ("metadata", "calibration", 2, 120)]
-SHORT += [("archive", "elasticity", 3, 30), ("archive", "calibration", 4, 30)]
-
-
-@pytest.mark.parametrize(("kind", "name", "seed", "count"), SHORT)
-def test_damaged_artifacts(kind: str, name: str, seed: int, count: int, tmp_path: Path) -> None:
-    assert damage(kind, name, tmp_path, seed, count, 100)["mutations"] == count
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("kind", "seed", "count"), [("metadata", 100, 1050), ("archive", 200, 110)])
-@pytest.mark.parametrize("name", KINDS)
-def test_damaged_artifacts_for_long(kind: str, name: str, seed: int, count: int, tmp_path: Path) -> None:
-    ends = damage(kind, name, tmp_path, seed, count, 1700)
-    print(name, ends)
     # hypothesis draws some documents that it does not count.
-    assert ends["mutations"] >= count * 0.95
-
-
-RELEASED = sorted((Path(__file__).parent / "data").glob("*.json"))
+    assert ends["mutations"] >= count * (0.95 if limit > 100 else 1.0)
 
 
 @pytest.mark.parametrize("file", RELEASED, ids=lambda file: file.stem)
@@ -100,52 +87,33 @@ def test_deep_nesting_is_refused_or_has_no_effect(depth: int, artifact: Path) ->
 
 
 REMOVED = object()
+IN_BOTH = [(f"segments.{i}.jacobian_pairs.0.{key}", i) for i in (0, 1) for key in ("out_var", "in_var")]
 
 
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        ("solver_config.miters", 2**31, r"solver_config\.miters is 2147483648, expected a whole .* of at most 100000"),
-        ("solver_config.rtol", -1.0, r"solver_config\.rtol is -1\.0, expected a number of at least 0"),
-        ("solver_config.atol", float("nan"), r"solver_config\.atol is nan, expected a number of at least 0"),
+        (
+            "solver_config.miters",
+            2**31,
+            "solver_config.miters is 2147483648, expected a whole number of at most 100000",
+        ),
+        ("solver_config.rtol", -1.0, "solver_config.rtol is -1.0, expected a number of at least 0"),
+        ("solver_config.atol", float("nan"), "solver_config.atol is nan, expected a number of at least 0"),
         ("solver_config.ls_type", "x", "ls_type is a str, expected one of BACKTRACKING, STRONG_WOLFE"),
         ("segments.0.kind", "\ud800", "half a character"),
-        (
-            "inputs.0.base_shape",
-            [2**40, 2**40],
-            r"inputs\[0\]\.base_shape is a list, expected a shape of a sensible size",
-        ),
+        ("inputs.0.base_shape", [2**40] * 2, "inputs[0].base_shape is a list, expected a shape of a sensible size"),
         ("outputs", [], "outputs is a list, expected a list of at least one entry"),
-        ("derivatives.0", ["stress"], r"derivatives\[0\] is a list, expected a list of length 2"),
-        (
-            "boundary_aliases",
-            {"inputs": {"t": "a", "t~1": "a"}},
-            r"aliases\.inputs .* boundary names that are all diff",
-        ),
-        (
-            "segments.1.givens.0.role",
-            "none",
-            r"segments\[1\]\.givens\[0\]\.role is a str, expected one of old_state, old_f",
-        ),
-        ("segments.1.max_substepping_level", 31, r"level is 31, expected a whole number of at most 30"),
-        (
-            "segments.1.unknown_group_infos.0.per_var_info",
-            [],
-            "unknown_group_infos is a list, expected at least one unknown",
-        ),
-        ("segments.1.predictor_inputs", ["t", "t"], r"segments\[1\]\.predictor_inputs .* all different"),
-        ("segments.1.predictor_inputs", REMOVED, r"segments\[1\] has no key 'predictor_inputs'; it has kind, "),
-        ("segments.1.solve_ift_package", REMOVED, r"segments\[1\] has no key 'solve_ift_package'"),
-        ("segments.0.jacobian_pairs", REMOVED, r"segments\[0\] has no key 'jacobian_pairs'"),
-        *(
-            (
-                f"segments.{i}.jacobian_pairs.0.{key}",
-                "x",
-                rf"segments\[{i}\] has a derivative of .*'x'.*, where it computes",
-            )
-            for i in (0, 1)
-            for key in ("out_var", "in_var")
-        ),
+        ("derivatives.0", ["stress"], "derivatives[0] is a list, expected a list of length 2"),
+        ("boundary_aliases", {"inputs": {"t": "a", "t~1": "a"}}, "boundary names that are all diff"),
+        ("segments.1.givens.0.role", "none", "segments[1].givens[0].role is a str, expected one of old_state, old_f"),
+        ("segments.1.max_substepping_level", 31, "level is 31, expected a whole number of at most 30"),
+        ("segments.1.unknown_group_infos.0.per_var_info", [], "_infos is a list, expected at least one unknown"),
+        ("segments.1.predictor_inputs", ["t", "t"], "segments[1].predictor_inputs"),
+        ("segments.1.predictor_inputs", REMOVED, "segments[1] has no key 'predictor_inputs'; it has kind, "),
+        ("segments.1.solve_ift_package", REMOVED, "segments[1] has no key 'solve_ift_package'"),
+        ("segments.0.jacobian_pairs", REMOVED, "segments[0] has no key 'jacobian_pairs'"),
+        *((place, "x", f"segments[{i}] has a derivative of ") for place, i in IN_BOTH),
     ],
 )
 def test_what_does_not_fit_is_named_by_its_key(place: str, value: object, words: str) -> None:
@@ -155,59 +123,36 @@ def test_what_does_not_fit_is_named_by_its_key(place: str, value: object, words:
     parent[key] = value
     if value is REMOVED:
         del parent[key]
-    with pytest.raises(ArtifactError, match=words) as raised:
+    with references.reported(ArtifactError, words, "neml2-compile") as raised:
         decode.metadata(document, "file")
-    assert str(raised.value).startswith("file: ") and "neml2-compile" in str(raised.value)
+    assert str(raised.value).startswith("file: ")
 
 
-class TestNumbers:
-    @settings(max_examples=40, deadline=None, derandomize=True)
-    @given(st.lists(st.floats(width=64), min_size=6, max_size=18).map(lambda x: x[: len(x) // 6 * 6]))
-    def test_any_number_at_all_spoils_no_other_row(self, numbers: list[float]) -> None:
-        model = references.case("elasticity").model
-        sound = torch.tensor([[1e-3, 2e-3, 3e-3, 0.0, 0.0, 1e-3]], dtype=torch.float64)
-        odd = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 6)
-        found = model.forward({"strain": torch.cat([odd, sound])})["stress"]
-        assert torch.equal(found[-1:], model.forward({"strain": sound})["stress"])
-        bad = ~odd.isfinite().all(-1)
-        assert (~found[:-1][bad].isfinite()).any(-1).all()
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.floats(width=64), min_size=6, max_size=18).map(lambda x: x[: len(x) // 6 * 6]))
+def test_any_number_at_all_spoils_no_other_row(numbers: list[float]) -> None:
+    model = references.case("elasticity").model
+    sound = torch.tensor([[1e-3, 2e-3, 3e-3, 0.0, 0.0, 1e-3]], dtype=torch.float64)
+    odd = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 6)
+    found = model.forward({"strain": torch.cat([odd, sound])})["stress"]
+    assert torch.equal(found[-1:], model.forward({"strain": sound})["stress"])
+    bad = ~odd.isfinite().all(-1)
+    assert (~found[:-1][bad].isfinite()).any(-1).all()
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
-    @pytest.mark.parametrize("name", ["viscoplasticity", "composed", "krylov"])
-    def test_a_row_without_a_solution_fails_alone(self, name: str, value: float) -> None:
-        model, inputs = references.case(name).model, references.case(name).rows()
-        right = model.solve(inputs)
-        assert right.converged.all()
-        variable = next(n for n, v in model.inputs.items() if v.type == "SR2" and "~" not in n)
-        broken = {n: x.clone() for n, x in inputs.items()}
-        broken[variable][1] = value
-        found = model.solve(broken)
-        assert found.converged.tolist() == [i != 1 for i in range(found.converged.numel())]
-        for key, output in found.outputs.items():
-            assert output[1].isnan().all()
-            assert torch.equal(output[2:], right.outputs[key][2:]) and torch.equal(output[0], right.outputs[key][0])
-        with pytest.raises(ConvergenceError):
-            model.forward(broken)
 
-    def test_zero_rows_and_a_million(self) -> None:
-        model = references.case("elasticity").model
-        assert model.forward({"strain": torch.zeros(0, 6, dtype=torch.float64)})["stress"].shape == (0, 6)
-        few = torch.rand(1000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        many = model.forward({"strain": few.repeat(1000, 1)})["stress"]
-        once = model.forward({"strain": few})["stress"]
-        assert many.shape == (1_000_000, 6)
-        assert torch.equal(many.reshape(1000, 1000, 6), once.expand(1000, 1000, 6))
+A_MILLION = [
+    "elasticity",
+    pytest.param("promoted_implicit", marks=[pytest.mark.long, pytest.mark.wide, pytest.mark.timeout(1200)]),
+]
 
-    @pytest.mark.long
-    @pytest.mark.wide
-    @pytest.mark.timeout(1200)
-    def test_a_million_rows_of_an_implicit_model(self) -> None:
-        case = references.case("promoted_implicit")
-        rows = case.rows()
-        count = next(iter(rows.values())).shape[0]
-        times = -(-1_000_000 // count)
-        once = case.model.forward(rows)
-        many = case.model.forward({n: x.repeat(times, *(1 for _ in x.shape[1:])) for n, x in rows.items()})
-        for name, value in once.items():
-            assert many[name].shape[0] >= 1_000_000
-            assert torch.equal(many[name].reshape(times, *value.shape), value.expand(times, *value.shape))
+
+@pytest.mark.parametrize("name", A_MILLION)
+def test_a_million_rows(name: str) -> None:
+    case = references.case(name)
+    rows = case.rows()
+    count = next(iter(rows.values())).shape[0]
+    times = -(-1_000_000 // count)
+    once = case.model.forward(rows)
+    many = case.model.forward({n: x.repeat(times, *(1 for _ in x.shape[1:])) for n, x in rows.items()})
+    for name, value in once.items():
+        assert torch.equal(many[name].reshape(times, *value.shape), value.expand(times, *value.shape))
