@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ ROWS = 4_711
 @pytest.fixture(autouse=True)
 def threads_as_before() -> Iterator[None]:
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
@@ -43,9 +45,8 @@ def many(name: str, count: int = ROWS) -> Tensors:
 def everything(name: str, count: int = ROWS) -> dict[str, Tensor]:
     """All that the calls of a model give for many rows."""
     model, rows = references.case(name).load(), many(name, count)
-    found = dict(model.forward(rows))
     solution = model.solve(rows)
-    found |= {"converged": solution.converged, "iterations": solution.iterations}
+    found = {**model.forward(rows), "converged": solution.converged, "iterations": solution.iterations}
     if model.derivative_pairs:
         compiled = {by for _, by in model.derivative_pairs}
         tangents = {n: torch.ones_like(x) for n, x in rows.items() if n in compiled}
@@ -60,57 +61,42 @@ def everything(name: str, count: int = ROWS) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["viscoplasticity", "composed", "elasticity"])
-def test_results_have_the_same_bits_on_any_number_of_threads(name: str) -> None:
+def test_results_have_the_same_bits_on_any_number_of_threads_and_beside_other_calls(name: str) -> None:
     count = ROWS if name != "elasticity" else 70_001
     torch.set_num_threads(1)
     right = everything(name, count)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        found = everything(name, count)
+
+    def require_the_same(found: dict[str, Tensor]) -> None:
         assert found.keys() == right.keys()
         assert [key for key, value in right.items() if not torch.equal(found[key], value)] == []
-        assert torch.get_num_threads() == threads
 
-
-def test_as_many_threads_work_as_torch_has() -> None:
-    """The barrier lets nobody pass before that many tasks run at once."""
     for threads in (2, 3):
         torch.set_num_threads(threads)
-        barrier = threading.Barrier(threads)
-        who: set[int] = set()
-
-        def task(barrier: threading.Barrier = barrier, who: set[int] = who) -> None:
-            barrier.wait(30)
-            who.add(threading.get_ident())
-            # torch's operators in a task stay in its thread.
-            assert torch.get_num_threads() == 1
-
-        run_all([task] * threads)
-        assert len(who) == threads and threading.get_ident() in who
+        require_the_same(everything(name, count))
         assert torch.get_num_threads() == threads
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: everything(name, count), range(4)):
+            require_the_same(found)
 
 
-def test_few_rows_stay_in_the_thread_of_the_caller() -> None:
-    torch.set_num_threads(2)
-    run_fresh(
-        """
-        import sys, threading, torch
-        from neml2_aoti_plugin import Model
-        torch.set_num_threads(4)
-        model = Model(sys.argv[1])
-        rows = {n: torch.zeros(1024, *v.natural_shape, dtype=torch.float64) for n, v in model.inputs.items()}
-        rows["t"] += 1.0
-        model.forward(rows)
-        assert threading.active_count() == 1
-        model.forward({n: x.repeat(8, *[1] * (x.ndim - 1)) for n, x in rows.items()})
-        assert 1 < threading.active_count() <= 4
-        """,
-        references.case("viscoplasticity").artifact,
-    )
+@pytest.mark.parametrize("threads", [2, 3])
+def test_as_many_threads_work_as_torch_has(threads: int) -> None:
+    """The barrier lets nobody pass before that many tasks run at once."""
+    torch.set_num_threads(threads)
+    barrier, who = threading.Barrier(threads), set[int]()
+
+    def task() -> None:
+        barrier.wait(30)
+        who.add(threading.get_ident())
+        # torch's operators in a task stay in its thread.
+        assert torch.get_num_threads() == 1
+
+    run_all([task] * threads)
+    assert len(who) == threads and threading.get_ident() in who
+    assert torch.get_num_threads() == threads
 
 
 def test_an_error_in_a_task_is_raised_and_nothing_is_begun_after_it() -> None:
-    torch.set_num_threads(2)
     begun: list[int] = []
 
     def task(number: int) -> None:
@@ -118,48 +104,25 @@ def test_an_error_in_a_task_is_raised_and_nothing_is_begun_after_it() -> None:
         if number == 3:
             raise LookupError("task 3")
 
+    tasks: list[Callable[[], None]] = [partial(task, number) for number in range(100)]
     with pytest.raises(LookupError, match="task 3"):
-        run_all([lambda number=number: task(number) for number in range(100)])  # type: ignore[misc]
+        run_all(tasks)
     # The other thread may have been in one, and taken another before it saw the error.
     assert len(begun) <= 6
-    done: list[int] = []
-    run_all([lambda: done.append(1)] * 10)
-    assert len(done) == 10
+    begun.clear()
+    run_all(tasks[10:20])
+    assert len(begun) == 10
 
 
 def test_a_call_within_a_call_waits_for_nobody() -> None:
-    torch.set_num_threads(2)
     done: list[int] = []
-
-    def outer() -> None:
-        run_all([lambda: done.append(1)] * 5)
-
-    run_all([outer] * 8)
+    run_all([lambda: run_all([lambda: done.append(1)] * 5)] * 8)
     assert len(done) == 40
-
-
-def test_calls_of_many_threads_at_once() -> None:
-    torch.set_num_threads(2)
-    model, rows = references.case("viscoplasticity").load(), many("viscoplasticity")
-    right = model.forward(rows)
-    wrong: list[str] = []
-
-    def call() -> None:
-        found = model.forward(rows)
-        wrong.extend(name for name, value in right.items() if not torch.equal(found[name], value))
-
-    callers = [threading.Thread(target=call) for _ in range(6)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert not wrong
 
 
 def test_rows_that_fail_are_those_rows_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
     # Only the native loop promises the same bits beside other rows.
     monkeypatch.setenv("NEML2_AOTI_PLUGIN_KERNELS", "native")
-    torch.set_num_threads(2)
     model, rows = references.case("viscoplasticity").load(), dict(many("viscoplasticity"))
     bad = torch.tensor([0, 1023, 1024, 3000, ROWS - 1])
     rows["strain"] = rows["strain"].index_fill(0, bad, torch.nan)
@@ -170,95 +133,86 @@ def test_rows_that_fail_are_those_rows_in_any_block(monkeypatch: pytest.MonkeyPa
         assert bool(found.outputs[name][bad].isnan().all())
 
 
-# A model with many rows, in a process of its own.
+# -- processes of their own -------------------------------------------------------------------------------------------
+
+
+# A model with many rows.
 SETUP = """
-import multiprocessing, os, signal, sys, threading, time
+import atexit, multiprocessing, os, signal, sys, threading, time
 import torch
+from torch.utils.data import DataLoader, Dataset
 from neml2_aoti_plugin import Model
+
+def given(model, count):
+    rows = {n: torch.zeros(count, *v.natural_shape, dtype=torch.float64) for n, v in model.inputs.items()}
+    rows["t"] += 1.0
+    rows["strain"] += 2e-3 * torch.rand(count, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return rows
+
+def repeated(rows, times):
+    return {n: x.repeat(times, *[1] * (x.ndim - 1)) for n, x in rows.items()}
+
 torch.set_num_threads(2)
+"""
+PROGRAMS = {
+    "few rows stay in the thread of the caller": """
+torch.set_num_threads(4)
 model = Model(sys.argv[1])
-rows = {n: torch.zeros(ROWS, *v.natural_shape, dtype=torch.float64) for n, v in model.inputs.items()}
-rows["t"] += 1.0
-rows["strain"] += 2e-3 * torch.rand(ROWS, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-""".replace("ROWS", "20_000")
-
-
-def artifact() -> object:
-    return references.case("viscoplasticity").artifact
-
-
-def test_interrupt_is_heeded_and_the_model_stays_usable() -> None:
-    """A handler that raises ends the call after a block at most, of many that take a second in all."""
-    said = run(
-        SETUP
-        + """
+model.forward(given(model, 1024))
+assert threading.active_count() == 1
+model.forward(given(model, 8 * 1024))
+assert 1 < threading.active_count() <= 4
+""",
+    # A handler that raises ends the call after a block at most, of many that take a second in all.
+    "an interrupt is heeded and the model stays usable": """
+model = Model(sys.argv[1])
+rows = given(model, 20_000)
 right = model.forward(rows)["stress"]
-big = {n: x.repeat(20, *[1] * (x.ndim - 1)) for n, x in rows.items()}
+big = repeated(rows, 20)
 begun = time.perf_counter()
 model.forward(big)
 whole = time.perf_counter() - begun
 for k in range(5):
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.1 * whole * (k + 1) / 2)
-    begun = time.perf_counter()
     try:
         model.forward(big)
     except KeyboardInterrupt:
-        print("interrupted")
+        pass
     else:
-        print("not interrupted")
+        raise AssertionError("not interrupted")
     assert torch.equal(model.forward(rows)["stress"], right)
 """,
-        artifact(),
-    )
-    assert said.splitlines() == ["interrupted"] * 5
+    "daemonic processes and workers of a data loader": """
+class Stresses(Dataset):
+    def __init__(self, artifact):
+        self.model = Model(artifact)
+    def __len__(self):
+        return 4
+    def __getitem__(self, k):
+        rows = given(self.model, 3000)
+        rows["strain"] += 1e-3 * (k + 1)
+        return self.model.forward(rows)["stress"][-1]
 
+def work(artifact, queue):
+    torch.set_num_threads(2)
+    queue.put(Stresses(artifact)[2].sum().item())
 
-def test_daemonic_processes_and_workers_of_a_data_loader() -> None:
-    run_fresh(
-        """
-        import multiprocessing, sys, torch
-        from torch.utils.data import DataLoader, Dataset
-        from neml2_aoti_plugin import Model
-
-        class Stresses(Dataset):
-            def __init__(self, artifact):
-                self.model = Model(artifact)
-            def __len__(self):
-                return 4
-            def __getitem__(self, k):
-                shapes = {n: v.natural_shape for n, v in self.model.inputs.items()}
-                rows = {n: torch.zeros(3000, *shape, dtype=torch.float64) for n, shape in shapes.items()}
-                rows["t"] += 1.0
-                rows["strain"] += 1e-3 * (k + 1)
-                return self.model.forward(rows)["stress"][-1]
-
-        def work(artifact, queue):
-            torch.set_num_threads(2)
-            queue.put(Stresses(artifact)[2].sum().item())
-
-        if __name__ == "__main__":
-            data = Stresses(sys.argv[1])
-            right = torch.stack([data[k] for k in range(4)])
-            found = torch.cat(list(DataLoader(data, num_workers=2, batch_size=2, multiprocessing_context="fork")))
-            assert torch.equal(found, right)
-            context = multiprocessing.get_context("fork")
-            queue = context.SimpleQueue()
-            process = context.Process(target=work, args=(sys.argv[1], queue), daemon=True)
-            process.start()
-            process.join(60)
-            assert process.exitcode == 0 and queue.get() == right[2].sum().item()
-        """,
-        artifact(),
-    )
-
-
-def test_end_of_the_interpreter() -> None:
-    """A call in the last moment is made by its own thread; one that a daemon thread is in is left where it is."""
-    said = run_fresh(
-        SETUP
-        + """
-import atexit
+data = Stresses(sys.argv[1])
+right = torch.stack([data[k] for k in range(4)])
+found = torch.cat(list(DataLoader(data, num_workers=2, batch_size=2, multiprocessing_context="fork")))
+assert torch.equal(found, right)
+context = multiprocessing.get_context("fork")
+queue = context.SimpleQueue()
+process = context.Process(target=work, args=(sys.argv[1], queue), daemon=True)
+process.start()
+process.join(60)
+assert process.exitcode == 0 and queue.get() == right[2].sum().item()
+""",
+    # A call in the last moment is made by its own thread; one that a daemon thread is in is left where it is.
+    "the end of the interpreter": """
+model = Model(sys.argv[1])
+rows = given(model, 20_000)
 right = model.forward(rows)["stress"]
 atexit.register(lambda: print("right" if torch.equal(model.forward(rows)["stress"], right) else "wrong"))
 def for_ever():
@@ -267,6 +221,11 @@ def for_ever():
 threading.Thread(target=for_ever, daemon=True).start()
 time.sleep(0.2)
 """,
-        artifact(),
-    )
-    assert said == "right\n"
+}
+
+
+@pytest.mark.parametrize("what", PROGRAMS, ids=lambda what: what.replace(" ", "_"))
+def test_a_process(what: str) -> None:
+    start = run if "interrupt" in what else run_fresh
+    said = start(SETUP + PROGRAMS[what], references.case("viscoplasticity").artifact)
+    assert said == ("right\n" if "end of" in what else "")

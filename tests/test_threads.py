@@ -1,11 +1,11 @@
-"""One model in many threads: no hang, right results, one snapshot of the parameters per call."""
+"""One model in many threads: no hang, right results, one snapshot of the parameters per call.
+
+That threads with other rows do not disturb one another, test_ways.py asks of every model.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import torch
 
 import references
 from attacks.children import run
@@ -82,15 +82,13 @@ print(len(done))
 )
 
 
-def of(name: str) -> str:
-    return str(references.case(name).artifact)
-
-
 @pytest.mark.parametrize(
     "calls", [8, pytest.param(2000, marks=[pytest.mark.long, pytest.mark.timeout(2000)])], ids=["few", "many"]
 )
 def test_calls_with_overrides_on_a_power_law(calls: int) -> None:
-    assert int(run(MIXED, of(POWER_LAW), 8, calls, limit=120 if calls == 8 else 1800)) == 8 * calls
+    assert (
+        int(run(MIXED, references.case(POWER_LAW).artifact, 8, calls, limit=120 if calls == 8 else 1800)) == 8 * calls
+    )
 
 
 @pytest.mark.parametrize("name", [POWER_LAW, "composed"])
@@ -115,38 +113,10 @@ all_threads(work)
 assert len(results) == 2 * threads * calls
 assert all(same(found, results[0]) for found in results)
 """,
-        of(name),
+        references.case(name).artifact,
         8,
         2,
         limit=120,
-    )
-
-
-@pytest.mark.parametrize("name", ["krylov", "cross_group", pytest.param("substepping", marks=pytest.mark.long)])
-def test_models_of_other_kinds_keep_calls_apart(name: str, tmp_path: Path) -> None:
-    torch.save(references.case(name).rows(), tmp_path / "rows.pt")
-    run(
-        SETUP
-        + """
-rows = torch.load(sys.argv[4])
-cases = [{n: x.roll(k, 0) for n, x in rows.items()} for k in range(threads)]
-model = Model(artifact)
-known = [model.solve(case) for case in cases]
-assert not same(known[0].outputs, known[1].outputs)
-
-def work(i):
-    for k in range(calls):
-        found, right = model.solve(cases[(i + k) % threads]), known[(i + k) % threads]
-        assert same(found.outputs, right.outputs), f"thread {i}, call {k}"
-        assert torch.equal(found.iterations, right.iterations)
-
-all_threads(work)
-""",
-        of(name),
-        4,
-        4,
-        tmp_path / "rows.pt",
-        limit=200,
     )
 
 
@@ -166,7 +136,7 @@ async def main():
 
 asyncio.run(main())
 """,
-        of(POWER_LAW),
+        references.case(POWER_LAW).artifact,
         4,
         24,
         limit=120,

@@ -158,12 +158,18 @@ def by_rows(asked: Question) -> Tensors:
 
 
 def by_threads(asked: Question) -> Tensors:
-    """Several threads that call one model at once."""
+    """Several threads that call one model at once, each with the rows in another order."""
+
+    def turned(k: int) -> Tensors:
+        rows, beside = ({n: x.roll(k, 0) for n, x in of.items()} for of in (asked.rows, asked.beside))
+        return replace(asked, rows=rows, beside=beside).by_model()
+
     with ThreadPoolExecutor(THREADS) as pool:
-        first, *others = pool.map(lambda _: asked.by_model(), range(2 * THREADS))
-    for other in others:
-        assert all(torch.equal(value, first[name]) for name, value in other.items())
-    return first
+        found = list(pool.map(turned, [*range(THREADS)] * 2))
+    for k in range(THREADS):
+        alone = turned(k)
+        assert all(torch.equal(value, again[n]) for again in found[k::THREADS] for n, value in alone.items())
+    return found[0]
 
 
 def by_map_rows(asked: Question) -> Tensors:
