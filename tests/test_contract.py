@@ -5,6 +5,7 @@ Where an operation has nothing compiled to work on, it must say so and name the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from math import prod
 
@@ -40,7 +41,7 @@ DIFFERENCES = [(o, name) for o, name in BLOCKS if "float32" not in CATALOGUE[nam
 ranks = pytest.mark.parametrize("rank", [0, 1, 2], ids=["one row", "one axis", "two axes"])
 
 
-def models(names: object) -> pytest.MarkDecorator:
+def models(names: Iterable[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", names, indirect=True)
 
 

@@ -199,9 +199,10 @@ def test_results_have_the_callers_batch(name: str, batch: tuple[int, ...]) -> No
     assert bool(solution.converged.all())
     bases = {n: v.natural_shape for n, v in (model.inputs | model.outputs).items()}
     bases |= {n: tuple(shape) for n, shape in model.parameter_base_shapes.items()}
-    calls = [model.param_jacobian] if model.parameter_derivative_pairs else []
-    for call in (*calls, *([model.jacobian] if model.solver and model.derivative_pairs else [])):
-        for out, of_out in call(inputs)[1].items():
+    blocks = [model.param_jacobian(inputs)[1]] if model.parameter_derivative_pairs else []
+    blocks += [model.jacobian(inputs)[1]] if model.solver and model.derivative_pairs else []
+    for kind in blocks:
+        for out, of_out in kind.items():
             for by, block in of_out.items():
                 assert block.shape == (*batch, *bases[out], *bases[by]), (out, by)
 
