@@ -18,7 +18,7 @@ from .._solve.criteria import criteria_of
 from .._solve.krylov import KrylovSystem, Products, solve_linear
 from .._solve.outcome import Outcome, listener, outcome_line
 from .._solve.system import Direction, Group, Groups, Layout, Linearisation, Structure, System
-from .._solve.tensors import FrozenRows, LockstepRows
+from .._solve.tensors import LockstepRows
 from ..errors import ConvergenceError, InputError
 from ..model import Model
 from ..model._outcomes import advice
@@ -94,7 +94,7 @@ def newton_solve_eager_masked(
     settings = _settings(atol, rtol, miters, ls_type, ls_max_iters, ls_cutback, ls_c, substep_del_tol)
     layouts = _layouts(unknown_layout, residual_layout, u0)
     criteria = criteria_of(settings, small_steps=True, as_native=True)
-    rows = FrozenRows(CallableSystem(residual_fn, step_fn), list(u0), layouts, criteria)
+    rows = LockstepRows(CallableSystem(residual_fn, step_fn), list(u0), layouts, criteria)
     found = rows.solve(settings, listener())
     return found.unknowns, found.statistics.converged, rows.updates
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import _log as log
 from ..errors import AOTIError
 from ..settings import KrylovSettings
-from .system import Groups, Layout, Linearisation
+from .system import Groups, Layout, Linearisation, taken
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -64,7 +64,7 @@ class _Test:
     def __init__(self, b_norm: Tensor, settings: KrylovSettings) -> None:
         limits = torch.finfo(b_norm.dtype)
         self._scale = b_norm.clamp(min=limits.eps if settings.absolute_floor else limits.tiny)
-        self._settings = settings
+        self._settings, self.together = settings, settings.together
 
     def passed(self, norm: Tensor) -> Tensor:
         # Asked the other way round, so that a row that has become NaN does not hold up the others.
@@ -88,7 +88,7 @@ def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator 
     residual with that of the plain right-hand side, as neml2 does; `x = 0` is accepted only if the plain residual,
     which is `b` there, passes too (otherwise a preconditioner of small norm would end the solve before it began).
     """
-    apply = minv if minv is not None else _identity
+    apply = minv or _identity
     b_norm = _norm(b)
     test = _Test(b_norm, settings)
     x = torch.zeros_like(b)
@@ -104,23 +104,13 @@ def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator 
             if done.all():
                 break
         width = min(max(settings.restart, 1), settings.max_its - used)
-        dx, done, used, taken = _gmres_cycle(
-            lambda v: apply(matvec(v)), r, beta, done, used, width, test, together=settings.together
-        )
-        x, by_row = x + dx, by_row + taken
+        dx, done, used, part = _gmres_cycle(lambda v: apply(matvec(v)), r, beta, done, used, width, test)
+        x, by_row = x + dx, by_row + part
     return test.solution(x, used, done, by_row)
 
 
 def _gmres_cycle(
-    operator: Operator,
-    r: Tensor,
-    beta: Tensor,
-    done: Tensor,
-    used: int,
-    width: int,
-    test: _Test,
-    *,
-    together: bool,
+    operator: Operator, r: Tensor, beta: Tensor, done: Tensor, used: int, width: int, test: _Test
 ) -> tuple[Tensor, Tensor, int, Tensor]:
     """One cycle of GMRES from the preconditioned residual `r`.
 
@@ -134,15 +124,15 @@ def _gmres_cycle(
     rotations: list[tuple[Tensor, Tensor]] = []
     columns: list[Tensor] = []
     projected = [beta]
-    taken = torch.zeros_like(done, dtype=torch.int64)
+    part = torch.zeros_like(done, dtype=torch.int64)
     for j in range(width):
-        taken += ~done
+        part += ~done
         w = operator(basis[:, j])
         span = basis[:, : j + 1]
-        h = _product(span, w, together)
-        w = w - _product(span.mT, h, together)
-        again = _product(span, w, together)
-        w = w - _product(span.mT, again, together)
+        h = _product(span, w, test.together)
+        w = w - _product(span.mT, h, test.together)
+        again = _product(span, w, test.together)
+        w = w - _product(span.mT, again, test.together)
         column = list((h + again).unbind(-1))
         below = _norm(w)
 
@@ -170,11 +160,11 @@ def _gmres_cycle(
     triangle = torch.stack([torch.nn.functional.pad(column, (0, size - column.shape[-1])) for column in columns], -1)
     triangle.diagonal(dim1=-2, dim2=-1).add_(eps)
     right = torch.stack(projected[:size], -1)
-    if not together:
+    if not test.together:
         # Directions found after a row was done are none of its own.
-        right = torch.where(torch.arange(size, device=r.device) < taken.unsqueeze(-1), right, 0.0)
+        right = torch.where(torch.arange(size, device=r.device) < part.unsqueeze(-1), right, 0.0)
     y = torch.linalg.solve_triangular(triangle, right.unsqueeze(-1), upper=True).squeeze(-1)
-    return _product(basis[:, :size].mT, y, together), done, used, taken
+    return _product(basis[:, :size].mT, y, test.together), done, used, part
 
 
 def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator | None = None) -> LinearSolution:
@@ -183,7 +173,7 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
     van der Vorst, SIAM J. Sci. Stat. Comput. 13 (1992) 631-644. The iteration works on `b` divided by a power of two,
     which brings its largest entry near 1 and changes no digit, so that inner products can be told from zero.
     """
-    apply = minv if minv is not None else _identity
+    apply = minv or _identity
     eps = torch.finfo(b.dtype).eps
     least = eps if settings.absolute_floor else eps * eps
     together = settings.together
@@ -241,21 +231,17 @@ def _product(matrix: Tensor, vector: Tensor, together: bool) -> Tensor:
     """Each row's matrix `(rows, m, k)` times its vector `(rows, k)`, `(rows, m)`.
 
     BiCGStab magnifies a difference in the last bit: rows that are together take the sum as neml2's C++ runtime does,
-    others in the order of the entries, whatever the number of rows.
+    by a product of matrices, which rounds a row by the number of rows; others in the order of the entries.
     """
     if together:
         return torch.matmul(matrix, vector.unsqueeze(-1)).squeeze(-1)
-    return _in_order(matrix * vector.unsqueeze(-2)).squeeze(-1)
+    terms = matrix * vector.unsqueeze(-2)
+    return terms.cumsum(-1)[..., -1] if terms.shape[-1] else terms.sum(-1)
 
 
 def _dot(a: Tensor, b: Tensor, together: bool) -> Tensor:
     """Product of each row with its partner, `(rows, 1)`."""
     return _product(a.unsqueeze(-2), b, together)
-
-
-def _in_order(terms: Tensor) -> Tensor:
-    """Sum over the last axis from first to last: a product of matrices rounds a row by the number of rows."""
-    return terms.cumsum(-1)[..., -1:] if terms.shape[-1] else terms.sum(-1, keepdim=True)
 
 
 def _away_from_zero(d: Tensor, least: float) -> Tensor:
@@ -286,7 +272,7 @@ class Products(Protocol):
 class KrylovLinearisation:
     """The products at some unknowns, with a preconditioner; see `system.Linearisation`."""
 
-    # That it belongs to, which is told how many iterations a solve took.
+    # Is told how many iterations a solve took.
     system: KrylovSystem
     u: Groups
     # Of the preconditioner; None for none.
@@ -302,17 +288,19 @@ class KrylovLinearisation:
             # A compiled graph takes contiguous tensors only; a direction of GMRES is a slice.
             return [part.reshape(*batch, part.shape[-1]).contiguous() for part in flat.split(widths, -1)]
 
-        def matvec(v: Tensor) -> Tensor:
-            return _flat(products.product(self.u, groups(v)), batch)
+        def flat(groups: Sequence[Tensor]) -> Tensor:
+            return torch.cat([x.expand(*batch, -1) for x in groups], -1).reshape(batch.numel(), -1)
 
         inverse = None if state is None else partial(products.precondition, state)
-        solution = solve_linear(matvec, _flat(b, batch), self.system.settings, inverse)
+        solution = solve_linear(
+            lambda v: flat(products.product(self.u, groups(v))), flat(b), self.system.settings, inverse
+        )
         self.system.used = solution.used
         return groups(solution.x)
 
     def take(self, rows: Tensor) -> Linearisation:
-        u = [x.index_select(0, rows) for x in self.u]
-        return KrylovLinearisation(self.system.take(rows), u, _some(self.state, rows))
+        system = self.system.take(rows)
+        return KrylovLinearisation(system, taken(self.u, rows), system.state)
 
 
 @dataclass
@@ -360,23 +348,12 @@ class KrylovSystem:
         rows = stale.nonzero().squeeze(-1)
         if not len(rows):
             return state
-        fresh = self.products.take(rows).set_up([x.index_select(0, rows) for x in u])
+        fresh = self.products.take(rows).set_up(taken(u, rows))
         assert fresh is not None, "there is a preconditioner"
         return [old.index_copy(0, rows, new) for old, new in zip(state, fresh, strict=True)]
 
     def take(self, rows: Tensor) -> KrylovSystem:
         """The system of some rows; what was kept goes along."""
+        state = None if self.state is None else taken(self.state, rows)
         used = None if self.used is None else self.used.index_select(0, rows)
-        return KrylovSystem(self.products.take(rows), self.settings, self.layouts, _some(self.state, rows), used)
-
-
-def _some(state: Sequence[Tensor] | None, rows: Tensor) -> Sequence[Tensor] | None:
-    """The state of a preconditioner for some rows."""
-    return None if state is None else [x.index_select(0, rows) for x in state]
-
-
-def _flat(groups: Sequence[Tensor], batch: Any) -> Tensor:
-    """Join groups `(*batch, n_k)` into one `(rows, N)`."""
-    if len(groups) == 1:
-        return groups[0].expand(*batch, -1).reshape(batch.numel(), -1)
-    return torch.cat([x.expand(*batch, -1) for x in groups], -1).reshape(batch.numel(), -1)
+        return KrylovSystem(self.products.take(rows), self.settings, self.layouts, state, used)

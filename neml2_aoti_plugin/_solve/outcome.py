@@ -110,13 +110,6 @@ class Solved:
     statistics: RowStatistics
 
 
-def statistics_of(
-    outcome: Tensor, iterations: Tensor, norm: Tensor, norm0: Tensor, all_converged: bool
-) -> RowStatistics:
-    """Statistics from their columns, each `(rows,)`."""
-    return RowStatistics(torch.stack((outcome, iterations), -1), torch.stack((norm, norm0), -1), all_converged)
-
-
 def blank(rows: int, like: Tensor) -> RowStatistics:
     """Statistics of rows that have not been solved: none has converged."""
     record = torch.zeros(rows, 2, dtype=torch.int64, device=like.device)
@@ -126,17 +119,15 @@ def blank(rows: int, like: Tensor) -> RowStatistics:
 
 def first_failure(parts: Sequence[RowStatistics]) -> tuple[RowStatistics, Tensor]:
     """Statistics over several solves of the same rows, one after the other, and which solve failed first, else -1."""
-    last = parts[-1]
-    outcome, norm, norm0 = last.outcome, last.norm, last.norm0
-    index = torch.where(last.converged, -1, len(parts) - 1)
-    iterations = last.iterations
+    record, norms = parts[-1].record.clone(), parts[-1].norms
+    index = torch.where(parts[-1].converged, -1, len(parts) - 1)
     for i, part in reversed(list(enumerate(parts[:-1]))):
-        fine = part.converged
-        outcome = torch.where(fine, outcome, part.outcome)
-        norm, norm0 = torch.where(fine, norm, part.norm), torch.where(fine, norm0, part.norm0)
-        index = torch.where(fine, index, i)
-        iterations = iterations + part.iterations
-    return statistics_of(outcome, iterations, norm, norm0, all(part.all_converged for part in parts)), index
+        failed = ~part.converged
+        record[:, 0] = torch.where(failed, part.outcome, record[:, 0])
+        record[:, 1] += part.iterations
+        norms = torch.where(failed.unsqueeze(-1), part.norms, norms)
+        index = torch.where(failed, i, index)
+    return RowStatistics(record, norms, all(part.all_converged for part in parts)), index
 
 
 def listener() -> Listener | None:

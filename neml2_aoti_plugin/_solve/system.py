@@ -48,6 +48,11 @@ def per_row(values: Tensor, group: Group) -> Tensor:
     return values.reshape(values.shape + (1,) * group.trailing)
 
 
+def taken(groups: Sequence[Tensor], rows: Tensor) -> Groups:
+    """Some rows of tensors with one batch axis."""
+    return [x.index_select(0, rows) for x in groups]
+
+
 def row_norm_squares(groups: Sequence[Tensor], layout: Layout) -> Tensor:
     """Sum the squares of each row over all groups, one tensor each, whose batch shapes broadcast; `(*batch,)`."""
     return reduce(torch.add, (x.square().sum(group.axes) for x, group in zip(groups, layout, strict=True)))
@@ -132,4 +137,4 @@ class Direction:
         return self.du
 
     def take(self, rows: Tensor) -> Linearisation:
-        return Direction([x.index_select(0, rows) for x in self.du])
+        return Direction(taken(self.du, rows))
