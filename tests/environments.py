@@ -48,14 +48,11 @@ class Environment:
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run its Python, or another program, away from the repository, and give what came of it."""
+        command = [str(program or self.python), *flags, *arguments]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE)}
+        variables = {**inherited, **(variables or {})}
         return subprocess.run(
-            [str(program or self.python), *flags, *arguments],
-            cwd=cwd or self.folder,
-            env={**inherited, **(variables or {})},
-            capture_output=True,
-            text=True,
-            timeout=240,
+            command, cwd=cwd or self.folder, env=variables, capture_output=True, text=True, timeout=240
         )
 
     def run(self, code: str, *, flags: Sequence[str] = (), variables: Mapping[str, str] | None = None) -> str:
@@ -85,12 +82,11 @@ def create(folder: Path, wheel: Path, *, without: Sequence[str] = ()) -> Environ
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     environment = Environment(folder)
     site = environment.site
-    left_out = ("neml2_aoti_plugin", "_neml2_aoti_plugin", "pip", *without)
+    left_out = ("neml2_aoti_plugin", "_neml2_aoti_plugin", "pip", "__pycache__", *without)
     for source in {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}:
         for entry in source.iterdir():
-            if entry.name.startswith(left_out) or entry.suffix == ".pth" or entry.name == "__pycache__":
-                continue
-            (site / entry.name).symlink_to(entry)
+            if not entry.name.startswith(left_out) and entry.suffix != ".pth":
+                (site / entry.name).symlink_to(entry)
     # As a user's pip would, with the console script.
     pip = [sys.executable, "-m", "pip", "--python", str(environment.python), "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
