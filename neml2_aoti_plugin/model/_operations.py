@@ -76,9 +76,6 @@ OPERATIONS = {
     )
 }
 
-# Those that `Model.solve` makes as well, with the rows that converge where others fail.
-BY_SOLVE = ("forward", "solve", "jacobian")
-
 
 def operation(name: str, among: Collection[str] = OPERATIONS) -> Operation:
     """The operation of that name; an `InputError` that lists `among` where there is none."""

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import anyio
@@ -17,7 +17,6 @@ from torch import Tensor
 from .._solve.outcome import failed_where, not_finite_rows
 from ..errors import AOTIError, ConvergenceError
 from ..model import Outcome
-from ..model._operations import BY_SOLVE
 from ..model._outcomes import Given, reasons
 from ._limits import GONE, Limits, Refused, listed
 from ._requests import Array, Call
@@ -45,7 +44,7 @@ class Waiting:
     call: Call
     has_gone: Callable[[], Awaitable[bool]]
     answer: asyncio.Future[dict[str, Array]]
-    since: float
+    since: float = field(default_factory=perf_counter)
 
 
 class Gatherer:
@@ -78,7 +77,7 @@ class Gatherer:
                 f"{self._rows} rows wait for model {self.served.name!r}, and there is room for "
                 f"{self._limits.queue_rows}. Try again later.",
             )
-        waiting = Waiting(call, has_gone, asyncio.get_running_loop().create_future(), perf_counter())
+        waiting = Waiting(call, has_gone, asyncio.get_running_loop().create_future())
         self._queues.setdefault(call.key, deque()).append(waiting)
         self._rows += call.rows
         self._some.set()
@@ -208,166 +207,105 @@ def evaluate(served: Served, calls: Sequence[Call]) -> list[Answer]:
 
     Where the evaluation raises, each call is evaluated by itself, so that none suffers for another.
     """
-    run = _solve if calls[0].signature.name in BY_SOLVE else _with_rows_that_converge
     try:
-        return run(served, calls)
+        values, outcome = _evaluated(served, calls)
     except Exception as error:
         if len(calls) > 1:
             return [answer for call in calls for answer in evaluate(served, [call])]
-        return [_refusal(served, error)]
-
-
-def _solve(served: Served, calls: Sequence[Call]) -> list[Answer]:
-    found = served.model.solve(_inputs(served, calls), _overrides(served, calls), pairs=calls[0].pairs)
-    arrays = {name: _array(value) for name, value in found.outputs.items()}
-    arrays.update((f"{out}:{by}", _array(x)) for out, row in found.blocks.items() for by, x in row.items())
-    outcome, rows_told = _array(found.outcome), calls[0].signature.name == "solve"
-    if rows_told:
-        rows = {CONVERGED: _array(found.converged), ITERATIONS: _array(found.iterations), OUTCOME: outcome}
-        arrays.update(rows)
-    answers: list[Answer] = [*_split(calls, arrays)]
-    if outcome.any() and not rows_told:
-        _refuse_failed(served, calls, answers, outcome)
-    return answers
-
-
-def _with_rows_that_converge(served: Served, calls: Sequence[Call]) -> list[Answer]:
-    """Evaluate by a method that says nothing of single rows: calls without failing rows once more by themselves."""
-    rows, takes = sum(call.rows for call in calls), calls[0].signature.operation.takes
-    given = _inputs(served, calls)
-    tangents, cotangents = _taken(given, TANGENT), _taken(given, COTANGENT)
-    # Each row has its own parameters, and so its own gradient; those of a call with common ones are summed.
-    summed = takes == "cotangents" and served.per_row
-    own = list(served.model.parameter_base_shapes)
-    overrides = _per_row(served, calls, own) if summed else _overrides(served, calls)
-    try:
-        if takes == "tangents":
-            outputs, along = served.model.jvp(given, tangents, overrides)
-            values = {**outputs, **{TANGENT + name: value for name, value in along.items()}}
-        elif takes == "cotangents":
-            found = served.model.param_vjp(given, cotangents, overrides)
-            values = {GRADIENT + name: value for name, value in found.items()}
+        if isinstance(error, ConvergenceError):
+            return [_failure(served, calls[0], error.outcome)]  # type: ignore[attr-defined]
+        if isinstance(error, AOTIError) and isinstance(error, ValueError):
+            # What the client gave; and paths of this machine are nobody's business.
+            return [Refused(400, str(error).replace(str(served.model.artifact), served.name))]
+        return [error]
+    operation, start = calls[0].signature.operation, 0
+    arrays = {name: value.detach().cpu().numpy() for name, value in values.items()}
+    some_failed = "rows" not in operation.gives and bool(outcome.any())
+    answers: list[Answer] = []
+    for call in calls:
+        rows = slice(start, start + call.rows)
+        start += call.rows
+        if some_failed and bool(outcome[rows].any()):
+            answers.append(_failure(served, call, outcome[rows]))
         else:
-            outputs, blocks = served.model.param_jacobian(given, overrides)
-            values = {**outputs, **{f"{out}:{by}": x for out, row in blocks.items() for by, x in row.items()}}
-        # A gradient by parameters that are common to the rows is one for all of them.
-        lost = not_finite_rows(values.values(), () if takes == "cotangents" and not summed else (rows,))
-        if lost is None:
-            split = _split(calls, {name: _array(value) for name, value in values.items()})
-            return [*(_summed(served, calls, split) if summed else split)]
-        outcome = failed_where(served.model.solve(given, overrides).outcome, lost.expand(rows))
-    except ConvergenceError as error:
-        outcome = error.outcome  # type: ignore[attr-defined]
-    answers: list[Answer] = [{} for _ in calls]
-    _refuse_failed(served, calls, answers, _array(outcome))
-    fine = [place for place, answer in enumerate(answers) if not isinstance(answer, Exception)]
-    if fine:
-        again = _with_rows_that_converge(served, [calls[place] for place in fine])
-        for place, answer in zip(fine, again, strict=True):
-            answers[place] = answer
+            own = {name: array[rows] for name, array in arrays.items()}
+            answers.append(_summed(served, call, own) if operation.takes == "cotangents" else own)
     return answers
 
 
-def _summed(served: Served, calls: Sequence[Call], answers: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
-    """Gradients of calls out of those of their rows, which are summed where the rows have a parameter in common."""
-    shapes = served.model.parameter_base_shapes
+def _evaluated(served: Served, calls: Sequence[Call]) -> tuple[Tensors, Tensor]:
+    """The tensors of all calls by name, one call behind the other, and the outcome of each row.
 
-    def common(call: Call, name: str) -> bool:
-        return name not in call.overrides or call.overrides[name].ndim == len(shapes[name])
-
-    return [
-        {name: x.sum(0) if common(call, name.removeprefix(GRADIENT)) else x for name, x in answer.items()}
-        for call, answer in zip(calls, answers, strict=True)
-    ]
-
-
-# -- in and out ------------------------------------------------------------------------------------------------------
-
-
-def _inputs(served: Served, calls: Sequence[Call]) -> Tensors:
-    """The tensors of all calls, one behind the other; torch warns of arrays that are not to be written to."""
-    device, found = served.model.device, {}
+    Gradients are those of each row; where the solve of a row fails, a derivative along tangents raises.
+    """
+    operation, device = calls[0].signature.operation, served.model.device
+    given, beside = Tensors(), Tensors()
+    prefix = {"tangents": TANGENT, "cotangents": COTANGENT}.get(operation.takes)
     for name in calls[0].arrays:
-        found[name] = torch.from_numpy(np.concatenate([call.arrays[name] for call in calls])).to(device)
-    return found
+        value = torch.from_numpy(np.concatenate([call.arrays[name] for call in calls])).to(device)
+        if prefix and name.startswith(prefix):
+            beside[name.removeprefix(prefix)] = value
+        else:
+            given[name] = value
+    overrides = _overrides(served, calls)
+    if operation.takes == "tangents":
+        outputs, along = served.model.jvp(given, beside, overrides)
+        values = {**outputs, **{TANGENT + name: value for name, value in along.items()}}
+        outcome = torch.zeros(sum(call.rows for call in calls), dtype=torch.int64, device=device)
+        return values, failed_where(outcome, not_finite_rows(values.values(), outcome.shape))
+    found = served.model.solve(given, overrides, pairs=calls[0].pairs)
+    if operation.takes == "cotangents":
+        values = {}
+        for out, row in found.blocks.items():
+            weights = beside[out].reshape(len(found.outcome), -1)
+            for by, block in row.items():
+                flat = block.reshape(*weights.shape, *block.shape[beside[out].ndim :])
+                term = torch.einsum("re,re...->r...", weights, flat)
+                values[GRADIENT + by] = values[GRADIENT + by] + term if GRADIENT + by in values else term
+        return values, failed_where(found.outcome, not_finite_rows(values.values(), found.outcome.shape))
+    values = {**found.outputs, **{f"{out}:{by}": x for out, row in found.blocks.items() for by, x in row.items()}}
+    if "rows" in operation.gives:
+        values.update({CONVERGED: found.converged, ITERATIONS: found.iterations, OUTCOME: found.outcome})
+    return values, found.outcome
 
 
-def _taken(given: Tensors, prefix: str) -> Tensors:
-    """What has a prefix, taken out of the inputs."""
-    return {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
-
-
-def _overrides(served: Served, calls: Sequence[Call]) -> Tensors | None:
-    """Values of promoted parameters for all calls: common ones, or one for each row where calls differ."""
-    first, shapes = calls[0].overrides, served.model.parameter_base_shapes
-    if not first:
-        return None
-    for call in calls[1:]:
-        own = call.overrides
-        if own.keys() != first.keys() or not all(
-            x.ndim == len(shapes[n]) and np.array_equal(x, own[n]) for n, x in first.items()
-        ):
-            return _per_row(served, calls, list(dict.fromkeys(name for call in calls for name in call.overrides)))
-    return {name: torch.from_numpy(np.array(value)).to(served.model.device) for name, value in first.items()}
-
-
-def _per_row(served: Served, calls: Sequence[Call], names: list[str]) -> Tensors:
-    """A value of each parameter for each row."""
-    present, found = served.model.named_parameters(), {}
-    for name in names:
+def _overrides(served: Served, calls: Sequence[Call]) -> Tensors:
+    """Values of promoted parameters for all calls: one for all rows, or one for each row where calls differ."""
+    present, found = served.model.named_parameters(), Tensors()
+    for name in dict.fromkeys(name for call in calls for name in call.overrides):
         base = tuple(served.model.parameter_base_shapes[name])
-        own = present[name].detach().cpu().numpy()
-        rows = [np.broadcast_to(call.overrides.get(name, own), (call.rows, *base)) for call in calls]
-        found[name] = torch.from_numpy(np.concatenate(rows)).to(served.model.device)
+        values = [call.overrides.get(name, present[name].detach().cpu().numpy()) for call in calls]
+        value = values[0]
+        if len(calls) > 1 and not all(x.shape == base and np.array_equal(x, value) for x in values):
+            each = zip(calls, values, strict=True)
+            value = np.concatenate([np.broadcast_to(x, (call.rows, *base)) for call, x in each])
+        # Copied: torch warns of arrays that are not to be written to.
+        found[name] = torch.from_numpy(np.array(value)).to(served.model.device)
     return found
 
 
-def _array(value: Tensor) -> Array:
-    found: Array = value.detach().cpu().numpy()
+def _summed(served: Served, call: Call, gradients: dict[str, Array]) -> dict[str, Array]:
+    """Gradients of the rows of a call, summed where the rows have the value of a parameter in common."""
+    present, found = served.model.named_parameters(), {}
+    for name, gradient in gradients.items():
+        parameter = name.removeprefix(GRADIENT)
+        shape = call.overrides[parameter].shape if parameter in call.overrides else present[parameter].shape
+        found[name] = torch.from_numpy(gradient).sum_to_size(shape).numpy()
     return found
 
 
-def _split(calls: Sequence[Call], arrays: dict[str, Array]) -> list[dict[str, Array]]:
-    """The rows of each call."""
-    if len(calls) == 1:
-        return [arrays]
-    ends = np.cumsum([call.rows for call in calls]).tolist()
-    return [
-        {name: value[end - call.rows : end] for name, value in arrays.items()}
-        for call, end in zip(calls, ends, strict=True)
-    ]
-
-
-# -- refusals --------------------------------------------------------------------------------------------------------
-
-
-def _refuse_failed(served: Served, calls: Sequence[Call], answers: list[Answer], outcome: Array) -> None:
-    """Put refusals in the place of the answers to calls with rows that failed; `outcome` is of all rows."""
-    for place, (call, own) in enumerate(zip(calls, _split(calls, {OUTCOME: outcome}), strict=True)):
-        codes = own[OUTCOME]
-        if codes.any():
-            ended = {
-                Outcome(code).words: np.flatnonzero(codes == code).tolist() for code in np.unique(codes[codes > 0])
-            }
-            rows = np.flatnonzero(codes).tolist()
-            told = "; ".join(f"{words}: {listed(some)}" for words, some in ended.items())
-            why = " ".join([*reasons(torch.from_numpy(codes), _given(served, call)), REST])
-            answers[place] = Refused(422, f"{len(rows)} of {call.rows} rows failed ({told}). {why}", rows=rows)
-
-
-def _given(served: Served, call: Call) -> Given:
-    bases = served.model.parameter_base_shapes
-    overrides = {name: x[None] if x.ndim == len(bases[name]) else x for name, x in call.overrides.items()}
+def _failure(served: Served, call: Call, outcome: Tensor) -> Refused:
+    """The refusal of a call with rows that failed."""
     # Copied: torch warns of arrays that are not to be written to.
-    inputs, parameters = (
-        {name: torch.from_numpy(np.array(x)) for name, x in arrays.items()} for arrays in (call.arrays, overrides)
+    inputs = {name: torch.from_numpy(np.array(x)) for name, x in call.arrays.items()}
+    parameters = {}
+    for name, x in call.overrides.items():
+        base = served.model.parameter_base_shapes[name]
+        parameters[name] = torch.from_numpy(np.array(x if x.ndim > len(base) else x[None]))
+    codes, rows = outcome.cpu(), outcome.cpu().nonzero().squeeze(-1).tolist()
+    ended = "; ".join(
+        f"{Outcome(code).words}: {listed((codes == code).nonzero().squeeze(-1).tolist())}"
+        for code in codes[rows].unique().tolist()
     )
-    return Given(inputs, parameters)
-
-
-def _refusal(served: Served, error: Exception) -> Exception:
-    """An error that a single call has met, as a refusal where it is the client's."""
-    if isinstance(error, AOTIError) and isinstance(error, ValueError):
-        # Paths of this machine are nobody's business.
-        return Refused(400, str(error).replace(str(served.model.artifact), served.name))
-    return error
+    why = " ".join([*reasons(codes, Given(inputs, parameters)), REST])
+    return Refused(422, f"{len(rows)} of {call.rows} rows failed ({ended}). {why}", rows=rows)

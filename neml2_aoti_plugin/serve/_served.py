@@ -14,7 +14,7 @@ import torch
 
 from ..errors import InputError
 from ..model import Model, Outcome
-from ..model._operations import BY_SOLVE, OPERATIONS, Operation
+from ..model._operations import OPERATIONS, Operation
 
 PLATFORM = "neml2_aoti"
 # The protocol asks for versions; an artifact is one.
@@ -201,8 +201,7 @@ def _signature(model: Model, operation: Operation) -> Signature:
         "gradients": tuple(GRADIENT + name for name in sorted({by for _, by in pairs.values()})),
     }
     outputs = tuple(name for kind in operation.gives for name in given[kind])
-    chosen = pairs if operation.name in BY_SOLVE else {}
-    return Signature(operation, inputs, optional, outputs, chosen)
+    return Signature(operation, inputs, optional, outputs, {} if operation.takes == "tangents" else pairs)
 
 
 def _require_own_names(model: Model) -> None:
