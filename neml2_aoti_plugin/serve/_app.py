@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ from ._gathering import Gatherer, call_first
 from ._limits import Limits, Refused
 from ._requests import HEADER_LENGTH, JSON, read_call, write_answer
 from ._served import VERSION, Source, require_names
-from ._telemetry import CONTENT_TYPE, EventLog, Metrics
+from ._telemetry import EventLog, Metrics
 
 Path_ = str | os.PathLike[str]
 Given = Mapping[str, Path_ | Model] | Iterable[Path_ | Source]
@@ -102,32 +102,40 @@ class Service:
 
     def application(self) -> Starlette:
         """The ASGI application; the name of a route says what it gives, in the OpenAPI document too."""
-        find, told = self._find, self._told
+        find, metrics, rows = self._find, self.metrics, self._limits.request_rows
         itself = {"name": "neml2-aoti", "version": __version__, "extensions": EXTENSIONS}
 
+        def told(path: str, kind: str, name: str, content: Callable[[Request], Any], method: str = "GET") -> Route:
+            """The address of a document; `kind` is what log and metrics call it."""
+
+            async def endpoint(request: Request) -> Response:
+                request.state.record.operation = kind
+                found = content(request)
+                return found if isinstance(found, Response) else Response(msgspec.json.encode(found), media_type=JSON)
+
+            return Route(path, endpoint, name=name, methods=[method], include_in_schema=bool(name))
+
         def of_model(at: str) -> list[Route]:
-            metadata, rows = "metadata", self._limits.request_rows
             return [
-                told(at, metadata, "Inputs, outputs and operations of a model.", lambda r: find(r).served.metadata),
+                told(at, "metadata", "Inputs, outputs and operations of a model.", lambda r: find(r).served.metadata),
                 told(at + "/ready", "health", "Whether a model takes requests.", self._model_ready),
-                told(at + "/config", metadata, "Configuration of a model.", lambda r: find(r).served.config(rows)),
-                told(at + "/stats", metadata, "Statistics of a model.", self._stats),
+                told(at + "/config", "metadata", "Configuration of a model.", lambda r: find(r).served.config(rows)),
+                told(at + "/stats", "metadata", "Statistics of a model.", self._stats),
             ]
 
         both = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-        index = "Names, versions and states of the models."
         routes = [
             *(Route(at + "/infer", self._infer, methods=["POST"]) for at in both),
             told("/v2/health/live", "health", "Whether the service is there.", lambda _: {"live": True}),
             told("/v2/health/ready", "health", "Whether it takes requests.", self._ready),
             told("/v2", "server", "Name, version and extensions of the service.", lambda _: itself),
             told("/v2/models", "metadata", "Names of the models.", lambda _: {"models": self.names}),
-            told("/v2/repository/index", "metadata", index, self._index, ["POST"]),
+            told("/v2/repository/index", "metadata", "Names, versions and states of the models.", self._index, "POST"),
             told("/v2/models/stats", "metadata", "Statistics of all models.", self._stats),
             *(route for at in both for route in of_model(at)),
             told("/openapi.json", "metadata", "This document.", self._openapi),
-            Route("/metrics", self._metrics, name="Metrics for Prometheus."),
-            Route("/", self._page, include_in_schema=False),
+            told("/metrics", "metrics", "Metrics for Prometheus.", lambda _: metrics.answer()),
+            told("/", "page", "", lambda _: page()),
         ]
         return Starlette(
             routes=routes,
@@ -140,12 +148,7 @@ class Service:
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         worker = ThreadPoolExecutor(1, "neml2-aoti-serve")
         try:
-            try:
-                self._load(worker)
-            except Exception as error:
-                self.failure = error
-                self.event_log.error("not loaded", error)
-                raise
+            self._load(worker)
             yield
         finally:
             for gatherer in self._gatherers.values():
@@ -156,13 +159,18 @@ class Service:
     def _load(self, worker: ThreadPoolExecutor) -> None:
         """Load all models, and call each once."""
         found = []
-        for source in self._sources:
-            start = perf_counter()
-            served = source.load()
-            call_first(served)
-            found.append(served)
-            seconds = round(perf_counter() - start, 3)
-            self.event_log.write("loaded", model=served.name, digest=served.model.digest, seconds=seconds)
+        try:
+            for source in self._sources:
+                start = perf_counter()
+                served = source.load()
+                call_first(served)
+                found.append(served)
+                seconds = round(perf_counter() - start, 3)
+                self.event_log.write("loaded", model=served.name, digest=served.model.digest, seconds=seconds)
+        except Exception as error:
+            self.failure = error
+            self.event_log.error("not loaded", error)
+            raise
         self._gatherers = {one.name: Gatherer(one, self._limits, self.metrics, worker) for one in found}
 
     def check(self, path: str, headers: dict[bytes, bytes]) -> None:
@@ -175,20 +183,19 @@ class Service:
             fits = hmac.compare_digest(token.strip(), self._token)
             if kind.lower() != b"bearer" or not fits:
                 raise Refused(401, "a token is needed: the header 'Authorization: Bearer TOKEN' is absent or wrong.")
-        self._require_open()
+        self._require(loaded=False)
 
-    def _require_open(self) -> None:
+    def _require(self, *, loaded: bool) -> None:
+        """Refuse a request that comes too late, or too early for one that needs loaded models."""
         if not self.open:
             raise Refused(503, "the service is stopping.")
-
-    def _require_loaded(self) -> None:
-        if not self._gatherers:
+        if loaded and not self._gatherers:
             raise Refused(503, "the models are being loaded.")
 
     def _find(self, request: Request) -> Gatherer:
         """The model that an address names."""
         name, version = request.path_params["model"], request.path_params.get("version", VERSION)
-        self._require_loaded()
+        self._require(loaded=True)
         found = self._gatherers.get(name)
         if found is None:
             raise Refused(404, f"there is no model {name!r}; there are: {', '.join(self._gatherers)}.")
@@ -201,15 +208,14 @@ class Service:
 
     async def _infer(self, request: Request) -> Response:
         gatherer, record = self._find(request), request.state.record
-        served = gatherer.served
         parts: list[bytes] = []
         try:
             await self._receive(request, record.headers, parts)
             record.received = True
-            call = read_call(served, b"".join(parts), record.headers.get(HEADER_LENGTH.encode()), self._limits)
+            call = read_call(gatherer.served, b"".join(parts), record.headers.get(HEADER_LENGTH.encode()), self._limits)
             record.operation, record.rows = call.signature.name, call.rows
             arrays = await gatherer.evaluate(call, request.is_disconnected)
-            headers, body = write_answer(served.name, call, arrays)
+            headers, body = write_answer(gatherer.served.name, call, arrays)
         finally:
             self._held -= sum(map(len, parts))
         return Response(body, headers=headers)
@@ -247,20 +253,8 @@ class Service:
 
     # -- what is told ------------------------------------------------------------------------------------------------
 
-    def _told(
-        self, path: str, kind: str, name: str, content: Callable[[Request], Any], methods: Sequence[str] = ("GET",)
-    ) -> Route:
-        """The address of a document; `kind` is what log and metrics call it."""
-
-        async def endpoint(request: Request) -> Response:
-            request.state.record.operation = kind
-            return Response(msgspec.json.encode(content(request)), media_type=JSON)
-
-        return Route(path, endpoint, name=name, methods=methods)
-
     def _ready(self, _: Request) -> dict[str, bool]:
-        self._require_open()
-        self._require_loaded()
+        self._require(loaded=True)
         return {"ready": True}
 
     def _model_ready(self, request: Request) -> dict[str, Any]:
@@ -274,15 +268,7 @@ class Service:
         return [{"name": name, "version": VERSION, "state": "READY"} for name in self._gatherers]
 
     def _openapi(self, request: Request) -> dict[str, Any]:
-        return document([gatherer.served for gatherer in self._gatherers.values()], request.app.routes)
-
-    async def _page(self, request: Request) -> Response:
-        request.state.record.operation = "page"
-        return page()
-
-    async def _metrics(self, request: Request) -> Response:
-        request.state.record.operation = "metrics"
-        return Response(self.metrics.page(), headers={"content-type": CONTENT_TYPE})
+        return document(self.names, request.app.routes)
 
 
 class Entrance:
@@ -298,9 +284,12 @@ class Entrance:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        record = Record(headers, self._id(headers.get(b"x-request-id")))
+        # The client's own id of the request, or a new one.
+        name = headers.get(b"x-request-id", b"").decode("latin-1")
+        if not (0 < len(name) <= LONGEST and name.isascii() and name.isprintable()):
+            name = f"{self._process}-{next(self._numbers)}"
+        record = scope.setdefault("state", {})["record"] = Record(headers, name)
         record.received = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
-        scope.setdefault("state", {})["record"] = record
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -333,23 +322,12 @@ class Entrance:
         finally:
             self._account(scope, record)
 
-    def _id(self, given: bytes | None) -> str:
-        """The client's own id of the request, or a new one."""
-        if given is not None and len(given) <= LONGEST and given.isascii() and given.decode().isprintable():
-            return given.decode()
-        return f"{self._process}-{next(self._numbers)}"
-
     def _account(self, scope: Scope, record: Record) -> None:
         seconds, event_log = perf_counter() - record.start, self._service.event_log
         self._service.metrics.answered(record.model, record.operation, record.status, seconds)
         if event_log.requests or record.status == 500:
-            fields: dict[str, Any] = {
-                "id": record.id,
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": record.status,
-                "ms": round(seconds * 1e3, 3),
-            }
+            fields = {"id": record.id, "method": scope["method"], "path": scope["path"], "status": record.status}
+            fields["ms"] = round(seconds * 1e3, 3)
             if record.operation:
                 fields.update(operation=record.operation, rows=record.rows)
             if record.error:

@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 from .. import __version__
 from ..model._operations import OPERATIONS
 from ._requests import InputOptions, OutputOptions, Request, RequestOptions
-from ._served import VERSION, Served
+from ._served import VERSION
 
 # What anybody may ask for, with or without a token: whether the service is there, and the page, which holds nothing.
 OPEN = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
@@ -39,9 +39,9 @@ _STATUSES = {
 }
 
 
-def document(models: Sequence[Served], routes: Sequence[BaseRoute]) -> dict[str, Any]:
+def document(models: Sequence[str], routes: Sequence[BaseRoute]) -> dict[str, Any]:
     """The OpenAPI document of a service of some models; the name of a route says what it gives."""
-    known = {"model": [served.name for served in models], "version": [VERSION]}
+    known = {"model": models, "version": [VERSION]}
     parameters = {
         name: {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": values}}
         for name, values in known.items()

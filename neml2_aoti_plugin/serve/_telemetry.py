@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from starlette.responses import Response
 
 from ._served import VERSION, Served
 
@@ -67,9 +68,9 @@ class Metrics:
         """Note how many rows wait for a model."""
         self._child(self._queue, model).set(rows)
 
-    def page(self) -> bytes:
+    def answer(self) -> Response:
         """All of it, in Prometheus' text format."""
-        return generate_latest(self._every())
+        return Response(generate_latest(self._every()), headers={"content-type": CONTENT_TYPE})
 
     def statistics(self, served: Served) -> dict[str, object]:
         """What the protocol's extension tells of the evaluations of a model."""
