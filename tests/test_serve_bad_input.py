@@ -151,6 +151,7 @@ ONE = request()["inputs"][0]
         (overrides(7), "parameter_overrides is 7"),
         (overrides("{"), "the request is no JSON"),
         (overrides("[]"), "parameter_overrides is []"),
+        (overrides("[" * 100_000), "nested too deeply"),
         (overrides({"E": 1.0}), "holds 'E', which is no promoted parameter of model 'promoted'"),
         (overrides({"promoted.E": [1.0, 2.0]}), "E is [1.0, 2.0], expected a number, or lists of the shape [1]"),
         (overrides({"promoted.E": True}), "promoted.E is True"),

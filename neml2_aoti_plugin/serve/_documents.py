@@ -117,31 +117,27 @@ def _infer() -> dict[str, Any]:
 
 
 @cache
-def _page() -> tuple[bytes, str]:
-    """The page, and its content security policy: only its own script and style, and only this service."""
+def _page() -> tuple[bytes, dict[str, str]]:
+    """The page, and its headers: it may use its own script and style only, and call this service only."""
     text = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    script, style = (_digest(kind, text) for kind in ("script", "style"))
-    policy = (
-        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return text.encode(), policy
 
+    def digest(kind: str) -> str:
+        found = re.search(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+        assert found is not None
+        return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
 
-def _digest(kind: str, text: str) -> str:
-    found = re.search(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
-    assert found is not None
-    digest = base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
-    return f"'sha256-{digest}'"
-
-
-def page() -> Response:
-    """The answer at `/`."""
-    content, policy = _page()
-    headers = {
-        "content-security-policy": policy,
+    return text.encode(), {
+        "content-security-policy": (
+            f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        ),
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
         "cache-control": "no-cache",
     }
+
+
+def page() -> Response:
+    """The answer at `/`."""
+    content, headers = _page()
     return Response(content, media_type="text/html", headers=headers)

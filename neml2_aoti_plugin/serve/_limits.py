@@ -70,12 +70,7 @@ class Refused(Exception):
     """A request that is not answered as asked: the status, the message for the client, and the rows at fault from 0."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        rows: Sequence[int] | None = None,
-        allow: str | None = None,
+        self, status: int, message: str, *, rows: Sequence[int] | None = None, allow: str | None = None
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.rows = status, message, rows
@@ -92,6 +87,11 @@ class Refused(Exception):
         if self.rows is not None:
             found["rows"] = list(self.rows[:LISTED])
         return found
+
+
+def bad_request(message: str) -> Refused:
+    """The refusal of a request that is wrong in itself."""
+    return Refused(400, message)
 
 
 def listed(rows: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NoReturn, TypeVar
@@ -16,7 +17,7 @@ import numpy as np
 from msgspec import UNSET, Struct, UnsetType
 from numpy.typing import NDArray
 
-from ._limits import Limits, Refused, shown
+from ._limits import Limits, Refused, bad_request, shown
 from ._served import DTYPES, TANGENT, VERSION, Served, Signature, TensorMetadata
 
 Array = NDArray[Any]
@@ -102,23 +103,33 @@ class Call:
 
 def read_call(served: Served, body: bytes, header_length: bytes | None, limits: Limits) -> Call:
     """Read a request for a model; `header_length` is the header that tells the length of the JSON part, if any."""
-    cut = len(body) if header_length is None else _header_length(header_length, len(body))
+    cut = len(body)
+    if header_length is not None:
+        if not (header_length.isdigit() and len(header_length) < 20 and int(header_length) <= cut):
+            raise bad_request(
+                f"the header Inference-Header-Content-Length is {shown(header_length.decode('latin-1'))}, expected the "
+                f"length of the JSON part, {cut} (the length of the body) at most."
+            )
+        cut = int(header_length)
     request = read_request(body[:cut])
     if request.model_name not in (None, served.name):
-        raise Refused(400, f"model_name is {shown(request.model_name)}, but the address is that of {served.name!r}.")
+        raise bad_request(f"model_name is {shown(request.model_name)}, but the address is that of {served.name!r}.")
     if request.model_version not in (None, VERSION):
-        raise Refused(400, f"model_version is {shown(request.model_version)}, but there is {VERSION!r} alone.")
+        raise bad_request(f"model_version is {shown(request.model_version)}, but there is {VERSION!r} alone.")
     options = _options(request.parameters, RequestOptions, "parameters")
-    signature = _signature(served, options.operation)
+    signature = served.signatures.get(options.operation)
+    if signature is None:
+        reason = f": {served.lacking[options.operation]}" if options.operation in served.lacking else ""
+        raise bad_request(
+            f"parameters: operation is {shown(options.operation)}, expected one of {', '.join(served.signatures)} for "
+            f"model {served.name!r}{reason}."
+        )
     arrays = _inputs(request, signature, memoryview(body)[cut:], limits)
     rows = next(iter(arrays.values())).shape[0]
     overrides = _overrides(options.parameter_overrides, served, rows)
     outputs = _outputs(request, signature, options.binary_data_output)
-    pairs = None
-    if signature.pairs:
-        asked = {name for name, _ in outputs}
-        chosen = tuple(pair for name, pair in signature.pairs.items() if name in asked)
-        pairs = chosen or tuple(signature.pairs.values())
+    asked = tuple(signature.pairs[name] for name, _ in outputs if name in signature.pairs)
+    pairs = asked or tuple(signature.pairs.values()) or None
     key = (signature.name, tuple(arrays), pairs, bool(overrides))
     return Call(signature, arrays, rows, overrides, pairs, outputs, request.id, key)
 
@@ -145,7 +156,7 @@ def read_request(text: bytes) -> Request:
     except msgspec.ValidationError as error:
         _refuse(error, text if document is None else document, "the request")
     except RecursionError:
-        raise Refused(400, "the request is nested too deeply.") from None
+        raise bad_request("the request is nested too deeply.") from None
 
 
 def _read_slowly(text: bytes) -> Any:
@@ -154,7 +165,9 @@ def _read_slowly(text: bytes) -> Any:
         # Half a surrogate pair, which JSON may hold, cannot be sent back.
         msgspec.json.encode(found)
     except ValueError as error:
-        raise Refused(400, f"the request is no JSON: {error}.") from None
+        raise bad_request(f"the request is no JSON: {error}.") from None
+    except RecursionError:
+        raise bad_request("the request is nested too deeply.") from None
     return found
 
 
@@ -163,14 +176,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise Refused(400, f"{shown(twice)} is there twice in one object.")
+        raise bad_request(f"{shown(twice)} is there twice in one object.")
     return found
 
 
 def _number(text: str) -> float:
     found = float(text)
     if math.isinf(found):
-        raise Refused(400, f"the number {shown(text)} is too large.")
+        raise bad_request(f"the number {shown(text)} is too large.")
     return found if "." in text or "e" in text or "E" in text else int(text)
 
 
@@ -182,7 +195,7 @@ def _refuse(error: msgspec.ValidationError, document: Any, where: str) -> NoRetu
     expected = re.fullmatch(r"Expected `(.*)`, got `(.*)`", text)
     if expected is None:
         lacks = re.fullmatch(r"Object missing required field `(.*)`", text)
-        raise Refused(400, f"{place} lacks {lacks[1]!r}." if lacks else f"{place}: {text}.") from None
+        raise bad_request(f"{place} lacks {lacks[1]!r}." if lacks else f"{place}: {text}.") from None
     found = expected[2]
     try:
         value = msgspec.json.decode(document) if isinstance(document, bytes) else document
@@ -192,7 +205,7 @@ def _refuse(error: msgspec.ValidationError, document: Any, where: str) -> NoRetu
     except (msgspec.DecodeError, ValueError, LookupError, TypeError, RecursionError):
         # The place is one that has no name of its own, such as a value of an object.
         pass
-    raise Refused(400, f"{place} is {found}, expected {expected[1]}.") from None
+    raise bad_request(f"{place} is {found}, expected {expected[1]}.") from None
 
 
 def _options(given: dict[str, Any] | None, kind: type[_Options], where: str) -> _Options:
@@ -204,13 +217,11 @@ def _options(given: dict[str, Any] | None, kind: type[_Options], where: str) -> 
         return kind()
     known = kind.__struct_fields__
     for name in given:
-        if name in known:
-            continue
         if name.startswith(EXTENSIONS):
-            raise Refused(400, f"{where}: {shown(name)} is of an extension of the protocol that this service lacks.")
-        meant = difflib.get_close_matches(name[:40], known, 1, 0.8)
+            raise bad_request(f"{where}: {shown(name)} is of an extension of the protocol that this service lacks.")
+        meant = [] if name in known else difflib.get_close_matches(name[:40], known, 1, 0.8)
         if meant:
-            raise Refused(400, f"{where}: unknown {shown(name)}; did you mean {meant[0]!r}?")
+            raise bad_request(f"{where}: unknown {shown(name)}; did you mean {meant[0]!r}?")
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
@@ -218,29 +229,6 @@ def _options(given: dict[str, Any] | None, kind: type[_Options], where: str) -> 
 
 
 # -- what is asked ---------------------------------------------------------------------------------------------------
-
-
-def _header_length(text: bytes, total: int) -> int:
-    """The length of the JSON part of a request with binary data."""
-    if text.isdigit() and len(text) < 20 and int(text) <= total:
-        return int(text)
-    raise Refused(
-        400,
-        f"the header Inference-Header-Content-Length is {shown(text.decode('latin-1'))}, expected the length of the "
-        f"JSON part, {total} (the length of the body) at most.",
-    )
-
-
-def _signature(served: Served, name: str) -> Signature:
-    known = served.signatures.get(name)
-    if known is None:
-        reason = f": {served.lacking[name]}" if name in served.lacking else ""
-        raise Refused(
-            400,
-            f"parameters: operation is {shown(name)}, expected one of {', '.join(served.signatures)} for model "
-            f"{served.name!r}{reason}.",
-        )
-    return known
 
 
 def _inputs(request: Request, signature: Signature, binary: memoryview, limits: Limits) -> dict[str, Array]:
@@ -251,17 +239,17 @@ def _inputs(request: Request, signature: Signature, binary: memoryview, limits: 
     for entry in request.inputs:
         name = entry.name
         if name in given:
-            raise Refused(400, f"input {name!r} is there twice.")
+            raise bad_request(f"input {name!r} is there twice.")
         if name not in known:
             more = f"; it also takes {', '.join(signature.optional)}" if signature.optional else ""
-            raise Refused(
-                400,
+            raise bad_request(
                 f"inputs hold {shown(name)}, which {signature.name} does not take. It needs "
-                f"{', '.join(signature.inputs)}{more}.",
+                f"{', '.join(signature.inputs)}{more}."
             )
-        own = _rows(entry, known[name])
+        _require_form(entry, known[name])
+        own = entry.shape[0]
         if rows and own != rows:
-            raise Refused(400, f"input {name!r} has {own} rows, but the inputs before it have {rows}.")
+            raise bad_request(f"input {name!r} has {own} rows, but the inputs before it have {rows}.")
         if own > limits.request_rows:
             raise Refused(
                 413, f"input {name!r} has {own} rows, more than the {limits.request_rows} that a request may have."
@@ -269,51 +257,48 @@ def _inputs(request: Request, signature: Signature, binary: memoryview, limits: 
         rows = own
         options = _options(entry.parameters, InputOptions, f"parameters of input {name!r}")
         if options.binary_data_size is UNSET:
-            given[name] = from_json(entry.data, (rows, *known[name].shape), known[name], f"input {name!r}: data")
+            given[name] = from_json(entry.data, entry.shape, known[name], f"input {name!r}: data")
         else:
             given[name] = _from_binary(binary, options.binary_data_size, entry, known[name])
             binary = binary[given[name].nbytes :]
     if binary:
-        raise Refused(400, f"the body has {len(binary)} bytes more of binary data than its inputs tell.")
+        raise bad_request(f"the body has {len(binary)} bytes more of binary data than its inputs tell.")
     missing = [name for name in signature.inputs if name not in given]
     if missing:
-        raise Refused(400, f"inputs lack {', '.join(map(repr, missing))}, which {signature.name} needs.")
+        raise bad_request(f"inputs lack {', '.join(map(repr, missing))}, which {signature.name} needs.")
     if signature.operation.takes == "tangents" and not any(name.startswith(TANGENT) for name in given):
         there = ", ".join(name for name in signature.optional if name.startswith(TANGENT))
-        raise Refused(400, f"inputs hold no tangent, which {signature.name} needs one of: {there or 'none'}.")
+        raise bad_request(f"inputs hold no tangent, which {signature.name} needs one of: {there or 'none'}.")
     return {name: given[name] for name in known if name in given}
 
 
-def _rows(entry: Input, known: TensorMetadata) -> int:
-    """The number of rows that an input tells; its shape and dtype must be those of the model."""
+def _require_form(entry: Input, known: TensorMetadata) -> None:
+    """Refuse an input of another shape or dtype than the model's, or without rows."""
     if len(entry.shape) == 0 or entry.shape[0] < 1 or tuple(entry.shape[1:]) != known.shape:
         wanted = ", ".join(("rows", *map(str, known.shape)))
-        raise Refused(
-            400,
-            f"input {known.name!r} has the shape {shown(entry.shape)}, expected [{wanted}] with one row or more.",
+        raise bad_request(
+            f"input {known.name!r} has the shape {shown(entry.shape)}, expected [{wanted}] with one row or more."
         )
     if entry.datatype != known.datatype:
-        raise Refused(
-            400, f"input {known.name!r} has the datatype {shown(entry.datatype)}, expected {known.datatype!r}."
+        raise bad_request(
+            f"input {known.name!r} has the datatype {shown(entry.datatype)}, expected {known.datatype!r}."
         )
-    return entry.shape[0]
 
 
 def _from_binary(binary: memoryview, size: int, entry: Input, known: TensorMetadata) -> Array:
     """An input out of what is left of the binary data: a view, not to be written to."""
     dtype, name = DTYPES[known.datatype], known.name
-    if entry.data is not UNSET:
-        raise Refused(400, f"input {name!r} has both data and binary_data_size, expected one of them.")
     wanted = prod(entry.shape) * dtype.itemsize
+    if entry.data is not UNSET:
+        raise bad_request(f"input {name!r} has both data and binary_data_size, expected one of them.")
     if size != wanted:
-        raise Refused(
-            400,
+        raise bad_request(
             f"input {name!r}: binary_data_size is {size}, but {known.datatype} of the shape {entry.shape} takes "
-            f"{wanted} bytes.",
+            f"{wanted} bytes."
         )
     if len(binary) < wanted:
-        raise Refused(
-            400, f"input {name!r}: binary_data_size is {size}, but the body has only {len(binary)} bytes left."
+        raise bad_request(
+            f"input {name!r}: binary_data_size is {size}, but the body has only {len(binary)} bytes left."
         )
     return np.frombuffer(binary, dtype, prod(entry.shape)).reshape(entry.shape)
 
@@ -321,7 +306,7 @@ def _from_binary(binary: memoryview, size: int, entry: Input, known: TensorMetad
 def from_json(data: Any, shape: Sequence[int], known: TensorMetadata, where: str) -> Array:
     """Numbers out of JSON: one flat list, or lists nested like the shape."""
     if type(data) is not list:
-        raise Refused(400, f"{where} is {'absent' if data is UNSET else shown(data)}, expected a list of numbers.")
+        raise bad_request(f"{where} is {'absent' if data is UNSET else shown(data)}, expected a list of numbers.")
     nested = bool(data) and type(data[0]) is list
     kind: Any = float
     for _ in shape if nested else (0,):
@@ -331,17 +316,16 @@ def from_json(data: Any, shape: Sequence[int], known: TensorMetadata, where: str
     except msgspec.ValidationError as error:
         _refuse(error, data, where)
     if not nested and len(data) != prod(shape):
-        raise Refused(400, f"{where} has {len(data)} entries, but the shape {list(shape)} takes {prod(shape)}.")
+        raise bad_request(f"{where} has {len(data)} entries, but the shape {list(shape)} takes {prod(shape)}.")
     try:
         found = np.array(numbers, DTYPES[known.datatype])
     except ValueError:
         # Lists of different lengths.
         found = np.empty(0)
     if nested and found.shape != tuple(shape):
-        raise Refused(
-            400,
+        raise bad_request(
             f"{where} is nested otherwise than the shape {list(shape)}. Nest it like the shape, or give one flat list "
-            "in the order of rows.",
+            "in the order of rows."
         )
     return found.reshape(shape)
 
@@ -351,15 +335,14 @@ def _overrides(given: dict[str, Any] | str | None, served: Served, rows: int) ->
     if type(given) is str:
         given = _read_slowly(given.encode())
         if type(given) is not dict:
-            raise Refused(400, f"parameter_overrides is {shown(given)}, expected an object from name to value.")
+            raise bad_request(f"parameter_overrides is {shown(given)}, expected an object from name to value.")
     assert given is None or isinstance(given, dict)
     shapes, found = served.model.parameter_base_shapes, {}
     for name, value in (given or {}).items():
         if name not in shapes:
-            raise Refused(
-                400,
+            raise bad_request(
                 f"parameter_overrides holds {shown(name)}, which is no promoted parameter of model {served.name!r}; "
-                f"there are: {', '.join(shapes) or 'none'}.",
+                f"there are: {', '.join(shapes) or 'none'}."
             )
         found[name] = _override(name, value, tuple(shapes[name]), served, rows)
     return found
@@ -371,13 +354,11 @@ def _override(name: str, value: object, base: tuple[int, ...], served: Served, r
     if type(value) in (int, float):
         return np.broadcast_to(from_json([value], (1,), known, where)[0], base)
     for shape in ((rows, *base), base):
-        try:
+        with suppress(Refused):
             if shape:
                 return from_json(value, shape, known, where)
-        except Refused:
-            continue
     shapes = f"{list(base)} or {[rows, *base]}" if base else f"[{rows}]"
-    raise Refused(400, f"{where} is {shown(value)}, expected a number, or lists of the shape {shapes}.")
+    raise bad_request(f"{where} is {shown(value)}, expected a number, or lists of the shape {shapes}.")
 
 
 def _outputs(request: Request, signature: Signature, binary: bool) -> tuple[tuple[str, bool], ...]:
@@ -385,10 +366,9 @@ def _outputs(request: Request, signature: Signature, binary: bool) -> tuple[tupl
     found: dict[str, bool] = {}
     for entry in request.outputs or ():
         if entry.name not in signature.outputs or entry.name in found:
-            raise Refused(
-                400,
+            raise bad_request(
                 f"outputs holds {shown(entry.name)}, expected each once, with a name out of "
-                f"{', '.join(signature.outputs)}.",
+                f"{', '.join(signature.outputs)}."
             )
         options = _options(entry.parameters, OutputOptions, f"parameters of output {entry.name!r}")
         found[entry.name] = binary if options.binary_data is UNSET else options.binary_data

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -66,14 +66,12 @@ class Setup:
 class Server(uvicorn.Server):
     """uvicorn's server, which takes no new requests once it was told to stop, and ends in time.
 
-    `listening` is called once connections are accepted, and `leave` where it is told to stop before that.
+    The socket is for an `owner` to remove where it is told to stop before it listens.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, service: Service, listening: Callable[[], None], leave: Callable[[], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, bound: Bound, *, owner: bool) -> None:
         super().__init__(config)
-        self._service, self._listening, self._leave = service, listening, leave
+        self._service, self._bound, self._owner = service, bound, owner
         # A compiled call cannot be broken off; where it takes longer than all may, the process leaves it.
         self.last = threading.Timer((config.timeout_graceful_shutdown or 0) + LEAVE, os._exit, (0,))
         self.last.daemon = True
@@ -85,14 +83,18 @@ class Server(uvicorn.Server):
         if self.started:
             gc.collect()
             gc.freeze()
-            self._listening()
+            address, models = self._bound.address, self._service.names
+            self._service.event_log.write("listening", address=address, models=models, process=os.getpid())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, by a signal."""
         if not self.started:
             # Nothing was accepted. What makes machine code or runs a graph can be neither broken off nor relied on to
             # pass an exception on.
-            self._leave()
+            self._service.event_log.write("stopped", process=os.getpid())
+            self._service.event_log.flush()
+            if self._owner:
+                self._bound.release()
             os._exit(0)
         if self._service.open:
             self._service.open = False
@@ -103,22 +105,15 @@ class Server(uvicorn.Server):
 def run(setup: Setup, bound: Bound, *, owner: bool = True) -> None:
     """Serve until a signal to stop; then finish what was accepted, and return.
 
-    The socket is for an `owner` to remove where it is told to stop before it listens. Raises what loading a model, or
-    its first calls, raise.
+    Raises what loading a model, or its first calls, raise.
     """
     event_log, limits = setup.event_log(), setup.limits
-    _take_logs(event_log)
+    # uvicorn and asyncio speak through the log.
+    for name in ("uvicorn", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [Handler(event_log)], False
+        logger.setLevel(logging.WARNING)
     service = Service(setup.sources, limits, setup.token, event_log)
-
-    def listening() -> None:
-        event_log.write("listening", address=bound.address, models=service.names, process=os.getpid())
-
-    def leave() -> None:
-        event_log.write("stopped", process=os.getpid())
-        event_log.flush()
-        if owner:
-            bound.release()
-
     config = uvicorn.Config(
         service.application(),
         # In Python, and with what httptools lacks: a bound of the headers, and requests that ask for another protocol.
@@ -136,7 +131,7 @@ def run(setup: Setup, bound: Bound, *, owner: bool = True) -> None:
         proxy_headers=False,
         server_header=False,
     )
-    server = Server(config, service, listening, leave)
+    server = Server(config, service, bound, owner=owner)
     # From now on, and not only within uvicorn, which restores these handlers and raises the signal again once it has
     # stopped: the exit status is then ours.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -159,15 +154,6 @@ def run(setup: Setup, bound: Bound, *, owner: bool = True) -> None:
         event_log.flush()
     if service.failure is not None:
         raise service.failure
-
-
-def _take_logs(event_log: EventLog) -> None:
-    """Let uvicorn and asyncio speak through the log."""
-    handler = Handler(event_log)
-    for name in ("uvicorn", "asyncio"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.WARNING)
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
