@@ -5,10 +5,9 @@ What each does is a function of its name, whose module is imported when the comm
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -19,23 +18,16 @@ from .options import (
     MOST_ROWS,
     MOST_THREADS,
     Finite,
-    assignments,
+    Function,
+    by_name,
     command,
     counts,
     device_options,
-    pairs,
     target_arguments,
 )
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-set_option = click.option(
-    "--set",
-    "values",
-    multiple=True,
-    metavar="NAME=VALUE",
-    callback=assignments,
-    help="Give a promoted parameter another value.",
+set_option = by_name(
+    "--set", "values", form="NAME=VALUE", numbers=True, help="Give a promoted parameter another value."
 )
 
 HELP = """Look at, check and run compiled NEML2 models.
@@ -107,19 +99,10 @@ def inspect() -> None:
 )
 @click.option("--points", type=FILE, help="Evaluate at these points: .npz, .pt or .safetensors, a tensor per input.")
 @click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
-@click.option("--rows", type=click.IntRange(1, MOST_ROWS), default=16, show_default=True, help="Points of each kind.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random points.")
-@click.option(
-    "--scale",
-    "scales",
-    multiple=True,
-    metavar="NAME=VALUE",
-    callback=assignments,
-    help="Standard deviation of an input's random entries.",
-)
-@click.option(
-    "--rtol", type=Finite(0.0), default=1e-6, show_default=True, help="Tolerance against source and golden file."
-)
+@click.option("--rows", type=click.IntRange(1, MOST_ROWS), default=16, help="Points of each kind.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the random points.")
+@by_name("--scale", "scales", form="NAME=VALUE", numbers=True, help="Standard deviation of an input's random entries.")
+@click.option("--rtol", type=Finite(0.0), default=1e-6, help="Tolerance against source and golden file.")
 @click.option(
     "--difference-rtol", type=Finite(0.0), help="Tolerance against finite differences. [1e-5, of float32 1e-3]"
 )
@@ -142,18 +125,15 @@ def verify() -> None:
 
 
 @command("Rows per second by batch size and threads.")
-@click.option(
-    "--rows", callback=counts(MOST_ROWS), default="1,10,100,1000,10000", show_default=True, help="Batch sizes."
-)
+@click.option("--rows", callback=counts(MOST_ROWS), default="1,10,100,1000,10000", help="Batch sizes.")
 @click.option("--threads", callback=counts(MOST_THREADS), help="Numbers of threads. [as many as torch uses]")
 @click.option(
     "--call",
     type=click.Choice(["forward", "jacobian", "solve"]),
     default="forward",
-    show_default=True,
     help="Method of the model to time.",
 )
-@click.option("--seconds", type=Finite(0.0), default=0.5, show_default=True, help="For each measurement.")
+@click.option("--seconds", type=Finite(0.0), default=0.5, help="For each measurement.")
 @click.option("--points", type=FILE, help="Evaluate at these points; see verify.")
 @click.option("--driver", metavar="NAME", help="Evaluate where this driver of the stub calls the model.")
 @click.option("--plot", "picture", type=FILE, help="Draw rows per second over batch size to this file.")
@@ -178,7 +158,7 @@ def bench() -> None:
 @click.option("--parameters", type=FILE, help="Take the promoted parameters from this file (see params).")
 @click.option("--out", type=FILE, help="Write the result to this file: .pt (neml2's form), .npz, .csv or .nc (netCDF).")
 @click.option("--device", metavar="DEVICE", help="Of tensors and of the leaf, such as cpu or cuda:1.")
-@click.option("--dtype", type=DTYPE, default="float64", show_default=True, help="Of tensors and of the leaf.")
+@click.option("--dtype", type=DTYPE, default="float64", help="Of tensors and of the leaf.")
 def run() -> None:
     """Run a driver of an input file.
 
@@ -199,7 +179,7 @@ def run() -> None:
 @click.option("--y", "ys", multiple=True, metavar="NAME", help="Vertical axis; may be given several times.")
 @click.option("--row", "rows", type=int, multiple=True, help="A point to draw; may be given several times. [all]")
 @click.option("--label", metavar="NAME", help="Tell points apart by this quantity, or by @point, their number.")
-@click.option("--title", default="", help="Title of the picture.")
+@click.option("--title", help="Title of the picture.")
 @click.option("--xlabel", metavar="TEXT", help="What the horizontal axis is called, with its unit.")
 @click.option("--ylabel", "ylabels", multiple=True, metavar="TEXT", help="What each --y is called, in their order.")
 def plot() -> None:
@@ -300,7 +280,7 @@ LIMITS: tuple[tuple[str, click.ParamType[Any], str], ...] = (
 )
 
 
-def limit_options(function: _Function) -> _Function:
+def limit_options(function: Function) -> Function:
     """The options of all limits."""
     for name, kind, text in reversed(LIMITS):
         function = click.option(name, type=kind, help=text)(function)
@@ -309,28 +289,13 @@ def limit_options(function: _Function) -> _Function:
 
 @command("Serve models over HTTP (Open Inference Protocol).")
 @click.argument("paths", metavar="[ARTIFACT|STUB]...", nargs=-1)
-@click.option(
-    "--name",
-    "others",
-    metavar="NAME=PATH",
-    multiple=True,
-    callback=pairs("NAME=PATH"),
-    help="Serve this artifact or stub under NAME.",
-)
-@click.option(
-    "--parameters",
-    metavar="NAME=FILE",
-    multiple=True,
-    callback=pairs("NAME=FILE"),
-    help="Take values of promoted parameters from a file.",
-)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 for any free one.")
+@by_name("--name", "others", form="NAME=PATH", help="Serve this artifact or stub under NAME.")
+@by_name("--parameters", form="NAME=FILE", help="Take values of promoted parameters from a file.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 for any free one.")
 @click.option("--uds", type=FILE, help="Listen on this Unix socket instead.")
-@click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Number of processes.")
-@click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), default=1, show_default=True, help="Threads of torch in each."
-)
+@click.option("--workers", type=click.IntRange(1, 1024), default=1, help="Number of processes.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), default=1, help="Threads of torch in each.")
 @click.option(
     "--token-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -368,7 +333,7 @@ class Commands(click.Group):
     cls=Commands,
     commands=[doctor, example, inspect, verify, bench, run, plot, params, seal, warm, migrate, serve],
     help=HELP,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 @click.version_option(__version__, prog_name="neml2-aoti")
 def app() -> None:

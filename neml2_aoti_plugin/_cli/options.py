@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -90,35 +91,26 @@ class Finite(click.FloatRange):
         return found
 
 
-def pairs(form: str, read: Callable[[str], Any] = str) -> Callable[..., dict[str, Any]]:
-    """A callback for an option that is given as `NAME=...` several times: what is read of each, by name."""
+def by_name(*option: str, form: str, help: str, numbers: bool = False) -> Callable[[Function], Function]:
+    """An option that may be given several times, as `NAME=...`: the work is given texts, or finite numbers, by name."""
 
-    def read_all(context: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
+    def read(context: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for text in given:
             name, _, value = text.partition("=")
-            try:
-                if not name or not value:
-                    raise ValueError
-                number = read(value)
-            except ValueError:
-                raise click.BadParameter(f"{text!r} is not {form}.") from None
+            number = math.nan
+            if numbers:
+                with suppress(ValueError):
+                    number = float(value)
+            if not name or not value or (numbers and not math.isfinite(number)):
+                wanted = f"{form} with a finite number as the value" if numbers else form
+                raise click.BadParameter(f"{text!r} is not {wanted}.")
             if name in found:
                 raise click.BadParameter(f"{name!r} is given twice.")
-            found[name] = number
+            found[name] = number if numbers else value
         return found
 
-    return read_all
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-assignments = pairs("NAME=VALUE with a finite number as the value", _finite)
+    return click.option(*option, metavar=form, multiple=True, callback=read, help=help)
 
 
 def counts(most: int) -> Callable[..., tuple[int, ...] | None]:

@@ -91,7 +91,7 @@ def plot(
     ys: Sequence[str],
     rows: Sequence[int],
     label: str | None,
-    title: str,
+    title: str | None,
     xlabel: str | None,
     ylabels: Sequence[str],
 ) -> PlotReport:
@@ -125,7 +125,7 @@ def plot(
             _draw(axes, lines, len(found), labels[results[0]] if points_alone else None, told != before)
             axes.set_ylabel(literal(_joined([names[y] for y in shown])))
             drawn, before = [*drawn, *(line.report for line in lines)], told
-        figures[0].set_title(literal(title))
+        figures[0].set_title(literal(title or ""))
         figures[-1].set_xlabel(literal(xlabel or spoken(x)))
     return PlotReport(str(out), tuple(drawn))
 
@@ -271,32 +271,33 @@ def _lines(
 ) -> Iterator[Line]:
     """A line for each point and site, with its label."""
     along, up = _quantity(path, result, x), _quantity(path, result, y)
-    sites = max(along.shape[2:], up.shape[2:], key=len)
+    axes = max(along.ndim, up.ndim)
     try:
         # What has no sites is the same at all of them.
-        wide = [values.reshape((*values.shape, *(1,) * (2 + len(sites) - values.ndim))) for values in (along, up)]
-        along, up = np.broadcast_arrays(*(np.broadcast_to(values, (*values.shape[:2], *sites)) for values in wide))
+        wide = (values.reshape(values.shape + (1,) * (axes - values.ndim)) for values in (along, up))
+        over, above = np.broadcast_arrays(*wide)
     except ValueError:
         raise InputError(
             f"{path}: {x!r} and {y!r} have other sites, {list(along.shape[2:])} and {list(up.shape[2:])}. Draw one of "
             "them at one site, such as NAME[0] or NAME[0].PART."
         ) from None
-    total = up.shape[1]
+    total, sites = above.shape[1], above.shape[2:]
     if not total:
         raise InputError(f"{path}: has no points, so that there is nothing to draw.")
     beyond = [row for row in rows if not 0 <= row < total]
     if beyond:
         raise UnknownNameError(f"{path}: there is no point {beyond[0]}; the points are 0 to {total - 1}.")
     for row, site in product(rows or range(total), np.ndindex(sites)):
-        over, above = at_site(along, site)[:, row], at_site(up, site)[:, row]
-        finite = above[~np.isnan(above)]
+        values = at_site(above, site)[:, row]
+        finite = values[~np.isnan(values)]
         if not len(finite):
             raise InputError(f"{path}: {y!r} has no values at {_place(row, site)}.")
         words = [*before]
         words += [f"{labels.word} {labels.number(row)}"] if total > 1 else []
         words += [_site(site)] if site else []
         ends = (float(finite[0]), float(finite[-1]))
-        yield Line(over, above, LineReport(str(path), x, y, ", ".join(words), row, site, len(up), *ends))
+        report = LineReport(str(path), x, y, ", ".join(words), row, site, len(values), *ends)
+        yield Line(at_site(over, site)[:, row], values, report)
 
 
 def _place(row: int, site: tuple[int, ...]) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._artifact import locate
 from .._files import draft
 from .._solve import machine_code
 from ..errors import InputError
@@ -68,6 +67,8 @@ class SealReport(Report):
 
 def seal(paths: tuple[str, ...]) -> SealReport:
     """Seal artifacts."""
+    # These import torch, for which the other commands here do not wait.
+    from .._artifact import locate
     from .target import find_target
 
     # All are looked for before one is sealed.
