@@ -11,15 +11,16 @@ the metadata of two inputs that differ in a modulus is the same to the last byte
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import struct
 import sys
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import ArtifactError
 from .files import Folder
@@ -131,7 +132,7 @@ class Generated:
     # The generated code without its numbers, and without what differs from compile to compile.
     skeleton: str = field(repr=False)
     # The numbers in the code, in order, and behind them the tensors in the library.
-    numbers: tuple[float, ...] = field(repr=False)
+    numbers: NDArray[np.float64] = field(repr=False)
     # What the code was compiled against: torch names its headers by what is in them, and by compiler and flags.
     compiler: frozenset[str]
 
@@ -145,15 +146,14 @@ def read_generated(file: Path, folder: Folder) -> Generated | None:
             if archive_faults(archive) or not libraries:
                 return None
             constants = _constants_in(read_entry(archive, libraries[0], data))
-            parts = [read_text(archive, f"{part}.cpp") for part in ("wrapper", "kernel")]
+            source = "\n".join(read_text(archive, f"{part}.cpp") or "" for part in ("wrapper", "kernel"))
     except ArtifactError:
         return None
-    source = "\n".join(part for part in parts if part)
     # Without paths and commands, which stand in comments, and names of files.
-    lines = (line for line in source.splitlines() if line and not line.startswith("//"))
-    code = _HASH.sub("", "\n".join(lines))
-    numbers = *map(float, _NUMBER.findall(code)), *struct.unpack_from(f"={len(constants) // 8}d", constants)
-    return Generated(_NUMBER.sub("#", code), numbers, frozenset(_HEADERS.findall(source))) if source else None
+    code = _HASH.sub("", "\n".join(line for line in source.splitlines() if line and not line.startswith("//")))
+    numbers = [*map(float, _NUMBER.findall(code)), *struct.unpack_from(f"={len(constants) // 8}d", constants)]
+    found = Generated(_NUMBER.sub("#", code), np.array(numbers), frozenset(_HEADERS.findall(source)))
+    return found if source.strip() else None
 
 
 def _constants_in(data: bytes | memoryview) -> bytes:
@@ -175,15 +175,12 @@ def _constants_in(data: bytes | memoryview) -> bytes:
 
 
 def of_one_source(one: Generated, other: Generated, same_device: bool) -> bool | None:
-    """Whether two packages of one name were compiled from one source.
-
-    For devices of one kind torch generates the same code. None where the code differs as well as the numbers, and
-    another compiler may be why.
-    """
-    if one.skeleton == other.skeleton and len(one.numbers) == len(other.numbers):
-        return all(_equal(a, b) for a, b in zip(one.numbers, other.numbers, strict=True))
+    """Whether two packages of one name were compiled from one source; None where another compiler may be the reason."""
+    # For devices of one kind torch generates the same code. Whole numbers among the constants may look like NaN.
+    if one.skeleton == other.skeleton and one.numbers.size == other.numbers.size:
+        return bool(np.isclose(one.numbers, other.numbers, rtol=_ROUNDING, atol=0.0, equal_nan=True).all())
     mine, theirs = _distinctive(one.numbers), _distinctive(other.numbers)
-    lacking = [any(not _is_among(number, there) for number in here) for here, there in ((mine, theirs), (theirs, mine))]
+    lacking = [not _are_among(mine, theirs), not _are_among(theirs, mine)]
     # Code for another kind of device may do without a number that this one has.
     if not (any(lacking) if same_device else all(lacking)):
         return True
@@ -191,18 +188,15 @@ def of_one_source(one: Generated, other: Generated, same_device: bool) -> bool |
     return False if same_device and all(lacking) and one.compiler and one.compiler == other.compiler else None
 
 
-def _equal(a: float, b: float) -> bool:
-    # Whole numbers among the constants may look like NaN.
-    return math.isclose(a, b, rel_tol=_ROUNDING) or (math.isnan(a) and math.isnan(b))
-
-
-def _distinctive(numbers: Iterable[float]) -> list[float]:
+def _distinctive(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
     """The numbers that are hardly in code by themselves, such as 1 and 0.5 are: their sizes, sorted."""
-    found = {abs(number) for number in numbers if math.isfinite(number) and abs(number) > sys.float_info.min}
-    return sorted(number for number in found if number > 16 or number * 2 != round(number * 2))
+    sizes = np.abs(numbers[np.isfinite(numbers)])
+    found: NDArray[np.float64] = np.unique(sizes[(sizes > sys.float_info.min) & ((sizes > 16) | (sizes % 0.5 != 0))])
+    return found
 
 
-def _is_among(number: float, numbers: list[float]) -> bool:
-    """Whether a number is among others, which are sorted, but for rounding."""
-    place = bisect_left(numbers, number * (1 - _ROUNDING))
-    return place < len(numbers) and _equal(numbers[place], number)
+def _are_among(numbers: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
+    """Whether all numbers are among others, which are sorted, but for rounding."""
+    places = np.searchsorted(others, numbers * (1 - _ROUNDING))
+    nearest = np.append(others, np.inf)[places]
+    return bool(np.isclose(numbers, nearest, rtol=_ROUNDING, atol=0.0).all())
