@@ -37,10 +37,7 @@ _IN_NAMES = "+@"
 
 
 def open_plain(path: str | os.PathLike[str], folder: int | None = None) -> int:
-    """Open a plain file to read it, without waiting for anybody, and give its handle; a link is refused.
-
-    A relative path starts from the folder of a handle, or the working directory. Any failure is an `OSError`.
-    """
+    """Open a plain file, no link, without waiting for anybody; `folder` is a handle from which the path starts."""
     # To open a device may do something already.
     _require_plain(os.stat(path, dir_fd=folder, follow_symlinks=False))
     handle = os.open(path, _PLAIN, dir_fd=folder)
@@ -174,11 +171,7 @@ def _unwritable(target: Path, error: OSError | ValueError) -> InputError:
 
 
 def file_name(variable: str) -> str:
-    """The name of a file, without its ending, for a variable.
-
-    Letters, digits and `_-~.+@` stand for themselves; everything else, and a dot at the beginning, is percent-encoded
-    UTF-8. So no name leads out of a folder, and `variable_of` gives the variable back.
-    """
+    """The name of a file, without its ending, for a variable; none leads out of a folder, or begins with a dot."""
     found = quote(variable, _IN_NAMES, errors="surrogatepass")
     return f"%2E{found[1:]}" if found.startswith(".") else found
 

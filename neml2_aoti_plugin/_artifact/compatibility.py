@@ -285,12 +285,9 @@ def machine(name: str | None = None) -> str:
 
 
 def lacking(instruction_sets: str, have: frozenset[str] | None = None) -> list[str]:
-    """What a processor lacks of instruction sets in inductor's spelling, with spaces between.
-
-    `have` are its flags, this machine's if None. Flags are listed, or names of instruction sets where the system lists
-    no flags. What is not known counts as there.
-    """
+    """What a processor, by default this one, lacks of instruction sets in inductor's spelling: flags, or sets."""
     flags = cpu_flags() if have is None else have
+    # What is not known counts as there.
     wanted = instruction_sets.upper().split()
     if flags:
         return list(dict.fromkeys(flag for name in wanted for flag in NEEDS.get(name, ()) if flag not in flags))

@@ -18,10 +18,7 @@ from .upgrade import released_form, upgrade
 
 
 def read_metadata(place: Place, *, solver: dict[str, Any] | None = None) -> Metadata:
-    """The metadata of a leaf, of any released schema.
-
-    `solver` are Newton settings that take the place of the file's, such as those of a stub's `[Solvers]` block.
-    """
+    """The metadata of a leaf, of any released schema, with Newton settings such as a stub's in place of the file's."""
     document, file = place.document, str(place.metadata)
     form = released_form(document, file)
     written = document["schema_version"]

@@ -56,10 +56,7 @@ _UNKNOWN = object()
 
 
 class Unfit(ValueError):
-    """The value under a key of a form is not what it must be, or missing where nothing is expected.
-
-    Where in the document the form stands, msgspec adds.
-    """
+    """The value under a key of a form is not what it must be, or missing where nothing is expected."""
 
     def __init__(self, key: str, expected: str = "", value: object = _UNKNOWN) -> None:
         super().__init__(expected)

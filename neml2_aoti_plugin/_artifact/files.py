@@ -97,10 +97,7 @@ def is_there(path: Path) -> bool:
 
 
 def allowed_root(path: Path, real: str) -> str | None:
-    """The folder of those that `NEML2_AOTI_PLUGIN_ROOTS` names in which a path lies; None where it names none.
-
-    `real` is the path with all links resolved; one that lies elsewhere is an ArtifactError.
-    """
+    """The folder of those that `NEML2_AOTI_PLUGIN_ROOTS` names in which a path lies; None where it names none."""
     value = os.environ.get(ROOTS, "")
     if not value.strip():
         return None
@@ -119,10 +116,8 @@ def _within(path: str, folder: str) -> bool:
 
 
 def read_file(path: Path, kind: Kind, base: Path | None) -> Contents:
-    """Read a file that lies below `base`, the real folder of its artifact, or anywhere if that is None.
-
-    A FileNotFoundError where there is none, an ArtifactError for anything else.
-    """
+    """Read a file that lies below `base`, the real folder of its artifact, or anywhere if that is None."""
+    # A FileNotFoundError where there is none, an ArtifactError for anything else.
     try:
         with os.fdopen(_open(path, base), "rb") as file:
             size = os.fstat(file.fileno()).st_size

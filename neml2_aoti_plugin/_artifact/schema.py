@@ -150,15 +150,6 @@ class PairGraph:
     skip: int = 0
 
 
-@dataclass(frozen=True)
-class AdjointGraph:
-    """A graph that contracts one cotangent per output with the derivatives by the parameters."""
-
-    file: str
-    parameters: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
 class GroupInfo(Form, frozen=True):
     """Variables that enter the graphs of an implicit segment as one tensor."""
 
@@ -204,14 +195,12 @@ class FusedStep:
 
 @dataclass(frozen=True)
 class SolvedSensitivity:
-    """`du/dg` or `du/dp` from a graph of Jacobians and a linear solve: by a graph, or an iterative one.
-
-    For parameters the graph gives dense `dr/du` as well as `dr/dp`; for givens `dr/du` has a graph of its own.
-    """
+    """`du/dg` or `du/dp` from a graph of Jacobians and a linear solve: by a graph, or an iterative one."""
 
     file: str
     solver: str | KrylovSettings
     pairs: tuple[Pair, ...]
+    # For givens `dr/du` has a graph of its own; for parameters it is dense, and comes with `dr/dp`.
     jacobian: str = ""
 
 
@@ -292,11 +281,11 @@ class ExplicitInfo(_Segment, frozen=True, kw_only=True, tag="forward"):
         return PairGraph(self.param_jacobian_package, self.need("param_jacobian_pairs"))
 
     @cached_property
-    def parameter_vjp(self) -> AdjointGraph | None:
-        """The graph that contracts cotangents with derivatives by parameters."""
+    def parameter_vjp(self) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
+        """The graph that contracts cotangents with derivatives, the parameters by which, and the outputs of which."""
         if self.param_vjp_package is None:
             return None
-        return AdjointGraph(self.param_vjp_package, self.need("param_vjp_params"), self.need("param_vjp_outputs"))
+        return self.param_vjp_package, self.need("param_vjp_params"), self.need("param_vjp_outputs")
 
     @cached_property
     def taken(self) -> tuple[str, ...]:

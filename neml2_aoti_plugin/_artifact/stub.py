@@ -61,11 +61,7 @@ def is_input_file(path: Path) -> bool:
 
 
 def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = ()) -> tuple[str, Stub]:
-    """A compiled model in a stub: its name, and what its block asks for, with the path of the artifact resolved.
-
-    Only where a stub has several models, one must be named. An InputError where there is none, or no artifact, or the
-    block has an option that nobody reads.
-    """
+    """A compiled model in a stub, the only one unless it is named, and what its block asks for, its path resolved."""
     import nmhit
 
     root = parse_input(path, overrides)
@@ -105,10 +101,7 @@ def model_in(path: Path, model: str | None = None, overrides: tuple[str, ...] = 
 
 
 def parse_input(path: Path, overrides: tuple[str, ...] = (), what: str = STUB) -> nmhit.Root:
-    """Parse an input file, with overrides such as `Models/elastic/E:=210000`, without building anything from it.
-
-    An InputError where it is none; `what` says what to give instead.
-    """
+    """Parse an input file, with overrides such as `Models/elastic/E:=210000`; `what` is what to give if it is none."""
     import nmhit
 
     if path.is_dir():
@@ -133,11 +126,7 @@ def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:
 
 
 def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmhit.Node | None]) -> Stub:
-    """What a block of type `AOTIModel` asks for; `solver_block` gives the block of a name in the file's `[Solvers]`.
-
-    A path is relative to the file that the option itself is in, which the input file may include, or to `folder`, that
-    of the input file. An InputError where the options do not go together.
-    """
+    """What a block of type `AOTIModel` asks for; `solver_block` gives the block of a name in the file's `[Solvers]`."""
     options = {option: block.param_optional_str(option, "") for option in OPTIONS}
     given = [option for option in ("artifact_path", "meta") if options[option]]
     if len(given) != 1:
@@ -145,7 +134,8 @@ def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmh
             f"{' and '.join(given) or 'no artifact'} given, expected one of artifact_path (the folder that "
             "neml2-compile wrote) and meta (the metadata file, in stubs of neml2 3.0.0 to 3.0.3)."
         )
-    # Overrides count as written in the input file; a text that was no file has no name.
+    # A path is relative to the file that the option itself is in, which the input file may include, or to that of the
+    # input file. Overrides count as written in the input file; a text that was no file has no name.
     field = block.find(given[0])
     own = [Path(field.filename).parent] if field is not None and str(field.filename or "") else []
     artifact = find(options[given[0]], *dict.fromkeys([*own, folder]))
@@ -159,17 +149,13 @@ def read_stub(block: nmhit.Node, folder: Path, solver_block: Callable[[str], nmh
 
 
 def find(given: str, *folders: Path) -> Path:
-    """What a path in a stub leads to; `folders` are those where the stub may be, the likeliest first.
-
-    Where an absolute path leads nowhere, the artifact may have moved together with the stub, and is beside it; an
-    ArtifactNotFoundError if it is not.
-    """
+    """What a path in a stub leads to; `folders` are those where the stub may be, the likeliest first."""
     path = Path(given)
+    candidates = [folder / path for folder in folders]
     if path.is_absolute():
+        # The artifact may have moved together with the stub, and is beside it.
         depths = range(1, len(path.parts))
         candidates = [path, *(folder.joinpath(*path.parts[-depth:]) for folder in folders for depth in depths)]
-    else:
-        candidates = [folder / path for folder in folders]
     for candidate in candidates:
         # Unlike Path.exists, this raises nothing for a path that is too long.
         if os.path.exists(candidate):
@@ -193,10 +179,7 @@ def drivers_of(stub: Path, model: str) -> list[str]:
 
 
 def read_solver(block: nmhit.Node) -> dict[str, Any]:
-    """A Newton solver's block as settings by the field names of `NewtonSettings`.
-
-    Absent options take the defaults of the release that wrote it. An InputError for what was no option or value then.
-    """
+    """A Newton solver's block as fields of `NewtonSettings`, with the defaults of the release that wrote it."""
     import nmhit
 
     kind, where = block.param_optional_str("type", ""), f"[Solvers/{block.path()}]"

@@ -53,8 +53,8 @@ def _explicit(part: s.ExplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]
             blocks = max((pair.output + 1 for pair in of.pairs), default=0)
             yield Wire(of.file, role, shapes, returns=of.skip + blocks)
     if part.parameter_vjp is not None:
-        taken = (*shapes, *(None for _ in part.parameter_vjp.outputs))
-        yield Wire(part.parameter_vjp.file, "parameter vjp", taken, returns=len(part.parameter_vjp.parameters))
+        file, by, of_outputs = part.parameter_vjp
+        yield Wire(file, "parameter vjp", (*shapes, *(None for _ in of_outputs)), returns=len(by))
 
 
 def _implicit(part: s.ImplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]:
@@ -147,10 +147,7 @@ def _misfit(wire: Wire, signature: Signature) -> str:
 def with_argument_order(
     metadata: s.Metadata, signatures: Mapping[str, Signature | None]
 ) -> tuple[s.Metadata, list[tuple[str, str]]]:
-    """The metadata with the order of arguments wherever it is open; and packages that do not show it, with the cure.
-
-    Packages without a signature here have faults of their own.
-    """
+    """The metadata with the order of arguments wherever it is open; and packages that do not show it, with the cure."""
     shapes = {v.name: v.natural_shape for v in metadata.inputs} | {p.name: p.shape for p in metadata.parameters}
     segments: list[s.Segment] = []
     faults: list[tuple[str, str]] = []
@@ -158,6 +155,7 @@ def with_argument_order(
         orders = []
         if isinstance(segment, s.ExplicitInfo) and segment.parameters_among_inputs:
             for file in (segment.value, segment.jvp_package):
+                # Others have faults of their own.
                 if file is not None and file in signatures:
                     try:
                         orders.append(argument_order(segment, shapes, signatures[file]))
@@ -173,11 +171,7 @@ def with_argument_order(
 
 
 def argument_order(segment: s.ExplicitInfo, shapes: dict[str, s.Shape], signature: Signature | None) -> tuple[str, ...]:
-    """The names of a segment's inputs and parameters in the order in which a graph takes them.
-
-    An ArtifactError where the package does not show it, or takes other arguments than those of `shapes`, as far as
-    these are known.
-    """
+    """A segment's inputs and parameters in the order in which a graph takes them, if its package shows it."""
 
     def unclear(why: str) -> ArtifactError:
         return ArtifactError(
