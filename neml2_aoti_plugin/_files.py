@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from .errors import AOTIError, InputError
 
@@ -174,8 +174,3 @@ def file_name(variable: str) -> str:
     """The name of a file, without its ending, for a variable; none leads out of a folder, or begins with a dot."""
     found = quote(variable, _IN_NAMES, errors="surrogatepass")
     return f"%2E{found[1:]}" if found.startswith(".") else found
-
-
-def variable_of(name: str) -> str:
-    """The variable that a file's name without its ending stands for; see `file_name`."""
-    return unquote(name, errors="surrogatepass")

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from zipfile import ZipFile
 
 import torch
 
@@ -137,35 +136,36 @@ def _inspect(file: Path, place: Place) -> tuple[Package, list[str]]:
 
 
 def _look_into(file: Path, data: bytes) -> _Inside:
+    """Is everything there, whole, and of this package? Its folder has the name of the graph."""
     with open_archive(file, data) as archive:
-        faults = archive_faults(archive) or _contents_faults(archive, file, data)
+        faults = archive_faults(archive)
         if faults:
             return _Inside(tuple(faults))
+        folders = {name.partition("/")[0] for name in archive.namelist()}
+        libraries = libraries_in(archive)
+        if folders != {file.stem}:
+            listed = [_word(name) for name in sorted(folders)]
+            few = ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "")
+            fault = (
+                f"holds {few or 'nothing'}, expected {file.stem}: it is the package of another graph. Copy the whole "
+                "artifact folder, or compile the model again."
+            )
+        elif len(libraries) != 1:
+            # torch would call a C++ compiler, with the flags that the package gives.
+            fault = (
+                f"holds {len(libraries)} compiled libraries, expected 1. Compile the model again with neml2-compile."
+            )
+        else:
+            # Entries that nobody reads, such as the kernels' source, may be damaged.
+            fault = _library_fault(read_entry(archive, libraries[0], data))
+        if fault:
+            return _Inside((fault,))
         return _Inside(
             build=build_in(archive),
             portable=any(name.endswith((".fatbin", ".ptx")) for name in archive.namelist()),
             operators=operators_in(archive),
             signature=signature_in(archive),
         )
-
-
-def _contents_faults(archive: ZipFile, file: Path, data: bytes) -> list[str]:
-    """Is everything there, whole, and of this package? Its folder has the name of the graph."""
-    folders = {name.partition("/")[0] for name in archive.namelist()}
-    if folders != {file.stem}:
-        listed = [_word(name) for name in sorted(folders)]
-        few = ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "")
-        return [
-            f"holds {few or 'nothing'}, expected {file.stem}: it is the package of another graph. Copy the whole "
-            "artifact folder, or compile the model again."
-        ]
-    libraries = libraries_in(archive)
-    if len(libraries) != 1:
-        # torch would call a C++ compiler, with the flags that the package gives.
-        return [f"holds {len(libraries)} compiled libraries, expected 1. Compile the model again with neml2-compile."]
-    # Entries that nobody reads, such as the kernels' source, may be damaged.
-    fault = _library_fault(read_entry(archive, libraries[0], data))
-    return [fault] if fault else []
 
 
 def _word(text: str) -> str:
@@ -211,8 +211,8 @@ def _library_fault(data: bytes | memoryview) -> str:
 
 def torch_fault(release: str) -> str:
     """What speaks against a release of torch; empty for nothing, as for all faults here."""
-    numbers = release.split(".")[:2]
-    if len(numbers) == 2 and all(n.isdigit() for n in numbers) and (int(numbers[0]), int(numbers[1])) < OLDEST_TORCH:
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"torch {release} is not known to run compiled models. Install {oldest} or later: pip install -U torch."
     return ""
