@@ -13,48 +13,42 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from environments import ROOT
 from stubs.build import compiled
 from stubs.catalogue import CATALOGUE
 
-ROOT = Path(__file__).resolve().parent.parent
-FENCE = re.compile(r"^( *)(```+)(.*)$")
+# A block: its indent, fence, language and content.
+BLOCK = re.compile(r"^( *)(```+)(.*)\n((?:.*\n)*?)\1\2 *$", flags=re.MULTILINE)
 # What begins a line of a shell. A block without a language that begins with one is a shell block that is not labelled.
 PROGRAMS = ("$ ", "cd ", "eval ", "make ", "neml2-", "pip ", "pre-commit ", "python ", "python3 ", "tar ", "NEML2_")
-# Changes the machine, takes the network, or takes an artifact of an older neml2. `test_quickstart.py` runs what the
+# Changes the machine, takes the network, or takes an artifact of an older neml2. `test_documents.py` runs what the
 # quickstart installs, `test_tool_page.py` a migration, and `test_serve.py` the service.
 ELSEWHERE = ("pip ", "python3 -m venv ", ". .venv/", "pre-commit ", "neml2-aoti migrate ", "neml2-aoti serve ")
 # Run in the process of the page.
 HERE = ("neml2-aoti ", "neml2-run ", "neml2-inspect ")
 
 
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The blocks of a page: language and content."""
+    return [(block[3].strip(), block[4]) for block in BLOCK.finditer(text)]
+
+
 def script(text: str) -> str:
     """The program of a page, each block on its own lines, so that a traceback tells the line of the page."""
-    lines: list[str] = []
-    inside, opening = None, ""
-    for line in text.splitlines():
-        fence = FENCE.match(line)
-        if fence and inside is None:
-            opening, inside = fence[2], fence[3].strip()
-            lines.append("shell(r'''" if inside == "sh" else "")
-        elif fence and fence[2] == opening and not fence[3].strip():
-            lines.append("''')" if inside == "sh" else "")
-            inside = None
-        else:
-            lines.append(line if inside in ("python", "sh") else "")
-    assert inside is None, "a block has no end"
+    lines = [""] * (text.count("\n") + 1)
+    for block in BLOCK.finditer(text):
+        first, language, content = text.count("\n", 0, block.start()), block[3].strip(), block[4].splitlines()
+        last = first + 1 + len(content)
+        if language in ("python", "sh"):
+            lines[first + 1 : last] = content
+        if language == "sh":
+            lines[first], lines[last] = "shell(r'''", "''')"
     # Each page begins with its title, so that the first line is free.
     assert not lines[0], lines[0]
     return "\n".join(["from page_shell import shell", *lines[1:]])
-
-
-def blocks(text: str) -> Iterator[tuple[str, str]]:
-    """The blocks of a page: language and content."""
-    for fence in re.finditer(r"^( *)(```+)(.*)\n((?:.*\n)*?)\1\2 *$", text, flags=re.MULTILINE):
-        yield fence[3].strip(), fence[4]
 
 
 def commands(block: str) -> list[str]:
@@ -98,15 +92,13 @@ def _here(command: str) -> None:
     assert status in (0, None), f"{command}: exit status {status}"
 
 
-def run(command: str, folder: Path | None = None, limit: float = 240) -> None:
-    """Run a command in a shell, which finds the programs of this environment first."""
+def run(command: str, folder: Path | None = None, limit: float = 240, variables: dict[str, str] | None = None) -> str:
+    """Run a command in a shell, which finds the programs of this environment first; give what it printed."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     with subprocess.Popen(
-        command,
-        shell=True,
-        executable=shutil.which("bash"),
+        ["bash", "-c", command],
         cwd=folder,
-        env={**os.environ, "PATH": path},
+        env={**(os.environ if variables is None else variables), "PATH": path},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -119,6 +111,7 @@ def run(command: str, folder: Path | None = None, limit: float = 240) -> None:
             os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
             raise
     assert process.returncode == 0, f"{command}: exit status {process.returncode}\n{printed}"
+    return printed
 
 
 def _compile(command: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import page_shell
-from page_shell import ROOT
+from environments import ROOT
 from stubs.build import QUICK
 from stubs.catalogue import CATALOGUE
 
