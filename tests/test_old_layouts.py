@@ -58,7 +58,7 @@ def test_a_folder_is_found_from_all_entries(flat: Path, per_device: Path) -> Non
     for leaf, entries in ((flat, [flat]), (per_device / "cpu", [per_device, per_device / "cpu"])):
         for entry in (*entries, leaf / "bar_meta.json"):
             place = locate(entry)
-            assert (place.model, place.metadata, place.leaf) == ("bar", leaf / "bar_meta.json", leaf)
+            assert (place.artifact.model, place.metadata, place.leaf) == ("bar", leaf / "bar_meta.json", leaf)
             assert (place.device, place.dtype) == (torch.device("cpu"), torch.float64)
     assert locate(per_device, "cuda:1").device == torch.device("cuda", 1)
     assert locate(per_device / "cuda", "cuda").leaf == per_device / "cuda"
@@ -145,7 +145,7 @@ def test_two_models_in_a_folder_must_be_told_apart(flat: Path, per_device: Path)
     shutil.copy(flat / "bar_meta.json", flat / "rod_meta.json")
     with pytest.raises(ArtifactError, match=r"holds several artifacts:.*bar_meta.json.*rod_meta.json"):
         locate(flat)
-    assert locate(flat / "rod_meta.json").model == "rod"
+    assert locate(flat / "rod_meta.json").artifact.model == "rod"
     with pytest.raises(ArtifactNotFoundError, match="but artifacts below it: bar"):
         locate(per_device.parent)
 

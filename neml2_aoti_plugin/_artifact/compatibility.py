@@ -231,21 +231,19 @@ def _device_fault(place: Place) -> str:
 
 def _build_faults(build: Build, place: Place) -> list[str]:
     """What speaks against a build on this machine, for the device of a leaf."""
-    found = []
+    found, device, built_for = [], place.device.type, build.device_key
     if build.platform and build.platform != sys.platform:
         found.append(f"compiled on platform {_word(build.platform)}, this is {sys.platform}. {_HERE}")
     if build.machine and machine(build.machine) != machine():
         found.append(f"compiled for {_word(build.machine)} processors, this is {machine()}. {_HERE}")
-    if build.device and build.device.split(":")[0] != place.device.type:
-        own = build.device if build.device in DEVICES else "the device it was compiled for"
-        found.append(
-            f"compiled for device {_word(build.device)}, loaded for {place.device.type}. Load it with device={own!r}."
-        )
-    missing = lacking(build.cpu_isa) if place.device.type == "cpu" and machine(build.machine) == machine() else []
+    if built_for and built_for.split(":")[0] != device:
+        own = built_for if built_for in DEVICES else "the device it was compiled for"
+        found.append(f"compiled for device {_word(built_for)}, loaded for {device}. Load it with device={own!r}.")
+    missing = lacking(build.cpu_isa) if device == "cpu" and machine(build.machine) == machine() else []
     if missing:
-        built_for = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
+        sets = " ".join(name for name in build.cpu_isa.split() if name in NEEDS)
         found.append(
-            f"compiled for a processor with {built_for}; this one lacks {', '.join(missing)} and would stop with an "
+            f"compiled for a processor with {sets}; this one lacks {', '.join(missing)} and would stop with an "
             f"illegal instruction. {_HERE}"
         )
     return found

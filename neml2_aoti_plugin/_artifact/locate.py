@@ -197,6 +197,7 @@ class Place:
 
     # With the metadata file of this leaf alone.
     artifact: Artifact
+    metadata: Path
     # The folder of the graphs.
     leaf: Path
     # With an index where one was asked for.
@@ -208,16 +209,6 @@ class Place:
     # What the metadata file holds, and its SHA-256: it is read once.
     document: dict[str, Any] = field(repr=False)
     digest: str = field(repr=False)
-
-    @property
-    def model(self) -> str:
-        """Name of the compiled model."""
-        return self.artifact.model
-
-    @property
-    def metadata(self) -> Path:
-        """The metadata file."""
-        return self.artifact.metadata[0]
 
 
 @dataclass(frozen=True)
@@ -277,7 +268,7 @@ def locate(path: str | Path, device: str | torch.device | None = None, dtype: st
     (leaf,) = fitting
     document, digest = read_document(leaf.metadata, folder) if found.shared else (leaf.document, leaf.digest)
     artifact = replace(found, metadata=(leaf.metadata,))
-    return Place(artifact, leaf.folder, wanted, DTYPES[leaf.dtype], folder, document, digest)
+    return Place(artifact, leaf.metadata, leaf.folder, wanted, DTYPES[leaf.dtype], folder, document, digest)
 
 
 def _device_of(device: str | torch.device | None) -> torch.device | None:

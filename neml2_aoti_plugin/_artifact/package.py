@@ -16,7 +16,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -79,9 +79,9 @@ class Signature:
 
 @dataclass(frozen=True)
 class Build:
-    """What a package was built for, as inductor recorded it; a field is empty where it did not."""
+    """What a package was built for, as inductor recorded it by these names; empty where it did not."""
 
-    device: str = ""
+    device_key: str = ""
     platform: str = ""
     machine: str = ""
     cpu_isa: str = ""
@@ -274,20 +274,12 @@ def build_in(archive: zipfile.ZipFile) -> Build:
     found = read_text(archive, "wrapper_metadata.json") or read_text(archive, "_metadata.json")
     try:
         facts = json.loads(found) if found is not None else {}
-    except (ValueError, RecursionError) as error:
+        texts = {field.name: facts.get(f"AOTI_{field.name.upper()}") for field in fields(Build)}
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(
-            f"{archive.filename}: its build record is not JSON ({reason(error)}). Compile the model again."
+            f"{archive.filename}: its build record is damaged ({reason(error)}). Compile the model again."
         ) from None
-    if not isinstance(facts, dict):
-        raise ArtifactError(f"{archive.filename}: its build record is not an object. Compile the model again.")
-    text = {key: value for key, value in facts.items() if isinstance(value, str)}
-    return Build(
-        device=text.get("AOTI_DEVICE_KEY", ""),
-        platform=text.get("AOTI_PLATFORM", ""),
-        machine=text.get("AOTI_MACHINE", ""),
-        cpu_isa=text.get("AOTI_CPU_ISA", ""),
-        compute_capability=text.get("AOTI_COMPUTE_CAPABILITY", ""),
-    )
+    return Build(**{name: text for name, text in texts.items() if isinstance(text, str)})
 
 
 def operators_in(archive: zipfile.ZipFile) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class Boundary:
         self.input_names = {v.name: name for name, v in (*self.guesses.items(), *self.inputs.items())}
         self.output_names = {v.name: name for name, v in self.outputs.items()}
         self.device, self.dtype, self.compute_dtype = place.device, place.dtype, compute_dtype
-        self.where, self.model = str(place.metadata.parent), place.model
+        self.where, self.model = str(place.metadata.parent), place.artifact.model
         self._leaf = place.leaf
         self._authored = tuple(v.name for v in self.inputs.values())
         self._on_cpu = self.device.type == "cpu"
