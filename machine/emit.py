@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import llvmlite
 import numba
-from llvmlite import binding
+from llvmlite import binding, ir
 
 from neml2_aoti_plugin._solve import code_file
 
@@ -38,6 +39,9 @@ def emit() -> bytes:
         else:
             whole.link_in(module)
     assert whole is not None
+    power = binding.parse_assembly(str(_power()))
+    power.triple, power.data_layout = whole.triple, whole.data_layout
+    whole.link_in(power)
     whole.verify()
     builder = binding.create_pass_builder(_any_processor(), binding.create_pipeline_tuning_options(speed_level=0))
     passes = binding.create_new_module_pass_manager()
@@ -51,6 +55,38 @@ def emit() -> bytes:
     }
     bitcode: bytes = whole.as_bitcode()
     return json.dumps(head).encode() + b"\n" + bitcode
+
+
+def _power() -> ir.Module:
+    """The method of a proxy executor that gives the third tensor what torch's power of the first two is.
+
+    It has the convention of C. Behind the address of its methods the object has those of torch's functions that take a
+    power, assign a tensor, and delete one.
+    """
+    word, number = ir.IntType(64), ir.IntType(32)
+    module = ir.Module()
+    method = ir.Function(module, ir.FunctionType(ir.VoidType(), [word, number, number, word, number, word]), "power")
+    builder = ir.IRBuilder(method.append_basic_block())
+
+    def words(at: Any, first: int) -> list[Any]:
+        start = builder.inttoptr(at, word.as_pointer())
+        return [builder.load(builder.gep(start, [ir.Constant(word, first + k)])) for k in range(3)]
+
+    def call(at: Any, *arguments: Any) -> Any:
+        kind = ir.FunctionType(number, [word] * len(arguments)).as_pointer()
+        return builder.call(builder.inttoptr(at, kind), arguments)
+
+    power, assign, delete = words(method.args[0], 1)
+    base, exponent, result = words(method.args[5], 0)
+    slot = builder.alloca(word)
+    failed = call(power, base, exponent, builder.ptrtoint(slot, word))
+    # Without a result the graph finds its tensor unset, and fails.
+    with builder.if_then(builder.icmp_signed("==", failed, ir.Constant(number, 0))):
+        found = builder.load(slot)
+        call(assign, found, result)
+        call(delete, found)
+    builder.ret_void()
+    return module
 
 
 def _any_processor() -> binding.TargetMachine:

@@ -246,13 +246,14 @@ def test_memory_stays_as_it_is(count: int, handles: Handles) -> None:
 @pytest.fixture
 def failing() -> Iterator[tuple[list[bool], int]]:
     """Whether the next calls of the power give no result, and the executor that does as it says."""
-    words = (ctypes.c_void_p * 8).from_address(ctypes.c_void_p.from_address(power_executor()).value or 0)
+    right = power_executor(machine_code.load().power)
+    words = (ctypes.c_void_p * 8).from_address(ctypes.c_void_p.from_address(right).value or 0)
     ((entry, power),) = [(k, word) for k, word in enumerate(words) if word]
     kind = ctypes.CFUNCTYPE(
         None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
     )
     method, fails = kind(power), [False]
-    table, noting = (ctypes.c_void_p * 8)(), kind(lambda *given: None if fails[0] else method(*given))
+    table, noting = (ctypes.c_void_p * 8)(), kind(lambda _, *given: None if fails[0] else method(right, *given))
     table[entry] = ctypes.cast(noting, ctypes.c_void_p).value
     executor = (ctypes.c_void_p * 2)(ctypes.addressof(table))
     yield fails, ctypes.addressof(executor)

@@ -31,7 +31,7 @@ from neml2_aoti_plugin._solve.machine_code import MachineCode
 from neml2_aoti_plugin._solve.native import Derivatives
 from neml2_aoti_plugin.settings import NewtonSettings
 
-ENTRIES = {"solve_block", "call_graph"}
+ENTRIES = {"solve_block", "call_graph", "power"}
 # What the code takes from elsewhere: LLVM's intrinsics, and what C's library has on every platform.
 ELSEWHERE = re.compile(r"llvm\.|(memset|memcpy|memmove|sqrt)$")
 
@@ -129,7 +129,7 @@ def test_code_is_loaded_into_memory_in_pieces() -> None:
         holes = [(taken(3 * 2**30 + pages * 4096), pages * 4096) for pages in range(1, 65)]
         for at, size in holes:
             assert libc.munmap(at + 3 * 2**30, size) == 0
-        assert machine_code.load() and power_executor()
+        assert power_executor(machine_code.load().power)
         """
     )
 

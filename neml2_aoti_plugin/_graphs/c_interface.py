@@ -5,7 +5,7 @@ with C functions of libtorch (torch/csrc/inductor/aoti_torch/c/shim.h). Both are
 torch keeps them as they are. torch's runner holds the interpreter while a graph runs; these do not.
 
 A graph calls an operator by name through a *proxy executor*: a C++ object with a virtual method. Power laws list
-`neml2::opaque_pow(base, exponent)`, which is torch's power; the object here has that as machine code.
+`neml2::opaque_pow(base, exponent)`, which is torch's power; the object here has that as a method in machine code.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,12 @@ def tensor_functions() -> np.ndarray:
     return np.array([*found, function(libtorch(), _FLOAT64)()], np.int64)
 
 
+@dataclass(eq=False)
 class Container:
-    """A graph with its constants, for one thread at a time."""
+    """A graph with its constants, for one thread at a time, and the address of the function that runs it."""
 
-    def __init__(self, handle: int, library: Library) -> None:
-        # `run` is the address of the function that runs the graph.
-        self.handle, self.run = handle, library.run
-        # When the process ends, the system takes the memory; other threads may still be in a call.
-        weakref.finalize(self, library.delete, handle).atexit = False
+    handle: int
+    run: int
 
 
 class Library:
@@ -110,17 +108,22 @@ class Library:
     def __init__(self, path: Path, file: Path) -> None:
         self.file = file
         try:
-            self._library = ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
         except OSError as error:
             raise Unavailable(f"its library cannot be opened ({error})") from None
         # Without the lock under which a container gives its models to several threads.
-        self.run = address(function(self._library, _PREFIX + _RUN))
-        self._create = function(self._library, _PREFIX + _CREATE)
-        self._delete = function(self._library, _PREFIX + _DELETE)
-        self._last_error: Callable[..., int] | None = getattr(self._library, "AOTInductorGetLastError", None)
+        self._run = address(function(library, _PREFIX + _RUN))
+        self._create, self._delete = function(library, _PREFIX + _CREATE), function(library, _PREFIX + _DELETE)
+        # Not in all older libraries.
+        self._last_error: Any = getattr(library, "AOTInductorGetLastError", None)
         self._spare: list[Container] = []
-        first = self.container()
-        self.inputs, self.outputs = self._count(first, _INPUTS), self._count(first, _OUTPUTS)
+        first, counts = self.container(), []
+        for of in (_INPUTS, _OUTPUTS):
+            number = ctypes.c_size_t()
+            if function(library, _PREFIX + of)(ctypes.c_void_p(first.handle), ctypes.byref(number)):
+                raise Unavailable("its library does not tell how many tensors it takes")
+            counts.append(number.value)
+        self.inputs, self.outputs = counts
         self._spare.append(first)
 
     def container(self) -> Container:
@@ -130,11 +133,10 @@ class Library:
         handle = ctypes.c_void_p()
         if self._create(ctypes.byref(handle), ctypes.c_size_t(1), b"cpu", None) or not handle.value:
             raise AOTIError(f"{self.file}: the compiled graph cannot be made ready: {self.last_error()}")
-        return Container(handle.value, self)
-
-    def delete(self, handle: int) -> None:
-        """Delete a container."""
-        self._delete(ctypes.c_void_p(handle))
+        made = Container(handle.value, self._run)
+        # When the process ends, the system takes the memory; other threads may still be in a call.
+        weakref.finalize(made, self._delete, handle).atexit = False
+        return made
 
     def last_error(self) -> str:
         """What the last call in this thread that failed says of itself."""
@@ -143,41 +145,35 @@ class Library:
             return "the graph says no more; see what it printed on stderr"
         return text.value.decode(errors="replace").strip().splitlines()[0]
 
-    def _count(self, container: Container, of: str) -> int:
-        number = ctypes.c_size_t()
-        if function(self._library, _PREFIX + of)(ctypes.c_void_p(container.handle), ctypes.byref(number)):
-            raise Unavailable("its library does not tell how many tensors it takes")
-        return number.value
-
 
 # The function by which torch calls a proxy executor, and that of its power.
 _CALL = "aoti_torch_proxy_executor_call_function"
 _POWER = "aoti_torch_cpu_pow_Tensor_Tensor"
 # More entries than the table of the method's class has.
 _ENTRIES = 8
-
-_KINDS: tuple[Any, ...] = (
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_void_p,
-)
+_KINDS: Any = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 _Method = ctypes.CFUNCTYPE(None, *_KINDS)
-# What the machine code and the object lie in; they are needed as long as the process lives.
-_kept: list[Any] = []
 
 
 @cache
-def power_executor() -> int:
-    """The address of a proxy executor whose only operator is the power."""
-    entry = _entry()
-    table = (ctypes.c_void_p * _ENTRIES)()
-    table[entry] = _machine_code()
-    executor = (ctypes.c_void_p * 2)(ctypes.addressof(table))
-    _kept.extend((table, executor))
-    return ctypes.addressof(executor)
+def power_executor(method: int) -> int:
+    """The address of a proxy executor whose only operator is the power, by a method in machine code at an address."""
+    functions = (_POWER, "aoti_torch_assign_tensors", "aoti_torch_delete_tensor_object")
+    table = [0] * _ENTRIES
+    table[_entry()] = method
+    return _executor(table, [address(function(libtorch(), name)) for name in functions])
+
+
+# What executors lie in; they are needed as long as the process lives.
+_kept: list[Any] = []
+
+
+def _executor(table: list[int], words: list[int]) -> int:
+    """The address of an object with a table of methods, and these words."""
+    methods = (ctypes.c_void_p * len(table))(*table)
+    found = (ctypes.c_void_p * (1 + len(words)))(ctypes.addressof(methods), *words)
+    _kept.extend((methods, found))
+    return ctypes.addressof(found)
 
 
 def _entry() -> int:
@@ -188,52 +184,8 @@ def _entry() -> int:
         return _Method(lambda *arguments: calls.append((entry, *arguments)))
 
     notes = [note(entry) for entry in range(_ENTRIES)]
-    table = (ctypes.c_void_p * _ENTRIES)(*map(address, notes))
-    executor = (ctypes.c_void_p * 2)(ctypes.addressof(table))
-    call = function(libtorch(), _CALL)
-    given = (ctypes.addressof(executor), 7, 3, 0x1000, 5, 0x2000)
-    failed = call(*(kind(value) for kind, value in zip(_KINDS, given, strict=True)))
+    given = (_executor([address(one) for one in notes], []), 7, 3, 0x1000, 5, 0x2000)
+    failed = function(libtorch(), _CALL)(*(kind(value) for kind, value in zip(_KINDS, given, strict=True)))
     if failed or len(calls) != 1 or calls[0][1:] != given:
         raise Unavailable("torch does not call a proxy executor as expected")
     return int(calls[0][0])
-
-
-def _machine_code() -> int:
-    """The address of the method: it gives the third tensor what torch's power of the first two is."""
-    try:
-        from llvmlite import binding, ir
-    except Exception as error:
-        raise Unavailable(f"llvmlite cannot be imported ({type(error).__name__}: {error})") from None
-    power, assign, delete = (
-        address(function(libtorch(), name))
-        for name in (_POWER, "aoti_torch_assign_tensors", "aoti_torch_delete_tensor_object")
-    )
-    word, number = ir.IntType(64), ir.IntType(32)
-    module = ir.Module()
-    method = ir.Function(module, ir.FunctionType(ir.VoidType(), [word, number, number, word, number, word]), "power")
-    builder = ir.IRBuilder(method.append_basic_block())
-    tensors = builder.inttoptr(method.args[5], word.as_pointer())
-    base, exponent, result = (builder.load(builder.gep(tensors, [ir.Constant(word, k)])) for k in range(3))
-    slot = builder.alloca(word)
-
-    def call(at: int, *arguments: Any) -> Any:
-        kind = ir.FunctionType(number, [word] * len(arguments)).as_pointer()
-        return builder.call(builder.inttoptr(ir.Constant(word, at), kind), arguments)
-
-    failed = call(power, base, exponent, builder.ptrtoint(slot, word))
-    # Without a result the graph finds its tensor unset, and fails.
-    with builder.if_then(builder.icmp_signed("==", failed, ir.Constant(number, 0))):
-        found = builder.load(slot)
-        call(assign, found, result)
-        call(delete, found)
-    builder.ret_void()
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    parsed = binding.parse_assembly(str(module))
-    parsed.verify()
-    machine = binding.Target.from_default_triple().create_target_machine()
-    # Its sections side by side, as in `_solve/machine_code.py`.
-    engine = binding.create_mcjit_compiler(parsed, machine, use_lmm=True)
-    engine.finalize_object()
-    _kept.append(engine)
-    return int(engine.get_function_address("power"))

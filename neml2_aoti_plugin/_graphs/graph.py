@@ -30,7 +30,7 @@ def means() -> tuple[Means | None, str]:
     if code is None:
         return None, reason
     try:
-        return Means(code, tensor_functions(), power_executor()), reason
+        return Means(code, tensor_functions(), power_executor(code.power)), reason
     except Unavailable as error:
         machine_code.give_up(f"torch {torch.__version__} cannot be called by C functions: {error}")
     return None, machine_code.chosen()[1]

@@ -48,6 +48,8 @@ class MachineCode:
 
     solve_block: Callable[[int], int]
     call_graph: Callable[[int], int]
+    # Address of the method of a proxy executor, with the convention of C; see `machine/emit.py`.
+    power: int
     # The object file that the code was read from or written to; None where none could be.
     kept: Path | None
     # What holds the code.
@@ -196,6 +198,7 @@ def loaded(binding: Any, object_file: bytes, machine: Any, kept: Path | None) ->
     return MachineCode(
         solve_block=_function(engine, "solve_block"),
         call_graph=_function(engine, "call_graph"),
+        power=_address(engine, "power"),
         kept=kept,
         engine=engine,
     )
@@ -216,12 +219,16 @@ def emit(binding: Any, bitcode: bytes, machine: Any) -> bytes:
     return made
 
 
-def _function(engine: Any, name: str) -> Callable[[int], int]:
-    """A function of the machine code; ctypes lets go of the interpreter while it runs."""
-    at = engine.get_function_address(name)
+def _address(engine: Any, name: str) -> int:
+    at = int(engine.get_function_address(name))
     if not at:
         raise RuntimeError(f"the machine code has no function {name}")
-    function = _Function(at)
+    return at
+
+
+def _function(engine: Any, name: str) -> Callable[[int], int]:
+    """A function of the machine code; ctypes lets go of the interpreter while it runs."""
+    function = _Function(_address(engine, name))
 
     def call(table: int) -> int:
         result, exception = ctypes.c_int64(), ctypes.c_void_p()
