@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,16 +17,24 @@ from safetensors.torch import load_file
 
 import references
 from commands import answer, copy_of, printed, refused, source_input, stub_of, write_points
-from neml2_aoti_plugin import Model
+from neml2_aoti_plugin import Model, read_result
 from neml2_aoti_plugin._cli.points import Evaluated, Points
 from neml2_aoti_plugin._cli.references import central
-from neml2_aoti_plugin._cli.result_files import read_readings
-from stubs.build import QUICK, compiled
+from stubs.build import QUICK
 from stubs.catalogue import CATALOGUE
 
 
 def source_of(name: str) -> Path:
     return CATALOGUE[name].path
+
+
+def edited(file: Path, old: str, new: str, to: Path | None = None) -> Path:
+    """A file, or a copy of it, in which a text, which must be there, is another one."""
+    text = file.read_text()
+    assert old in text
+    to = to or file
+    to.write_text(text.replace(old, new))
+    return to
 
 
 def verified(name: str, *words: object, passed: bool = True) -> Any:
@@ -42,27 +49,41 @@ def compared(report: Any, *keys: str) -> list[Any]:
     return [one for (one,) in found] if len(keys) == 1 else found
 
 
-# -- against the source --------------------------------------------------------------------------------------------
+# -- against the source, and against finite differences ------------------------------------------------------------
+
+BOTH = ("elasticity", "viscoplasticity", "promoted", "calibration", "composed")
 
 
 @pytest.mark.parametrize(
-    "name", ["elasticity", "viscoplasticity", "promoted", "calibration", "cross_group", "composed", "crystal"]
+    ("name", "reference"),
+    [
+        *((name, "source") for name in (*BOTH, "cross_group", "crystal")),
+        *((name, "differences") for name in (*BOTH, "substepping")),
+    ],
 )
-def test_what_is_right_passes(name: str) -> None:
-    report = verified(name, "--against", source_of(name), "--rows", 4)
+def test_what_is_right_passes(name: str, reference: str) -> None:
+    report = verified(name, "--rows", 4, *(("--against", source_of(name)) if reference == "source" else ()))
     model = references.case(name).model
-    pairs = [*model.derivative_pairs, *model.parameter_derivative_pairs]
-    quantities = compared(report, "quantity")
-    assert report["rows"] == 8 and report["not_converged"] == 0
-    assert quantities[: len(model.outputs)] == list(model.outputs)
-    named = [*quantities, *(text.partition(": ")[0] for text in report["not_compared"])]
-    assert sorted(named) == sorted([*model.outputs, *(f"d({out})/d({by})" for out, by in pairs)])
-    assert all(c["worst"] < 1e-7 and c["reference"] == "source" for c in report["comparisons"])
+    wanted = [f"d({out})/d({by})" for out, by in (*model.derivative_pairs, *model.parameter_derivative_pairs)]
+    if reference == "source":
+        wanted += model.outputs
+        assert report["rows"] == 8 and report["not_converged"] == 0
+    else:
+        assert report["not_compared"] == ["values: no source (--against INPUT.i) and no golden file (--golden FILE)"]
+        wanted.append("values")
+    named = [*compared(report, "quantity"), *(text.partition(": ")[0] for text in report["not_compared"])]
+    assert sorted(named) == sorted(wanted)
+    assert all(c["rows"] > 0 and c["worst"] < 1e-6 and c["reference"] == reference for c in report["comparisons"])
+
+
+@pytest.mark.wide
+def test_differences_of_a_model_in_single_precision() -> None:
+    ((left_out, worst),) = compared(verified("elasticity_float32", "--rows", 4), "left_out", "worst")
+    assert left_out == 0 and worst < 2e-4
 
 
 def test_another_source_fails(tmp_path: Path) -> None:
-    other = tmp_path / "other.i"
-    other.write_text(source_of("elasticity").read_text().replace("205000", "205205"))
+    other = edited(source_of("elasticity"), "205000", "205205", tmp_path / "other.i")
     report = verified("elasticity", "--against", other, passed=False)
     # All of it is stiffer by one part in a thousand.
     errors = dict(compared(report, "quantity", "worst"))
@@ -71,10 +92,9 @@ def test_another_source_fails(tmp_path: Path) -> None:
 
 def test_numbers_that_only_the_compiled_model_has_not_finite_fail(tmp_path: Path) -> None:
     """At a strain of 1e304 the stress of steel overflows, in its source as well; that of a soft model does not."""
-    points, soft = tmp_path / "points.npz", tmp_path / "soft.i"
+    points, steel = tmp_path / "points.npz", source_of("elasticity")
     np.savez(points, strain=np.outer([1e304, 1e-3, 0.0], np.ones(6)))
-    soft.write_text(source_of("elasticity").read_text().replace("205000", "0.5"))
-    for source, passed in ((source_of("elasticity"), True), (soft, False)):
+    for source, passed in ((steel, True), (edited(steel, "205000", "0.5", tmp_path / "soft.i"), False)):
         report = verified("elasticity", "--against", source, "--points", points, passed=passed)
         assert report["not_converged"] == 1
         assert ("finite numbers", 1, 0, passed) in compared(report, "quantity", "rows", "worst_row", "passed")
@@ -103,9 +123,9 @@ Models/more ComposedModel models='LEAF volume'
 @pytest.mark.parametrize("leaf", ["promoted", "hooke"])
 def test_a_source_that_gives_more_or_fewer_derivatives(leaf: str, tmp_path: Path) -> None:
     """One output more depends on no parameter; where parameters have other names, differences take their place."""
-    line = next(line for line in source_of("promoted").read_text().splitlines() if "coefficients =" in line)
+    (coefficients,) = re.findall(r"coefficients = '(.*)'", source_of("promoted").read_text())
     source = tmp_path / "more.i"
-    source.write_text(source_input(MORE.replace("LEAF", leaf).replace("COEFFICIENTS", line.split("'")[1])))
+    source.write_text(source_input(MORE.replace("LEAF", leaf).replace("COEFFICIENTS", coefficients)))
     report = verified("promoted", "--against", source, "--source-model", "more", "--rows", 4)
     lost = [f"d(stress)/d(promoted.{name})" for name in ("E", "nu")]
     instead = "source" if leaf == "promoted" else "differences"
@@ -172,21 +192,21 @@ def test_an_output_that_depends_on_no_input_is_the_same_in_all_rows(last: str, o
         a = torch.arange(float(math.prod(batch)), dtype=torch.float64).reshape(batch)
         dt = torch.full_like(a, 0.5 if last == "update" else 1.0)
         inputs = {"a": a} if last == "rate" else {"a": a, "x": 0 * a, "x~1": 0 * a, "t": dt, "t~1": 0 * a}
+        values, along = model.jvp(inputs, {"a": a})
+        blocks = {name: row["a"] for name, row in model.jacobian(inputs, expand=True)[1].items()}
         wanted = {out: (2 * a + 4) * dt, "k": torch.full_like(a, 4.0)}
-        for found in (model(inputs), model(inputs), model.solve(inputs).outputs, model.jvp(inputs, {"a": a})[0]):
-            assert found.keys() == wanted.keys()
-            assert all(torch.allclose(found[name], value, rtol=1e-12) for name, value in wanted.items())
-            assert all(found[name].shape == value.shape for name, value in wanted.items())
-        blocks = model.jacobian(inputs, expand=True)[1]
-        assert torch.allclose(blocks[out]["a"], 2 * dt) and torch.equal(blocks["k"]["a"], 0 * a)
-        along = model.jvp(inputs, {"a": a})[1]
-        assert torch.allclose(along[out], 2 * a * dt) and torch.equal(along["k"], 0 * a)
+        for found, expected in (
+            *((found, wanted) for found in (model(inputs), model(inputs), model.solve(inputs).outputs, values)),
+            (blocks, {out: 2 * dt, "k": 0 * a}),
+            (along, {out: 2 * a * dt, "k": 0 * a}),
+        ):
+            torch.testing.assert_close(dict(found), expected, rtol=1e-12, atol=0.0)
+    results = {}
     for name, path in (("compiled", tmp_path / "law_aoti.i"), ("eager", source)):
         answer("run", path, "driver", "--out", tmp_path / f"{name}.npz")
-    (ours,), (eager,) = (read_readings(tmp_path / f"{name}.npz") for name in ("compiled", "eager"))
-    assert ours.types == eager.types
-    for name, values in eager.series.items():
-        np.testing.assert_allclose(ours.series[name], np.broadcast_to(values, ours.series[name].shape), rtol=1e-12)
+        results[name] = read_result(tmp_path / f"{name}.npz").table
+    for name, column in results["eager"].items():
+        np.testing.assert_allclose(results["compiled"][name], column, rtol=1e-12)
     report = answer("verify", tmp_path / "law_aoti.i", "--against", source)
     assert set(compared(report, "reference")) == {"source"} and not report["not_compared"]
 
@@ -195,26 +215,6 @@ def test_a_zero_derivative_by_an_input_that_is_zero_everywhere_is_no_error() -> 
     rounding = torch.full((2,), 1e-12, dtype=torch.float64)
     found = Evaluated(Points({"a": torch.zeros(2)}, ""), {"x": torch.ones(2)}, {})
     assert found.scale_of(("x", "a"), rounding) > 1e6 * 1e-12
-
-
-# -- against finite differences ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["elasticity", "viscoplasticity", "promoted", "calibration", "composed", "substepping"]
-)
-def test_differences_are_the_compiled_derivatives(name: str) -> None:
-    report = verified(name, "--rows", 4)
-    assert report["not_compared"] == ["values: no source (--against INPUT.i) and no golden file (--golden FILE)"]
-    assert set(compared(report, "reference")) == {"differences"}
-    assert all(c["rows"] > 0 and c["worst"] < 1e-6 for c in report["comparisons"])
-
-
-@pytest.mark.wide
-def test_differences_of_a_model_in_single_precision() -> None:
-    report = verified("elasticity_float32", "--rows", 4)
-    ((left_out, worst),) = compared(report, "left_out", "worst")
-    assert left_out == 0 and worst < 2e-4
 
 
 def test_kinks_are_left_out() -> None:
@@ -252,11 +252,13 @@ def test_a_failure_is_not_recorded(tmp_path: Path) -> None:
 
 
 def test_another_model_at_golden_points_fails(tmp_path: Path) -> None:
-    stub, golden, metadata = copy_of("promoted", tmp_path), tmp_path / "a.safetensors", "promoted/metadata.json"
+    stub, golden = copy_of("promoted", tmp_path), tmp_path / "a.safetensors"
     answer("verify", stub, "--record", golden, "--rows", 3)
-    document = json.loads((tmp_path / metadata).read_text())
-    document["parameters"][0]["values"][0] *= 1.01
-    (tmp_path / metadata).write_text(json.dumps(document))
+
+    def stiffer(metadata: Any) -> None:
+        metadata["parameters"][0]["values"][0] *= 1.01
+
+    references.change_json(tmp_path / "promoted/metadata.json", stiffer)
     report = answer("verify", stub, "--golden", golden, status=1)
     failed = {c["quantity"]: c["worst"] for c in report["comparisons"] if not c["passed"]}
     assert failed["stress"] == pytest.approx(0.01, rel=0.5)
@@ -264,9 +266,9 @@ def test_another_model_at_golden_points_fails(tmp_path: Path) -> None:
 
 def test_bad_golden_files(tmp_path: Path) -> None:
     other, params, damaged = (tmp_path / f"{name}.safetensors" for name in ("other", "params", "damaged"))
-    answer("verify", stub_of("elasticity"), "--record", other, "--rows", 2)
-    assert answer("verify", stub_of("elasticity"), "--golden", other)["rows"] == 4
-    Model(compiled("promoted") / "promoted").save_parameters(params)
+    verified("elasticity", "--record", other, "--rows", 2)
+    assert verified("elasticity", "--golden", other)["rows"] == 4
+    references.case("promoted").model.save_parameters(params)
     damaged.write_bytes(other.read_bytes()[:-8])
     for file, said in (
         (other, "is of another model ('elasticity'), not of 'viscoplasticity'"),
@@ -289,8 +291,7 @@ def test_points_of_a_file(suffix: str, tmp_path: Path) -> None:
     report = verified("elasticity", "--points", file, "--record", golden)
     assert (report["points"], report["rows"]) == (file.name, 2)
     # What is recorded there is what was given.
-    wanted = Model(compiled("elasticity") / "elasticity").forward({"strain": strain})["stress"]
-    recorded = load_file(golden)
+    wanted, recorded = references.case("elasticity").model.forward({"strain": strain})["stress"], load_file(golden)
     assert torch.equal(recorded["input.strain"], strain) and torch.equal(recorded["output.stress"], wanted)
 
 
@@ -300,48 +301,43 @@ def test_bad_points_and_what_cannot_be_written_are_reported_ahead(tmp_path: Path
     np.savez(tmp_path / "other.npz", stress=np.zeros((2, 6)))
     (tmp_path / "text.pt").write_text("no tensors")
     before = sorted(tmp_path.rglob("*"))
-    for words, said in (
-        (["--points", tmp_path / "wrong.npz"], "'strain' has shape (2, 5), expected (rows, 6)"),
-        (["--points", tmp_path / "other.npz"], "has no strain; the model's inputs are strain, and the file has stress"),
-        (["--points", tmp_path / "text.pt"], "is not a file with a tensor per input"),
-        (["--points", stub], "expected one of .npz, .pt, .safetensors"),
-        (["--scale", "stress=1"], "no input stress"),
-        (["--driver", "drivr"], "in [Drivers] there are: driver"),
-        (["--plot", tmp_path / "a.bmp"], "expected one of .png, .svg, .pdf"),
-        (["--plot", tmp_path / "none" / "a.png"], "cannot be written"),
-        (["--record", tmp_path], "is a folder"),
+    for option, value, said in (
+        ("--points", tmp_path / "wrong.npz", "'strain' has shape (2, 5), expected (rows, 6)"),
+        ("--points", tmp_path / "other.npz", "no strain; the model's inputs are strain, and the file has stress"),
+        ("--points", tmp_path / "text.pt", "is not a file with a tensor per input"),
+        ("--points", stub, "expected one of .npz, .pt, .safetensors"),
+        ("--scale", "stress=1", "no input stress"),
+        ("--driver", "drivr", "in [Drivers] there are: driver"),
+        ("--plot", tmp_path / "a.bmp", "expected one of .png, .svg, .pdf"),
+        ("--plot", tmp_path / "none" / "a.png", "cannot be written"),
+        ("--record", tmp_path, "is a folder"),
     ):
-        assert said in refused("verify", stub, *words)
+        assert said in refused("verify", stub, option, value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_result_that_the_driver_would_save_is_left_alone(tmp_path: Path) -> None:
-    stub, saved = copy_of("elasticity", tmp_path), tmp_path / "saved.pt"
+    saved = tmp_path / "saved.pt"
     saved.write_text("of an earlier run")
-    stub.write_text(stub.read_text().replace("type = TransientDriver", f"type = TransientDriver\n save_as = '{saved}'"))
+    stub = edited(copy_of("elasticity", tmp_path), "= TransientDriver", f"= TransientDriver\n save_as = '{saved}'")
     answer("verify", stub, "--rows", 2)
     answer("bench", stub, "--rows", 1, "--seconds", 0)
     assert saved.read_text() == "of an earlier run"
 
 
 def test_a_driver_that_fails_gives_the_points_before(tmp_path: Path) -> None:
-    stub = copy_of("viscoplasticity", tmp_path)
-    tensor = "torch.linspace(0.0, 3.0e-2, 61, dtype=torch.float64)"
-    assert tensor in stub.read_text()
     # From step 41 on nobody finds a solution.
-    beyond = "torch.where(torch.arange(61) > 40, 1e150, 1.0).to(torch.float64)"
-    stub.write_text(stub.read_text().replace(tensor, f"({tensor} * {beyond})"))
+    tensor, beyond = "torch.linspace(0.0, 3.0e-2, 61, dtype=torch.float64)", "torch.arange(61) > 40, 1e150, 1.0"
+    stub = copy_of("viscoplasticity", tmp_path)
+    edited(stub, tensor, f"({tensor} * torch.where({beyond}).to(torch.float64))")
     report = answer("verify", stub, "--against", source_of("viscoplasticity"), "--rows", 200)
     assert report["points"].startswith("driver driver, which fails in its step 41")
     assert report["not_converged"] >= 3 and report["comparisons"][0]["rows"] >= 120
 
 
-def test_a_model_that_converges_nowhere() -> None:
-    words = (references.case("viscoplasticity").artifact, "--scale", "strain=1e200", "--rows", 2)
-    assert "converges at none of the 2 points" in refused("verify", *words)
-
-
-def test_nothing_to_compare_with(tmp_path: Path) -> None:
-    stub, metadata = copy_of("elasticity", tmp_path), tmp_path / "elasticity/metadata.json"
-    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "derivatives": []}))
-    assert "there is nothing to compare" in refused("verify", stub)
+def test_nothing_to_compare(tmp_path: Path) -> None:
+    artifact = references.case("viscoplasticity").artifact
+    said = refused("verify", artifact, "--scale", "strain=1e200", "--rows", 2)
+    assert "converges at none of the 2 points" in said
+    bare = references.edited(references.case("elasticity"), tmp_path, lambda metadata: metadata.update(derivatives=[]))
+    assert "there is nothing to compare" in refused("verify", bare)
