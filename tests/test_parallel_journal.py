@@ -19,11 +19,17 @@ from long_runs import ROWS, Arrays, Run, arrays, assert_results, case, expected,
 from neml2_aoti_plugin import InputError, Model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and file systems of Linux")
+FORMS = pytest.mark.parametrize("form", ["files", "zarr", "arrays"])
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
+
+
+def done(run: Run, chunks: int | None = None) -> int:
+    """The number of rows that are done, of all chunks or the first ones."""
+    return sum(stop - start for start, stop in run.done()[:chunks])
 
 
 class TestJournal:
@@ -35,19 +41,19 @@ class TestJournal:
     def test_a_line_that_was_cut_off_counts_for_nothing(self, run: Run, cut: int) -> None:
         run()
         run.journal.write_bytes(run.journal.read_bytes()[:-cut])
-        kept = sum(stop - start for start, stop in run.done())
+        kept = done(run)
         assert run().evaluated == ROWS - kept > 0
-        assert sum(stop - start for start, stop in run.done()) == ROWS
+        assert done(run) == ROWS
 
     @pytest.mark.parametrize("change", ["operation", "chunk", "solver", "source", "model"])
     def test_that_of_another_run(self, change: str, run: Run, tmp_path: Path) -> None:
         run()
-        before = run.files()
-        changes: dict[str, dict[str, Any]] = {"operation": {"operation": "jacobian"}, "chunk": {"chunk": 32}}
-        options = changes.get(change, {})
-        if change == "solver":
-            options["model"] = case().load()
-            options["model"].set_solver(miters=30)
+        before, model = run.files(), case().load()
+        options: dict[str, Any] = {"operation": "jacobian"} if change == "operation" else {"model": model}
+        if change == "chunk":
+            options["chunk"] = 32
+        elif change == "solver":
+            model.set_solver(miters=30)
         elif change == "source":
             np.save(run.source / "stress~1.npy", np.zeros((ROWS, 6)))
         elif change == "model":
@@ -61,8 +67,7 @@ class TestJournal:
     def test_that_of_other_parameters(self, other: torch.Tensor, run: Run) -> None:
         rows, model = {"strain": np.zeros((100, 6))}, references.case("promoted").load()
         model.set_parameter("promoted.E", torch.tensor(1e5).double())
-        run(rows, model=model)
-        assert run(rows, model=model).evaluated == 0
+        assert [run(rows, model=model).evaluated for _ in range(2)] == [100, 0]
         model.set_parameter("promoted.E", other.double())
         with pytest.raises(InputError, match="journal of another run: parameters differ"):
             run(rows, model=model)
@@ -79,36 +84,33 @@ class TestJournal:
     @pytest.mark.parametrize(
         "line",
         [
-            pytest.param(b"[" * 100_000 + b"\n", id="nested"),
-            pytest.param(b'{"start": 0, "stop": 64, "x": "\xff\xfe"}\n', id="not UTF-8"),
-            pytest.param(b'{"start": 0, "stop": 1e999}\n', id="infinite"),
-            pytest.param(b'{"start": 0, "stop": ' + b"9" * 9999 + b"}\n", id="huge"),
-            pytest.param(b'{"start": 0, "stop": true}\n', id="bool"),
-            pytest.param(b"\0" * 4096, id="zeros"),
-            pytest.param(b'{"start": 0, "x": "' + b" " * (2 << 20) + b'", "stop": 64}\n', id="long"),
+            b"[" * 100_000 + b"\n",
+            b'{"start": 0, "stop": 64, "x": "\xff\xfe"}\n',
+            b'{"start": 0, "stop": 1e999}\n',
+            b'{"start": 0, "stop": ' + b"9" * 9999 + b"}\n",
+            b'{"start": 0, "stop": true}\n',
+            b"\0" * 4096,
+            b'{"start": 0, "x": "' + b" " * (2 << 20) + b'", "stop": 64}\n',
         ],
+        ids=["nested", "not UTF-8", "infinite", "huge", "bool", "zeros", "long"],
     )
     def test_a_line_that_is_damaged_and_what_follows_count_for_nothing(self, line: bytes, run: Run) -> None:
         run()
-        kept = sum(stop - start for start, stop in run.done()[:2])
-        lines = run.journal.read_bytes().splitlines(keepends=True)
+        kept, lines = done(run, 2), run.journal.read_bytes().splitlines(keepends=True)
         run.journal.write_bytes(b"".join([*lines[:3], line, *lines[3:]]))
         assert run().evaluated == ROWS - kept
         assert_results(run.results(), expected())
         again = run.journal.read_bytes().splitlines(keepends=True)
         assert again[:3] == lines[:3] and sorted(again) == sorted(lines)
 
-    def test_results_that_are_gone(self, run: Run, tmp_path: Path) -> None:
-        run()
-        (run.out / "stress.npy").unlink()
-        with pytest.raises(InputError, match=r"stress\.npy: is not there as the journal"):
-            run()
-        pytest.importorskip("zarr")
-        sink = tmp_path / "out.zarr"
-        run(sink=sink)
-        (sink / "stress" / "zarr.json").unlink()
-        with pytest.raises(InputError, match=r"zarr/stress: is not there as the journal"):
-            run(sink=sink)
+    @pytest.mark.parametrize(("sink", "file"), [("out", "stress.npy"), ("out.zarr", "stress/zarr.json")])
+    def test_results_that_are_gone(self, sink: str, file: str, run: Run, tmp_path: Path) -> None:
+        if sink == "out.zarr":
+            pytest.importorskip("zarr")
+        run(sink=tmp_path / sink)
+        (tmp_path / sink / file).unlink()
+        with pytest.raises(InputError, match=rf"{sink}/stress(\.npy)?: is not there as the journal"):
+            run(sink=tmp_path / sink)
 
     def test_two_runs_at_once(self, run: Run) -> None:
         refused: list[str] = []
@@ -135,46 +137,43 @@ class TestSourcesThatChange:
             os.utime(file, (1e9, 1e9))
         return found
 
-    @staticmethod
-    def stopped(run: Run, source: object) -> int:
-        """Rows that are done in a run that is stopped."""
+    @pytest.fixture(autouse=True)
+    def stopped(self, form: str, run: Run, tmp_path: Path) -> None:
+        """A run that was stopped."""
 
         def stop(done: int, total: int | None) -> None:
             if done >= 128:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(source, progress=stop)
-        return sum(stop - start for start, stop in run.done())
+            run(self.put(form, tmp_path, arrays()), progress=stop)
+        assert 128 <= done(run) < ROWS
 
     @pytest.mark.parametrize("common", [False, True])
-    @pytest.mark.parametrize("form", ["files", "zarr", "arrays"])
+    @FORMS
     def test_rows_that_are_done(self, form: str, common: bool, run: Run, tmp_path: Path) -> None:
-        assert 128 <= self.stopped(run, self.put(form, tmp_path, arrays())) < ROWS
         start, before = run.done()[0][0], run.files()
         changed = {name: value.copy() for name, value in arrays().items()}
-        if common:
-            changed["stress~1"][0] = 1e-9
-        else:
-            changed["t"][start + 6] += 1e-9
+        changed["stress~1" if common else "t"][0 if common else start + 6] += 1e-9
         # No row is evaluated before that is found.
         with pytest.raises(InputError, match=rf"rows {'.*' if common else start} to .* not those of the run"):
             run(self.put(form, tmp_path, changed))
         assert run.files() == before
 
-    @pytest.mark.parametrize("form", ["files", "zarr", "arrays"])
+    @FORMS
     def test_rows_that_are_not_done(self, form: str, run: Run, tmp_path: Path) -> None:
         """Which are evaluated as they are now."""
-        done = self.stopped(run, self.put(form, tmp_path, arrays()))
+        left = ROWS - done(run)
         changed = {**arrays(), "t": arrays()["t"] + 0.25 * (np.arange(ROWS) >= 448)}
-        assert run(self.put(form, tmp_path, changed)).evaluated == ROWS - done
+        assert run(self.put(form, tmp_path, changed)).evaluated == left
         assert_results(run.results(), solved(changed), "stress")
 
-    def test_that_move(self, run: Run, tmp_path: Path) -> None:
-        run()
-        moved = run.source.rename(tmp_path / "elsewhere")
-        os.utime(moved / "t.npy", (1e9, 1e9))
-        assert run(moved).evaluated == 0
+
+def test_sources_that_move(run: Run, tmp_path: Path) -> None:
+    run()
+    moved = run.source.rename(tmp_path / "elsewhere")
+    os.utime(moved / "t.npy", (1e9, 1e9))
+    assert run(moved).evaluated == 0
 
 
 LONG_RUN = """
@@ -203,8 +202,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(number: signal.Signals, run: 
     status = child.send(number, 30)
     if number == signal.SIGINT:
         assert status == 0 and child.output.split()[-1] == "interrupted" and "Traceback" not in child.output
-    done = sum(stop - start for start, stop in run.done())
-    assert 0 < done < times * ROWS
-    again = run(model=case().artifact)
-    assert 0 < again.evaluated <= times * ROWS - done + 64
+    before = done(run)
+    assert 0 < before < times * ROWS
+    assert 0 < run(model=case().artifact).evaluated <= times * ROWS - before + 64
     assert_results(run.results(), solved(many, Model(case().artifact)))

@@ -1,12 +1,13 @@
-"""Long runs over files: the same as one call, journals, full disks, and runs that are killed."""
+"""Long runs over files: the same as one call, what is refused, full disks, and executors."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,51 +30,49 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """An executor without processes, for what is not about them."""
-    with ThreadPoolExecutor(2) as found:
-        yield found
-
-
 @pytest.fixture
 def zarr() -> Any:
     return pytest.importorskip("zarr")
 
 
+def read(sink: Path) -> dict[str, Any]:
+    """The arrays of a sink, which is a Zarr group or a folder of files."""
+    if sink.suffix == ".zarr":
+        import zarr
+
+        return dict(zarr.open_group(str(sink), mode="r").arrays())
+    return {file.stem: np.load(file) for file in sink.glob("*.npy")}
+
+
 class TestForms:
     def test_from_a_folder_to_a_folder(self, run: Run) -> None:
         told: list[tuple[int, int | None]] = []
-        done = run(progress=lambda done, total: told.append((done, total)))
+        done = run(operation="jacobian", progress=lambda done, total: told.append((done, total)))
         assert (done.rows, done.evaluated, done.failed.tolist()) == (ROWS, ROWS, FAILING)
-        assert_results(run.results(), expected())
+        assert_results(run.results(), expected(), *expected())
         assert run.results()["@failed_rows"].tolist() == FAILING
         assert sorted(told) == told and told[-1] == (ROWS, ROWS)
 
-    def test_with_derivatives(self, run: Run) -> None:
-        run(operation="jacobian")
-        assert_results(run.results(), expected(), *expected())
-
-    @pytest.mark.parametrize("form", ["arrays", "tensors", "files", "memory maps"])
+    @pytest.mark.parametrize("form", ["arrays", "tensors", "files", "memory maps", "parts of memory maps"])
     def test_from_a_dict(self, form: str, run: Run) -> None:
-        forms: dict[str, Callable[[str], Any]] = {
-            "arrays": lambda name: arrays()[name],
-            "tensors": lambda name: torch.from_numpy(arrays()[name]),
-            "files": lambda name: run.source / f"{name}.npy",
-            "memory maps": lambda name: np.load(run.source / f"{name}.npy", mmap_mode="r"),
+        forms: dict[str, Callable[[Path], Any]] = {
+            "arrays": np.load,
+            "tensors": lambda file: torch.from_numpy(np.load(file)),
+            "files": lambda file: file,
+            "memory maps": lambda file: np.load(file, mmap_mode="r"),
+            # Which are not what their files begin with.
+            "parts of memory maps": lambda file: np.load(file, mmap_mode="r")[10:20],
         }
-        run({name: forms[form](name) for name in arrays()})
-        assert_results(run.results(), expected())
+        names, rows = (("strain", "t"), slice(10, 20)) if "parts" in form else (arrays(), slice(None))
+        run({**arrays(), **{name: forms[form](run.source / f"{name}.npy") for name in names}})
+        assert_results(run.results(), {name: value[rows] for name, value in expected().items()}, "stress", "@failed")
 
-    def test_from_a_part_of_a_memory_map(self, run: Run) -> None:
-        """Which is not what its file begins with."""
-        parts = {name: np.load(run.source / f"{name}.npy", mmap_mode="r")[10:20] for name in ("strain", "t")}
-        run({**arrays(), **parts})
-        assert_results(run.results(), {name: value[10:20] for name, value in expected().items()}, "stress")
-
-    def test_from_blocks_to_a_function(self, run: Run) -> None:
+    @pytest.mark.parametrize("executor", [None, ThreadPoolExecutor])
+    def test_from_blocks_to_a_function(self, executor: Any, run: Run) -> None:
+        """It gets rows in their order, whoever evaluates them."""
         found: list[Arrays] = []
-        done = run(blocks(), found.append)
+        with executor(2) if executor else contextlib.nullcontext() as threads:
+            done = run(blocks(), found.append, executor=threads)
         assert done.rows == ROWS and done.failed.tolist() == FAILING
         assert [len(block["@failed"]) for block in found] == [100] * 5
         assert_results(joined(found), expected())
@@ -92,19 +91,19 @@ class TestForms:
         for given in (path, zarr.open_group(str(path), mode="r")):
             sink = tmp_path / f"out-{type(given).__name__}.zarr"
             assert run(given, sink).failed.tolist() == FAILING
-            found = zarr.open_group(str(sink), mode="r")
-            assert_results({name: found[name][...] for name in found}, expected())
+            found = read(sink)
+            assert_results(found, expected())
             assert found["@failed_rows"][...].tolist() == FAILING and found["stress"].chunks == (64, 6)
             assert run(given, sink).evaluated == 0
 
     @pytest.mark.long
     def test_memory_stays_flat(self, tmp_path: Path) -> None:
         """By the peak of a process that maps ten times as many rows."""
-        peaks = []
-        for rows in (20_000, 200_000):
-            out = children.run(FLAT, case().artifact, tmp_path / str(rows), rows, limit=200)
-            peaks.append(int(out.split()[-1]))
-        assert peaks[1] - peaks[0] < 10 << 10, peaks
+        less, more = (
+            int(children.run(FLAT, case().artifact, tmp_path / str(rows), rows, limit=200).split()[-1])
+            for rows in (20_000, 200_000)
+        )
+        assert more - less < 10 << 10, (less, more)
 
 
 FLAT = """
@@ -130,60 +129,51 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 # Names of files that lead elsewhere if they are taken as they are, and the file of the second one.
 STRAIN, STRESS, FILE = "forces/E", "../../state/S", "%2E.%2F..%2Fstate%2FS"
+STRAINS = 1e-3 * np.random.default_rng(2).standard_normal((200, 6))
 
 
 def elasticity(folder: Path, stress: str = STRESS) -> Model:
     """Elasticity by names that are no names of files."""
-
-    return references.altered(
-        "elasticity", folder / "model", boundary_aliases={"inputs": {"strain": STRAIN}, "outputs": {"stress": stress}}
-    )
+    names = {"inputs": {"strain": STRAIN}, "outputs": {"stress": stress}}
+    return references.altered("elasticity", folder / "model", boundary_aliases=names)
 
 
-def hooke(strain: np.ndarray) -> np.ndarray:
-    """The stress of stubs/elasticity.i."""
-    young, poisson = 205000.0, 0.29
-    trace = strain[:, :3].sum(1, keepdims=True) * np.array([1.0, 1, 1, 0, 0, 0])
-    found: np.ndarray = young / (1 + poisson) * (strain + poisson / (1 - 2 * poisson) * trace)
+def stress_of(strain: np.ndarray) -> np.ndarray:
+    found: np.ndarray = references.case("elasticity").model({"strain": torch.from_numpy(strain)})["stress"].numpy()
     return found
 
 
 class TestNames:
     """What variables are called does not matter to the files, nor to what is ours among them."""
 
-    ROWS = 1e-3 * np.random.default_rng(2).standard_normal((20, 6))
-
-    def test_a_folder_of_files(self, tmp_path: Path) -> None:
-        run = Run(tmp_path / "a" / "b")
-        put("files", run.folder, {"forces%2FE": self.ROWS})
-        run(model=elasticity(tmp_path), operation="jacobian")
-        assert set(run.results()) == {FILE, f"{FILE}@forces%2FE", "@failed", "@failed_rows"}
-        assert {file.name for file in tmp_path.iterdir()} == {"a", "model"}
-        assert np.allclose(run.results()[FILE], hooke(self.ROWS), rtol=1e-12)
-
-    def test_zarr(self, zarr: Any, run: Run, tmp_path: Path) -> None:
-        run(put("zarr", tmp_path, {"forces%2FE": self.ROWS}), tmp_path / "a" / "out.zarr", elasticity(tmp_path))
-        found = zarr.open_group(str(tmp_path / "a" / "out.zarr"), mode="r")
-        assert sorted(found) == [FILE, "@failed", "@failed_rows"]
-        assert np.allclose(found[FILE][...], hooke(self.ROWS), rtol=1e-12)
+    @pytest.mark.parametrize("form", ["files", "zarr"])
+    def test_files_lie_in_the_sink(self, form: str, request: pytest.FixtureRequest, run: Run, tmp_path: Path) -> None:
+        if form == "zarr":
+            request.getfixturevalue("zarr")
+        sink = tmp_path / "a" / "b" / ("out.zarr" if form == "zarr" else "out")
+        source = put(form, tmp_path / "given", {"forces%2FE": STRAINS})
+        run(source, sink, elasticity(tmp_path), operation="jacobian")
+        assert set(read(sink)) == {FILE, f"{FILE}@forces%2FE", "@failed", "@failed_rows"}
+        assert {file.name for file in tmp_path.iterdir()} == {"a", "given", "model"}
+        assert np.allclose(read(sink)[FILE][...], stress_of(STRAINS), rtol=1e-12)
 
     @pytest.mark.parametrize("name", ["failed", "failed_rows"])
     def test_an_output_of_the_name_of_a_mask(self, name: str, run: Run, tmp_path: Path) -> None:
         model, found = elasticity(tmp_path, name), list[Arrays]()
         for sink in (run.out, found.append):
-            assert run({STRAIN: self.ROWS}, sink, model).failed.tolist() == []
-        for results in (run.results(), found[0]):
-            assert np.allclose(results[name], hooke(self.ROWS), rtol=1e-12) and not results["@failed"].any()
+            assert run({STRAIN: STRAINS}, sink, model).failed.tolist() == []
+        for results in (run.results(), joined(found)):
+            assert np.allclose(results[name], stress_of(STRAINS), rtol=1e-12) and not results["@failed"].any()
 
 
 def test_rows_that_are_not_finite_have_failed(run: Run, tmp_path: Path) -> None:
     """In models that solve nothing too, and no other row has."""
-    strain = 1e-3 * np.random.default_rng(3).standard_normal((200, 6))
+    strain = STRAINS.copy()
     strain[70, 2], strain[199, 0] = np.nan, np.inf
     assert run({STRAIN: strain}, model=elasticity(tmp_path)).failed.tolist() == [70, 199]
     stress, failed = run.results()[FILE], run.results()["@failed"]
     assert np.flatnonzero(failed).tolist() == [70, 199] == run.results()["@failed_rows"].tolist()
-    assert np.isnan(stress[failed]).all() and np.allclose(stress[~failed], hooke(strain[~failed]), rtol=1e-12)
+    assert np.isnan(stress[failed]).all() and np.allclose(stress[~failed], stress_of(strain[~failed]), rtol=1e-12)
 
 
 class TestSourcesAmongTheResults:
@@ -205,14 +195,15 @@ class TestSourcesAmongTheResults:
             run({**arrays(), "strain": given}, resume=False)
         assert run.files() == before
 
-    def test_zarr(self, zarr: Any, run: Run, tmp_path: Path) -> None:
+    @pytest.mark.usefixtures("zarr")
+    def test_zarr(self, run: Run, tmp_path: Path) -> None:
         path, link = put("zarr", tmp_path, arrays()), tmp_path / "link.zarr"
         (path / "stress").symlink_to(path / "strain")
         link.symlink_to(path)
         for sink in (path, link):
             with pytest.raises(InputError, match=r"stress: the source .* is the same file"):
                 run(path, sink, resume=False)
-        assert np.array_equal(zarr.open_group(str(path))["strain"][...], arrays()["strain"], equal_nan=True)
+        assert np.array_equal(read(path)["strain"][...], arrays()["strain"], equal_nan=True)
 
     @pytest.mark.parametrize("name", ["stress.npy", "@failed_rows.npy", "journal.jsonl"])
     def test_a_link_in_the_sink_is_not_followed(self, name: str, run: Run, tmp_path: Path) -> None:
@@ -224,18 +215,12 @@ class TestSourcesAmongTheResults:
             run(resume=False)
         assert foreign.read_bytes() == b"" and (run.out / name).is_symlink()
 
-    def test_a_pipe_in_the_place_of_the_journal(self, run: Run) -> None:
-        run.out.mkdir()
-        os.mkfifo(run.journal)
-        with pytest.raises(InputError, match="no plain file"):
-            run()
-
     def test_an_artifact_is_not_written_into(self, run: Run, tmp_path: Path) -> None:
-        artifact = references.edited(case(), tmp_path, lambda _: None)
+        artifact = references.copied("viscoplasticity", tmp_path)
         before = sorted(artifact.rglob("*"))
         for sink in (artifact, artifact / "out", artifact / "cpu" / "x.zarr"):
             with pytest.raises(InputError, match="lies in the artifact"):
-                run(sink=sink)
+                run(model=artifact, sink=sink)
         assert sorted(artifact.rglob("*")) == before
 
 
@@ -268,17 +253,14 @@ class TestBadInput:
         if what == "cut off":
             file.write_bytes(whole[:200])
         elif what == "header":
-            text = b"(" * 9000
-            file.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+            file.write_bytes(b"\x93NUMPY\x01\x00" + (9000).to_bytes(2, "little") + b"(" * 9000)
         elif what == "pipe":
             os.mkfifo(file)
-        elif what == "npz":
-            with file.open("wb") as out:
-                np.savez(out, t=np.ones(ROWS))
-        elif what == "objects":
-            np.save(file, np.array([{}] * ROWS))
-        else:
+        elif what == "device":
             file.symlink_to("/dev/zero")
+        else:
+            with file.open("wb") as out:
+                np.savez(out, t=np.ones(ROWS)) if what == "npz" else np.save(out, np.array([{}] * ROWS))
         with pytest.raises(InputError, match=r"t\.npy: cannot be read as a \.npy file"):
             run()
 
@@ -311,19 +293,22 @@ class TestBadInput:
         with pytest.raises(InputError, match=words):
             run(**options)
 
-    def test_results_without_a_journal_are_not_touched(self, run: Run) -> None:
+    @pytest.mark.parametrize("what", ["results without a journal", "a pipe for a journal"])
+    def test_what_is_in_the_sink_already(self, what: str, run: Run) -> None:
         run.out.mkdir()
-        np.save(run.out / "stress.npy", np.zeros(3))
-        before = run.files()
-        with pytest.raises(InputError, match="no journal"):
+        if what == "a pipe for a journal":
+            os.mkfifo(run.journal)
+        else:
+            np.save(run.out / "stress.npy", np.zeros(3))
+        before = sorted(run.out.iterdir())
+        with pytest.raises(InputError, match=r"no journal|no plain file"):
             run()
-        assert run.files() == before
+        assert sorted(run.out.iterdir()) == before
 
     def test_a_full_disk_at_the_start(self, run: Run) -> None:
         # Its graphs are unpacked at the first call, to files that are larger than the limit.
         solved(arrays())
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        source = run.source
+        source, limits = run.source, resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         try:
             with pytest.raises(InputError, match=r"cannot be written \(File too large\). Make room"):
@@ -336,19 +321,13 @@ class TestBadInput:
 
 
 class TestExecutors:
-    def test_a_function_gets_rows_in_their_order(self, run: Run, threads: ThreadPoolExecutor) -> None:
-        found: list[Arrays] = []
-        assert run(arrays(), found.append, executor=threads).failed.tolist() == FAILING
-        assert_results(joined(found), expected())
-
-    def test_blocks_that_share_a_chunk_of_zarr(
-        self, zarr: Any, run: Run, tmp_path: Path, threads: ThreadPoolExecutor
-    ) -> None:
+    @pytest.mark.usefixtures("zarr")
+    def test_blocks_that_share_a_chunk_of_zarr(self, run: Run, tmp_path: Path) -> None:
         """Which two workers must not write at once: each would undo what the other one has written."""
-        run(blocks(10), tmp_path / "out.zarr", executor=threads, rows=ROWS, chunk=ROWS)
-        found = zarr.open_group(str(tmp_path / "out.zarr"), mode="r")
-        assert found["stress"].chunks == (ROWS, 6)
-        assert_results({name: found[name][...] for name in found}, expected())
+        with ThreadPoolExecutor(2) as threads:
+            run(blocks(10), tmp_path / "out.zarr", executor=threads, rows=ROWS, chunk=ROWS)
+        assert read(tmp_path / "out.zarr")["stress"].chunks == (ROWS, 6)
+        assert_results(read(tmp_path / "out.zarr"), expected())
 
     @pytest.mark.long
     def test_a_process_pool_of_the_standard_library(self, run: Run) -> None:
@@ -358,8 +337,12 @@ class TestExecutors:
 
     @pytest.mark.parametrize("lost", ["artifact", "source", "journal"])
     def test_workers_that_do_not_see_the_same_files(self, lost: str, run: Run, tmp_path: Path) -> None:
-        artifact = references.edited(case(), tmp_path / "here", lambda _: None)
-        path = {"artifact": artifact, "source": run.source / "t.npy", "journal": run.journal}[lost]
+        artifact = references.copied("viscoplasticity", tmp_path / "here")
+        path, words = {
+            "artifact": (artifact, "viscoplasticity"),
+            "source": (run.source / "t.npy", "under the same path"),
+            "journal": (run.journal, "does not see the sink"),
+        }[lost]
 
         class Elsewhere(ThreadPoolExecutor):
             """Where a file is not."""
@@ -369,8 +352,7 @@ class TestExecutors:
                     path.rename(tmp_path / "gone")
                 return super().submit(*arguments, **more)
 
-        words = {"artifact": "viscoplasticity", "source": "under the same path", "journal": "does not see the sink"}
-        with Elsewhere(1) as executor, pytest.raises((ArtifactError, AOTIError), match=words[lost]):
+        with Elsewhere(1) as executor, pytest.raises((ArtifactError, AOTIError), match=words):
             run(model=Model(artifact), executor=executor)
         # Nothing counts as done.
         journal = tmp_path / "gone" if lost == "journal" else run.journal
