@@ -86,3 +86,19 @@ def source_input(text: str) -> str:
         fields = [f"type = {kind}", *("{} = '{}'".format(*option.split("=", 1)) for option in options)]
         sections.setdefault(section, []).append("\n".join([f"[{name}]", *fields, "[]"]))
     return "\n".join(f"[{section}]\n{chr(10).join(blocks)}\n[]" for section, blocks in sections.items())
+
+
+# It runs without a compile.
+LAW = """
+Tensors/times Python expr="Scalar(torch.linspace(0.0, 2.0, 3, dtype=torch.float64))"
+Tensors/strains Python expr="SR2(torch.linspace(0.0, 1.0e-3, 3, dtype=torch.float64).reshape(-1, 1, 1) * torch.ones(SHAPE, 6))"
+Drivers/driver TransientDriver model=law prescribed_time=times prescribed_SR2_names=STRAIN prescribed_SR2_values=strains
+Models/law LinearIsotropicElasticity strain=STRAIN stress=STRESS coefficients='1000 0.25' coefficient_types='YOUNGS_MODULUS POISSONS_RATIO'
+"""  # noqa: E501
+
+
+def elastic_law(path: Path, strain: str = "strain", stress: str = "stress", shape: str = "2") -> Path:
+    """An input file of elasticity, by any names and with points of any shape, that takes three steps."""
+    text = LAW.replace("STRAIN", strain).replace("STRESS", stress).replace("SHAPE", shape)
+    path.write_text(source_input(text))
+    return path

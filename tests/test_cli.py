@@ -174,47 +174,6 @@ def test_help_is_quick_and_imports_nothing_heavy(environment: Environment, place
     assert min(took) < 0.15
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["inspect", "gone"], "there is no such folder"),
-        (["inspect", "aoti"], "artifacts below it: elasticity, promoted"),
-        (["inspect", "aoti/elasticity", "creep"], "holds the model 'elasticity', not 'creep'"),
-        (["inspect", "aoti/elasticity_aoti.i", "creep"], "no compiled model 'creep'; there are: elasticity"),
-        (["inspect", "aoti/elasticity", "--device", "cuda"], "compiled leaves: cpu/float64"),
-        (["inspect"], "Missing argument 'ARTIFACT|STUB'"),
-        (["inspekt"], "No such command 'inspekt'"),
-        (["seal", "aoti/elasticity", "gone"], "there is no such folder"),
-        (["bench", "aoti/elasticity", "--rows", "1,x"], "is not a list of whole numbers"),
-        (["bench", "aoti/elasticity", "--rows", "1" + "0" * 30], "is not a list of whole numbers from 1 to"),
-        (["bench", "aoti/elasticity", "--rows", "1" + "0" * 15], "takes more memory than there is"),
-        (["bench", "aoti/elasticity", "--seconds", "1e999"], "'1e999' is not a finite number"),
-        (["verify", "aoti/elasticity", "--rtol", "nan"], "'nan' is not a finite number"),
-        (["verify", "aoti/elasticity", "--seed", "1" + "0" * 30], "is not in the range"),
-        *(
-            (["params", "aoti/promoted", "--set", f"promoted.E={text}", "--out", "no"], "is not NAME=VALUE with a fin")
-            for text in ("1e999", "nan", "-inf", "True", "1j", "")
-        ),
-        (["doctor", "gone.i"], "gone.i"),
-        (["doctor", "aoti/elasticity", "--device", "tpu"], "is not a torch device"),
-        (["doctor", "aoti/elasticity", "--dtype", "float32"], "compiled leaves: cpu/float64"),
-        (["verify", "aoti/elasticity", "--against", "gone.i"], "gone.i: no such file. Give the input file that was"),
-        (["verify", "aoti/elasticity", "--source-model", "law"], "Give that file as well: --against INPUT.i"),
-        (["verify", "aoti/elasticity", "--points", "a.npz", "--scale", "strain=1"], "and so does --driver or --scale"),
-        (["verify", "aoti/elasticity", "--golden", "a", "--points", "a.npz"], "--golden says which points to take"),
-        (["bench", "aoti/elasticity", "--points", "a.npz", "--driver", "driver"], "and so does --driver"),
-    ],
-)
-def test_wrong_use_is_refused(words: list[str], said: str, there: Path) -> None:
-    before = sorted(there.rglob("*"))
-    out, err = printed(*words, status=2)
-    assert said in err and out == ""
-    # An error of ours is one line; where the command line itself is wrong, click says how it is used.
-    assert len(err.strip().splitlines()) == 1 or err.startswith("Usage:")
-    assert said in refused(*words)
-    assert sorted(there.rglob("*")) == before
-
-
 @pytest.mark.processes
 def test_warm_fills_the_folder_that_a_container_keeps(environment: Environment, place: Path) -> None:
     variables = {"NEML2_AOTI_PLUGIN_CACHE": str(place / "cache")}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import references
-from commands import answer, refused, source_input, stub_of
+from commands import answer, elastic_law, refused, stub_of
 from neml2_aoti_plugin import InputError, read_result
 from neml2_aoti_plugin._cli.result_files import layouts
 
@@ -69,21 +69,6 @@ def row_of(path: Path, line: int) -> dict[str, float]:
     """A line of a .csv file."""
     head, *lines = path.read_text().splitlines()
     return dict(zip(head.split(","), map(float, lines[line].split(",")), strict=True))
-
-
-# Elasticity under names that files, columns and pictures use themselves, or read as more than a name.
-NAMES = """
-Tensors/times Python expr="Scalar(torch.linspace(0.0, 2.0, 3, dtype=torch.float64))"
-Tensors/strains Python expr="SR2(torch.linspace(0.0, 1.0e-3, 3, dtype=torch.float64).reshape(-1, 1, 1) * torch.ones(SHAPE, 6))"
-Drivers/driver TransientDriver model=law prescribed_time=times prescribed_SR2_names=STRAIN prescribed_SR2_values=strains
-Models/law LinearIsotropicElasticity strain=STRAIN stress=STRESS coefficients='1000 0.25' coefficient_types='YOUNGS_MODULUS POISSONS_RATIO'
-"""  # noqa: E501
-
-
-def written(path: Path, strain: str = "strain", stress: str = "stress", shape: str = "2") -> Path:
-    text = NAMES.replace("STRAIN", strain).replace("STRESS", stress).replace("SHAPE", shape)
-    path.write_text(source_input(text))
-    return path
 
 
 # -- run -----------------------------------------------------------------------------------------------------------
@@ -155,30 +140,6 @@ def test_a_step_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     said = refused("run", stub_of("viscoplasticity"), "driver", override, "--out", out, status=1)
     assert said.startswith("step 1 of 60 of [Drivers/driver]")
     assert [p.name for p in tmp_path.iterdir()] == ["result.npz"] and out.read_text() == "before"
-
-
-def test_wrong_runs(tmp_path: Path) -> None:
-    stub, law, names = stub_of("promoted"), written(tmp_path / "law.i"), written(tmp_path / "names.i", stress="@time")
-    none = ("Tensors/times/expr:='Scalar(torch.zeros(0))'", "Tensors/strains/expr:='SR2(torch.zeros(0, 2, 6))'")
-    save_as = "Drivers/driver/save_as:="
-    for words, said in (
-        ([stub, "nobody"], "no block [Drivers/nobody]; in [Drivers] there are: driver"),
-        ([tmp_path / "gone.i", "driver"], "no such file"),
-        ([stub, "driver", "--set", "E=1"], "unknown 'E'"),
-        ([stub, "driver", "--set", "promoted.E=stiff"], "is not NAME=VALUE with a finite number"),
-        ([stub, "driver", "--set", "promoted.E=1", "--set", "promoted.E=2"], "is given twice"),
-        ([stub, "driver", "save_as=x"], "is not PATH:=VALUE"),
-        ([stub, "driver", "--out", tmp_path / "a.txt"], "expected one of .pt, .npz, .csv, .nc"),
-        ([stub, "driver", "--out", tmp_path / "none" / "a.npz"], "cannot be written"),
-        ([stub, "driver", f"{save_as}{tmp_path / 'none' / 'a.pt'}"], "a.pt: cannot be written"),
-        ([stub, "driver", f"{save_as}{tmp_path}"], "is a folder"),
-        ([stub, "driver", "Tensors/times/expr:='Scalar(1/0)'"], "[Drivers/driver]"),
-        ([law, "driver", "--set", "promoted.E=1"], "only a compiled model"),
-        ([law, "driver", *none], "has no steps"),
-        ([names, "driver"], "@time; names that begin with @ are those of the result"),
-    ):
-        assert said in refused("run", *words), words
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["law.i", "names.i"]
 
 
 def test_an_override_leads_to_another_artifact(tmp_path: Path) -> None:
@@ -320,7 +281,7 @@ def test_sites_that_differ_and_times_of_points_have_dimensions_of_their_own(tmp_
 )
 def test_no_name_of_a_variable_hides_another_or_ours(ending: str, strain: str, stress: str, tmp_path: Path) -> None:
     out, picture = tmp_path / f"out.{ending}", tmp_path / "a.svg"
-    report = ran(written(tmp_path / "law.i", strain, stress), "--out", out)
+    report = ran(elastic_law(tmp_path / "law.i", strain, stress), "--out", out)
     assert [found["name"] for found in report["variables"]] == ["@time", strain, stress]
     found = read_result(out)
     assert found.variables.keys() == {strain, stress}
@@ -338,7 +299,7 @@ def test_no_name_of_a_variable_hides_another_or_ours(ending: str, strain: str, s
 @pytest.mark.parametrize("shape", ["4, 2", "1, 2", "4, 1"])
 @WITH_TYPES
 def test_two_batch_axes_are_folded_onto_points(ending: str, shape: str, tmp_path: Path) -> None:
-    path, out = written(tmp_path / "law.i", shape=shape), tmp_path / f"out.{ending}"
+    path, out = elastic_law(tmp_path / "law.i", shape=shape), tmp_path / f"out.{ending}"
     path.write_text(path.read_text().replace(".reshape(-1, 1, 1)", ".reshape(-1, 1, 1, 1)"))
     points = math.prod(map(int, shape.split(",")))
     assert ran(path, "--out", out)["rows"] == points
@@ -348,7 +309,7 @@ def test_two_batch_axes_are_folded_onto_points(ending: str, shape: str, tmp_path
 @pytest.mark.parametrize("ending", ["pt", "npz", "csv"])
 def test_a_run_without_points_is_written_and_not_drawn(ending: str, tmp_path: Path) -> None:
     out = tmp_path / f"out.{ending}"
-    assert ran(written(tmp_path / "law.i", shape="0"), "--out", out)["rows"] == 0 and out.is_file()
+    assert ran(elastic_law(tmp_path / "law.i", shape="0"), "--out", out)["rows"] == 0 and out.is_file()
     assert "has no points" in refused("plot", out, "--out", tmp_path / "a.svg", "--y", "stress.xx")
 
 
@@ -365,7 +326,7 @@ def test_xarray_takes_a_result(results: Path, tmp_path: Path) -> None:
     assert float(axial) == found.table["stress.xx"][-3]
     (tmp_path / "bad.nc").write_text("no result")
     assert "is not a result" in refused("plot", tmp_path / "bad.nc", "--out", tmp_path / "a.svg")
-    law = written(tmp_path / "law.i", shape="0")
+    law = elastic_law(tmp_path / "law.i", shape="0")
     assert "netCDF has no empty dimensions" in refused("run", law, "driver", "--out", tmp_path / "a.nc")
 
 
@@ -472,34 +433,9 @@ def test_quantities_of_other_kinds_have_their_own_axes(results: Path, tmp_path: 
     assert [line["label"] for line in lines] == [
         f"{name}strain xx to 0.03" for name in ("axial (MPa), ", "stress yy, ", "")
     ]
-    assert "--ylabel is given 2 times, for 1" in refused("plot", file, "--out", picture, *("--ylabel", "a") * 2)
 
 
 def test_scalars_are_drawn_over_the_time_if_nothing_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("@step,@point,t,x\n0,0,0,1\n1,0,1,2\n")
     (line,) = drawn(tmp_path / "a.csv", "--out", tmp_path / "a.svg")
     assert (line["x"], line["y"], line["y_first"], line["y_last"]) == ("t", "x", 1.0, 2.0)
-
-
-def test_wrong_plots(results: Path, tmp_path: Path) -> None:
-    good, out = results / "result.npz", tmp_path / "a.png"
-    torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
-    np.savez(tmp_path / "other.npz", a=np.ones(2))
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "text.pt").write_text("no result")
-    (tmp_path / "binary.csv").write_bytes(b"\xff")
-    for name in ("other.pt", "other.npz", "other.csv", "text.pt", "binary.csv"):
-        assert "is not a result" in refused("plot", tmp_path / name, "--out", out)
-    for words, said in (
-        ([tmp_path / "gone.npz", "--out", out], "cannot be read (No such file or directory)"),
-        ([good, "--out", tmp_path / "a.bmp"], "expected one of .png, .svg, .pdf"),
-        ([good, "--out", tmp_path / "none" / "a.png"], "cannot be written"),
-        ([good, "--out", out, "--y", "stress.zx"], "'stress.zx' is not in this result: there are @time, t, equivalent"),
-        ([good, "--out", out, "--y", "t.vonmises"], "'t.vonmises' is not in this result"),
-        ([good, "--out", out, "--y", "stress[0].xx"], "'stress' has no sites"),
-        ([good, "--out", out, "--y", "stress."], "is not the name of a variable"),
-        ([good, "--out", out, "--label", "heat"], "'heat' is not in this result"),
-        ([good, "--out", out, "--row", "3"], "there is no point 3; the points are 0 to 2"),
-    ):
-        assert said in refused("plot", *words), words
-    assert not [p for p in tmp_path.iterdir() if p.suffix == ".png"]

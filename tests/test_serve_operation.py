@@ -280,29 +280,6 @@ def test_processes_end_with_the_one_that_has_started_them(tmp_path: Path) -> Non
 # -- what is refused at the start ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("", "give an artifact or a stub"),
-        ("gone", "there is no such folder"),
-        ("ARTIFACT --name x", "'x' is not NAME=PATH"),
-        ("ARTIFACT --name elasticity=ARTIFACT", "two models have the name 'elasticity'"),
-        ("ARTIFACT --parameters steel=FILE", "there is no model 'steel'; there are elasticity"),
-        ("--name a/b=ARTIFACT", "'a/b', which no address can have"),
-        ("ARTIFACT --request-rows 100000", "Raise queue_rows, or lower request_rows"),
-        ("ARTIFACT --body-bytes 300000000", "bodies_bytes (--bodies-bytes) is 268435456"),
-        ("ARTIFACT --json", "--json goes with --check"),
-        ("ARTIFACT --host 0.0.0.0", "0.0.0.0 is reached from other machines, and there is no token"),
-        ("ARTIFACT --host 0.0.0.0 --no-token", "there is no seal of"),
-        ("ARTIFACT --host no.such.host.invalid", "is no address of this machine"),
-        ("ARTIFACT --host 203.0.113.7 --no-token --allow-unsealed", "cannot listen on 203.0.113.7:8080"),
-    ],
-)
-def test_wrong_use(arguments: str, said: str) -> None:
-    place = str(artifact("elasticity"))
-    assert said in printed("serve", *(word.replace("ARTIFACT", place) for word in arguments.split()), status=2)[1]
-
-
 def test_beyond_loopback_a_token_and_a_seal_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = references.copied("elasticity", tmp_path)
     words = ("serve", copied, "--host", "0.0.0.0", "--check")

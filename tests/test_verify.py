@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import references
-from commands import answer, copy_of, printed, refused, source_input, stub_of, write_points
+from commands import answer, copy_of, printed, source_input, stub_of, write_points
 from neml2_aoti_plugin import Model, read_result
 from neml2_aoti_plugin._cli.points import Evaluated, Points
 from neml2_aoti_plugin._cli.references import central
@@ -98,18 +98,6 @@ def test_numbers_that_only_the_compiled_model_has_not_finite_fail(tmp_path: Path
         report = verified("elasticity", "--against", source, "--points", points, passed=passed)
         assert report["not_converged"] == 1
         assert ("finite numbers", 1, 0, passed) in compared(report, "quantity", "rows", "worst_row", "passed")
-
-
-def test_bad_sources(tmp_path: Path) -> None:
-    (tmp_path / "binary.i").write_bytes(b"\x00\xff[Models]\n")
-    for source, name, said in (
-        (tmp_path / "gone.i", "elasticity", "no such file"),
-        (tmp_path / "binary.i", "elasticity", "binary.i"),
-        (source_of("elasticity"), "nothing", "no block [Models/nothing]; in [Models] there are: elasticity"),
-        (stub_of("elasticity"), "elasticity", "is compiled itself"),
-        (source_of("viscoplasticity"), "hooke", "is not what was compiled"),
-    ):
-        assert said in refused("verify", stub_of("elasticity"), "--against", source, "--source-model", name)
 
 
 # A source of the stub `promoted` that gives a quantity more.
@@ -264,22 +252,6 @@ def test_another_model_at_golden_points_fails(tmp_path: Path) -> None:
     assert failed["stress"] == pytest.approx(0.01, rel=0.5)
 
 
-def test_bad_golden_files(tmp_path: Path) -> None:
-    other, params, damaged = (tmp_path / f"{name}.safetensors" for name in ("other", "params", "damaged"))
-    verified("elasticity", "--record", other, "--rows", 2)
-    assert verified("elasticity", "--golden", other)["rows"] == 4
-    references.case("promoted").model.save_parameters(params)
-    damaged.write_bytes(other.read_bytes()[:-8])
-    for file, said in (
-        (other, "is of another model ('elasticity'), not of 'viscoplasticity'"),
-        (params, "is not a golden file"),
-        (damaged, "is not a golden file"),
-        (tmp_path / "gone.safetensors", "cannot be read"),
-        (tmp_path, "cannot be read"),
-    ):
-        assert said in refused("verify", stub_of("viscoplasticity"), "--golden", file)
-
-
 # -- points --------------------------------------------------------------------------------------------------------
 
 
@@ -293,27 +265,6 @@ def test_points_of_a_file(suffix: str, tmp_path: Path) -> None:
     # What is recorded there is what was given.
     wanted, recorded = references.case("elasticity").model.forward({"strain": strain})["stress"], load_file(golden)
     assert torch.equal(recorded["input.strain"], strain) and torch.equal(recorded["output.stress"], wanted)
-
-
-def test_bad_points_and_what_cannot_be_written_are_reported_ahead(tmp_path: Path) -> None:
-    stub = copy_of("elasticity", tmp_path)
-    np.savez(tmp_path / "wrong.npz", strain=np.zeros((2, 5)))
-    np.savez(tmp_path / "other.npz", stress=np.zeros((2, 6)))
-    (tmp_path / "text.pt").write_text("no tensors")
-    before = sorted(tmp_path.rglob("*"))
-    for option, value, said in (
-        ("--points", tmp_path / "wrong.npz", "'strain' has shape (2, 5), expected (rows, 6)"),
-        ("--points", tmp_path / "other.npz", "no strain; the model's inputs are strain, and the file has stress"),
-        ("--points", tmp_path / "text.pt", "is not a file with a tensor per input"),
-        ("--points", stub, "expected one of .npz, .pt, .safetensors"),
-        ("--scale", "stress=1", "no input stress"),
-        ("--driver", "drivr", "in [Drivers] there are: driver"),
-        ("--plot", tmp_path / "a.bmp", "expected one of .png, .svg, .pdf"),
-        ("--plot", tmp_path / "none" / "a.png", "cannot be written"),
-        ("--record", tmp_path, "is a folder"),
-    ):
-        assert said in refused("verify", stub, option, value)
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_result_that_the_driver_would_save_is_left_alone(tmp_path: Path) -> None:
@@ -333,11 +284,3 @@ def test_a_driver_that_fails_gives_the_points_before(tmp_path: Path) -> None:
     report = answer("verify", stub, "--against", source_of("viscoplasticity"), "--rows", 200)
     assert report["points"].startswith("driver driver, which fails in its step 41")
     assert report["not_converged"] >= 3 and report["comparisons"][0]["rows"] >= 120
-
-
-def test_nothing_to_compare(tmp_path: Path) -> None:
-    artifact = references.case("viscoplasticity").artifact
-    said = refused("verify", artifact, "--scale", "strain=1e200", "--rows", 2)
-    assert "converges at none of the 2 points" in said
-    bare = references.edited(references.case("elasticity"), tmp_path, lambda metadata: metadata.update(derivatives=[]))
-    assert "there is nothing to compare" in refused("verify", bare)
