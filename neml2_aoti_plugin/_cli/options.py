@@ -39,7 +39,10 @@ def command(summary: str, module: str = "") -> Callable[[Callable[..., Any]], cl
         def run(as_json: bool, **given: Any) -> int:
             with progress():
                 if "path" in given:
-                    given["target"] = _target(given)
+                    from .target import find_target
+
+                    path, *others = (given.pop(name, None) for name in ("path", "model", "device", "dtype"))
+                    given["target"] = None if path is None else find_target(path, *others)
                 work = getattr(import_module(f".{module or name}", __package__), name)
                 report: Report | None = work(**given)
             return FINE if report is None else show(name, report, as_json)
@@ -70,13 +73,6 @@ def device_options(function: Function) -> Function:
     return click.option("--device", metavar="DEVICE", help="Take the leaf of this device, such as cpu or cuda:1.")(
         function
     )
-
-
-def _target(given: dict[str, Any]) -> Any:
-    from .target import find_target
-
-    path, model, device, dtype = (given.pop(name, None) for name in ("path", "model", "device", "dtype"))
-    return None if path is None else find_target(path, model, device, dtype)
 
 
 class Finite(click.FloatRange):

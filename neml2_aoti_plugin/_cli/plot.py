@@ -123,17 +123,12 @@ def plot(
             points_alone = len(found) == len(shown) == 1 and not any(line.report.site for line in lines)
             told = [line.report.label for line in lines]
             _draw(axes, lines, len(found), labels[results[0]] if points_alone else None, told != before)
-            axes.set_ylabel(literal(_joined([names[y] for y in shown])))
+            called = [names[y] for y in shown]
+            axes.set_ylabel(literal((", " if len(", ".join(called)) <= INSIDE else ",\n").join(called)))
             drawn, before = [*drawn, *(line.report for line in lines)], told
         figures[0].set_title(literal(title or ""))
         figures[-1].set_xlabel(literal(xlabel or spoken(x)))
     return PlotReport(str(out), tuple(drawn))
-
-
-def _joined(names: Sequence[str]) -> str:
-    """Names beside an axis, below each other where they are long."""
-    found = ", ".join(names)
-    return found if len(found) <= INSIDE else ",\n".join(names)
 
 
 def _draw(axes: Any, lines: Sequence[Line], files: int, points: Labels | None, legend: bool) -> None:
@@ -243,27 +238,25 @@ def _labels(path: Path, result: Result, y: str, wanted: str | None, rows: Sequen
 
 def default_x(result: Result) -> str:
     """The first symmetric tensor among the inputs, as `equivalent`, else the time or the step."""
-    tensors = [name for name in _tensors(result) if not np.isnan(result.series[name][0]).any()]
-    names = [name for name in tensors if "strain" in name] or tensors
-    if names:
-        return str(Column(names[0], part="equivalent"))
+    found = _tensor(result, "strain", [n for n, values in result.series.items() if not np.isnan(values[0]).any()])
+    if found is not None:
+        return str(Column(found, part="equivalent"))
     return next((name for name in (TIME, "t") if result.types.get(name) == "Scalar"), STEP)
 
 
 def default_y(result: Result, x: str) -> str:
     """The first symmetric tensor that is another one, as `vonmises`, else the first other variable."""
-    others = [name for name in _tensors(result) if name != column_of(x).name]
-    names = [name for name in others if "stress" in name] or others
-    if names:
-        return str(Column(names[0], part="vonmises"))
+    found = _tensor(result, "stress", [name for name in result.series if name != column_of(x).name])
+    if found is not None:
+        return str(Column(found, part="vonmises"))
     left = [name for name in result.series if name not in (TIME, "t", column_of(x).name)] or [*result.series]
     return str(Column(left[0], part=parts(result.types[left[0]])[0]))
 
 
-def _tensors(result: Result) -> list[str]:
-    """The symmetric tensors, those without sites first."""
-    found = [name for name, kind in result.types.items() if kind == "SR2"]
-    return sorted(found, key=lambda name: len(result.sub_batch(name)))
+def _tensor(result: Result, word: str, among: Sequence[str]) -> str | None:
+    """The first symmetric tensor: those with a word in the name before others, those without sites before others."""
+    tensors = [name for name in among if result.types[name] == "SR2"]
+    return min(tensors, key=lambda name: (word not in name, len(result.sub_batch(name))), default=None)
 
 
 def _lines(

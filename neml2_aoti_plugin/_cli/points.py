@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,9 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
             )
         # What the driver gives is not asked for here, and must not take the place of a file.
         built.save_as = ""
-        handle = built.model.register_forward_pre_hook(keep)
-        source = f"driver {driver}"
-        try:
-            built.run()
-        except RuntimeError as error:
-            # The points of the step that fails are among those kept, and counted where they are evaluated.
-            if type(error).__name__ != "ConvergenceError":
-                raise
-            source += f", which fails in its step {len(calls)}"
-        finally:
-            handle.remove()
+        failed = run_driver(built, keep)
+    # The points of the step that fails are among those kept, and counted where they are evaluated.
+    source = f"driver {driver}" + (f", which fails in its step {len(calls)}" if failed else "")
     if not calls:
         raise InputError(f"[Drivers/{driver}] in {target.stub} does not call the model.")
     found = Points({name: torch.cat([call[name] for call in calls]) for name in model.inputs}, source)
@@ -171,8 +163,9 @@ def load_driver(
     path: Path, driver: str, overrides: tuple[str, ...] = (), *, device: str | None = None, dtype: str | None = None
 ) -> Any:
     """Build a driver of an input file; device and dtype are those of the leaf, if its model is a compiled one."""
-    block = require_block(parse_input(path, overrides), "Drivers", driver, path)
-    driven = blocks(parse_input(path, overrides), "Models").get(block.param_optional_str("model", ""))
+    root = parse_input(path, overrides)
+    block = require_block(root, "Drivers", driver, path)
+    driven = blocks(root, "Models").get(block.param_optional_str("model", ""))
     if driven is not None and driven.param_optional_str("type", "") == AOTI_MODEL:
         # A leaf that is not there is reported as what it is, wrong use.
         find_target(path, driven.path(), device, dtype, overrides).place()
@@ -189,6 +182,20 @@ def load_driver(
         kind = block.param_optional_str("type", "")
         raise InputError(f"[Drivers/{driver}] in {path} is of type {kind}, which drives no model.")
     return built
+
+
+def run_driver(built: Any, on_call: Callable[..., None]) -> RuntimeError | None:
+    """Run a driver, with a call before each of its model's; gives the error of a step that does not converge."""
+    handle = built.model.register_forward_pre_hook(on_call)
+    try:
+        built.run()
+    except RuntimeError as error:
+        if type(error).__name__ != "ConvergenceError":
+            raise
+        return error
+    finally:
+        handle.remove()
+    return None
 
 
 def flat(inputs: Mapping[str, Tensor], model: Model) -> Tensors:

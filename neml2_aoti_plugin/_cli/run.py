@@ -14,7 +14,7 @@ import click
 from .._files import draft
 from ..errors import InputError, UnknownNameError
 from .output import Report, waits_for, written
-from .points import defaults, load_driver
+from .points import defaults, load_driver, run_driver
 from .process import heeded
 from .result_files import require_format, write_result
 from .results import from_driver
@@ -66,39 +66,38 @@ def run(
     if out is not None:
         require_format(out)
     read = [stub, *([parameters] if parameters is not None else [])]
-    done = 0
     # What is to be written is begun before the run, which may take long, so that what cannot be written is known now.
     with heeded() as heed, contextlib.ExitStack() as cleanup, defaults(device, dtype):
         waits_for(f"loading {stub}")
-        begun = None if out is None else cleanup.enter_context(draft(out, read))
+        to_out = None if out is None else cleanup.enter_context(draft(out, read))
         built = load_driver(stub, driver, overrides, device=device, dtype=dtype)
         _require_transient(built, driver, stub)
         _set(built.model, values, parameters)
         # The driver itself would write without a look ahead, at the end.
         save_as, built.save_as = built.save_as, ""
-        saved = cleanup.enter_context(draft(Path(save_as), read)) if save_as else None
+        to_save_as = cleanup.enter_context(draft(Path(save_as), read)) if save_as else None
+
+        begun, last = 0, built.nsteps - 1
 
         def on_step(*_: object) -> None:
-            nonlocal done
-            done += 1
+            nonlocal begun
             heed()
-            waits_for(driver, done, built.nsteps - 1)
+            waits_for(driver, begun, last)
+            begun += 1
 
-        cleanup.callback(built.model.register_forward_hook(on_step).remove)
         start = time.perf_counter()
-        try:
-            built.run()
-        except RuntimeError as error:
-            if type(error).__name__ == "ConvergenceError":
-                where = f"step {done + 1} of {built.nsteps - 1} of [Drivers/{driver}] in {stub}"
-                error.args = (f"{where}: {error}", *error.args[1:])
-            raise
+        failed = run_driver(built, on_step)
         seconds = time.perf_counter() - start
+        heed()
+        if failed is not None:
+            failed.args = (f"step {begun} of {last} of [Drivers/{driver}] in {stub}: {failed}", *failed.args[1:])
+            raise failed
+        waits_for(driver, last, last)
         result = from_driver(built)
-        if saved is not None:
-            built.save_result(saved)
-        if begun is not None:
-            write_result(begun, built, result)
+        if to_save_as is not None:
+            built.save_result(to_save_as)
+        if to_out is not None:
+            write_result(to_out, built, result)
     return RunReport(
         input=str(stub),
         driver=driver,

@@ -55,8 +55,7 @@ class Target:
 
     def metadata(self) -> Metadata:
         """The metadata of the leaf, with the stub's Newton settings."""
-        place = self.place()
-        return read_metadata(place, solver=self.solver)
+        return read_metadata(self.place(), solver=self.solver)
 
     def files(self) -> list[Path]:
         """The files that loading the leaf reads."""
