@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
+from functools import partial
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model
 from ..model._operations import operation as operation_named
-from ._sources import checked
+from ._sources import Rows, checked
 from ._tasks import OPERATIONS, evaluate_rows, loaded_model, unpickled
 
 try:
@@ -97,43 +98,27 @@ def map_blocks(
     if client is not None:
         register(client, recipe)
     first = {name: np.zeros((1, *value.shape[1:]), value.dtype) for name, value in along.items()}
-    fields = {
-        name: (array.dtype, array.shape[1:])
-        for name, array in evaluate_rows(loaded, operation, {**first, **common}, 1).items()
-    }
-    names = list(along)
+    results = evaluate_rows(loaded, operation, {**first, **common}, 1)
     arguments: list[Any] = []
-    for place, name in enumerate(names):
+    for name, value in along.items():
         # Only the rows are cut: all other axes are contracted, and come whole.
-        arguments += [along[name], ("rows", *(f"{place}-{axis}" for axis in range(1, along[name].ndim)))]
-    width = sum(prod(tail) for _, tail in fields.values())
-    packed = da.blockwise(
-        _block,
-        ("rows", "packed"),
-        *arguments,
-        new_axes={"packed": width},
-        concatenate=True,
-        dtype=np.float64,
-        meta=np.empty((0, 0)),
-        recipe=recipe,
-        operation=operation,
-        names=names,
-        common=common,
-    )
-    found, place = {}, 0
-    for name, (dtype, tail) in fields.items():
-        part = packed[:, place : place + prod(tail)]
-        place += prod(tail)
-        found[name] = part.reshape((part.shape[0], *tail)).astype(dtype)
+        arguments += [value, ("rows", *(f"{name} {axis}" for axis in range(1, value.ndim)))]
+    # Of a block all results are one value, so that it is evaluated once whichever are asked for.
+    evaluate = partial(_block, recipe, operation, tuple(along), common)
+    blocks = da.blockwise(evaluate, ("rows",), *arguments, concatenate=True, dtype=object, meta=np.empty(0, object))
+    found = {}
+    for name, array in results.items():
+        axes = {f"axis {axis}": size for axis, size in enumerate(array.shape[1:])}
+        meta = np.empty((0,) * array.ndim, array.dtype)
+        found[name] = da.blockwise(
+            getitem, ("rows", *axes), blocks, ("rows",), name, None, new_axes=axes, dtype=array.dtype, meta=meta
+        )
     return found
 
 
-def _block(*arrays: np.ndarray, recipe: bytes, operation: str, names: list[str], common: dict[str, np.ndarray]) -> Any:
-    """The results of a block side by side: one array, so that they are evaluated once whichever are asked for."""
+def _block(recipe: bytes, operation: str, names: Sequence[str], common: Rows, *arrays: np.ndarray) -> Rows:
     rows = {**dict(zip(names, arrays, strict=True)), **common}
-    count = len(arrays[0])
-    found = evaluate_rows(unpickled(recipe), operation, rows, count)
-    return np.concatenate([array.reshape(count, -1).astype(np.float64) for array in found.values()], 1)
+    return evaluate_rows(unpickled(recipe), operation, rows, len(arrays[0]))
 
 
 def _require_fitting(model: Model, inputs: Mapping[str, Any], along: Mapping[str, Any]) -> None:
