@@ -34,11 +34,6 @@ class Arrays:
             except OverflowError:
                 raise InputError(f"{name!r} is a whole number larger than any {self.dtype}.") from None
         if isinstance(value, Tensor):
-            if is_followed(value, repr(name)):
-                raise InputError(
-                    f"{name!r} requires grad, and the state of Points is part of no graph: pass its detach(), or call "
-                    "under torch.no_grad()."
-                )
             found = value.detach()
             if found.device.type != self.device.type:
                 raise InputTypeError(

@@ -78,7 +78,8 @@ class Points:
         constraint, roles = None, roles_of(self.model, history or {}, driven)
         if dimension == "plane stress":
             constraint = plane_stress_of(self.model, roles.driven, stress_strain, whole)
-            roles = roles_of(self.model, history or {}, driven, [constraint.strain])
+            # With the strains out of the plane, from which the next step starts.
+            roles.depth.setdefault(constraint.strain, 1)
         self._roles, self._kept = roles, roles.kept
         self._derivatives = Derivatives(self.model, roles.driven, constraint)
         self.pairs = self._derivatives.of_tangent(pairs)
@@ -124,6 +125,11 @@ class Points:
         given = {**_mapping(values, "values"), **named}
         require_names(given, (*self._roles.depth, *self._kept), "initial", "values that are kept")
         for name, value in given.items():
+            if is_followed(value, repr(name)):
+                raise InputError(
+                    f"{name!r} requires grad, and the state of Points is part of no graph: pass its detach(), or call "
+                    "under torch.no_grad()."
+                )
             variable = self._kept.get(name, name)
             found[name] = self._interface.admitted(name, variable, value, whole=True).clone()
             if not bool(found[name].isfinite().all()):
@@ -204,10 +210,6 @@ class Points:
                     else "what was given is of NumPy, and so would be the results: give tensors of torch"
                 )
                 raise InputError(f"{next(iter(followed))!r} requires grad, and {why}, or call under torch.no_grad().")
-            given, overrides = (
-                {name: value.detach() if name in followed else value for name, value in values.items()}
-                for values in (given, overrides)
-            )
         # All that the caller gave is looked over before anything is evaluated.
         driven = {name: interface.admitted(name, name, given[name]) for name in self.driven}
         for name, value in overrides.items():

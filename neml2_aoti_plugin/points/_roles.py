@@ -55,8 +55,8 @@ def earlier(name: str, lag: int) -> str:
     return f"{name}~{lag}"
 
 
-def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], also_kept: Iterable[str] = ()) -> Roles:
-    """Derive what each input is from its name, from `history` and `driven` of `Points`, and which to keep as well."""
+def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str]) -> Roles:
+    """Derive what each input is from its name, and from `history` and `driven` of `Points`."""
     inputs, outputs, chosen = model.inputs, model.outputs, tuple(driven)
     require_names((*history, *chosen), inputs, f"history= and driven= of {model.artifact}", "inputs")
     lagged, guesses, given = {}, [], []
@@ -81,7 +81,7 @@ def roles_of(model: Model, history: Mapping[str, str], driven: Iterable[str], al
             f"driven=[{lost[0]!r}] where you give it to each update."
         )
     depth: dict[str, int] = {}
-    for name, lag in (*lagged.values(), *((name, 1) for name in (*guesses, *also_kept))):
+    for name, lag in (*lagged.values(), *((name, 1) for name in guesses)):
         depth[name] = max(depth.get(name, 0), lag)
     bases = {name: inputs[name].base_shape for name in (*given, *guesses)}
     natural = {name: inputs[name].natural_shape for name in (*given, *guesses)}

@@ -50,7 +50,19 @@ class Address:
     def bind(self) -> Bound:
         """Bind a socket. It refuses connections until a process that has loaded its models listens."""
         try:
-            return self._bind()
+            if self.uds is None:
+                family, kind, protocol, _, where = self._resolved()[0]
+                bound = _bound(socket.socket(family, kind, protocol), where)
+                host, port = bound.getsockname()[:2]
+                return Bound(bound, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            if self.uds.exists() and stat.S_ISSOCK(self.uds.stat().st_mode):
+                _remove_if_dead(self.uds)
+            before = os.umask(0o777 & ~MODE)
+            try:
+                bound = _bound(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), str(self.uds))
+            finally:
+                os.umask(before)
+            return Bound(bound, f"unix:{self.uds}", self.uds, _identity(self.uds))
         except OSError as error:
             raise InputError(
                 f"cannot listen on {self.uds or f'{self.host}:{self.port}'}: {error.strerror or error}. Give another "
@@ -64,21 +76,6 @@ class Address:
             )
         except (socket.gaierror, UnicodeError, OverflowError) as error:
             raise InputError(f"--host {self.host!r} is no address of this machine ({error}).") from None
-
-    def _bind(self) -> Bound:
-        if self.uds is None:
-            family, kind, protocol, _, where = self._resolved()[0]
-            bound = _bound(socket.socket(family, kind, protocol), where)
-            host, port = bound.getsockname()[:2]
-            return Bound(bound, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-        if self.uds.exists() and stat.S_ISSOCK(self.uds.stat().st_mode):
-            _remove_if_dead(self.uds)
-        before = os.umask(0o777 & ~MODE)
-        try:
-            bound = _bound(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), str(self.uds))
-        finally:
-            os.umask(before)
-        return Bound(bound, f"unix:{self.uds}", self.uds, _identity(self.uds))
 
 
 def _bound(found: socket.socket, where: tuple[str, int] | str) -> socket.socket:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,11 +76,6 @@ class TensorMetadata:
     datatype: str
     shape: tuple[int, ...]
 
-    @property
-    def document(self) -> dict[str, object]:
-        """What the model's metadata tells of it."""
-        return {"name": self.name, "datatype": self.datatype, "shape": [-1, *self.shape]}
-
 
 @dataclass(frozen=True)
 class Signature:
@@ -137,18 +132,22 @@ class Served:
     @property
     def metadata(self) -> dict[str, object]:
         """The protocol's metadata of the model; `parameters` tells what requests may ask for."""
+
+        def told(tensors: Iterable[TensorMetadata]) -> list[dict[str, object]]:
+            return [{"name": x.name, "datatype": x.datatype, "shape": [-1, *x.shape]} for x in tensors]
+
         outputs = (TensorMetadata(n, self.datatype, tuple(x.natural_shape)) for n, x in self.model.outputs.items())
         return {
             "name": self.name,
             "versions": [VERSION],
             "platform": PLATFORM,
-            "inputs": [known.document for known in self.signatures["forward"].inputs.values()],
-            "outputs": [known.document for known in outputs],
+            "inputs": told(self.signatures["forward"].inputs.values()),
+            "outputs": told(outputs),
             "parameters": {
                 "operations": {
                     name: {
-                        "inputs": [known.document for known in signature.inputs.values()],
-                        "optional_inputs": [known.document for known in signature.optional.values()],
+                        "inputs": told(signature.inputs.values()),
+                        "optional_inputs": told(signature.optional.values()),
                         "outputs": list(signature.outputs),
                     }
                     for name, signature in self.signatures.items()

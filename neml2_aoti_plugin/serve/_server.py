@@ -164,12 +164,9 @@ def run_many(setup: Setup, bound: Bound, count: int) -> None:
 
     Raises `ArtifactError` where processes die again and again before they have loaded their models.
     """
-    folder = tempfile.mkdtemp(prefix="neml2-aoti-serve-")
-    os.environ[SHARED] = folder
-    try:
+    with tempfile.TemporaryDirectory(prefix="neml2-aoti-serve-", ignore_cleanup_errors=True) as folder:
+        os.environ[SHARED] = folder
         Supervisor(setup, bound, count).run()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Supervisor:
