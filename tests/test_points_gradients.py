@@ -12,7 +12,7 @@ from torch import Tensor
 
 import references
 from neml2_aoti_plugin import DerivativeNotCompiledError, InputError, InputTypeError, Points
-from neml2_aoti_plugin.points._derivatives import attached
+from neml2_aoti_plugin.points._evaluation import attached
 from point_cases import YIELD, N, begun, strains, unchanged
 
 ONE = torch.tensor(1.0).double()

@@ -1,23 +1,26 @@
-"""How a caller writes values: one per point, symmetric tensors in a notation and in the components of a dimension.
+"""How a caller writes values, one per point, and gets results: in a notation, in the components of a dimension.
 
 Inside, symmetric tensors are what the model takes: Mandel's notation in three dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from itertools import combinations
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._checks import require_names
-from ..errors import InputError
-from ..model import Model
+from ..errors import InputError, InputTypeError, UnknownNameError
+from ..model import Model, Solution
 from ..notation import ORDER, Form, convert, convert_gradient, require_symmetric
-from ._arrays import Array, Arrays
-from ._roles import Base, Roles
+from ._arrays import Array, Arrays, share_memory, to_caller
+from ._roles import Base, Pair, Roles
 
 Notation = Literal["mandel", "voigt", "tensor"]
 Dimension = Literal[3, "plane strain", "plane stress", "axisymmetric"]
@@ -150,6 +153,43 @@ class Interface:
             block = block.index_select(-1 - behind, form_out.entries) * factors
         return block.reshape(*lead, *self.shape(out), *self.shape(by))
 
+    def targets(self, out: Mapping[Any, Array], outputs: Sequence[str], pairs: Sequence[Pair]) -> dict[Any, Tensor]:
+        """The caller's arrays for results by output or pair, looked over before anything is evaluated."""
+        if not isinstance(out, Mapping):
+            raise InputTypeError(f"out is a {type(out).__name__}, expected a dict from output or pair to array.")
+        found = {}
+        for key, value in out.items():
+            if isinstance(key, str) and key in outputs:
+                shape = self.one(key)
+            elif key in pairs:
+                shape = self.shape(key[0]) + self.shape(key[1])
+            else:
+                raise UnknownNameError(
+                    f"out holds {key!r}, which is no result of this update; there are: "
+                    f"{', '.join(map(repr, [*outputs, *pairs]))}."
+                )
+            found[key] = self.arrays.target(value, (self.n, *shape), str(key))
+        for (key, value), (other, more) in combinations(found.items(), 2):
+            if share_memory(value, more):
+                raise InputError(f"out[{key}] and out[{other}] share memory; pass an array of its own for each result.")
+        return found
+
+    def results(self, found: Solution, pairs: Sequence[Pair], targets: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+        """Outputs and tangents in the caller's form, by output or pair, written to the caller's arrays where given."""
+        results: dict[Any, Tensor] = {name: self.outward(name, value) for name, value in found.outputs.items()}
+        for out, by in pairs:
+            block = found.blocks[out][by]
+            value = self.tangent(out, by, block)
+            if block.ndim < found.outputs[out].ndim + len(self.bases[by]):
+                # It is the same at all points, and NaN at those that failed.
+                value = value.expand(self.n, *value.shape)
+                if not bool(found.converged.all()):
+                    value = torch.where(found.converged.reshape(-1, *(1,) * (value.ndim - 1)), value, torch.nan)
+            results[out, by] = value
+        for key, value in results.items():
+            results[key] = targets[key].copy_(value) if key in targets else value.contiguous()
+        return results
+
     def _shape_message(self, name: str, shape: Base, one: Base, form: Written | None) -> str:
         wanted = f"{name!r} has shape {shape}, expected {(self.n, *one)}, or {one} for all points alike"
         if form is None:
@@ -224,3 +264,75 @@ def interface_of(
         reduced[name] = in_three[name] if name in whole else _written(form, dimension, dimension, arrays)
     parameters = {name: tuple(base) for name, base in model.parameter_base_shapes.items()}
     return Interface(n, arrays, {**parameters, **variables}, roles.natural, reduced, in_three)
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PointsResult:
+    """What an update gives; arrays of NumPy, or of torch where one of torch was given.
+
+    Args:
+        outputs: by name, `(n, *sub_batch, *base)` in the caller's notation; NaN at points that failed.
+        tangent: derivatives of outputs by driven inputs and, where `pairs` has them, by promoted parameters:
+            `tangent[out][by]`, `(n, *out base, *by base)`. To ask for one that was not compiled is a
+            `DerivativeNotCompiledError` with the command that compiles it.
+        converged: `(n,)`, bool.
+        iterations: Newton updates at each point, `(n,)`; in plane stress those of the hardest of its solves.
+        outcome: how each point's solve ended, an `Outcome`, `(n,)`.
+        step_factor: what to multiply the step with: the next one, or this one to take it anew if a point failed.
+    """
+
+    outputs: dict[str, Array]
+    tangent: dict[str, dict[str, Array]]
+    converged: Array
+    iterations: Array
+    outcome: Array
+    step_factor: float
+
+    @property
+    def failed(self) -> list[int]:
+        """The points that failed."""
+        converged = self.converged.cpu() if isinstance(self.converged, Tensor) else self.converged
+        return [int(k) for k in np.flatnonzero(~np.asarray(converged))]
+
+
+class _Tangent(dict[str, Any]):
+    """A dict that says of an entry which is not there why; a copy or a pickle of it is a dict."""
+
+    def __init__(self, entries: Mapping[str, Any], refuse: Callable[[str], object]) -> None:
+        super().__init__(entries)
+        self._refuse = refuse
+
+    def __missing__(self, name: str) -> Any:
+        self._refuse(name)
+        raise KeyError(name)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def result_of(
+    results: Mapping[Any, Tensor],
+    found: Solution,
+    pairs: Sequence[Pair],
+    factor: float,
+    refuse: Callable[[str, str | None], object],
+    *,
+    torch_kind: bool,
+) -> PointsResult:
+    """Put a result together; `refuse` raises for a derivative that is not there, of an output by an input or any."""
+    to = partial(to_caller, torch_kind=torch_kind)
+    rows: dict[str, dict[str, Array]] = {}
+    for out, by in pairs:
+        rows.setdefault(out, {})[by] = to(results[out, by])
+    tangent = {out: _Tangent(row, partial(refuse, out)) for out, row in rows.items()}
+    return PointsResult(
+        {name: to(results[name]) for name in found.outputs},
+        _Tangent(tangent, lambda out: refuse(out, None)),
+        to(found.converged),
+        to(found.iterations),
+        to(found.outcome),
+        factor,
+    )

@@ -14,12 +14,10 @@ from .._checks import require_names, whole_number
 from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model, as_model
 from . import _state as states
-from ._arrays import Array, is_followed, rows_of, to_caller
-from ._derivatives import Derivatives, attached
-from ._evaluation import Evaluator, Part, Trial, advanced, parameters_at, step_factor
-from ._interface import DIMENSIONS, Dimension, Notation, interface_of
+from ._arrays import Array, is_followed, rows_of
+from ._evaluation import Derivatives, Evaluator, Part, Trial, advanced, attached, parameters_at, step_factor
+from ._interface import DIMENSIONS, Dimension, Notation, PointsResult, interface_of, result_of
 from ._plane_stress import plane_stress_of
-from ._results import PointsResult, results_of, tangent_of, targets_of
 from ._roles import Pair, Tensors, earlier, roles_of
 from ._state import PointsState
 
@@ -215,7 +213,7 @@ class Points:
         for name, value in overrides.items():
             parameters[name] = interface.arrays.tensor(value, name)
             interface.require_parameter(name, parameters[name])
-        targets = targets_of({} if out is None else out, interface, self.model.output_names, pairs)
+        targets = interface.targets({} if out is None else out, self.model.output_names, pairs)
         trial = self._trial or Trial(self.n, self.model.device)
         old = {name: value[part] for name, value in self._old.items()}
         found, driven = self._evaluator.step(driven, old, trial.at(part), evaluated, parameters)
@@ -223,21 +221,14 @@ class Points:
         now = {**found.outputs, **driven}
         trial.write(part, {name: now[name] for name in (*self._roles.depth, *self._evaluator.unknowns)}, found)
         self._trial = trial
-        results = results_of(found, interface, evaluated, targets)
+        results = interface.results(found, evaluated, targets)
         if followed:
             outputs = {name: results[name] for name in found.outputs}
             blocks = {pair: results[pair] for pair in evaluated if pair[1] in followed}
             results.update(attached(outputs, blocks, followed, interface.one, self._derivatives.require))
-        arrays = {key: to_caller(value, torch_kind=torch_kind) for key, value in results.items()}
         refuse = partial(self._derivatives.require_evaluated, pairs if tangent else None)
-        return PointsResult(
-            {name: arrays[name] for name in found.outputs},
-            tangent_of(arrays, pairs, refuse),
-            to_caller(found.converged, torch_kind=torch_kind),
-            to_caller(found.iterations, torch_kind=torch_kind),
-            to_caller(found.outcome, torch_kind=torch_kind),
-            step_factor(trial.hardest, failed=bool(trial.failed.any())),
-        )
+        factor = step_factor(trial.hardest, failed=bool(trial.failed.any()))
+        return result_of(results, found, pairs, factor, refuse, torch_kind=torch_kind)
 
     def commit(self, keep: Array | None = None) -> None:
         """Make the values of the last update the state.
