@@ -25,7 +25,7 @@ BLOCK = re.compile(r"^( *)(```+)(.*)\n((?:.*\n)*?)\1\2 *$", flags=re.MULTILINE)
 # What begins a line of a shell. A block without a language that begins with one is a shell block that is not labelled.
 PROGRAMS = ("$ ", "cd ", "eval ", "make ", "neml2-", "pip ", "pre-commit ", "python ", "python3 ", "tar ", "NEML2_")
 # Changes the machine, takes the network, or takes an artifact of an older neml2. `test_documents.py` runs what the
-# quickstart installs, `test_tool_page.py` a migration, and `test_serve.py` the service.
+# quickstart installs, `test_cli.py` a migration, and `test_serve.py` the service.
 ELSEWHERE = ("pip ", "python3 -m venv ", ". .venv/", "pre-commit ", "neml2-aoti migrate ", "neml2-aoti serve ")
 # Run in the process of the page.
 HERE = ("neml2-aoti ", "neml2-run ", "neml2-inspect ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from click import Context
 
 import environments
 from commands import answer, copy_of, printed, refused, require_form
@@ -22,25 +24,29 @@ from environments import Environment
 from legacy import build
 from legacy.catalogue import INPUTS, SCENARIOS
 from neml2_aoti_plugin import _cli
-from neml2_aoti_plugin._cli.app import app
+from neml2_aoti_plugin._cli.app import HELP, app
 from neml2_aoti_plugin._cli.output import console
 from neml2_aoti_plugin._cli.process import heeded
 from stubs.catalogue import CATALOGUE
+from tools import json_forms
 from tools.json_forms import REPORTS
 
-STUBS = ("elasticity", "promoted")
 TORCH = {"NEML2_AOTI_PLUGIN_KERNELS": "torch"}
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and terminals are others there")
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is full")
 
 
+def filled(folder: Path) -> Path:
+    """A folder as the page of the command has it: input files, and the models compiled."""
+    for name in ("elasticity", "viscoplasticity", "promoted"):
+        copy_of(name, folder / "aoti")
+        shutil.copy(CATALOGUE[name].path, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with compiled models, where commands are run."""
-    folder = tmp_path_factory.mktemp("place")
-    for name in STUBS:
-        copy_of(name, folder / "aoti")
-    return folder
+    return filled(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture
@@ -91,8 +97,7 @@ def test_each_command_gives_its_document_and_says_it_in_words(there: Path) -> No
 
 @pytest.mark.parametrize("commands", [["run"], pytest.param([*CALLS], marks=pytest.mark.long, id="all")])
 def test_the_console_script(commands: list[str], environment: Environment, tmp_path: Path) -> None:
-    for name in STUBS:
-        copy_of(name, tmp_path / "aoti")
+    filled(tmp_path)
     for command in commands:
         done = start(environment, tmp_path, command, *CALLS[command], "--json", **TORCH)
         assert (done.returncode, done.stderr) == (0, ""), f"{command}:\n{done.stdout}\n{done.stderr}"
@@ -149,6 +154,68 @@ def test_the_example_is_the_stub_of_that_name_and_its_command_compiles_it(tmp_pa
     assert shlex.split(report["compile"]) == ["neml2-compile", report["written"], *options]
     assert "is there already" in refused("example", folder)
     assert "cannot be made" in refused("example", Path(report["written"]) / "more")
+
+
+# -- the page and the help, whose examples `test_documents.py` runs too -------------------------------------------
+
+PAGE = json_forms.PAGE.read_text(encoding="utf-8")
+# In an order in which each finds what it needs; the rest does not run here.
+RUN = ("doctor", "example", "inspect", "verify", "run", "plot", "params", "seal", "serve", "")
+# What takes a process of its own runs once, with the page; a service would not end.
+NOT_RUN = re.compile(r"--try-binding|neml2-aoti serve (?!.*--check)")
+
+
+def run(line: str) -> None:
+    """Run a line of a shell; the command itself in this process, which saves the import of torch."""
+    words = shlex.split(line)
+    if words[0] == "neml2-aoti":
+        printed(*words[1:])
+    else:
+        assert words[0] == "python" or line.startswith("cd aoti && sha256sum -c "), line
+        done = subprocess.run(line.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def examples(command: str) -> list[str]:
+    """The examples in the help of a command."""
+    found = app.get_command(Context(app), command)
+    text = (found and found.epilog) or HELP
+    return [line.strip() for line in text.partition("Examples:")[2].splitlines() if line.strip()]
+
+
+def test_each_command_has_a_section_with_an_example_and_tables_of_its_form() -> None:
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+    assert {shlex.split(line)[1] for line in lines if line.startswith("neml2-aoti ")} == {*app.commands}
+    for name in app.commands:
+        assert re.search(rf"^## (.* and )?{name}\b", PAGE, re.MULTILINE), name
+    assert json_forms.page(PAGE) == PAGE, "python -m tools.json_forms writes them"
+    for report in REPORTS.values():
+        said = json_forms.explanations(report)
+        assert said.keys() == json_forms.fields_of(report).keys() and all(text.strip(".") for text in said.values())
+
+
+@pytest.mark.processes
+def test_examples_of_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(filled(tmp_path))
+    monkeypatch.setenv("NEML2_AOTI_PLUGIN_KERNELS", "torch")
+    for name in ("stiff", "soft"):
+        run(f"neml2-aoti run aoti/viscoplasticity_aoti.i driver --out {name}.npz")
+    for line in (line for name in RUN for line in examples(name) if not NOT_RUN.search(line)):
+        run(line)
+    for line in (line for name in app.commands if name not in RUN for line in examples(name)):
+        assert line.startswith(("neml2-aoti ", "NEML2_AOTI_PLUGIN_CACHE=/opt/cache neml2-aoti "))
+
+
+@pytest.mark.legacy
+@pytest.mark.timeout(3600)
+def test_the_example_of_migrate_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(build.artifact("3.0.6", "forward"), tmp_path / "old")
+    (line,) = re.findall(r"```sh\n(neml2-aoti migrate .*)\n```", PAGE)
+    for example in (line, *examples("migrate")):
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        run(example)
+        assert answer("verify", "new/elasticity_aoti.i" if example == line else "new/elasticity")
 
 
 # -- help, errors, and what is not installed -----------------------------------------------------------------------
