@@ -87,6 +87,7 @@ plot other.pt --out a.png                | is not a result
 plot other.csv --out a.png               | is not a result
 plot text.pt --out a.png                 | is not a result
 plot binary.csv --out a.png              | is not a result
+plot huge.csv --out a.png                | is not a result
 plot gone.npz --out a.png                | cannot be read (No such file or directory)
 plot result.npz --out a.bmp              | expected one of .png, .svg, .pdf
 plot result.npz --out none/a.png         | cannot be written
@@ -102,6 +103,7 @@ serve                                    | give an artifact or a stub
 serve gone                               | there is no such folder
 serve A --name x                         | 'x' is not NAME=PATH
 serve A --name elasticity=A              | two models have the name 'elasticity'
+serve --name a=A --name a=aoti/promoted  | 'a' is given twice
 serve A --parameters steel=FILE          | there is no model 'steel'; there are elasticity
 serve --name a/b=A                       | 'a/b', which no address can have
 serve A --request-rows 100000            | Raise queue_rows, or lower request_rows
@@ -139,6 +141,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("other.csv", b"a,b\n1,2\n"),
         ("text.pt", b"no tensors"),
         ("binary.csv", b"\xff"),
+        # Its last line claims more points than it has, and than there is memory for.
+        ("huge.csv", b"@step,@point,t\n0,0,1\n99999,99999,2\n"),
         ("binary.i", b"\x00\xff[Models]\n"),
     ):
         (folder / file).write_bytes(content)

@@ -67,16 +67,15 @@ def run(
         require_format(out)
     read = [stub, *([parameters] if parameters is not None else [])]
     # What is to be written is begun before the run, which may take long, so that what cannot be written is known now.
-    with heeded() as heed, contextlib.ExitStack() as cleanup, defaults(device, dtype):
+    with heeded() as heed, contextlib.ExitStack() as drafts, defaults(device, dtype):
         waits_for(f"loading {stub}")
-        to_out = None if out is None else cleanup.enter_context(draft(out, read))
+        to_out = None if out is None else drafts.enter_context(draft(out, read))
         built = load_driver(stub, driver, overrides, device=device, dtype=dtype)
         _require_transient(built, driver, stub)
         _set(built.model, values, parameters)
         # The driver itself would write without a look ahead, at the end.
         save_as, built.save_as = built.save_as, ""
-        to_save_as = cleanup.enter_context(draft(Path(save_as), read)) if save_as else None
-
+        to_save_as = drafts.enter_context(draft(Path(save_as), read)) if save_as else None
         begun, last = 0, built.nsteps - 1
 
         def on_step(*_: object) -> None:
