@@ -39,6 +39,7 @@ from .._artifact.package import (
     operators_in,
     read_entry,
 )
+from .._files import open_plain
 from ..errors import AOTIError, ArtifactError
 from .c_interface import Library, Unavailable
 from .c_interface import obstacle as obstacle_in_library
@@ -60,25 +61,44 @@ _swept: set[str] = set()
 class Scratch:
     """A new folder that only this user may enter."""
 
-    def __init__(self, path: str, temporary: str) -> None:
-        self.path = path
+    def __init__(self, temporary: str) -> None:
         self.temporary = temporary
         self.names: list[str] = []
+        # Of the folder, locked from before it is marked: from then on it may be swept up, but not while it is locked.
+        self._handle: int | None = None
+        parent = _parent_in(temporary)
+        if parent is None or sys.platform == "win32":
+            self.path = tempfile.mkdtemp(prefix=f"{PARENT}-", dir=temporary)
+            return
+        self.path = os.path.join(parent, f"unpacked-{os.getpid()}-{secrets.token_hex(16)}")
+        os.mkdir(self.path, 0o700)
+        try:
+            self._handle = _open_folder(self.path)
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                # Some network file systems have no locks; then nobody may sweep there, and there is no marker.
+                return
+            self._create(MARKER, MARK)
+        except BaseException:
+            self.remove()
+            raise
 
     def write(self, name: str, data: bytes | memoryview, file: Path) -> Path:
         """Write a file that is not there yet."""
-        target = Path(self.path) / name
-        self.names.append(name)
         try:
-            with target.open("xb", buffering=0) as out:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[out.write(rest) :]
+            return self._create(name, data)
         except OSError as error:
             raise AOTIError(
                 f"{file}: cannot unpack it to {self.path} ({error.strerror or error}); it takes {len(data)} bytes. "
                 f"{_cure(error)}"
             ) from error
+
+    def _create(self, name: str, data: bytes | memoryview) -> Path:
+        target = Path(self.path, name)
+        self.names.append(name)
+        with target.open("xb") as out:
+            out.write(data)
         return target
 
     def remove(self) -> None:
@@ -92,54 +112,37 @@ class Scratch:
             shutil.rmtree(self.path, ignore_errors=True)
         if os.path.isdir(self.path):
             _kept.add(self.path)
+        if self._handle is not None:
+            os.close(self._handle)
 
 
 @contextmanager
 def scratch_folder(file: Path) -> Iterator[Scratch]:
     """A new folder that only this user may enter, gone afterwards."""
     try:
-        folder, lock = _made(tempfile.gettempdir())
+        folder = Scratch(tempfile.gettempdir())
     except OSError as error:
         raise AOTIError(f"{file}: cannot make a folder to unpack it to: {error}. {_cure(error)}") from error
     try:
         yield folder
     finally:
         folder.remove()
-        if lock is not None:
-            os.close(lock)
 
 
-def _made(temporary: str) -> tuple[Scratch, int | None]:
-    """Make a folder; it is the caller's to remove, and then to close the handle."""
+def _parent_in(temporary: str) -> str | None:
+    """The folder of this user alone in the temporary folder, made and swept where need be; None where there is none."""
     if sys.platform == "win32":
-        return Scratch(tempfile.mkdtemp(prefix=f"{PARENT}-"), temporary), None
+        return None
     parent = os.path.join(temporary, f"{PARENT}-{os.getuid()}")
-    while _own(parent):
-        if temporary not in _swept:
-            _swept.add(temporary)
-            sweep(parent)
-        path = os.path.join(parent, f"unpacked-{os.getpid()}-{secrets.token_hex(16)}")
-        try:
-            os.mkdir(path, 0o700)
-        except FileNotFoundError:
-            # Somebody tidied up the temporary folder.
-            continue
-        return _locked(Scratch(path, temporary), MARKER)
-    return _locked(Scratch(tempfile.mkdtemp(prefix=f"{PARENT}-"), temporary), "")
-
-
-def _own(parent: str) -> bool:
-    """Make the parent folder if it is not there; tell whether it is this user's alone."""
-    try:
-        os.mkdir(parent, 0o700)
-    except FileExistsError:
-        pass
-    except OSError:
-        return False
-    try:
-        return _is_private(os.lstat(parent))
-    except OSError:
-        return True
+    with suppress(OSError):
+        with suppress(FileExistsError):
+            os.mkdir(parent, 0o700)
+        if _is_private(os.lstat(parent)):
+            if temporary not in _swept:
+                _swept.add(temporary)
+                sweep(parent)
+            return parent
+    return None
 
 
 def _is_private(status: os.stat_result) -> bool:
@@ -152,81 +155,49 @@ def _is_private(status: os.stat_result) -> bool:
     )
 
 
-def _locked(folder: Scratch, marker: str) -> tuple[Scratch, int | None]:
-    """Lock a folder, then mark it: from then on it may be swept up, but not as long as it is locked."""
-    if sys.platform == "win32":
-        return folder, None
-    handle = None
-    try:
-        handle = os.open(folder.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            # Some network file systems have no locks; then nobody may sweep there, and there is no marker.
-            return folder, handle
-        if marker:
-            folder.names.append(marker)
-            with open(os.path.join(folder.path, marker), "xb", buffering=0) as out:
-                out.write(MARK)
-    except BaseException:
-        folder.remove()
-        if handle is not None:
-            os.close(handle)
-        raise
-    return folder, handle
+def _open_folder(path: str, above: int | None = None) -> int:
+    """Open a folder, no link to one."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
 
 
 def sweep(parent: str) -> None:
     """Remove folders of processes that were killed while they had them."""
-    if sys.platform == "win32" or os.listdir not in os.supports_fd:
+    if os.listdir not in os.supports_fd:
         return
-    try:
-        above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
+    with suppress(OSError), _opened(parent) as above:
         if _is_private(os.fstat(above)):
-            for name in os.listdir(above):
-                if FORM.fullmatch(name):
-                    with suppress(OSError):
-                        _sweep_one(name, above)
-    except OSError:
-        pass
-    finally:
-        os.close(above)
+            for name in filter(FORM.fullmatch, os.listdir(above)):
+                with suppress(OSError), _opened(name, above) as folder:
+                    _sweep_one(name, folder, above)
 
 
-def _sweep_one(name: str, above: int) -> None:
-    """Remove one folder, if it is one that this module made and nobody uses."""
-    if sys.platform == "win32":
-        return
-    folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+@contextmanager
+def _opened(path: str, above: int | None = None) -> Iterator[int]:
+    handle = _open_folder(path, above)
     try:
-        if not _is_private(os.fstat(folder)):
-            return
-        # Whoever made it holds the lock; the system takes it from a process that is killed.
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        inside = os.listdir(folder)
-        for entry in inside:
-            status = os.stat(entry, dir_fd=folder, follow_symlinks=False)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
-                return
-        if MARKER not in inside or not _is_marked(folder):
-            return
-        # The marker last: if this process is killed now, the next one goes on.
-        for entry in sorted(inside, key=lambda entry: entry == MARKER):
-            os.unlink(entry, dir_fd=folder)
-        os.rmdir(name, dir_fd=above)
-    finally:
-        os.close(folder)
-
-
-def _is_marked(folder: int) -> bool:
-    handle = os.open(MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    try:
-        return os.read(handle, len(MARK) + 1) == MARK
+        yield handle
     finally:
         os.close(handle)
+
+
+def _sweep_one(name: str, folder: int, above: int) -> None:
+    """Remove one folder, if it is one that this module made and nobody uses."""
+    if sys.platform == "win32" or not _is_private(os.fstat(folder)):
+        return
+    # Whoever made it holds the lock; the system takes it from a process that is killed.
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    inside = os.listdir(folder)
+    for entry in inside:
+        status = os.stat(entry, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
+            return
+    with os.fdopen(open_plain(MARKER, folder), "rb") as marker:
+        if marker.read(len(MARK) + 1) != MARK:
+            return
+    # The marker last: if this process is killed now, the next one goes on.
+    for entry in sorted(inside, key=lambda entry: entry == MARKER):
+        os.unlink(entry, dir_fd=folder)
+    os.rmdir(name, dir_fd=above)
 
 
 @atexit.register
@@ -260,23 +231,28 @@ def load_runner(file: Path, data: bytes, device: torch.device) -> tuple[Any, boo
 
 def load_library(file: Path, data: bytes) -> Library:
     """Load the library of a graph for a CPU, to be called by its C interface."""
-    reason = obstacle(file, data)
-    if reason:
-        raise Unavailable(reason)
-    with _sound(file, data) as archive, scratch_folder(file) as folder:
-        return Library(_unpack(archive, data, folder, file, {}), file)
+    with _sound(file, data) as archive:
+        reason = _obstacle(archive)
+        if reason:
+            raise Unavailable(reason)
+        with scratch_folder(file) as folder:
+            return Library(_unpack(archive, data, folder, file, {}), file)
 
 
 def obstacle(file: Path, data: bytes) -> str:
     """Why a graph for a CPU cannot be called by its C interface, as far as its package tells; nothing of it is run."""
     with _sound(file, data) as archive:
-        names = set(operators_in(archive))
-        if names - {PYTHON_POWER}:
-            return f"it calls {', '.join(sorted(names - {PYTHON_POWER}))}"
-        if names and not same_as_torch(torch.device("cpu")):
-            return f"{PYTHON_POWER} is not torch's power"
-        obstacles = (obstacle_in_library(bytes(read_entry(archive, info))) for info in libraries_in(archive))
-        return next(filter(None, obstacles), "")
+        return _obstacle(archive)
+
+
+def _obstacle(archive: ZipFile) -> str:
+    names = set(operators_in(archive))
+    if names - {PYTHON_POWER}:
+        return f"it calls {', '.join(sorted(names - {PYTHON_POWER}))}"
+    if names and not same_as_torch(torch.device("cpu")):
+        return f"{PYTHON_POWER} is not torch's power"
+    obstacles = (obstacle_in_library(bytes(read_entry(archive, info))) for info in libraries_in(archive))
+    return next(filter(None, obstacles), "")
 
 
 @contextmanager
@@ -310,11 +286,8 @@ def _refusals(file: Path, folder: Scratch) -> Iterator[None]:
     """Say of which package torch complains, and what mends it."""
     try:
         yield
-    except AOTIError:
-        raise
     except RuntimeError as error:
-        lines = str(error).strip().splitlines()
-        text = lines[0] if lines else "no reason given"
+        text = next(iter(str(error).strip().splitlines()), "no reason given")
         if "failed to map" in text or "Operation not permitted" in text:
             raise AOTIError(
                 f"{file}: {folder.temporary} does not let programs run ({text}). Set TMPDIR to a folder of a file "
