@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _log as log
-from .._artifact.package import Argument, Package
+from .._artifact.package import Package
 from .._solve import machine_code
 from .._solve.caller import GraphCaller, Means
 from ..errors import AOTIError, ArtifactError
@@ -51,10 +51,6 @@ class Graph:
         self.again = self._loaded.run
         # Ranks of arguments that were compared with the signature; they are few, and the same from call to call.
         self._compared: set[tuple[int, ...]] = set()
-
-    def load(self) -> None:
-        """Load the package, if it is not loaded yet."""
-        self._loaded.load()
 
     def library(self) -> Library:
         """What is called without the interpreter, with tensors that `require` has looked at."""
@@ -106,17 +102,10 @@ class Graph:
         return self._loaded.run(arguments)
 
     def require(self, arguments: Sequence[Tensor]) -> None:
-        """Refuse arguments that the graph would read wrongly; those of the same ranks are compared once."""
+        """Refuse arguments that the graph would read wrongly, which it does not ask; those of the same ranks once."""
         require_one_thread(self.file)
-        ranks = tuple([a.ndim for a in arguments])
-        if ranks not in self._compared:
-            self._compare(arguments)
-            self._compared.add(ranks)
-
-    def _compare(self, arguments: Sequence[Tensor]) -> None:
-        """Refuse arguments that the graph would read wrongly: it looks at none of this itself."""
-        signature = self.signature
-        if signature is None:
+        signature, ranks = self.signature, tuple([a.ndim for a in arguments])
+        if signature is None or ranks in self._compared:
             return
         cure = "The package and the metadata do not belong together: copy the whole artifact folder, or compile again."
         if len(arguments) != len(signature.arguments):
@@ -124,12 +113,18 @@ class Graph:
                 f"{self.file}: takes {len(signature.arguments)} tensors, the metadata gives it {len(arguments)}. {cure}"
             )
         for i, (given, taken) in enumerate(zip(arguments, signature.arguments, strict=True)):
-            if not _fits(given, taken):
+            sizes = zip(taken.extents, given.shape, strict=False)
+            if (
+                given.dtype != taken.dtype
+                or given.ndim != len(taken.extents)
+                or any(n not in (None, m) for n, m in sizes)
+            ):
                 extents = ", ".join("*" if n is None else str(n) for n in taken.extents)
                 raise ArtifactError(
                     f"{self.file}: takes {taken.dtype} of shape ({extents}) as tensor {i}, the metadata gives it "
                     f"{given.dtype} of shape {tuple(given.shape)}. {cure}"
                 )
+        self._compared.add(ranks)
 
 
 class NativeGraph(Graph):
@@ -220,37 +215,26 @@ class PinnedGraph(Graph):
         extents = tuple(per_call // fixed if size is None else size for size in self.axes)
         calls = []
         for start in range(0, rows, per_call):
-            given = [
-                _pad(a[start : start + per_call], per_call).reshape(extents + a.shape[1:]) if has else a
-                for a, has in zip(arguments, has_rows, strict=True)
-            ]
-            calls.append([_flat(o, extents) for o in super()._run(given, has_rows)])
-        return [_join([outputs[i] for outputs in calls], rows, per_call) for i in range(len(calls[0]))]
-
-
-def _pad(rows: Tensor, count: int) -> Tensor:
-    """Repeat the last row until there are `count`."""
-    missing = count - rows.shape[0]
-    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+            given = []
+            for a, has in zip(arguments, has_rows, strict=True):
+                if has:
+                    a, shape = a[start : start + per_call], a.shape[1:]
+                    if len(a) < per_call:
+                        # Copies of the last row fill the call up.
+                        a = torch.cat([a, a[-1:].expand(per_call - len(a), *shape)])
+                    a = a.reshape(extents + shape)
+                given.append(a)
+            calls.append([_flat(output, extents) for output in super()._run(given, has_rows)])
+        return [
+            # What is the same for all rows comes once.
+            parts[0] if per_call > 1 and parts[0].shape[0] == 1 else torch.cat(parts)[:rows]
+            for parts in zip(*calls, strict=True)
+        ]
 
 
 def _flat(output: Tensor, extents: tuple[int, ...]) -> Tensor:
     """Fold the batch axes of an output onto one; an output without the batch keeps extent 1."""
-    lead = output.shape[: len(extents)]
+    lead, shape = output.shape[: len(extents)], output.shape[len(extents) :]
     if all(size == 1 for size in lead):
-        return output.reshape((1, *output.shape[len(extents) :]))
-    return output.expand(extents + output.shape[len(extents) :]).reshape((-1, *output.shape[len(extents) :]))
-
-
-def _join(parts: list[Tensor], rows: int, per_call: int) -> Tensor:
-    if per_call > 1 and parts[0].shape[0] == 1:
-        return parts[0]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
-
-
-def _fits(given: Tensor, taken: Argument) -> bool:
-    return (
-        given.dtype == taken.dtype
-        and given.ndim == len(taken.extents)
-        and all(n is None or n == m for n, m in zip(taken.extents, given.shape, strict=True))
-    )
+        return output.reshape((1, *shape))
+    return output.expand(extents + shape).reshape((-1, *shape))

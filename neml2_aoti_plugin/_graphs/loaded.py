@@ -46,20 +46,12 @@ class Loaded:
         # Whether the graph runs, and may call Python.
         self.inside = False
 
-    def load(self) -> None:
-        """Load the package, if it is not loaded yet."""
-        with self.lock:
-            if self.runner is None:
-                self.runner, self._calls_python = load_runner(self.file, self._read(), self._device)
-                note_use()
-
     def library(self) -> Library:
         """The library of the package, for calls by its C interface; loaded when it is first asked for."""
         with self.lock:
             if self._library is None:
                 try:
                     self._library = load_library(self.file, self._read())
-                    note_use()
                 except Unavailable as error:
                     self._library = str(error)
         if isinstance(self._library, str):
@@ -76,7 +68,7 @@ class Loaded:
             require_one_thread(self.file)
         with self.lock:
             if self.runner is None:
-                self.load()
+                self.runner, self._calls_python = load_runner(self.file, self._read(), self._device)
             if self.inside:
                 raise AOTIError(
                     f"{self.file}: called again from within itself: by an operator in Python that it calls, or by a "
@@ -87,15 +79,22 @@ class Loaded:
                 self.inside = self._calls_python
                 outputs: list[Tensor] = self.runner.run(arguments)
             except RuntimeError as error:
-                if not _is_from_torch(error):
+                # A signal handler that raises right after the graph had returned leaves its frame in the traceback.
+                if error.__traceback__ is None or error.__traceback__.tb_next is not None:
                     raise
                 # Of what an operator in Python raises, torch keeps nothing but the text.
                 if self._calls_python and str(error).startswith("KeyboardInterrupt"):
                     raise KeyboardInterrupt from error
-                raise AOTIError(f"{self.file}: the compiled graph failed: {_first_line(error)}") from error
+                text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise AOTIError(f"{self.file}: the compiled graph failed: {text}") from error
             finally:
                 self.inside = False
         return outputs
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it has been loaded."""
+        return self.runner is not None or isinstance(self._library, Library)
 
     def seen(self, package: Package) -> None:
         """Note another place where the same bytes are."""
@@ -119,7 +118,6 @@ class Loaded:
 
 # Runners whose state is that of a thread which the fork left behind; to take them down would wait for it.
 _abandoned: list[Any] = []
-_ran = False
 forked_after_use = False
 _loaded: dict[tuple[str, torch.device], Loaded] = {}
 
@@ -135,25 +133,6 @@ def loaded(package: Package, device: torch.device) -> Loaded:
     return found
 
 
-def _is_from_torch(error: RuntimeError) -> bool:
-    """Whether the graph failed; else a signal handler has raised the error right after the graph had returned.
-
-    A handler is a function in Python, and leaves its frame in the traceback.
-    """
-    return error.__traceback__ is not None and error.__traceback__.tb_next is None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def note_use() -> None:
-    """Note that this process has run a graph."""
-    global _ran
-    _ran = True
-
-
 def require_one_thread(file: Path) -> None:
     """Refuse to run a graph where torch would wait for threads that the fork left behind."""
     if forked_after_use and torch.get_num_threads() != 1:
@@ -167,7 +146,7 @@ def require_one_thread(file: Path) -> None:
 
 def _in_child() -> None:
     global forked_after_use
-    forked_after_use = _ran
+    forked_after_use = forked_after_use or any(graph.in_use for graph in _loaded.values())
     for graph in list(_loaded.values()):
         # The lock is held by a thread that is gone, or by this one, which goes on with its call.
         if graph.lock.acquire(blocking=False):
