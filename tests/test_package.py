@@ -1,10 +1,11 @@
-"""The wheel holds the package and nothing else, and says what it needs."""
+"""The wheel holds the package alone, and says what it needs; the sdist holds what a tree without git needs."""
 
 from __future__ import annotations
 
 import email
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,38 +13,42 @@ import pytest
 from packaging.requirements import Requirement
 
 import neml2_aoti_plugin
+from environments import ROOT
 from neml2_aoti_plugin import _status, errors
+
+IN_THE_SDIST = (
+    *("benchmarks", "docs", "examples", "legacy", "machine", "neml2_aoti_plugin", "stubs", "tests", "tools", "*.md"),
+    *(".pre-commit-config.yaml", "CITATION.cff", "hatch_build.py", "Makefile", "constraints.txt", "LICENSE"),
+    "pyproject.toml",
+)
+
+
+def contents(archive: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(archive) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}
 
 
 def test_wheel_is_for_every_platform_and_holds_only_the_package(wheel: Path) -> None:
     version = neml2_aoti_plugin.__version__
     assert wheel.name == f"neml2_aoti_plugin-{version}-py3-none-any.whl"
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names} == {
-        "neml2_aoti_plugin",
-        f"neml2_aoti_plugin-{version}.dist-info",
-    }
-    package = [name for name in names if name.startswith("neml2_aoti_plugin/")]
-    # Beside Python, the page of the service and the machine code.
-    others = {name for name in package if not name.endswith(".py")}
-    assert others == {
-        f"neml2_aoti_plugin/{name}"
-        for name in ("py.typed", "serve/page.html", "_solve/machine_code.bc", "_cli/viscoplasticity.i")
+    found = {Path(name) for name in contents(wheel)}
+    assert {path.parts[0] for path in found} == {"neml2_aoti_plugin", f"neml2_aoti_plugin-{version}.dist-info"}
+    package = {path.relative_to("neml2_aoti_plugin") for path in found if path.parts[0] == "neml2_aoti_plugin"}
+    # Beside Python, the page of the service, the example and the machine code.
+    assert {path.as_posix() for path in package if path.suffix != ".py"} == {
+        *("py.typed", "serve/page.html", "_solve/machine_code.bc", "_cli/viscoplasticity.i")
     }
     sources = Path(neml2_aoti_plugin.__file__).parent
-    if sources.parent == Path(__file__).parents[1]:
-        assert {name for name in package if name.endswith(".py")} == {
-            path.relative_to(sources.parent).as_posix() for path in sources.rglob("*.py")
-        }
+    if sources.parent == ROOT:
+        modules = {path.relative_to(sources) for path in sources.rglob("*.py")}
+        assert {path for path in package if path.suffix == ".py"} == modules
 
 
 def test_wheel_says_what_it_needs(wheel: Path) -> None:
-    archive = zipfile.ZipFile(wheel)
-    (folder,) = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name}
-    head = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
+    files = {name.rpartition("/")[2]: data for name, data in contents(wheel).items() if ".dist-info/" in name}
+    head = email.message_from_bytes(files["METADATA"])
     needs = [Requirement(text) for text in head.get_all("Requires-Dist", [])]
-    at_run_time = {need.name: str(need.specifier) for need in needs if "extra" not in str(need.marker)}
-    assert at_run_time == {
+    assert {need.name: str(need.specifier) for need in needs if "extra" not in str(need.marker)} == {
         "click": "<9,>=8.1",
         "neml2": "<4,>=3.1",
         "llvmlite": ">=0.46",
@@ -52,25 +57,44 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
         "safetensors": "<1,>=0.4.3",
         "torch": ">=2.10",
     }
-    assert head["Requires-Python"] == ">=3.10"
-    assert head["License-Expression"] == "MIT"
+    assert (head["Requires-Python"], head["License-Expression"]) == (">=3.10", "MIT")
     assert head.get_all("Provides-Extra") == ["dask", "examples", "netcdf", "plot", "serve"]
     assert {address.partition(",")[0] for address in head.get_all("Project-URL", [])} == {"NEML2"}
-    entry_points = archive.read(f"{folder}/entry_points.txt").decode()
-    assert "[torch.backends]\nneml2_aoti_plugin = neml2_aoti_plugin._autoload:autoload" in entry_points
+    entry_point = b"[torch.backends]\nneml2_aoti_plugin = neml2_aoti_plugin._autoload:autoload"
+    assert entry_point in files["entry_points.txt"]
+
+
+def hatchling(kind: str, folder: Path, cwd: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(folder)]
+    subprocess.run(command, cwd=cwd, check=True, capture_output=True, timeout=120)
+    (built,) = (file for file in folder.iterdir() if file.suffix in (".gz", ".whl"))
+    return built
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git tells which files there must be")
+@pytest.mark.skipif(not (ROOT / "neml2_aoti_plugin").is_dir(), reason="the sources lie elsewhere")
+def test_the_sdist_holds_the_tree_and_gives_the_same(wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(hatchling("sdist", tmp_path, ROOT)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    sdist = tmp_path / f"neml2_aoti_plugin-{neml2_aoti_plugin.__version__}"
+    found = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *IN_THE_SDIST]
+    listed = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
+    # The machine code, so that a build needs no compiler where its sources are as they were; and what hatchling adds,
+    # its metadata, and git's list of what to ignore, by which it builds.
+    added = {"neml2_aoti_plugin/_solve/machine_code.bc", "PKG-INFO", ".gitignore"}
+    assert found == {*listed.stdout.splitlines(), *added}
+    one, other = contents(hatchling("wheel", tmp_path / "again", sdist)), contents(wheel)
+    assert {n: d for n, d in one.items() if "RECORD" not in n} == {n: d for n, d in other.items() if "RECORD" not in n}
 
 
 def test_public_names_are_there() -> None:
     assert set(neml2_aoti_plugin.__all__) <= set(dir(neml2_aoti_plugin))
-    for name in neml2_aoti_plugin.__all__:
-        assert getattr(neml2_aoti_plugin, name) is not None
+    assert all(getattr(neml2_aoti_plugin, name) is not None for name in neml2_aoti_plugin.__all__)
+    exceptions = {name for name, value in vars(errors).items() if isinstance(value, type) and name[0] != "_"}
+    assert exceptions <= set(neml2_aoti_plugin.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Modle'; its names are AOTIError"):
         neml2_aoti_plugin.Modle  # noqa: B018
-
-
-def test_exceptions_are_all_public() -> None:
-    declared = {name for name, value in vars(errors).items() if isinstance(value, type) and name[0] != "_"}
-    assert declared <= set(neml2_aoti_plugin.__all__)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ import torch
 import references
 from legacy import build
 from neml2_aoti_plugin import DerivativeNotCompiledError, Model
-from references import altered
-from stubs.build import QUICK, compiled
+from references import Tensors, altered
+from stubs.build import QUICK
 from stubs.catalogue import CATALOGUE
 
 
@@ -31,39 +31,38 @@ def command_in(call: Callable[[], object]) -> list[str]:
     return shlex.split(str(raised.value)[str(raised.value).index("neml2-compile ") :])
 
 
+def for_jacobian(model: Model) -> list[str]:
+    return command_in(lambda: model.jacobian(zeros(model)))
+
+
 def flags(words: list[str], option: str) -> list[str]:
     return [value for name, value in pairwise(words) if name == option]
 
 
-def zeros(model: Model) -> dict[str, torch.Tensor]:
+def zeros(model: Model) -> Tensors:
     return {name: torch.zeros(1, *v.natural_shape, dtype=model.dtype) for name, v in model.inputs.items()}
 
 
 def test_what_was_compiled_comes_again() -> None:
-    model = Model(compiled("viscoplasticity") / "viscoplasticity")
-    inputs = {**zeros(model), "t": torch.ones(1, dtype=torch.float64)}
-    words = command_in(lambda: model.jvp(inputs, {"t": inputs["t"]}))
+    case = references.case("viscoplasticity")
+    inputs = {**zeros(case.model), "t": torch.ones(1, dtype=torch.float64)}
+    words = command_in(lambda: case.model.jvp(inputs, {"t": inputs["t"]}))
     assert words[:4] == ["neml2-compile", "INPUT.i", "--driver", "driver"]
     assert flags(words, "-d") == ["stress:strain", "stress:t"]
-    assert flags(words, "--output-dir") == [str(compiled("viscoplasticity"))]
-    words = command_in(lambda: model.param_jacobian(inputs))
-    assert (flags(words, "-p"), flags(words, "-d")) == (
-        ["PARAMETER"],
-        ["stress:strain", "stress:PARAMETER", "equivalent_plastic_strain:PARAMETER"],
-    )
+    assert flags(words, "--output-dir") == [str(case.folder)]
+    words = command_in(lambda: case.model.param_jacobian(inputs))
+    assert flags(words, "-p") == ["PARAMETER"]
+    assert flags(words, "-d") == ["stress:strain", "stress:PARAMETER", "equivalent_plastic_strain:PARAMETER"]
 
 
-def test_none_at_all(tmp_path: Path) -> None:
-    model = altered("promoted", tmp_path, derivatives=[], parameter_derivatives=[])
-    words = command_in(lambda: model.jacobian(zeros(model)))
+def test_none_at_all_and_one_parameter_of_two(tmp_path: Path) -> None:
+    model = altered("promoted", tmp_path / "none", derivatives=[], parameter_derivatives=[])
+    words = for_jacobian(model)
     assert (flags(words, "-p"), flags(words, "-d")) == (["promoted.E", "promoted.nu"], [":"])
     words = command_in(lambda: model.param_vjp(zeros(model), {}))
     assert flags(words, "-d") == ["stress:promoted.E", "stress:promoted.nu"]
-
-
-def test_one_parameter_of_two(tmp_path: Path) -> None:
-    model = altered("promoted", tmp_path, parameter_derivatives=[["stress", "promoted.nu"]])
-    words = command_in(lambda: model.param_jacobian(zeros(model), params=["promoted.E"]))
+    one = altered("promoted", tmp_path / "one", parameter_derivatives=[["stress", "promoted.nu"]])
+    words = command_in(lambda: one.param_jacobian(zeros(one), params=["promoted.E"]))
     assert flags(words, "-d") == [":", "stress:promoted.E", "stress:promoted.nu"]
 
 
@@ -71,55 +70,46 @@ def test_renames_come_again(tmp_path: Path) -> None:
     """Flags name what is inside, as neml2-compile takes it; the error what is at the boundary."""
     aliases = {"inputs": {"strain": "eps"}, "outputs": {"stress": "sigma"}, "parameters": {"promoted.E": "youngs"}}
     model = altered("promoted", tmp_path, boundary_aliases=aliases, derivatives=[])
-    inputs = zeros(model)
-    assert list(inputs) == ["eps"]
-    inputs["eps"].requires_grad_()
+    inputs = {"eps": zeros(model)["eps"].requires_grad_()}
     with pytest.raises(DerivativeNotCompiledError, match=r"d\(sigma\)/d\(eps\) was not compiled"):
         model.forward(inputs)["sigma"].sum().backward()
-    words = command_in(lambda: model.jacobian(zeros(model)))
+    words = for_jacobian(model)
     assert flags(words, "-d") == [":", "stress:promoted.E", "stress:promoted.nu"]
     renames = {option: flags(words, f"--rename-{option}") for option in ("input", "output", "parameter")}
     assert renames == {"input": ["strain:eps"], "output": ["stress:sigma"], "parameter": ["promoted.E:youngs"]}
 
 
-def test_the_driver_of_the_stub_is_kept(tmp_path: Path) -> None:
-    model = altered("promoted", tmp_path, derivatives=[])
+@pytest.mark.parametrize("aliases", [{}, {"inputs": {"strain": "eps"}}])
+def test_the_driver_of_the_stub_is_kept(aliases: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    model = altered("promoted", tmp_path, derivatives=[], boundary_aliases=aliases)
     # Without a stub there is nothing to lose.
-    assert command_in(lambda: model.jacobian(zeros(model)))[2:4] == ["--model", "promoted"]
-    stub = tmp_path / "promoted_aoti.i"
-    shutil.copy(references.case("promoted").file, stub)
-    words = command_in(lambda: model.jacobian(zeros(model)))
+    assert for_jacobian(model)[2:4] == ["--model", "promoted"] and "--no-stub" not in for_jacobian(model)
+    stub = Path(shutil.copy(references.case("promoted").file, tmp_path))
+    words = for_jacobian(model)
+    if aliases:
+        # A driver that was added to the stub of a renamed model is left alone.
+        assert words[2:4] == ["--model", "promoted"] and "--no-stub" in words
+        return
     assert words[2:4] == ["--driver", "driver"] and "--model" not in words
     stub.write_text(stub.read_text().replace("model = 'promoted'", "model = 'another'"))
-    assert command_in(lambda: model.jacobian(zeros(model)))[2:4] == ["--model", "promoted"]
-
-
-def test_a_driver_that_was_added_to_the_stub_of_a_renamed_model_is_left_alone(tmp_path: Path) -> None:
-    model = altered("promoted", tmp_path, boundary_aliases={"inputs": {"strain": "eps"}}, derivatives=[])
-    assert "--no-stub" not in command_in(lambda: model.jacobian(zeros(model)))
-    shutil.copy(references.case("promoted").file, tmp_path / "promoted_aoti.i")
-    words = command_in(lambda: model.jacobian(zeros(model)))
-    assert words[2:4] == ["--model", "promoted"] and "--no-stub" in words
+    assert for_jacobian(model)[2:4] == ["--model", "promoted"]
 
 
 @pytest.mark.long
 def test_the_command_works(tmp_path: Path) -> None:
     """Run as it stands, with the input file in place of INPUT.i, it mends what the error was about."""
     model = altered("promoted", tmp_path / "aoti", derivatives=[])
-    shutil.copy(references.case("promoted").file, tmp_path / "aoti")
-    words = command_in(lambda: model.jacobian(zeros(model)))
-    assert Path(flags(words, "--output-dir")[0]) == tmp_path / "aoti"
+    stub = Path(shutil.copy(references.case("promoted").file, tmp_path / "aoti"))
+    words = for_jacobian(model)
+    assert flags(words, "--output-dir") == [str(tmp_path / "aoti")]
     words = [str(CATALOGUE["promoted"].path) if word == "INPUT.i" else word for word in words]
-    script = Path(sys.executable).with_name(words[0])
-    subprocess.run([str(script), *words[1:], "-q"], check=True, cwd=tmp_path, env=_quick())
+    words[0] = str(Path(sys.executable).with_name(words[0]))
+    variables = {**os.environ, **QUICK, "NEML2_AOTI_PLUGIN": "0"}
+    subprocess.run([*words, "-q"], check=True, cwd=tmp_path, env=variables)
     again = Model(tmp_path / "aoti/promoted")
     assert again.jacobian(zeros(again))[1]["stress"]["strain"].shape == (1, 6, 6)
     assert again.parameter_derivative_pairs == [("stress", "promoted.E"), ("stress", "promoted.nu")]
-    assert "[Drivers]" in (tmp_path / "aoti/promoted_aoti.i").read_text()
-
-
-def _quick() -> dict[str, str]:
-    return {**os.environ, **QUICK, "NEML2_AOTI_PLUGIN": "0"}
+    assert "[Drivers]" in stub.read_text()
 
 
 @pytest.mark.legacy
