@@ -328,11 +328,9 @@ def edited(of: Case, folder: Path, edit: Callable[[dict[str, Any]], object]) -> 
     return root
 
 
-def write_stub(file: Path, more: str = "", **models: object) -> Path:
+def write_stub(file: Path, more: str = "", *, options: str = "", **models: object) -> Path:
     """Write an input file with compiled models, the paths of their artifacts by name; give the file's path."""
-    blocks = (
-        f"  [{name}]\n    type = AOTIModel\n    artifact_path = '{path}'\n  []\n" for name, path in models.items()
-    )
+    blocks = (f"[{name}]\ntype = AOTIModel\nartifact_path = '{path}'\n{options}\n[]\n" for name, path in models.items())
     file.write_text(f"[Models]\n{''.join(blocks)}[]\n{more}", encoding="utf-8")
     return file
 

@@ -374,9 +374,10 @@ class TestStub:
 
     def test_its_solver_is_the_models(self, tmp_path: Path) -> None:
         """Stubs of neml2 3.0.4 to 3.0.6 hold the settings; the caller's own come first."""
-        artifact = f"{references.case('viscoplasticity').artifact}'\n solver = 'mine"
+        artifact = references.case("viscoplasticity").artifact
         solver = "[Solvers]\n[mine]\n type = Newton\n max_its = 9\n abs_tol = 1e-5\n []\n[]\n"
-        settings = Model(write_stub(tmp_path / "stub.i", solver, v=artifact), solver={"atol": 1e-6}).solver
+        stub = write_stub(tmp_path / "stub.i", solver, options="solver = mine", v=artifact)
+        settings = Model(stub, solver={"atol": 1e-6}).solver
         assert settings is not None and (settings.miters, settings.atol) == (9, 1e-6)
 
     def test_of_several_models_one_is_named(self, tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from neml2_aoti_plugin import _log as log
 from neml2_aoti_plugin.errors import InputError
+
+SetEnvironment = Callable[[str], None]
 
 
 @pytest.fixture(autouse=True)
@@ -26,31 +29,35 @@ def fresh_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     log.apply_env()
 
 
-def environment(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
-    monkeypatch.setenv("NEML2_LOGS", spec)
-    log.apply_env()
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> SetEnvironment:
+    def change(spec: str) -> None:
+        monkeypatch.setenv("NEML2_LOGS", spec)
+        log.apply_env()
+
+    return change
 
 
-def test_warnings_are_shown_unless_something_else_is_asked() -> None:
+def levels() -> list[str]:
+    return [log.effective_level(channel) for channel in ("newton", "linear", "driver")]
+
+
+def test_precedence(environment: SetEnvironment) -> None:
     for channel in log.CHANNELS:
         assert log.effective_level(channel) == "warning"
         assert [log.enabled(channel, level) for level in log.LEVELS] == [True, True, False, False]
-
-
-def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     log.set_default_level("all", "info")
-    assert log.effective_level("newton") == log.effective_level("driver") == "info"
+    assert levels() == ["info", "info", "info"]
     log.set_default_level("newton", "silent")
-    assert log.effective_level("newton") == "silent"
-    environment(monkeypatch, "all=debug")
-    assert log.effective_level("newton") == log.effective_level("driver") == "debug"
-    environment(monkeypatch, "newton=warning,all=debug")
-    assert log.effective_level("newton") == "warning"
-    assert log.effective_level("linear") == "debug"
-    environment(monkeypatch, "linear=info")
-    assert [log.effective_level(c) for c in ("newton", "linear", "driver")] == ["silent", "info", "info"]
+    assert levels() == ["silent", "info", "info"]
+    environment("all=debug")
+    assert levels() == ["debug", "debug", "debug"]
+    environment("newton=warning,all=debug")
+    assert levels() == ["warning", "debug", "debug"]
+    environment("linear=info")
+    assert levels() == ["silent", "info", "info"]
     log.reset_defaults()
-    assert [log.effective_level(c) for c in ("newton", "linear", "driver")] == ["warning", "info", "warning"]
+    assert levels() == ["warning", "info", "warning"]
 
 
 @pytest.mark.parametrize(
@@ -62,61 +69,55 @@ def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
         (" DeBug ", "debug"),
     ],
 )
-def test_words_for_levels(monkeypatch: pytest.MonkeyPatch, word: str, level: str) -> None:
-    environment(monkeypatch, f" Newton = {word} , nonsense without a sign,")
+def test_words_for_levels(environment: SetEnvironment, word: str, level: str) -> None:
+    environment(f" Newton = {word} , nonsense without a sign,")
     assert log.effective_level("newton") == level
 
 
 @pytest.mark.parametrize("spec", ["newton=loud", "sound=info", "=info", "newton="])
-def test_a_bad_entry_is_an_error_that_changes_nothing(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
-    environment(monkeypatch, "newton=debug")
-    with pytest.raises(InputError, match="NEML2_LOGS") as caught:
-        environment(monkeypatch, f"linear=debug,{spec}")
-    assert spec in str(caught.value)
+def test_a_bad_entry_is_an_error_that_changes_nothing(environment: SetEnvironment, spec: str) -> None:
+    environment("newton=debug")
+    with pytest.raises(InputError, match=f"NEML2_LOGS.*{spec}") as caught:
+        environment(f"linear=debug,{spec}")
     assert isinstance(caught.value, RuntimeError) and isinstance(caught.value, ValueError)
-    assert log.effective_level("newton") == "debug"
-    assert log.effective_level("linear") == "warning"
+    assert levels() == ["debug", "warning", "warning"]
 
 
 def test_a_bad_entry_in_the_environment_of_the_process_only_warns() -> None:
-    script = (
-        "import warnings, neml2_aoti_plugin._log as log\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    log.set_sink(print)\n"
-        "    assert log.effective_level('newton') == 'warning'\n"
-        "    assert log.effective_level('linear') == 'debug'\n"
-        "(warning,) = caught\n"
-        "print(warning.message)\n"
-    )
-    shell = {**os.environ, "NEML2_LOGS": "newton=loud,linear=debug"}
-    printed = subprocess.run([sys.executable, "-c", script], env=shell, capture_output=True, text=True, check=True)
+    script = """
+import warnings, neml2_aoti_plugin._log as log
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    log.set_sink(print)
+    assert (log.effective_level("newton"), log.effective_level("linear")) == ("warning", "debug")
+(warning,) = caught
+print(warning.message)
+"""
+    variables = {**os.environ, "NEML2_LOGS": "newton=loud,linear=debug"}
+    printed = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
     assert "NEML2_LOGS" in printed.stdout and "'newton=loud'" in printed.stdout
 
 
-@pytest.mark.parametrize("name", ["NEWTON", "all", "", "sound"])
-def test_unknown_channels_are_refused(name: str) -> None:
-    for call in (
-        lambda: log.enabled(name, "info"),
-        lambda: log.effective_level(name),
-        lambda: log.emit(name, "info", "text"),
-    ):
-        with pytest.raises(InputError, match="channel"):
-            call()
-    if name != "all":
-        with pytest.raises(InputError, match="channel"):
-            log.set_default_level(name, "info")
+def test_unknown_channels_and_levels_are_refused() -> None:
+    calls: list[Callable[[str], object]] = [
+        lambda name: log.enabled(name, "info"),
+        log.effective_level,
+        lambda name: log.emit(name, "info", "text"),
+        lambda name: log.set_default_level(name, "info"),
+    ]
+    for name in ("NEWTON", "", "sound", "all"):
+        # A default is set for all channels at once, too.
+        for call in calls[:-1] if name == "all" else calls:
+            with pytest.raises(InputError, match="channel"):
+                call(name)
+    for level in ("INFO", "warn", "2", ""):
+        with pytest.raises(InputError, match="level"):
+            log.enabled("newton", level)
+        with pytest.raises(InputError, match="level"):
+            log.set_default_level("newton", level)
 
 
-@pytest.mark.parametrize("name", ["INFO", "warn", "2", ""])
-def test_unknown_levels_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="level"):
-        log.enabled("newton", name)
-    with pytest.raises(InputError, match="level"):
-        log.set_default_level("newton", name)
-
-
-def test_lines_and_standard_streams(capfd: pytest.CaptureFixture[str]) -> None:
+def test_lines_go_to_standard_streams_or_to_a_sink(capfd: pytest.CaptureFixture[str]) -> None:
     log.set_default_level("all", "debug")
     log.emit("substep", "debug", "a")
     log.emit("newton", "info", "b")
@@ -126,41 +127,30 @@ def test_lines_and_standard_streams(capfd: pytest.CaptureFixture[str]) -> None:
     printed = capfd.readouterr()
     assert printed.err == "[neml2:substep][dbg ] a\n[neml2:model  ][warn] c\n"
     assert printed.out == "[neml2:newton ][info] b\n"
-
-
-def test_sinks(capfd: pytest.CaptureFixture[str]) -> None:
+    log.reset_defaults()
     lines: list[tuple[str, str]] = []
-    log.set_sink(lambda level, line: lines.append((level, line)))
-    log.emit("linear", "warning", "one")
-    assert lines == [("warning", "[neml2:linear ][warn] one")]
     for reset in (log.reset_sink, lambda: log.set_sink(None)):
         log.set_sink(lambda level, line: lines.append((level, line)))
+        log.emit("linear", "warning", "one")
         reset()
         log.emit("linear", "warning", "two")
-    assert len(lines) == 1
+    assert lines == [("warning", "[neml2:linear ][warn] one")] * 2
     assert capfd.readouterr().err.count("two") == 2
 
 
 def test_levels_may_be_changed_while_others_read_them() -> None:
     stop = threading.Event()
-    failures: list[BaseException] = []
 
     def read() -> None:
-        try:
-            while not stop.is_set():
-                assert log.effective_level("newton") in ("info", "debug", "warning")
-                log.enabled("driver", "debug")
-        except BaseException as error:
-            failures.append(error)
+        while not stop.is_set():
+            assert log.effective_level("newton") in ("info", "debug", "warning")
+            log.enabled("driver", "debug")
 
-    readers = [threading.Thread(target=read) for _ in range(4)]
-    for reader in readers:
-        reader.start()
-    for _ in range(2000):
-        log.set_default_level("newton", "info")
-        log.set_default_level("all", "debug")
-        log.reset_defaults()
-    stop.set()
-    for reader in readers:
-        reader.join()
-    assert not failures
+    with ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(read) for _ in range(4)]
+        for _ in range(2000):
+            log.set_default_level("newton", "info")
+            log.set_default_level("all", "debug")
+            log.reset_defaults()
+        stop.set()
+    assert [reader.result() for reader in readers] == [None] * 4

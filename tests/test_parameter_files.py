@@ -93,7 +93,7 @@ def test_wrong_files(promoted: Model, tmp_path: Path, file: Path) -> None:
     ):
         save_file({"promoted.E": 7 * one, "promoted.nu": wrong}, tmp_path / name, notes)
     for name, error, said in (
-        (file, InputError, "is not a file of parameters"),
+        (file.name, InputError, "is not a file of parameters"),
         ("empty", InputError, "is not a file of parameters"),
         ("gone", InputError, "cannot be read"),
         ("no notes", InputError, "there is no such note"),
