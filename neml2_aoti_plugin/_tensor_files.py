@@ -34,8 +34,7 @@ _NUMBERS = {"F64": "float64", "F32": "float32"}
 class Claim:
     """What a file says of a tensor."""
 
-    # `float64`, `float32`, or what the file calls it.
-    dtype: str
+    dtype: str  # `float64`, `float32`, or what the file calls it
     shape: tuple[int, ...]
 
 
@@ -45,8 +44,7 @@ class Header:
 
     path: str
     claims: dict[str, Claim]
-    # Text by key; of an npz file, its entries that are one text or one whole number.
-    notes: dict[str, str]
+    notes: dict[str, str]  # text by key; of an npz file, its entries that are one text or one whole number
 
     def require_kind(self, kind: str, what: str) -> None:
         """Refuse a file whose note of what it is does not say `kind`, which is `what` in words."""

@@ -43,14 +43,10 @@ _AGAIN = "Copy the package again, or compile the model again."
 class Checked:
     """An artifact that was looked over."""
 
-    # With the order of arguments where only packages show it.
-    metadata: Metadata
-    # By the names that the metadata has for them.
-    packages: dict[str, Package]
-    # What is wrong where, each with its cure.
-    faults: list[str]
-    # Whether a file is missing.
-    missing: bool
+    metadata: Metadata  # with the order of arguments where only packages show it
+    packages: dict[str, Package]  # by the names that the metadata has for them
+    faults: list[str]  # what is wrong where, each with its cure
+    missing: bool  # whether a file is missing
 
 
 def check(metadata: Metadata, place: Place) -> Checked:
@@ -103,10 +99,8 @@ class _Inside:
 
     faults: tuple[str, ...] = ()
     build: Build = field(default_factory=Build)
-    # Whether there is code that later GPUs can translate.
-    portable: bool = False
-    # That the graph calls by name.
-    operators: tuple[str, ...] = ()
+    portable: bool = False  # whether there is code that later GPUs can translate
+    operators: tuple[str, ...] = ()  # that the graph calls by name
     signature: Signature | None = None
 
 

@@ -166,8 +166,7 @@ def _open(path: Path, base: Path | None) -> int:
 class Folder:
     """The folder of an artifact that may be loaded, through which its files are read, each as it was sealed."""
 
-    # All links resolved.
-    root: Path
+    root: Path  # all links resolved
     # SHA-256 of each file by absolute path, where the artifact has a seal.
     sealed: Mapping[str, str] | None = field(default=None, repr=False)
 

@@ -43,8 +43,7 @@ class Kinship:
     doubt: str = ""
     # Packages in the leaf that the metadata does not name; an earlier compile left them.
     left: tuple[str, ...] = ()
-    # Packages that the metadata names and the leaf does not have.
-    absent: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()  # packages that the metadata names and the leaf does not have
 
 
 def kinship(metadata: Metadata, place: Place) -> Kinship:

@@ -32,15 +32,12 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 class Artifact:
     """An artifact, by a path to it or into it."""
 
-    # The folder of the whole artifact.
-    root: Path
+    root: Path  # the folder of the whole artifact
     # The file of all leaves; before neml2 3.0.7 those of the devices that the path leads to.
     metadata: tuple[Path, ...]
     shared: bool = True
-    # Device and dtype that the path into it names, as far as it does.
-    named: tuple[str, ...] = ()
-    # Whether the path leads to the metadata of single devices.
-    inside: bool = False
+    named: tuple[str, ...] = ()  # device and dtype that the path into it names, as far as it does
+    inside: bool = False  # whether the path leads to the metadata of single devices
 
     @property
     def model(self) -> str:
@@ -195,17 +192,12 @@ def is_sealed(artifact: str | os.PathLike[str]) -> bool:
 class Place:
     """Where the files of one leaf are, and what they were compiled for."""
 
-    # With the metadata file of this leaf alone.
-    artifact: Artifact
+    artifact: Artifact  # with the metadata file of this leaf alone
     metadata: Path
-    # The folder of the graphs.
-    leaf: Path
-    # With an index where one was asked for.
-    device: torch.device
-    # That the caller's tensors have.
-    dtype: torch.dtype
-    # Of the whole artifact, through which the files are read.
-    folder: Folder
+    leaf: Path  # the folder of the graphs
+    device: torch.device  # with an index where one was asked for
+    dtype: torch.dtype  # that the caller's tensors have
+    folder: Folder  # of the whole artifact, through which the files are read
     # What the metadata file holds, and its SHA-256: it is read once.
     document: dict[str, Any] = field(repr=False)
     digest: str = field(repr=False)
@@ -217,8 +209,7 @@ class _Leaf:
     dtype: str
     metadata: Path
     folder: Path
-    # Of the metadata file, where it was read.
-    document: dict[str, Any] = field(default_factory=dict)
+    document: dict[str, Any] = field(default_factory=dict)  # of the metadata file, where it was read
     digest: str = ""
 
     def __str__(self) -> str:

@@ -63,10 +63,8 @@ class Argument:
     """One input of a graph."""
 
     dtype: torch.dtype
-    # Size of each axis; None for one that is free.
-    extents: tuple[int | None, ...]
-    # Name of the class in which the exporter handed it over; empty for a plain tensor.
-    kind: str = ""
+    extents: tuple[int | None, ...]  # size of each axis; None for one that is free
+    kind: str = ""  # name of the class in which the exporter handed it over; empty for a plain tensor
 
 
 @dataclass(frozen=True)
@@ -92,13 +90,10 @@ class Build:
 class Package:
     """A package that was looked over, and may run."""
 
-    # Where it was then.
-    file: Path
+    file: Path  # where it was then
     folder: Folder
-    # SHA-256 of the bytes that were looked over; what has another one is another package.
-    digest: str
-    # None where the package does not spell it out.
-    signature: Signature | None
+    digest: str  # SHA-256 of the bytes that were looked over; what has another one is another package
+    signature: Signature | None  # None where the package does not spell it out
 
     def read(self) -> bytes:
         """Read the bytes that were looked over once more; an ArtifactError if the file has others, or is gone."""

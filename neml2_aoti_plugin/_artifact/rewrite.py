@@ -27,8 +27,7 @@ class Rewritten:
 
     document: Document
     reasons: tuple[str, ...] = ()
-    # Derivatives that the new document lacks, as `out:in`.
-    dropped: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()  # derivatives that the new document lacks, as `out:in`
 
 
 def rewrite(document: Document, file: str, *, drop_derivatives: bool = False) -> Rewritten:

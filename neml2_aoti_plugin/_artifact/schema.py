@@ -42,10 +42,8 @@ class Variable(Form, frozen=True):
     """A variable with its shape: `(*batch, *sub_batch_shape, *base_shape)`."""
 
     name: Name
-    # Axes that its type owns.
-    base_shape: Shape
-    # Sizes of its site axes.
-    sub_batch_shape: Shape = ()
+    base_shape: Shape  # axes that its type owns
+    sub_batch_shape: Shape = ()  # sizes of its site axes
     # Name of neml2's wrapper class; empty where the file does not say.
     type: Name = key(name="var_type", default="")
     var_size: Whole | None = None
@@ -79,21 +77,17 @@ class Given(Variable, frozen=True):
     """A given of an implicit segment and what substepping does with it."""
 
     role: Role = "static"
-    # The force at the other end of the step.
-    pair: Name | None = None
+    pair: Name | None = None  # the force at the other end of the step
 
 
 class Parameter(Form, frozen=True):
     """A promoted parameter as stored, by its qualified name."""
 
     name: Name
-    # Of the stored value; `(*batch, *base_shape)`.
-    shape: Shape
-    # Row-major; NaN and the infinities are numbers here.
-    values: tuple[float | bool, ...]
+    shape: Shape  # of the stored value; `(*batch, *base_shape)`
+    values: tuple[float | bool, ...]  # row-major; NaN and the infinities are numbers here
     own_base_shape: Shape | None = key(name="param_base_shape", default=None)
-    # Name of its dtype where that is not the model's.
-    dtype: Name | None = None
+    dtype: Name | None = None  # name of its dtype where that is not the model's
 
     @cached_property
     def base_shape(self) -> Shape:
@@ -114,8 +108,7 @@ class Pair(Form, frozen=True, kw_only=True):
     wrt: Name = key(name="in_var")
     out_base_shape: Shape
     wrt_base_shape: Shape = key(name="in_base_shape")
-    # Index of the graph's output.
-    output: Whole
+    output: Whole  # index of the graph's output
     # First row and column of the block in that output's matrix; None when the output is the block.
     row: Whole | None = key(name="row_offset", default=None)
     column: Whole | None = key(name="col_offset", default=None)
@@ -261,8 +254,7 @@ class ExplicitInfo(_Segment, frozen=True, kw_only=True, tag="forward"):
     param_vjp_package: PackageName | None = None
     param_vjp_params: tuple[Name, ...] | None = None
     param_vjp_outputs: tuple[Name, ...] | None = None
-    # While the order of its arguments is not known yet.
-    parameters_among_inputs: bool = False
+    parameters_among_inputs: bool = False  # while the order of its arguments is not known yet
     # Names of inputs and parameters in the order in which the graphs take them; when empty, they take the inputs first.
     arguments: tuple[Name, ...] = ()
 
@@ -425,10 +417,8 @@ class Metadata(Form, frozen=True, kw_only=True):
     derivatives: tuple[tuple[Name, Name], ...]
     parameter_derivatives: tuple[tuple[Name, Name], ...]
     aliases: Aliases = key(name="boundary_aliases", default=Aliases())
-    # In which the file was written.
-    schema: int = key(name="schema_version")
-    # Of the file, for the question whether it is still the same.
-    digest: str
+    schema: int = key(name="schema_version")  # in which the file was written
+    digest: str  # of the file, for the question whether it is still the same
 
     @property
     def files(self) -> frozenset[str]:

@@ -49,8 +49,7 @@ TRIALS = 10
 class Stub:
     """What a block asks for."""
 
-    # Path of the artifact's folder or metadata.
-    artifact: Path
+    artifact: Path  # path of the artifact's folder or metadata
     # Newton settings by the field names of `NewtonSettings`; None where the block names none.
     solver: dict[str, Any] | None = None
 

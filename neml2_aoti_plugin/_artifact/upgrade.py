@@ -73,8 +73,7 @@ class _Typed(Form, frozen=True, kw_only=True):
     var_type: Name
     var_size: Whole
     base_shape: Shape | None = None
-    # With its sites in front.
-    unflattened_shape: Shape | None = None
+    unflattened_shape: Shape | None = None  # with its sites in front
 
     def __post_init__(self) -> None:
         super().__post_init__()

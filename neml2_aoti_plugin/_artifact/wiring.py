@@ -25,13 +25,10 @@ class Wire:
     """The arguments of a graph, by the name of its package."""
 
     file: str
-    # What it is for; a package has one role.
-    role: str
+    role: str  # what it is for; a package has one role
     shapes: Shapes
-    # How many of the last arguments it may do without.
-    optional: int = 0
-    # How many tensors are taken from it; None where the metadata does not say.
-    returns: int | None = None
+    optional: int = 0  # how many of the last arguments it may do without
+    returns: int | None = None  # how many tensors are taken from it; None where the metadata does not say
 
 
 def wires(metadata: s.Metadata) -> Iterator[Wire]:
