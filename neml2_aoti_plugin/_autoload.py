@@ -12,7 +12,6 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
@@ -46,19 +45,12 @@ class Finder:
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Answer for the modules that the plugin stands in for; None leaves others to the finders behind this one."""
-        # The import system holds its global lock here, so nothing is imported before the loaders' turn.
-        if fullname in STAND_INS and self.failure is None:
-            from importlib.machinery import ModuleSpec
+        if fullname not in STAND_INS or self.failure is not None:
+            return None
+        # The import system holds its global lock here, so nothing else is imported before the loader's turn.
+        from importlib.machinery import ModuleSpec
 
-            return ModuleSpec(fullname, self, origin=STAND_INS[fullname])  # type: ignore[arg-type]
-        if fullname == HIT_MODULE and not neml2_is_imported():
-            from importlib.machinery import PathFinder
-
-            spec = PathFinder.find_spec(fullname, path)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _Neml2FirstLoader(spec.loader)  # type: ignore[assignment]
-            return spec
-        return None
+        return ModuleSpec(fullname, self, origin=STAND_INS[fullname])  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Leave it to the import system to make an empty module; give neml2's own if ours cannot be imported."""
@@ -101,41 +93,12 @@ class Finder:
             sys.modules[f"{module.__name__}.log"] = names["log"]
 
 
-class _Neml2FirstLoader:
-    """Imports neml2 ahead of our HIT class.
-
-    neml2 asks for that class while it is imported. Were the class's module to start neml2's import itself, neml2
-    would find the module half made.
-    """
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-        self.loaded_spec: ModuleSpec | None = None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Give the module that neml2's import has brought in, if it has."""
-        _import("neml2")
-        module = sys.modules.get(spec.name)
-        if module is None:
-            return self.loader.create_module(spec)
-        self.loaded_spec = module.__spec__
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Run the module unless neml2's import has, and leave no trace of this loader."""
-        if self.loaded_spec is not None:
-            module.__spec__ = self.loaded_spec
-            return
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        module.__loader__ = self.loader
-        self.loader.exec_module(module)
-
-
 def load_stand_ins() -> None:
     """Import the plugin's modules that stand in, and register the HIT type; raises whatever their import raises."""
     _import(BINDING)
-    hit = _import(HIT_MODULE) or _import_unlocked(HIT_MODULE)
+    hit = _import(HIT_MODULE)
+    if hit is None or not hasattr(hit, "AOTIModel"):
+        hit = _import_anew(HIT_MODULE)
     from neml2.factory import register_neml2_object
 
     register_neml2_object(HIT_TYPE)(hit.AOTIModel)
@@ -153,8 +116,11 @@ def _import(name: str) -> ModuleType | None:
         return None
 
 
-def _import_unlocked(name: str) -> ModuleType:
-    """Import a module past the thread that holds its lock; `_Neml2FirstLoader` takes over there what is made here."""
+def _import_anew(name: str) -> ModuleType:
+    """Import a module that is half made and waits for neml2, in this thread or another one.
+
+    Whoever imports it gets what is in `sys.modules` when the half-made one comes to its end: the module from here.
+    """
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
