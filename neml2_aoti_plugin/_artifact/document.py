@@ -42,11 +42,6 @@ Name = Annotated[str, msgspec.Meta(pattern=rf"^{NAME.pattern}\Z")]
 PackageName = Annotated[str, msgspec.Meta(pattern=r"^[\w~.+\-]{1,124}\.pt2\Z")]
 
 
-def at_most(limit: int) -> msgspec.Meta:
-    """How often something may be repeated; a damaged number would keep a solve busy for years."""
-    return msgspec.Meta(ge=0, le=limit)
-
-
 def one_of(*words: str) -> msgspec.Meta:
     """One of a few words. As a pattern, since msgspec would quote a wrong one of an enumeration."""
     return msgspec.Meta(pattern=rf"^({'|'.join(words)})\Z")

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import field as key
 
 from ..settings import KrylovSettings, NewtonSettings
-from .document import Form, Name, PackageName, Role, Structure, Unfit, Whole, at_most, one_of
+from .document import Form, Name, PackageName, Role, Structure, Unfit, Whole, one_of
 from .document import Shape as Shape
 from .files import NAME, named
 
@@ -304,7 +304,8 @@ class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
     roles: Annotated[tuple[Given, ...], msgspec.Meta(min_length=1)] = key(name="givens")
     newton: NewtonSettings = NewtonSettings()
     krylov: KrylovSettings = KrylovSettings()
-    max_substepping_level: Annotated[int, at_most(30)] = 0
+    # A damaged number would keep a solve busy for years.
+    max_substepping_level: Annotated[int, msgspec.Meta(ge=0, le=30)] = 0
     step_package: PackageName | None = None
     step_returns: Annotated[str, one_of("increment", "iterate")] = "increment"
     jacobian_package: PackageName | None = None
