@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,15 @@ import pytest
 import torch
 
 import radial_return
+import references
 from neml2_aoti_plugin import Model
 from neml2_aoti_plugin.notation import convert, convert_tangent
-from stubs.build import compiled
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
 
 
-def calibration() -> Model:
-    return Model(compiled("calibration") / "viscoplasticity")
+def loaded(name: str = "calibration") -> Model:
+    return Model(references.case(name).artifact)
 
 
 class TestFelupe:
@@ -43,28 +44,25 @@ class TestFelupe:
     def test_plate(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from examples import felupe_plate
 
-        model = Model(compiled("viscoplasticity") / "viscoplasticity")
-        mesh = felupe_plate.plate(4, 6)
-        force, displacement, plastic = felupe_plate.pull(model, mesh, 6)
+        model, mesh = loaded("viscoplasticity"), felupe_plate.plate(4, 6)
+        found = felupe_plate.pull(model, mesh, 6)
         monkeypatch.setattr(felupe_plate, "CompiledMaterial", lambda model: TestFelupe.by_hand)
-        by_hand = felupe_plate.pull(model, mesh, 6)
+        force, displacement, plastic = felupe_plate.pull(model, mesh, 6)
         assert force.shape == (7,) and plastic.max() > 1e-2
-        assert np.allclose(force, by_hand[0], rtol=1e-8)
-        assert np.allclose(displacement, by_hand[1], rtol=1e-7, atol=1e-10)
-        assert np.allclose(plastic, by_hand[2], rtol=1e-6, atol=1e-10)
+        assert np.allclose(found[0], force, rtol=1e-8)
+        assert np.allclose(found[1], displacement, rtol=1e-7, atol=1e-10)
+        assert np.allclose(found[2], plastic, rtol=1e-6, atol=1e-10)
 
     def test_threads_give_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from examples import felupe_plate
 
         monkeypatch.setattr(felupe_plate, "PULL", 0.02)
-        model = Model(compiled("viscoplasticity") / "viscoplasticity")
         # More points than felupe evaluates at a time.
-        mesh = felupe_plate.plate(48, 48)
-        one, _, _ = felupe_plate.pull(model, mesh, 4)
-        many, _, _ = felupe_plate.pull(model, mesh, 4, parallel=True)
+        model, mesh = loaded("viscoplasticity"), felupe_plate.plate(48, 48)
+        one, many = (felupe_plate.pull(model, mesh, 4, parallel=parallel)[0] for parallel in (False, True))
         assert np.allclose(one, many, rtol=1e-12)
 
-    def test_picture(self, tmp_path: Any) -> None:
+    def test_picture(self, tmp_path: Path) -> None:
         from examples import felupe_plate
 
         mesh = felupe_plate.plate(3, 4)
@@ -80,16 +78,15 @@ class TestTorchFem:
         from examples import torch_fem_bar
 
         def by_hand(inputs: Any, pairs: Any = None) -> tuple[Any, Any]:
-            stress, plastic, tangent = radial_return.stress_and_tangent(
+            arguments = [
                 (inputs["strain"] - inputs["strain~1"]).numpy(),
                 np.full(len(inputs["strain"]), float(inputs["t"] - inputs["t~1"])),
-                inputs["stress~1"].numpy(),
-                inputs["equivalent_plastic_strain~1"].numpy(),
-            )
-            outputs = {"stress": torch.from_numpy(stress), "equivalent_plastic_strain": torch.from_numpy(plastic)}
-            return outputs, {"stress": {"strain": torch.from_numpy(tangent)}}
+                *(inputs[name].numpy() for name in ("stress~1", "equivalent_plastic_strain~1")),
+            ]
+            stress, plastic, tangent = map(torch.from_numpy, radial_return.stress_and_tangent(*arguments))
+            return {"stress": stress, "equivalent_plastic_strain": plastic}, {"stress": {"strain": tangent}}
 
-        model = calibration()
+        model = loaded()
         with torch.no_grad():
             force, displacement = torch_fem_bar.pull(model)
             monkeypatch.setattr(model, "jacobian", by_hand)
@@ -101,32 +98,28 @@ class TestTorchFem:
     def test_gradient_by_parameters(self) -> None:
         from examples import torch_fem_bar
 
-        model = calibration()
+        model = loaded()
         model.requires_grad_()
         torch_fem_bar.pull(model)[0][-1].backward()
         for name in torch_fem_bar.PARAMETERS:
-            parameter = model.get_parameter(name)
-            value, step = parameter.item(), 1e-3 * parameter.item()
-            ends = []
-            for moved in (value + step, value - step):
-                with torch.no_grad():
+            parameter, ends = model.get_parameter(name), []
+            value = parameter.item()
+            with torch.no_grad():
+                for moved in (1.001 * value, 0.999 * value):
                     model.set_parameter(name, moved)
                     ends.append(torch_fem_bar.pull(model)[0][-1].item())
             model.set_parameter(name, value)
             assert parameter.grad is not None
-            assert parameter.grad.item() == pytest.approx((ends[0] - ends[1]) / (2.0 * step), rel=1e-6)
+            assert parameter.grad.item() == pytest.approx((ends[0] - ends[1]) / (2e-3 * value), rel=1e-6)
 
 
 def test_lmfit_takes_an_exact_jacobian() -> None:
     import lmfit
 
-    model, names = calibration(), ("residual.overstress.sy", "residual.hardening.K")
-    zero = torch.zeros((), dtype=torch.float64)
+    model, names = loaded(), ("residual.overstress.sy", "residual.hardening.K")
     strain = 2e-3 * torch.randn(20, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    inputs = {
-        **{"strain": strain, "strain~1": torch.zeros_like(strain), "stress~1": torch.zeros_like(strain)},
-        **{"t": zero + 1.0, "t~1": zero, "equivalent_plastic_strain~1": zero},
-    }
+    inputs = {name: torch.zeros(variable.base_shape).double() for name, variable in model.inputs.items()}
+    inputs |= {"strain": strain, "t": torch.ones(()).double()}
     data = model.forward(inputs)["stress"]
 
     def at(parameters: Any) -> dict[str, torch.Tensor]:
@@ -153,7 +146,7 @@ def material() -> Any:
     from examples import jax_path
 
     jax.config.update("jax_enable_x64", True)
-    return jax_path.in_jax(calibration())
+    return jax_path.in_jax(loaded())
 
 
 class TestJax:
@@ -161,15 +154,13 @@ class TestJax:
 
     def test_paths(self, material: Any) -> None:
         import jax
-        import jax.numpy as jnp
 
         from examples import jax_path
 
         ends = 0.02 * np.random.default_rng(3).standard_normal((5, 6))
-        found = np.asarray(jax.jit(jax.vmap(lambda end: jax_path.path(material, end)))(jnp.asarray(ends)))
-        stress, plastic = np.zeros((5, 6)), np.zeros(5)
+        found = np.asarray(jax.jit(jax.vmap(lambda end: jax_path.path(material, end)))(jax.numpy.asarray(ends)))
+        stress, plastic, dt = np.zeros((5, 6)), np.zeros(5), np.full(5, jax_path.DURATION / jax_path.STEPS)
         for k in range(jax_path.STEPS):
-            dt = np.full(5, jax_path.DURATION / jax_path.STEPS)
             stress, plastic, _ = radial_return.stress_and_tangent(ends / jax_path.STEPS, dt, stress, plastic)
             assert np.allclose(found[:, k], stress, rtol=1e-8, atol=1e-6)
         assert (plastic > 1e-3).all()

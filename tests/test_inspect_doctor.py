@@ -18,12 +18,8 @@ from commands import answer, copy_of, printed, refused, require_form, stub_of
 from neml2_aoti_plugin import seal
 
 
-def damaged_copy(folder: Path) -> Path:
-    """The stub of an artifact with a graph that is gone, and another that is none."""
-    stub = copy_of("elasticity", folder)
-    (folder / "elasticity/cpu/float64/elasticity.pt2").unlink()
-    (folder / "elasticity/cpu/float64/elasticity_jvp.pt2").write_bytes(b"no package")
-    return stub
+def findings(diagnosis: Any, subject: str) -> list[Any]:
+    return [finding for finding in diagnosis["findings"] if finding["subject"] == subject]
 
 
 # -- inspect -------------------------------------------------------------------------------------------------------
@@ -33,13 +29,11 @@ def damaged_copy(folder: Path) -> Path:
 def test_a_description_is_that_of_the_model(name: str) -> None:
     case = references.case(name)
     report, model = answer("inspect", case.file), case.load(tight=False)
-    assert [report[key] for key in ("model", "schema", "release", "leaf")] == [
-        *(case.stub.model, 14, "3.1.0", "cpu/float64")
-    ]
-    assert [v["name"] for v in report["inputs"]] == model.input_names
-    assert [v["base_shape"] for v in report["inputs"]] == model.input_base_shapes
-    assert [tuple(v["sub_batch_shape"]) for v in report["inputs"]] == [v.sub_batch_shape for v in model.inputs.values()]
-    assert [v["name"] for v in report["outputs"]] == model.output_names
+    found = tuple(report[key] for key in ("model", "schema", "release", "leaf"))
+    assert found == (case.stub.model, 14, "3.1.0", "cpu/float64")
+    for side, variables in (("inputs", model.inputs), ("outputs", model.outputs)):
+        shapes = [(v["name"], tuple(v["base_shape"]), tuple(v["sub_batch_shape"])) for v in report[side]]
+        assert shapes == [(name, v.base_shape, v.sub_batch_shape) for name, v in variables.items()]
     assert [*map(tuple, report["derivatives"])] == model.derivative_pairs
     assert [*map(tuple, report["parameter_derivatives"])] == model.parameter_derivative_pairs
     values = {n: v.item() for n, v in model.named_parameters().items()}
@@ -75,18 +69,26 @@ def test_an_iterative_linear_solver() -> None:
     assert (segment["linear_solver"], segment["preconditioned"]) == ("gmres", True)
 
 
-def test_a_damaged_artifact_is_described_all_the_same(tmp_path: Path) -> None:
-    stub = damaged_copy(tmp_path)
-    files = {f["name"]: f["bytes"] for f in answer("inspect", stub)["segments"][0]["files"]}
+def test_a_damaged_artifact_is_described_and_diagnosed_all_the_same(tmp_path: Path) -> None:
+    """Of its graphs one is gone, and another is none."""
+    stub, leaf = copy_of("elasticity", tmp_path), tmp_path / "elasticity/cpu/float64"
+    (leaf / "elasticity.pt2").unlink()
+    (leaf / "elasticity_jvp.pt2").write_bytes(b"no package")
+    report, diagnosis = answer("inspect", stub), answer("doctor", stub, status=1)
+    files = {f["name"]: f["bytes"] for f in report["segments"][0]["files"]}
     assert files == {"elasticity.pt2": None, "elasticity_jvp.pt2": 10}
-    tree = printed("inspect", stub)[0]
-    assert "elasticity.pt2  missing" in tree
     # What the doctor says of it, the tree says too.
-    wrong = [found["says"] for found in findings(answer("doctor", stub, status=1), "artifact")]
-    assert answer("inspect", stub)["leaves"][0]["faults"] == wrong
-    assert len(wrong) == 2 and all(text in tree for text in wrong)
+    assert not diagnosis["artifact"]["runs"]
+    first, second = wrong = [found["says"] for found in findings(diagnosis, "artifact")]
+    assert "no such file" in first and "elasticity_jvp.pt2" in second
+    assert all("compile the model again" in says or "Copy" in says for says in wrong)
+    assert report["leaves"][0]["faults"] == wrong
+    tree = printed("inspect", stub)[0]
+    assert all(text in tree for text in (*wrong, "elasticity.pt2  missing"))
+    assert printed("doctor", stub, status=1)[0].splitlines()[-1].startswith("2 problem(s), see above")
     (tmp_path / "elasticity/metadata.json").write_text("{")
     assert "metadata.json" in refused("inspect", stub, status=1)
+    assert answer("doctor", stub, status=1)["artifact"] is None
 
 
 def test_a_seal_is_reported_and_kept(tmp_path: Path) -> None:
@@ -104,10 +106,6 @@ def test_a_seal_is_reported_and_kept(tmp_path: Path) -> None:
 # -- doctor --------------------------------------------------------------------------------------------------------
 
 
-def findings(diagnosis: Any, subject: str) -> list[Any]:
-    return [finding for finding in diagnosis["findings"] if finding["subject"] == subject]
-
-
 def test_a_healthy_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = stub_of("viscoplasticity")
     diagnosis = answer("doctor", stub)
@@ -122,51 +120,39 @@ def test_a_healthy_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, printed("doctor", stub)[0].splitlines())) <= 80
 
 
-# What is set, and of each subject that it spoils: level, what is said, and the cure.
-BROKEN: list[tuple[dict[str, str], dict[str, tuple[str, str, str]]]] = [
-    (
-        {"NEML2_AOTI_PLUGIN": "0", "NEML2_AOTI_PLUGIN_KERNELS": "fast", "CXX": "no-such-compiler"},
-        {
-            "plugin": ("problem", "switched off", "unset NEML2_AOTI_PLUGIN"),
-            "solves": ("problem", "'fast'", "unset NEML2_AOTI_PLUGIN_KERNELS"),
-            "compiler": ("advice", "not on the PATH", "CXX"),
-        },
-    ),
-    (
-        {
-            "NEML2_LOGS": "bogus=info",
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-            "PYTHONPATH": "with an llvmlite that fails",
-            "NEML2_AOTI_PLUGIN_KERNELS": "",
-        },
-        {
-            "neml2": ("problem", "cannot be imported", "NEML2_LOGS"),
-            "solves": ("advice", "ImportError: broken on purpose", "pip install -U llvmlite"),
-            "torch": ("advice", "loads no entry points", "import neml2_aoti_plugin"),
-        },
-    ),
+# Of each subject that is spoilt: the variables that do it, the level, what is said, and the cure.
+KERNELS, LLVMLITE = "NEML2_AOTI_PLUGIN_KERNELS", {"PYTHONPATH": "with an llvmlite that fails"}
+BROKEN: list[dict[str, tuple[dict[str, str], str, str, str]]] = [
+    {
+        "plugin": ({"NEML2_AOTI_PLUGIN": "0"}, "problem", "switched off", "unset NEML2_AOTI_PLUGIN"),
+        "solves": ({KERNELS: "fast"}, "problem", "'fast'", f"unset {KERNELS}"),
+        "compiler": ({"CXX": "no-such-compiler"}, "advice", "not on the PATH", "CXX"),
+    },
+    {
+        "neml2": ({"NEML2_LOGS": "bogus=info"}, "problem", "cannot be imported", "NEML2_LOGS"),
+        "solves": ({KERNELS: "", **LLVMLITE}, "advice", "Error: broken on purpose", "pip install -U llvmlite"),
+        "torch": ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "advice", "loads no entry p", "import neml2_aoti_plugin"),
+    },
 ]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("variables", "spoilt"), BROKEN)
-def test_broken_environments(
-    variables: dict[str, str], spoilt: dict[str, tuple[str, str, str]], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("spoilt", BROKEN)
+def test_broken_environments(spoilt: dict[str, tuple[dict[str, str], str, str, str]], tmp_path: Path) -> None:
+    variables = {name: value for given, *_ in spoilt.values() for name, value in given.items()}
+    known = {name: value for name, value in variables.items() if name not in ("CXX", "PYTHONPATH")}
     if "PYTHONPATH" in variables:
         (tmp_path / "llvmlite").mkdir()
         (tmp_path / "llvmlite/__init__.py").write_text("raise ImportError('broken on purpose')")
-        variables = {**variables, "PYTHONPATH": str(tmp_path)}
+        variables["PYTHONPATH"] = str(tmp_path)
     command = [sys.executable, "-m", "neml2_aoti_plugin", "doctor", "--json"]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     document = json.loads(done.stdout)
     require_form(document["result"], "doctor")
     assert done.returncode == document["status"] == 1, done.stderr
-    by_subject = {finding["subject"]: finding for finding in document["result"]["findings"]}
-    for subject, (level, says, cure) in spoilt.items():
-        found = by_subject[subject]
+    for subject, (_, level, says, cure) in spoilt.items():
+        (found,) = findings(document["result"], subject)
         assert found["level"] == level and says in found["says"] and cure in found["cure"], found
-    known = {name: value for name, value in variables.items() if name not in ("CXX", "PYTHONPATH")}
     assert document["result"]["variables"].items() >= known.items()
 
 
@@ -192,26 +178,11 @@ def test_threads_that_wait_for_each_other() -> None:
     assert finding["cure"] == f"export OMP_NUM_THREADS={len(os.sched_getaffinity(0))}"
 
 
-def test_an_artifact_that_cannot_run(tmp_path: Path) -> None:
-    stub = damaged_copy(tmp_path)
-    diagnosis = answer("doctor", stub, status=1)
-    assert not diagnosis["artifact"]["runs"]
-    first, second = findings(diagnosis, "artifact")
-    assert "no such file" in first["says"] and "elasticity_jvp.pt2" in second["says"]
-    assert all("compile the model again" in f["says"] or "Copy" in f["says"] for f in (first, second))
-    assert printed("doctor", stub, status=1)[0].splitlines()[-1].startswith("2 problem(s), see above")
-    (tmp_path / "elasticity/metadata.json").write_text("{")
-    assert answer("doctor", stub, status=1)["artifact"] is None
-
-
 @pytest.mark.processes
 def test_the_binding_is_tried() -> None:
     """On whatever torch this is: what is tried must be what was measured."""
     diagnosis = answer("doctor", stub_of("viscoplasticity"), "--try-binding")
-    begins = {
-        "works": "works: called, its outputs are within",
-        "imports, then reads wrong": "fails at the call",
-        "does not import": "fails at the import",
-    }
+    begins = {"works": "works: called, its outputs are within", "imports, then reads wrong": "fails at the call"}
+    begins["does not import"] = "fails at the import"
     measured = [tried for said, tried in begins.items() if diagnosis["plugin"]["native_binding"].startswith(said)]
     assert all(diagnosis["binding"].startswith(tried) for tried in measured)
