@@ -273,8 +273,8 @@ def test_compiled_graphs_fail_now_and_then(
     segment = caller_of(case.load()).program.implicit[0]
     segment.guess(state, rows)
     u, g = segment.unknowns.pack(state, rows)[0], segment.givens.pack(state, rows)[0]
-    assert segment.graphs.jacobian is not None
-    graphs = [segment.graphs.residual.library(), segment.graphs.jacobian.library(), None, None]
+    files = segment.spec.residual, segment.spec.step.jacobian
+    graphs = [*(segment.graphs[file].library() for file in files), None, None]
     fails, executor = failing
     means = Means(machine_code.load(), tensor_functions(), executor)
     solver = BlockSolver(Block(graphs, [u.shape[1]], [g.shape[1]]), means, most=1024)

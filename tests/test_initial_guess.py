@@ -178,7 +178,8 @@ def test_a_predictor_of_another_model_is_refused_as_such(monkeypatch: pytest.Mon
     case = references.case("viscoplasticity")
     model = case.load()
     segment = caller_of(model).program.implicit[0]
-    predictor = segment.predictor
+    file = segment.spec.predictor.file
+    predictor = segment.graphs[file]
 
     class OneMore:
         file = predictor.file
@@ -187,7 +188,7 @@ def test_a_predictor_of_another_model_is_refused_as_such(monkeypatch: pytest.Mon
             outputs = predictor(*arguments)
             return [*outputs, outputs[0]]
 
-    monkeypatch.setattr(segment, "predictor", OneMore())
+    monkeypatch.setitem(segment.graphs, file, OneMore())
     with pytest.raises(ArtifactError, match=r"predictor\.pt2: predictor returned 3 outputs, expected 2\. The package"):
         model.forward(case.rows())
 

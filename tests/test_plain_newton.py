@@ -20,6 +20,7 @@ from neml2_aoti_plugin import Model
 from neml2_aoti_plugin._program import implicit
 from neml2_aoti_plugin._program.program import BLOCK_ROWS
 from neml2_aoti_plugin._program.sensitivity import SolvedSegment
+from neml2_aoti_plugin._program.systems import system_of
 from neml2_aoti_plugin._solve.system import row_norms
 from neml2_aoti_plugin.model import Solution
 from references import Case, Tensors
@@ -139,11 +140,12 @@ def solved(model: Model, rows: Tensors, monkeypatch: pytest.MonkeyPatch) -> Solv
         patch.setattr(implicit.ImplicitSegment, "solve", noted)
         found = model.solve(rows)
     segment, last = solves[-1]
-    b = segment.graphs.system(last.givens, last.parameters).residual(last.unknowns)
+    system = system_of(segment.spec, segment.graphs, last.givens, last.parameters, segment.layouts, as_native=False)
+    b = system.residual(last.unknowns)
     assert model.solver is not None
     limit = (model.solver.rtol * last.statistics.norm0).clamp(min=model.solver.atol)
     unknowns = torch.cat([x.reshape(len(x), -1) for x in last.unknowns], 1)
-    return Solved(found, unknowns, row_norms(b, segment.graphs.layouts[1]), limit)
+    return Solved(found, unknowns, row_norms(b, segment.layouts[1]), limit)
 
 
 def require_what_plain_newton_solves(name: str, count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -13,6 +13,7 @@ import references
 from attacks.children import run
 from neml2_aoti_plugin import ConvergenceError, InputError, Model
 from neml2_aoti_plugin._program.implicit import ImplicitSegment
+from neml2_aoti_plugin._program.sensitivity import Sensitivity
 from neml2_aoti_plugin.model import Outcome
 from neml2_aoti_plugin.model import _outcomes as outcomes
 from neml2_aoti_plugin.model._outcomes import Given, reasons
@@ -83,7 +84,7 @@ def test_a_row_whose_derivatives_are_not_finite_fails_where_they_are_asked_for(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = references.case("viscoplasticity")
-    model, rows, carry = case.load(), case.rows(), ImplicitSegment.carry
+    model, rows, carry = case.load(), case.rows(), Sensitivity.carry
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
         found = carry(*arguments, **options)
@@ -93,7 +94,7 @@ def test_a_row_whose_derivatives_are_not_finite_fails_where_they_are_asked_for(
                 column[2] = NAN
         return found
 
-    monkeypatch.setattr(ImplicitSegment, "carry", spoiled)
+    monkeypatch.setattr(Sensitivity, "carry", spoiled)
     assert bool(model.solve(rows).converged.all())
     found = model.solve(rows, jacobian=True)
     assert (~found.converged).nonzero().tolist() == [[2]] and int(found.outcome[2]) == Outcome.NOT_FINITE

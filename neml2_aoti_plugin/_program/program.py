@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _log as log
 from .._artifact.package import Package
-from .._artifact.schema import ExplicitInfo, ImplicitInfo, Metadata, Variable
+from .._artifact.schema import ExplicitInfo, ImplicitInfo, Metadata
 from .._graphs.graph import Graph, NativeGraph, PinnedGraph
 from .._graphs.threads import cut, one_thread, run_all
-from .._solve.outcome import RowStatistics, Solved, blank, first_failure
+from .._solve.outcome import RowStatistics, Solved, first_failure
 from .._solve.tables import VECTOR
 from ..errors import InputError
 from ..settings import NewtonSettings
 from . import substepping
 from .explicit import ExplicitSegment
 from .implicit import MAX_ROWS, ImplicitSegment
-from .values import Columns, Packing, Seed, Tangents, Values, dense, put, select
+from .values import Columns, Packing, Seed, State, Tangents, Values, dense, select
 
 # A block's vectors and matrices are to stay in a core's cache while Newton's method goes over them again and again; yet
 # it must have rows enough that the work in Python, which hardly depends on their number, is a small part. Its size does
@@ -57,9 +58,33 @@ def block_rows(segments: Iterable[ImplicitInfo]) -> int:
     return min(max(BYTES // (8 * entries), MIN_ROWS), MAX_ROWS) // VECTOR * VECTOR
 
 
+def _traced(metadata: Metadata, packages: Mapping[str, Package]) -> tuple[torch.dtype, tuple[int | None, ...]]:
+    """The true dtype and the traced batch axes, from the first graph: the metadata does not tell them."""
+    first = metadata.segments[0]
+    if isinstance(first, ExplicitInfo):
+        known = {v.name: v for v in metadata.inputs}
+        ranks = {i: len(known[name].natural_shape) for i, name in enumerate(first.taken) if name in known}
+        file = first.value
+    else:
+        group = first.unknowns[0]
+        ranks = {0: 1 if group.structure == "dense" else len(group.sub_batch_shape) + 1}
+        file = first.residual
+    signature = packages[file].signature
+    if signature is None or not ranks or max(ranks) >= len(signature.arguments):
+        return torch.float64, (None,)
+    place, rank = next(iter(ranks.items()))
+    argument = signature.arguments[place]
+    return argument.dtype, argument.extents[: len(argument.extents) - rank]
+
+
+def _files_to_run(metadata: Metadata) -> frozenset[str]:
+    """The packages of the graphs that are called; what contracts cotangents in a graph is not."""
+    return metadata.files - {spec.param_vjp_package for spec in metadata.segments if isinstance(spec, ExplicitInfo)}
+
+
 @dataclass(frozen=True)
 class SegmentOutcome:
-    """One segment's solve over some rows."""
+    """One segment's solve over some rows: how they fared, and what they came to before any increment was cut."""
 
     segment: int
     unknowns: Packing
@@ -67,13 +92,13 @@ class SegmentOutcome:
     tried: Solved
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
     """How the implicit segments fared."""
 
     rows: int
     # The outcomes of some rows, with the place of these in the batch; None for all of it.
-    parts: list[tuple[Tensor | slice | None, list[SegmentOutcome]]] = field(default_factory=list)
+    parts: list[tuple[Tensor | slice | None, list[SegmentOutcome]]]
 
     @property
     def all_converged(self) -> bool:
@@ -82,54 +107,43 @@ class Report:
 
     def statistics(self) -> tuple[RowStatistics, Tensor]:
         """How each row fared over all segments, and the index of the segment that failed first, else -1, `(rows,)`."""
-        place, outcomes = self.parts[0]
-        if place is None and len(outcomes) == 1:
-            only = outcomes[0]
-            return only.statistics, torch.where(only.statistics.converged, -1, only.segment)
-        whole = blank(self.rows, outcomes[0].statistics.norm)
-        segment = torch.full_like(whole.iterations, -1)
-        for place, outcomes in self.parts:
-            found, index = first_failure([outcome.statistics for outcome in outcomes])
-            where = slice(None) if place is None else place
-            whole.record[where], whole.norms[where] = found.record, found.norms
-            indices = torch.tensor([o.segment for o in outcomes] + [-1], device=index.device)
-            segment[where] = indices[index]
-        return whole, segment
+        record, norms, segment = self._joined(_first_failure)
+        return RowStatistics(record, norms, self.all_converged), segment
 
     def tried(self) -> Tensor:
         """Rows that converged without substepping, bool, `(rows,)`."""
-
-        def all_of(outcomes: list[SegmentOutcome]) -> Tensor:
-            return torch.stack([outcome.tried.statistics.converged for outcome in outcomes]).all(0)
-
-        return self._over(all_of)
+        return self._joined(lambda found: [torch.stack([o.tried.statistics.converged for o in found]).all(0)])[0]
 
     def unknowns(self) -> dict[str, Tensor]:
         """Last iterate of each unknown, without substepping, `(rows, ...)`."""
+        names = [name for outcome in self.parts[0][1] for name in outcome.unknowns.names]
+        tensors = self._joined(lambda found: [x for o in found for x in o.unknowns.unpack(o.tried.unknowns).values()])
+        return dict(zip(names, tensors, strict=True))
 
-        def one(name: str, outcomes: list[SegmentOutcome]) -> Tensor:
-            found: dict[str, Tensor] = {}
-            for outcome in outcomes:
-                found.update(outcome.unknowns.unpack(outcome.tried.unknowns))
-            return found[name]
-
-        names = dict.fromkeys(name for _, outcomes in self.parts for o in outcomes for name in o.unknowns.names)
-        return {name: self._over(partial(one, name)) for name in names}
-
-    def _over(self, of: Callable[[list[SegmentOutcome]], Tensor]) -> Tensor:
-        """Put what a part says in its place."""
-        whole: Tensor | None = None
+    def _joined(self, of: Callable[[list[SegmentOutcome]], list[Tensor]]) -> list[Tensor]:
+        """What the parts say, each in its place."""
+        whole: list[Tensor] = []
         for place, outcomes in self.parts:
-            value = of(outcomes)
+            found = of(outcomes)
             if place is None:
-                return value
-            whole = value.new_empty((self.rows, *value.shape[1:])) if whole is None else whole
-            whole[place] = value
-        assert whole is not None, "a report has a part"
+                return found
+            whole = whole or [x.new_empty((self.rows, *x.shape[1:])) for x in found]
+            for x, into in zip(found, whole, strict=True):
+                into[place] = x
         return whole
 
 
-@dataclass
+def _first_failure(outcomes: list[SegmentOutcome]) -> list[Tensor]:
+    """Record and norms of rows over all segments, and the index of the segment that failed first, else -1."""
+    if len(outcomes) == 1:
+        only = outcomes[0].statistics
+        return [only.record, only.norms, torch.where(only.converged, -1, outcomes[0].segment)]
+    found, index = first_failure([outcome.statistics for outcome in outcomes])
+    indices = torch.tensor([outcome.segment for outcome in outcomes] + [-1], device=index.device)
+    return [found.record, found.norms, indices[index]]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What an evaluation gives."""
 
@@ -147,43 +161,32 @@ class Program:
     def __init__(
         self, metadata: Metadata, packages: Mapping[str, Package], device: torch.device, lockstep: bool
     ) -> None:
-        self.metadata = metadata
-        self.lockstep = lockstep
-        self.device = device
-        self._packages = packages
-        self._graphs: dict[str, Graph] = {}
-        self.batch_axes: tuple[int | None, ...] = (None,)
-        self.dtype = torch.float64
-        self._trace_facts()
+        self.metadata, self.device = metadata, device
+        self._base_ranks = {p.name: len(p.base_shape) for p in metadata.parameters}
+        self.dtype, self.batch_axes = _traced(metadata, packages)
+        # The graphs by name of the package; one object however often it is named.
+        self.graphs: dict[str, Graph] = {}
+        implicit = [spec for spec in metadata.segments if isinstance(spec, ImplicitInfo)]
+        for file in sorted(_files_to_run(metadata)):
+            if self.batch_axes != (None,):
+                self.graphs[file] = graph = PinnedGraph(packages[file], device, self.batch_axes)
+                log.emit("model", "info", f"{file}: run by torch's runner, since {graph.obstacle()}")
+            else:
+                self.graphs[file] = (Graph if lockstep else NativeGraph)(packages[file], device)
         self.segments: list[ExplicitSegment | ImplicitSegment] = []
-        implicit = [spec for spec in metadata.segments if not isinstance(spec, ExplicitInfo)]
-        given = [given for spec in implicit for given in spec.roles]
-        known = {variable.name: variable for variable in (*given, *metadata.outputs)}
+        known = {v.name: v for v in (*(given for spec in implicit for given in spec.roles), *metadata.outputs)}
         for spec in metadata.segments:
             if isinstance(spec, ExplicitInfo):
-                self.segments.append(ExplicitSegment(spec, self.graph, self._takes_rows_of_parameters(spec), known))
+                self.segments.append(ExplicitSegment(spec, self.graphs, self._takes_rows_of_parameters(spec), known))
             else:
-                self.segments.append(ImplicitSegment(spec, self.graph, device, self.dtype, lockstep))
+                self.segments.append(ImplicitSegment(spec, self.graphs, device, self.dtype, lockstep))
         self._common = {name for segment in self.segments for name in segment.common_parameters}
-        self._base_ranks = {p.name: len(p.base_shape) for p in metadata.parameters}
         self.implicit = [s for s in self.segments if isinstance(s, ImplicitSegment)]
-        unknowns = {v.name for s in self.implicit for v in s.spec.unknown_variables}
+        unknowns = {v.name for spec in implicit for v in spec.unknown_variables}
         # Unknowns whose initial guess a caller may give, although they are no inputs.
         self.initial_guesses = frozenset(unknowns - {v.name for v in metadata.inputs})
         # Rows to solve at a time; None for all of them.
-        blockwise = self.implicit and not lockstep and device.type == "cpu"
-        self.block = block_rows(segment.spec for segment in self.implicit) if blockwise else None
-
-    def graph(self, file: str) -> Graph:
-        """The graph of a file of the leaf; one object however often it is named."""
-        if file not in self._graphs:
-            package = self._packages[file]
-            if self.batch_axes != (None,):
-                self._graphs[file] = PinnedGraph(package, self.device, self.batch_axes)
-                log.emit("model", "info", f"{file}: run by torch's runner, since {self._graphs[file].obstacle()}")
-            else:
-                self._graphs[file] = (Graph if self.lockstep else NativeGraph)(package, self.device)
-        return self._graphs[file]
+        self.block = block_rows(implicit) if implicit and not lockstep and device.type == "cpu" else None
 
     def by_runner(self) -> dict[str, str]:
         """The graphs that torch's runner runs for what they are, by name of the package, with the reason.
@@ -193,36 +196,16 @@ class Program:
         specs = [segment.spec for segment in self.implicit]
         parts = [part for spec in specs for part in (spec.step, spec.sensitivity, spec.parameter_sensitivity)]
         solves = {getattr(part, name, None) for part in parts for name in ("solve", "solver")}
-        found = {file: graph.obstacle() for file, graph in self._graphs.items() if file not in solves}
+        found = {file: graph.obstacle() for file, graph in self.graphs.items() if file not in solves}
         return {file: reason for file, reason in found.items() if reason}
-
-    def _trace_facts(self) -> None:
-        """Learn the traced batch axes and the true dtype from the first graph: the metadata does not tell them."""
-        first = self.metadata.segments[0]
-        if isinstance(first, ExplicitInfo):
-            known: dict[str, Variable] = {v.name: v for v in self.metadata.inputs}
-            ranks = {i: len(known[name].natural_shape) for i, name in enumerate(first.taken) if name in known}
-            file = first.value
-        else:
-            group = first.unknowns[0]
-            ranks = {0: 1 if group.structure == "dense" else len(group.sub_batch_shape) + 1}
-            file = first.residual
-        signature = self._packages[file].signature
-        if signature is None or not ranks or max(ranks) >= len(signature.arguments):
-            return
-        place, rank = next(iter(ranks.items()))
-        argument = signature.arguments[place]
-        self.dtype = argument.dtype
-        self.batch_axes = argument.extents[: len(argument.extents) - rank]
 
     def _takes_rows_of_parameters(self, segment: ExplicitInfo) -> bool:
         """Whether an explicit graph takes promoted parameters with the batch axes, or as stored."""
-        signature = self.graph(segment.value).signature if segment.parameters else None
+        signature = self.graphs[segment.value].signature if segment.parameters else None
         if signature is None or len(signature.arguments) != len(segment.taken):
             return True
-        base_ranks = {p.name: len(p.base_shape) for p in self.metadata.parameters}
         return all(
-            len(argument.extents) == base_ranks[name] + len(self.batch_axes)
+            len(argument.extents) == self._base_ranks[name] + len(self.batch_axes)
             for argument, name in zip(signature.arguments, segment.taken, strict=True)
             if name in segment.parameters
         )
@@ -243,24 +226,20 @@ class Program:
         are wanted; `by` names parameters to differentiate by; `settings` stand in place of the artifact's.
         """
         values = Values(parameters, self._base_ranks)
-        names, seeds = list(wanted), frozenset(by)
-        parts = list(self.parts(values, rows))
-        if len(parts) == 1 and parts[0][0] is None:
+        run = partial(self._run, wanted=list(wanted), settings=settings, by=frozenset(by))
+        parts = self._parts(values, rows)
+        if not parts:
             # An operator of few rows stays in this thread in any case.
             with one_thread() if self.block is not None and rows >= LEAST_ROWS else nullcontext():
-                return self._run(dict(state), values, rows, names, settings, tangents, seeds)
-        room = _Room(rows, len(parts))
+                return run(dict(state), values, rows, tangents)
+        room = _Room(rows)
 
-        def task(number: int, index: Tensor | slice, fixed: dict[str, Tensor]) -> None:
-            part_state = {name: value[index] for name, value in state.items()}
-            part_tangents = None if tangents is None else select(tangents, index)
-            count = next(iter(part_state.values())).shape[0] if part_state else rows
-            part = self._run(part_state, values.take(index, fixed), count, names, settings, part_tangents, seeds)
-            room.write(number, index, part)
+        def task(index: Tensor | slice, fixed: dict[str, Tensor]) -> None:
+            some = {name: value[index] for name, value in state.items()}
+            count = len(next(iter(some.values()))) if some else rows
+            room.write(index, run(some, values.take(index, fixed), count, tangents and select(tangents, index)))
 
-        tasks = [
-            partial(task, number, index, fixed) for number, (index, fixed) in enumerate(parts) if index is not None
-        ]
+        tasks = [partial(task, *part) for part in parts]
         if self.block is not None and rows >= LEAST_ROWS * len(tasks):
             run_all(tasks)
         else:
@@ -268,44 +247,44 @@ class Program:
                 one()
         return room.whole()
 
-    def parts(self, values: Values, rows: int) -> Iterator[tuple[Tensor | slice | None, dict[str, Tensor]]]:
-        """Cut the rows into those that share the parameters which graphs take only once, and into blocks."""
-        varying = values.per_row(self._common)
-        if not varying or rows == 0:
-            fixed = {name: values[name].new_empty(values[name].shape[1:]) for name in varying}
-            yield from ((part, fixed) for part in self._blocks(rows, whole=not varying))
-            return
-        stacked = torch.cat([values[name].reshape(rows, -1).to(torch.float64) for name in varying], -1)
-        kinds, kind = torch.unique(stacked, dim=0, return_inverse=True)
-        for k in range(kinds.shape[0]):
-            members = (kind == k).nonzero().squeeze(-1)
-            fixed = {name: values[name][members[0]] for name in varying}
-            for part in self._blocks(len(members), whole=False):
-                yield members[part], fixed
+    def _parts(self, values: Values, rows: int) -> list[tuple[Tensor | slice, dict[str, Tensor]]]:
+        """Cut the rows into those that share the parameters which graphs take only once, and into blocks.
 
-    def _blocks(self, rows: int, *, whole: bool) -> Iterator[slice | None]:
-        parts = [slice(0, rows)] if self.block is None else list(cut(rows, self.block))
-        yield from (parts if len(parts) > 1 or not whole else [None])
+        With each part the values of these parameters; nothing where all rows are one part.
+        """
+        names = values.per_row(self._common)
+        varying = dict(zip(names, values.common(names), strict=True))
+        if not varying or rows == 0:
+            fixed = {name: value.new_empty(value.shape[1:]) for name, value in varying.items()}
+            blocks = list(cut(rows, self.block or max(rows, 1)))
+            return [(block, fixed) for block in blocks] if varying or len(blocks) > 1 else []
+        stacked = torch.cat([value.reshape(rows, -1).to(torch.float64) for value in varying.values()], -1)
+        kinds, kind = torch.unique(stacked, dim=0, return_inverse=True)
+        parts: list[tuple[Tensor | slice, dict[str, Tensor]]] = []
+        for k in range(len(kinds)):
+            members = (kind == k).nonzero().squeeze(-1)
+            fixed = {name: value[members[0]] for name, value in varying.items()}
+            parts += [(members[block], fixed) for block in cut(len(members), self.block or rows)]
+        return parts
 
     def _run(
         self,
-        state: dict[str, Tensor],
+        state: State,
         values: Values,
         rows: int,
+        tangents: Mapping[str, Columns] | None,
+        *,
         wanted: list[str],
         settings: NewtonSettings | None,
-        tangents: Mapping[str, Columns] | None,
         by: frozenset[str],
     ) -> Evaluation:
+        """Evaluate the segments for one part of the rows; `state` is filled."""
         carried: Tangents | None = None if tangents is None else dict(tangents)
         given = self.initial_guesses.intersection(state)
         outcomes: list[SegmentOutcome] = []
         for i, segment in enumerate(self.segments):
             if isinstance(segment, ExplicitSegment):
-                if carried is None:
-                    segment.run(state, values, rows)
-                else:
-                    segment.run_with_tangents(state, values, rows, carried, by)
+                segment.run(state, values, rows, carried, by)
                 continue
             used = settings or segment.spec.newton
             if segment.spec.max_substepping_level > 0:
@@ -314,47 +293,42 @@ class Program:
                 solved = segment.solve(state, values, rows, used, given, carried)
                 statistics, tried = solved.statistics, Solved(solved.unknowns, solved.statistics)
                 if carried is not None:
-                    carried.update(segment.carry(solved, values, carried, by))
+                    carried.update(segment.sensitivity.carry(solved, values, carried, by))
             outcomes.append(SegmentOutcome(i, segment.unknowns, statistics, tried))
         found: dict[str, dict[Seed, Tensor]] = {}
         if carried is not None:
             found = {name: dense(carried.get(name, {}), state[name]) for name in wanted}
-        report = Report(rows, [(None, outcomes)]) if outcomes else None
-        return Evaluation({name: state[name] for name in wanted}, found, report)
+        return Evaluation(
+            {name: state[name] for name in wanted}, found, Report(rows, [(None, outcomes)]) if outcomes else None
+        )
 
 
 class _Room:
     """Where blocks of rows, evaluated in any order by any thread, put their results."""
 
-    def __init__(self, rows: int, blocks: int) -> None:
-        self._rows = rows
-        self._lock = threading.Lock()
+    def __init__(self, rows: int) -> None:
+        self._rows, self._lock = rows, threading.Lock()
         self._values: dict[str, Tensor] = {}
         self._tangents: dict[str, dict[Seed, Tensor]] = {}
-        self._outcomes: list[tuple[Tensor | slice | None, list[SegmentOutcome]] | None] = [None] * blocks
+        self._outcomes: list[tuple[Tensor | slice | None, list[SegmentOutcome]]] = []
 
-    def write(self, number: int, index: Tensor | slice, part: Evaluation) -> None:
+    def write(self, index: Tensor | slice, part: Evaluation) -> None:
         """Put the results of a block in their places."""
+        targets: list[tuple[Tensor, Tensor]] = []
         with self._lock:
-            for name, value in part.values.items():
-                if name not in self._values:
-                    self._values[name] = value.new_empty((self._rows, *value.shape[1:]))
-            for name, columns in part.tangents.items():
-                into = self._tangents.setdefault(name, {})
-                for seed, column in columns.items():
-                    if seed not in into:
-                        into[seed] = column.new_zeros((self._rows, *column.shape[1:]))
-        for name, value in part.values.items():
-            put(self._values[name], index, value)
-        for name, columns in part.tangents.items():
-            for seed, column in columns.items():
-                put(self._tangents[name][seed], index, column)
-        if part.report is not None:
-            ((_, outcomes),) = part.report.parts
-            self._outcomes[number] = index, outcomes
+            dicts: list[tuple[dict[Any, Tensor], dict[Any, Tensor]]] = [(self._values, part.values)]
+            dicts += [(self._tangents.setdefault(name, {}), columns) for name, columns in part.tangents.items()]
+            for into, found in dicts:
+                for key, x in found.items():
+                    if key not in into:
+                        into[key] = x.new_zeros((self._rows, *x.shape[1:]))
+                    targets.append((into[key], x))
+            if part.report is not None:
+                self._outcomes += [(index, outcomes) for _, outcomes in part.report.parts]
+        for target, x in targets:
+            target[index] = x
 
     def whole(self) -> Evaluation:
         """The results of all blocks."""
-        # A model without implicit segments has no outcomes.
-        outcomes = [one for one in self._outcomes if one is not None]
-        return Evaluation(self._values, self._tangents, Report(self._rows, outcomes) if outcomes else None)
+        report = Report(self._rows, self._outcomes) if self._outcomes else None
+        return Evaluation(self._values, self._tangents, report)

@@ -8,6 +8,7 @@ others solve its two halves. Derivatives go the same way, for all that is done t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -19,14 +20,18 @@ from .._solve.outcome import Outcome, RowStatistics, Solved, blank
 from ..errors import ArtifactError
 from ..settings import NewtonSettings
 from .implicit import ImplicitSegment
-from .values import Columns, Tangents, Values, combine, dense, select
+from .values import Seed, State, Tangents, Values, dense
 
 _LAG = re.compile(r"^(?P<name>.+)~(?P<lag>[1-9]\d*)$")
+
+# A variable `(rows, ...)`, under VALUE, with its derivatives `(rows, entries, m)` under their seeds.
+Carried = dict[Seed, Tensor]
+VALUE: Seed = ("value", "")
 
 
 def solve(
     segment: ImplicitSegment,
-    state: dict[str, Tensor],
+    state: State,
     values: Values,
     rows: int,
     settings: NewtonSettings,
@@ -40,9 +45,10 @@ def solve(
     increment = _Increment(segment, state, values, rows, settings, given, tangents, parameters)
     whole = torch.arange(rows, device=increment.statistics.record.device)
     increment.solve_part(0.0, 1.0, whole, 0)
-    state.update(increment.unknowns)
-    if tangents is not None:
-        tangents.update({name: increment.unknown_tangents.get(name, {}) for name in increment.unknowns})
+    for name, found in increment.unknowns.items():
+        state[name] = found.pop(VALUE)
+        if tangents is not None:
+            tangents[name] = {**found}
     statistics = replace(increment.statistics, all_converged=bool(increment.statistics.converged.all()))
     if log.enabled("substep", "info") and statistics.all_converged:
         what = "value" if tangents is None else "jacobian"
@@ -62,7 +68,7 @@ class _Increment:
     def __init__(
         self,
         segment: ImplicitSegment,
-        state: dict[str, Tensor],
+        state: State,
         values: Values,
         rows: int,
         settings: NewtonSettings,
@@ -72,40 +78,43 @@ class _Increment:
     ) -> None:
         self.spec = spec = segment.spec
         self._segment, self._values, self._settings, self._parameters = segment, values, settings, parameters
-        # All variables of the call at the increment's ends, and their derivatives where they are wanted.
-        self._state, self._tangents = state, tangents
         # Unknowns whose initial guess the caller gave; it serves the increment as a whole.
         self._given = given
+        self._differentiated = tangents is not None
+        # All variables of the call at the increment's ends.
+        self._ends: dict[str, Carried] = {}
+        for name, value in state.items():
+            columns = dense((tangents or {}).get(name, {}), value)
+            self._ends[name] = {VALUE: value, **{seed: x.expand(rows, -1, -1) for seed, x in columns.items()}}
         like = next(iter(state.values()))
-        self.unknowns = {v.name: like.new_zeros((rows, *v.natural_shape)) for v in spec.unknown_variables}
-        self.unknown_tangents: Tangents = {}
+        self.unknowns: dict[str, Carried] = {
+            v.name: {VALUE: like.new_zeros((rows, *v.natural_shape))} for v in spec.unknown_variables
+        }
         self.statistics = blank(rows, like)
         self.solves = self.depth = self.substepped = 0
         self.first: Solved | None = None
         # Givens with a lag, and initial guesses, at the start of each row's current subincrement: what the one before
         # it ended with; of the first one the caller's.
         names = (*(g.name for g in spec.roles), *(spec.predictor.inputs if spec.predictor else ()))
-        self._past = {name: state[name].clone() for name in dict.fromkeys(names) if _lag(name) and name in state}
-        self._past.update({name: state.get(name, zero).clone() for name, zero in self.unknowns.items()})
-        # One block per row, so that rows can be written.
-        self._past_tangents: Tangents = {
-            name: {seed: c.expand(rows, -1, -1).clone() for seed, c in dense(columns, self._past[name]).items()}
-            for name, columns in (tangents or {}).items()
-            if name in self._past
-        }
+        past = {name: self._ends[name] for name in names if _lag(name) and name in state}
+        past.update({name: self._ends.get(name, zero) for name, zero in self.unknowns.items()})
+        self._past = {name: {key: x.clone() for key, x in carried.items()} for name, carried in past.items()}
 
     def solve_part(self, a: float, b: float, rows: Tensor, level: int) -> None:
         """Solve the subincrement [a, b] for some rows, in halves where it does not converge."""
         self.solves += 1
         self.depth = max(self.depth, level)
-        local = {name: value[rows] for name, value in self._state.items()}
-        local.update({name: value[rows] for name, value in self._past.items()})
-        local.update(self._interpolated(local, rows, a, b))
-        values = self._values.take(rows)
+        local = {name: _taken(carried, rows) for name, carried in {**self._ends, **self._past}.items()}
+        for name, terms in _terms(self.spec.roles, a, b).items():
+            zero = torch.zeros_like(local[name][VALUE])
+            local[name] = _sum(zero, ((factor, _taken(self._ends[of], rows)) for factor, of in terms if factor))
+        state = {name: carried.pop(VALUE) for name, carried in local.items()}
+        tangents: Tangents | None = {name: {**found} for name, found in local.items()} if self._differentiated else None
+        values, cut = self._values.take(rows, {}), b - a < 1.0
         given = self._given if level == 0 else frozenset()
-        here = self._tangents_over(local, rows, a, b)
-        cut = b - a < 1.0
-        solved = self._segment.solve(local, values, len(rows), self._settings, given, here, small_steps=True, cut=cut)
+        solved = self._segment.solve(
+            state, values, len(rows), self._settings, given, tangents, small_steps=True, cut=cut
+        )
         if level == 0:
             self.first = Solved(solved.unknowns, solved.statistics)
         found, total = solved.statistics, self.statistics
@@ -120,18 +129,17 @@ class _Increment:
         total.norms[rows] = found.norms
         total.outcome[rows] = found.outcome
         if len(good):
-            if here is not None:
-                after = {**here, **self._segment.carry(solved, values, here, self._parameters, cut=cut)}
-                self._keep_tangents(after, local, rows[good], good)
-            self._advance(local, rows[good], good)
+            if tangents is not None:
+                tangents.update(self._segment.sensitivity.carry(solved, values, tangents, self._parameters, cut))
+            self._advance(state, tangents or {}, rows[good], good)
         if not len(bad):
             return
         if level == 0:
             self.substepped = len(bad)
         failing = rows[bad]
         if level >= self.spec.max_substepping_level:
-            for name, value in self.unknowns.items():
-                value[failing] = local[name][bad]
+            for name, carried in self.unknowns.items():
+                carried[VALUE][failing] = state[name][bad]
             return
         middle = 0.5 * (a + b)
         self.solve_part(a, middle, failing, level + 1)
@@ -140,45 +148,37 @@ class _Increment:
         if len(going_on):
             self.solve_part(middle, b, going_on, level + 1)
 
-    def _interpolated(self, local: dict[str, Tensor], rows: Tensor, a: float, b: float) -> dict[str, Tensor]:
-        """Values over the subincrement of the givens that are not chained."""
-        found = {}
-        for name, terms in _terms(self.spec.roles, a, b).items():
-            found[name] = sum(
-                (factor * self._state[source][rows] for factor, source in terms if factor),
-                start=torch.zeros_like(local[name]),
-            )
-        return found
+    def _advance(self, state: State, tangents: Tangents, where: Tensor, good: Tensor) -> None:
+        """Keep what the rows that converged have come to, and move their history on by one."""
+        kept = [(carried, name) for name, carried in self.unknowns.items()]
+        kept += [(carried, successor(name)) for name, carried in self._past.items()]
+        for into, name in kept:
+            if name not in state:
+                continue
+            fresh = {VALUE: state[name], **dense(tangents.get(name, {}), state[name])}
+            for key in {**into, **fresh}:
+                value = fresh.get(key)
+                if value is None:
+                    # Rows without a derivative by a seed have zero.
+                    into[key][where] = 0.0
+                    continue
+                if key not in into:
+                    into[key] = value.new_zeros((len(into[VALUE]), *value.shape[1:]))
+                into[key][where] = value[good] if value.shape[0] > 1 else value
 
-    def _advance(self, local: dict[str, Tensor], where: Tensor, good: Tensor) -> None:
-        """Keep the solution of the rows that converged, and move their history on by one."""
-        for name, value in self.unknowns.items():
-            value[where] = local[name][good]
-        for name, value in self._past.items():
-            source = successor(name)
-            if source in local:
-                value[where] = local[source][good]
 
-    def _tangents_over(self, local: dict[str, Tensor], rows: Tensor, a: float, b: float) -> Tangents | None:
-        """Derivatives of all variables of some rows over the subincrement [a, b]; None where none are wanted."""
-        whole = self._tangents
-        if whole is None:
-            return None
-        here = {**select(whole, rows), **select(self._past_tangents, rows)}
-        for name, terms in _terms(self.spec.roles, a, b).items():
-            here[name] = combine([(f, dense(select({s: whole.get(s, {})}, rows)[s], local[name])) for f, s in terms])
-        return here
+def _taken(carried: Carried, rows: Tensor) -> Carried:
+    """A variable in some rows."""
+    return {key: x[rows] for key, x in carried.items()}
 
-    def _keep_tangents(self, after: Tangents, local: dict[str, Tensor], where: Tensor, good: Tensor) -> None:
-        """Keep the derivatives of the rows that converged, and move those of their history on by one."""
-        total = len(self.statistics.outcome)
-        for name in self.unknowns:
-            _write(self.unknown_tangents.setdefault(name, {}), after[name], total, where, good)
-        for name in self._past:
-            source = successor(name)
-            if source in after and source != name:
-                columns: Columns = {**dense(after[source], local[source])}
-                _write(self._past_tangents.setdefault(name, {}), columns, total, where, good)
+
+def _sum(zero: Tensor, terms: Iterable[tuple[float, Carried]]) -> Carried:
+    """A linear combination of variables, from a value of zeros."""
+    total = {VALUE: zero}
+    for factor, carried in terms:
+        for key, x in carried.items():
+            total[key] = total[key] + factor * x if key in total else factor * x
+    return total
 
 
 def _terms(roles: tuple[Given, ...], a: float, b: float) -> dict[str, list[tuple[float, str]]]:
@@ -211,19 +211,3 @@ def successor(name: str) -> str:
         return name
     stem = name[: name.rindex("~")]
     return stem if lag == 1 else f"{stem}~{lag - 1}"
-
-
-def _write(into: Columns, columns: Columns, total: int, where: Tensor, good: Tensor) -> None:
-    """Write the derivatives of some rows; rows without one by a seed have zero."""
-    for seed in set(into) | set(columns):
-        value = columns.get(seed)
-        if value is None:
-            present = into[seed]
-            assert present is not None
-            present[where] = 0.0
-            continue
-        if seed not in into:
-            into[seed] = value.new_zeros((total, *value.shape[1:]))
-        target = into[seed]
-        assert target is not None
-        target[where] = value[good] if value.shape[0] != 1 else value.expand(len(good), -1, -1)

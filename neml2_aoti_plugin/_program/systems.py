@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -12,31 +12,35 @@ from torch import Tensor
 from .._artifact.schema import DirectStep, FusedStep, GroupInfo, ImplicitInfo, KrylovStep
 from .._graphs.graph import Graph
 from .._solve.krylov import KrylovSystem
-from .._solve.system import Direction, Group, Groups, Layout, Linearisation, System
+from .._solve.system import Direction, Group, Groups, Layout, Linearisation, System, taken
 from .._solve.tables import VECTOR
 from ..errors import AOTIError, ArtifactError
-from ..settings import KrylovSettings
 
-GraphOf = Callable[[str], Graph]
-Of = TypeVar("Of", bound="Bound")
+Of = TypeVar("Of", bound="GraphSystem")
 
 
 @dataclass(frozen=True)
-class Bound:
-    """The residual graph with all but the unknowns bound; what the systems of all kinds share."""
+class GraphSystem:
+    """What the systems of all kinds share: the graphs, by name of the package, and all but the unknowns bound."""
 
-    graphs: SystemGraphs
+    spec: ImplicitInfo
+    graphs: Mapping[str, Graph]
     # Givens, one tensor per group, `(rows, ...)`.
     g: Groups
     parameters: Sequence[Tensor]
+    # Whether all is done as by neml2's C++ runtime.
+    as_native: bool
 
     def residual(self, u: Groups) -> Groups:
-        b = self.graphs.residual([*u, *self.g], self.parameters)
-        check_arity(self.graphs.residual, b, self.graphs.residual_groups)
+        """`b = -r`; see `system.System`."""
+        graph = self.graphs[self.spec.residual]
+        b = graph([*u, *self.g], self.parameters)
+        check_arity(graph, b, len(self.spec.residuals))
         return b
 
     def take(self: Of, rows: Tensor) -> Of:
-        return type(self)(self.graphs, [x.index_select(0, rows) for x in self.g], self.parameters)
+        """The system of some rows."""
+        return replace(self, g=taken(self.g, rows))
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,7 @@ class Blocks:
         return on_sound_rows(self.graph, [*self.a, *b], self.u)
 
     def take(self, rows: Tensor) -> Linearisation:
-        a, u = ([x.index_select(0, rows) for x in groups] for groups in (self.a, self.u))
-        return Blocks(self.graph, a, u)
+        return Blocks(self.graph, taken(self.a, rows), taken(self.u, rows))
 
 
 class Factors:
@@ -75,41 +78,42 @@ class Factors:
         return Factors(self._a.index_select(0, rows), pivots)
 
 
-class DirectSystem(Bound):
+class DirectSystem(GraphSystem):
     """A Jacobian graph and a graph of the direct solve; see `system.System`."""
 
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
-        graphs, rows = self.graphs, u[0].shape[0]
-        assert graphs.jacobian is not None and graphs.solve is not None
-        a, b = graphs.linearised(graphs.jacobian, u, self.g, self.parameters)
+        step, rows = self.spec.step, u[0].shape[0]
+        assert isinstance(step, DirectStep), "made for such steps alone"
+        a, b = jacobian_blocks(self.spec, self.graphs[step.jacobian], [*u, *self.g], self.parameters)
         a = [x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in a]
-        return b, Factors(a[0]) if graphs.factored else Blocks(graphs.solve, a, u)
+        factored = is_factored(self.spec, u[0].device, self.as_native)
+        return b, Factors(a[0]) if factored else Blocks(self.graphs[step.solve], a, u)
 
 
-class FusedSystem(Bound):
+class FusedSystem(GraphSystem):
     """One graph of the whole step (older releases); see `system.System`."""
 
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
-        graphs, count = self.graphs, len(u)
-        assert graphs.step is not None
-        step = graphs.step
-        if not graphs.returns_iterate:
+        step, count = self.spec.step, len(u)
+        assert isinstance(step, FusedStep), "made for such steps alone"
+        graph = self.graphs[step.file]
+        if not step.returns_iterate:
             try:
-                outputs = step([*u, *self.g], self.parameters)
+                outputs = graph([*u, *self.g], self.parameters)
             except ArtifactError:
                 raise
             except AOTIError:
                 pass
             else:
-                check_arity(step, outputs, count + graphs.residual_groups)
+                check_arity(graph, outputs, count + len(self.spec.residuals))
                 return outputs[count:], Direction(outputs[:count])
-        found = on_sound_rows(lambda arguments: step(arguments, self.parameters)[:count], [*u, *self.g], u)
-        if graphs.returns_iterate:
+        found = on_sound_rows(lambda arguments: graph(arguments, self.parameters)[:count], [*u, *self.g], u)
+        if step.returns_iterate:
             found = [x - y for x, y in zip(found, u, strict=True)]
         return self.residual(u), Direction(found)
 
 
-class GraphProducts(Bound):
+class GraphProducts(GraphSystem):
     """Matrix-vector products and a preconditioner; see `krylov.Products`.
 
     Iterative solves enlarge what graphs round otherwise in the last rows of a call, those that do not fill a vector of
@@ -117,38 +121,60 @@ class GraphProducts(Bound):
     where all is done as by neml2's C++ runtime.
     """
 
+    @property
+    def step(self) -> KrylovStep:
+        """The graphs of the products by their names."""
+        found = self.spec.step
+        assert isinstance(found, KrylovStep), "made for such steps alone"
+        return found
+
     def _run(
-        self, graph: Graph, batched: Sequence[Tensor], parameters: Sequence[Tensor] = (), behind: Sequence[Tensor] = ()
+        self, file: str, batched: Sequence[Tensor], parameters: Sequence[Tensor] = (), behind: Sequence[Tensor] = ()
     ) -> list[Tensor]:
-        rows = batched[0].shape[0]
+        graph, rows = self.graphs[file], batched[0].shape[0]
         more = -rows % VECTOR
-        if not rows or not more or self.graphs.as_native:
+        if not rows or not more or self.as_native:
             return graph(batched, parameters, behind)
         filled = [[torch.cat([x, x[:1].expand(more, *x.shape[1:])]) for x in group] for group in (batched, behind)]
         outputs = graph(filled[0], parameters, filled[1])
         return [x[:rows] if x.shape[0] == rows + more else x for x in outputs]
 
     def residual(self, u: Groups) -> Groups:
-        b = self._run(self.graphs.residual, [*u, *self.g], self.parameters)
-        check_arity(self.graphs.residual, b, self.graphs.residual_groups)
+        b = self._run(self.spec.residual, [*u, *self.g], self.parameters)
+        check_arity(self.graphs[self.spec.residual], b, len(self.spec.residuals))
         return b
 
     def product(self, u: Groups, v: Groups) -> Sequence[Tensor]:
-        assert self.graphs.matvec is not None
-        return self._run(self.graphs.matvec, [*u, *self.g], self.parameters, v)
+        return self._run(self.step.matvec, [*u, *self.g], self.parameters, v)
 
     def set_up(self, u: Groups) -> Sequence[Tensor] | None:
-        graph = self.graphs.precond_setup
-        if graph is None or self.graphs.precond_apply is None:
+        file = self.step.precond_setup
+        if file is None:
             return None
-        count = len(u) + len(self.g) + len(self.parameters)
+        signature, count = self.graphs[file].signature, len(u) + len(self.g) + len(self.parameters)
         # neml2 traces the preconditioner without promoted parameters, although it may read them.
-        takes_them = graph.signature is not None and len(graph.signature.arguments) == count
-        return self._run(graph, [*u, *self.g], self.parameters if takes_them else ())
+        takes_them = signature is not None and len(signature.arguments) == count
+        return self._run(file, [*u, *self.g], self.parameters if takes_them else ())
 
     def precondition(self, state: Sequence[Tensor], r: Tensor) -> Tensor:
-        assert self.graphs.precond_apply is not None
-        return self._run(self.graphs.precond_apply, [*state, r])[0]
+        assert self.step.precond_apply is not None
+        return self._run(self.step.precond_apply, [*state, r])[0]
+
+
+def system_of(
+    spec: ImplicitInfo,
+    graphs: Mapping[str, Graph],
+    g: Groups,
+    parameters: Sequence[Tensor],
+    layouts: tuple[Layout, Layout],
+    as_native: bool,
+) -> System:
+    """The system of a segment; for one solve, since an iterative one keeps a preconditioner."""
+    bound, step = (spec, graphs, g, parameters, as_native), spec.step
+    if isinstance(step, KrylovStep):
+        settings = replace(step.settings, absolute_floor=as_native, together=as_native)
+        return KrylovSystem(GraphProducts(*bound), settings, layouts)
+    return FusedSystem(*bound) if isinstance(step, FusedStep) else DirectSystem(*bound)
 
 
 def layout_of(groups: Sequence[GroupInfo]) -> Layout:
@@ -156,50 +182,20 @@ def layout_of(groups: Sequence[GroupInfo]) -> Layout:
     return tuple(Group(g.structure, g.sub_batch_shape) for g in groups)
 
 
-class SystemGraphs:
-    """The graphs of an implicit segment's system."""
+def is_factored(spec: ImplicitInfo, device: torch.device, as_native: bool) -> bool:
+    """Whether the Jacobian is one dense block, which is factored here."""
+    structures = [group.structure for group in (*spec.unknowns, *spec.residuals)]
+    direct = isinstance(spec.step, DirectStep) and structures == ["dense", "dense"]
+    return direct and device.type == "cpu" and not as_native
 
-    jacobian: Graph | None = None
-    solve: Graph | None = None
-    step: Graph | None = None
-    matvec: Graph | None = None
-    precond_setup: Graph | None = None
-    precond_apply: Graph | None = None
-    returns_iterate = False
-    krylov: KrylovSettings | None = None
 
-    def __init__(self, segment: ImplicitInfo, graph_of: GraphOf, device: torch.device, as_native: bool) -> None:
-        self.as_native = as_native
-        self.residual = graph_of(segment.residual)
-        self.residual_groups, self.unknown_groups = len(segment.residuals), len(segment.unknowns)
-        self.layouts = layout_of(segment.unknowns), layout_of(segment.residuals)
-        groups = (*segment.unknowns, *segment.residuals)
-        one_dense_block = len(groups) == 2 and all(group.structure == "dense" for group in groups)
-        self.factored = False
-        step = segment.step
-        if isinstance(step, DirectStep):
-            self.jacobian, self.solve = graph_of(step.jacobian), graph_of(step.solve)
-            self.factored = one_dense_block and device.type == "cpu" and not as_native
-        elif isinstance(step, FusedStep):
-            self.step, self.returns_iterate = graph_of(step.file), step.returns_iterate
-        else:
-            assert isinstance(step, KrylovStep)
-            self.matvec = graph_of(step.matvec)
-            self.precond_setup = graph_of(step.precond_setup) if step.precond_setup else None
-            self.precond_apply = graph_of(step.precond_apply) if step.precond_apply else None
-            self.krylov = replace(step.settings, absolute_floor=as_native, together=as_native)
-
-    def system(self, g: Groups, parameters: Sequence[Tensor]) -> System:
-        """The system with givens and parameters bound; for one solve, since an iterative one keeps a preconditioner."""
-        if self.krylov is not None:
-            return KrylovSystem(GraphProducts(self, g, parameters), self.krylov, self.layouts)
-        return (FusedSystem if self.step is not None else DirectSystem)(self, g, parameters)
-
-    def linearised(self, graph: Graph, u: Groups, g: Groups, parameters: Sequence[Tensor]) -> tuple[Groups, Groups]:
-        """What a graph of the Jacobian gives: its blocks, `(rows or 1, ...)`, and `b = -r`."""
-        outputs, count = graph([*u, *g], parameters), self.residual_groups * self.unknown_groups
-        check_arity(graph, outputs, count + self.residual_groups)
-        return outputs[:count], outputs[count:]
+def jacobian_blocks(
+    spec: ImplicitInfo, graph: Graph, variables: Groups, parameters: Sequence[Tensor]
+) -> tuple[Groups, Groups]:
+    """What a graph of the Jacobian gives: its blocks, `(rows or 1, ...)`, and `b = -r`."""
+    outputs, count = graph(variables, parameters), len(spec.residuals) * len(spec.unknowns)
+    check_arity(graph, outputs, count + len(spec.residuals))
+    return outputs[:count], outputs[count:]
 
 
 def check_arity(graph: Graph, outputs: Sequence[Tensor], expected: int, role: str = "") -> None:

@@ -1,12 +1,8 @@
-"""What segments take and hand on: variables, parameters as one call sees them, derivatives; and copies of tensors.
+"""What segments take and hand on: variables, parameters as one call sees them, and derivatives.
 
 A *seed* is what is differentiated by: an input, a parameter, or a given direction of all inputs. `Tangents[v][seed]`
 has shape `(rows, entries of v, m)`, or `(1, ...)` where it is the same for all rows; None stands for the identity. A
 seed that is absent does not reach the variable.
-
-Copies stay in the calling thread: torch copies a large tensor with all its threads. For the blocks of rows here that
-wins next to nothing; and where other programs use the processors too, the call waits at each copy until its helpers
-have had their turn. Nothing is recorded for autograd here, whatever the tensors ask for.
 """
 
 from __future__ import annotations
@@ -14,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,23 +22,30 @@ Tangents = dict[str, Columns]
 # Of seeds (PER_SITE, input), which are the identity: blocks of an explicit segment stay as they are, site by site.
 PER_SITE = "per site"
 
-# Up to so many entries torch's operators use one thread (at::internal::GRAIN_SIZE).
-GRAIN = 32768
-
 
 def width_in(variable: Variable, group: GroupInfo) -> int:
     """Number of columns of a variable in its group's tensor."""
     return variable.size if group.structure == "dense" else variable.width
 
 
+def places_in(groups: Sequence[GroupInfo]) -> dict[str, slice]:
+    """The places of each variable's entries, group after group."""
+    found, start = {}, 0
+    for v in (v for group in groups for v in group.variables):
+        found[v.name] = slice(start, start + v.size)
+        start += v.size
+    return found
+
+
 class Packing:
     """The way of variables into the tensors of their groups, `(rows, *sub_batch if block, n)`, and back."""
 
     def __init__(self, groups: Sequence[GroupInfo]) -> None:
+        # Of each group the columns of its variables; of these their names, shapes in the group's tensor and own shapes.
         self._groups = [
             (
-                [(v.name, (*g.sub_batch_shape, width_in(v, g)), v.natural_shape) for v in g.variables],
                 [width_in(v, g) for v in g.variables],
+                [(v.name, (*g.sub_batch_shape, width_in(v, g)), v.natural_shape) for v in g.variables],
             )
             for g in groups
         ]
@@ -52,23 +54,19 @@ class Packing:
     def pack(self, state: Mapping[str, Tensor], rows: int) -> list[Tensor]:
         """Concatenate variables `(rows, *sub_batch, *base)` into one tensor per group."""
         packed = []
-        for variables, _ in self._groups:
+        for _, variables in self._groups:
             parts = [
-                state[name]
-                if inside == natural
-                else state[name].reshape((rows, *inside))
-                if natural
-                else state[name].unsqueeze(-1)
+                state[name] if inside == natural else state[name].reshape((rows, *inside))
                 for name, inside, natural in variables
             ]
-            packed.append(joined(parts))
+            packed.append(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
         return packed
 
     def unpack(self, tensors: Sequence[Tensor]) -> State:
         """Slice group tensors into variables, the inverse of `pack`."""
         state = {}
-        for (variables, widths), tensor in zip(self._groups, tensors, strict=True):
-            parts = torch.split_with_sizes(tensor, widths, -1) if len(widths) > 1 else (tensor,)
+        for (widths, variables), tensor in zip(self._groups, tensors, strict=True):
+            parts = tensor.split_with_sizes(widths, -1) if len(widths) > 1 else (tensor,)
             for (name, inside, natural), part in zip(variables, parts, strict=True):
                 state[name] = part if inside == natural else part.reshape((tensor.shape[0], *natural))
         return state
@@ -78,8 +76,7 @@ class Values:
     """The parameters in force during one call, by authored name: `base_shape`, or `(rows, *base_shape)`."""
 
     def __init__(self, tensors: Mapping[str, Tensor], base_ranks: Mapping[str, int]) -> None:
-        self._tensors = dict(tensors)
-        self._base_ranks = base_ranks
+        self._tensors, self._base_ranks = tensors, base_ranks
 
     def per_row(self, names: Iterable[str]) -> list[str]:
         """Those of the names whose value differs from row to row."""
@@ -89,23 +86,15 @@ class Values:
         """Values without a batch axis, for graphs that were traced so."""
         return [self._tensors[name] for name in names]
 
-    def expanded(self, names: Iterable[str], rows: int) -> list[Tensor]:
+    def expanded(self, names: Sequence[str], rows: int) -> list[Tensor]:
         """Values with one entry per row, `(rows, *base_shape)`."""
-        found = []
-        for name in names:
-            value = self._tensors[name]
-            found.append(value if value.ndim > self._base_ranks[name] else value.expand(rows, *value.shape))
-        return found
+        pairs = [(self._tensors[name], self._base_ranks[name]) for name in names]
+        return [value if value.ndim > rank else value.expand(rows, *value.shape) for value, rank in pairs]
 
-    def take(self, rows: Tensor | slice, fixed: Mapping[str, Tensor] | None = None) -> Values:
+    def take(self, rows: Tensor | slice, fixed: Mapping[str, Tensor]) -> Values:
         """The values of some rows, with `fixed` ones in the place of those that differ from row to row."""
-        if not self._tensors:
-            return self
         tensors = {n: t[rows] if t.ndim > self._base_ranks[n] else t for n, t in self._tensors.items()}
-        return Values({**tensors, **(fixed or {})}, self._base_ranks)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return Values({**tensors, **fixed}, self._base_ranks)
 
 
 def add(columns: Columns, seed: Seed, term: Tensor) -> None:
@@ -124,15 +113,6 @@ def dense(columns: Columns, like: Tensor) -> dict[Seed, Tensor]:
     }
 
 
-def combine(terms: list[tuple[float, dict[Seed, Tensor]]]) -> Columns:
-    """A linear combination of derivatives, as substepping makes of variables."""
-    total: Columns = {}
-    for factor, columns in terms:
-        for seed, value in columns.items() if factor else ():
-            add(total, seed, value if factor == 1.0 else factor * value)
-    return total
-
-
 def times(block: Tensor, column: Tensor | None) -> Tensor:
     """`block @ column`, both with the rows leading."""
     return block if column is None else torch.matmul(block, column)
@@ -144,32 +124,3 @@ def select(tangents: Mapping[str, Columns], rows: Tensor | slice) -> Tangents:
         name: {seed: value if value is None or value.shape[0] == 1 else value[rows] for seed, value in columns.items()}
         for name, columns in tangents.items()
     }
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors side by side along their last axis; a single one is given as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    if _stays(parts[0]):
-        return torch.cat(list(parts), -1)
-    return torch.from_numpy(np.concatenate([part.detach().numpy() for part in parts], -1))
-
-
-def contiguous(x: Tensor) -> Tensor:
-    """A tensor, or its copy with rows one after the other in memory."""
-    if x.is_contiguous():
-        return x
-    return x.contiguous() if _stays(x) else torch.from_numpy(np.ascontiguousarray(x.detach().numpy()))
-
-
-def put(target: Tensor, index: Tensor | slice, x: Tensor) -> None:
-    """Write rows `(as many, ...)`, or `(1, ...)` for all of them, in their places in `target`."""
-    if isinstance(index, Tensor) or _stays(x):
-        target[index] = x
-    else:
-        target.numpy()[index] = x.detach().numpy()
-
-
-def _stays(x: Tensor) -> bool:
-    """Whether torch copies it in the calling thread, or must do it in any case."""
-    return x.numel() < GRAIN or not x.is_cpu

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,13 +16,15 @@ from torch.autograd import forward_ad
 from .._artifact.locate import DTYPES, Place
 from .._artifact.schema import ImplicitInfo, Metadata, Shape, Variable
 from .._checks import require_names
-from .._program.values import contiguous
 from ..errors import InputError, InputTypeError
 from ._guard import require_unrecorded
 from ._memory import Form, are_plain, with_memory
 
 # Of how many batch sizes the shapes are kept; callers go on with the batches they have.
 FORMS = 32
+
+# Up to so many entries torch's operators use one thread (at::internal::GRAIN_SIZE).
+GRAIN = 32768
 
 INITIAL_GUESS = "initial guess"
 
@@ -217,12 +220,24 @@ class Boundary:
             value = value.reshape(batch + tuple(value.shape[1:]))
         elif value.shape[0] != batch[0]:
             value = value.expand((batch[0], *value.shape[1:]))
-        return contiguous(value)
+        return _contiguous(value)
 
     def to_caller(self, value: Tensor) -> Tensor:
         """Bring a result to the caller's dtype."""
         dtype = self.dtype
         return value if value.dtype is dtype or not value.is_floating_point() else value.to(dtype)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """A tensor, or its copy with rows one after the other in memory.
+
+    The copy is made in this thread. torch would copy a large tensor with all its threads, which wins next to nothing;
+    and where other programs use the processors too, the call waits until the helpers have had their turn.
+    """
+    if x.is_contiguous():
+        return x
+    large = x.is_cpu and x.numel() >= GRAIN
+    return torch.from_numpy(np.ascontiguousarray(x.detach().numpy())) if large else x.contiguous()
 
 
 def _shape_message(name: str, variable: Variable, shape: Shape, kind: str) -> str:

@@ -100,13 +100,13 @@ class Plans:
         order = [variable.name for variable in boundary.inputs.values()]
         taken = tuple(order.index(name) for name in spec.inputs)
         outputs = [Wanted(spec.outputs.index(v.name), v.natural_shape) for v in boundary.outputs.values()]
-        self.values = Plan(segment.value, taken, outputs, boundary)
+        self.values = Plan(segment.graphs[spec.value], taken, outputs, boundary)
         # Of each output its place among the results, and of each block.
         self._names = tuple(enumerate(boundary.outputs))
         self._pairs: list[tuple[int, str, str]] = []
         self._blocks: Plan | None = None
         blocks: list[Wanted] = []
-        if spec.jacobian is None or segment.jacobian is None or not program.metadata.derivatives:
+        if spec.jacobian is None or not program.metadata.derivatives:
             return
         known = {(pair.out, pair.wrt): pair for pair in spec.jacobian.pairs}
         for authored in program.metadata.derivatives:
@@ -117,7 +117,7 @@ class Plans:
             base = boundary.outputs[out].base_shape + boundary.inputs[by].base_shape
             self._pairs.append((len(outputs) + len(blocks), out, by))
             blocks.append(Wanted(spec.jacobian.skip + pair.output, base, pair.constant))
-        self._blocks = Plan(segment.jacobian, taken, outputs + blocks, boundary)
+        self._blocks = Plan(segment.graphs[spec.jacobian.file], taken, outputs + blocks, boundary)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensors | None:
         """As `Model.forward`; None where the plan does not hold."""
