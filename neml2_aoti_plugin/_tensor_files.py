@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from ._files import draft, opened
 from .errors import AOTIError, InputError, InputTypeError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # The note that says what a safetensors file is.
 KIND = "neml2-aoti"
@@ -58,21 +61,9 @@ class Header:
 Form = tuple[Header, Callable[[str], Any]]
 
 
-@dataclass(frozen=True)
-class TensorFile:
-    """What was read from a file: tensors on the CPU, and the notes of its header."""
-
-    tensors: dict[str, Tensor]
-    notes: dict[str, str]
-
-
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Write tensors to a safetensors file that says what it is, such as `parameters 1`; whole or not at all.
-
-    A tensor that is not finite is refused, since it could not be read again.
-    """
-    from safetensors.torch import save
-
+    """Write tensors to a safetensors file that says what it is, such as `parameters 1`; whole or not at all."""
+    # It could not be read again.
     lost = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if lost:
         raise InputError(f"{path}: is not written, since {', '.join(lost)} would hold NaN or infinite numbers.")
@@ -83,51 +74,37 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], notes: M
 
 def read_tensors(
     path: str | os.PathLike[str], what: str, check: Callable[[Header], Iterable[str]], *, finite: bool = True
-) -> TensorFile:
+) -> dict[str, Tensor]:
     """Read tensors of float64 or float32 from a file that is safetensors or npz by its first bytes, or `.pt` by name.
 
     `check` is given the header before anything else is read, raises if it is not what was expected, and returns the
     names of the tensors to read. In messages the file is `what`.
     """
-    import numpy as np
-    import torch
-
-    with opened(path, what, MOST_BYTES) as file, _damage_as_input_error(path, what):
-        if str(path).lower().endswith(".pt"):
-            header, read = _pt(file, str(path))
-        elif file.peek(2)[:2] == b"PK":
-            header, read = _npz(file, str(path))
-        else:
-            header, read = _safetensors(str(path))
-        names, claimed = list(check(header)), 0
-        for name in names:
-            claim = header.claims[name]
-            if claim.dtype not in _NUMBERS.values():
-                raise InputTypeError(
-                    f"{path}: {name!r} has dtype {claim.dtype}, expected float64 or float32. Give a file of such "
-                    "numbers."
-                )
-            claimed += math.prod(claim.shape) * (8 if claim.dtype == "float64" else 4)
-        if claimed > max(MOST_COMPRESSED_BYTES, os.fstat(file.fileno()).st_size):
-            raise InputError(f"{path}: claims tensors of {claimed} bytes, much more than it has itself. Give {what}.")
-        tensors = {}
-        for name in names:
-            array = read(name)
-            if finite and not np.isfinite(array).all():
-                raise InputError(f"{path}: {name!r} holds NaN or infinite numbers. Give a file of finite ones.")
-            tensors[name] = torch.from_numpy(array)
-    return TensorFile(tensors, header.notes)
-
-
-class _DamagedError(Exception):
-    """A file does not hold what its form says."""
-
-
-@contextmanager
-def _damage_as_input_error(path: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Raise an `InputError` for all that a file of another kind, or a damaged one, may raise."""
     try:
-        yield
+        with opened(path, what, MOST_BYTES) as file:
+            if str(path).lower().endswith(".pt"):
+                header, read = _pt(file, str(path))
+            elif file.peek(2)[:2] == b"PK":
+                header, read = _npz(file, str(path))
+            else:
+                header, read = _safetensors(str(path))
+            names, claimed = list(check(header)), 0
+            for name in names:
+                dtype, shape = header.claims[name].dtype, header.claims[name].shape
+                if dtype not in _NUMBERS.values():
+                    expected = "float64 or float32. Give a file of such numbers"
+                    raise InputTypeError(f"{path}: {name!r} has dtype {dtype}, expected {expected}.")
+                claimed += math.prod(shape) * (8 if dtype == "float64" else 4)
+            if claimed > max(MOST_COMPRESSED_BYTES, os.fstat(file.fileno()).st_size):
+                much = f"claims tensors of {claimed} bytes, much more than it has itself"
+                raise InputError(f"{path}: {much}. Give {what}.")
+            tensors = {}
+            for name in names:
+                array = read(name)
+                if finite and not np.isfinite(array).all():
+                    raise InputError(f"{path}: {name!r} holds NaN or infinite numbers. Give a file of finite ones.")
+                tensors[name] = torch.from_numpy(array)
+            return tensors
     except AOTIError:
         raise
     except MemoryError:
@@ -138,13 +115,15 @@ def _damage_as_input_error(path: str | os.PathLike[str], what: str) -> Iterator[
         raise InputError(f"{path}: is not {what} ({why}). Give another file.") from None
 
 
+class _DamagedError(Exception):
+    """A file does not hold what its form says."""
+
+
 # -- the forms: each gives what a file says it holds, and what reads a tensor of it as an array ------------------------
 
 
 def _safetensors(path: str) -> Form:
     """What safetensors opens: it finds a header that does not fit the file, and reads a tensor when it is asked for."""
-    from safetensors import safe_open
-
     # Its methods have no types.
     file: Any = safe_open(path, "np")
     claims: dict[str, Claim] = {}
@@ -157,9 +136,6 @@ def _safetensors(path: str) -> Form:
 
 def _npz(file: BufferedReader, path: str) -> Form:
     """A zip archive of arrays, each with a header of its own."""
-    import numpy as np
-    from numpy.lib import format as npy
-
     archive = zipfile.ZipFile(file)
     members: dict[str, zipfile.ZipInfo] = {}
     found, room = Header(path, {}, {}), _NOTE_BYTES
@@ -189,8 +165,6 @@ def _npz(file: BufferedReader, path: str) -> Form:
 
 def _pt(file: BufferedReader, path: str) -> Form:
     """What torch saves; it has no header, and takes no more room than it has on disk."""
-    import torch
-
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):

@@ -227,7 +227,7 @@ def read_points(path: Path, model: Model) -> Points:
                 raise InputError(f"{path}: {name!r} has shape {shape}, expected ({wanted}).")
         return model.inputs
 
-    given = {name: value.to(model.dtype) for name, value in read_tensors(path, WHAT, check).tensors.items()}
+    given = {name: value.to(model.dtype) for name, value in read_tensors(path, WHAT, check).items()}
     try:
         return Points(flat(given, model), path.name)
     except RuntimeError:

@@ -327,7 +327,7 @@ def read_golden(path: Path, model: Model, name: str) -> Evaluated:
 
     variables = {"input": model.inputs, "output": model.outputs}
     there = [*model.derivative_pairs, *model.parameter_derivative_pairs]
-    found = read_tensors(path, GOLDEN_FILE, check).tensors
+    found = read_tensors(path, GOLDEN_FILE, check)
     inputs, outputs = ({name: found[f"{kind}.{name}"] for name in of} for kind, of in variables.items())
     blocks = {pair: found[f"derivative.{number}"] for number, pair in enumerate(pairs)}
     return Evaluated(Points({n: v.to(model.dtype) for n, v in inputs.items()}, path.name), outputs, blocks)

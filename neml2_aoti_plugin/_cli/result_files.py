@@ -157,7 +157,7 @@ def _broadcasts(lead: Shape, batch: Shape) -> bool:
 
 def _read_pt(path: Path) -> list[Result]:
     entries = []
-    for key, value in read_tensors(path, WHAT, lambda header: header.claims, finite=False).tensors.items():
+    for key, value in read_tensors(path, WHAT, lambda header: header.claims, finite=False).items():
         found = KEY.fullmatch(key)
         if found is None:
             raise _no_result(path, f"has an entry {key!r}, expected input.<step>.<name> and output.<step>.<name>.")
@@ -213,7 +213,7 @@ def _read_npz(path: Path) -> Result:
             found.update(json.loads(header.notes[name]))
         return types
 
-    found = read_tensors(path, WHAT, check, finite=False).tensors
+    found = read_tensors(path, WHAT, check, finite=False)
     return _with_points(path, {name: (dims.get(name, ()), to_array(x)) for name, x in found.items()}, types)
 
 

@@ -165,7 +165,7 @@ class PromotedParameters:
             return self.specs
 
         values = {}
-        for name, value in read_tensors(path, WHAT, check).tensors.items():
+        for name, value in read_tensors(path, WHAT, check).items():
             own = self.values[name]
             values[name] = value.to(own.device, own.dtype)
             # A parameter may hold whole numbers, or fewer digits.

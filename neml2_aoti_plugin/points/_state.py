@@ -117,5 +117,5 @@ def load(path: str | os.PathLike[str], require_fitting: Callable[[str, int, Shap
         require_fitting(digest, int(n), {name.removeprefix(_VALUE): header.claims[name].shape for name in values})
         return values
 
-    values = read_tensors(path, WHAT, check).tensors
+    values = read_tensors(path, WHAT, check)
     return PointsState({name.removeprefix(_VALUE): value for name, value in values.items()}, **found)
