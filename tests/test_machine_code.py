@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import signal
 import stat
 import struct
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -167,34 +169,30 @@ def undefined(elf: bytes) -> Iterator[str]:
                 yield elf[begin : elf.index(b"\0", begin)].decode()
 
 
-# A process that asks for the machine code, shows where it is kept, and calls it.
-LOAD = """
-    import sys, numpy, torch
-    from neml2_aoti_plugin._solve import code_file, machine_code
-    from neml2_aoti_plugin._solve.caller import Means
-    from neml2_aoti_plugin._solve.native import Block, BlockSolver
-    from neml2_aoti_plugin.settings import NewtonSettings
-    machine_code._PATIENCE = 1e9
-    class Graph:
-        inputs, run, handle, file = 2, 0, 0, None
-        def __init__(self, outputs):
-            self.outputs = outputs
-        def container(self):
-            return self
-    def show():
-        code = machine_code.load()
-        block = Block([Graph(1), Graph(2), None, None], [2], [1])
-        solver = BlockSolver(block, Means(code, numpy.zeros(9, numpy.int64), 0), 16)
-        found = solver.solve([None], [torch.empty(0, 1)], 0, [], NewtonSettings())
-        assert found.solved.statistics.all_converged and found.solved.unknowns[0].shape == (0, 2)
-        print(code.kept)
+# A process that asks for the machine code, calls it, and shows where it is kept.
+SHOW = """
+import sys, numpy, torch
+from neml2_aoti_plugin._solve import code_file, machine_code
+from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means
+from neml2_aoti_plugin.settings import NewtonSettings
+machine_code._PATIENCE = 1e9
+class Graph:
+    inputs, run, handle, file = 2, 0, 0, None
+    def __init__(self, outputs):
+        self.outputs = outputs
+    def container(self):
+        return self
+code = machine_code.load()
+block = Block([Graph(1), Graph(2), None, None], [2], [1])
+solver = BlockSolver(block, Means(code, numpy.zeros(9, numpy.int64), 0), 16)
+found = solver.solve([None], [torch.empty(0, 1)], 0, [], NewtonSettings())
+assert found.solved.statistics.all_converged and found.solved.unknowns[0].shape == (0, 2)
 """
-SHOW = LOAD + "    show()\n"
 
 
-def kept(folder: Path | str, source: str = SHOW, **variables: str) -> str:
+def kept(folder: Path | str, before: str = "", after: str = "print(code.kept)", **variables: str) -> str:
     """What such a process prints: where the object file is, or `None`."""
-    return children.start(source, NEML2_AOTI_PLUGIN_CACHE=str(folder), **variables).finish(60).strip()
+    return children.start(before + SHOW + after, NEML2_AOTI_PLUGIN_CACHE=str(folder), **variables).finish(60).strip()
 
 
 @pytest.fixture(scope="module")
@@ -204,13 +202,12 @@ def object_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cache(object_file: Path, tmp_path: Path) -> Path:
-    """A cache folder with a copy of it."""
+def file(object_file: Path, tmp_path: Path) -> Path:
+    """A copy of it in a cache folder."""
     folder = tmp_path / "cache" / "machine-code"
     folder.mkdir(parents=True)
     folder.chmod(0o700)
-    (folder / object_file.name).write_bytes(object_file.read_bytes())
-    return folder.parent
+    return Path(shutil.copy(object_file, folder))
 
 
 def only(cache: Path) -> Path:
@@ -230,14 +227,10 @@ def test_object_is_kept_for_this_user_alone_and_read_again(tmp_path: Path) -> No
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def flipped(content: bytes) -> bytes:
-    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
-
-
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
     "cut off": lambda content: content[: len(content) // 2],
-    "a bit": flipped,
+    "a bit": lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],
     "its digest": lambda content: bytes([content[0] ^ 1]) + content[1:],
     # The digest of what follows alone, which anybody can take.
     "another's": lambda content: hashlib.sha256(content[32:]).digest() + content[32:],
@@ -246,86 +239,69 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.processes
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_object_is_made_anew(damage: str, cache: Path) -> None:
-    file = only(cache)
+def test_damaged_object_is_made_anew(damage: str, file: Path) -> None:
     good = file.read_bytes()
     file.write_bytes(DAMAGES[damage](good))
-    assert kept(cache) == str(file)
+    assert kept(file.parents[1]) == str(file)
     assert file.read_bytes() == good
 
 
 @pytest.mark.processes
 @on_posix
-@pytest.mark.parametrize("what", ["fifo", "link", "folder"])
-def test_what_is_no_plain_file_is_left_alone(what: str, cache: Path, tmp_path: Path) -> None:
-    file = only(cache)
-    elsewhere = tmp_path / "elsewhere.o"
-    file.rename(elsewhere)
-    make: dict[str, Callable[[], None]] = {
-        "fifo": lambda: os.mkfifo(file),
-        "link": lambda: file.symlink_to(elsewhere),
-        "folder": file.mkdir,
-    }
-    make[what]()
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, "link"], ids=["fifo", "folder", "link"])
+def test_what_is_no_plain_file_is_left_alone(make: Any, file: Path, tmp_path: Path) -> None:
+    elsewhere = file.rename(tmp_path / "elsewhere.o")
+    if make == "link":
+        file.symlink_to(elsewhere)
+    else:
+        make(file)
     before = elsewhere.read_bytes()
-    assert kept(cache) in ("None", str(file))
+    assert kept(file.parents[1]) in ("None", str(file))
     assert elsewhere.read_bytes() == before
 
 
 @pytest.mark.processes
 @on_posix
-@pytest.mark.parametrize("mode", [0o777, 0o770, 0o750])
-def test_folder_that_others_can_enter_is_not_read(mode: int, cache: Path) -> None:
-    file = only(cache)
-    file.parent.chmod(mode)
+@pytest.mark.parametrize("whose", [0o777, 0o770, 0o750, "exchanged", "given away"])
+def test_folder_that_others_can_change_is_not_read(whose: Any, file: Path) -> None:
+    if whose == "exchanged":
+        file.parents[1].chmod(0o777)
+    elif whose == "given away":
+        if os.getuid() != 0:
+            pytest.skip("only root can give a folder away")
+        os.chown(file.parent, 12345, 12345)
+    else:
+        file.parent.chmod(whose)
     # Whoever can write here can write a digest, too; this one would be believed elsewhere.
+    good = file.read_bytes()
     file.write_bytes(b"planted")
-    assert kept(cache) == "None"
+    assert kept(file.parents[1]) == "None"
     assert file.read_bytes() == b"planted"
-
-
-@pytest.mark.processes
-@on_posix
-def test_folder_that_others_can_exchange_is_not_read(cache: Path) -> None:
-    cache.chmod(0o777)
-    assert kept(cache) == "None"
-    cache.chmod(0o1777)
-    assert kept(cache) == str(only(cache))
-
-
-@pytest.mark.processes
-@on_posix
-@pytest.mark.skipif(os.name == "posix" and os.getuid() != 0, reason="only root can give a folder away")
-def test_folder_of_another_user_is_not_read(cache: Path) -> None:
-    os.chown(cache / "machine-code", 12345, 12345)
-    assert kept(cache) == "None"
+    if whose == "exchanged":
+        file.write_bytes(good)
+        file.parents[1].chmod(0o1777)
+        assert kept(file.parents[1]) == str(file)
 
 
 @pytest.mark.processes
 def test_full_disk(tmp_path: Path) -> None:
-    source = (
-        "import resource, signal\n"
-        + LOAD.replace("\n    ", "\n")
-        + (
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nout = sys.stdout\n"
-            "import io\nsys.stdout = io.StringIO()\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\nshow()\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-            "out.write(sys.stdout.getvalue())\nsys.stdout = out\n"
-        )
-    )
     pytest.importorskip("resource")
-    assert kept(tmp_path, source) == "None"
+    # What is printed goes into a file, too.
+    before = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+"""
+    after = "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\nprint(code.kept)"
+    assert kept(tmp_path, before, after) == "None"
     assert not list((tmp_path / "machine-code").iterdir())
 
 
 @pytest.mark.processes
 def test_no_folder_to_be_had(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    assert kept(file) == "None"
-    assert kept("", HOME="", XDG_CACHE_HOME="") == "None"
-    assert kept("relative/folder") == "None"
+    plain = tmp_path / "file"
+    plain.touch()
+    assert kept(plain) == kept("", HOME="", XDG_CACHE_HOME="") == kept("relative/folder") == "None"
 
 
 @pytest.mark.processes
@@ -373,16 +349,16 @@ def test_signal_in_the_middle_of_making_it(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_line_on_stderr_where_it_takes_long(tmp_path: Path) -> None:
-    source = "from neml2_aoti_plugin._solve import machine_code\nmachine_code._PATIENCE = {}\nmachine_code.load()"
-    said = kept(tmp_path, source.format("0.0"))
-    assert re.fullmatch(r"neml2-aoti-plugin: made machine code for this processor in \d+\.\d s \(kept in .*\)", said)
-    assert kept(tmp_path, source.format("0.0")) == ""
+    source = "from neml2_aoti_plugin._solve import machine_code\nmachine_code._PATIENCE = 0.0\nmachine_code.load()"
+    said = [children.run(source, NEML2_AOTI_PLUGIN_CACHE=str(tmp_path)).strip() for _ in range(2)]
+    made = r"neml2-aoti-plugin: made machine code for this processor in \d+\.\d s \(kept in .*\)"
+    assert re.fullmatch(made, said[0]) and said[1] == ""
 
 
 def test_users_need_no_numba(tmp_path: Path) -> None:
     """A process that has solved has imported neither numba nor the sources of the machine code."""
-    source = SHOW + "    print([m for m in sys.modules if 'numba' in m or 'machine' in m.split('.')])\n"
-    assert kept(tmp_path, source).splitlines()[-1] == "[]"
+    after = "print([m for m in sys.modules if 'numba' in m or 'machine.' in m])"
+    assert kept(tmp_path, after=after) == "[]"
 
 
 @pytest.mark.long
