@@ -48,7 +48,6 @@ def stress(model: Any) -> torch.Tensor:
 
 
 def test_parameters_are_real_ones_under_their_qualified_names(model: Any) -> None:
-    assert isinstance(model, torch.nn.Module)
     for found in (model.named_parameters(), dict(model.named_parameters(recurse=True))):
         assert list(found) == [E, NU]
         assert all(isinstance(x, torch.nn.Parameter) for x in found.values())
@@ -58,6 +57,7 @@ def test_parameters_are_real_ones_under_their_qualified_names(model: Any) -> Non
     assert not list(model.buffers())
     assert "promoted" in repr(model)
     assert model.train().eval() is model and model.apply(lambda m: None) is model
+    assert isinstance(model, torch.nn.Module)
 
 
 def test_set_parameter_keeps_the_parameter_where_the_shape_is_kept(model: Any) -> None:
@@ -268,7 +268,7 @@ def test_calibration_example(tmp_path: Path) -> None:
     references.case("calibration")  # the example needs it, and the torch of this run may be too old for it
     example = Path(__file__).resolve().parent.parent / "examples" / "calibrate.py"
     picture = tmp_path / "calibration.png"
-    command = [sys.executable, example, "--output", picture]
+    command = [sys.executable, str(example), "--output", str(picture)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: float(value) for name, value in re.findall(r"^(\S+)\s+([\d.]+) MPa, truth", done.stdout, re.M)}

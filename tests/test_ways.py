@@ -10,12 +10,14 @@ import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import neml2
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 import references
@@ -28,6 +30,8 @@ from serving import encode, running
 from stubs.catalogue import CATALOGUE
 
 THREADS = 4
+# Compiled for batches of one size along an axis.
+PINNED = ("elasticity_static", "elasticity_rank2")
 
 
 @functools.cache
@@ -54,6 +58,19 @@ class Question:
 
     def by_model(self) -> Tensors:
         return named(self, self.operation.method(self.model)(*self.arguments))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Question:
+        """The same question of rows, tangents and cotangents that are changed."""
+        rows, beside = ({n: change(x) for n, x in of.items()} for of in (self.rows, self.beside))
+        return replace(self, rows=rows, beside=beside)
+
+
+def tolerance_of(asked: Question, double: float) -> float:
+    return double if asked.model.dtype == torch.float64 else 1e-6
+
+
+def largest(value: Tensor) -> float:
+    return float(value.abs().max()) if value.is_floating_point() else 0.0
 
 
 def question(name: str, operation: Operation) -> Question:
@@ -83,10 +100,11 @@ def named(of: Question, found: Any) -> Tensors:
     blocks = {(out, by): block for out, row in more.items() for by, block in row.items()}
     if operation == "jacobian" and model.solver is None:
         # Those that do not depend on the row come without rows.
-        ndim = {name: len(v.base_shape) for name, v in (model.inputs | model.outputs).items()}
-        rows = len(next(iter(outputs.values())))
+        ndim = {name: len(v.natural_shape) for name, v in (model.inputs | model.outputs).items()}
+        name, output = next(iter(outputs.items()))
+        batch = output.shape[: output.ndim - ndim[name]]
         blocks = {
-            (out, by): x.expand(rows, *x.shape) if x.ndim == ndim[out] + ndim[by] else x
+            (out, by): x.expand((*batch, *x.shape)) if x.ndim == ndim[out] + ndim[by] else x
             for (out, by), x in blocks.items()
         }
     return {**outputs, **{f"{out}:{by}": block for (out, by), block in blocks.items()}}
@@ -149,20 +167,44 @@ def by_solve(asked: Question) -> Tensors:
 
 def by_rows(asked: Question) -> Tensors:
     """A call for each row."""
-    parts = []
-    for k in range(len(next(iter(asked.rows.values())))):
-        rows, beside = ({n: x[k : k + 1] for n, x in of.items()} for of in (asked.rows, asked.beside))
-        parts.append(replace(asked, rows=rows, beside=beside).by_model())
+    count = len(next(iter(asked.rows.values())))
+    parts = [asked.changed(lambda x, k=k: x[k : k + 1]).by_model() for k in range(count)]  # type: ignore[misc]
     join = (lambda x: torch.stack(x).sum(0)) if asked.operation.name == "param_vjp" else torch.cat
     return {name: join([part[name] for part in parts]) for name in parts[0]}
+
+
+def by_batches(asked: Question) -> Tensors:
+    """Calls with any number of batch axes, and none, of any size, and zero."""
+    one = asked.changed(lambda x: x[-1:]).by_model()
+    batches = [(), (1,), (5,), (1, 1), (2, 3), (2, 1, 3)]
+    for batch in batches if asked.name in PINNED else [*batches, (0,), (2, 0)]:
+        found = asked.changed(lambda x, batch=batch: x[-1].expand((*batch, *x.shape[1:]))).by_model()  # type: ignore[misc]
+        for name, x in found.items():
+            row = one[name][0] if not name.startswith("gradient:") else prod(batch) * one[name]
+            expected = row.expand((*batch, *row.shape)) if not name.startswith("gradient:") else row
+            assert x.is_contiguous() or name not in asked.model.outputs
+            assert difference(x, expected, largest(row)) < tolerance_of(asked, 1e-12), (batch, name)
+    return asked.by_model()
+
+
+def by_layouts(asked: Question) -> Tensors:
+    """Tensors that are transposed in memory, strided, flipped twice, and parts of larger ones."""
+    views: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+        lambda x: torch.stack([x, x + 7.0], 1)[:, 0],
+        lambda x: x.flip(0).flip(0)[::1],
+        lambda x: torch.cat([x, x])[: len(x)],
+    ]
+    first, *others = (asked.changed(view).by_model() for view in views)
+    assert all(torch.equal(value, other[n]) for other in others for n, value in first.items())
+    return first
 
 
 def by_threads(asked: Question) -> Tensors:
     """Several threads that call one model at once, each with the rows in another order."""
 
     def turned(k: int) -> Tensors:
-        rows, beside = ({n: x.roll(k, 0) for n, x in of.items()} for of in (asked.rows, asked.beside))
-        return replace(asked, rows=rows, beside=beside).by_model()
+        return asked.changed(lambda x: x.roll(k, 0)).by_model()
 
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(turned, [*range(THREADS)] * 2))
@@ -235,6 +277,8 @@ WAYS: dict[str, tuple[Callable[[Question], Tensors], tuple[str, ...]]] = {
     "torch": (by_torch, ("forward", "jacobian", "jvp", "param_vjp")),
     "solve": (by_solve, ("forward", "jacobian", "param_jacobian")),
     "rows": (by_rows, tuple(OPERATIONS)),
+    "batches": (by_batches, tuple(OPERATIONS)),
+    "layouts": (by_layouts, tuple(OPERATIONS)),
     "threads": (by_threads, tuple(OPERATIONS)),
     "map_rows": (by_map_rows, ("forward", "jacobian")),
     "service": (by_service, tuple(OPERATIONS)),
@@ -257,10 +301,16 @@ def test_gives_what_the_model_gives(name: str, way: str, operation: str) -> None
         with pytest.raises(DerivativeNotCompiledError):
             run(asked)
         return
-    expected, found = asked.by_model(), run(asked)
+    given = asked.changed(torch.clone)
+    expected, found = given.by_model(), run(asked)
     assert sorted(found) == sorted(expected)
     # Solves by matrix products of other sizes differ in the last bits; the iterations damp that.
-    tolerance = (1e-10 if way == "rows" else 1e-12) if asked.model.dtype == torch.float64 else 1e-6
+    tolerance = tolerance_of(asked, 1e-10 if way == "rows" else 1e-12)
     for key, value in expected.items():
-        largest = float(value.abs().max()) if value.is_floating_point() else 0.0
-        assert difference(found[key], value, largest) < tolerance, key
+        assert difference(found[key], value, largest(value)) < tolerance, key
+    # What was given is as it was, and what is given belongs to the caller.
+    assert all(torch.equal(x, given.rows[n]) for n, x in asked.rows.items())
+    again = given.by_model()
+    for value in again.values():
+        value.zero_()
+    assert all(torch.equal(value, expected[key]) for key, value in given.by_model().items())
