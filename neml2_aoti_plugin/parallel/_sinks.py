@@ -26,19 +26,20 @@ Fields = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class FolderSink:
-    """A folder of `.npy` files, to which any process can write rows of its own."""
+class _Files:
+    """A folder of results, where the journal lies, and how the file or folder of a result ends."""
 
     path: Path
-
-    @property
-    def journal(self) -> Path:
-        """The file of the journal."""
-        return self.path / "journal.jsonl"
+    journal: Path
+    ending: str = ""
 
     def place(self, name: str) -> Path:
-        """The file of a result."""
-        return self.path / f"{file_name(name)}.npy"
+        """The file or folder of a result."""
+        return self.path / f"{file_name(name)}{self.ending}"
+
+
+class FolderSink(_Files):
+    """A folder of `.npy` files, to which any process can write rows of its own."""
 
     def prepare(self, fields: Fields, rows: int, chunk: int) -> None:
         """Make the files, with room for all rows; nothing is left of them where that cannot be done."""
@@ -81,20 +82,8 @@ class FolderSink:
         return numbers
 
 
-@dataclass(frozen=True)
-class ZarrSink:
+class ZarrSink(_Files):
     """A Zarr group on disk; only one process at a time may write to a chunk of an array."""
-
-    path: Path
-
-    @property
-    def journal(self) -> Path:
-        """The file of the journal, beside the group."""
-        return self.path.with_name(f"{self.path.name}.journal.jsonl")
-
-    def place(self, name: str) -> Path:
-        """The folder of a result."""
-        return self.path / file_name(name)
 
     def prepare(self, fields: Fields, rows: int, chunk: int) -> None:
         """Make the arrays; a chunk of the run is a chunk of each array."""
@@ -173,7 +162,11 @@ def open_sink(given: object) -> Sink:
             f"sink {path}: is named like a file, and results are a folder of .npy files or a Zarr group (*.zarr). Give "
             f"a name such as {path.stem}."
         )
-    sink: FileSink = FolderSink(path) if is_path and path.suffix != ".zarr" else ZarrSink(path)
+    sink: FileSink
+    if is_path and path.suffix != ".zarr":
+        sink = FolderSink(path, path / "journal.jsonl", ".npy")
+    else:
+        sink = ZarrSink(path, path.with_name(f"{path.name}.journal.jsonl"))
     require_outside_artifacts(sink.journal)
     with _written(sink.journal.parent):
         sink.journal.parent.mkdir(parents=True, exist_ok=True)

@@ -193,10 +193,10 @@ def call_first(served: Served) -> None:
         # One tangent is enough, and there is one at least.
         known.update([(name, x) for name, x in signature.optional.items() if name.startswith(TANGENT)][:1])
         arrays = {}
-        for name, tensor in known.items():
+        for name, shape in known.items():
             # At zero strain most models have a solution. Scalars are one now and zero a step earlier: time passes.
-            one = (not tensor.shape and "~" not in name) or name.startswith((TANGENT, COTANGENT))
-            arrays[name] = np.full((1, *tensor.shape), float(one), DTYPES[tensor.datatype])
+            one = (not shape and "~" not in name) or name.startswith((TANGENT, COTANGENT))
+            arrays[name] = np.full((1, *shape), float(one), DTYPES[signature.datatype])
         (answer,) = evaluate(served, [Call(signature, arrays, 1, {}, tuple(signature.pairs.values()) or None, ())])
         if isinstance(answer, Exception) and not (isinstance(answer, Refused) and answer.status == 422):
             raise RuntimeError(f"{signature.name} of model {served.name!r} failed") from answer

@@ -18,7 +18,7 @@ from msgspec import UNSET, Struct, UnsetType
 from numpy.typing import NDArray
 
 from ._limits import Limits, Refused, bad_request, shown
-from ._served import DTYPES, TANGENT, VERSION, Served, Signature, TensorMetadata
+from ._served import DTYPES, TANGENT, VERSION, Served, Shape, Signature
 
 Array = NDArray[Any]
 _Options = TypeVar("_Options", bound=Struct)
@@ -246,7 +246,7 @@ def _inputs(request: Request, signature: Signature, binary: memoryview, limits: 
                 f"inputs hold {shown(name)}, which {signature.name} does not take. It needs "
                 f"{', '.join(signature.inputs)}{more}."
             )
-        _require_form(entry, known[name])
+        _require_form(entry, known[name], signature.datatype)
         own = entry.shape[0]
         if rows and own != rows:
             raise bad_request(f"input {name!r} has {own} rows, but the inputs before it have {rows}.")
@@ -257,9 +257,9 @@ def _inputs(request: Request, signature: Signature, binary: memoryview, limits: 
         rows = own
         options = _options(entry.parameters, InputOptions, f"parameters of input {name!r}")
         if options.binary_data_size is UNSET:
-            given[name] = from_json(entry.data, entry.shape, known[name], f"input {name!r}: data")
+            given[name] = from_json(entry.data, entry.shape, DTYPES[entry.datatype], f"input {name!r}: data")
         else:
-            given[name] = _from_binary(binary, options.binary_data_size, entry, known[name])
+            given[name] = _from_binary(binary, options.binary_data_size, entry)
             binary = binary[given[name].nbytes :]
     if binary:
         raise bad_request(f"the body has {len(binary)} bytes more of binary data than its inputs tell.")
@@ -272,28 +272,26 @@ def _inputs(request: Request, signature: Signature, binary: memoryview, limits: 
     return {name: given[name] for name in known if name in given}
 
 
-def _require_form(entry: Input, known: TensorMetadata) -> None:
+def _require_form(entry: Input, shape: Shape, datatype: str) -> None:
     """Refuse an input of another shape or dtype than the model's, or without rows."""
-    if len(entry.shape) == 0 or entry.shape[0] < 1 or tuple(entry.shape[1:]) != known.shape:
-        wanted = ", ".join(("rows", *map(str, known.shape)))
+    if len(entry.shape) == 0 or entry.shape[0] < 1 or tuple(entry.shape[1:]) != shape:
+        wanted = ", ".join(("rows", *map(str, shape)))
         raise bad_request(
-            f"input {known.name!r} has the shape {shown(entry.shape)}, expected [{wanted}] with one row or more."
+            f"input {entry.name!r} has the shape {shown(entry.shape)}, expected [{wanted}] with one row or more."
         )
-    if entry.datatype != known.datatype:
-        raise bad_request(
-            f"input {known.name!r} has the datatype {shown(entry.datatype)}, expected {known.datatype!r}."
-        )
+    if entry.datatype != datatype:
+        raise bad_request(f"input {entry.name!r} has the datatype {shown(entry.datatype)}, expected {datatype!r}.")
 
 
-def _from_binary(binary: memoryview, size: int, entry: Input, known: TensorMetadata) -> Array:
+def _from_binary(binary: memoryview, size: int, entry: Input) -> Array:
     """An input out of what is left of the binary data: a view, not to be written to."""
-    dtype, name = DTYPES[known.datatype], known.name
+    dtype, name = DTYPES[entry.datatype], entry.name
     wanted = prod(entry.shape) * dtype.itemsize
     if entry.data is not UNSET:
         raise bad_request(f"input {name!r} has both data and binary_data_size, expected one of them.")
     if size != wanted:
         raise bad_request(
-            f"input {name!r}: binary_data_size is {size}, but {known.datatype} of the shape {entry.shape} takes "
+            f"input {name!r}: binary_data_size is {size}, but {entry.datatype} of the shape {entry.shape} takes "
             f"{wanted} bytes."
         )
     if len(binary) < wanted:
@@ -303,7 +301,7 @@ def _from_binary(binary: memoryview, size: int, entry: Input, known: TensorMetad
     return np.frombuffer(binary, dtype, prod(entry.shape)).reshape(entry.shape)
 
 
-def from_json(data: Any, shape: Sequence[int], known: TensorMetadata, where: str) -> Array:
+def from_json(data: Any, shape: Sequence[int], dtype: np.dtype[Any], where: str) -> Array:
     """Numbers out of JSON: one flat list, or lists nested like the shape."""
     if type(data) is not list:
         raise bad_request(f"{where} is {'absent' if data is UNSET else shown(data)}, expected a list of numbers.")
@@ -318,7 +316,7 @@ def from_json(data: Any, shape: Sequence[int], known: TensorMetadata, where: str
     if not nested and len(data) != prod(shape):
         raise bad_request(f"{where} has {len(data)} entries, but the shape {list(shape)} takes {prod(shape)}.")
     try:
-        found = np.array(numbers, DTYPES[known.datatype])
+        found = np.array(numbers, dtype)
     except ValueError:
         # Lists of different lengths.
         found = np.empty(0)
@@ -350,13 +348,13 @@ def _overrides(given: dict[str, Any] | str | None, served: Served, rows: int) ->
 
 def _override(name: str, value: object, base: tuple[int, ...], served: Served, rows: int) -> Array:
     """One value: a number for all entries, or lists of the base shape, or of the base shape for each row."""
-    known, where = TensorMetadata(name, served.datatype, base), f"parameter_overrides: {name}"
+    dtype, where = DTYPES[served.datatype], f"parameter_overrides: {name}"
     if type(value) in (int, float):
-        return np.broadcast_to(from_json([value], (1,), known, where)[0], base)
+        return np.broadcast_to(from_json([value], (1,), dtype, where)[0], base)
     for shape in ((rows, *base), base):
         with suppress(Refused):
             if shape:
-                return from_json(value, shape, known, where)
+                return from_json(value, shape, dtype, where)
     shapes = f"{list(base)} or {[rows, *base]}" if base else f"[{rows}]"
     raise bad_request(f"{where} is {shown(value)}, expected a number, or lists of the shape {shapes}.")
 

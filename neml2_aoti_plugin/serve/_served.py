@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,8 @@ import torch
 from ..errors import InputError
 from ..model import Model, Outcome
 from ..model._operations import OPERATIONS, Operation
+
+Shape = tuple[int, ...]
 
 PLATFORM = "neml2_aoti"
 # The protocol asks for versions; an artifact is one.
@@ -69,26 +71,18 @@ class Source:
 
 
 @dataclass(frozen=True)
-class TensorMetadata:
-    """A tensor of a request: the protocol's name of its dtype, and its shape without the rows."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Signature:
-    """What an operation of one model takes and gives.
-
-    `inputs` must be given and `optional` may be; `outputs` are in the order of the answer; `pairs` are derivative
-    blocks by the name of their output tensor.
-    """
+    """What an operation of one model takes and gives."""
 
     operation: Operation
-    inputs: dict[str, TensorMetadata]
-    optional: dict[str, TensorMetadata]
+    # The protocol's name of the dtype of all that it takes.
+    datatype: str
+    # Shapes, without the rows, of what must be given, and of what may be.
+    inputs: dict[str, Shape]
+    optional: dict[str, Shape]
+    # In the order of the answer.
     outputs: tuple[str, ...]
+    # Derivative blocks by the name of their output tensor.
     pairs: dict[str, tuple[str, str]]
 
     @property
@@ -133,21 +127,20 @@ class Served:
     def metadata(self) -> dict[str, object]:
         """The protocol's metadata of the model; `parameters` tells what requests may ask for."""
 
-        def told(tensors: Iterable[TensorMetadata]) -> list[dict[str, object]]:
-            return [{"name": x.name, "datatype": x.datatype, "shape": [-1, *x.shape]} for x in tensors]
+        def told(shapes: Mapping[str, Shape]) -> list[dict[str, object]]:
+            return [{"name": n, "datatype": self.datatype, "shape": [-1, *shape]} for n, shape in shapes.items()]
 
-        outputs = (TensorMetadata(n, self.datatype, tuple(x.natural_shape)) for n, x in self.model.outputs.items())
         return {
             "name": self.name,
             "versions": [VERSION],
             "platform": PLATFORM,
-            "inputs": told(self.signatures["forward"].inputs.values()),
-            "outputs": told(outputs),
+            "inputs": told(self.signatures["forward"].inputs),
+            "outputs": told({name: tuple(variable.natural_shape) for name, variable in self.model.outputs.items()}),
             "parameters": {
                 "operations": {
                     name: {
-                        "inputs": told(signature.inputs.values()),
-                        "optional_inputs": told(signature.optional.values()),
+                        "inputs": told(signature.inputs),
+                        "optional_inputs": told(signature.optional),
                         "outputs": list(signature.outputs),
                     }
                     for name, signature in self.signatures.items()
@@ -166,31 +159,28 @@ class Served:
     def config(self, rows: int) -> dict[str, object]:
         """The model's configuration, as the protocol's extension has it; `rows` is the most of one request."""
         kind = f"TYPE_{self.datatype}"
-        inputs = {name: list(known.shape) for name, known in self.signatures["forward"].inputs.items()}
-        outputs = {name: list(known.natural_shape) for name, known in self.model.outputs.items()}
+        outputs = {name: list(variable.natural_shape) for name, variable in self.model.outputs.items()}
         return {
             "name": self.name,
             "platform": PLATFORM,
             "backend": PLATFORM,
             "max_batch_size": rows,
-            "input": [{"name": name, "data_type": kind, "dims": dims} for name, dims in inputs.items()],
+            "input": [
+                {"name": name, "data_type": kind, "dims": list(shape)}
+                for name, shape in self.signatures["forward"].inputs.items()
+            ],
             "output": [{"name": name, "data_type": kind, "dims": dims} for name, dims in outputs.items()],
         }
 
 
 def _signature(model: Model, operation: Operation) -> Signature:
     """An operation that the model has."""
-
-    def metadata(names: Mapping[str, Any] | Sequence[str], prefix: str = "") -> dict[str, TensorMetadata]:
-        known = {**model.inputs, **model.initial_guesses, **(model.outputs if prefix == COTANGENT else {})}
-        shapes = {name: tuple(known[name].natural_shape) for name in names}
-        return {prefix + n: TensorMetadata(prefix + n, DATATYPES[model.dtype], shape) for n, shape in shapes.items()}
-
-    inputs, optional = metadata(model.inputs), metadata(model.initial_guesses)
+    inputs = {name: tuple(variable.natural_shape) for name, variable in model.inputs.items()}
+    optional = {name: tuple(variable.natural_shape) for name, variable in model.initial_guesses.items()}
     if operation.takes == "tangents":
-        optional |= metadata(operation.beside(model), TANGENT)
+        optional |= {TANGENT + name: inputs[name] for name in operation.beside(model)}
     elif operation.takes == "cotangents":
-        inputs |= metadata(operation.beside(model), COTANGENT)
+        inputs |= {COTANGENT + name: tuple(model.outputs[name].natural_shape) for name in operation.beside(model)}
     pairs = {f"{out}:{by}": (out, by) for out, by in operation.pairs(model)}
     given = {
         "outputs": tuple(model.outputs),
@@ -200,7 +190,8 @@ def _signature(model: Model, operation: Operation) -> Signature:
         "gradients": tuple(GRADIENT + name for name in sorted({by for _, by in pairs.values()})),
     }
     outputs = tuple(name for kind in operation.gives for name in given[kind])
-    return Signature(operation, inputs, optional, outputs, {} if operation.takes == "tangents" else pairs)
+    chosen = {} if operation.takes == "tangents" else pairs
+    return Signature(operation, DATATYPES[model.dtype], inputs, optional, outputs, chosen)
 
 
 def _require_own_names(model: Model) -> None:
