@@ -62,9 +62,7 @@ def convert(values: Array, source: Form, target: Form) -> Array:
         InputError: there is no such form, the shape is another one, or a 3 x 3 tensor is not symmetric.
         InputTypeError: `values` is neither a NumPy array nor a torch tensor.
     """
-    _require(values, _shape(source), f"a symmetric tensor in the form {source!r}")
-    _shape(target)
-    return values if source == target else _converted(values, source, target, _SHEARS, 0)
+    return _converted_alone(values, source, target, _SHEARS, "a symmetric tensor")
 
 
 def convert_gradient(values: Array, source: Form, target: Form) -> Array:
@@ -83,12 +81,9 @@ def convert_gradient(values: Array, source: Form, target: Form) -> Array:
         InputError: as for `convert`.
         InputTypeError: as for `convert`.
     """
-    _require(values, _shape(source), f"a derivative by a symmetric tensor in the form {source!r}")
-    _shape(target)
-    if source == target:
-        return values
     # A derivative goes the other way.
-    return _converted(values, source, target, {form: 1.0 / factor for form, factor in _SHEARS_BY.items()}, 0)
+    factors = {form: 1.0 / factor for form, factor in _SHEARS_BY.items()}
+    return _converted_alone(values, source, target, factors, "a derivative by a symmetric tensor")
 
 
 def convert_tangent(values: Array, source: Form | tuple[Form, Form], target: Form | tuple[Form, Form]) -> Array:
@@ -109,7 +104,7 @@ def convert_tangent(values: Array, source: Form | tuple[Form, Form], target: For
         InputError: as for `convert`.
         InputTypeError: as for `convert`.
     """
-    (out, by), (new_out, new_by) = _both(source), _both(target)
+    (out, by), (new_out, new_by) = ((form, form) if isinstance(form, str) else form for form in (source, target))
     _require(values, _shape(out) + _shape(by), f"a tangent in the forms {out!r} by {by!r}")
     if (out, by) == (new_out, new_by):
         return values
@@ -151,11 +146,6 @@ def _shape(form: Form) -> tuple[int, ...]:
     return (3, 3) if form == "tensor" else (6,)
 
 
-def _both(form: Form | tuple[Form, Form]) -> tuple[Form, Form]:
-    out, by = (form, form) if isinstance(form, str) else form
-    return out, by
-
-
 def _require(values: object, base: tuple[int, ...], what: str) -> None:
     if not isinstance(values, (np.ndarray, Tensor)):
         raise InputTypeError(
@@ -167,6 +157,12 @@ def _require(values: object, base: tuple[int, ...], what: str) -> None:
             f"{what} has shape {tuple(values.shape)}, expected (..., {', '.join(map(str, base))}); the forms are "
             f"{', '.join(FORMS)}."
         )
+
+
+def _converted_alone(values: Array, source: Form, target: Form, shears: dict[Form, float], what: str) -> Array:
+    _require(values, _shape(source), f"{what} in the form {source!r}")
+    _shape(target)
+    return values if source == target else _converted(values, source, target, shears, 0)
 
 
 def _converted(values: Array, source: Form, target: Form, shears: dict[Form, float], behind: int) -> Array:

@@ -38,7 +38,7 @@ typed_releases = pytest.mark.parametrize("release", ["3.0.0", "3.0.3"])
 
 
 def read(written: dict[str, Any], **solver: Any) -> Metadata:
-    return decode.with_solver(decode.metadata(written, "meta.json"), solver)
+    return decode.metadata(written, "meta.json", solver=solver)
 
 
 def explicit(metadata: Metadata) -> ExplicitInfo:

@@ -23,7 +23,7 @@ def read_metadata(place: Place, *, solver: dict[str, Any] | None = None) -> Meta
     form = released_form(document, file)
     written = document["schema_version"]
     try:
-        found = metadata(document, file, place.digest)
+        return metadata(document, file, place.digest, solver)
     except RecursionError as error:
         raise ArtifactError(
             f"{file}: nested too deeply for a metadata file. Compile the model again with neml2-compile."
@@ -35,26 +35,22 @@ def read_metadata(place: Place, *, solver: dict[str, Any] | None = None) -> Meta
             f"{file}: written in schema {written}, which no neml2 release wrote; read like schema {form} it does not "
             f"fit: {error}"
         ) from error
-    return with_solver(found, solver or {})
 
 
-def metadata(document: dict[str, Any], file: str, digest: str = "") -> Metadata:
-    """A document of any released schema as objects; the file is for messages."""
+def metadata(document: dict[str, Any], file: str, digest: str = "", solver: dict[str, Any] | None = None) -> Metadata:
+    """A document of any released schema as objects; `solver` is that of `read_metadata`, the file is for messages."""
     found = convert({**upgrade(document, file), "digest": digest}, Metadata, file)
     for complaint in chain(_strange_names(found), _strange_uses(found), _strange_shapes(found)):
         raise ArtifactError(f"{file}: {complaint}. {AGAIN}")
-    return found
-
-
-def with_solver(found: Metadata, solver: dict[str, Any]) -> Metadata:
-    """The metadata with other Newton settings in all implicit segments, by the field names of `NewtonSettings`."""
+    if not solver:
+        return found
     checked = changed_settings(NewtonSettings(), solver, "the model")
     given = {name: getattr(checked, name) for name in solver}
-    changed = (
+    segments = [
         replace(part, newton=dataclasses.replace(part.newton, **given)) if isinstance(part, ImplicitInfo) else part
         for part in found.segments
-    )
-    return replace(found, segments=tuple(changed))
+    ]
+    return replace(found, segments=tuple(segments))
 
 
 # -- what one place says of a name must hold in all others: complaints, each without its end ---------------------------
