@@ -1,15 +1,13 @@
 """Tensors that look like plain ones and are not: by name, what makes one of a plain tensor, and what an error must say.
 
-A program that calls a model with one of them: `python -m attacks.tensors NAME ARTIFACT...`; it prints how each call
-ended. A graph that reads a tensor without memory ends the process.
+`main` calls models with one of them and prints what is wrong. A graph that reads one without memory ends the process.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.masked import masked_tensor
+
+Make = Callable[[Tensor], Tensor]
 
 
 class Wrapper(torch.Tensor):
@@ -75,7 +75,7 @@ def negative(x: Tensor) -> Tensor:
     return torch.complex(x, -x).conj().imag
 
 
-REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+REFUSED: dict[str, tuple[Make, str]] = {
     "fake": (fake, "FakeTensor"),
     "wrapper": (Wrapper, "Wrapper"),
     "masked": (lambda x: masked_tensor(x, torch.ones_like(x, dtype=torch.bool)), "MaskedTensor"),
@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 # These have memory, and count as what they are.
-ADMITTED: dict[str, Callable[[Tensor], Tensor]] = {
+ADMITTED: dict[str, Make] = {
     "negative": negative,
     "negative view": lambda x: torch._neg_view(-x),
     "negative and transposed": lambda x: torch._neg_view((-x).movedim(0, -1).contiguous().movedim(-1, 0)),
@@ -112,38 +112,6 @@ def inference(x: Tensor) -> Tensor:
         return x.clone()
 
 
-def calls(model: Any, inputs: dict[str, Tensor], make: Callable[[Tensor], Tensor]) -> dict[str, Callable[[], Any]]:
-    """Each place in which such a tensor can be given."""
-    name = next(n for n, v in model.inputs.items() if v.base_shape)
-    x = inputs[name]
-    found: dict[str, Callable[[], Any]] = {
-        "forward": lambda: model.forward({**inputs, name: make(x)}),
-        "forward of a grid": lambda: model.forward({**inputs, name: make(x.expand(2, *x.shape).clone())}),
-        "solve": lambda: model.solve({**inputs, name: make(x)}).outputs,
-    }
-    leaves = {n: v.clone().requires_grad_() for n, v in inputs.items()}
-    found["forward with grad"] = lambda: {n: v.detach() for n, v in model.forward({**leaves, name: make(x)}).items()}
-    if model.derivative_pairs:
-        found["jacobian"] = lambda: model.jacobian({**inputs, name: make(x)})[0]
-        found["jvp"] = lambda: model.jvp(inputs, {name: make(x)})[1]
-    for parameter, value in model.named_parameters().items():
-        try:
-            override = make(value.detach().expand(len(x)).clone())
-        except RuntimeError:
-            # torch makes no such tensor of scalars.
-            continue
-        found[f"override of {parameter}"] = partial(model.forward, inputs, {parameter: override})
-
-    def started(unknown: str, first: Tensor) -> Any:
-        return model.forward({**inputs, unknown: make(first)})
-
-    for unknown, variable in model.initial_guesses.items():
-        if variable.base_shape:
-            first = torch.zeros(len(x), *variable.base_shape, dtype=torch.float64)
-            found[f"initial guess of {unknown}"] = partial(started, unknown, first)
-    return found
-
-
 def typical(model: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     found = {}
@@ -153,31 +121,91 @@ def typical(model: Any) -> dict[str, Tensor]:
     return found
 
 
+def places(model: Any) -> dict[str, Callable[[Make], Any]]:
+    """Each call in which such a tensor can be given; what makes it of a plain one is the argument."""
+    inputs = typical(model)
+    leaves = {n: v.clone().requires_grad_() for n, v in inputs.items()}
+    name = next(n for n, v in model.inputs.items() if v.base_shape)
+    x = inputs[name]
+    found: dict[str, Callable[[Make], Any]] = {
+        "forward": lambda make: model.forward({**inputs, name: make(x)}),
+        "forward of a grid": lambda make: model.forward({**inputs, name: make(x.expand(2, *x.shape).clone())}),
+        "forward with grad": lambda make: detached(model.forward({**leaves, name: make(x)})),
+        "solve": lambda make: model.solve({**inputs, name: make(x)}).outputs,
+    }
+    if model.derivative_pairs:
+        found["jacobian"] = lambda make: model.jacobian({**inputs, name: make(x)})[0]
+        found["jvp"] = lambda make: model.jvp(inputs, {name: make(x)})[1]
+    for parameter, value in model.named_parameters().items():
+        given = value.detach().expand(len(x)).clone()
+        found[f"override of {parameter}"] = lambda make, n=parameter, v=given: model.forward(inputs, {n: make(v)})  # type: ignore[misc]
+    for unknown, variable in model.initial_guesses.items():
+        if variable.base_shape:
+            first = torch.zeros(len(x), *variable.base_shape, dtype=torch.float64)
+            found[f"initial guess of {unknown}"] = lambda make, n=unknown, v=first: model.forward(
+                {**inputs, n: make(v)}
+            )  # type: ignore[misc]
+    return found
+
+
+def detached(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in outputs.items()}
+
+
+def gradient(model: Any, make: Make) -> dict[str, Any]:
+    """By an input that the model is given as such a tensor."""
+    leaves = {name: value.requires_grad_() for name, value in typical(model).items()}
+    name = next(n for n, v in model.inputs.items() if v.base_shape)
+    model.forward({**leaves, name: make(leaves[name])})["stress"].sum().backward()
+    return {name: leaves[name].grad}
+
+
+def put(model: Any, name: str, value: Tensor) -> Any:
+    """Give the module itself another parameter, and call it."""
+    above, _, leaf = name.rpartition(".")
+    parameters = model.get_submodule(above)._parameters
+    before, parameters[leaf] = parameters[leaf], torch.nn.Parameter(value, requires_grad=False)
+    try:
+        return model.forward(typical(model))
+    finally:
+        parameters[leaf] = before
+
+
 def refuse(name: str, model: Any) -> list[str]:
     """Give such a tensor in each place; report where it was not refused in the right words."""
-    make, words = REFUSED[name]
-    wrong = []
     from neml2_aoti_plugin import InputTypeError
 
-    for call, run in calls(model, typical(model), make).items():
+    make, words = REFUSED[name]
+    calls = places(model)
+    for parameter, value in model.named_parameters().items():
+        calls[f"set {parameter}"] = lambda make, n=parameter, v=value: model.set_parameter(n, make(v.expand(3).clone()))  # type: ignore[misc]
+        # Eight bytes are enough for a scalar; the dtype of what is put there is checked where graphs take it.
+        if name not in ("shrunk", "quantized"):
+            calls[f"put {parameter}"] = lambda make, n=parameter, v=value: put(model, n, make(v.clone()))  # type: ignore[misc]
+    wrong = []
+    for call, run in calls.items():
         try:
-            run()
+            run(make)
             wrong.append(f"{call}: no error")
         except InputTypeError as error:
             if words not in str(error):
                 wrong.append(f"{call}: {error}")
         except Exception as error:
-            wrong.append(f"{call}: {type(error).__name__}: {error}")
+            # torch itself makes no parameter, and of scalars no such tensor.
+            if not call.startswith(("set", "put", "override")) or "neml2" in type(error).__module__:
+                wrong.append(f"{call}: {type(error).__name__}: {error}")
     return wrong
 
 
 def admit(name: str, model: Any) -> list[str]:
-    """Give such a tensor in each place; report where it gave other numbers than a plain one."""
+    """Give such a tensor in each place; report where it gave other numbers or gradients than a plain one."""
+    calls = places(model)
+    if name not in ("parameter", "buffer", "inference"):
+        calls["gradient"] = partial(gradient, model)
     wrong = []
-    plain = calls(model, typical(model), torch.clone)
-    for call, run in calls(model, typical(model), ADMITTED[name]).items():
-        expected, found = plain[call](), run()
-        for out, value in expected.items():
+    for call, run in calls.items():
+        found = run(ADMITTED[name])
+        for out, value in run(torch.clone).items():
             if type(found[out]) is not Tensor or not torch.equal(found[out].isnan(), value.isnan()):
                 wrong.append(f"{call}: {out} is a {type(found[out]).__name__}")
             elif not torch.equal(found[out].nan_to_num(), value.nan_to_num()):
@@ -198,12 +226,11 @@ def modes() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
         "FakeTensorMode": lambda: FakeTensorMode(allow_non_fake_inputs=True),
         "FunctionalTensorMode": FunctionalTensorMode,
         "Passing": Passing,
-        "": nullcontext,
     }
 
 
 def main(kind: str, *artifacts: str) -> None:
-    """Run a program of this module on artifacts."""
+    """Give tensors of a kind to models, and print what is wrong."""
     from neml2_aoti_plugin import Model
 
     warnings.simplefilter("ignore")
@@ -212,7 +239,3 @@ def main(kind: str, *artifacts: str) -> None:
         for line in run(kind, Model(artifact)):
             print(f"{artifact}: {line}")
     print("done")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
