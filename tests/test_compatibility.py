@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import references
-from attacks.archives import ATTACKS, edited, recorded, swapped
+from attacks.archives import ATTACKS, edited, of_stem, recorded
 from attacks.artifacts import damage, package, refusal, signature_of
 from attacks.children import environment, run_fresh
 from neml2_aoti_plugin import ArtifactNotFoundError, Model
@@ -41,7 +41,8 @@ def test_the_real_package_passes(artifact: Path) -> None:
 def test_a_package_of_something_else(artifact: Path) -> None:
     own = damage(artifact, lambda _: package(artifact, "elasticity_jvp").read_bytes())
     assert "elasticity_jvp, expected elasticity" in refusal(artifact)
-    own.write_bytes(swapped(references.case("promoted").artifact / "cpu/float64/promoted.pt2", "elasticity"))
+    other = package(references.case("promoted").artifact, "promoted")
+    own.write_bytes(of_stem("elasticity")(other.read_bytes()))
     assert "takes 3 tensors, where the metadata gives it 1 as the value" in refusal(artifact)
     shutil.copy(package(references.case("elasticity").artifact), own)
     assert wire_fault(Wire("x", "value", ((6,),)), signature_of(own)) == ""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TypeAlias
 
 import neml2
 import numpy as np
@@ -26,7 +26,6 @@ SINGLE = 1e-6
 # The absolute tolerance of BiCGStab, 1e-7 MPa, is one of the plastic strain, of 1e-2, as well.
 LOOSER = {"bicgstab": 1e-6}
 CUT = ["substepping"]
-BIN = Path(sys.executable).parent
 
 
 @functools.cache
@@ -93,106 +92,79 @@ class TestCutSteps:
             assert np.abs(stress - expected).max() < 0.05 * np.abs(expected).max()
 
 
-class TestElasticity:
-    @pytest.mark.parametrize("name", [name for name in CATALOGUE if CATALOGUE[name].model == "elasticity"])
-    def test_stress_is_hookes(self, name: str) -> None:
-        case = references.case(name)
-        strain = history(case.driver.result(), "input", "strain", 0)[1:].to(torch.float64)
-        stress = history(case.driver.result(), "output", "stress")
-        # One entry is compiled with twice the modulus.
-        young, poisson = 410_000.0 if name == "elasticity_stiff" else 205_000.0, 0.29
-        lame = young * poisson / ((1 + poisson) * (1 - 2 * poisson))
-        identity = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-        trace = strain[..., :3].sum(-1, keepdim=True)
-        hooke = young / (1 + poisson) * strain + lame * trace * identity
-        assert difference(stress, hooke) < (1e-14 if case.dtype == torch.float64 else 1e-6)
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if CATALOGUE[name].model == "elasticity"])
+def test_stress_of_elasticity_is_hookes(name: str) -> None:
+    case = references.case(name)
+    strain = history(case.driver.result(), "input", "strain", 0)[1:].to(torch.float64)
+    # One entry is compiled with twice the modulus.
+    young, poisson = 410_000.0 if name == "elasticity_stiff" else 205_000.0, 0.29
+    lame = young * poisson / ((1 + poisson) * (1 - 2 * poisson))
+    volumetric = strain[..., :3].sum(-1, keepdim=True) * torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]).double()
+    hooke = young / (1 + poisson) * strain + lame * volumetric
+    stress = history(case.driver.result(), "output", "stress")
+    assert difference(stress, hooke) < (1e-14 if case.dtype == torch.float64 else 1e-6)
 
-
-Histories: TypeAlias = tuple[np.ndarray, np.ndarray]
-Stepped: TypeAlias = dict[int, Histories]
 
 END = 6.0
 STEPS = (30, 60, 120)
 STRAIN_RATES = 1e-3 * np.array([[1.0, -0.49, -0.49, 0.0, 0.0, 0.0], [0.6, -0.4, -0.15, 0.3, 0.0, 0.5]])
 
 
-@pytest.fixture(scope="module")
-def integrated() -> Histories:
+def stepped(count: int) -> list[np.ndarray]:
     """Stress `(times, points, 6)` and equivalent plastic strain `(times, points)` at the coarsest steps' times."""
-    times = np.linspace(0.0, END, STEPS[0] + 1)
-    solved = np.stack([Viscoplasticity().integrate(times, rate) for rate in STRAIN_RATES], 1)
-    return solved[..., :6], solved[..., 6]
-
-
-@pytest.fixture(scope="module")
-def stepped() -> Stepped:
-    """The same from the compiled model, by the number of steps."""
     model = neml2.load_model(references.case("viscoplasticity").file, "viscoplasticity")
-    found = {}
-    for count in STEPS:
-        times = torch.linspace(0.0, END, count + 1, dtype=torch.float64)
-        strain = times.reshape(-1, 1, 1) * torch.from_numpy(STRAIN_RATES)
-        driver = neml2.TransientDriver(model, Scalar(times), "t", {"strain": SR2(strain)}, {})
-        driver.run()
-        every = count // STEPS[0]
-        stress, p = (history(driver.result(), "output", name)[every - 1 :: every].numpy() for name in model.output_spec)
-        found[count] = stress, p
-    return found
+    times = torch.linspace(0.0, END, count + 1, dtype=torch.float64)
+    strain = times.reshape(-1, 1, 1) * torch.from_numpy(STRAIN_RATES)
+    driver = neml2.TransientDriver(model, Scalar(times), "t", {"strain": SR2(strain)}, {})
+    driver.run()
+    every = count // STEPS[0]
+    return [history(driver.result(), "output", name)[every - 1 :: every].numpy() for name in model.output_spec]
 
 
-class TestViscoplasticity:
-    """Backward Euler steps against a stiff integration, with tight tolerances, of equations written anew."""
-
-    @pytest.mark.parametrize("which", [0, 1], ids=["stress", "equivalent plastic strain"])
-    def test_error_falls_in_proportion_to_the_step(self, stepped: Stepped, integrated: Histories, which: int) -> None:
-        expected = integrated[which][1:]
-        errors = [np.abs(stepped[count][which] - expected).max() / np.abs(expected).max() for count in STEPS]
+def test_backward_euler_steps_come_near_a_stiff_integration() -> None:
+    """With tight tolerances, of equations written anew. The error falls in proportion to the step."""
+    times = np.linspace(0.0, END, STEPS[0] + 1)
+    solved = np.stack([Viscoplasticity().integrate(times, rate) for rate in STRAIN_RATES], 1)[1:]
+    found = [stepped(count) for count in STEPS]
+    for which, wanted in enumerate((solved[..., :6], solved[..., 6])):
+        errors = [np.abs(histories[which] - wanted).max() / np.abs(wanted).max() for histories in found]
         assert errors[0] < 0.02
-        assert 1.8 < errors[0] / errors[1] < 2.2
-        assert 1.8 < errors[1] / errors[2] < 2.2
+        assert 1.8 < errors[0] / errors[1] < 2.2 and 1.8 < errors[1] / errors[2] < 2.2
+    # Steady flow does not depend on the step.
+    for stress, _ in found:
+        assert np.abs(stress[-1] - solved[-1, :, :6]).max() < 1e-6 * np.abs(solved[..., :6]).max()
 
-    def test_steady_flow_does_not_depend_on_the_step(self, stepped: Stepped, integrated: Histories) -> None:
-        for count in STEPS:
-            assert np.abs(stepped[count][0][-1] - integrated[0][-1]).max() < 1e-6 * np.abs(integrated[0]).max()
+
+def start(tool: str, *arguments: str | Path, status: int = 0) -> tuple[str, str]:
+    """One of neml2's own tools, as a user starts it; what it prints to stdout and stderr."""
+    command = [str(Path(sys.executable).with_name(tool)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stderr
+    return done.stdout, done.stderr
 
 
 @pytest.mark.processes
-class TestConsoleScripts:
-    """neml2's own tools, as a user starts them, on compiled stubs."""
+def test_neml2_run_writes_the_trajectory_or_says_what_is_wrong(tmp_path: Path) -> None:
+    case, file = references.case("calibration"), tmp_path / "result.pt"
+    assert start("neml2-run", case.file, "driver", f"Drivers/driver/save_as:={file}")[1] == ""
+    saved, here = torch.load(file, weights_only=True), case.driver.result()
+    assert set(saved) == set(here)
+    # The tolerances of the solves are the stub's own here.
+    assert all(difference(saved[name], here[name]) < 1e-7 for name in here)
+    moved = shutil.copy(case.file, tmp_path)
+    _, said = start("neml2-run", moved, "driver", status=1)
+    assert str(tmp_path / "viscoplasticity") in said and "neml2-compile" in said and "Traceback" not in said
 
-    def start(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=120, check=False)
 
-    def test_neml2_run_writes_the_trajectory(self, tmp_path: Path) -> None:
-        case = references.case("calibration")
-        file = tmp_path / "result.pt"
-        done = self.start(BIN / "neml2-run", case.file, "driver", f"Drivers/driver/save_as:={file}")
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        saved = torch.load(file, weights_only=True)
-        here = case.driver.result()
-        assert set(saved) == set(here)
-        # The tolerances of the solves are the stub's own here.
-        assert all(difference(saved[name], here[name]) < 1e-7 for name in here)
-
-    def test_neml2_run_tells_what_is_wrong(self, tmp_path: Path) -> None:
-        stub = tmp_path / "moved_aoti.i"
-        stub.write_text(references.case("elasticity").file.read_text(encoding="utf-8"), encoding="utf-8")
-        done = self.start(BIN / "neml2-run", stub, "driver")
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
-        assert str(tmp_path / "elasticity") in done.stderr and "neml2-compile" in done.stderr
-
-    def test_neml2_inspect_lists_inputs_outputs_and_parameters(self) -> None:
-        case = references.case("calibration")
-        words = (BIN / "neml2-inspect", case.file, case.stub.model)
-        told, as_json = self.start(*words), self.start(*words, "--json")
-        assert (told.returncode, as_json.returncode) == (0, 0), told.stderr + as_json.stderr
-        for word in ("strain", "stress", "residual.hardening.K", "residual.overstress.sy", "SR2", "float64", "cpu"):
-            assert word in told.stdout, word
-        found = json.loads(as_json.stdout)
-        assert "strain" in json.dumps(found["inputs"]) and "stress" in json.dumps(found["outputs"])
-        parameters = {entry["name"]: entry for entry in found["parameters"]}
-        assert parameters.keys() == {"residual.hardening.K", "residual.overstress.sy"}
-        modulus = parameters["residual.hardening.K"]
-        assert "float64" in str(modulus["dtype"]) and "cpu" in str(modulus["device"]) and list(modulus["shape"]) == []
+@pytest.mark.processes
+def test_neml2_inspect_lists_inputs_outputs_and_parameters() -> None:
+    case = references.case("calibration")
+    told, _ = start("neml2-inspect", case.file, case.stub.model)
+    for word in ("strain", "stress", "residual.hardening.K", "residual.overstress.sy", "SR2", "float64", "cpu"):
+        assert word in told, word
+    found = json.loads(start("neml2-inspect", case.file, case.stub.model, "--json")[0])
+    assert "strain" in json.dumps(found["inputs"]) and "stress" in json.dumps(found["outputs"])
+    parameters = {entry["name"]: entry for entry in found["parameters"]}
+    assert parameters.keys() == {"residual.hardening.K", "residual.overstress.sy"}
+    modulus = parameters["residual.hardening.K"]
+    assert "float64" in str(modulus["dtype"]) and "cpu" in str(modulus["device"]) and list(modulus["shape"]) == []

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 import references
-from attacks import secrets
 from attacks.archives import changed, edited, extra
 from attacks.artifacts import INPUTS, old_metadata, package, refusal, runs
 from attacks.children import run
-from attacks.secrets import SECRET, SIGN
+from attacks.documents import SECRET, SIGN, with_secrets
+from data.collect import document
 from neml2_aoti_plugin import (
     AOTIError,
     ArtifactError,
@@ -39,7 +39,6 @@ from neml2_aoti_plugin.parallel import map_rows
 from neml2_aoti_plugin.points import Points
 from references import change_json, write_stub
 
-DATA = Path(__file__).parent / "data"
 LEAVES_IT = "out of the artifact's folder"
 
 HOSTILE = """
@@ -278,19 +277,19 @@ class TestSecrets:
     @pytest.mark.parametrize("name", ["3.0.0-multi", "3.0.3-cross_group", "3.0.6-multi", "3.0.7-multi", "3.1.0-multi"])
     def test_in_the_metadata_of_every_schema(self, name: str) -> None:
         refused = 0
-        for where, document in secrets.documents(json.loads((DATA / f"{name}.json").read_text())):
+        for where, written in with_secrets(document(*name.split("-"))):
             try:
-                decode.metadata(document, "file")
+                decode.metadata(written, "file")
             except AOTIError as error:
                 refused += 1
                 assert SIGN not in str(error), f"{where}: {error}"
         assert refused > 100
 
     def test_in_a_type_whose_size_is_wrong(self) -> None:
-        document = json.loads((DATA / "3.0.3-cross_group.json").read_text())
-        document["inputs"][0].update(var_type=SECRET, base_shape=[6], var_size=5)
+        written = document("3.0.3", "cross_group")
+        written["inputs"][0].update(var_type=SECRET, base_shape=[6], var_size=5)
         with pytest.raises(ArtifactError, match="var_type is a str") as raised:
-            decode.metadata(document, "file")
+            decode.metadata(written, "file")
         assert SIGN not in str(raised.value)
 
     @pytest.mark.parametrize(("name", "make"), HOLDS)

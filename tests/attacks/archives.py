@@ -10,10 +10,9 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 Entries = list[tuple[zipfile.ZipInfo, bytes]]
+Make = Callable[[bytes], bytes]
 
 
 def entries_of(data: bytes) -> Entries:
@@ -29,10 +28,14 @@ def archive_of(entries: Entries) -> bytes:
         # An entry that is there twice is one of the attacks.
         warnings.filterwarnings("ignore", "Duplicate name", UserWarning)
         for info, data in entries:
-            fresh = zipfile.ZipInfo(info.filename, (1980, 1, 1, 0, 0, 0))
-            fresh.external_attr, fresh.compress_type, fresh.create_system = info.external_attr, info.compress_type, 3
-            archive.writestr(fresh, data)
+            archive.writestr(_renamed(info, info.filename), data)
     return out.getvalue()
+
+
+def _renamed(info: zipfile.ZipInfo, name: str) -> zipfile.ZipInfo:
+    fresh = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    fresh.external_attr, fresh.compress_type, fresh.create_system = info.external_attr, info.compress_type, 3
+    return fresh
 
 
 def graph_folder(entries: Entries) -> str:
@@ -41,7 +44,7 @@ def graph_folder(entries: Entries) -> str:
     return library.rpartition("/")[0] + "/"
 
 
-def changed(change: Callable[[Entries, str], Entries | None]) -> Callable[[bytes], bytes]:
+def changed(change: Callable[[Entries, str], Entries | None]) -> Make:
     """An attack that changes the list of entries; it gets the graph's folder as well."""
 
     def attack(data: bytes) -> bytes:
@@ -52,9 +55,7 @@ def changed(change: Callable[[Entries, str], Entries | None]) -> Callable[[bytes
     return attack
 
 
-def extra(
-    name: str, data: bytes = b"x", attributes: int = 0, compress: int = zipfile.ZIP_STORED
-) -> Callable[[bytes], bytes]:
+def extra(name: str, data: bytes = b"x", attributes: int = 0, compress: int = zipfile.ZIP_STORED) -> Make:
     """An attack that adds an entry; `{graph}` in its name stands for the graph's folder."""
 
     def change(entries: Entries, graph: str) -> None:
@@ -65,22 +66,27 @@ def extra(
     return changed(change)
 
 
-def edited(suffix: str, change: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+def edited(suffix: str, change: Make) -> Make:
     """An attack that changes the bytes of the entry whose name ends so, with a right checksum."""
     return changed(lambda entries, _: [(i, change(d) if i.filename.endswith(suffix) else d) for i, d in entries])
 
 
-def without(suffix: str) -> Callable[[bytes], bytes]:
+def of_stem(stem: str) -> Make:
+    """Another graph's package, as if it were that of `stem`."""
+    return changed(lambda e, _: [(_renamed(i, f"{stem}/" + i.filename.partition("/")[2]), d) for i, d in e])
+
+
+def without(suffix: str) -> Make:
     """An attack that removes the entries whose names end so."""
     return changed(lambda entries, _: [(i, d) for i, d in entries if not i.filename.endswith(suffix)])
 
 
-def recorded(**facts: str) -> Callable[[bytes], bytes]:
+def recorded(**facts: str) -> Make:
     """An attack that changes what the package says it was built for."""
     return edited("_metadata.json", lambda d: json.dumps({**json.loads(d), **facts}).encode())
 
 
-def calling(target: str) -> Callable[[bytes], bytes]:
+def calling(target: str) -> Make:
     """An attack that has the graph's list of operators name another one."""
     return extra("{graph}evil.wrapper.json", json.dumps({"nodes": [{"node": {"target": target}}]}).encode())
 
@@ -117,81 +123,60 @@ def encrypted(data: bytes) -> bytes:
     return bytes(out)
 
 
-class Attack(NamedTuple):
-    """One way to make a package hostile or broken, and what the refusal must say."""
-
-    make: Callable[[bytes], bytes]
-    words: list[str]
-
-
 LINK = (stat.S_IFLNK | 0o777) << 16
 OUT = "leads out of the folder"
 
-ATTACKS = {
-    "parent": Attack(extra("{graph}../../../../../escape.so"), [OUT, "escape.so"]),
-    "parent at the end": Attack(extra("{graph}.."), [OUT]),
-    "absolute": Attack(extra("/tmp/escape.so"), [OUT, "/tmp/escape.so"]),
-    "drive": Attack(extra("C:/escape.so"), [OUT]),
-    "backslash": Attack(extra("{graph}..\\..\\escape.so"), [OUT]),
-    "symbolic link": Attack(extra("{graph}link", b"/etc/passwd", LINK), ["symbolic link"]),
-    "device": Attack(extra("{graph}device", b"", (stat.S_IFCHR | 0o666) << 16), ["neither a file nor a folder"]),
-    "twice": Attack(changed(lambda e, g: twice(e)), ["is there twice"]),
-    "twice but for case": Attack(changed(lambda e, g: twice(e, str.upper)), ["is there twice"]),
-    "overlapping": Attack(overlapping, ["lie over each other"]),
-    "bomb": Attack(extra("{graph}a", bytes(1 << 27), compress=zipfile.ZIP_DEFLATED), ["unpacks from"]),
-    "claims a size": Attack(claimed_size, ["claims two sizes"]),
-    "encrypted": Attack(encrypted, ["encrypted"]),
-    "another method": Attack(extra("{graph}a", b"x" * 99, compress=zipfile.ZIP_LZMA), ["compressed by method 14"]),
-    "many entries": Attack(
-        changed(lambda e, g: e + [(zipfile.ZipInfo(f"{g}{i}"), b"") for i in range(10_001)]), ["entries", "10000"]
+# Ways to make a package hostile or broken, and what the refusal must say.
+ATTACKS: dict[str, tuple[Make, list[str]]] = {
+    "parent": (extra("{graph}../../../../../escape.so"), [OUT, "escape.so"]),
+    "parent at the end": (extra("{graph}.."), [OUT]),
+    "absolute": (extra("/tmp/escape.so"), [OUT, "/tmp/escape.so"]),
+    "drive": (extra("C:/escape.so"), [OUT]),
+    "backslash": (extra("{graph}..\\..\\escape.so"), [OUT]),
+    "symbolic link": (extra("{graph}link", b"/etc/passwd", LINK), ["symbolic link"]),
+    "device": (extra("{graph}device", b"", (stat.S_IFCHR | 0o666) << 16), ["neither a file nor a folder"]),
+    "twice": (changed(lambda e, g: twice(e)), ["is there twice"]),
+    "twice but for case": (changed(lambda e, g: twice(e, str.upper)), ["is there twice"]),
+    "overlapping": (overlapping, ["lie over each other"]),
+    "bomb": (extra("{graph}a", bytes(1 << 27), compress=zipfile.ZIP_DEFLATED), ["unpacks from"]),
+    "claims a size": (claimed_size, ["claims two sizes"]),
+    "encrypted": (encrypted, ["encrypted"]),
+    "another method": (extra("{graph}a", b"x" * 99, compress=zipfile.ZIP_LZMA), ["compressed by method 14"]),
+    "many entries": (
+        changed(lambda e, g: e + [(zipfile.ZipInfo(f"{g}{i}"), b"") for i in range(10_001)]),
+        ["entries", "10000"],
     ),
-    "no library": Attack(without(".so"), ["0 compiled libraries", "neml2-compile"]),
-    "two libraries": Attack(extra("{graph}other.so", b"\x7fELF"), ["2 compiled libraries"]),
-    "library below": Attack(extra("{graph}below/other.so", b"\x7fELF"), ["2 compiled libraries"]),
-    "empty library": Attack(edited(".so", lambda d: b""), ["library is empty"]),
-    "text as library": Attack(edited(".so", lambda d: b"#!/bin/sh\necho owned\n"), ["not an ELF file"]),
-    "library cut off": Attack(edited(".so", lambda d: d[: len(d) // 2]), ["cut off"]),
-    "library's header cut off": Attack(edited(".so", lambda d: d[:40]), ["cut off"]),
-    "library of a big machine": Attack(edited(".so", lambda d: d[:5] + b"\2" + d[6:]), ["another kind of machine"]),
-    "library of another machine": Attack(
-        edited(".so", lambda d: d[:18] + struct.pack("<H", 183 if d[18] == 62 else 62) + d[20:]), ["processors, this"]
+    "no library": (without(".so"), ["0 compiled libraries", "neml2-compile"]),
+    "two libraries": (extra("{graph}other.so", b"\x7fELF"), ["2 compiled libraries"]),
+    "library below": (extra("{graph}below/other.so", b"\x7fELF"), ["2 compiled libraries"]),
+    "empty library": (edited(".so", lambda d: b""), ["library is empty"]),
+    "text as library": (edited(".so", lambda d: b"#!/bin/sh\necho owned\n"), ["not an ELF file"]),
+    "library cut off": (edited(".so", lambda d: d[: len(d) // 2]), ["cut off"]),
+    "library's header cut off": (edited(".so", lambda d: d[:40]), ["cut off"]),
+    "library of a big machine": (edited(".so", lambda d: d[:5] + b"\2" + d[6:]), ["another kind of machine"]),
+    "library of another machine": (
+        edited(".so", lambda d: d[:18] + struct.pack("<H", 183 if d[18] == 62 else 62) + d[20:]),
+        ["processors, this"],
     ),
-    "empty": Attack(lambda d: b"", ["not a readable package"]),
-    "empty archive": Attack(lambda d: archive_of([]), ["holds nothing"]),
-    "truncated": Attack(lambda d: d[: len(d) // 2], ["not a readable package"]),
-    "without its first half": Attack(lambda d: d[len(d) // 2 :], []),
-    "zeros in the middle": Attack(lambda d: d[: len(d) // 2] + bytes(4096) + d[len(d) // 2 + 4096 :], ["is damaged"]),
-    "another package's": Attack(
-        changed(lambda e, g: [(_renamed(i, "other/" + i.filename.partition("/")[2]), d) for i, d in e]),
-        ["other", "the package of another graph"],
-    ),
-    "other platform": Attack(recorded(AOTI_PLATFORM="win32"), ["platform win32", "neml2-compile"]),
-    "other machine": Attack(recorded(AOTI_MACHINE="riscv64"), ["riscv64", "neml2-compile"]),
-    "other processor": Attack(
-        recorded(AOTI_CPU_ISA="AVX512 AVX512_VNNI AMX_TILE ZVECTOR ASIMD"), ["lacks", "neml2-compile"]
-    ),
-    "other device": Attack(recorded(AOTI_DEVICE_KEY="cuda"), ["device cuda", "device='cuda'"]),
-    "record that is no object": Attack(edited("_metadata.json", lambda d: b"[]"), ["build record"]),
-    "record that is nested": Attack(edited("_metadata.json", lambda d: b"[" * 100_000), ["build record"]),
-    "record that is no text": Attack(edited("_metadata.json", lambda d: b"\xff\xfe"), ["damaged"]),
-    "unknown operator": Attack(calling("evil::run"), ["evil::run", "Import the Python package"]),
-    "unknown neml2 operator": Attack(calling("neml2::gone"), ["neml2::gone", "neml2"]),
-    "unknown torch operator": Attack(calling("aten::gone"), ["aten::gone", "torch"]),
-    "operator with an odd name": Attack(calling("os::system('x')"), ["no operator's name"]),
-    "operators that are no list": Attack(extra("{graph}evil.wrapper.json", b"{}"), ["list of operators"]),
+    "empty": (lambda d: b"", ["not a readable package"]),
+    "empty archive": (lambda d: archive_of([]), ["holds nothing"]),
+    "truncated": (lambda d: d[: len(d) // 2], ["not a readable package"]),
+    "without its first half": (lambda d: d[len(d) // 2 :], []),
+    "zeros in the middle": (lambda d: d[: len(d) // 2] + bytes(4096) + d[len(d) // 2 + 4096 :], ["is damaged"]),
+    "another package's": (of_stem("other"), ["other", "the package of another graph"]),
+    "other platform": (recorded(AOTI_PLATFORM="win32"), ["platform win32", "neml2-compile"]),
+    "other machine": (recorded(AOTI_MACHINE="riscv64"), ["riscv64", "neml2-compile"]),
+    "other processor": (recorded(AOTI_CPU_ISA="AVX512 AVX512_VNNI AMX_TILE ZVECTOR ASIMD"), ["lacks", "neml2-compile"]),
+    "other device": (recorded(AOTI_DEVICE_KEY="cuda"), ["device cuda", "device='cuda'"]),
+    "record that is no object": (edited("_metadata.json", lambda d: b"[]"), ["build record"]),
+    "record that is nested": (edited("_metadata.json", lambda d: b"[" * 100_000), ["build record"]),
+    "record that is no text": (edited("_metadata.json", lambda d: b"\xff\xfe"), ["damaged"]),
+    "unknown operator": (calling("evil::run"), ["evil::run", "Import the Python package"]),
+    "unknown neml2 operator": (calling("neml2::gone"), ["neml2::gone", "neml2"]),
+    "unknown torch operator": (calling("aten::gone"), ["aten::gone", "torch"]),
+    "operator with an odd name": (calling("os::system('x')"), ["no operator's name"]),
+    "operators that are no list": (extra("{graph}evil.wrapper.json", b"{}"), ["list of operators"]),
 }
-
-
-def _renamed(info: zipfile.ZipInfo, name: str) -> zipfile.ZipInfo:
-    fresh = zipfile.ZipInfo(name)
-    fresh.external_attr, fresh.compress_type = info.external_attr, info.compress_type
-    return fresh
-
-
-def swapped(other: Path, stem: str) -> bytes:
-    """Another graph's package, as if it were that of `stem`."""
-    rename = changed(lambda e, g: [(_renamed(i, f"{stem}/" + i.filename.partition("/")[2]), d) for i, d in e])
-    return rename(other.read_bytes())
 
 
 def mutated(data: bytes, random_: random.Random) -> bytes:
@@ -223,7 +208,7 @@ def mutated(data: bytes, random_: random.Random) -> bytes:
 TWICE_SHEAR = 158914.72868217053
 
 
-def with_shear(value: float, tag: str = "") -> Callable[[bytes], bytes]:
+def with_shear(value: float, tag: str = "") -> Make:
     """Give the elasticity graph another value of twice its shear modulus, without changing any size.
 
     The tag, of one length for all that are exchanged, makes bytes that no other test has.

@@ -21,6 +21,7 @@ import weakref
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -36,15 +37,8 @@ def _context() -> Any:
     """The process to fork from, started when it is first needed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["attacks.prelude"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
-    try:
+    with patch.dict(os.environ, environment()):
         forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
     return context
 
 
@@ -67,7 +61,7 @@ def _live(source: str, arguments: list[str], variables: dict[str, str], output: 
 class Child:
     """A program that runs in a process of its own, its arguments as text in `sys.argv[1:]`."""
 
-    def __init__(self, source: str, arguments: tuple[object, ...], variables: dict[str, str]) -> None:
+    def __init__(self, source: str, *arguments: object, **variables: str) -> None:
         handle, self._output = tempfile.mkstemp(prefix="child-", suffix=".out")
         os.close(handle)
         weakref.finalize(self, Path(self._output).unlink, missing_ok=True)
@@ -105,14 +99,12 @@ class Child:
         return found
 
 
-def start(source: str, *arguments: object, **variables: str) -> Child:
-    """Start a program."""
-    return Child(source, arguments, variables)
+start = Child
 
 
 def run(source: str, *arguments: object, limit: float = 60, **variables: str) -> str:
     """Run a program to its end, which must be a good one; give what it printed."""
-    return start(source, *arguments, **variables).finish(limit)
+    return Child(source, *arguments, **variables).finish(limit)
 
 
 def run_fresh(source: str, *arguments: object, limit: float = 100, before: tuple[str, ...] = ()) -> str:

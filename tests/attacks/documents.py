@@ -1,8 +1,9 @@
-"""Mutated metadata, drawn by hypothesis from a real document."""
+"""Mutated metadata: drawn by hypothesis from a real document, or with a secret in the place of each text."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -94,3 +95,39 @@ def mutations(draw: st.DrawFn, original: dict[str, Any]) -> tuple[dict[str, Any]
             parent[key] = nested(draw(st.sampled_from([5, 500])))
         changes.append(f"{kind} {'.'.join(map(str, path))}")
     return document, changes
+
+
+# With what no name has, so that nobody can take it for one: spaces, a colon with more behind, a line's end.
+SECRET = "root:x:0 hunter2 BEGIN PRIVATE KEY\nhunter2"
+SIGN = "hunter2"
+
+
+def with_secrets(original: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A document again and again, with a secret in the place of one value or one key, or without it; and which one."""
+    for path in paths(original):
+        for what, change in CHANGES.items():
+            document = copy.deepcopy(original)
+            change(at(document, path[:-1]), path[-1])
+            yield f"{what} at {'.'.join(map(str, path))}", document
+
+
+def _value(parent: Any, key: Any) -> None:
+    parent[key] = SECRET
+
+
+def _values(parent: Any, key: Any) -> None:
+    parent[key] = [SECRET, {SECRET: SECRET}]
+
+
+def _key(parent: Any, key: Any) -> None:
+    if isinstance(parent, dict):
+        parent[SECRET] = parent.pop(key)
+    else:
+        parent[key] = {SECRET: parent[key]}
+
+
+def _nothing(parent: Any, key: Any) -> None:
+    del parent[key]
+
+
+CHANGES: dict[str, Callable[[Any, Any], None]] = {"value": _value, "values": _values, "key": _key, "nothing": _nothing}
