@@ -75,7 +75,18 @@ def chosen() -> tuple[str, str]:
     asked = f"{CHOICE}={word}"
     if word == TORCH:
         return TORCH, asked
-    missing = _trouble()
+    missing = _found if isinstance(_found, str) else ""
+    if _found is None:
+        try:
+            if find_spec("llvmlite") is None:
+                missing = "llvmlite is not installed (pip install llvmlite)"
+            else:
+                code_file.read()
+        except Unusable as error:
+            missing = str(error)
+        except ValueError:
+            # It has been imported in another way than from a file; the import will tell.
+            pass
     if missing:
         return TORCH, f"{asked}, but {missing}" if word else missing
     return NATIVE, asked if word else "llvmlite is installed"
@@ -89,22 +100,6 @@ def machine_code() -> tuple[MachineCode | None, str]:
         except Unusable as error:
             log.emit("model", "warning", f"solves are done by torch's operations, which are slower: {error}")
     return None, chosen()[1]
-
-
-def _trouble() -> str:
-    """Why there is no machine code, as far as is known; nothing where none is known."""
-    if _found is not None:
-        return _found if isinstance(_found, str) else ""
-    try:
-        if find_spec("llvmlite") is None:
-            return "llvmlite is not installed (pip install llvmlite)"
-        code_file.read()
-    except ValueError:
-        # It has been imported in another way than from a file; the import will tell.
-        return ""
-    except Unusable as error:
-        return str(error)
-    return ""
 
 
 def load() -> MachineCode:
@@ -138,13 +133,8 @@ def folder() -> Path | None:
     return path / "machine-code" if path.is_absolute() else None
 
 
-def files() -> list[Path]:
-    """The object files that are kept."""
-    where = folder()
-    return sorted(where.glob("*.o")) if where is not None else []
-
-
 def _load() -> MachineCode:
+    """Take the object file that is kept, or make it; load it."""
     begun = time.perf_counter()
     code = code_file.read()
     try:
@@ -154,36 +144,33 @@ def _load() -> MachineCode:
         raise Unusable(
             f"llvmlite cannot be imported ({type(error).__name__}: {error}). pip install -U llvmlite"
         ) from None
-    if tuple(binding.llvm_version_info) < code.llvm:
+    version, llvm = llvmlite.__version__, tuple(binding.llvm_version_info)
+    if llvm < code.llvm:
         raise Unusable(
-            f"llvmlite {llvmlite.__version__} has LLVM {binding.llvm_version_info[0]}, which does not read the code of "
-            f"LLVM {code.llvm[0]}. pip install -U llvmlite"
+            f"llvmlite {version} has LLVM {llvm[0]}, which does not read the code of LLVM {code.llvm[0]}. "
+            "pip install -U llvmlite"
         )
     try:
-        return _make(code, binding, llvmlite.__version__, begun)
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        triple, cpu = binding.get_process_triple(), binding.get_host_cpu_name()
+        features = binding.get_host_cpu_features().flatten()
+        machine = target_machine(binding, triple, cpu, features)
+        key = hashlib.sha256(repr((code.digest, version, llvm, triple, cpu, features)).encode()).hexdigest()
+        place = _place(key)
+        object_file = None if place is None else _read_kept(key, place)
+        if object_file is None:
+            object_file = emit(binding, code.bitcode, machine)
+            place = _keep(key, object_file, place)
+            took = time.perf_counter() - begun
+            if took > _PATIENCE:
+                where = f"kept in {place.parent}" if place else f"kept nowhere; {VARIABLE} names a folder"
+                said = f"neml2-aoti-plugin: made machine code for this processor in {took:.1f} s ({where})"
+                print(said, file=sys.stderr)
+        return loaded(binding, object_file, machine, place)
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise Unusable(f"LLVM makes no code for this processor ({lines[0]})") from error
-
-
-def _make(code: code_file.Code, binding: Any, version: str, begun: float) -> MachineCode:
-    """Take the object file that is kept, or make it; load it."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    triple, cpu = binding.get_process_triple(), binding.get_host_cpu_name()
-    features = binding.get_host_cpu_features().flatten()
-    machine = target_machine(binding, triple, cpu, features)
-    depends = repr((code.digest, version, binding.llvm_version_info, triple, cpu, features)).encode()
-    key = hashlib.sha256(depends).hexdigest()
-    kept, object_file = _read_kept(key)
-    if object_file is None:
-        object_file = emit(binding, code.bitcode, machine)
-        kept = _keep(key, object_file)
-        took = time.perf_counter() - begun
-        if took > _PATIENCE:
-            where = f"kept in {kept.parent}" if kept else f"kept nowhere; {VARIABLE} names a folder"
-            print(f"neml2-aoti-plugin: made machine code for this processor in {took:.1f} s ({where})", file=sys.stderr)
-    return loaded(binding, object_file, machine, kept)
 
 
 def loaded(binding: Any, object_file: bytes, machine: Any, kept: Path | None) -> MachineCode:
@@ -238,56 +225,54 @@ def _function(engine: Any, name: str) -> Callable[[int], int]:
     return call
 
 
-def _read_kept(key: str) -> tuple[Path | None, bytes | None]:
-    """The object file for a key, with its path; None where none is kept that can be trusted."""
-    where = folder()
-    if where is None or not _is_safe(where):
-        return None, None
-    path = where / f"{key}.o"
-    with suppress(InputError, FileNotFoundError, OSError):
-        content = read_plain(path, "an object file", _MOST_BYTES)
-        digest, made = content[:_DIGEST], content[_DIGEST:]
-        if digest == _digest(key, made):
-            return path, made
-    return None, None
-
-
-def _keep(key: str, made: bytes) -> Path | None:
-    """Keep an object file for other processes, if that can be done; give its path."""
+def _place(key: str) -> Path | None:
+    """Where the object file for a key is kept; None where no folder can be trusted."""
     where = folder()
     if where is None:
         return None
-    with suppress(OSError, InputError):
+    with suppress(OSError):
         where.parent.mkdir(parents=True, exist_ok=True)
         where.mkdir(mode=0o700, exist_ok=True)
-        if _is_safe(where):
-            with draft(where / f"{key}.o") as scratch:
+    return where / f"{key}.o" if _is_safe(where) else None
+
+
+def _is_safe(where: Path) -> bool:
+    """Whether a folder is this user's alone, and lies where only this user and root can put another in its place."""
+    if sys.platform == "win32":
+        return where.is_dir()
+    with suppress(OSError):
+        status, user = os.lstat(where), os.getuid()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077:
+            above = [os.stat(parent) for parent in where.resolve().parents]
+            # In one with the sticky bit, as /tmp, others cannot exchange what is not theirs.
+            return all(
+                s.st_uid in (0, user) and (not s.st_mode & 0o022 or bool(s.st_mode & stat.S_ISVTX)) for s in above
+            )
+    return False
+
+
+def _read_kept(key: str, place: Path) -> bytes | None:
+    """The object file for a key; None where none is kept that is whole."""
+    with suppress(InputError, OSError):
+        content = read_plain(place, "an object file", _MOST_BYTES)
+        if content[:_DIGEST] == _digest(key, content[_DIGEST:]):
+            return content[_DIGEST:]
+    return None
+
+
+def _keep(key: str, made: bytes, place: Path | None) -> Path | None:
+    """Keep an object file for other processes, if that can be done; give its path."""
+    if place is not None:
+        with suppress(OSError, InputError):
+            with draft(place) as scratch:
                 scratch.write_bytes(_digest(key, made) + made)
-            return where / f"{key}.o"
+            return place
     log.emit("model", "info", "machine code cannot be kept, and is made in each process")
     return None
 
 
 def _digest(key: str, made: bytes) -> bytes:
     return hashlib.sha256(key.encode() + made).digest()
-
-
-def _is_safe(where: Path) -> bool:
-    """Whether a folder is this user's alone, and lies where nobody else can put another in its place."""
-    if sys.platform == "win32":
-        return where.is_dir()
-    with suppress(OSError):
-        status = os.lstat(where)
-        mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
-        return mine and all(_is_guarded(os.stat(parent)) for parent in where.resolve().parents)
-    return False
-
-
-def _is_guarded(status: os.stat_result) -> bool:
-    """Whether only this user and root can exchange what lies in a folder."""
-    mine = sys.platform != "win32" and status.st_uid in (0, os.getuid())
-    # In one with the sticky bit, as /tmp, others cannot exchange what is not theirs.
-    return mine and (not status.st_mode & 0o022 or bool(status.st_mode & stat.S_ISVTX))
 
 
 def _in_child() -> None:
