@@ -15,7 +15,7 @@ from neml2_aoti_plugin._solve import criteria as by
 from neml2_aoti_plugin._solve import tables
 from neml2_aoti_plugin._solve.tables import CONVERGED, DONE, FIRST, LANES, LAST, OUTCOME, UPDATE, Solve
 
-from .calls import call_with, copy, entry_of, inlined, inner, integers, number_rows, numbers, output, release, run, take
+from .calls import copy, entry_of, inlined, inner, integers, number_rows, numbers, output, release, run, take
 from .elimination import (
     clear_sides,
     factor,
@@ -29,7 +29,7 @@ from .elimination import (
     substitute,
     take_side,
 )
-from .space import Graphs, gather, graph_of, note, note_iteration, note_trials, predict, space
+from .space import gather, graph_of, note, note_iteration, note_trials, predict, space
 
 # In `record` of a row that has converged: it waits for a last step with a linearisation of its own; it has a last step.
 WAITING: Final = -1
@@ -58,18 +58,16 @@ def solve_block(table: Any) -> Any:
     """
     t = integers(table, (Solve.FIELDS,))
     s, rows = space(t), t[Solve.ROWS]
-    call = call_with(t[Solve.FUNCTIONS], t[Solve.ARGUMENTS_AT], t[Solve.ARGUMENTS], 2, t[Solve.HANDLES])
-    graphs = Graphs(graph_of(t, tables.RESIDUAL), graph_of(t, tables.JACOBIAN), call)
     fault = predict(t)
     if fault != DONE:
         return fault
-    gather(t, s)
-    limits, updates, cuts = numbers(t[Solve.LIMITS], (CRITERIA,)), t[Solve.UPDATES], t[Solve.CUTS]
+    gather(s)
+    limits = numbers(t[Solve.LIMITS], (CRITERIA,))
     criteria = _unpacked(limits, True)
     for row in range(rows):
         s.record[row, UPDATE] = 0
         s.member[row] = row
-    fault, line = _attempt(graphs, s, rows, updates, cuts, 0, criteria)
+    fault = _attempt(s, rows, criteria)
     if fault == DONE and criteria.chord_steps:
         # Without an update there was no chord step, and a second attempt would end as the first.
         failed = 0
@@ -78,45 +76,45 @@ def solve_block(table: Any) -> Any:
                 s.member[failed] = row
                 failed += 1
         if failed > 0:
-            line = note(s, line, tables.ATTEMPT_LINE, failed, 0.0, 0.0, 0.0)
-            fault, line = _attempt(graphs, s, failed, updates, cuts, line, _unpacked(limits, False))
+            note(s, tables.ATTEMPT_LINE, failed, 0.0, 0.0, 0.0)
+            fault = _attempt(s, failed, _unpacked(limits, False))
     if fault == DONE:
-        fault = _take_last_steps(graphs, s)
+        fault = _take_last_steps(s)
     t[Solve.FAILED] = 0
     for row in range(rows):
         if s.record[row, OUTCOME] != CONVERGED:
             t[Solve.FAILED] += 1
     if fault == DONE and t[Solve.SIDES] > 0 and rows > 0:
-        fault = _differentiate(t, s, call)
+        fault = _differentiate(s)
     return fault
 
 
 @inner
-def _attempt(graphs: Any, s: Any, rows: Any, updates: Any, cuts: Any, line: Any, criteria: Any) -> Any:
-    """Solve the rows at the places in `member` from their initial guess; give what is wrong, and the next line."""
+def _attempt(s: Any, rows: Any, criteria: Any) -> Any:
+    """Solve the rows at the places in `member` from their initial guess; give what is wrong with a graph."""
     if rows == 0:
-        return DONE, note_iteration(s, line, 0, 0, 0)
+        note_iteration(s, 0, 0, 0)
+        return DONE
     for k in range(rows):
         _enter(s, k, s.guess, s.member[k])
-    fault, live = _linearise(graphs.jacobian, graphs.call, s, rows, criteria.atol)
+    fault, live = _linearise(s.jacobian, s, rows, criteria.atol)
     update = 0
     while fault == DONE:
-        line = note_iteration(s, line, update, live, rows)
-        if live == 0 or update == updates:
+        note_iteration(s, update, live, rows)
+        if live == 0 or update == s.table[Solve.UPDATES]:
+            for k in range(live):
+                _leave(s, k, s.u, tables.OUT_OF_ITERATIONS, update, s.norm[k])
             break
         if update > 0:
-            fault, live = _linearise(graphs.jacobian, graphs.call, s, live, NONE_DONE)
+            fault, live = _linearise(s.jacobian, s, live, NONE_DONE)
             if fault != DONE:
                 break
         update += 1
         live = _advance(live, update, s)
-        fault, followed, line = _try(graphs.residual, graphs.call, s, live, cuts, line, criteria)
+        fault, followed = _try(s, live, criteria)
         if fault == DONE:
             live = _settle(followed, live, update, s, criteria)
-    if fault == DONE:
-        for k in range(live):
-            _leave(s, k, s.u, tables.OUT_OF_ITERATIONS, update, s.norm[k])
-    return fault, line
+    return fault
 
 
 @inlined
@@ -138,15 +136,15 @@ def _leave(s: Any, k: Any, unknowns: Any, outcome: Any, updates: Any, norm: Any)
 
 
 @inner
-def _linearise(jacobian: Any, call: Any, s: Any, rows: Any, atol: Any) -> Any:
+def _linearise(jacobian: Any, s: Any, rows: Any, atol: Any) -> Any:
     """Evaluate the Jacobian and `-r` of the first rows, factor it, and solve for the directions.
 
     At an initial guess, rows leave first whose norm is below `atol`. Gives what is wrong with the graph, and the number
     of rows that stay.
     """
+    n, live, call = s.u.shape[1], 0, s.call
     if run(jacobian, call, s.u, s.g, rows):
         return jacobian.fault, 0
-    n, live = s.u.shape[1], 0
     a, b = output(call, 0, rows, n, n), output(call, 1, rows, n, 0)
     fault = DONE if a.address != 0 and b.address != 0 else jacobian.fault + 1
     if fault == DONE:
@@ -169,8 +167,9 @@ def _linearise(jacobian: Any, call: Any, s: Any, rows: Any, atol: Any) -> Any:
 
 
 @inner
-def _evaluate(residual: Any, call: Any, u: Any, g: Any, into: Any, rows: Any) -> Any:
+def _evaluate(s: Any, u: Any, g: Any, into: Any, rows: Any) -> Any:
     """Evaluate `-r` of the first rows."""
+    residual, call = s.residual, s.call
     if run(residual, call, u, g, rows):
         return residual.fault
     b = output(call, 0, rows, u.shape[1], 0)
@@ -226,33 +225,34 @@ def _advance(live: Any, update: Any, s: Any) -> Any:
 
 
 @inner
-def _try(residual: Any, call: Any, s: Any, live: Any, cuts: Any, line: Any, criteria: Any) -> Any:
+def _try(s: Any, live: Any, criteria: Any) -> Any:
     """Try the full steps, shorten those that may not stand, and try chord steps.
 
-    Gives what is wrong with the graph, the number of chord steps, and the next line for the log.
+    Gives what is wrong with the graph, and the number of chord steps.
     """
     if live == 0:
-        return DONE, 0, note_trials(s, line, 1, live, criteria)
-    fault = _evaluate(residual, call, s.trial, s.g, s.b, live)
+        note_trials(s, 1, live, criteria)
+        return DONE, 0
+    fault = _evaluate(s, s.trial, s.g, s.b, live)
     for k in range(live):
         s.trial_norm[k], s.tried[k] = norm_of(s.b, k), k
-    line = note_trials(s, line, 1, live, criteria)
+    note_trials(s, 1, live, criteria)
+    cut, cuts = 0, s.table[Solve.CUTS]
     refused = _shorten(live, s, criteria) if fault == DONE and cuts > 0 else 0
-    cut = 0
     while fault == DONE and refused > 0:
         cut += 1
-        fault = _evaluate(residual, call, s.further, s.further_g, s.further_b, refused)
+        fault = _evaluate(s, s.further, s.further_g, s.further_b, refused)
         for i in range(refused):
             k = s.tried[i]
             copy(s.further, i, s.trial, k)
             copy(s.further_b, i, s.b, k)
             s.trial_norm[k] = norm_of(s.b, k)
-        line = note_trials(s, line, cut + 1, live, criteria)
+        note_trials(s, cut + 1, live, criteria)
         refused = _shorten(refused, s, criteria) if cut < cuts else 0
     followed = _set_chord_steps(live, s, criteria) if fault == DONE and criteria.chord_steps else 0
     if followed > 0:
-        fault = _evaluate(residual, call, s.further, s.further_g, s.further_b, followed)
-    return fault, followed, line
+        fault = _evaluate(s, s.further, s.further_g, s.further_b, followed)
+    return fault, followed
 
 
 @inner
@@ -363,11 +363,11 @@ def _step_last(s: Any, k: Any, unknowns: Any) -> None:
 
 
 @inner
-def _take_last_steps(graphs: Any, s: Any) -> Any:
+def _take_last_steps(s: Any) -> Any:
     """Take the last steps that let the residual fall; tell what is wrong with a graph."""
     waiting = _collected(s, WAITING, s.solution)
     if waiting > 0:
-        fault, _ = _linearise(graphs.jacobian, graphs.call, s, waiting, NONE_DONE)
+        fault, _ = _linearise(s.jacobian, s, waiting, NONE_DONE)
         if fault != DONE:
             return fault
         for k in range(waiting):
@@ -376,7 +376,7 @@ def _take_last_steps(graphs: Any, s: Any) -> Any:
     stepping = _collected(s, STEPPING, s.last_step)
     if stepping == 0:
         return DONE
-    fault = _evaluate(graphs.residual, graphs.call, s.u, s.g, s.b, stepping)
+    fault = _evaluate(s, s.u, s.g, s.b, stepping)
     for k in range(stepping):
         row = s.place[k]
         if fault == DONE and norm_of(s.b, k) < s.norms[row, LAST]:
@@ -397,15 +397,16 @@ def _collected(s: Any, mark: Any, unknowns: Any) -> Any:
 
 
 @inner
-def _differentiate(t: Any, s: Any, call: Any) -> Any:
+def _differentiate(s: Any) -> Any:
     """Solve `A X = -B` at the solution for chosen columns of `B`, or for its products with directions.
 
     `B` is the derivative of the residual by the givens. NaN in rows whose `A` is singular.
     """
+    t, call = s.table, s.call
     rows, n, q = t[Solve.ROWS], t[Solve.N], t[Solve.Q]
     for row in range(rows):
         _enter(s, row, s.solution, row)
-    fault, _ = _linearise(graph_of(t, tables.JACOBIAN_AT_SOLUTION), call, s, rows, NONE_DONE)
+    fault, _ = _linearise(graph_of(t, tables.JACOBIAN_AT_SOLUTION), s, rows, NONE_DONE)
     if fault != DONE:
         return fault
     by_givens = graph_of(t, tables.BY_GIVENS)
@@ -414,14 +415,15 @@ def _differentiate(t: Any, s: Any, call: Any) -> Any:
     b = output(call, 0, rows, n, q)
     if b.address != 0:
         for start in range(0, rows, LANES):
-            _derivatives_of(t, s, b, start, min(start + LANES, rows))
+            _derivatives_of(s, b, start, min(start + LANES, rows))
     release(by_givens, call)
     return DONE if b.address != 0 else by_givens.fault + 1
 
 
 @inlined
-def _derivatives_of(t: Any, s: Any, b: Any, start: Any, end: Any) -> None:
+def _derivatives_of(s: Any, b: Any, start: Any, end: Any) -> None:
     """The derivatives of a group of rows, by all right-hand sides."""
+    t = s.table
     n, q, sides = t[Solve.N], t[Solve.Q], t[Solve.SIDES]
     columns = integers(t[Solve.COLUMNS_AT], (sides,))
     directions, step = t[Solve.DIRECTIONS], t[Solve.DIRECTION_ROW]

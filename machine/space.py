@@ -8,12 +8,27 @@ from typing import Any, NamedTuple
 from neml2_aoti_plugin._solve import tables
 from neml2_aoti_plugin._solve.tables import FIRST, LAST, Solve
 
-from .calls import Graph, call_graph, inlined, inner, integer_rows, integers, number_blocks, number_rows, numbers
+from .calls import (
+    Graph,
+    call_graph,
+    call_with,
+    inlined,
+    inner,
+    integer_rows,
+    integers,
+    number_blocks,
+    number_rows,
+    numbers,
+)
 
 
 class Space(NamedTuple):
-    """The arrays of a solve."""
+    """What a solve works with: its table, its graphs and what their calls share, and its arrays."""
 
+    table: Any
+    residual: Any
+    jacobian: Any
+    call: Any
     # Vectors `(capacity, n)` of the live rows: unknowns, direction, trial, and `-r` at the first, then at the last.
     u: Any
     step: Any
@@ -51,26 +66,30 @@ class Space(NamedTuple):
     history: Any
 
 
-class Graphs(NamedTuple):
-    """The graphs of a solve, and what their calls share."""
-
-    residual: Any
-    jacobian: Any
-    call: Any
-
-
 _factors_size, _pivots_size = inlined(tables.factors_size), inlined(tables.pivots_size)
 
 
 @inlined
+def graph_of(t: Any, place: Any) -> Any:
+    """One of the graphs that a table names."""
+    of = integer_rows(t[Solve.GRAPHS_AT], (len(tables.OUTPUTS), tables.GRAPH_COLUMNS))
+    fault = tables.BROKEN + 2 * place
+    return Graph(of[place, tables.RUN], of[place, tables.CONTAINER], t[Solve.EXECUTOR], tables.OUTPUTS[place], fault)
+
+
+@inlined
 def space(t: Any) -> Any:
-    """The arrays that a table names."""
+    """What a table names."""
     rows, capacity, n, q = t[Solve.ROWS], t[Solve.CAPACITY], t[Solve.N], t[Solve.Q]
     vectors = number_blocks(t[Solve.VECTORS], (tables.VECTOR_KINDS, capacity, n))
     givens = number_blocks(t[Solve.GIVEN_VECTORS], (tables.GIVEN_KINDS, capacity, q))
     of_rows = number_rows(t[Solve.NUMBERS], (tables.NUMBER_KINDS, capacity))
     indices = integer_rows(t[Solve.INDICES], (tables.INDEX_KINDS, capacity))
     return Space(
+        t,
+        graph_of(t, tables.RESIDUAL),
+        graph_of(t, tables.JACOBIAN),
+        call_with(t[Solve.FUNCTIONS], t[Solve.ARGUMENTS_AT], t[Solve.ARGUMENTS], 2, t[Solve.HANDLES]),
         vectors[tables.U],
         vectors[tables.STEP],
         vectors[tables.TRIAL],
@@ -101,14 +120,6 @@ def space(t: Any) -> Any:
 
 
 @inlined
-def graph_of(t: Any, place: Any) -> Any:
-    """One of the graphs that a table names."""
-    of = integer_rows(t[Solve.GRAPHS_AT], (len(tables.OUTPUTS), tables.GRAPH_COLUMNS))
-    fault = tables.BROKEN + 2 * place
-    return Graph(of[place, tables.RUN], of[place, tables.CONTAINER], t[Solve.EXECUTOR], tables.OUTPUTS[place], fault)
-
-
-@inlined
 def predict(t: Any) -> Any:
     """Run the predictor as often as it is to be run; what it gives are variables, and inputs of its next run."""
     for _ in range(t[Solve.PREDICTIONS]):
@@ -119,9 +130,9 @@ def predict(t: Any) -> Any:
 
 
 @inner
-def gather(t: Any, s: Any) -> None:
+def gather(s: Any) -> None:
     """Put the variables side by side: unknowns to the initial guess, givens to their rows."""
-    n = t[Solve.N]
+    t, n = s.table, s.table[Solve.N]
     variables = integer_rows(t[Solve.VARIABLES_AT], (t[Solve.VARIABLES], tables.VARIABLE))
     first = 0
     for k in range(len(variables)):
@@ -135,20 +146,20 @@ def gather(t: Any, s: Any) -> None:
 
 
 @inner
-def note(s: Any, line: Any, kind: Any, number: Any, one: Any, two: Any, three: Any) -> Any:
-    """Note a line for the log, if anybody reads it; give the next one."""
-    if line >= len(s.history):
-        return line
-    s.history[line, 0], s.history[line, 1] = kind, number
-    s.history[line, 2], s.history[line, 3], s.history[line, 4] = one, two, three
-    return line + 1
+def note(s: Any, kind: Any, number: Any, one: Any, two: Any, three: Any) -> None:
+    """Note a line for the log, if anybody reads it."""
+    line = s.table[Solve.NOTED]
+    if line < len(s.history):
+        s.history[line, 0], s.history[line, 1] = kind, number
+        s.history[line, 2], s.history[line, 3], s.history[line, 4] = one, two, three
+        s.table[Solve.NOTED] += 1
 
 
 @inner
-def note_iteration(s: Any, line: Any, update: Any, live: Any, rows: Any) -> Any:
+def note_iteration(s: Any, update: Any, live: Any, rows: Any) -> None:
     """Note the largest residual norm of the live rows and their largest first one; of all rows where none is live."""
-    if line >= len(s.history):
-        return line
+    if len(s.history) == 0:
+        return
     worst = worst0 = 0.0
     for k in range(live if live > 0 else rows):
         row = s.place[k] if live > 0 else s.member[k]
@@ -156,18 +167,18 @@ def note_iteration(s: Any, line: Any, update: Any, live: Any, rows: Any) -> Any:
         # One that is no number is the largest.
         worst = norm if norm > worst or norm != norm else worst
         worst0 = norm0 if norm0 > worst0 or norm0 != norm0 else worst0
-    return note(s, line, tables.ITERATION_LINE, update, worst, worst0, 0.0)
+    note(s, tables.ITERATION_LINE, update, worst, worst0, 0.0)
 
 
 @inner
-def note_trials(s: Any, line: Any, trial: Any, live: Any, criteria: Any) -> Any:
+def note_trials(s: Any, trial: Any, live: Any, criteria: Any) -> None:
     """Note the least step length, the largest trial norm and the least that would be accepted."""
-    if line >= len(s.history):
-        return line
+    if len(s.history) == 0:
+        return
     alpha, worst, least = 1.0, 0.0, inf if live > 0 else 0.0
     for k in range(live):
         norm, slope = s.trial_norm[k], 1.0 if criteria.strong_wolfe else 2.0 * s.slope[k]
         alpha = min(alpha, s.alpha[k])
         worst = norm if norm > worst or norm != norm else worst
         least = min(least, s.norm[k] * sqrt(max(1.0 - criteria.c * s.alpha[k] * slope, 0.0)))
-    return note(s, line, tables.TRIAL_LINE, trial, alpha, worst, least)
+    note(s, tables.TRIAL_LINE, trial, alpha, worst, least)

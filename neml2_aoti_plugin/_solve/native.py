@@ -113,7 +113,7 @@ class BlockSolver:
         table = space.table
         table[Table.ROWS], table[Table.SOLUTION], table[Table.GIVENS] = rows, solution.data_ptr(), side.data_ptr()
         table[Table.NORMS], table[Table.RECORD] = norms.data_ptr(), record.data_ptr()
-        table[Table.HISTORY_LINES] = 0
+        table[Table.HISTORY_LINES] = table[Table.NOTED] = 0
         if listener is not None:
             # The lines of two attempts.
             lines = min(2 * (settings.updates + 1) * (settings.cuts + 2) + 1, LINES)

@@ -92,8 +92,6 @@ def row_dots(left: Sequence[Tensor], right: Sequence[Tensor], left_layout: Layou
     for a, b, a_group, b_group in zip(left, right, left_layout, right_layout, strict=True):
         if a_group.trailing == b_group.trailing == 1:
             found.append(torch.linalg.vecdot(a, b))
-        elif a_group.trailing == b_group.trailing:
-            found.append((a * b).sum(a_group.axes))
         else:
             found.append((a.flatten(-a_group.trailing) * b.flatten(-b_group.trailing)).sum(-1))
     return reduce(torch.add, found)
