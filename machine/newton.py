@@ -15,27 +15,26 @@ from neml2_aoti_plugin._solve import criteria as by
 from neml2_aoti_plugin._solve import tables
 from neml2_aoti_plugin._solve.tables import CONVERGED, DONE, FIRST, LANES, LAST, OUTCOME, UPDATE, Solve
 
-from .calls import copy, entry_of, inlined, inner, integers, number_rows, numbers, output, release, run, take
-from .elimination import (
-    clear_sides,
-    factor,
-    fill_up,
-    finite,
-    had_pivots,
-    load,
-    norm_of,
-    put_side,
-    side_in,
-    substitute,
-    take_side,
+from .calls import copy, entry_of, inlined, inner, integers, number_rows, numbers, output, release, run
+from .elimination import clear_sides, finite, had_pivots, norm_of, put_side, side_in, substitute, take_side
+from .space import (
+    NONE_DONE,
+    enter,
+    evaluate,
+    gather,
+    graph_of,
+    leave,
+    linearise,
+    note,
+    note_iteration,
+    note_trials,
+    predict,
+    space,
 )
-from .space import gather, graph_of, note, note_iteration, note_trials, predict, space
 
 # In `record` of a row that has converged: it waits for a last step with a linearisation of its own; it has a last step.
 WAITING: Final = -1
 STEPPING: Final = -2
-# Where no row is done before the first step.
-NONE_DONE: Final = -1.0
 CRITERIA: Final = len(by.Criteria._fields)
 
 _converged, _small_step, _accepted = inlined(by.converged), inlined(by.small_step), inlined(by.accepted)
@@ -96,17 +95,17 @@ def _attempt(s: Any, rows: Any, criteria: Any) -> Any:
         note_iteration(s, 0, 0, 0)
         return DONE
     for k in range(rows):
-        _enter(s, k, s.guess, s.member[k])
-    fault, live = _linearise(s.jacobian, s, rows, criteria.atol)
+        enter(s, k, s.guess, s.member[k])
+    fault, live = linearise(s.jacobian, s, rows, criteria.atol)
     update = 0
     while fault == DONE:
         note_iteration(s, update, live, rows)
         if live == 0 or update == s.table[Solve.UPDATES]:
             for k in range(live):
-                _leave(s, k, s.u, tables.OUT_OF_ITERATIONS, update, s.norm[k])
+                leave(s, k, s.u, tables.OUT_OF_ITERATIONS, update, s.norm[k])
             break
         if update > 0:
-            fault, live = _linearise(s.jacobian, s, live, NONE_DONE)
+            fault, live = linearise(s.jacobian, s, live, NONE_DONE)
             if fault != DONE:
                 break
         update += 1
@@ -117,90 +116,6 @@ def _attempt(s: Any, rows: Any, criteria: Any) -> Any:
     return fault
 
 
-@inlined
-def _enter(s: Any, k: Any, unknowns: Any, row: Any) -> None:
-    """Let a row of the batch be one of the live rows, with these unknowns."""
-    copy(unknowns, row, s.u, k)
-    copy(s.givens, row, s.g, k)
-    s.place[k] = row
-
-
-@inlined
-def _leave(s: Any, k: Any, unknowns: Any, outcome: Any, updates: Any, norm: Any) -> None:
-    """Let a live row go with its outcome, after so many updates of this attempt."""
-    row = s.place[k]
-    copy(unknowns, k, s.solution, row)
-    s.record[row, OUTCOME] = outcome
-    s.record[row, UPDATE] += updates
-    s.norms[row, LAST] = norm
-
-
-@inner
-def _linearise(jacobian: Any, s: Any, rows: Any, atol: Any) -> Any:
-    """Evaluate the Jacobian and `-r` of the first rows, factor it, and solve for the directions.
-
-    At an initial guess, rows leave first whose norm is below `atol`. Gives what is wrong with the graph, and the number
-    of rows that stay.
-    """
-    n, live, call = s.u.shape[1], 0, s.call
-    if run(jacobian, call, s.u, s.g, rows):
-        return jacobian.fault, 0
-    a, b = output(call, 0, rows, n, n), output(call, 1, rows, n, 0)
-    fault = DONE if a.address != 0 and b.address != 0 else jacobian.fault + 1
-    if fault == DONE:
-        for k in range(rows):
-            take(b, k, s.b, k)
-            s.source[k] = k
-        live = rows if atol == NONE_DONE else _begin(s, rows, atol)
-        for start in range(0, live, LANES):
-            end = min(start + LANES, live)
-            for k in range(start, end):
-                load(a, s.source[k], s.lu, k, n)
-                put_side(s.b, k, s.lu, k)
-            fill_up(s.lu, end, n)
-            factor(s.lu, s.pivots, start // LANES, n)
-            substitute(s.lu, s.pivots, start // LANES, n)
-            for k in range(start, end):
-                take_side(s.lu, k, s.step, k)
-    release(jacobian, call)
-    return fault, live
-
-
-@inner
-def _evaluate(s: Any, u: Any, g: Any, into: Any, rows: Any) -> Any:
-    """Evaluate `-r` of the first rows."""
-    residual, call = s.residual, s.call
-    if run(residual, call, u, g, rows):
-        return residual.fault
-    b = output(call, 0, rows, u.shape[1], 0)
-    for k in range(rows):
-        if b.address != 0:
-            take(b, k, into, k)
-    release(residual, call)
-    return DONE if b.address != 0 else residual.fault + 1
-
-
-@inner
-def _begin(s: Any, rows: Any, atol: Any) -> Any:
-    """Judge the initial guesses of the rows; give the number of those that go on."""
-    live = 0
-    for k in range(rows):
-        row, norm = s.place[k], norm_of(s.b, k)
-        s.norms[row, FIRST] = norm
-        # Nothing is relative to the first norm yet.
-        small = norm < atol or norm == 0.0
-        if small or not isfinite(norm):
-            _leave(s, k, s.u, CONVERGED if small else tables.DIVERGED, 0, norm)
-            continue
-        if live != k:
-            copy(s.u, k, s.u, live)
-            copy(s.g, k, s.g, live)
-            copy(s.b, k, s.b, live)
-        s.norm[live], s.place[live], s.source[live] = norm, row, k
-        live += 1
-    return live
-
-
 @inner
 def _advance(live: Any, update: Any, s: Any) -> Any:
     """Set the full trials; rows without a direction leave. Gives the number of rows that stay."""
@@ -208,7 +123,7 @@ def _advance(live: Any, update: Any, s: Any) -> Any:
     for k in range(live):
         norm = s.norm[k]
         if not (finite(s.step, k) and had_pivots(s.lu, k, n)):
-            _leave(s, k, s.u, tables.SINGULAR, update - 1, norm)
+            leave(s, k, s.u, tables.SINGULAR, update - 1, norm)
             continue
         if kept != k:
             copy(s.u, k, s.u, kept)
@@ -233,7 +148,7 @@ def _try(s: Any, live: Any, criteria: Any) -> Any:
     if live == 0:
         note_trials(s, 1, live, criteria)
         return DONE, 0
-    fault = _evaluate(s, s.trial, s.g, s.b, live)
+    fault = evaluate(s, s.trial, s.g, s.b, live)
     for k in range(live):
         s.trial_norm[k], s.tried[k] = norm_of(s.b, k), k
     note_trials(s, 1, live, criteria)
@@ -241,7 +156,7 @@ def _try(s: Any, live: Any, criteria: Any) -> Any:
     refused = _shorten(live, s, criteria) if fault == DONE and cuts > 0 else 0
     while fault == DONE and refused > 0:
         cut += 1
-        fault = _evaluate(s, s.further, s.further_g, s.further_b, refused)
+        fault = evaluate(s, s.further, s.further_g, s.further_b, refused)
         for i in range(refused):
             k = s.tried[i]
             copy(s.further, i, s.trial, k)
@@ -251,7 +166,7 @@ def _try(s: Any, live: Any, criteria: Any) -> Any:
         refused = _shorten(refused, s, criteria) if cut < cuts else 0
     followed = _set_chord_steps(live, s, criteria) if fault == DONE and criteria.chord_steps else 0
     if followed > 0:
-        fault = _evaluate(s, s.further, s.further_g, s.further_b, followed)
+        fault = evaluate(s, s.further, s.further_g, s.further_b, followed)
     return fault, followed
 
 
@@ -324,7 +239,7 @@ def _settle(followed: Any, live: Any, update: Any, s: Any, criteria: Any) -> Any
             moved = s.alpha[k] * norm_of(s.step, k)
             done = _small_step(moved, norm_of(s.trial, k), norm, criteria)
         if done or not isfinite(norm):
-            _leave(s, k, s.trial, CONVERGED if done else tables.DIVERGED, update, norm)
+            leave(s, k, s.trial, CONVERGED if done else tables.DIVERGED, update, norm)
             if done:
                 _set_last_step(s, k, row, norm, criteria)
             continue
@@ -367,7 +282,7 @@ def _take_last_steps(s: Any) -> Any:
     """Take the last steps that let the residual fall; tell what is wrong with a graph."""
     waiting = _collected(s, WAITING, s.solution)
     if waiting > 0:
-        fault, _ = _linearise(s.jacobian, s, waiting, NONE_DONE)
+        fault, _ = linearise(s.jacobian, s, waiting, NONE_DONE)
         if fault != DONE:
             return fault
         for k in range(waiting):
@@ -376,7 +291,7 @@ def _take_last_steps(s: Any) -> Any:
     stepping = _collected(s, STEPPING, s.last_step)
     if stepping == 0:
         return DONE
-    fault = _evaluate(s, s.u, s.g, s.b, stepping)
+    fault = evaluate(s, s.u, s.g, s.b, stepping)
     for k in range(stepping):
         row = s.place[k]
         if fault == DONE and norm_of(s.b, k) < s.norms[row, LAST]:
@@ -391,7 +306,7 @@ def _collected(s: Any, mark: Any, unknowns: Any) -> Any:
     for row in range(len(s.record)):
         if s.record[row, OUTCOME] == mark:
             s.record[row, OUTCOME] = CONVERGED
-            _enter(s, found, unknowns, row)
+            enter(s, found, unknowns, row)
             found += 1
     return found
 
@@ -405,8 +320,8 @@ def _differentiate(s: Any) -> Any:
     t, call = s.table, s.call
     rows, n, q = t[Solve.ROWS], t[Solve.N], t[Solve.Q]
     for row in range(rows):
-        _enter(s, row, s.solution, row)
-    fault, _ = _linearise(graph_of(t, tables.JACOBIAN_AT_SOLUTION), s, rows, NONE_DONE)
+        enter(s, row, s.solution, row)
+    fault, _ = linearise(graph_of(t, tables.JACOBIAN_AT_SOLUTION), s, rows, NONE_DONE)
     if fault != DONE:
         return fault
     by_givens = graph_of(t, tables.BY_GIVENS)

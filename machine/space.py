@@ -1,25 +1,19 @@
-"""What a solve of a block works with: its arrays, its graphs, the initial guess in them, and lines for the log."""
+"""What a solve of a block works with: its arrays and live rows, graphs evaluated for them, lines for the log."""
 
 from __future__ import annotations
 
-from math import inf, sqrt
-from typing import Any, NamedTuple
+from math import inf, isfinite, sqrt
+from typing import Any, Final, NamedTuple
 
 from neml2_aoti_plugin._solve import tables
-from neml2_aoti_plugin._solve.tables import FIRST, LAST, Solve
+from neml2_aoti_plugin._solve.tables import CONVERGED, DONE, FIRST, LANES, LAST, OUTCOME, UPDATE, Solve
 
-from .calls import (
-    Graph,
-    call_graph,
-    call_with,
-    inlined,
-    inner,
-    integer_rows,
-    integers,
-    number_blocks,
-    number_rows,
-    numbers,
-)
+from . import calls
+from .calls import Graph, copy, inlined, inner, integer_rows, integers, number_blocks, number_rows, numbers
+from .elimination import factor, fill_up, load, norm_of, put_side, substitute, take_side
+
+# Where no row is done before the first step.
+NONE_DONE: Final = -1.0
 
 
 class Space(NamedTuple):
@@ -89,7 +83,7 @@ def space(t: Any) -> Any:
         t,
         graph_of(t, tables.RESIDUAL),
         graph_of(t, tables.JACOBIAN),
-        call_with(t[Solve.FUNCTIONS], t[Solve.ARGUMENTS_AT], t[Solve.ARGUMENTS], 2, t[Solve.HANDLES]),
+        calls.call_with(t[Solve.FUNCTIONS], t[Solve.ARGUMENTS_AT], t[Solve.ARGUMENTS], 2, t[Solve.HANDLES]),
         vectors[tables.U],
         vectors[tables.STEP],
         vectors[tables.TRIAL],
@@ -123,10 +117,10 @@ def space(t: Any) -> Any:
 def predict(t: Any) -> Any:
     """Run the predictor as often as it is to be run; what it gives are variables, and inputs of its next run."""
     for _ in range(t[Solve.PREDICTIONS]):
-        outcome = call_graph(t[Solve.PREDICTOR_AT])
+        outcome = calls.call_graph(t[Solve.PREDICTOR_AT])
         if outcome != tables.CALLED:
             return tables.BROKEN + 2 * tables.PREDICTOR + (0 if outcome == tables.FAILED else 1)
-    return tables.DONE
+    return DONE
 
 
 @inner
@@ -143,6 +137,90 @@ def gather(s: Any) -> None:
             for i in range(width):
                 target[row, at + i] = source[i]
         first += width
+
+
+@inlined
+def enter(s: Any, k: Any, unknowns: Any, row: Any) -> None:
+    """Let a row of the batch be one of the live rows, with these unknowns."""
+    copy(unknowns, row, s.u, k)
+    copy(s.givens, row, s.g, k)
+    s.place[k] = row
+
+
+@inlined
+def leave(s: Any, k: Any, unknowns: Any, outcome: Any, updates: Any, norm: Any) -> None:
+    """Let a live row go with its outcome, after so many updates of this attempt."""
+    row = s.place[k]
+    copy(unknowns, k, s.solution, row)
+    s.record[row, OUTCOME] = outcome
+    s.record[row, UPDATE] += updates
+    s.norms[row, LAST] = norm
+
+
+@inner
+def linearise(jacobian: Any, s: Any, rows: Any, atol: Any) -> Any:
+    """Evaluate the Jacobian and `-r` of the first rows, factor it, and solve for the directions.
+
+    At an initial guess, rows leave first whose norm is below `atol`. Gives what is wrong with the graph, and the number
+    of rows that stay.
+    """
+    n, live, call = s.u.shape[1], 0, s.call
+    if calls.run(jacobian, call, s.u, s.g, rows):
+        return jacobian.fault, 0
+    a, b = calls.output(call, 0, rows, n, n), calls.output(call, 1, rows, n, 0)
+    fault = DONE if a.address != 0 and b.address != 0 else jacobian.fault + 1
+    if fault == DONE:
+        for k in range(rows):
+            calls.take(b, k, s.b, k)
+            s.source[k] = k
+        live = rows if atol == NONE_DONE else _begin(s, rows, atol)
+        for start in range(0, live, LANES):
+            end = min(start + LANES, live)
+            for k in range(start, end):
+                load(a, s.source[k], s.lu, k, n)
+                put_side(s.b, k, s.lu, k)
+            fill_up(s.lu, end, n)
+            factor(s.lu, s.pivots, start // LANES, n)
+            substitute(s.lu, s.pivots, start // LANES, n)
+            for k in range(start, end):
+                take_side(s.lu, k, s.step, k)
+    calls.release(jacobian, call)
+    return fault, live
+
+
+@inner
+def evaluate(s: Any, u: Any, g: Any, into: Any, rows: Any) -> Any:
+    """Evaluate `-r` of the first rows."""
+    residual, call = s.residual, s.call
+    if calls.run(residual, call, u, g, rows):
+        return residual.fault
+    b = calls.output(call, 0, rows, u.shape[1], 0)
+    for k in range(rows):
+        if b.address != 0:
+            calls.take(b, k, into, k)
+    calls.release(residual, call)
+    return DONE if b.address != 0 else residual.fault + 1
+
+
+@inner
+def _begin(s: Any, rows: Any, atol: Any) -> Any:
+    """Judge the initial guesses of the rows; give the number of those that go on."""
+    live = 0
+    for k in range(rows):
+        row, norm = s.place[k], norm_of(s.b, k)
+        s.norms[row, FIRST] = norm
+        # Nothing is relative to the first norm yet.
+        small = norm < atol or norm == 0.0
+        if small or not isfinite(norm):
+            leave(s, k, s.u, CONVERGED if small else tables.DIVERGED, 0, norm)
+            continue
+        if live != k:
+            copy(s.u, k, s.u, live)
+            copy(s.g, k, s.g, live)
+            copy(s.b, k, s.b, live)
+        s.norm[live], s.place[live], s.source[live] = norm, row, k
+        live += 1
+    return live
 
 
 @inner
