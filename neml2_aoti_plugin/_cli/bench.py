@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from rich.table import Column, Table
+from torch.utils.benchmark import Timer
 
-from ..model import Model
 from .options import refuse_together
 from .output import Report, figure, literal, require_drawable, table, waits_for, written
-from .points import Points, choose_points, evaluate
+from .points import choose_points, evaluate
 from .process import heeded
 from .target import Target, leaf_name
 
-# A batch size is timed by so many calls at least.
-LEAST = 3
 UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
 
 
@@ -72,25 +68,23 @@ def bench(
     """Time calls of so many rows on so many threads, each for some seconds."""
     refuse_together({"--points": points, "--driver": driver})
     require_drawable(picture)
-    before = torch.get_num_threads()
     measurements: list[Measurement] = []
     with heeded() as heed:
         model = target.load()
         at = choose_points(target, model, points, driver, rows=64)
         # Where it does not converge, it takes another time.
         kept = evaluate(model, at).points
-        method = getattr(model, call)
-        cases = [(number, size) for number in threads or (before,) for size in rows]
-        try:
-            for done, (number, size) in enumerate(cases, 1):
-                torch.set_num_threads(number)
-                times = _times(model, method, kept, size, seconds)
-                took = median(times)
-                measurements.append(Measurement(number, size, took, len(times), size / took))
-                heed()
-                waits_for(target.model, done, len(cases))
-        finally:
-            torch.set_num_threads(before)
+        cases = [(number, size) for number in threads or (torch.get_num_threads(),) for size in rows]
+        for done, (number, size) in enumerate(cases, 1):
+            times = -(-size // kept.rows)
+            inputs = {n: x.repeat(times, *(1,) * (x.ndim - 1))[:size].contiguous() for n, x in kept.inputs.items()}
+            names = {"method": getattr(model, call), "inputs": inputs}
+            timer = Timer("method(inputs)", globals=names, num_threads=number)
+            took = timer.blocked_autorange(min_run_time=seconds)
+            calls = took.number_per_run * len(took.times)
+            measurements.append(Measurement(number, size, took.median, calls, size / took.median))
+            heed()
+            waits_for(target.model, done, len(cases))
     report = BenchReport(
         artifact=str(target.artifact),
         model=target.model,
@@ -126,24 +120,3 @@ def _draw(report: BenchReport, path: Path) -> None:
         axes.set_ylabel("rows per second")
         axes.set_title(literal(f"{report.model} ({report.leaf}), {report.call}"))
         axes.legend(frameon=False)
-
-
-def _times(model: Model, method: Callable[..., object], points: Points, rows: int, seconds: float) -> list[float]:
-    """How long calls of a batch take, behind a first one that is not timed."""
-    times = -(-rows // points.rows)
-    inputs = {n: x.repeat(times, *(1,) * (x.ndim - 1))[:rows].contiguous() for n, x in points.inputs.items()}
-    method(inputs)
-    took: list[float] = []
-    while len(took) < LEAST or sum(took) < seconds:
-        _wait(model)
-        start = time.perf_counter()
-        method(inputs)
-        _wait(model)
-        took.append(time.perf_counter() - start)
-    return took
-
-
-def _wait(model: Model) -> None:
-    """Wait for a GPU, which a call gives its work and does not wait for."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
