@@ -362,6 +362,21 @@ def flat(result: object, name: str = "") -> Tensors:
     return {place: x for key, value in entries for place, x in flat(value, f"{name}/{key}").items()}
 
 
+def named(operation: str, found: Any) -> Tensors:
+    """What an operation gives, each tensor under a name of its own, as the service has them."""
+    if operation == "forward":
+        return dict(found)
+    if operation == "solve":
+        fared = {"@converged": found.converged, "@iterations": found.iterations, "@outcome": found.outcome}
+        return {**found.outputs, **fared}
+    if operation == "param_vjp":
+        return {f"gradient:{name}": value for name, value in found.items()}
+    outputs, more = found
+    if operation == "jvp":
+        return {**outputs, **{f"tangent:{name}": value for name, value in more.items()}}
+    return {**outputs, **{f"{out}:{by}": block for out, row in more.items() for by, block in row.items()}}
+
+
 def few(of: Case) -> Tensors:
     """A few rows of a case for what is evaluated many times over: two points of one step."""
     return {name: x[-1, -2:] for name, x in of.states.items()}

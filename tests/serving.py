@@ -112,18 +112,7 @@ def reference(
         arguments.append(tensors({name.partition(":")[2]: value for name, value in given.items() if ":" in name}))
     expand = {"expand": True} if operation == "jacobian" else {}
     told = getattr(model, operation)(*arguments, tensors(overrides) or None, **expand)
-    if operation == "forward":
-        found = dict(told)
-    elif operation == "solve":
-        rows = {"@converged": told.converged, "@iterations": told.iterations, "@outcome": told.outcome}
-        found = {**told.outputs, **rows}
-    elif operation == "jvp":
-        found = {**told[0], **{f"tangent:{name}": value for name, value in told[1].items()}}
-    elif operation == "param_vjp":
-        found = {f"gradient:{name}": value for name, value in told.items()}
-    else:
-        found = {**told[0], **{f"{out}:{by}": x for out, row in told[1].items() for by, x in row.items()}}
-    return {name: value.detach().numpy() for name, value in found.items()}
+    return {name: value.detach().numpy() for name, value in references.named(operation, told).items()}
 
 
 def close(found: Array, wanted: Array) -> None:

@@ -40,15 +40,6 @@ async def at_once(ask: Ask, bodies: list[Any]) -> Any:
     return await asyncio.gather(*(ask("POST", INFER, *body) for body in bodies))
 
 
-async def operations(ask: Ask) -> Any:
-    return (await ask("GET", "/v2/models/model")).document["parameters"]["operations"]
-
-
-def taken(takes: Any) -> list[Any]:
-    """The inputs of an operation, and the tangents among those that may be given."""
-    return [*takes["inputs"], *(x for x in takes["optional_inputs"] if x["name"].startswith("tangent:"))]
-
-
 async def require_count(ask: Ask, metric: str, count: float, operation: str = "forward") -> None:
     metrics = (await ask("GET", "/metrics")).body.decode()
     assert f'{metric}{{model="model",operation="{operation}"}} {float(count)}' in metrics, metrics
@@ -58,10 +49,11 @@ def requests(model: Model, takes: Any) -> list[tuple[dict[str, Array], dict[str,
     """Inputs and overrides: small numbers at random, a step of time, and a NaN in one request."""
     rng = np.random.default_rng(0)
     own = {name: value.detach().numpy() for name, value in model.named_parameters().items()}
+    tangents = [known for known in takes["optional_inputs"] if known["name"].startswith("tangent:")]
     found = []
     for place in range(REQUESTS):
         rows, given, overrides = int(rng.integers(1, 4)), dict[str, Array](), dict[str, Array]()
-        for known in taken(takes):
+        for known in (*takes["inputs"], *tangents):
             name, shape = known["name"], (rows, *known["shape"][1:])
             value = np.full(rows, TIMES[name]) if name in TIMES else 1e-3 * rng.standard_normal(shape)
             given[name] = value.astype(DTYPES[known["datatype"]])
@@ -96,7 +88,8 @@ def test_each_gets_what_it_would_get_alone(stub: str) -> None:
     calls = (2 if bases else 1) if per_row else REQUESTS
 
     async def use(ask: Ask) -> None:
-        for operation, takes in (await operations(ask)).items():
+        operations = (await ask("GET", "/v2/models/model")).document["parameters"]["operations"]
+        for operation, takes in operations.items():
             asked, bodies = requests(model, takes), []
             for place, (given, overrides) in enumerate(asked):
                 values = {name: value.tolist() for name, value in overrides.items()}
@@ -174,23 +167,3 @@ def test_a_client_that_has_gone_costs_nothing() -> None:
         await require_count(ask, "neml2_rows_total", 2)
 
     serving(use, artifact("elasticity"), wait_ms=300)
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("operation", ["forward", "jacobian", "jvp"])
-def test_a_rate_where_no_time_passes_fails_its_own_request(operation: str) -> None:
-    """In an explicit model, where no solve fails: refused by name, and gathered neighbours are right."""
-    model, rng = Model(artifact("cohesive")), np.random.default_rng(0)
-
-    async def use(ask: Ask) -> None:
-        known, asked = taken((await operations(ask))[operation]), []
-        for before in (2.0, 3.0, 2.0):
-            given = {x["name"]: rng.uniform(0.1, 0.5, (2, *x["shape"][1:])) for x in known}
-            asked.append({**given, "t": np.array([2.0, 3.0]), "t~1": np.array([1.0, before])})
-        first, refused, last = await at_once(ask, [encode(given, True, {"operation": operation}) for given in asked])
-        assert refused.status == 422 and refused.document["rows"] == [1]
-        assert "1 of 2 rows failed (not finite: 1). 't' equals 't~1' in 1 of these rows" in refused.error
-        for given, answer in ((asked[0], first), (asked[2], last)):
-            same(answer.arrays, reference(model, operation, given))
-
-    serving(use, model)

@@ -86,28 +86,19 @@ def question(name: str, operation: Operation) -> Question:
 
 def named(of: Question, found: Any) -> Tensors:
     """What an operation gives, each tensor under a name of its own, as the service has them."""
-    model, operation = of.model, of.operation.name
-    if operation == "forward":
-        return dict(found)
-    if operation == "solve":
-        fared = {"@converged": found.converged, "@iterations": found.iterations, "@outcome": found.outcome}
-        return {**found.outputs, **fared}
-    if operation == "param_vjp":
-        return {f"gradient:{name}": value for name, value in found.items()}
-    outputs, more = found
-    if operation == "jvp":
-        return {**outputs, **{f"tangent:{name}": value for name, value in more.items()}}
-    blocks = {(out, by): block for out, row in more.items() for by, block in row.items()}
-    if operation == "jacobian" and model.solver is None:
+    model = of.model
+    if of.operation.name == "jacobian" and model.solver is None:
         # Those that do not depend on the row come without rows.
+        outputs, blocks = found
         ndim = {name: len(v.natural_shape) for name, v in (model.inputs | model.outputs).items()}
         name, output = next(iter(outputs.items()))
         batch = output.shape[: output.ndim - ndim[name]]
         blocks = {
-            (out, by): x.expand((*batch, *x.shape)) if x.ndim == ndim[out] + ndim[by] else x
-            for (out, by), x in blocks.items()
+            out: {by: x.expand((*batch, *x.shape)) if x.ndim == ndim[out] + ndim[by] else x for by, x in row.items()}
+            for out, row in blocks.items()
         }
-    return {**outputs, **{f"{out}:{by}": block for (out, by), block in blocks.items()}}
+        found = outputs, blocks
+    return references.named(of.operation.name, found)
 
 
 def plain(found: Any) -> Any:
