@@ -247,10 +247,7 @@ class _Runner:
     workers: int = 1
 
     def run(self, function: Callable[[Task], _Given], coming: Iterable[_Coming[_Given]]) -> None:
-        """Have all tasks done, taken one after the other as there is room; the first error ends it.
-
-        When it has ended, none of these tasks is going on. Whether a task is attempted again is up to the executor.
-        """
+        """Have all tasks done, as there is room; the first error ends it, and then none is going on any more."""
         if self.executor is None:
             for task, take in coming:
                 take(function(task))

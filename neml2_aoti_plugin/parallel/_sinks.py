@@ -174,10 +174,8 @@ def open_sink(given: object) -> Sink:
 
 
 def require_free(sink: FileSink, files: Iterable[Path], fields: Fields, *, resume: bool) -> None:
-    """Refuse a sink whose results would take the place of a file of the source, or of results without a journal.
-
-    A file of the source may be a result by whatever path, and may lie in one.
-    """
+    """Refuse a sink where results would replace a file of the source, or results that no journal is about."""
+    # A file of the source may be a result by whatever path, and may lie in one.
     real = {file: Path(os.path.realpath(file)) for file in files}
     read = {_inode(place): file for file, path in real.items() for place in (path, *path.parents) if place.exists()}
     places = [sink.place(name) for name in (*fields, FAILED_ROWS)]

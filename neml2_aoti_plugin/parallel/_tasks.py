@@ -77,11 +77,7 @@ def read(task: Task) -> str:
 
 
 def evaluate_rows(model: Model, name: str, rows: Rows, count: int) -> Rows:
-    """Results of `count` rows by name, NaN in rows that fail, and `@failed`, which these are.
-
-    An input without the row axis is the same for all. The operation `jacobian` gives derivative blocks as well, by the
-    name `output@input`.
-    """
+    """Results of `count` rows by name, NaN in rows that fail; blocks as `output@input`, and `@failed`."""
     inputs = {name: torch.from_numpy(np.require(array, requirements=("C", "W"))) for name, array in rows.items()}
     with torch.no_grad():
         found = model.solve(inputs, jacobian="blocks" in operation(name, OPERATIONS).gives)

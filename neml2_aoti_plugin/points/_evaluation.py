@@ -75,11 +75,7 @@ class Evaluator:
     def step(
         self, driven: Tensors, old: Tensors, last: Tensors, pairs: Sequence[Pair], parameters: Tensors
     ) -> tuple[Solution, Tensors]:
-        """Evaluate a step from the state `old` and the values of the last update of the step, none if there was none.
-
-        The driven inputs, `(n, ...)`, are given back; in plane stress with the strains out of the plane. `parameters`
-        are values in the place of the model's own.
-        """
+        """Evaluate a step; the driven inputs are given back, in plane stress with the strains out of the plane."""
         inputs = {**driven, **{name: old[earlier(*of)] for name, of in self.roles.lagged.items()}}
         inputs.update({name: old[earlier(name, 1)] for name in self.roles.guesses})
         constraint = self.plane_stress
@@ -105,11 +101,7 @@ class Evaluator:
         parameters: Tensors,
         rows: Tensor | None = None,
     ) -> Solution:
-        """Evaluate points in one call of the model; those that fail from initial guesses once more without.
-
-        `near` has values of the unknowns to start from, if any, `rows` says which of all points these are. The updates
-        of a point are those of the attempt that counted.
-        """
+        """Evaluate all points, or some `rows`, from values `near` theirs; those that fail once more without."""
         guesses, wanted = {}, pairs or None
         for name in self.unknowns if near else ():
             # At points that have failed, the value before the step, or zero.
@@ -121,6 +113,7 @@ class Evaluator:
         found = self.model.solve({**inputs, **guesses}, own, pairs=wanted, expand=expand)
         if guesses and not bool(found.converged.all()):
             failed = (~found.converged).nonzero().squeeze(-1)
+            # Their updates are those of the attempt that counts.
             own = parameters_at(self.model, parameters, failed if rows is None else rows[failed])
             write(found, failed, self.model.solve({n: x[failed] for n, x in inputs.items()}, own, pairs=wanted))
         return found
@@ -151,10 +144,7 @@ def advanced(roles: Roles, old: Tensors, now: Tensors, mask: Tensor | None) -> T
 
 
 def step_factor(updates: int, *, failed: bool) -> float:
-    """What to multiply the step with, from the updates of the hardest point in the update of the step that took most.
-
-    After a failure it is for the same step, taken anew; else for the next one.
-    """
+    """What to multiply the next step with, or after a failure the same one, by the updates of the hardest point."""
     if failed:
         return CUT
     return min(max(sqrt(TARGET / updates), LEAST), MOST) if updates else MOST
@@ -172,10 +162,8 @@ class Derivatives:
     plane_stress: PlaneStress | None
 
     def of_tangent(self, pairs: Sequence[Pair] | None) -> tuple[Pair, ...]:
-        """The pairs of the tangent: those that the caller wants, or all that there are by driven inputs.
-
-        Those by promoted parameters are evaluated only where the caller names them, since each has its price.
-        """
+        """The pairs of the tangent: those that the caller wants, or all that there are by driven inputs."""
+        # Those by promoted parameters have their price, and are evaluated only where the caller names them.
         if pairs is None:
             return tuple(
                 pair for pair in self.model.derivative_pairs if pair[1] in self.driven and not self._missing(pair)

@@ -112,11 +112,7 @@ class Interface:
         return natural[: len(natural) - len(base)] + self.shape(name, whole=whole)
 
     def admitted(self, name: str, variable: str, value: Array, *, whole: bool = False) -> Tensor:
-        """A caller's value of a variable as the model takes it, `(n, *natural)`.
-
-        It is `(n, *sub_batch, *base)`, or without `n` for all points; in three dimensions in any case if `whole`. For
-        messages it has the name that the caller used, such as `stress~1`.
-        """
+        """A caller's value of a variable, for each point or for all, as the model takes it; messages call it `name`."""
         found, form = self.arrays.tensor(value, name), self.form(variable, whole=whole)
         one, shape = self.one(variable, whole=whole), tuple(found.shape)
         if shape not in (one, (self.n, *one)):
@@ -209,10 +205,7 @@ class Interface:
 
 
 def _written(form: Form, dimension: Dimension, axes: Dimension, arrays: Arrays) -> Written:
-    """How a form writes a tensor in a dimension, by what it makes of each entry of Mandel's vector.
-
-    The names of the axes are those of the dimension `axes`, also of a tensor that is written in three dimensions.
-    """
+    """How a form writes a tensor in a dimension, with the axes of another one, by what it makes of Mandel's entries."""
     shape: Base = (len(COMPONENTS[dimension]),)
     kept, zero = COMPONENTS[dimension], []
     if form == "tensor":

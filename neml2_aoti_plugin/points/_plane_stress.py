@@ -61,11 +61,8 @@ class PlaneStress:
         return found
 
     def solve(self, evaluate: Evaluate, strain: Tensor, near: Tensors) -> tuple[Solution, Tensor]:
-        """Find the strains out of the plane, of all points at once, from those in `strain`, `(n, 6)`, written over.
-
-        The first evaluation starts near these values, each other one near the outputs of the one before. Points where
-        the search fails have failed in the solution.
-        """
+        """Find the strains out of the plane, from those in `strain`, `(n, 6)`; where that fails, points have failed."""
+        # Each evaluation starts near the outputs of the one before.
         found = part = evaluate(None, strain, near)
         live = torch.arange(len(strain), device=strain.device)
         # Of each live point: its step, the strains where that began, how often it was halved.
@@ -98,10 +95,7 @@ class PlaneStress:
         return replace(failed(found, stuck & found.converged, Outcome.OUT_OF_ITERATIONS), iterations=hardest), strain
 
     def condensed(self, found: Solution, pairs: Sequence[Pair]) -> Solution:
-        """A solution with the blocks that `pairs` take, with condensed ones instead; zero by strains out of the plane.
-
-        Points with a derivative that is not finite have failed.
-        """
+        """A solution with condensed derivatives; points where one of them is not finite have failed."""
         n, follows = len(found.converged), Tensors()
         stiffness = _out_of_plane(found.blocks[self.stress][self.strain])
         for by in dict.fromkeys(by for _, by in pairs):

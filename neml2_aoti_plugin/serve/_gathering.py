@@ -48,10 +48,9 @@ class Waiting:
 
 
 class Gatherer:
-    """The calls of one model that wait, and the one that is being evaluated.
+    """The calls of one model that wait, and the one that is being evaluated in a thread (`worker`).
 
-    Calls are evaluated in a thread (`worker`), which holds the interpreter only before and after the compiled part. So
-    the event loop reads and answers requests meanwhile, and the next call takes what has come.
+    That holds the interpreter only before and after the compiled part, so that the event loop reads and answers.
     """
 
     def __init__(self, served: Served, limits: Limits, metrics: Metrics, worker: Executor) -> None:
@@ -184,10 +183,8 @@ class Gatherer:
 
 
 def call_first(served: Served) -> None:
-    """Evaluate each operation of a model once, so that its graphs and the machine code are loaded.
-
-    Whether the row converges does not matter: nobody knows which values suit the model.
-    """
+    """Evaluate each operation of a model once, so that its graphs and the machine code are loaded."""
+    # Whether the row converges does not matter: nobody knows which values suit the model.
     for signature in served.signatures.values():
         known = dict(signature.inputs)
         # One tangent is enough, and there is one at least.
@@ -203,10 +200,7 @@ def call_first(served: Served) -> None:
 
 
 def evaluate(served: Served, calls: Sequence[Call]) -> list[Answer]:
-    """What each of some calls with the same key gets.
-
-    Where the evaluation raises, each call is evaluated by itself, so that none suffers for another.
-    """
+    """What each of some calls with the same key gets; where they raise together, each is evaluated by itself."""
     try:
         values, outcome = _evaluated(served, calls)
     except Exception as error:
@@ -234,10 +228,7 @@ def evaluate(served: Served, calls: Sequence[Call]) -> list[Answer]:
 
 
 def _evaluated(served: Served, calls: Sequence[Call]) -> tuple[Tensors, Tensor]:
-    """The tensors of all calls by name, one call behind the other, and the outcome of each row.
-
-    Gradients are those of each row; where the solve of a row fails, a derivative along tangents raises.
-    """
+    """The tensors of all calls by name, one behind the other and gradients of each row, and the rows' outcomes."""
     operation, device = calls[0].signature.operation, served.model.device
     given, beside = Tensors(), Tensors()
     prefix = {"tangents": TANGENT, "cotangents": COTANGENT}.get(operation.takes)

@@ -209,13 +209,11 @@ def _refuse(error: msgspec.ValidationError, document: Any, where: str) -> NoRetu
 
 
 def _options(given: dict[str, Any] | None, kind: type[_Options], where: str) -> _Options:
-    """What is read of parameters; custom ones, such as a `content_type` or a `priority`, are passed over.
-
-    What is asked for by an extension of the protocol that is not here, and what looks like a mistyped name, is refused.
-    """
+    """What is read of parameters; extensions of the protocol that are not here and mistyped names are refused."""
     if not given:
         return kind()
     known = kind.__struct_fields__
+    # Custom ones, such as a `content_type` or a `priority`, are passed over.
     for name in given:
         if name.startswith(EXTENSIONS):
             raise bad_request(f"{where}: {shown(name)} is of an extension of the protocol that this service lacks.")

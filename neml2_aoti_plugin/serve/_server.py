@@ -103,10 +103,7 @@ class Server(uvicorn.Server):
 
 
 def run(setup: Setup, bound: Bound, *, owner: bool = True) -> None:
-    """Serve until a signal to stop; then finish what was accepted, and return.
-
-    Raises what loading a model, or its first calls, raise.
-    """
+    """Serve until a signal to stop, and finish what was accepted; raises what keeps models from being loaded."""
     event_log, limits = setup.event_log(), setup.limits
     # uvicorn and asyncio speak through the log.
     for name in ("uvicorn", "asyncio"):
@@ -160,10 +157,7 @@ def run(setup: Setup, bound: Bound, *, owner: bool = True) -> None:
 
 
 def run_many(setup: Setup, bound: Bound, count: int) -> None:
-    """Serve by several processes on one socket until a signal to stop.
-
-    Raises `ArtifactError` where processes die again and again before they have loaded their models.
-    """
+    """Serve by several processes on one socket until a signal to stop; raises where they cannot load their models."""
     with tempfile.TemporaryDirectory(prefix="neml2-aoti-serve-", ignore_cleanup_errors=True) as folder:
         os.environ[SHARED] = folder
         Supervisor(setup, bound, count).run()
