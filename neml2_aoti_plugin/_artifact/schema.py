@@ -10,7 +10,7 @@ graphs take them. `upgrade` gives each pair its place, and each implicit segment
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Annotated
@@ -223,6 +223,13 @@ class LinearConfig(Form, frozen=True):
     krylov: KrylovSettings = KrylovSettings()
 
 
+@dataclass(frozen=True)
+class SolverConfig(NewtonSettings):
+    """How the nonlinear systems of a model are solved, and the linear ones where that is iterative."""
+
+    krylov: KrylovSettings = field(default_factory=KrylovSettings)
+
+
 class _Segment(Form, frozen=True, kw_only=True, tag_field="kind"):
     parameters: tuple[Name, ...] = key(name="param_inputs", default=())
     jacobian_pairs: tuple[Pair, ...] | None = None
@@ -316,11 +323,11 @@ class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
     ift_package: PackageName | None = None
     jacobian_given_package: PackageName | None = None
     solve_ift_package: PackageName | None = None
-    input_sensitivity: LinearConfig | None = None
+    input_sensitivity: LinearConfig = LinearConfig("direct")
     param_ift_package: PackageName | None = None
     dr_dparam_package: PackageName | None = None
     solve_param_package: PackageName | None = None
-    param_sensitivity: LinearConfig | None = None
+    param_sensitivity: LinearConfig = LinearConfig("direct")
     predictor_package: PackageName | None = None
     predictor_inputs: tuple[Name, ...] | None = None
     predictor_outputs: tuple[Name, ...] | None = None
@@ -368,8 +375,8 @@ class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
         return SolvedSensitivity(self.dr_dparam_package, solver, self.need("param_jacobian_pairs"))
 
     def _solver(self, config: str, package: str) -> str | KrylovSettings:
-        linear: LinearConfig | None = getattr(self, config)
-        found: str | KrylovSettings = linear.krylov if linear and linear.kind == "krylov" else self.need(package)
+        linear: LinearConfig = getattr(self, config)
+        found: str | KrylovSettings = linear.krylov if linear.kind == "krylov" else self.need(package)
         return found
 
     @cached_property
@@ -418,6 +425,8 @@ class Metadata(Form, frozen=True, kw_only=True):
     derivatives: tuple[tuple[Name, Name], ...]
     parameter_derivatives: tuple[tuple[Name, Name], ...]
     aliases: Aliases = key(name="boundary_aliases", default=Aliases())
+    # That of old files stands in their segments.
+    solver_config: SolverConfig = SolverConfig()
     schema: int = key(name="schema_version")  # in which the file was written
     digest: str  # of the file, for the question whether it is still the same
 

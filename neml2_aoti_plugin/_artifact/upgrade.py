@@ -11,20 +11,21 @@ unknowns by givens into one matrix per pair of groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from math import prod
 from typing import Any
 
-import msgspec
-
 from ..errors import ArtifactError
-from ..settings import KrylovSettings, NewtonSettings
 from .document import Form, Name, Names, Shape, Unfit, Whole, convert
 from .files import shown
 from .schema import BASE_SHAPES, GroupInfo, Variable
 
 Document = dict[str, Any]
+BOUNDARY = ("inputs", "outputs")
+# Lists in segments of names, or of objects with a name.
+NAMES = (*BOUNDARY, "param_inputs", "param_vjp_params", "param_vjp_outputs", "predictor_inputs", "predictor_outputs")
 # A variable's name, and a shape.
 Sized = tuple[str, list[int]]
 
@@ -134,37 +135,6 @@ class _Schema3(Form, frozen=True):
     inputs: tuple[_Typed, ...]
     outputs: tuple[_Typed, ...]
     segments: tuple[_Explicit3 | _Implicit3, ...]
-    parameters: tuple[Document, ...]
-
-
-class _Schema7(Form, frozen=True):
-    inputs: tuple[Document, ...]
-    outputs: tuple[Document, ...]
-    segments: tuple[Document, ...]
-
-
-class _Segment14(Form, frozen=True):
-    inputs: Names = ()
-    outputs: Names = ()
-    param_inputs: Names = ()
-    param_vjp_params: Names = ()
-    param_vjp_outputs: Names = ()
-    predictor_inputs: Names = ()
-    predictor_outputs: Names = ()
-    jacobian_pairs: tuple[Document, ...] = ()
-    param_jacobian_pairs: tuple[Document, ...] = ()
-    input_sensitivity: Document = msgspec.field(default_factory=dict)
-    param_sensitivity: Document = msgspec.field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Config(NewtonSettings):
-    krylov: KrylovSettings = field(default_factory=KrylovSettings)
-
-
-class _Schema14(Form, frozen=True):
-    segments: tuple[_Segment14, ...]
-    solver_config: _Config = _Config()
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
@@ -198,44 +168,35 @@ def from_3(document: Document) -> Document:
         else:
             # Its graphs may take promoted parameters among its inputs.
             segments.append({**segment, "parameters_among_inputs": bool(segment.get("param_inputs"))})
-    return {
-        "derivatives": _differentiable(document),
-        "parameter_derivatives": [],
-        **document,
-        **{key: [{**v, "base_shape": _base_shape(v)} for v in document[key]] for key in ("inputs", "outputs")},
-        "segments": segments,
-        # Whatever was promoted, the graphs were traced with its value in double precision.
-        "parameters": [{**parameter, "dtype": "float64"} for parameter in document["parameters"]],
-    }
+    found = _changed(document, lambda v: {**v, "base_shape": _base_shape(v)}, *BOUNDARY)
+    # Whatever was promoted, the graphs were traced with its value in double precision.
+    found = _changed(found, lambda parameter: {**parameter, "dtype": "float64"}, "parameters")
+    derivatives = {"derivatives": _differentiable(document), "parameter_derivatives": []}
+    return {**derivatives, **found, "segments": segments}
 
 
 def from_7(document: Document) -> Document:
     """Schema 7 to 12: two words changed; Newton settings stay at their defaults where the stub gives none."""
     renamed = {"rhs_package": "residual_package"}
-    return {
-        **document,
-        **{
-            key: [{**v, "var_type": "MRP"} if v.get("var_type") == "Rot" else v for v in document[key]]
-            for key in ("inputs", "outputs")
-        },
-        "segments": [{renamed.get(key, key): value for key, value in s.items()} for s in document["segments"]],
-    }
+    found = _changed(document, lambda v: {**v, "var_type": "MRP"} if v.get("var_type") == "Rot" else v, *BOUNDARY)
+    return _changed(found, lambda s: {renamed.get(key, key): value for key, value in s.items()}, "segments")
 
 
 def from_14(document: Document) -> Document:
     """Schema 14 to what `schema` reads: lists of bare names, a place for each pair, settings in each segment."""
-    config, segments = document.get("solver_config", {}), []
-    for segment in document["segments"]:
-        found = {**segment, "newton": segment.get("newton", config), "krylov": config.get("krylov", {})}
+    config = document.get("solver_config", {})
+    krylov = config.get("krylov", {}) if isinstance(config, dict) else {}
+
+    def plain(segment: Document) -> Document:
+        found = _changed(segment, lambda item: item.get("name", item), *NAMES)
         for key, linear in (("jacobian_pairs", "input_sensitivity"), ("param_jacobian_pairs", "param_sensitivity")):
-            if key in segment:
-                iterative = segment.get(linear, {}).get("kind") == "krylov"
-                found[key] = [_placed(pair, i, iterative) for i, pair in enumerate(segment[key])]
-        for key in _Segment14.__struct_fields__:
-            if key in segment and not key.endswith(("pairs", "sensitivity")):
-                found[key] = _names(segment[key])
-        segments.append(found)
-    return {**document, "segments": segments}
+            solver, places = segment.get(linear), count()
+            iterative = isinstance(solver, dict) and solver.get("kind") == "krylov"
+            found = _changed(found, partial(_placed, places, iterative), key)
+        return {**found, "newton": found.get("newton", config), "krylov": krylov}
+
+    # What is wrong with the settings is named where they stand in the file, which is read first.
+    return {"solver_config": config, **_changed(document, plain, "segments")}
 
 
 # By the schema that a step starts from, what it needs and what it does. From 12 to 14 there is nothing to do; the role
@@ -243,12 +204,21 @@ def from_14(document: Document) -> Document:
 STEPS: dict[int, tuple[type[Form], Callable[[Document], Document]]] = {
     2: (_Schema2, from_2),
     3: (_Schema3, from_3),
-    7: (_Schema7, from_7),
-    14: (_Schema14, from_14),
+    7: (Form, from_7),
+    14: (Form, from_14),
 }
 
 
 # -- parts of them -----------------------------------------------------------------------------------------------------
+
+
+def _changed(document: Document, change: Callable[[Document], Any], *keys: str) -> Document:
+    """A document with the objects changed that are listed under some keys; what is no object, the decoder refuses."""
+    found = dict(document)
+    for key in keys:
+        if isinstance(found.get(key), list):
+            found[key] = [change(item) if isinstance(item, dict) else item for item in found[key]]
+    return found
 
 
 def _names(found: list[Any]) -> list[str]:
@@ -265,13 +235,13 @@ def _sited(variable: Document) -> Document:
     return {**variable, "base_shape": base, "sub_batch_shape": natural[: len(natural) - len(base)]}
 
 
-def _placed(pair: Document, i: int, iterative: bool) -> Document:
+def _placed(outputs: Iterator[int], iterative: bool, pair: Document) -> Document:
     """A pair with its place; an iterative solve has one matrix for all of them, which is cut by their offsets."""
     if iterative:
         return {"row_offset": 0, "col_offset": 0, **pair, "output": 0}
     if "output" in pair:
         return {"row_offset": 0, "col_offset": 0, **pair}
-    return {**pair, "output": i, "row_offset": None, "col_offset": None}
+    return {**pair, "output": next(outputs), "row_offset": None, "col_offset": None}
 
 
 def _celled(segment: Document) -> Document:
