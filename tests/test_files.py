@@ -163,18 +163,15 @@ class TestLinks:
         monkeypatch.setenv(ROOTS, str(artifact.parent))
         assert "outside of the folders" in refusal(artifact)
 
-    def test_that_lead_out_are_refused_in_the_old_layout(self, artifact: Path, outside: Path) -> None:
-        leaf = artifact / "cpu/float64"
-        (outside / "old_meta.json").write_text(old_metadata(artifact))
-        (artifact / "metadata.json").unlink()
-        (leaf / "old_meta.json").symlink_to(outside / "old_meta.json")
-        assert LEAVES_IT in refusal(leaf)
-
-    def test_that_lead_out_are_not_sealed(self, artifact: Path, outside: Path) -> None:
+    def test_that_lead_out_are_refused_in_the_old_layout_and_not_sealed(self, artifact: Path, outside: Path) -> None:
         package(artifact).unlink()
         package(artifact).symlink_to(package(outside))
         with pytest.raises(ArtifactError, match=LEAVES_IT):
             seal(artifact)
+        (outside / "old_meta.json").write_text(old_metadata(artifact))
+        (artifact / "metadata.json").unlink()
+        (artifact / OLD).symlink_to(outside / "old_meta.json")
+        assert LEAVES_IT in refusal(artifact / "cpu/float64")
 
     def test_that_stay_inside_are_followed(self, artifact: Path) -> None:
         file, link = package(artifact), artifact.with_name("link")

@@ -81,21 +81,24 @@ def test_fresh_interpreters_at_once(artifact: str, right: float, tmp_path: Path)
     assert everything(tmp_path) == []
 
 
-# Programs whose forked processes must call the model as they do.
-FORKS = {
-    "before the first call": """
+BEGIN = (
+    SETUP
+    + """
+torch.set_num_threads(1)
 model = Model(artifact)
 before = stress(Model(artifact))
 
 def work():
+    torch.set_num_threads(1)
     assert torch.equal(stress(model), before)
-
-assert in_fork(work) == 0
-""",
+"""
+)
+# Programs whose forked processes must call the model as they do.
+FORKS = {
+    "before the first call of a model": "assert in_fork(work) == 0",
     "after a call on several threads": """
 # Blocks of so many rows are shared with a thread of ours.
 torch.set_num_threads(2)
-model = Model(artifact)
 before = stress(model, 20_000)
 assert threading.active_count() > 1
 
@@ -108,17 +111,11 @@ assert [in_fork(work) for _ in range(3)] == [0, 0, 0]
 assert torch.equal(stress(model, 20_000), before)
 """,
     "while another thread is in a call": """
-torch.set_num_threads(1)
-model = Model(artifact)
-before = stress(model)
 stop = threading.Event()
 
 def busy():
     while not stop.is_set():
         stress(model)
-
-def work():
-    assert torch.equal(stress(model), before)
 
 thread = threading.Thread(target=busy)
 thread.start()
@@ -128,21 +125,17 @@ thread.join()
 assert ends == [0] * 15, ends
 """,
     "by another thread in mid-call": """
-torch.set_num_threads(1)
-model = Model(artifact)
-before = stress(model)
 ring = lambda number, frame: None
 signal.signal(signal.SIGTERM, ring)
 ends, over = [], threading.Event()
 
-def work():
+def handled():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is ring
-    torch.set_num_threads(1)
-    assert torch.equal(stress(model), before)
+    work()
 
 def forks():
-    ends.extend(in_fork(work, 20) for _ in range(25))
+    ends.extend(in_fork(handled, 20) for _ in range(25))
     over.set()
 
 thread = threading.Thread(target=forks)
@@ -153,10 +146,7 @@ thread.join()
 assert ends == [0] * 25, ends
 """,
     "by a signal handler in mid-call": """
-torch.set_num_threads(1)
-model = Model(artifact)
-before = stress(model)
-ends = []
+ends, child = [], []
 
 def ring(number, frame):
     # The new process has a call to go on with, as this one has.
@@ -168,7 +158,6 @@ def ring(number, frame):
     else:
         ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0)
 
-child = []
 signal.signal(signal.SIGUSR1, ring)
 for number in range(20):
     timer = threading.Timer(2e-4 * number, lambda: os.kill(os.getpid(), signal.SIGUSR1))
@@ -187,7 +176,7 @@ assert ends == [True] * 20, ends
 
 @pytest.mark.parametrize("when", FORKS)
 def test_a_fork_goes_on(artifact: str, when: str) -> None:
-    run(SETUP + FORKS[when], artifact, limit=120)
+    run(BEGIN + FORKS[when], artifact, limit=120)
 
 
 def test_a_fork_after_a_call_is_refused_with_what_to_do(artifact: str) -> None:

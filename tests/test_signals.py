@@ -45,30 +45,17 @@ def play(program: str, name: str = POWER_LAW, *more: object, limit: float = 60, 
 def test_no_python_runs_inside_the_graphs_of_a_power_law(kernels: str) -> None:
     play(
         """
-from neml2_aoti_plugin._graphs.loaded import Loaded
-from neml2_aoti_plugin._solve import machine_code, native
-
-machine = machine_code.machine_code()[0]
-solve = Loaded.run if machine is None else native.BlockSolver.solve
-ran, entered = [], []
+calls = []
 
 def watch(frame, event, what):
-    if event != "call":
-        return
-    if frame.f_code is solve.__code__:
-        ran.append(1)
-    # Whatever runs in Python while a graph does was called by the function that runs the graph, through C++.
-    elif frame.f_back is not None and frame.f_back.f_code is Loaded.run.__code__:
-        entered.append(frame.f_code.co_name)
-    elif frame.f_code.co_filename.endswith("neml2/types/functions.py"):
-        entered.append(frame.f_code.co_name)
+    # What runs in Python while a graph does is called by C++: neml2's power is, where it was not replaced.
+    if event == "call" and "/neml2/" in frame.f_code.co_filename:
+        calls.append(frame.f_code.co_name)
 
 sys.setprofile(watch)
 found = stress()
 sys.setprofile(None)
-# A solve by machine code is one call.
-assert (len(ran) > 3 if machine is None else len(ran) == 1) and not entered, (len(ran), entered)
-assert torch.equal(found, right)
+assert torch.equal(found, right) and not calls, calls
 """,
         NEML2_AOTI_PLUGIN_KERNELS=kernels,
     )
@@ -268,10 +255,12 @@ def load():
     return stress(Model(artifact))
 
 takes = timeit.timeit(load, number=3) / 3
-for number in range(30):
+end = time.monotonic() + 40
+while len(deep) < 20:
+    assert time.monotonic() < end, deep
     signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 0.8 * takes))
     assert torch.equal(load(), right)
-assert len(deep) > 15 and all(deep), deep
+assert all(deep), deep
 """,
 }
 
