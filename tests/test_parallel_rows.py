@@ -110,20 +110,18 @@ FLAT = """
 import resource, sys
 import numpy as np, torch
 from pathlib import Path
-from neml2_aoti_plugin import map_rows
+from neml2_aoti_plugin import Model, map_rows
 
 torch.set_num_threads(1)
-artifact, folder, rows = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+model, folder, rows = Model(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 (folder / "in").mkdir(parents=True)
-shapes = {"strain": (rows, 6), "strain~1": (rows, 6), "stress~1": (rows, 6), "t": (rows,)}
-shapes["equivalent_plastic_strain~1"] = (rows,)
-for name, shape in shapes.items():
+for name, variable in model.inputs.items():
     # Zeros that take no memory.
-    np.lib.format.open_memmap(folder / "in" / f"{name}.npy", "w+", np.float64, shape)
+    np.lib.format.open_memmap(folder / "in" / f"{name}.npy", "w+", np.float64, (rows, *variable.base_shape))
 np.save(folder / "in" / "t~1.npy", np.array(-1.0))
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-map_rows(artifact, folder / "in", folder / "out", progress=False)
+map_rows(model, folder / "in", folder / "out", progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

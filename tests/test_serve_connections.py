@@ -44,18 +44,9 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with a token and narrow limits."""
     folder = tmp_path_factory.mktemp("strict")
     (folder / "token").write_text(TOKEN + "\n", encoding="utf-8")
-    limits = {
-        "--token-file": folder / "token",
-        "--body-bytes": 2_000_000,
-        "--request-rows": 20000,
-        "--queue-rows": 20000,
-        "--header-bytes": 2048,
-        "--receive-seconds": 1,
-        "--connections": 12,
-        "--stop-seconds": 3,
-        "--answer-seconds": 0.4,
-    }
-    arguments = [artifact("viscoplasticity"), artifact("elasticity"), *(x for pair in limits.items() for x in pair)]
+    limits = "--body-bytes 2000000 --request-rows 20000 --queue-rows 20000 --header-bytes 2048 --connections 12"
+    limits += " --receive-seconds 1 --stop-seconds 3 --answer-seconds 0.4"
+    arguments = [*map(artifact, ("viscoplasticity", "elasticity")), "--token-file", folder / "token", *limits.split()]
     with started(folder, arguments) as running:
         running.headers = dict(BEARER)
         yield running
