@@ -16,7 +16,6 @@ import json
 import threading
 import zipfile
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +62,8 @@ def _exchanged(listed: bytes, *, power: bool) -> tuple[bytes, tuple[str, ...]]:
     nodes = [entry["node"] for entry in content["nodes"]]
     for node in nodes:
         # torch finds the arguments by their names in the operator's schema. What is of another form stays as it is.
-        target, names = node["target"], _names(node)
+        given, target = node.get("inputs"), node["target"]
+        names = [one.get("name") for one in given if isinstance(one, dict)] if isinstance(given, list) else []
         if power and target == PYTHON_POWER and names == ["base", "exponent"]:
             node["target"] = POWER
             node["inputs"][0]["name"] = "self"
@@ -72,11 +72,6 @@ def _exchanged(listed: bytes, *, power: bool) -> tuple[bytes, tuple[str, ...]]:
             node["inputs"] = node["inputs"][:1]
             node["inputs"][0]["name"] = "a"
     return json.dumps(content).encode(), tuple(str(node["target"]) for node in nodes)
-
-
-def _names(node: dict[str, Any]) -> list[object]:
-    given = node.get("inputs")
-    return [one.get("name") for one in given if isinstance(one, dict)] if isinstance(given, list) else []
 
 
 @cache

@@ -101,13 +101,11 @@ class BlockSolver:
         Where there are inputs of the predictor, it gives the guess, but for the unknowns at the places `kept`.
         """
         space = self._borrow(rows)
-        # What machine code reads and nobody else holds.
-        alive: list[Tensor] = []
-        first = space.put_predictor(unknowns, predicted_from, kept, rows, alive)
-        space.put_variables((*first, *givens), rows, alive)
+        first = space.put_predictor(unknowns, predicted_from, kept, rows)
+        space.put_variables((*first, *givens), rows)
         space.put_parameters(parameters)
         space.put_settings(settings, small_steps)
-        derivatives = space.put_wanted(wanted or Derivatives(), rows, alive)
+        derivatives = space.put_wanted(wanted or Derivatives(), rows)
         solution, side = torch.empty(rows, self.n, dtype=torch.float64), torch.empty(rows, self.q, dtype=torch.float64)
         norms, record = torch.empty(rows, 2, dtype=torch.float64), torch.empty(rows, 2, dtype=torch.int64)
         table = space.table
@@ -121,6 +119,7 @@ class BlockSolver:
             table[Table.HISTORY], table[Table.HISTORY_LINES] = history.ctypes.data, lines
         fault = self._means.code.solve_block(space.at)
         all_converged = table[Table.FAILED] == 0
+        space.alive.clear()
         # One in which an exception has ended a call may be half made, and is dropped.
         if space.capacity <= self._most:
             self._free.append(space)
@@ -192,18 +191,15 @@ class _Workspace:
         table[Table.EXECUTOR], table[Table.VARIABLES] = means.executor, len(self._widths)
         if self._predictor is not None:
             table[Table.PREDICTOR_AT] = self._predictor.at
+        # What machine code reads and nobody else holds.
+        self.alive: list[Tensor] = []
         self._settled: tuple[NewtonSettings, bool] | None = None
         self._shapes: list[torch.Size] | None = None
         # For how many rows, and which unknowns that stay, what comes of the predictor is in its place.
         self._wired: tuple[int, Sequence[int]] | None = None
 
     def put_predictor(
-        self,
-        unknowns: Sequence[Tensor | None],
-        inputs: Sequence[Tensor],
-        kept: Sequence[int],
-        rows: int,
-        alive: list[Tensor],
+        self, unknowns: Sequence[Tensor | None], inputs: Sequence[Tensor], kept: Sequence[int], rows: int
     ) -> Sequence[Tensor | None]:
         """Have the predictor run first, if it has inputs; give the unknowns, with what it will give in their places."""
         self.table[Table.PREDICTIONS] = 0
@@ -211,7 +207,7 @@ class _Workspace:
         if self._predictor is None or prediction is None or not inputs or not rows:
             return unknowns
         given = [_with_rows(x, rows) for x in inputs]
-        alive += given
+        self.alive += given
         self._predictor.put(given, [True] * len(given), rows)
         if (rows, kept) != self._wired:
             self._wire(self._predictor, prediction, given, kept, rows)
@@ -244,7 +240,7 @@ class _Workspace:
             if not fits:
                 raise _unfit(predictor.graph, UnfitPredictor)
 
-    def put_variables(self, variables: Sequence[Tensor | None], rows: int, alive: list[Tensor]) -> None:
+    def put_variables(self, variables: Sequence[Tensor | None], rows: int) -> None:
         """Put the unknowns and givens, `(rows or 1, ...)` each, into the table; None stands for zeros."""
         addresses, steps = [], []
         for x, width in zip(variables, self._widths, strict=True):
@@ -255,7 +251,7 @@ class _Workspace:
                     raise AOTIError(f"a variable of shape {tuple(x.shape)} has not {rows} rows of {width} entries.")
                 width = width if x.shape[0] == rows else 0
                 x = x.to(torch.float64).contiguous()
-                alive.append(x)
+                self.alive.append(x)
             addresses.append(x.data_ptr())
             steps.append(width)
         self._variables[:, tables.VARIABLE_ADDRESS] = addresses
@@ -273,7 +269,7 @@ class _Workspace:
         if parameters:
             self._arguments.table[2:, tables.ADDRESS] = [x.data_ptr() for x in parameters]
 
-    def put_wanted(self, wanted: Derivatives, rows: int, alive: list[Tensor]) -> Tensor | None:
+    def put_wanted(self, wanted: Derivatives, rows: int) -> Tensor | None:
         """Put what is wanted of the derivatives into the table; give the tensor that they will be in."""
         table, along = self.table, wanted.directions
         sides = len(wanted.columns) if along is None else along.shape[-1]
@@ -283,7 +279,7 @@ class _Workspace:
         table[Table.DIRECTIONS] = 0
         if along is not None:
             along = along.contiguous()
-            alive.append(along)
+            self.alive.append(along)
             # One direction for all rows is read again for each.
             step = prod(along.shape[1:]) if len(along) > 1 else 0
             table[Table.DIRECTIONS], table[Table.DIRECTION_ROW] = along.data_ptr(), step
