@@ -9,15 +9,13 @@ from pathlib import Path
 
 import torch
 from rich.table import Column, Table
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, select_unit
 
 from .options import refuse_together
 from .output import Report, figure, literal, require_drawable, table, waits_for, written
 from .points import choose_points, evaluate
 from .process import heeded
 from .target import Target, leaf_name
-
-UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class BenchReport(Report):
         titles = ("threads", "rows", "time of a call", "rows per second")
         times = table(*(Column(title, justify="right") for title in titles))
         for found in self.measurements:
-            factor, unit = next((f, u) for f, u in UNITS if found.seconds * f >= 1.0 or u == "us")
-            took = f"{found.seconds * factor:.3g} {unit}"
+            unit, scale = select_unit(found.seconds)
+            took = f"{found.seconds / scale:.3g} {unit}"
             times.add_row(str(found.threads), str(found.rows), took, f"{found.rows_per_second:.3g}")
         yield times
         yield from written(self.picture)

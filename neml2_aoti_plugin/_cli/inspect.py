@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import torch
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -125,7 +126,7 @@ class ArtifactReport(Report):
         for leaf in self.leaves:
             name = f"{leaf.device}/{leaf.dtype}"
             mark = " (shown here)" if name == self.leaf and len(self.leaves) > 1 else ""
-            branch = leaves.add(f"{name}  {_size(leaf.bytes)}  {leaf.built_for}{mark}")
+            branch = leaves.add(f"{name}  {decimal(leaf.bytes)}  {leaf.built_for}{mark}")
             for text in filter(None, (leaf.fault, *leaf.faults)):
                 branch.add(Text(text, "red"))
             if leaf.doubt:
@@ -160,10 +161,6 @@ def _shown_values(parameter: ParameterReport, form: str) -> str:
     return ", ".join([*shown, *(["..."] if len(parameter.values) > VALUES else [])])
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
-
-
 def _variable_line(variable: VariableReport) -> Text:
     shape = f" {list(variable.base_shape)}" if variable.base_shape else ""
     sites = f", sub-batch {list(variable.sub_batch_shape)}" if variable.sub_batch_shape else ""
@@ -192,7 +189,7 @@ def _add_segment(tree: Tree, number: int, segment: SegmentReport) -> None:
             branch.add(f"substepping: an increment is halved {segment.max_substepping_level} times at most")
     files = branch.add("files")
     for file in segment.files:
-        size = Text("missing", "red") if file.bytes is None else _size(file.bytes)
+        size = Text("missing", "red") if file.bytes is None else decimal(file.bytes)
         files.add(Text.assemble(f"{file.name}  ", size))
 
 
