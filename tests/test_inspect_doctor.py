@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def test_a_description_is_that_of_the_model(name: str) -> None:
     values = {n: v.item() for n, v in model.named_parameters().items()}
     assert {p["name"]: p["values"][0] for p in report["parameters"]} == values
     settings = [s["newton"] for s in report["segments"] if s["kind"] == "implicit"]
-    assert settings == ([vars(model.solver)] if model.solver else [])
+    assert settings == ([asdict(model.solver)] if model.solver else [])
     sizes = {p.name: p.stat().st_size for p in (case.artifact / "cpu/float64").glob("*.pt2")}
     assert {f["name"]: f["bytes"] for s in report["segments"] for f in s["files"]} == sizes
     assert report["leaves"][0]["bytes"] == sum(sizes.values())

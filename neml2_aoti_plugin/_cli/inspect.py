@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -183,7 +183,7 @@ def _add_segment(tree: Tree, number: int, segment: SegmentReport) -> None:
             f"{segment.unknowns} unknowns in {len(segment.groups)} group(s) ({', '.join(segment.groups)}); linear "
             f"solver: {segment.linear_solver}{preconditioner}"
         )
-        branch.add("Newton: " + ", ".join(f"{name}={value}" for name, value in vars(segment.newton).items()))
+        branch.add("Newton: " + ", ".join(f"{name}={value}" for name, value in asdict(segment.newton).items()))
         branch.add(f"initial guess from a predictor: {', '.join(segment.predicted) or 'no'}")
         if segment.max_substepping_level:
             branch.add(f"substepping: an increment is halved {segment.max_substepping_level} times at most")
