@@ -84,16 +84,6 @@ def _following(form: type[Form]) -> tuple[str, ...]:
     return tuple(n for kind in form.__mro__ for n, value in vars(kind).items() if isinstance(value, cached_property))
 
 
-class Named(Form, frozen=True):
-    """Anything that has a name."""
-
-    name: Name
-
-
-# Some releases list names, some objects with a name.
-Names = tuple[Name | Named, ...]
-
-
 def read_document(file: Path, folder: Folder) -> tuple[dict[str, Any], str]:
     """The top-level object of a metadata file in the folder of its artifact, and the file's digest."""
     try:

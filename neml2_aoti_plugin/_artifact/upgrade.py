@@ -18,7 +18,7 @@ from math import prod
 from typing import Any
 
 from ..errors import ArtifactError
-from .document import Form, Name, Names, Shape, Unfit, Whole, convert
+from .document import Form, Name, Shape, Unfit, Whole, convert
 from .files import shown
 from .schema import BASE_SHAPES, GroupInfo, Variable
 
@@ -118,14 +118,20 @@ class _Cell(Form, frozen=True):
     col_structure: str
 
 
+class _Named(Form, frozen=True):
+    name: Name
+
+
+_Names = tuple[Name | _Named, ...]
+
+
 class _Explicit3(Form, frozen=True, tag_field="kind", tag="forward"):
-    inputs: Names
-    outputs: Names
-    param_inputs: Names | None = None
+    inputs: _Names
+    outputs: _Names
 
 
 class _Implicit3(Form, frozen=True, tag_field="kind", tag="implicit"):
-    unknowns: Names
+    unknowns: _Names
     given_group_infos: tuple[GroupInfo, ...]
     ift_cells: tuple[_Cell, ...] | None = None
     linesearch: Document | None = None
