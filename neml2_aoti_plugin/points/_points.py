@@ -87,8 +87,9 @@ class Points:
             # Guesses of some of the unknowns only would be no iterate of any solve.
             unknowns = ()
         self._evaluator = Evaluator(self.model, roles, (*unknowns, *roles.guesses), constraint)
-        self._old: Tensors = {name: self._zeros(name) for name in self._kept}
+        self._old: Tensors = {}
         self._trial: Trial | None = None
+        self.initial()
         self._begun = not roles.lagged
 
     def __repr__(self) -> str:
@@ -132,11 +133,12 @@ class Points:
             found[name] = self._interface.admitted(name, variable, value, whole=True).clone()
             if not bool(found[name].isfinite().all()):
                 raise InputError(f"the initial value {name!r} is not finite (NaN or infinite).")
-        self._old = {
-            name: found[name] if name in found else found[variable] if variable in found else self._zeros(name)
-            for name, variable in self._kept.items()
-        }
-        self._trial, self._begun = None, True
+        old: Tensors = {}
+        for name, variable in self._kept.items():
+            shape = (self.n, *self._roles.natural[variable])
+            zero = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+            old[name] = found.get(name, found.get(variable, zero))
+        self._old, self._trial, self._begun = old, None, True
 
     def update(
         self,
@@ -188,7 +190,8 @@ class Points:
                 f"these points have no state yet, and the model needs {', '.join(self._roles.lagged)}. Call initial() "
                 "first; without arguments all of it is zero."
             )
-        self._roles.require_driven(given)
+        kept = {n: f"{n!r} is kept by the points themselves." for n in (*self._roles.lagged, *self._roles.guesses)}
+        require_names(given, self.driven, "update", "driven inputs", needed=self.driven, hints=kept)
         require_names(overrides, self.model.parameter_base_shapes, "param_overrides", "promoted parameters")
         part: Part = slice(None)
         interface, parameters = self._interface, Tensors()
@@ -371,10 +374,6 @@ class Points:
     def _shown(self, name: str, value: Tensor) -> Array:
         """A copy of a variable's value in the caller's notation, in three dimensions."""
         return self._interface.outward(name, value, whole=True).cpu().numpy().copy()
-
-    def _zeros(self, name: str) -> Tensor:
-        shape = (self.n, *self._roles.natural[self._kept[name]])
-        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
 
     def _part(self, points: Array | slice) -> Tensor:
         part = rows_of(points, self.n, "points")

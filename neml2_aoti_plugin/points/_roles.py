@@ -7,7 +7,7 @@ input, the caller's own value is kept. An input with the name of an output is th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,11 +43,6 @@ class Roles:
     def kept(self) -> dict[str, str]:
         """The variables by the names under which their earlier values are kept, such as `stress~1`."""
         return {earlier(name, lag): name for name, depth in self.depth.items() for lag in range(1, depth + 1)}
-
-    def require_driven(self, given: Collection[str]) -> None:
-        """Refuse names that are not those of the driven inputs, and that some are absent."""
-        hints = {name: f"{name!r} is kept by the points themselves." for name in (*self.lagged, *self.guesses)}
-        require_names(given, self.driven, "update", "driven inputs", needed=self.driven, hints=hints)
 
 
 def earlier(name: str, lag: int) -> str:

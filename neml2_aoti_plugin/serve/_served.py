@@ -100,7 +100,15 @@ class Served:
     driver: DriverValues | None = None
 
     def __post_init__(self) -> None:
-        _require_own_names(self.model)
+        """Refuse a model with a variable that has the name of a derivative here: one of both would be lost."""
+        ours = {f"{out}:{by}" for out, by in (*self.model.derivative_pairs, *self.model.parameter_derivative_pairs)}
+        ours |= {prefix + name for name in (*self.model.inputs, *self.model.outputs) for prefix in (TANGENT, COTANGENT)}
+        for name in (*self.model.inputs, *self.model.initial_guesses, *self.model.outputs):
+            if name in ours:
+                raise InputError(
+                    f"a variable is called {name!r}, which is how requests call a derivative. Give it another name in "
+                    "the input file, and compile the model again with neml2-compile."
+                )
 
     @cached_property
     def lacking(self) -> dict[str, str]:
@@ -192,18 +200,6 @@ def _signature(model: Model, operation: Operation) -> Signature:
     outputs = tuple(name for kind in operation.gives for name in given[kind])
     chosen = {} if operation.takes == "tangents" else pairs
     return Signature(operation, DATATYPES[model.dtype], inputs, optional, outputs, chosen)
-
-
-def _require_own_names(model: Model) -> None:
-    """Refuse a model with a variable that has the name of a derivative here: one of both would be lost."""
-    ours = {f"{out}:{by}" for out, by in (*model.derivative_pairs, *model.parameter_derivative_pairs)}
-    ours |= {prefix + name for name in (*model.inputs, *model.outputs) for prefix in (TANGENT, COTANGENT)}
-    for name in (*model.inputs, *model.initial_guesses, *model.outputs):
-        if name in ours:
-            raise InputError(
-                f"a variable is called {name!r}, which is how requests call a derivative. Give it another name in the "
-                "input file, and compile the model again with neml2-compile."
-            )
 
 
 def require_names(names: Sequence[str]) -> None:

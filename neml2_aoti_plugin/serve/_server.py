@@ -18,8 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import connection
@@ -199,9 +197,15 @@ class Supervisor:
 
     def _start(self) -> None:
         process = self._context.Process(target=work, args=(self._setup, self._bound), name="neml2-aoti-serve")
-        # Ctrl-C goes to all processes; this one tells the others, also those that do not listen to signals yet.
-        with _interrupts_wait():
+        # Ctrl-C goes to all processes; this one tells the others, also those that do not listen to signals yet. So it
+        # waits meanwhile, and a process that is started never gets it.
+        mask = getattr(signal, "pthread_sigmask", None)
+        before = mask(signal.SIG_BLOCK, [signal.SIGINT]) if mask else None
+        try:
             process.start()
+        finally:
+            if mask:
+                mask(signal.SIG_SETMASK, before)
         self._running[process] = time.monotonic()
 
     def _replace_dead(self) -> None:
@@ -230,19 +234,6 @@ class Supervisor:
                 process.kill()
                 process.join()
         self._event_log.flush()
-
-
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Let Ctrl-C wait; processes that are started meanwhile never get it."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def work(setup: Setup, bound: Bound) -> None:

@@ -125,13 +125,14 @@ class EventLog:
         self._descriptor = descriptor
         self.requests = requests and descriptor is not None
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
         # What waits or is being written, in bytes; of that, what waits; and how many lines are lost and not told of.
         self._held = 0
         self._lines: list[bytes] = []
         self._lost = 0
         # Whether the last line could not be written, and whether it was in part.
         self._failed = self._torn = False
+        if descriptor is not None:
+            threading.Thread(target=self._work, args=(descriptor,), daemon=True).start()
 
     def write(self, event: str, *, cause: BaseException | None = None, **fields: Any) -> None:
         """Write a line about an event, with where the exception came from that is its cause."""
@@ -146,9 +147,6 @@ class EventLog:
                 return
             self._held += len(line)
             self._lines.append(line)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, args=(self._descriptor,), daemon=True)
-                self._thread.start()
             self._changed.notify_all()
 
     def error(self, event: str, error: BaseException, **fields: Any) -> None:
@@ -165,8 +163,7 @@ class EventLog:
             with self._changed:
                 # After a failure the next line tries again.
                 self._changed.wait_for(lambda: self._lines or (self._lost and not self._failed))
-                lines, self._lines = self._lines, []
-                lost, self._lost = self._lost, 0
+                lines, self._lines, lost, self._lost = self._lines, [], self._lost, 0
             missed = lost if lost and self._put(descriptor, [_line("lines lost", {"count": lost})]) else 0
             missed += sum(self._put(descriptor, part) for part in _parts(lines))
             self._failed = missed > 0
