@@ -223,7 +223,7 @@ def by_service(asked: Question) -> Tensors:
     body, _ = encode({n: x.numpy() for n, x in given.items()}, False, {"operation": asked.operation.name})
 
     async def answered() -> Any:
-        async with running(app({"model": asked.model})) as ask:
+        async with running(app({"model": references.case(asked.name).artifact})) as ask:
             return await ask("POST", "/v2/models/model/infer", body)
 
     answer = asyncio.run(answered())
