@@ -121,36 +121,20 @@ class Case:
 
     @functools.cached_property
     def states(self) -> Tensors:
-        """Inputs `(steps, points, *sub_batch, *base)`, from a few steps of the driver's trajectory."""
-        return self.states_at(self.steps)
-
-    @functools.cached_property
-    def steps(self) -> tuple[int, ...]:
-        """Steps of the trajectory at which models are compared: after a third, after two, and near the end."""
+        """Inputs `(steps, points, *sub_batch, *base)` as the driver passed them in three of its steps."""
         last = self.driver.nsteps - 1
-        if self.stub.name in EAGER_MODELS:
-            # Many solves each; one step has points with and without cuts.
-            return (last // 2,)
-        return max(1, last // 3), 2 * last // 3, last - 1
+        # Where steps are cut there are many solves each; one step has points with and without cuts.
+        steps = (last // 2,) if self.stub.name in EAGER_MODELS else (max(1, last // 3), 2 * last // 3, last - 1)
+        natural = {name: v.natural_shape for name, v in self.model.inputs.items()}
+        given = [{n: self.driver.result_in[k][n].data for n in natural if n in self.driver.result_in[k]} for k in steps]
+        points = torch.broadcast_shapes(*(x.shape[: x.ndim - len(natural[n])] for row in given for n, x in row.items()))
 
-    def states_at(self, steps: tuple[int, ...]) -> Tensors:
-        """Inputs `(steps, points, *sub_batch, *base)` as the driver has passed them to the compiled model."""
-        found: Tensors = {}
-        given = [self.driver.result_in[step] for step in steps]
-        variables = self.model.inputs
-        natural = {name: v.natural_shape for name, v in variables.items()}
-        points = torch.broadcast_shapes(
-            *(v.data.shape[: v.data.ndim - len(natural[n])] for step in given for n, v in step.items() if n in natural)
-        )
-        for name, shape in natural.items():
-            rows = []
-            for step in given:
-                value = step[name].data if name in step else torch.zeros(shape, dtype=self.dtype)
-                if value.ndim < len(shape):
-                    value = value.expand(shape)
-                rows.append(value.expand(*points, *shape))
-            found[name] = torch.stack(rows).contiguous()
-        return found
+        def whole(row: Tensors, name: str) -> Tensor:
+            value = row.get(name, torch.zeros((), dtype=self.dtype))
+            value = value if value.ndim >= len(natural[name]) else value.expand(natural[name])
+            return value.expand(*points, *natural[name])
+
+        return {name: torch.stack([whole(row, name) for row in given]).contiguous() for name in natural}
 
     def rows(self) -> Tensors:
         """The states with one batch axis."""
@@ -200,45 +184,30 @@ class Case:
         return {name: _full(outputs[self.authored(name)].data, inputs, v) for name, v in self.model.outputs.items()}
 
     def eager_jacobian(self, inputs: Mapping[str, Tensor]) -> Blocks:
-        """All derivatives of the eager model by its inputs, by boundary names."""
+        """Derivatives of the eager model for the compiled pairs; neml2's jacobian() fails on inputs with sites."""
         typed = {name: value for name, value in self.typed(inputs).items() if name in self.eager.input_spec}
-        if any(value.sub_batch_ndim for value in typed.values()):
-            return self._eager_jacobian_by_columns(inputs, typed)
-        _, blocks = self.eager.jacobian(typed)
-        return {
-            self.boundary(out): {self.boundary(wrt): block.data for wrt, block in row.items()}
-            for out, row in blocks.items()
-        }
-
-    def _eager_jacobian_by_columns(self, inputs: Mapping[str, Tensor], typed: dict[str, Any]) -> Blocks:
-        """The compiled pairs alone, along one direction at a time; neml2's jacobian() fails on sub-batched inputs."""
-        found: Blocks = {}
-        for out, wrt in self.model.derivative_pairs:
-            value = inputs[wrt]
-            base = self.model.inputs[wrt].base_shape
-            columns = []
-            for direction in torch.eye(prod(base), dtype=torch.float64).reshape(-1, *base):
-                _, along = self.eager.jvp(typed, {self.authored(wrt): direction.expand(value.shape).contiguous()})
-                columns.append(along[self.authored(out)].data)
-            stacked = torch.stack(columns, -1)
-            found.setdefault(out, {})[wrt] = stacked.reshape(*stacked.shape[:-1], *base)
+        found: Blocks = {out: {} for out, _ in self.model.derivative_pairs}
+        for by in dict.fromkeys(by for _, by in self.model.derivative_pairs if self.authored(by) in typed):
+            base = self.model.inputs[by].base_shape
+            directions = torch.eye(prod(base), dtype=torch.float64).reshape(-1, *base)
+            moves = [{self.authored(by): x.expand(inputs[by].shape).contiguous()} for x in directions]
+            columns = [self.eager.jvp(typed, move)[1] for move in moves]
+            for out in (out for out, other in self.model.derivative_pairs if other == by):
+                block = torch.stack([column[self.authored(out)].data for column in columns], -1)
+                found[out][by] = block.reshape(*block.shape[:-1], *base)
         return found
 
     def eager_param_jacobian(self, inputs: Mapping[str, Tensor], names: list[str]) -> Blocks:
         """Derivatives of the eager model by parameters, by boundary names."""
-        typed = self.typed(inputs)
-        inside = {self._eager_parameter(name): name for name in names}
+        typed, present = self.typed(inputs), dict(self.eager.named_parameters())
+        # The eager model has no name of its own in front of those of its parameters.
+        authored = {self.authored(name): name for name in names}
+        inside = {n if n in present else n.removeprefix(f"{self.stub.model}."): name for n, name in authored.items()}
         _, blocks = self.eager.param_jacobian({n: typed[n] for n in self.eager.input_spec}, list(inside))
         return {
             self.boundary(out): {inside[parameter]: block for parameter, block in row.items()}
             for out, row in blocks.items()
         }
-
-    def _eager_parameter(self, name: str) -> str:
-        """A promoted parameter's name in the eager model, which has no name of its own."""
-        inside = self.authored(name)
-        present = dict(self.eager.named_parameters())
-        return inside if inside in present else inside.removeprefix(f"{self.stub.model}.")
 
     def residual_and_outputs(
         self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
