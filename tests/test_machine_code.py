@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -14,9 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -311,37 +310,24 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     assert found == {str(only(tmp_path))}
 
 
-class Interrupted(Exception):
-    pass
-
-
-@contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    def handler(number: int, frame: FrameType | None) -> None:
-        raise Interrupted
-
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
-
-
 # An interrupt may leave a file for the collector to close.
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @on_posix
 def test_signal_in_the_middle_of_making_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(machine_code.VARIABLE, str(tmp_path))
-    interrupts = 0
-    for k in range(8):
-        try:
-            with interrupted_after(1e-3 * 4.0**k / 4):
+    before, interrupts = signal.signal(signal.SIGALRM, signal.default_int_handler), 0
+    try:
+        for k in range(8):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 1e-3 * 4.0**k / 4)
+                interrupts += 1
                 machine_code._load()
-        except Interrupted:
-            interrupts += 1
+                interrupts -= 1
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
     assert interrupts >= 2
     code = machine_code._load()
     assert cubes(code, torch.ones(3, 5, dtype=torch.float64))[0].shape == (3, 5)
