@@ -20,7 +20,6 @@ from neml2.models.common.RateCondensation import RateCondensation
 from neml2.models.resolver import DependencyResolver
 from neml2.models.solid_mechanics.plasticity.Normality import Normality
 from neml2.types import SR2, Scalar
-from torch import Tensor
 
 import references
 from neml2_aoti_plugin import AOTIModel, DerivativeNotCompiledError
@@ -325,64 +324,58 @@ def test_model_unit_test(name: str) -> None:
     assert report.jvp_checks == len(expected) * len(inputs)
 
 
-def test_model_unit_test_from_a_file(tmp_path: Path) -> None:
-    more = """
-    [Tensors]
-      [e]
-        type = Python
-        expr = 'SR2.fill(1e-3, 0, 0)'
-      []
-      [s]
-        type = Python
-        expr = 'SR2.fill(268.6, 109.7, 109.7)'
-      []
-    []
-    [Drivers]
-      [unit]
-        type = ModelUnitTest
-        model = 'm'
-        input_SR2_names = 'strain'
-        input_SR2_values = 'e'
-        output_SR2_names = 'stress'
-        output_SR2_values = 's'
-        value_rel_tol = 1e-3
-      []
-    []
-    """
-    file = references.write_stub(tmp_path / "unit.i", more, m=references.case("elasticity").artifact)
-    with references.default_dtype(torch.float64):
-        report = ModelUnitTest.from_file(file).run()
-    assert (report.value_checks, report.jvp_checks) == (1, 1)
+DRIVERS = """
+[Tensors]
+  [e]
+    type = Python
+    expr = 'SR2.fill(1e-3, 0, 0)'
+  []
+  [s]
+    type = Python
+    expr = 'SR2.fill(268.6, 109.7, 109.7)'
+  []
+  [final]
+    type = Python
+    expr = 'SR2(torch.tensor({stress}, dtype=torch.float64))'
+  []
+[]
+[Drivers]
+  [unit]
+    type = ModelUnitTest
+    model = 'elasticity'
+    input_SR2_names = 'strain'
+    input_SR2_values = 'e'
+    output_SR2_names = 'stress'
+    output_SR2_values = 's'
+    value_rel_tol = 1e-3
+  []
+  [regression]
+    type = TransientRegression
+    driver = 'driver'
+    reference = '{gold}'
+  []
+  [verification]
+    type = Verification
+    driver = 'driver'
+    time_steps = '{last}'
+    SR2_names = 'output.stress'
+    SR2_values = 'final'
+  []
+[]
+"""
 
 
-@pytest.mark.parametrize("kind", ["regression", "verification"])
-def test_driver_of_a_driver(kind: str, tmp_path: Path) -> None:
-    case = references.case("calibration")
-    driver = neml2.load_input(case.file).get_driver("driver")
-    driver.run()
+@pytest.mark.parametrize("kind", ["unit", "regression", "verification"])
+def test_drivers_of_a_file(kind: str, tmp_path: Path) -> None:
+    driver, gold = references.case("elasticity").driver, tmp_path / "gold.pt"
     last = driver.nsteps - 1
-    stress: Tensor = driver.result_out[last]["stress"].data
-    torch.save(dict(driver.result()), tmp_path / "gold.pt")
-    more = f"""
-    [Tensors]
-      [final]
-        type = Python
-        expr = 'SR2(torch.tensor({stress.tolist()}, dtype=torch.float64))'
-      []
-    []
-    [Drivers]
-      [regression]
-        type = TransientRegression
-        driver = 'driver'
-        reference = '{tmp_path / "gold.pt"}'
-      []
-      [verification]
-        type = Verification
-        driver = 'driver'
-        time_steps = '{last}'
-        SR2_names = 'output.stress'
-        SR2_values = 'final'
-      []
-    []
-    """
-    assert neml2.load_input(case.file, post=[more]).get_driver(kind).run()
+    torch.save(dict(driver.result()), gold)
+    more = DRIVERS.format(stress=driver.result_out[last]["stress"].data.tolist(), gold=gold, last=last)
+    file = references.copied("elasticity", tmp_path).with_name("elasticity_aoti.i")
+    file.write_text(file.read_text(encoding="utf-8") + more, encoding="utf-8")
+    with references.default_dtype(torch.float64):
+        if kind == "unit":
+            report = ModelUnitTest.from_file(file).run()
+            assert (report.value_checks, report.jvp_checks) == (1, 1)
+        else:
+            assert neml2.load_input(file).get_driver(kind).run()
