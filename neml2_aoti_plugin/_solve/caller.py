@@ -84,11 +84,9 @@ class GraphCall:
         self._outputs = np.zeros((graph.outputs, tables.OUTPUT), np.int64)
         # Trailing shape of each output, and whether it comes once; as the last call has told.
         self._told: list[tuple[bool, tuple[int, ...]]] | None = None
-        # Shapes of the arguments, which of them have rows, and both without the number of rows.
+        # Shapes of the arguments that the table tells of, and which of them have rows.
         self._shapes: list[torch.Size] | None = None
         self._batched: Sequence[bool] = ()
-        self._forms: list[tuple[bool, torch.Size]] | None = None
-        self._room = np.empty(0)
         words = np.zeros(Table.FIELDS, np.int64)
         self.at, self._table = words.ctypes.data, words.data
         table = self._table
@@ -114,27 +112,19 @@ class GraphCall:
         """Put the arguments of a call into the table; learn the shapes of the outputs if they are not known."""
         shapes = [x.shape for x in arguments]
         if shapes != self._shapes or batched != self._batched:
-            self._shape(shapes, batched, rows)
+            require_counts(self.graph, len(shapes))
+            self._shapes, self._batched = shapes, batched
+            behind = [shape[1:] if has else shape for shape, has in zip(shapes, batched, strict=True)]
+            table = self._table
+            self._arguments = Arguments(behind, batched, len(self._outputs))
+            self._arguments.enter(table, Table.ARGUMENTS, Table.ARGUMENTS_AT, Table.HANDLES)
+            table[Table.ROWS], table[Table.FILLED] = rows, filled(rows)
+            # Room for copies of all rows, those that a call has more that learns among them.
+            self._room = np.empty(self._arguments.width * (rows + 2 * VECTOR))
+            table[Table.ROOM] = self._room.ctypes.data
         self._arguments.table[:, tables.GIVEN] = [x.data_ptr() for x in arguments]
         if self._told is None:
             self._learn()
-
-    def _shape(self, shapes: list[torch.Size], batched: Sequence[bool], rows: int) -> None:
-        """Put the shapes of the arguments into the table."""
-        forms = [(has, shape[1:] if has else shape) for shape, has in zip(shapes, batched, strict=True)]
-        table = self._table
-        if forms != self._forms:
-            require_counts(self.graph, len(forms))
-            self._forms = forms
-            self._arguments = Arguments([shape for _, shape in forms], batched, len(self._outputs))
-            self._arguments.enter(table, Table.ARGUMENTS, Table.ARGUMENTS_AT, Table.HANDLES)
-        table[Table.ROWS], table[Table.FILLED] = rows, filled(rows)
-        # Room for copies of all rows, those that a call has more that learns among them.
-        needed = self._arguments.width * (rows + 2 * VECTOR)
-        if self._room.size < needed:
-            self._room = np.empty(needed)
-            table[Table.ROOM] = self._room.ctypes.data
-        self._shapes, self._batched = shapes, batched
 
     def targets(self, rows: int, into: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Where the outputs go: to new tensors if no others are given; nowhere while their shapes are not known."""
