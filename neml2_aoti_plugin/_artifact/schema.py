@@ -23,19 +23,9 @@ from .document import Form, Name, PackageName, Role, Structure, Unfit, Whole, on
 from .document import Shape as Shape
 from .files import NAME, named
 
+BASE_SHAPES: dict[str, list[int]] = {"Scalar": [], "Quaternion": [4], "SR2": [6], "R2": [3, 3], "SSR4": [6, 6]}
 # `Rot` became `MRP` in 3.0.6.
-BASE_SHAPES: dict[str, list[int]] = {
-    "Scalar": [],
-    "Vec": [3],
-    "WR2": [3],
-    "Rot": [3],
-    "MRP": [3],
-    "MillerIndex": [3],
-    "Quaternion": [4],
-    "SR2": [6],
-    "R2": [3, 3],
-    "SSR4": [6, 6],
-}
+BASE_SHAPES |= dict.fromkeys(("Vec", "WR2", "Rot", "MRP", "MillerIndex"), [3])
 
 
 class Variable(Form, frozen=True):
