@@ -25,7 +25,7 @@ from .files import NAME, named
 
 BASE_SHAPES: dict[str, list[int]] = {"Scalar": [], "Quaternion": [4], "SR2": [6], "R2": [3, 3], "SSR4": [6, 6]}
 # `Rot` became `MRP` in 3.0.6.
-BASE_SHAPES |= dict.fromkeys(("Vec", "WR2", "Rot", "MRP", "MillerIndex"), [3])
+BASE_SHAPES |= {kind: [3] for kind in ("Vec", "WR2", "Rot", "MRP", "MillerIndex")}
 
 
 class Variable(Form, frozen=True):
