@@ -309,24 +309,17 @@ def asking(application: Any) -> Ask:
     async def ask(
         method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}, *, leaves: bool = False
     ) -> Answer:
-        sent: list[dict[str, Any]] = []
-        parts: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-        messages = iter([*parts, {"type": "http.disconnect"}] if leaves else parts)
-
-        async def receive() -> dict[str, Any]:
-            for message in messages:
-                return message
-            await asyncio.Event().wait()
-            raise AssertionError
-
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
-
+        received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        received.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        if leaves:
+            received.put_nowait({"type": "http.disconnect"})
         lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": lines, "root_path": ""}
-        await application(scope, receive, send)
-        told = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-        return Answer(sent[0]["status"], told, sent[1]["body"])
+        await application(scope, received.get, sent.put)
+        start, rest = sent.get_nowait(), sent.get_nowait()
+        told = {name.decode(): value.decode() for name, value in start["headers"]}
+        return Answer(start["status"], told, rest["body"])
 
     return ask
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import neml2
 import pytest
 import torch
 
 import references
-from neml2_aoti_plugin import Model
 from references import Tensors
 
-CASE = "calibration"
-# What the warning begins with.
-COLUMN = r"'t' has the batch shape \(4, 1\)"
-
-
-@pytest.fixture
-def model() -> Model:
-    return references.case(CASE).model
+CASE, HARDENING = "calibration", "residual.hardening.K"
 
 
 @pytest.fixture
@@ -28,36 +21,40 @@ def rows() -> Tensors:
     return {n: x[-1:].repeat(4, *(1,) * (x.ndim - 1)) for n, x in references.case(CASE).rows().items()}
 
 
-@pytest.mark.parametrize("call", ["forward", "solve", "jacobian", "param_jacobian", "forward with grad", "typed"])
-def test_every_call_warns_with_names_shapes_and_cure(call: str, model: Model, rows: Tensors) -> None:
-    given = {**rows, "t": rows["t"][:, None]}
-    if call == "forward with grad":
-        given["strain"] = given["strain"].clone().requires_grad_()
-    typed = neml2.load_model(references.case(CASE).file, references.case(CASE).stub.model)
-    with pytest.warns(UserWarning, match=COLUMN) as caught:
+def with_grad(given: Tensors) -> Any:
+    return references.case(CASE).model.forward({**given, "strain": given["strain"].clone().requires_grad_()})
+
+
+def typed(given: Tensors) -> Any:
+    case = references.case(CASE)
+    model = neml2.load_model(case.file, case.stub.model)
+    return model(*(wrapper(given[name]) for name, wrapper in model.input_spec.items()))
+
+
+@pytest.mark.parametrize("call", ["forward", "solve", "jacobian", "param_jacobian", with_grad, typed])
+def test_every_call_warns_with_names_shapes_and_cure(call: Any, rows: Tensors) -> None:
+    called = getattr(references.case(CASE).model, call) if isinstance(call, str) else call
+    with pytest.warns(UserWarning, match=r"'t' has the batch shape \(4, 1\)") as caught:
         warnings.simplefilter("always")
-        if call == "typed":
-            typed(*(wrapper(given[name]) for name, wrapper in typed.input_spec.items()))
-        else:
-            getattr(model, call.partition(" ")[0])(given)
+        called({**rows, "t": rows["t"][:, None]})
     assert caught[0].filename == __file__
     for word in ("'strain' (4,)", "to (4, 4)", "t.reshape((4, *base))", "grid"):
         assert word in str(caught[0].message)
 
 
-def test_parameter_and_vector(model: Model, rows: Tensors) -> None:
-    name = "residual.hardening.K"
-    with pytest.warns(UserWarning, match=rf"'{name}' has the batch shape \(4, 1\)"):
-        model.forward(rows, {name: torch.full((4, 1), 1000.0, dtype=torch.float64)})
+def test_parameter_and_vector(rows: Tensors) -> None:
+    model = references.case(CASE).model
+    with pytest.warns(UserWarning, match=rf"'{HARDENING}' has the batch shape \(4, 1\)"):
+        model.forward(rows, {HARDENING: torch.full((4, 1), 1000.0, dtype=torch.float64)})
     with pytest.warns(UserWarning, match=r"'strain' has the batch shape \(4, 1\)"):
         assert model.forward({**rows, "strain": rows["strain"][:, None]})["stress"].shape == (4, 4, 6)
 
 
-def test_once_for_each_place(model: Model, rows: Tensors) -> None:
+def test_once_for_each_place(rows: Tensors) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
-            model.forward({**rows, "t": rows["t"][:, None]})
+            references.case(CASE).model.forward({**rows, "t": rows["t"][:, None]})
     assert len(caught) == 1
 
 
@@ -65,9 +62,10 @@ def test_once_for_each_place(model: Model, rows: Tensors) -> None:
     ("strain", "time"),
     [((4,), ()), ((4,), (1,)), ((4,), (3, 1)), ((3, 4), (4,)), ((1, 4), (4, 1)), ((2, 4), (2, 1)), ((1,), (1, 1))],
 )
-def test_other_broadcasts_are_not(model: Model, rows: Tensors, strain: tuple[int, ...], time: tuple[int, ...]) -> None:
+def test_other_broadcasts_are_not(rows: Tensors, strain: tuple[int, ...], time: tuple[int, ...]) -> None:
     row = {n: x[0] for n, x in rows.items()}
     given = {**row, "strain": row["strain"].expand(*strain, 6), "t": row["t"].expand(time)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert model.forward(given)["stress"].shape[:-1] == torch.broadcast_shapes(strain, time)
+        found = references.case(CASE).model.forward(given)["stress"]
+    assert found.shape[:-1] == torch.broadcast_shapes(strain, time)
