@@ -88,7 +88,7 @@ def gmres(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operator 
     residual with that of the plain right-hand side, as neml2 does; `x = 0` is accepted only if the plain residual,
     which is `b` there, passes too (otherwise a preconditioner of small norm would end the solve before it began).
     """
-    apply = minv or _identity
+    apply = minv or (lambda r: r)
     b_norm = _norm(b)
     test = _Test(b_norm, settings)
     x = torch.zeros_like(b)
@@ -173,7 +173,7 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
     van der Vorst, SIAM J. Sci. Stat. Comput. 13 (1992) 631-644. The iteration works on `b` divided by a power of two,
     which brings its largest entry near 1 and changes no digit, so that inner products can be told from zero.
     """
-    apply = minv or _identity
+    apply = minv or (lambda r: r)
     eps = torch.finfo(b.dtype).eps
     least = eps if settings.absolute_floor else eps * eps
     together = settings.together
@@ -215,10 +215,6 @@ def bicgstab(matvec: Operator, b: Tensor, settings: KrylovSettings, minv: Operat
         test.report(used, norm)
         left = len(b) - int(done.sum())
     return test.solution(torch.ldexp(x, exponent), used, done, by_row)
-
-
-def _identity(r: Tensor) -> Tensor:
-    return r
 
 
 def _norm(v: Tensor, exponent: Tensor | None = None) -> Tensor:
@@ -275,14 +271,12 @@ class KrylovLinearisation:
     # Is told how many iterations a solve took.
     system: KrylovSystem
     u: Groups
-    # Of the preconditioner; None for none.
-    state: Sequence[Tensor] | None
     reusable: bool = True
 
     def solve(self, b: Groups) -> Groups:
         batch = torch.broadcast_shapes(*(x.shape[:-1] for x in b))
         widths = [x.shape[-1] for x in self.u]
-        products, state = self.system.products, self.state
+        products, state = self.system.products, self.system.state
 
         def groups(flat: Tensor) -> Groups:
             # A compiled graph takes contiguous tensors only; a direction of GMRES is a slice.
@@ -299,8 +293,7 @@ class KrylovLinearisation:
         return groups(solution.x)
 
     def take(self, rows: Tensor) -> Linearisation:
-        system = self.system.take(rows)
-        return KrylovLinearisation(system, taken(self.u, rows), system.state)
+        return KrylovLinearisation(self.system.take(rows), taken(self.u, rows))
 
 
 @dataclass
@@ -333,7 +326,7 @@ class KrylovSystem:
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
         b = self.last[1] if self.last is not None and self.last[0] is u else self.products.residual(u)
         self.state = self._preconditioner(u)
-        return b, KrylovLinearisation(self, u, self.state)
+        return b, KrylovLinearisation(self, u)
 
     def _preconditioner(self, u: Groups) -> Sequence[Tensor] | None:
         """The preconditioner that was kept, or a new one, by rows where these do not share it."""

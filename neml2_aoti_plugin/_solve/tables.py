@@ -63,16 +63,8 @@ _Call = namedtuple(
 Solve = _Solve(*range(len(_Solve._fields)))
 Call = _Call(*range(len(_Call._fields)))
 
-# Kinds of vectors of a solve: unknowns, direction, trial, `-r`; further trials of some rows, `-r` there;
-# what last steps lead to, and the initial guess, both in the places of the rows in the batch. Of givens: of
-# the live rows, of the further trials.
-U, STEP, TRIAL, B, FURTHER, FURTHER_B, LAST_STEP, GUESS, VECTOR_KINDS = range(9)
-OWN, FURTHER_OWN, GIVEN_KINDS = range(3)
-# Kinds of numbers of the live rows: residual norm, that of the trial, slope over squared norm, step length.
-NORM, TRIAL_NORM, SLOPE, ALPHA, NUMBER_KINDS = range(5)
-# Kinds of indices: place of a live row in the batch, its row in the linearisation, the slot of its factors; the live
-# row of a further trial; the places of all rows of an attempt.
-PLACE, SOURCE, SLOT, TRIED, MEMBER, INDEX_KINDS = range(6)
+# How many vectors, vectors of givens, numbers and indices each row of a solve has; the machine code has names for them.
+VECTOR_KINDS, GIVEN_KINDS, NUMBER_KINDS, INDEX_KINDS = 8, 2, 4, 5
 # Columns of `norms` and of `record`, of all rows: last and first residual norm; outcome and updates.
 LAST, FIRST = range(2)
 OUTCOME, UPDATE = range(2)
