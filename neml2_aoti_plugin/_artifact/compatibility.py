@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError
-from .files import named
+from .files import AGAIN, named
 from .locate import DEVICES, Place
 from .package import (
     Build,
@@ -36,7 +36,6 @@ from .wiring import wire_faults, with_argument_order
 
 OLDEST_TORCH = (2, 10)
 _HERE = "Compile the model here with neml2-compile."
-_AGAIN = "Copy the package again, or compile the model again."
 
 
 @dataclass(frozen=True)
@@ -175,11 +174,11 @@ _SHARED, _LOAD = 3, 1
 def _library_fault(data: bytes | memoryview) -> str:
     """What speaks against loading a shared library here, with the cure; only ELF files are looked into."""
     if not data:
-        return f"its shared library is empty. {_AGAIN}"
+        return f"its shared library is empty. {AGAIN}"
     if not sys.platform.startswith("linux"):
         return ""
     if bytes(data[:4]) != b"\x7fELF":
-        return f"its shared library is not an ELF file. {_AGAIN}"
+        return f"its shared library is not an ELF file. {AGAIN}"
     try:
         if (data[4], data[5]) != (2, 1 if sys.byteorder == "little" else 2):
             return f"its shared library is of another kind of machine. {_HERE}"
@@ -189,14 +188,14 @@ def _library_fault(data: bytes | memoryview) -> str:
             return f"its shared library is for {built_for} processors, this is {machine()}. {_HERE}"
         start, size, count = struct.unpack_from("=Q14xHH", data, 32)
         if kind != _SHARED or size != 56 or count == 0:
-            return f"its shared library has a damaged header. {_AGAIN}"
+            return f"its shared library has a damaged header. {AGAIN}"
         for i in range(count):
             of_type, offset, filled = struct.unpack_from("=I4xQ16xQ", data, start + i * size)
             # The system maps such a part and kills the process when it is read.
             if of_type == _LOAD and offset + filled > len(data):
-                return f"its shared library is cut off: {len(data)} bytes, expected {offset + filled} or more. {_AGAIN}"
+                return f"its shared library is cut off: {len(data)} bytes, expected {offset + filled} or more. {AGAIN}"
     except (struct.error, IndexError):
-        return f"its shared library is cut off within its header. {_AGAIN}"
+        return f"its shared library is cut off within its header. {AGAIN}"
     return ""
 
 
