@@ -404,7 +404,7 @@ class TestInitialGuess:
         ]
         fed = HandMadeGraph(predictor, handles, 2, 2, "predictor")
         # The second output feeds the second argument, and belongs to no unknown.
-        block = Block(graphs, [1, 2], [1], predictor=fed, prediction=Prediction(((0, -1), (-1, 1)), times))
+        block = Block(graphs, [1, 2], [1], prediction=Prediction(fed, ((0, -1), (-1, 1)), times))
         rows = len(self.G)
         found = BlockSolver(block, handles.means, most=64).solve(
             [torch.full_like(self.G, 7.0), second],

@@ -207,8 +207,7 @@ class ImplicitSegment:
             [v.size for v in spec.unknown_variables],
             [v.size for group in spec.givens for v in group.variables],
             len(spec.parameters),
-            predictor[0] if predictor else None,
-            self._prediction(spec.predictor) if spec.predictor else None,
+            self._prediction(spec.predictor, *predictor) if spec.predictor and predictor else None,
         )
         return BlockSolver(block, means, 2 * MAX_ROWS)
 
@@ -219,14 +218,14 @@ class ImplicitSegment:
         except Unavailable:
             return []
 
-    def _prediction(self, spec: Predictor) -> Prediction:
+    def _prediction(self, spec: Predictor, graph: Library) -> Prediction:
         """Where the predictor's outputs go."""
         loop, names, outputs = spec.feedback, self.unknowns.names, []
         for name in spec.outputs:
             fed = loop.name if loop is not None and loop.output == name else name
             unknown = names.index(name) if name in names else -1
             outputs.append((unknown, spec.inputs.index(fed) if fed in spec.inputs else -1))
-        return Prediction(tuple(outputs), loop.iterations if loop is not None else 1)
+        return Prediction(graph, tuple(outputs), loop.iterations if loop is not None else 1)
 
     def _require(self, solver: BlockSolver, rows: int, parameters: list[Tensor]) -> None:
         """Refuse what the graphs would read wrongly; shapes of parameters are compared once."""

@@ -80,7 +80,7 @@ class GraphCall:
     """The calls of a graph by one thread: a container, and the table that tells machine code of a call."""
 
     def __init__(self, graph: CompiledGraph, means: Means) -> None:
-        self.graph, self._code, self._container = graph, means.code, graph.container()
+        self._graph, self._code, self._container = graph, means.code, graph.container()
         self._outputs = np.zeros((graph.outputs, tables.OUTPUT), np.int64)
         # Trailing shape of each output, and whether it comes once; as the last call has told.
         self._told: list[tuple[bool, tuple[int, ...]]] | None = None
@@ -112,7 +112,7 @@ class GraphCall:
         """Put the arguments of a call into the table; learn the shapes of the outputs if they are not known."""
         shapes = [x.shape for x in arguments]
         if shapes != self._shapes or batched != self._batched:
-            require_counts(self.graph, len(shapes))
+            require_counts(self._graph, len(shapes))
             self._shapes, self._batched = shapes, batched
             behind = [shape[1:] if has else shape for shape, has in zip(shapes, batched, strict=True)]
             table = self._table
@@ -132,7 +132,7 @@ class GraphCall:
             return []
         shapes = [(1 if once else rows, *shape) for once, shape in self._told]
         if into is not None and [tuple(x.shape) for x in into] != shapes:
-            raise AOTIError(f"{self.graph.file}: returns tensors of another shape for some rows than for others.")
+            raise AOTIError(f"{self._graph.file}: returns tensors of another shape for some rows than for others.")
         found = [torch.empty(shape, dtype=torch.float64) for shape in shapes] if into is None else list(into)
         self._outputs[:, tables.TARGET] = [x.data_ptr() for x in found]
         return found

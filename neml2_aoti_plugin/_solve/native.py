@@ -27,8 +27,9 @@ LINES = 4096
 
 
 class Prediction(NamedTuple):
-    """What a predictor gives: of each output the place of the unknown, and of the argument that it feeds, or -1."""
+    """A predictor, and of each output the place of the unknown that it is, and of the argument that it feeds, or -1."""
 
+    graph: CompiledGraph
     outputs: tuple[tuple[int, int], ...]
     # How often the predictor is run.
     times: int = 1
@@ -66,7 +67,6 @@ class Block:
     unknowns: Sequence[int]
     givens: Sequence[int]
     parameters: int = 0
-    predictor: CompiledGraph | None = None
     prediction: Prediction | None = None
 
 
@@ -132,7 +132,8 @@ class BlockSolver:
     def _complain(self, fault: int) -> NoReturn:
         """Raise what is wrong with a graph."""
         place, other = divmod(fault - tables.BROKEN, 2)
-        graph = (*self._block.graphs, self._block.predictor)[place]
+        prediction = self._block.prediction
+        graph = (*self._block.graphs, prediction and prediction.graph)[place]
         assert graph is not None, "only graphs that are there are run"
         if not other:
             raise failed(graph)
@@ -156,8 +157,8 @@ class _Workspace:
         self.capacity = capacity = max(filled(rows), tables.VECTOR)
         self._containers: dict[int, Container] = other._containers if other else {}
         self._predictor: GraphCall | None = other._predictor if other else None
-        if block.predictor is not None and self._predictor is None:
-            self._predictor = GraphCall(block.predictor, means)
+        if block.prediction is not None and self._predictor is None:
+            self._predictor = GraphCall(block.prediction.graph, means)
         graphs = np.zeros((len(block.graphs), tables.GRAPH_COLUMNS), np.int64)
         for row, graph in zip(graphs, block.graphs, strict=True):
             if graph is not None:
@@ -223,7 +224,7 @@ class _Workspace:
         self, predictor: GraphCall, to: Prediction, given: Sequence[Tensor], kept: Sequence[int], rows: int
     ) -> None:
         """Find the unknowns among the predictor's outputs, and what it takes again."""
-        require_counts(predictor.graph, len(given), len(to.outputs))
+        require_counts(to.graph, len(given), len(to.outputs))
         # All are kept, for the predictor writes all. There is none where their shapes could not be learned; then
         # the call fails, and tells why.
         self._outputs = outputs = predictor.targets(rows)
@@ -238,7 +239,7 @@ class _Workspace:
                 fits = fits and x.numel() == given[argument].numel()
                 self._fed.append((argument, x))
             if not fits:
-                raise _unfit(predictor.graph, UnfitPredictor)
+                raise _unfit(to.graph, UnfitPredictor)
 
     def put_variables(self, variables: Sequence[Tensor | None], rows: int) -> None:
         """Put the unknowns and givens, `(rows or 1, ...)` each, into the table; None stands for zeros."""
