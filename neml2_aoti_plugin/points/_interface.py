@@ -43,11 +43,12 @@ AXISYMMETRIC = str.maketrans("xyz", "rzt")
 
 @dataclass(frozen=True)
 class Written:
-    """How a symmetric tensor is written: each entry, row by row, is one of Mandel's vector times a factor."""
+    """How a variable or promoted parameter is written; each entry of a symmetric tensor is one of Mandel's, scaled."""
 
-    form: Form
+    # None for what is no symmetric tensor.
+    form: Form | None
     shape: Base
-    # Of each entry: which one of Mandel's it is; what it is over that one; how much of it that one takes.
+    # Of each entry, row by row: which one of Mandel's it is; what it is over that one; how much of it that one takes.
     entries: Tensor
     factors: Tensor
     shares: Tensor
@@ -58,7 +59,7 @@ class Written:
     @property
     def is_plain(self) -> bool:
         """Whether it is written as the model has it."""
-        return self.form == "mandel" and self.shape == SYMMETRIC
+        return self.form is None or (self.form == "mandel" and self.shape == SYMMETRIC)
 
     def inward(self, value: Tensor) -> Tensor:
         """Bring a caller's value, `(..., *shape)`, to the model's form."""
@@ -76,7 +77,7 @@ class Written:
         return value.new_zeros(*lead, 6).index_add(-1, self.entries, flat * self.shares)
 
     def outward(self, value: Tensor) -> Tensor:
-        """Bring a value `(..., 6)` to the caller's form; the same object where there is nothing to do."""
+        """Bring a value `(..., *base)` to the caller's form; the same object where there is nothing to do."""
         if self.is_plain:
             return value
         return (value.index_select(-1, self.entries) * self.factors).reshape(*value.shape[:-1], *self.shape)
@@ -92,36 +93,26 @@ class Interface:
     bases: Mapping[str, Base]
     # Shape of each variable at one point in the model, with the axes of its sub-batch.
     natural: Mapping[str, Base]
-    # How each symmetric tensor is written; and in three dimensions.
+    # How each is written; and in three dimensions.
     forms: Mapping[str, Written]
     whole: Mapping[str, Written]
-
-    def form(self, name: str, *, whole: bool = False) -> Written | None:
-        """How a variable is written, in three dimensions if `whole`; None for what is no symmetric tensor."""
-        return (self.whole if whole else self.forms).get(name)
-
-    def shape(self, name: str, *, whole: bool = False) -> Base:
-        """Base shape of a variable or parameter as the caller writes it."""
-        form = self.form(name, whole=whole)
-        return self.bases[name] if form is None else form.shape
 
     def one(self, name: str, *, whole: bool = False) -> Base:
         """Shape of a variable or parameter at one point, as the caller writes it, with the axes of its sub-batch."""
         base = self.bases[name]
         natural = self.natural.get(name, base)
-        return natural[: len(natural) - len(base)] + self.shape(name, whole=whole)
+        return natural[: len(natural) - len(base)] + (self.whole if whole else self.forms)[name].shape
 
     def admitted(self, name: str, variable: str, value: Array, *, whole: bool = False) -> Tensor:
         """A caller's value of a variable, for each point or for all, as the model takes it; messages call it `name`."""
-        found, form = self.arrays.tensor(value, name), self.form(variable, whole=whole)
+        found, form = self.arrays.tensor(value, name), (self.whole if whole else self.forms)[variable]
         one, shape = self.one(variable, whole=whole), tuple(found.shape)
         if shape not in (one, (self.n, *one)):
             raise InputError(self._shape_message(name, shape, one, form))
-        if form is not None:
-            try:
-                found = form.inward(found)
-            except InputError as error:
-                raise InputError(f"{name!r}: {error}") from None
+        try:
+            found = form.inward(found)
+        except InputError as error:
+            raise InputError(f"{name!r}: {error}") from None
         return found.expand(self.n, *self.natural[variable]) if shape == one else found
 
     def require_parameter(self, name: str, value: Tensor) -> None:
@@ -133,21 +124,16 @@ class Interface:
                 f"of {self.n} points, or {base} for all alike."
             )
 
-    def outward(self, name: str, value: Tensor, *, whole: bool = False) -> Tensor:
-        """Bring a value `(..., *base)` to the caller's form; the same object where there is nothing to do."""
-        form = self.form(name, whole=whole)
-        return value if form is None else form.outward(value)
-
     def tangent(self, out: str, by: str, block: Tensor) -> Tensor:
         """Bring a derivative, `(..., *out base, *by base)`, to the caller's forms."""
-        form_out, form_by, behind = self.form(out), self.form(by), len(self.bases[by])
+        form_out, form_by, behind = self.forms[out], self.forms[by], len(self.bases[by])
         lead = block.shape[: block.ndim - behind - len(self.bases[out])]
-        if form_by is not None and not form_by.is_plain:
+        if not form_by.is_plain:
             block = block.index_select(-1, form_by.entries) * form_by.shares
-        if form_out is not None and not form_out.is_plain:
+        if not form_out.is_plain:
             factors = form_out.factors.reshape(-1, *(1,) * behind)
             block = block.index_select(-1 - behind, form_out.entries) * factors
-        return block.reshape(*lead, *self.shape(out), *self.shape(by))
+        return block.reshape(*lead, *form_out.shape, *form_by.shape)
 
     def targets(self, out: Mapping[Any, Array], outputs: Sequence[str], pairs: Sequence[Pair]) -> dict[Any, Tensor]:
         """The caller's arrays for results by output or pair, looked over before anything is evaluated."""
@@ -158,7 +144,7 @@ class Interface:
             if isinstance(key, str) and key in outputs:
                 shape = self.one(key)
             elif key in pairs:
-                shape = self.shape(key[0]) + self.shape(key[1])
+                shape = self.forms[key[0]].shape + self.forms[key[1]].shape
             else:
                 raise UnknownNameError(
                     f"out holds {key!r}, which is no result of this update; there are: "
@@ -172,7 +158,7 @@ class Interface:
 
     def results(self, found: Solution, pairs: Sequence[Pair], targets: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         """Outputs and tangents in the caller's form, by output or pair, written to the caller's arrays where given."""
-        results: dict[Any, Tensor] = {name: self.outward(name, value) for name, value in found.outputs.items()}
+        results: dict[Any, Tensor] = {n: self.forms[n].outward(x) for n, x in found.outputs.items()}
         for out, by in pairs:
             block = found.blocks[out][by]
             value = self.tangent(out, by, block)
@@ -186,9 +172,9 @@ class Interface:
             results[key] = targets[key].copy_(value) if key in targets else value.contiguous()
         return results
 
-    def _shape_message(self, name: str, shape: Base, one: Base, form: Written | None) -> str:
+    def _shape_message(self, name: str, shape: Base, one: Base, form: Written) -> str:
         wanted = f"{name!r} has shape {shape}, expected {(self.n, *one)}, or {one} for all points alike"
-        if form is None:
+        if form.form is None:
             return f"{wanted}."
         if shape[1:] == one:
             return f"{wanted}: there are {self.n} points."
@@ -239,8 +225,10 @@ def interface_of(
     for names, argument in ((strains, "strains"), (stresses, "stresses"), (whole, "whole")):
         require_names(names, symmetric, f"{argument}= of {model.artifact}", "symmetric tensors")
     arrays = Arrays(model.dtype, model.device)
-    in_three: dict[str, Written] = {}
-    reduced: dict[str, Written] = {}
+    bases = {**{name: tuple(base) for name, base in model.parameter_base_shapes.items()}, **variables}
+    none = torch.empty(0)
+    forms = {name: Written(None, base, none, none, none, [], []) for name, base in bases.items()}
+    in_three = dict(forms)
     for name in symmetric:
         form: Form
         if notation == "voigt":
@@ -254,9 +242,8 @@ def interface_of(
         else:
             form = notation
         in_three[name] = _written(form, 3, dimension, arrays)
-        reduced[name] = in_three[name] if name in whole else _written(form, dimension, dimension, arrays)
-    parameters = {name: tuple(base) for name, base in model.parameter_base_shapes.items()}
-    return Interface(n, arrays, {**parameters, **variables}, roles.natural, reduced, in_three)
+        forms[name] = in_three[name] if name in whole else _written(form, dimension, dimension, arrays)
+    return Interface(n, arrays, bases, roles.natural, forms, in_three)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -373,7 +373,7 @@ class Points:
 
     def _shown(self, name: str, value: Tensor) -> Array:
         """A copy of a variable's value in the caller's notation, in three dimensions."""
-        return self._interface.outward(name, value, whole=True).cpu().numpy().copy()
+        return self._interface.whole[name].outward(value).cpu().numpy().copy()
 
     def _part(self, points: Array | slice) -> Tensor:
         part = rows_of(points, self.n, "points")
