@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -14,19 +14,17 @@ from .._artifact.locate import Place
 from .._artifact.package import Package
 from .._artifact.schema import ExplicitInfo, Metadata, Shape
 from .._checks import require_names
-from .._program.program import Evaluation, Program, Report
+from .._program.program import Program, Report
 from .._program.values import PER_SITE, Columns, Seed
-from .._solve.outcome import not_finite_rows
+from .._solve.outcome import Outcome, failed_where, not_finite_rows
 from ..errors import InputError
 from ..settings import NewtonSettings
 from ._admission import Boundary
-from ._derivatives import By, Derivatives, Pair
+from ._derivatives import DIRECTION, By, Derivatives, Pair
 from ._guard import require_unrecorded
-from ._outcomes import Blocks, Given, Solution, Tensors, convergence_error, solution
+from ._outcomes import Blocks, Given, Solution, Tensors, convergence_error
 from ._parameters import PromotedParameters
 from ._plan import plans_of
-
-DIRECTION: Seed = ("direction", "")
 
 # Nothing is recorded during a call; torch need not even look. Operators in Python take half the time then.
 BelowAutograd: Callable[[], AbstractContextManager[None]] = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
@@ -74,9 +72,30 @@ class Evaluated:
 
     @property
     def solution(self) -> Solution:
-        """The rows that converged, and how each fared."""
-        shared = {(out, name) for out, (_, name) in self.shared}
-        return solution(self.outputs, self.blocks, shared, self.report, self.call.batch)
+        """The rows that converged, with NaN in the others, and how each fared."""
+        batch, device = self.call.batch, next(iter(self.outputs.values())).device
+        own = {pair: block for pair, block in self.derivatives.items() if pair not in self.shared}
+        lost = not_finite_rows([*self.outputs.values(), *own.values()], batch)
+        if not_finite_rows((self.derivatives[pair] for pair in self.shared), ()) is not None:
+            lost = torch.ones(batch, dtype=torch.bool, device=device)
+        if self.report is None:
+            outcome = torch.zeros(batch, dtype=torch.int64, device=device)
+            iterations = outcome.clone()
+        else:
+            statistics, _ = self.report.statistics()
+            outcome, iterations = statistics.outcome.reshape(batch), statistics.iterations.reshape(batch)
+        outcome = failed_where(outcome, lost)
+        converged, kept = outcome == Outcome.CONVERGED, self
+        if lost is not None or (self.report is not None and not self.report.all_converged):
+            outputs = {name: _masked(x, converged) for name, x in self.outputs.items()}
+            masked = {pair: _masked(x, converged) for pair, x in own.items()}
+            kept = replace(self, outputs=outputs, derivatives={**self.derivatives, **masked})
+        return Solution(kept.outputs, converged, iterations, outcome, kept.blocks)
+
+
+def _masked(value: Tensor, converged: Tensor) -> Tensor:
+    """NaN in the rows that have not converged."""
+    return value.masked_fill(~converged.reshape(converged.shape + (1,) * (value.ndim - converged.ndim)), torch.nan)
 
 
 class Caller:
@@ -93,13 +112,11 @@ class Caller:
         self.plans = plans_of(self.program, self.boundary)
         # In place of the artifact's own.
         self.settings: NewtonSettings | None = None
-        self._wanted = [v.name for v in metadata.outputs]
-        # Whether the model is one explicit segment, and its pairs by authored names that do not depend on the row.
+        # Of a model of one explicit segment, which has blocks per site; and those that do not depend on the row.
         spec = metadata.segments[0]
-        self._alone = len(metadata.segments) == 1 and isinstance(spec, ExplicitInfo)
-        self._constant: frozenset[tuple[str, str]] = frozenset()
-        if self._alone and isinstance(spec, ExplicitInfo) and spec.jacobian is not None:
-            self._constant = frozenset((pair.out, pair.wrt) for pair in spec.jacobian.pairs if pair.constant)
+        self._alone = spec if len(metadata.segments) == 1 and isinstance(spec, ExplicitInfo) else None
+        pairs = self._alone.jacobian.pairs if self._alone is not None and self._alone.jacobian is not None else ()
+        self._constant = {(pair.out, pair.wrt) for pair in pairs if pair.constant}
 
     # -- one evaluation ---------------------------------------------------------------------------------------------
 
@@ -127,6 +144,7 @@ class Caller:
         overrides: Mapping[str, Tensor] | None = None,
         pairs: Sequence[Pair] = (),
         *,
+        tangents: Mapping[str, Tensor] | None = None,
         matrices: bool = False,
         expand: bool = True,
         or_fail: bool = True,
@@ -136,20 +154,31 @@ class Caller:
         Blocks are `(*batch, *out_shape, *by_shape)`, zero where the output does not depend. Those by inputs of a model
         of one explicit segment are as its graph gives them: per site, `(*batch, *sub_batch, *out_base, *in_base)`, and,
         unless `expand`, without batch axes where they do not depend on the row. Matrices are `(*batch, entries,
-        entries)`.
+        entries)`. Pairs with `DIRECTION` are by the direction of `tangents`.
         """
         boundary, known = self.boundary, self.derivatives.known
         with torch.no_grad():
             call = self.admit(inputs, overrides)
-            per_site = self._alone and not matrices
+            per_site = self._alone is not None and not matrices
             inside: dict[By, Seed] = {}
             for by in dict.fromkeys(by for _, by in pairs):
                 inside[by] = (PER_SITE if per_site and by[0] == "input" else by[0], known[by][0])
             seeds: dict[str, Columns] = {
-                name: {(kind, name): None} for kind, name in inside.values() if kind != "parameter"
+                name: {(kind, name): None} for kind, name in inside.values() if kind in (PER_SITE, "input")
             }
+            for name, tangent in (tangents or {}).items():
+                seeds[boundary.inputs[name].name] = {DIRECTION: self._direction(tangent, name, call)}
             parameters = [name for kind, name in inside.values() if kind == "parameter"]
-            found = self._run(call, seeds if pairs else None, parameters)
+            with BelowAutograd():
+                found = self.program.evaluate(
+                    call.state,
+                    call.parameters,
+                    call.rows,
+                    [v.name for v in self.metadata.outputs],
+                    self.settings,
+                    seeds if pairs else None,
+                    parameters,
+                )
             derivatives: dict[Pair, Tensor] = {}
             shared: set[Pair] = set()
             for out, by in pairs:
@@ -168,39 +197,31 @@ class Caller:
                     # `(rows or 1, entries, entries)`
                     block = value.new_zeros((1, *shape)) if column is None else column.reshape((-1, *shape))
                 derivatives[out, by] = boundary.unflatten(block, call.batch)
-            if or_fail:
-                self._require_convergence(found.report, call, derivatives.values())
-            return Evaluated(call, self._outputs(found, call), derivatives, shared, found.report)
+            if or_fail and found.report is not None:
+                lost = not_finite_rows(derivatives.values(), call.batch)
+                if lost is not None or not found.report.all_converged:
+                    raise self._convergence_error(found.report, call, lost)
+            outputs = {n: boundary.unflatten(found.values[v.name], call.batch) for n, v in boundary.outputs.items()}
+            return Evaluated(call, outputs, derivatives, shared, found.report)
 
-    def _run(self, call: Admitted, tangents: Mapping[str, Columns] | None = None, by: Iterable[str] = ()) -> Evaluation:
-        """Evaluate the outputs, and derivatives by the seeds of `tangents` and by parameters `by` (authored names)."""
-        with BelowAutograd():
-            return self.program.evaluate(
-                call.state, call.parameters, call.rows, self._wanted, self.settings, tangents, by
-            )
+    def _direction(self, tangent: Tensor, name: str, call: Admitted) -> Tensor:
+        """The tangent of an input as columns, `(rows, entries, 1)`."""
+        variable = self.boundary.inputs[name]
+        checked, own = self.boundary.batch_of(tangent, name, variable, "tangent")
+        pairs = zip(own[::-1], call.batch[::-1], strict=False)
+        if len(own) > len(call.batch) or any(a not in (1, b) for a, b in pairs):
+            raise InputError(f"tangent {name!r} has batch {list(own)}, which does not broadcast to {list(call.batch)}.")
+        return self.boundary.flatten(checked, own, call.batch, variable).reshape((call.rows, variable.size, 1))
 
-    def _outputs(self, found: Evaluation, call: Admitted) -> Tensors:
-        """Outputs by boundary name in the caller's batch shape and dtype."""
-        to_caller = self.boundary.unflatten
-        return {name: to_caller(found.values[v.name], call.batch) for name, v in self.boundary.outputs.items()}
-
-    def _require_convergence(self, report: Report | None, call: Admitted, derivatives: Iterable[Tensor]) -> None:
-        """Raise `ConvergenceError` if a row has not converged, or has a derivative `(*batch, ...)` that is not finite.
-
-        A model without implicit segments never raises.
-        """
-        if report is None:
-            return
-        lost = not_finite_rows(derivatives, call.batch)
-        if lost is None and report.all_converged:
-            return
+    def _convergence_error(self, report: Report, call: Admitted, lost: Tensor | None) -> RuntimeError:
+        """The error for rows that have not converged, or, where `lost`, have a derivative that is not finite."""
         inputs = {self.boundary.input_names[name]: value for name, value in call.state.items()}
         parameters = {}
         for name, spec in self.promoted.specs.items():
             value = call.parameters[spec.name]
             parameters[name] = value.unsqueeze(0) if value.ndim == len(spec.base_shape) else value
         given, aliases = Given(inputs, parameters), self.metadata.aliases
-        raise convergence_error(report, lost, call.batch, self.program, self.settings, aliases, given)
+        return convergence_error(report, lost, call.batch, self.program, self.settings, aliases, given)
 
     # -- the calls; see those of `Model` ----------------------------------------------------------------------------
 
@@ -249,35 +270,16 @@ class Caller:
         overrides: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensors, Tensors]:
         """Outputs, and their derivatives along a direction."""
-        boundary, derivatives = self.boundary, self.derivatives
+        derivatives = self.derivatives
         outs = dict.fromkeys(out for out, _ in derivatives.require("input"))
-        what = f"tangents of {boundary.where}"
-        require_names(tangents, boundary.inputs, what, "inputs", hints=derivatives.of_parameters)
-        for name in tangents:
-            for out in outs:
-                # A direction along an input must find every pair that it needs; a missing one must not count as zero.
-                if (out, ("input", name)) not in derivatives.compiled:
-                    raise derivatives.missing(out, ("input", name))
-        with torch.no_grad():
-            call = self.admit(inputs, overrides)
-            seeds: dict[str, Columns] = {}
-            for name, tangent in tangents.items():
-                variable = boundary.inputs[name]
-                checked, own = boundary.batch_of(tangent, name, variable, "tangent")
-                if not _broadcasts(own, call.batch):
-                    raise InputError(
-                        f"tangent {name!r} has batch {list(own)}, which does not broadcast to {list(call.batch)}."
-                    )
-                flat = boundary.flatten(checked, own, call.batch, variable)
-                seeds[variable.name] = {DIRECTION: flat.reshape((call.rows, variable.size, 1))}
-            found, along = self._run(call, seeds), {}
-            for out in outs:
-                authored = boundary.outputs[out].name
-                value, column = found.values[authored], found.tangents[authored].get(DIRECTION)
-                flat = torch.zeros_like(value) if column is None else column.expand(call.rows, -1, -1)
-                along[out] = boundary.unflatten(flat.reshape(value.shape), call.batch)
-            self._require_convergence(found.report, call, along.values())
-            return self._outputs(found, call), along
+        what = f"tangents of {self.boundary.where}"
+        require_names(tangents, self.boundary.inputs, what, "inputs", hints=derivatives.of_parameters)
+        for out, by in ((out, ("input", name)) for name in tangents for out in outs):
+            # A direction along an input must find every pair that it needs; a missing one must not count as zero.
+            if (out, by) not in derivatives.compiled:
+                raise derivatives.missing(out, by)
+        found = self.evaluate(inputs, overrides, [(out, DIRECTION) for out in outs], tangents=tangents)
+        return found.outputs, {out: found.derivatives[out, DIRECTION] for out in outs}
 
 
 def _cotangent(boundary: Boundary, name: str, cotangent: Tensor, shape: Shape) -> Tensor:
@@ -289,7 +291,3 @@ def _cotangent(boundary: Boundary, name: str, cotangent: Tensor, shape: Shape) -
         raise InputError(
             f"cotangent {name!r} has shape {tuple(cotangent.shape)}, which does not broadcast to the output's {shape}."
         ) from None
-
-
-def _broadcasts(own: Shape, batch: Shape) -> bool:
-    return len(own) <= len(batch) and all(a in (1, b) for a, b in zip(own[::-1], batch[::-1], strict=False))

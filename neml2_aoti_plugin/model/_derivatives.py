@@ -20,6 +20,9 @@ By = tuple[str, str]
 # An output, and what it is differentiated by.
 Pair = tuple[str, By]
 
+# The direction of the tangents of a call.
+DIRECTION: By = ("direction", "")
+
 # From this schema on, neml2 names the block of a model that is one block in the names of its parameters.
 QUALIFIED = 7
 
@@ -35,6 +38,7 @@ class Derivatives:
             **{("parameter", name): (p.name, p.base_shape) for name, p in promoted.specs.items()},
             **{(INITIAL_GUESS, name): (v.name, v.natural_shape) for name, v in boundary.guesses.items()},
         }
+        self.known[DIRECTION] = "", ()
         outputs, inputs, parameters = boundary.output_names, boundary.input_names, promoted.public
         pairs = [(outputs[o], ("input", inputs[i])) for o, i in metadata.derivatives]
         pairs += [(outputs[o], ("parameter", parameters[p])) for o, p in metadata.parameter_derivatives]

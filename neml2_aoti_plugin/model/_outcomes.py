@@ -14,7 +14,7 @@ from .. import errors
 from .._artifact.schema import Aliases, Shape
 from .._program.implicit import ImplicitSegment
 from .._program.program import Program, Report
-from .._solve.outcome import Outcome, failed_where, not_finite_rows
+from .._solve.outcome import Outcome, failed_where
 from ..settings import NewtonSettings
 
 Tensors = dict[str, Tensor]
@@ -51,37 +51,6 @@ class Solution:
     iterations: Tensor
     outcome: Tensor
     blocks: Blocks = field(default_factory=dict)
-
-
-def solution(
-    outputs: Tensors, blocks: Blocks, shared: set[tuple[str, str]], report: Report | None, batch: Shape
-) -> Solution:
-    """Put what was evaluated and how the solves fared together; the blocks in `shared` have no batch axes."""
-    own = [x for out, row in blocks.items() for by, x in row.items() if (out, by) not in shared]
-    lost = not_finite_rows([*outputs.values(), *own], batch)
-    device = next(iter(outputs.values())).device
-    if not_finite_rows((blocks[out][by] for out, by in shared), ()) is not None:
-        lost = torch.ones(batch, dtype=torch.bool, device=device)
-    if report is None:
-        outcome = torch.zeros(batch, dtype=torch.int64, device=device)
-        iterations = outcome.clone()
-    else:
-        statistics, _ = report.statistics()
-        outcome, iterations = statistics.outcome.reshape(batch), statistics.iterations.reshape(batch)
-    outcome = failed_where(outcome, lost)
-    converged = outcome == Outcome.CONVERGED
-    if lost is not None or (report is not None and not report.all_converged):
-        outputs = {name: _masked(value, converged) for name, value in outputs.items()}
-        blocks = {
-            out: {by: x if (out, by) in shared else _masked(x, converged) for by, x in row.items()}
-            for out, row in blocks.items()
-        }
-    return Solution(outputs, converged, iterations, outcome, blocks)
-
-
-def _masked(value: Tensor, converged: Tensor) -> Tensor:
-    """NaN in the rows that have not converged."""
-    return value.masked_fill(~converged.reshape(converged.shape + (1,) * (value.ndim - converged.ndim)), torch.nan)
 
 
 @dataclass(frozen=True)
