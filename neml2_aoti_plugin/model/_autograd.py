@@ -96,16 +96,6 @@ class _Followed:
         """Shape of an argument without batch axes."""
         return self.caller.derivatives.known[by][1]
 
-    def run(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Evaluate for plain tensors."""
-        named = dict(zip(self.bys, values, strict=True))
-        inputs = {name: value for (kind, name), value in named.items() if kind != "parameter"}
-        parameters = {name: value for (kind, name), value in named.items() if kind == "parameter"}
-        evaluated = self.caller.evaluate(inputs, parameters, self.pairs, matrices=True)
-        found = [evaluated.outputs[name] for name in self.outs] + [evaluated.derivatives[p] for p in self.pairs]
-        # torch holds the tangents of a view to the layout of the view.
-        return tuple(value.clone() if value._is_view() else value for value in found)
-
     def rank(self, by: By, axes: int) -> int:
         """Number of batch axes of an argument of so many axes."""
         return max(axes - len(self.natural(by)), 0)
@@ -115,56 +105,32 @@ class _Followed:
         tensors = [(by, v) for by, v in zip(self.bys, values, strict=True) if isinstance(v, Tensor)]
         return tuple(torch.broadcast_shapes(*(tuple(v.shape[: self.rank(by, v.ndim)]) for by, v in tensors)))
 
-    def along(self, matrices: Mapping[Pair, Tensor], out: str, tangents: Sequence[tuple[By, Tensor]]) -> Tensor:
-        """Derivative of an output along tangents of some arguments, `(*batch, entries)`."""
-        terms = []
-        for by, tangent in tangents:
-            matrix = _matrix(self, matrices, out, by)
-            natural = self.natural(by)
-            full = tangent.expand((*tangent.shape[: self.rank(by, tangent.ndim)], *natural))
-            column = full.reshape((*full.shape[: full.ndim - len(natural)], matrix.shape[-1], 1))
-            terms.append(torch.matmul(matrix, column).squeeze(-1))
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
-
-    def with_axis_in_front(self, values: Sequence[Any], axes: Sequence[int | None]) -> list[Any]:
-        """Bring the axis that `torch.vmap` maps over to the front of the batch axes of all arguments."""
-        mapped = [v if axis is None else v.movedim(axis, 0) for v, axis in zip(values, axes, strict=True)]
-        ranks = [
-            self.rank(by, v.ndim - (axis is not None))
-            for by, v, axis in zip(self.bys, mapped, axes, strict=True)
-            if isinstance(v, Tensor)
-        ]
-        most = max(ranks, default=0)
-        found = []
-        for by, value, axis in zip(self.bys, mapped, axes, strict=True):
-            if axis is not None:
-                natural = self.natural(by)
-                rank = self.rank(by, value.ndim - 1)
-                own = value.shape[1 + rank :]
-                # A plain value stands for all sites of a sub-batch.
-                sites = (1,) * (len(natural) - len(own))
-                value = value.reshape((value.shape[0], *(1,) * (most - rank), *value.shape[1 : 1 + rank], *sites, *own))
-                value = value.expand((*value.shape[: 1 + most], *natural)) if sites else value
-            found.append(value)
-        return found
+    def matrix(self, saved: Sequence[Tensor], out: str, by: By) -> Tensor:
+        """The matrix of a pair, `(*batch, entries, entries)`, among those that were saved."""
+        if (out, by) not in self.pairs:
+            raise self.caller.derivatives.missing(out, by)
+        return saved[self.pairs.index((out, by))]
 
 
 class _Compiled(torch.autograd.Function):
-    """The autograd node of a call: outputs and matrices of a followed."""
+    """The autograd node of a followed call, with its outputs and matrices."""
 
     @staticmethod
     def forward(followed: _Followed, *values: Tensor) -> tuple[Tensor, ...]:
-        """Evaluate."""
-        return followed.run(values)
+        """Evaluate for plain tensors."""
+        named = dict(zip(followed.bys, values, strict=True))
+        inputs = {name: value for (kind, name), value in named.items() if kind != "parameter"}
+        parameters = {name: value for (kind, name), value in named.items() if kind == "parameter"}
+        evaluated = followed.caller.evaluate(inputs, parameters, followed.pairs, matrices=True)
+        found = [evaluated.outputs[name] for name in followed.outs]
+        found += [evaluated.derivatives[pair] for pair in followed.pairs]
+        # torch holds the tangents of a view to the layout of the view.
+        return tuple(value.clone() if value._is_view() else value for value in found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the matrices."""
-        followed: _Followed = inputs[0]
-        ctx.followed = followed
+        ctx.followed = followed = inputs[0]
         ctx.input_shapes = [v.shape if isinstance(v, Tensor) else None for v in inputs[1:]]
         ctx.output_shapes = [v.shape for v in output[: len(followed.outs)]]
         matrices = output[len(followed.outs) :]
@@ -176,25 +142,23 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Contract the cotangents of the outputs with the matrices."""
         followed: _Followed = ctx.followed
-        count = len(followed.outs)
-        if any(c is not None for c in cotangents[count:]):
+        if any(c is not None for c in cotangents[len(followed.outs) :]):
             raise DerivativeNotCompiledError(
                 f"a second derivative of {followed.caller.boundary.where} was asked for; neml2-compile compiles first "
                 "derivatives only."
             )
-        given = {out: c for out, c in zip(followed.outs, cotangents[:count], strict=True) if c is not None}
-        matrices = dict(zip(followed.pairs, ctx.saved_tensors, strict=True))
+        saved = ctx.saved_tensors
+        given = [(out, c) for out, c in zip(followed.outs, cotangents, strict=False) if c is not None]
         gradients: list[Tensor | None] = [None]
         for by, shape, needed in zip(followed.bys, ctx.input_shapes, ctx.needs_input_grad[1:], strict=True):
             total: Tensor | None = None
-            for out, cotangent in given.items() if needed and by[0] != INITIAL_GUESS else ():
-                matrix = _matrix(followed, matrices, out, by)
-                batch, entries = matrix.shape[:-2], matrix.shape[-2]
-                term = torch.matmul(cotangent.reshape((*batch, 1, entries)), matrix).squeeze(-2)
+            for out, cotangent in given if needed and by[0] != INITIAL_GUESS else ():
+                matrix = followed.matrix(saved, out, by)
+                line = cotangent.reshape((*matrix.shape[:-2], 1, matrix.shape[-2]))
+                term = torch.matmul(line, matrix).squeeze(-2)
                 total = term if total is None else total + term
             if total is not None:
-                natural = followed.natural(by)
-                total = total.reshape((*total.shape[:-1], *natural)).sum_to_size(shape)
+                total = total.reshape((*total.shape[:-1], *followed.natural(by))).sum_to_size(shape)
             gradients.append(total)
         return tuple(gradients)
 
@@ -202,36 +166,48 @@ class _Compiled(torch.autograd.Function):
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         """Contract the matrices with tangents of the arguments."""
         followed: _Followed = ctx.followed
-        matrices = dict(zip(followed.pairs, ctx.saved_tensors, strict=True))
+        saved = ctx.saved_tensors
+        # Results do not depend on initial guesses.
         moved = [
             (by, t) for by, t in zip(followed.bys, tangents, strict=True) if t is not None and by[0] != INITIAL_GUESS
         ]
         if not moved:
-            # Results do not depend on the initial guess.
             like = next(t for t in tangents if t is not None)
             zeros = [like.new_zeros(shape) for shape in ctx.output_shapes]
-            return (*zeros, *(torch.zeros_like(matrix) for matrix in ctx.saved_tensors))
+            return (*zeros, *(torch.zeros_like(matrix) for matrix in saved))
+        along = []
         # torch switches forward mode off in here. An outer derivative, by which the matrices are NaN, would be zero.
         with forward_ad._set_fwd_grad_enabled(True):
-            along = [
-                followed.along(matrices, out, moved).reshape(shape)
-                for out, shape in zip(followed.outs, ctx.output_shapes, strict=True)
-            ]
+            for out, shape in zip(followed.outs, ctx.output_shapes, strict=True):
+                terms = []
+                for by, tangent in moved:
+                    matrix, batch = followed.matrix(saved, out, by), tangent.shape[: followed.rank(by, tangent.ndim)]
+                    column = tangent.expand((*batch, *followed.natural(by))).reshape((*batch, matrix.shape[-1], 1))
+                    terms.append(torch.matmul(matrix, column).squeeze(-1))
+                along.append(sum(terms[1:], start=terms[0]).reshape(shape))
         # Second derivatives are not there. They can't be refused here, where nobody may want them.
-        unknown = (matrix.new_full((), torch.nan).expand(matrix.shape) for matrix in ctx.saved_tensors)
+        unknown = (matrix.new_full((), torch.nan).expand(matrix.shape) for matrix in saved)
         return (*along, *unknown)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], followed: _Followed, *values: Any
     ) -> tuple[Any, tuple[int, ...]]:
-        """Fold the mapped axis into the batch."""
-        moved = followed.with_axis_in_front(values, in_dims[1:])
+        """Fold the mapped axis into the batch: bring it to the front of the batch axes of all arguments."""
+        mapped = [v if axis is None else v.movedim(axis, 0) for v, axis in zip(values, in_dims[1:], strict=True)]
+        arguments = list(zip(followed.bys, mapped, in_dims[1:], strict=True))
+        ranks = [followed.rank(by, v.ndim - (a is not None)) for by, v, a in arguments if isinstance(v, Tensor)]
+        most = max(ranks, default=0)
+        moved = []
+        for by, value, axis in arguments:
+            if axis is not None:
+                natural = followed.natural(by)
+                rank = followed.rank(by, value.ndim - 1)
+                own = value.shape[1 + rank :]
+                # A plain value stands for all sites of a sub-batch.
+                sites = (1,) * (len(natural) - len(own))
+                value = value.reshape((value.shape[0], *(1,) * (most - rank), *value.shape[1 : 1 + rank], *sites, *own))
+                value = value.expand((*value.shape[: 1 + most], *natural)) if sites else value
+            moved.append(value)
         found = _Compiled.apply(followed, *moved)  # type: ignore[no-untyped-call]
         return found, (0,) * len(found)
-
-
-def _matrix(followed: _Followed, matrices: Mapping[Pair, Tensor], out: str, by: By) -> Tensor:
-    if (out, by) not in matrices:
-        raise followed.caller.derivatives.missing(out, by)
-    return matrices[out, by]

@@ -8,6 +8,7 @@ gives wrong numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,8 +20,6 @@ from ..errors import InputTypeError
 
 # Shapes of tensors, with their sizes in bytes.
 Form = tuple[tuple[torch.Size, int], ...]
-
-_NO_DISPATCH = Tensor.__torch_dispatch__
 
 
 def are_plain(values: Sequence[Any], form: Form, dtype: torch.dtype, on_cpu: bool) -> bool:
@@ -57,39 +56,31 @@ def are_plain(values: Sequence[Any], form: Form, dtype: torch.dtype, on_cpu: boo
 
 def with_memory(value: Tensor, name: str, kind: str) -> Tensor:
     """The same values as a plain strided tensor that owns memory; an `InputTypeError` where there is no memory."""
-    if _is_plain(value):
-        return value
+    own = type(value)
+    # What has no shape raises.
+    with suppress(RuntimeError):
+        if own in (Tensor, Parameter) and are_plain((value,), ((value.shape, value.nbytes),), value.dtype, False):
+            return value
     fault = _fault(value)
     if fault:
         raise InputTypeError(
             f"{kind} {name!r} {fault}, so there are no bytes that a compiled graph could read. Pass a dense "
             "torch.Tensor with memory of its own."
         )
-    if type(value) is not Tensor:
+    if own is not Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             value = value.as_subclass(Tensor)
     return value.resolve_neg() if value.is_neg() else value
 
 
-def _is_plain(value: Tensor) -> bool:
-    if type(value) is not Tensor and type(value) is not Parameter:
-        return False
-    try:
-        return are_plain((value,), ((value.shape, value.nbytes),), value.dtype, False)
-    except RuntimeError:
-        # What has no shape.
-        return False
-
-
 def _fault(value: Tensor) -> str:
     """What keeps a tensor from having plain memory; empty for nothing."""
     kind = type(value)
-    if kind is not Tensor and kind is not Parameter:
-        if is_lazy(value):
-            return f"is an {kind.__name__}, which has no values yet"
-        # Its memory may lie in other tensors, and be reached by its own operations only.
-        if kind.__torch_dispatch__ is not _NO_DISPATCH:
-            return f"is a {kind.__name__}, a class with operations of its own (__torch_dispatch__)"
+    if is_lazy(value):
+        return f"is an {kind.__name__}, which has no values yet"
+    # Its memory may lie in other tensors, and be reached by its own operations only.
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"is a {kind.__name__}, a class with operations of its own (__torch_dispatch__)"
     with torch._C.DisableTorchFunctionSubclass():
         if _functorch.is_functorch_wrapped_tensor(value):
             return "is a value inside torch.vmap or another transform of torch.func, which only forward follows"
@@ -105,13 +96,10 @@ def _fault(value: Tensor) -> str:
             return "is a functional tensor"
         if value._is_zerotensor():
             return "is a zero tensor without memory (torch._efficientzerotensor)"
-        return "" if value.numel() == 0 else _storage_fault(value)
-
-
-def _storage_fault(value: Tensor) -> str:
-    """What is wrong with the storage of a strided tensor that is not empty."""
-    last = value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
-    needed, there = (last + 1) * value.element_size(), value.untyped_storage().nbytes()
-    if there < needed:
-        return f"has a storage of {there} bytes where {needed} are needed (it was resized or freed)"
-    return "" if value.data_ptr() else "has no address in memory"
+        if value.numel() == 0:
+            return ""
+        last = value.storage_offset() + sum((n - 1) * k for n, k in zip(value.shape, value.stride(), strict=True))
+        needed, there = (last + 1) * value.element_size(), value.untyped_storage().nbytes()
+        if there < needed:
+            return f"has a storage of {there} bytes where {needed} are needed (it was resized or freed)"
+        return "" if value.data_ptr() else "has no address in memory"

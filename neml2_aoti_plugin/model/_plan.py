@@ -8,7 +8,7 @@ there. All others go the way of every model, which gives the same.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -21,18 +21,11 @@ from ._outcomes import Blocks, Tensors
 # Up to so many rows torch's runner, which looks at nothing, is the shortest way.
 SHORT = 1 << 16
 
-# Of a result: its place among the graph's outputs, whether it comes once for all rows, and whether it is to be made
-# contiguous.
+# Of a result: its place among the graph's outputs, its shape in a row, and whether all rows may share it.
+Wanted = tuple[int, Shape, bool]
+# Of a result: its place, whether it comes once for all rows, and whether it is to be made contiguous.
 Way = tuple[int, bool, bool]
 UNKNOWN: tuple[Way, ...] = ((-1, False, False),)
-
-
-class Wanted(NamedTuple):
-    """A result that callers get: its place among the graph's outputs, its shape in a row, whether all rows share it."""
-
-    place: int
-    shape: Shape
-    constant: bool = False
 
 
 class Plan:
@@ -78,7 +71,7 @@ class Plan:
 
     def _found(self, outputs: list[Tensor], rows: int) -> tuple[Way, ...] | None:
         """How the results come; the general way complains of outputs that are too few."""
-        if len(outputs) <= max(wanted.place for wanted in self._wanted):
+        if len(outputs) <= max(place for place, *_ in self._wanted):
             return None
         ways = []
         for place, shape, constant in self._wanted:
@@ -96,28 +89,26 @@ class Plans:
 
     def __init__(self, program: Program, segment: ExplicitSegment, boundary: Boundary) -> None:
         self._boundary = boundary
-        spec = segment.spec
+        spec, graphs = segment.spec, segment.graphs
         order = [variable.name for variable in boundary.inputs.values()]
         taken = tuple(order.index(name) for name in spec.inputs)
-        outputs = [Wanted(spec.outputs.index(v.name), v.natural_shape) for v in boundary.outputs.values()]
-        self.values = Plan(segment.graphs[spec.value], taken, outputs, boundary)
-        # Of each output its place among the results, and of each block.
+        wanted: list[Wanted] = [(spec.outputs.index(v.name), v.natural_shape, False) for v in boundary.outputs.values()]
+        self.values = Plan(graphs[spec.value], taken, list(wanted), boundary)
         self._names = tuple(enumerate(boundary.outputs))
+        # Of each block its place among the results.
         self._pairs: list[tuple[int, str, str]] = []
         self._blocks: Plan | None = None
-        blocks: list[Wanted] = []
-        if spec.jacobian is None or not program.metadata.derivatives:
-            return
-        known = {(pair.out, pair.wrt): pair for pair in spec.jacobian.pairs}
+        known = {(pair.out, pair.wrt): pair for pair in spec.jacobian.pairs} if spec.jacobian is not None else {}
         for authored in program.metadata.derivatives:
             pair, out, by = known.get(authored), boundary.output_names[authored[0]], boundary.input_names[authored[1]]
             sites = boundary.outputs[out].sub_batch_shape or boundary.inputs[by].sub_batch_shape
-            if pair is None or pair.row is not None or pair.wrt_sub_batch_shape or sites:
+            if spec.jacobian is None or pair is None or pair.row is not None or pair.wrt_sub_batch_shape or sites:
                 return
+            self._pairs.append((len(wanted), out, by))
             base = boundary.outputs[out].base_shape + boundary.inputs[by].base_shape
-            self._pairs.append((len(outputs) + len(blocks), out, by))
-            blocks.append(Wanted(spec.jacobian.skip + pair.output, base, pair.constant))
-        self._blocks = Plan(segment.graphs[spec.jacobian.file], taken, outputs + blocks, boundary)
+            wanted.append((spec.jacobian.skip + pair.output, base, pair.constant))
+        if spec.jacobian is not None and self._pairs:
+            self._blocks = Plan(graphs[spec.jacobian.file], taken, wanted, boundary)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensors | None:
         """As `Model.forward`; None where the plan does not hold."""
@@ -145,18 +136,12 @@ class Plans:
 
 def plans_of(program: Program, boundary: Boundary) -> Plans | None:
     """The plans of a model whose plain inputs can go straight into one graph, if it is such a model."""
-    segment = program.segments[0]
-    if len(program.segments) > 1 or not isinstance(segment, ExplicitSegment):
+    segment, *others = program.segments
+    if others or not isinstance(segment, ExplicitSegment):
         return None
     spec = segment.spec
     taken, given = {v.name for v in boundary.inputs.values()}, {v.name for v in boundary.outputs.values()}
-    straight = (
-        boundary.device.type == "cpu"
-        and program.batch_axes == (None,)
-        and spec.order is None
-        and bool(spec.inputs)
-        and not spec.parameters
-        and taken.issuperset(spec.inputs)
-        and given.issubset(spec.outputs)
-    )
-    return Plans(program, segment, boundary) if straight else None
+    alone = bool(spec.inputs) and not spec.parameters and spec.order is None
+    fits = taken.issuperset(spec.inputs) and given.issubset(spec.outputs)
+    on_cpu = boundary.device.type == "cpu" and program.batch_axes == (None,)
+    return Plans(program, segment, boundary) if alone and fits and on_cpu else None
