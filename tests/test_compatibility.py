@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 import references
 from attacks.archives import ATTACKS, edited, of_stem, recorded
 from attacks.artifacts import damage, package, refusal, signature_of
-from attacks.children import environment, run_fresh
+from attacks.children import run_fresh
 from neml2_aoti_plugin import ArtifactNotFoundError, Model
 from neml2_aoti_plugin._artifact import compatibility
 from neml2_aoti_plugin._artifact.wiring import Wire, wire_fault
@@ -135,9 +133,7 @@ def test_operators_are_registered_where_neml2_was_not_imported() -> None:
 def test_a_library_that_needs_what_torch_lacks_is_refused_and_ends_no_process(artifact: Path) -> None:
     make = edited(".so", lambda d: d.replace(b"aoti_torch_empty_strided\0", b"aoti_torch_empty_stridex\0"))
     file = damage(artifact, make)
-    program = "import sys; from attacks.artifacts import runs; runs(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", program, artifact], env=environment(), capture_output=True, text=True)
-    out = done.stderr
-    assert done.returncode == 1 and "ArtifactError" in out
+    out = run_fresh("import sys; from attacks.artifacts import runs; runs(sys.argv[1])", artifact, status=1)
+    assert "ArtifactError" in out
     for word in (str(file), "undefined symbol", "aoti_torch_empty_stridex", "Install the torch", "neml2-compile"):
         assert word in out, out

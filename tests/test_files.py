@@ -24,15 +24,7 @@ from attacks.artifacts import INPUTS, old_metadata, package, refusal, runs
 from attacks.children import run
 from attacks.documents import SECRET, SIGN, with_secrets
 from data.collect import document
-from neml2_aoti_plugin import (
-    AOTIError,
-    ArtifactError,
-    ArtifactNotFoundError,
-    InputError,
-    Model,
-    UnknownNameError,
-    seal,
-)
+from neml2_aoti_plugin import AOTIError, ArtifactError, ArtifactNotFoundError, InputError, Model, UnknownNameError, seal
 from neml2_aoti_plugin._artifact import decode, files
 from neml2_aoti_plugin._artifact.files import ROOTS, named, shown
 from neml2_aoti_plugin.parallel import map_rows

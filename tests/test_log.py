@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from attacks.children import run_fresh
 from neml2_aoti_plugin import _log as log
 from neml2_aoti_plugin.errors import InputError
 
@@ -93,9 +91,8 @@ with warnings.catch_warnings(record=True) as caught:
 (warning,) = caught
 print(warning.message)
 """
-    variables = {**os.environ, "NEML2_LOGS": "newton=loud,linear=debug"}
-    printed = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
-    assert "NEML2_LOGS" in printed.stdout and "'newton=loud'" in printed.stdout
+    printed = run_fresh(script, NEML2_LOGS="newton=loud,linear=debug")
+    assert "NEML2_LOGS" in printed and "'newton=loud'" in printed
 
 
 def test_unknown_channels_and_levels_are_refused() -> None:

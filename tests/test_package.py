@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import neml2_aoti_plugin
+from attacks.children import run_fresh
 from environments import ROOT
 from neml2_aoti_plugin import _status, errors
 
@@ -125,6 +126,5 @@ def test_verdict_on_the_native_binding(
 )
 def test_what_needs_an_extra_names_it(module: str, lacks: str, extra: str) -> None:
     program = f"import sys; sys.modules[{lacks!r}] = None; import {module}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr.rstrip().rstrip(".").endswith(f"not installed: pip install 'neml2-aoti-plugin[{extra}]'")
+    said = run_fresh(program, status=1).rstrip().rstrip(".")
+    assert said.endswith(f"not installed: pip install 'neml2-aoti-plugin[{extra}]'")

@@ -74,9 +74,10 @@ def test_many_load_cold_at_once(processes: int, rounds: int, artifact: str, righ
 
 @pytest.mark.long
 def test_fresh_interpreters_at_once(artifact: str, right: float, tmp_path: Path) -> None:
-    program, before = SETUP + "print(stress(Model(artifact))[0, 0].item())", ("env", f"TMPDIR={tmp_path}")
+    program = SETUP + "print(stress(Model(artifact))[0, 0].item())"
     with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda _: run_fresh(program, artifact, limit=200, before=before), range(6)))
+        runs = [pool.submit(run_fresh, program, artifact, limit=200, TMPDIR=str(tmp_path)) for _ in range(6)]
+        found = [run.result() for run in runs]
     assert [*map(float, found)] == pytest.approx([right] * 6, abs=1e-9)
     assert everything(tmp_path) == []
 

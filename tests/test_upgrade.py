@@ -16,14 +16,7 @@ from data.collect import document
 from neml2_aoti_plugin._artifact import decode, upgrade
 from neml2_aoti_plugin._artifact.locate import locate
 from neml2_aoti_plugin._artifact.package import Argument, Signature, parse_kinds
-from neml2_aoti_plugin._artifact.schema import (
-    ExplicitInfo,
-    FusedStep,
-    ImplicitInfo,
-    Metadata,
-    PairGraph,
-    Segment,
-)
+from neml2_aoti_plugin._artifact.schema import ExplicitInfo, FusedStep, ImplicitInfo, Metadata, PairGraph, Segment
 from neml2_aoti_plugin._artifact.wiring import argument_order, with_argument_order
 from neml2_aoti_plugin.errors import ArtifactError, InputError
 from neml2_aoti_plugin.settings import NewtonSettings

@@ -107,9 +107,19 @@ def run(source: str, *arguments: object, limit: float = 60, **variables: str) ->
     return Child(source, *arguments, **variables).finish(limit)
 
 
-def run_fresh(source: str, *arguments: object, limit: float = 100, before: tuple[str, ...] = ()) -> str:
-    """Run a program in a fresh interpreter, by a command that goes before it if there is one."""
+def run_fresh(
+    source: str,
+    *arguments: object,
+    limit: float = 100,
+    before: tuple[str, ...] = (),
+    status: int = 0,
+    **variables: str,
+) -> str:
+    """Run a program in a fresh interpreter, by a command that goes before it if there is one.
+
+    It must end with this status; gives what it printed, to stderr where the status is not 0.
+    """
     command = [*before, sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=limit, check=False)
-    assert done.returncode == 0, f"status {done.returncode}:\n{done.stdout}\n{done.stderr[-4000:]}"
-    return done.stdout
+    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=limit)
+    assert done.returncode == status, f"status {done.returncode}:\n{done.stdout}\n{done.stderr[-4000:]}"
+    return done.stderr if status else done.stdout
