@@ -207,14 +207,14 @@ def test_jvp_contracts_the_jacobian(case: Case, rank: int) -> None:
     outputs, along = case.model.jvp(inputs, tangents)
     values, blocks = blocks_at(case, INPUTS, inputs)
     assert list(outputs) == case.model.output_names and list(along) == list(dict.fromkeys(out for out, _ in blocks))
+    count = prod(next(iter(inputs.values())).shape[:rank])
     for out, value in along.items():
         assert difference(outputs[out], values[out]) < within(case, SAME_GRAPHS), out
         terms = []
         for by in (by for other, by in blocks if other == out):
-            block, tangent = blocks[out, by], tangents[by]
-            axes = len(case.model.inputs[by].natural_shape)
-            shaped = tangent.reshape((*tangent.shape[:rank], *(1,) * (block.ndim - axes - rank), *tangent.shape[rank:]))
-            terms.append((block * shaped).flatten(block.ndim - axes).sum(-1) if axes else block * shaped)
+            tangent = tangents[by].reshape(count, -1)
+            block = blocks[out, by].reshape(count, -1, tangent.shape[1])
+            terms.append(torch.einsum("boi,bi->bo", block, tangent).reshape(value.shape))
         largest = max(float(term.abs().max()) for term in terms)
         assert difference(value, torch.stack(terms).sum(0), largest) < within(case, 1e-10), out
 
@@ -232,15 +232,14 @@ def test_vjp_contracts_the_jacobian(case: Case, rank: int) -> None:
     found = case.model.param_vjp(inputs, cotangents)
     assert sorted(found) == sorted({name for _, name in blocks})
     for name, gradient in found.items():
-        base = len(case.model.parameter_base_shapes[name])
         terms = [
-            cotangents[out].reshape((*cotangents[out].shape, *(1,) * base)) * block
+            torch.einsum("o,op->p", cotangents[out].flatten(), block.reshape(cotangents[out].numel(), -1))
             for (out, other), block in blocks.items()
             if other == name
         ]
-        expected = torch.stack([term.flatten(0, term.ndim - base - 1).sum(0) for term in terms]).sum(0)
         largest = max(float(term.abs().max()) for term in terms)
         assert gradient.shape == case.model.named_parameters()[name].shape
+        expected = torch.stack(terms).sum(0).reshape(gradient.shape)
         assert difference(gradient, expected, largest) < within(case, SAME_GRAPHS), name
 
 
