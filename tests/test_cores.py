@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 import references
 from attacks.children import run, run_fresh
 from neml2_aoti_plugin._graphs.threads import run_all
+from neml2_aoti_plugin.model._operations import OPERATIONS
 from references import Tensors
+from test_ways import Question, loaded, question
 
 pytestmark = pytest.mark.processes
 
@@ -30,34 +31,28 @@ def threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@cache
-def many(name: str, count: int = ROWS) -> Tensors:
-    """Rows of a case, each with a strain of its own."""
-    case = references.case(name)
-    few = case.rows()
-    which = torch.arange(count) % len(few[case.driven])
-    rows = {n: x[which].clone() for n, x in few.items()}
-    factor = 1.0 + 0.2 * torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    rows[case.driven] *= factor.reshape(-1, *[1] * (rows[case.driven].ndim - 1))
-    return rows
+def many(name: str, operation: str = "forward", count: int = ROWS) -> Question:
+    """An operation for many rows, each with numbers of its own."""
+    factors = 1.0 + 0.2 * torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    which = torch.arange(count)
+    return question(name, OPERATIONS[operation]).changed(
+        lambda x: x[which % len(x)] * factors.reshape(-1, *[1] * (x.ndim - 1))
+    )
 
 
-def everything(name: str, count: int = ROWS) -> dict[str, Tensor]:
-    """All that the calls of a model give for many rows."""
-    model, rows = references.case(name).load(), many(name, count)
-    solution = model.solve(rows)
-    found = {**model.forward(rows), "converged": solution.converged, "iterations": solution.iterations}
-    if model.derivative_pairs:
-        compiled = {by for _, by in model.derivative_pairs}
-        tangents = {n: torch.ones_like(x) for n, x in rows.items() if n in compiled}
-        found |= {f"jvp {out}": x for out, x in model.jvp(rows, tangents)[1].items()}
-        for out, row in model.jacobian(rows, expand=True)[1].items():
-            found |= {f"{out}@{by}": x for by, x in row.items()}
-        asked = {n: x.clone().requires_grad_(n in compiled) for n, x in rows.items()}
-        outputs = {out for out, _ in model.derivative_pairs}
-        torch.stack([x.sum() for out, x in model.forward(asked).items() if out in outputs]).sum().backward()
-        found |= {f"gradient {n}": x.grad for n, x in asked.items() if x.grad is not None}
-    return found
+def everything(name: str, count: int) -> Tensors:
+    """All that the calls of a model give for many rows, and what autograd does."""
+    found: Tensors = {}
+    for operation in OPERATIONS.values():
+        if not operation.lacking(loaded(name)):
+            asked = many(name, operation.name, count)
+            found |= {f"{operation.name} {key}": x for key, x in asked.by_model().items()}
+    pairs = loaded(name).derivative_pairs
+    compiled, outputs = {by for _, by in pairs}, {out for out, _ in pairs}
+    asked_for = {n: x.requires_grad_(n in compiled) for n, x in many(name, count=count).rows.items()}
+    values = loaded(name).forward(asked_for)
+    torch.stack([x.sum() for out, x in values.items() if out in outputs]).sum().backward()
+    return found | {f"gradient {n}": x.grad for n, x in asked_for.items() if x.grad is not None}
 
 
 @pytest.mark.parametrize("name", ["viscoplasticity", "composed", "elasticity"])
@@ -66,7 +61,7 @@ def test_results_have_the_same_bits_on_any_number_of_threads_and_beside_other_ca
     torch.set_num_threads(1)
     right = everything(name, count)
 
-    def require_the_same(found: dict[str, Tensor]) -> None:
+    def require_the_same(found: Tensors) -> None:
         assert found.keys() == right.keys()
         assert [key for key, value in right.items() if not torch.equal(found[key], value)] == []
 
@@ -123,10 +118,9 @@ def test_a_call_within_a_call_waits_for_nobody() -> None:
 def test_rows_that_fail_are_those_rows_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
     # Only the native loop promises the same bits beside other rows.
     monkeypatch.setenv("NEML2_AOTI_PLUGIN_KERNELS", "native")
-    model, rows = references.case("viscoplasticity").load(), dict(many("viscoplasticity"))
-    bad = torch.tensor([0, 1023, 1024, 3000, ROWS - 1])
-    rows["strain"] = rows["strain"].index_fill(0, bad, torch.nan)
-    found, right = model.solve(rows), model.forward(many("viscoplasticity"))
+    model, rows = references.case("viscoplasticity").load(), many("viscoplasticity").rows
+    right, bad = model.forward(rows), torch.tensor([0, 1023, 1024, 3000, ROWS - 1])
+    found = model.solve({**rows, "strain": rows["strain"].index_fill(0, bad, torch.nan)})
     assert (~found.converged).nonzero().squeeze(-1).tolist() == bad.tolist()
     for name, value in right.items():
         assert torch.equal(found.outputs[name][found.converged], value[found.converged])

@@ -170,22 +170,14 @@ def undefined(elf: bytes) -> Iterator[str]:
 
 # A process that asks for the machine code, calls it, and shows where it is kept.
 SHOW = """
-import sys, numpy, torch
-from neml2_aoti_plugin._solve import code_file, machine_code
-from neml2_aoti_plugin._solve.native import Block, BlockSolver, Means
+import sys, torch
+from equations import by_machine_code, square_roots
+from neml2_aoti_plugin._solve import machine_code
 from neml2_aoti_plugin.settings import NewtonSettings
 machine_code._PATIENCE = 1e9
-class Graph:
-    inputs, run, handle, file = 2, 0, 0, None
-    def __init__(self, outputs):
-        self.outputs = outputs
-    def container(self):
-        return self
-code = machine_code.load()
-block = Block([Graph(1), Graph(2), None, None], [2], [1])
-solver = BlockSolver(block, Means(code, numpy.zeros(9, numpy.int64), 0), 16)
-found = solver.solve([None], [torch.empty(0, 1)], 0, [], NewtonSettings())
-assert found.solved.statistics.all_converged and found.solved.unknowns[0].shape == (0, 2)
+code, four = machine_code.load(), torch.full((3, 1), 4.0, dtype=torch.float64)
+found = by_machine_code(square_roots(), torch.ones_like(four), four, NewtonSettings())
+assert abs(found.unknowns[0] - 2.0).max() < 1e-6
 """
 
 
