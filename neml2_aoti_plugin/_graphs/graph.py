@@ -177,17 +177,16 @@ def _in_blocks(caller: GraphCaller, arguments: list[Tensor], has_rows: list[bool
     if begun is None:
         return None
     # What is the same for all rows comes once; a block has more than one row.
-    once = [x.shape[0] == 1 for x in begun]
-    whole = [x if one else x.new_empty((rows, *x.shape[1:])) for x, one in zip(begun, once, strict=True)]
+    whole = [x if x.shape[0] == 1 else x.new_empty((rows, *x.shape[1:])) for x in begun]
 
     def write(block: slice) -> None:
-        into = [torch.empty_like(x) if one else x[block] for x, one in zip(whole, once, strict=True)]
+        into = [torch.empty_like(x) if x.shape[0] == 1 else x[block] for x in whole]
         if run(block, into) is None:
             raise AOTIError("a graph gives tensors of another form for some rows than for others; compile it again.")
 
     def copy() -> None:
-        for x, into, one in zip(begun, whole, once, strict=True):
-            if not one:
+        for x, into in zip(begun, whole, strict=True):
+            if into is not x:
                 into[first] = x
 
     run_all([copy, *(partial(write, block) for block in rest)])
