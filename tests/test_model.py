@@ -170,9 +170,10 @@ def test_override_holds_for_one_call(
     assert float(promoted.named_parameters()[E]) == 71000.0
 
 
-def test_the_caller_keeps_its_own_tensor(promoted: Model) -> None:
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_the_caller_keeps_its_own_tensor(promoted: Model, shape: tuple[int, ...]) -> None:
     """neml2's C++ runtime keeps the caller's, so that a later change of it changes the model."""
-    value = torch.tensor(1.5e5, dtype=torch.float64)
+    value = torch.full(shape, 1.5e5, dtype=torch.float64)
     promoted.set_parameter(E, value)
     before = promoted.forward(strains(4))["stress"]
     value.fill_(1.0)
