@@ -26,6 +26,7 @@ from commands import answer, refused, write_points
 from neml2_aoti_plugin import InputError, Model, Points
 from neml2_aoti_plugin._cli.points import read_points
 from neml2_aoti_plugin._files import draft, file_name, require_writable
+from point_cases import stepped
 
 
 @pytest.mark.parametrize(
@@ -205,11 +206,7 @@ def test_params_replaces_parameters_and_with_force_any_file(promoted: Path) -> N
 @pytest.fixture
 def points() -> Points:
     """Four points with a state."""
-    found = Points(references.case("viscoplasticity").model, 4)
-    found.initial()
-    found.update(strain=np.full((4, 6), 1e-3), t=1.0)
-    found.commit()
-    return found
+    return stepped()
 
 
 def test_a_planted_link_is_not_followed_by_save(points: Points, tmp_path: Path) -> None:
