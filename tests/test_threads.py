@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 import references
 from attacks.children import run
 from neml2_aoti_plugin import Model
+from neml2_aoti_plugin._program.program import Program
 from references import Tensors
 
 # A power law: its graphs call neml2::opaque_pow, which is Python, while torch's runner is held.
@@ -64,6 +66,18 @@ def test_calls_with_overrides_on_a_power_law(model: Model, calls: int) -> None:
 
     with ThreadPoolExecutor(THREADS) as pool:
         assert list(pool.map(work, range(THREADS))) == [calls] * THREADS
+
+
+def test_a_change_in_the_middle_of_a_call_does_not_reach_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, evaluate = references.case(POWER_LAW).rows(), Program.evaluate
+    right = model.forward(rows)
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        model.set_parameter(SY, 1.0)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(Program, "evaluate", late)
+    assert same(model.forward(rows), right) and not same(model.forward(rows), right)
 
 
 @pytest.mark.timeout(120)
