@@ -17,7 +17,8 @@ from torch import Tensor
 import references
 from equations import Equations, by_machine_code, coupled, square_roots
 from hand_made_graphs import Function, Handles, HandMadeGraph, System, expanded, once, strided, system_of, transposed
-from neml2_aoti_plugin._graphs.c_interface import power_executor, tensor_functions
+from neml2_aoti_plugin._graphs.c_interface import tensor_functions
+from neml2_aoti_plugin._graphs.operators import power_executor
 from neml2_aoti_plugin._solve import machine_code
 from neml2_aoti_plugin._solve.caller import Means
 from neml2_aoti_plugin._solve.native import Block, BlockSolver, Prediction, UnfitPredictor

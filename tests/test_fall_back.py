@@ -141,7 +141,7 @@ PROGRAM = """
     import os, sys, torch
     from dataclasses import replace
     from neml2_aoti_plugin import Model, _log as log, status
-    from neml2_aoti_plugin._graphs import c_interface
+    from neml2_aoti_plugin._graphs import c_interface, operators
     from neml2_aoti_plugin._solve import code_file
     log.set_default_level("model", "info")
     {before}
@@ -171,13 +171,13 @@ PROCESSES = {
         "there is no function aoti_torch_gone",
     ),
     "torch lacks the call of an operator": (
-        'c_interface._CALL = "aoti_torch_proxy_gone"',
+        'operators._CALL = "aoti_torch_proxy_gone"',
         "there is no function aoti_torch_proxy_gone",
     ),
-    "torch lacks the power": ('c_interface._POWER = "aoti_torch_cpu_gone"', "there is no function aoti_torch_cpu_gone"),
+    "torch lacks the power": ('operators._POWER = "aoti_torch_cpu_gone"', "there is no function aoti_torch_cpu_gone"),
     # It is called, gives 0 as one that succeeds, and calls nothing.
     "torch calls no entry": (
-        'c_interface._CALL = "aoti_torch_device_type_cpu"',
+        'operators._CALL = "aoti_torch_device_type_cpu"',
         "torch does not call a proxy executor as expected",
     ),
     "no llvmlite": ("sys.modules['llvmlite'] = None", "llvmlite is not installed"),

@@ -107,7 +107,7 @@ def test_code_is_loaded_into_memory_in_pieces() -> None:
     children.run(
         """
         import ctypes, mmap
-        from neml2_aoti_plugin._graphs.c_interface import power_executor
+        from neml2_aoti_plugin._graphs.operators import power_executor
         from neml2_aoti_plugin._solve import machine_code
 
         libc = ctypes.CDLL(None)

@@ -3,9 +3,6 @@
 The library in a package exports C functions (torch/csrc/inductor/aoti_runtime/interface.h); a tensor is a handle,
 with C functions of libtorch (torch/csrc/inductor/aoti_torch/c/shim.h). Both are what compiled graphs are built on, and
 torch keeps them as they are. torch's runner holds the interpreter while a graph runs; these do not.
-
-A graph calls an operator by name through a *proxy executor*: a C++ object with a virtual method. Power laws list
-`neml2::opaque_pow(base, exponent)`, which is torch's power; the object here has that as a method in machine code.
 """
 
 from __future__ import annotations
@@ -144,48 +141,3 @@ class Library:
         if self._last_error is None or self._last_error(ctypes.byref(text)) or not text.value:
             return "the graph says no more; see what it printed on stderr"
         return text.value.decode(errors="replace").strip().splitlines()[0]
-
-
-# The function by which torch calls a proxy executor, and that of its power.
-_CALL = "aoti_torch_proxy_executor_call_function"
-_POWER = "aoti_torch_cpu_pow_Tensor_Tensor"
-# More entries than the table of the method's class has.
-_ENTRIES = 8
-_KINDS: Any = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-_Method = ctypes.CFUNCTYPE(None, *_KINDS)
-
-
-@cache
-def power_executor(method: int) -> int:
-    """The address of a proxy executor whose only operator is the power, by a method in machine code at an address."""
-    functions = (_POWER, "aoti_torch_assign_tensors", "aoti_torch_delete_tensor_object")
-    table = [0] * _ENTRIES
-    table[_entry()] = method
-    return _executor(table, [address(function(libtorch(), name)) for name in functions])
-
-
-# What executors lie in; they are needed as long as the process lives.
-_kept: list[Any] = []
-
-
-def _executor(table: list[int], words: list[int]) -> int:
-    """The address of an object with a table of methods, and these words."""
-    methods = (ctypes.c_void_p * len(table))(*table)
-    found = (ctypes.c_void_p * (1 + len(words)))(ctypes.addressof(methods), *words)
-    _kept.extend((methods, found))
-    return ctypes.addressof(found)
-
-
-def _entry() -> int:
-    """Find out which entry of the table torch calls: each notes what it is called with, which harms nothing."""
-    calls: list[tuple[Any, ...]] = []
-
-    def note(entry: int) -> Any:
-        return _Method(lambda *arguments: calls.append((entry, *arguments)))
-
-    notes = [note(entry) for entry in range(_ENTRIES)]
-    given = (_executor([address(one) for one in notes], []), 7, 3, 0x1000, 5, 0x2000)
-    failed = function(libtorch(), _CALL)(*(kind(value) for kind, value in zip(_KINDS, given, strict=True)))
-    if failed or len(calls) != 1 or calls[0][1:] != given:
-        raise Unavailable("torch does not call a proxy executor as expected")
-    return int(calls[0][0])

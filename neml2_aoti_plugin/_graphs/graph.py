@@ -14,8 +14,9 @@ from .._artifact.package import Package
 from .._solve import machine_code
 from .._solve.caller import GraphCaller, Means
 from ..errors import AOTIError, ArtifactError
-from .c_interface import Library, Unavailable, power_executor, tensor_functions
+from .c_interface import Library, Unavailable, tensor_functions
 from .loaded import loaded, require_one_thread
+from .operators import power_executor
 from .threads import cut, run_all
 
 # CUDA kernels are compiled for inputs at such addresses; a slice of rows may start elsewhere.
