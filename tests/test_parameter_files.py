@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import stat
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,16 @@ def test_wrong_files(promoted: Model, tmp_path: Path, file: Path) -> None:
     promoted.save_parameters(file)
     with safe_open(file, framework="pt") as opened:
         notes = opened.metadata()
+    for number, header in enumerate(
+        (
+            {"a": {"dtype": "F64", "shape": [2], "data_offsets": [0, 99]}},
+            {"a": {"dtype": "F64", "shape": [10**30, 10**30], "data_offsets": [0, 16]}},
+            {"__metadata__": 5},
+            None,
+        )
+    ):
+        text = json.dumps(header).encode()
+        (tmp_path / f"damaged {number}").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
     file.write_bytes(b"text, and more of it than the length of a head")
     (tmp_path / "empty").touch()
     save_file({"promoted.E": one}, tmp_path / "no notes")
@@ -93,6 +105,7 @@ def test_wrong_files(promoted: Model, tmp_path: Path, file: Path) -> None:
     ):
         save_file({"promoted.E": 7 * one, "promoted.nu": wrong}, tmp_path / name, notes)
     for name, error, said in (
+        *((f"damaged {number}", InputError, "is not a file of parameters") for number in range(4)),
         (file.name, InputError, "is not a file of parameters"),
         ("empty", InputError, "is not a file of parameters"),
         ("gone", InputError, "cannot be read"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import stat
@@ -425,7 +424,7 @@ def test_pipes_and_devices_are_refused_at_once(endless: Path, points: Points, pr
         assert "endless.npz" in refused(*command), command
 
 
-# -- golden files, points and parameters -------------------------------------------------------------------------------
+# -- golden files and points -------------------------------------------------------------------------------
 
 
 def test_golden_files_of_other_than_finite_numbers_are_refused(promoted: Path) -> None:
@@ -466,19 +465,3 @@ def test_points_of_other_than_finite_numbers_are_refused(suffix: str, promoted: 
     ):
         write_points(file, strain=value)
         assert said in refused("verify", promoted, "--points", file)
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        {"a": {"dtype": "F64", "shape": [2], "data_offsets": [0, 99]}},
-        {"a": {"dtype": "F64", "shape": [10**30, 10**30], "data_offsets": [0, 16]}},
-        {"__metadata__": 5},
-        None,
-    ],
-)
-def test_damaged_safetensors_files_are_reported(document: Any, promoted: Path, tmp_path: Path) -> None:
-    text = json.dumps(document).encode()
-    (tmp_path / "bad").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
-    with pytest.raises(InputError, match="is not a file of parameters"):
-        Model(promoted, parameters=tmp_path / "bad")
