@@ -215,39 +215,36 @@ def _one_of(value: str, choices: Any, name: str) -> None:
 def _layouts(unknown: LayoutDescription, residual: LayoutDescription, u0: Sequence[Tensor]) -> tuple[Layout, Layout]:
     if len(u0) != len(unknown):
         raise InputError(f"the initial guess has {len(u0)} group(s), the layout of the unknowns {len(unknown)}.")
-    unknowns, residuals = (tuple(_group(*entry) for entry in layout) for layout in (unknown, residual))
+    for structure, _ in (*unknown, *residual):
+        _one_of(structure, Structure, "structure")
+    unknowns, residuals = (
+        tuple(Group(cast("Structure", structure), tuple(sites)) for structure, sites in layout)
+        for layout in (unknown, residual)
+    )
     return unknowns, residuals
-
-
-def _group(structure: str, sub_batch_shape: Sequence[int]) -> Group:
-    _one_of(structure, Structure, "structure")
-    return Group(cast("Structure", structure), tuple(sub_batch_shape))
 
 
 @dataclass(frozen=True)
 class CallableSystem:
-    """A system that neml2 gives as callables: `b = -r` at given unknowns, and the Newton step with `b`."""
+    """A `System` that neml2 gives as callables: `b = -r` at given unknowns, and the Newton step with `b`."""
 
     residual_fn: Residual
     step_fn: Step
 
     def residual(self, u: Groups) -> Groups:
-        """See `System`."""
         return self.residual_fn(u)
 
     def linearise(self, u: Groups) -> tuple[Groups, Linearisation]:
-        """See `System`."""
         du, b = self.step_fn(u)
         return b, Direction(du)
 
     def take(self, rows: Tensor) -> System:
-        """See `System`."""
         raise NotImplementedError("neml2's callables take all rows")
 
 
 @dataclass(frozen=True)
 class CallableProducts:
-    """Products and a preconditioner that neml2 gives as callables."""
+    """`Products` and a preconditioner that neml2 gives as callables."""
 
     residual_fn: Residual
     matvec_fn: JacobianProduct
@@ -255,22 +252,17 @@ class CallableProducts:
     apply_fn: PreconditionerApply | None
 
     def residual(self, u: Groups) -> Groups:
-        """See `Products`."""
         return self.residual_fn(u)
 
     def product(self, u: Groups, v: Groups) -> Sequence[Tensor]:
-        """See `Products`."""
         return self.matvec_fn(u, v)
 
     def set_up(self, u: Groups) -> Sequence[Tensor] | None:
-        """See `Products`."""
         return self.setup_fn(u) if self.setup_fn is not None and self.apply_fn is not None else None
 
     def precondition(self, state: Sequence[Tensor], r: Tensor) -> Tensor:
-        """See `Products`."""
         assert self.apply_fn is not None
         return self.apply_fn(state, r)
 
     def take(self, rows: Tensor) -> Products:
-        """See `Products`."""
         raise NotImplementedError("neml2's callables take all rows")

@@ -118,7 +118,7 @@ class AOTIModel(CompiledModule):
             self._declared = _Declared(declared)
         promoted = self._caller.promoted
         for name, spec in promoted.specs.items():
-            node, leaf = promoted.home(name)
+            node, leaf = promoted.homes[name]
             classes = node.__dict__.setdefault("_typed_storage_classes", {})
             classes[leaf] = typed.class_of_base_shape(spec.base_shape)
 

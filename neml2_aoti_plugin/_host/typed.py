@@ -54,14 +54,14 @@ def unwrap(
 ) -> Tensors:
     """Raw tensors `(*batch, *sub_batch, *base)` of typed ones; raw ones and unknown names pass."""
     return {
-        name: raw(value, name, variables[name], spec[name], kind, where)
+        name: _raw(value, name, variables[name], spec[name], kind, where)
         if isinstance(value, TensorWrapper) and name in variables
         else value
         for name, value in values.items()
     }
 
 
-def raw(value: TensorWrapper, name: str, variable: Variable, wanted: Wrapper, kind: str, where: object) -> Tensor:
+def _raw(value: TensorWrapper, name: str, variable: Variable, wanted: Wrapper, kind: str, where: object) -> Tensor:
     """See `unwrap`, for one value; it has no chain-rule axes, and no other sub-batch than was compiled."""
     if not isinstance(value, wanted):
         raise InputTypeError(f"{kind} {name!r} is a {type(value).__name__}, expected a {wanted.__name__}.")
@@ -133,9 +133,10 @@ def push_forward(
         for leaf, seed in v[name].items():
             column = _columns(seed, name, inputs[name], matrix.ndim - 2)
             along = torch.matmul(matrix, column).squeeze(-1)
-            lead = along.shape[:-1]
             sub_and_base = value.data.shape[value.data.ndim - value.sub_batch_ndim - type(value).BASE_NDIM :]
-            tangent = _like(value, along.reshape((*lead, *sub_and_base)), seed)
+            axes: dict[str, Any] = {"k_ndim": seed.k_ndim, "k_state": seed.k_state, "k_pairing": seed.k_pairing}
+            data = along.reshape((*along.shape[:-1], *sub_and_base))
+            tangent = type(value)(data, sub_batch_ndim=value.sub_batch_ndim, **axes)
             row = found.setdefault(out, {})
             row[leaf] = row[leaf] + tangent if leaf in row else tangent
     return found
@@ -157,10 +158,3 @@ def _columns(seed: TensorWrapper, name: str, variable: Variable, rank: int) -> T
     shaped = data.reshape((*data.shape[:k], *(1,) * (rank - len(own)), *own, *sites, *data.shape[data.ndim - base :]))
     lead = shaped.shape[: shaped.ndim - len(natural)]
     return shaped.expand((*lead, *natural)).reshape((*lead, variable.size, 1))
-
-
-def _like(value: TensorWrapper, data: Tensor, seed: TensorWrapper) -> TensorWrapper:
-    """A tangent of an output, with the chain-rule axes of a seed."""
-    wrapper: Wrapper = type(value)
-    axes: dict[str, Any] = {"k_ndim": seed.k_ndim, "k_state": seed.k_state, "k_pairing": seed.k_pairing}
-    return wrapper(data, sub_batch_ndim=value.sub_batch_ndim, **axes)

@@ -80,7 +80,10 @@ class CompiledModule(nn.Module, metaclass=Concise):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        self.mode = _mode(mode)
+        self.mode = mode or os.environ.get(MODE) or MODES[0]
+        if self.mode not in MODES:
+            source = "mode" if mode else f"the environment variable {MODE}"
+            raise InputError(f"{source} is {self.mode!r}, expected one of {', '.join(MODES)}.")
         self._given = absolute(artifact)
         self._solver = dict(solver) if solver else None
         from_stub = is_input_file(self._given)
@@ -289,22 +292,15 @@ class CompiledModule(nn.Module, metaclass=Concise):
             probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             # What torch says where there is no such device is of several types, and of torch only.
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
             raise InputError(
-                f"torch cannot move a tensor to where this model was asked to go: {_first_line(error)}. It stays on "
+                f"torch cannot move a tensor to where this model was asked to go: {reason}. It stays on "
                 f"{self.device}. Choose a device that is there; torch.cuda.is_available() is "
                 f"{torch.cuda.is_available()}."
             ) from error
         if probe.dtype != self.dtype or probe.device != torch.empty(0, device=self.device).device:
             self._load(probe.device, probe.dtype, self._caller.settings)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-
-def _mode(mode: str | None) -> str:
-    found = mode or os.environ.get(MODE) or "rowwise"
-    if found not in MODES:
-        source = "mode" if mode else f"the environment variable {MODE}"
-        raise InputError(f"{source} is {found!r}, expected one of {', '.join(MODES)}.")
-    return found
 
 
 def _let_dask_pickle(kind: type[CompiledModule]) -> None:
@@ -321,11 +317,6 @@ def _let_dask_pickle(kind: type[CompiledModule]) -> None:
 def _pickle_it(model: CompiledModule) -> NoReturn:
     """What Dask takes for: try the next serializer, which is pickle."""
     raise NotImplementedError(type(model).__name__)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 @dataclass(frozen=True)

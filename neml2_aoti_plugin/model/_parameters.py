@@ -52,11 +52,10 @@ class PromotedParameters:
         named = {metadata.aliases.parameters.get(p.name, p.name): p for p in metadata.parameters}
         self.specs = dict(sorted(named.items()))
         self.public = {p.name: name for name, p in self.specs.items()}
-        for name in self.specs:
-            _require_free(name, owner, boundary.where)
-        self._homes = {name: _home(owner, name) for name in self.specs}
+        # The module that has each parameter, and the parameter's name there.
+        self.homes = {name: _home(owner, name, boundary.where) for name in self.specs}
         for name, spec in self.specs.items():
-            node, leaf = self._homes[name]
+            node, leaf = self.homes[name]
             present = node._parameters.get(leaf)
             # A parameter outlives the block that it was made in: one of torch.inference_mode could not be set outside.
             with torch.inference_mode(False):
@@ -70,16 +69,12 @@ class PromotedParameters:
     def values(self) -> dict[str, nn.Parameter]:
         """The parameters by name, as the module has them now."""
         found = {}
-        for name, (node, leaf) in self._homes.items():
+        for name, (node, leaf) in self.homes.items():
             value = node._parameters.get(leaf)
             # A parametrised value (torch.nn.utils.parametrize) is an attribute only; pyzag's adapter makes it typed.
             value = value if value is not None else getattr(node, leaf)
             found[name] = value if isinstance(value, Tensor) else value.data
         return found
-
-    def home(self, name: str) -> tuple[nn.Module, str]:
-        """The module that has a parameter, and the parameter's name there."""
-        return self._homes[name]
 
     def set(self, name: str, value: Tensor | float) -> None:
         """Set a value; see `CompiledModule.set_parameter`."""
@@ -89,7 +84,7 @@ class PromotedParameters:
             with torch.no_grad():
                 present.copy_(admitted)
             return
-        node, leaf = self._homes[name]
+        node, leaf = self.homes[name]
         with torch.inference_mode(False):
             node._parameters[leaf] = nn.Parameter(admitted.clone(), requires_grad=present.requires_grad)
 
@@ -199,18 +194,14 @@ def _expected(spec: Parameter) -> str:
     return f"({', '.join(('*batch', *map(str, spec.base_shape)))})"
 
 
-def _require_free(name: str, owner: nn.Module, where: str) -> None:
-    """Refuse a name under which the module would find something else than the parameter."""
+def _home(owner: nn.Module, name: str, where: str) -> tuple[nn.Module, str]:
+    """The module below `owner` that has a parameter, made where it is absent, and its name there."""
     first = name.partition(".")[0]
     if first in owner.__dict__ or first in RESERVED:
         raise ArtifactError(
             f"{where}: the parameter {name!r} would take the place of the attribute {first!r} of the model. Give it "
             "another name: compile the model again with neml2-compile --rename-parameter."
         )
-
-
-def _home(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module below `owner` that has a parameter, made where it is absent, and its name there."""
     *path, leaf = name.split(".")
     for part in path:
         # Not by add_module, which refuses names that are attributes of the model, such as `forward`.
