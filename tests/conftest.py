@@ -40,21 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Generator[None, Any, Any]:
-    """Skip tests whose fixtures need a stub that this torch is too old for."""
-    return (yield from _unless_torch_is_too_old())
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Generator[None, Any, Any]:
-    """Skip tests of a stub that this torch is too old for."""
-    return (yield from _unless_torch_is_too_old())
-
-
-def _unless_torch_is_too_old() -> Generator[None, Any, Any]:
+    """Skip tests of a stub that this torch is too old for, whether they or their fixtures need it."""
     try:
         return (yield)
     except OlderTorchError as error:
         pytest.skip(str(error))
+
+
+pytest_runtest_call = pytest_runtest_setup
 
 
 @pytest.fixture(autouse=True)

@@ -82,11 +82,6 @@ def test_what_a_processor_lacks(needed: str, have: frozenset[str], lacking: list
     assert compatibility.lacking(needed, have) == lacking
 
 
-def test_this_machine_can_run_what_it_compiled() -> None:
-    assert compatibility.cpu_flags()
-    assert compatibility.lacking("AVX512 AVX512_VNNI" if "avx512f" in compatibility.cpu_flags() else "AVX2") == []
-
-
 @pytest.mark.parametrize(
     ("built_for", "have", "portable", "refused"),
     [
