@@ -107,6 +107,10 @@ class Report:
 
     def statistics(self) -> tuple[RowStatistics, Tensor]:
         """How each row fared over all segments, and the index of the segment that failed first, else -1, `(rows,)`."""
+        place, outcomes = self.parts[0]
+        if place is None and len(outcomes) == 1:
+            only = outcomes[0].statistics
+            return only, torch.where(only.converged, -1, outcomes[0].segment)
         record, norms, segment = self._joined(_first_failure)
         return RowStatistics(record, norms, self.all_converged), segment
 
@@ -135,9 +139,6 @@ class Report:
 
 def _first_failure(outcomes: list[SegmentOutcome]) -> list[Tensor]:
     """Record and norms of rows over all segments, and the index of the segment that failed first, else -1."""
-    if len(outcomes) == 1:
-        only = outcomes[0].statistics
-        return [only.record, only.norms, torch.where(only.converged, -1, outcomes[0].segment)]
     found, index = first_failure([outcome.statistics for outcome in outcomes])
     indices = torch.tensor([outcome.segment for outcome in outcomes] + [-1], device=index.device)
     return [found.record, found.norms, indices[index]]
@@ -253,11 +254,12 @@ class Program:
         With each part the values of these parameters; nothing where all rows are one part.
         """
         names = values.per_row(self._common)
+        if not names:
+            blocks = [] if self.block is None else list(cut(rows, self.block))
+            return [(block, {}) for block in blocks] if len(blocks) > 1 else []
         varying = dict(zip(names, values.common(names), strict=True))
-        if not varying or rows == 0:
-            fixed = {name: value.new_empty(value.shape[1:]) for name, value in varying.items()}
-            blocks = list(cut(rows, self.block or max(rows, 1)))
-            return [(block, fixed) for block in blocks] if varying or len(blocks) > 1 else []
+        if rows == 0:
+            return [(slice(0, 0), {name: value.new_empty(value.shape[1:]) for name, value in varying.items()})]
         stacked = torch.cat([value.reshape(rows, -1).to(torch.float64) for value in varying.values()], -1)
         kinds, kind = torch.unique(stacked, dim=0, return_inverse=True)
         parts: list[tuple[Tensor | slice, dict[str, Tensor]]] = []

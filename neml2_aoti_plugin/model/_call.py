@@ -112,6 +112,7 @@ class Caller:
         self.plans = plans_of(self.program, self.boundary)
         # In place of the artifact's own.
         self.settings: NewtonSettings | None = None
+        self._wanted = [v.name for v in metadata.outputs]
         # Of a model of one explicit segment, which has blocks per site; and those that do not depend on the row.
         spec = metadata.segments[0]
         self._alone = spec if len(metadata.segments) == 1 and isinstance(spec, ExplicitInfo) else None
@@ -174,7 +175,7 @@ class Caller:
                     call.state,
                     call.parameters,
                     call.rows,
-                    [v.name for v in self.metadata.outputs],
+                    self._wanted,
                     self.settings,
                     seeds if pairs else None,
                     parameters,
