@@ -17,7 +17,7 @@ from numba.np import arrayobj
 
 from neml2_aoti_plugin._solve import tables
 from neml2_aoti_plugin._solve.tables import ADDRESS, GIVEN, OUTPUT_AXES, OUTPUT_SIZES, SIZES_AT, TARGET, VECTOR, WIDTH
-from neml2_aoti_plugin._solve.tables import Call as Table
+from neml2_aoti_plugin._solve.tables import CallTable as Table
 
 # For any processor of the family: the one at hand is known when the package runs.
 numba.config.CPU_NAME, numba.config.CPU_FEATURES = "generic", ""

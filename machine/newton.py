@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from neml2_aoti_plugin._solve import criteria as by
 from neml2_aoti_plugin._solve import tables
-from neml2_aoti_plugin._solve.tables import CONVERGED, DONE, FIRST, LANES, LAST, OUTCOME, UPDATE, Solve
+from neml2_aoti_plugin._solve.tables import CONVERGED, DONE, FIRST, LANES, LAST, OUTCOME, UPDATE, SolveTable
 
 from .calls import copy, entry_of, inlined, inner, integers, number_rows, numbers, output, release, run
 from .elimination import clear_sides, finite, had_pivots, norm_of, put_side, side_in, substitute, take_side
@@ -51,17 +51,17 @@ def _unpacked(p: Any, chord_steps: Any) -> Any:
 
 @inner
 def solve_block(table: Any) -> Any:
-    """Solve the rows of a block by a table of `tables.Solve`; gives `DONE`, or what is wrong with a graph.
+    """Solve the rows of a block by a table of `tables.SolveTable`; gives `DONE`, or what is wrong with a graph.
 
     The number of rows that failed is put into the table.
     """
-    t = integers(table, (Solve.FIELDS,))
-    s, rows = space(t), t[Solve.ROWS]
+    t = integers(table, (SolveTable.FIELDS,))
+    s, rows = space(t), t[SolveTable.ROWS]
     fault = predict(t)
     if fault != DONE:
         return fault
     gather(s)
-    limits = numbers(t[Solve.LIMITS], (CRITERIA,))
+    limits = numbers(t[SolveTable.LIMITS], (CRITERIA,))
     criteria = _unpacked(limits, True)
     for row in range(rows):
         s.record[row, UPDATE] = 0
@@ -79,11 +79,11 @@ def solve_block(table: Any) -> Any:
             fault = _attempt(s, failed, _unpacked(limits, False))
     if fault == DONE:
         fault = _take_last_steps(s)
-    t[Solve.FAILED] = 0
+    t[SolveTable.FAILED] = 0
     for row in range(rows):
         if s.record[row, OUTCOME] != CONVERGED:
-            t[Solve.FAILED] += 1
-    if fault == DONE and t[Solve.SIDES] > 0 and rows > 0:
+            t[SolveTable.FAILED] += 1
+    if fault == DONE and t[SolveTable.SIDES] > 0 and rows > 0:
         fault = _differentiate(s)
     return fault
 
@@ -100,7 +100,7 @@ def _attempt(s: Any, rows: Any, criteria: Any) -> Any:
     update = 0
     while fault == DONE:
         note_iteration(s, update, live, rows)
-        if live == 0 or update == s.table[Solve.UPDATES]:
+        if live == 0 or update == s.table[SolveTable.UPDATES]:
             for k in range(live):
                 leave(s, k, s.u, tables.OUT_OF_ITERATIONS, update, s.norm[k])
             break
@@ -152,7 +152,7 @@ def _try(s: Any, live: Any, criteria: Any) -> Any:
     for k in range(live):
         s.trial_norm[k], s.tried[k] = norm_of(s.b, k), k
     note_trials(s, 1, live, criteria)
-    cut, cuts = 0, s.table[Solve.CUTS]
+    cut, cuts = 0, s.table[SolveTable.CUTS]
     refused = _shorten(live, s, criteria) if fault == DONE and cuts > 0 else 0
     while fault == DONE and refused > 0:
         cut += 1
@@ -318,7 +318,7 @@ def _differentiate(s: Any) -> Any:
     `B` is the derivative of the residual by the givens. NaN in rows whose `A` is singular.
     """
     t, call = s.table, s.call
-    rows, n, q = t[Solve.ROWS], t[Solve.N], t[Solve.Q]
+    rows, n, q = t[SolveTable.ROWS], t[SolveTable.N], t[SolveTable.Q]
     for row in range(rows):
         enter(s, row, s.solution, row)
     fault, _ = linearise(graph_of(t, tables.JACOBIAN_AT_SOLUTION), s, rows, NONE_DONE)
@@ -339,10 +339,10 @@ def _differentiate(s: Any) -> Any:
 def _derivatives_of(s: Any, b: Any, start: Any, end: Any) -> None:
     """The derivatives of a group of rows, by all right-hand sides."""
     t = s.table
-    n, q, sides = t[Solve.N], t[Solve.Q], t[Solve.SIDES]
-    columns = integers(t[Solve.COLUMNS_AT], (sides,))
-    directions, step = t[Solve.DIRECTIONS], t[Solve.DIRECTION_ROW]
-    found = number_rows(t[Solve.DERIVATIVES], (t[Solve.ROWS] * sides, n))
+    n, q, sides = t[SolveTable.N], t[SolveTable.Q], t[SolveTable.SIDES]
+    columns = integers(t[SolveTable.COLUMNS_AT], (sides,))
+    directions, step = t[SolveTable.DIRECTIONS], t[SolveTable.DIRECTION_ROW]
+    found = number_rows(t[SolveTable.DERIVATIVES], (t[SolveTable.ROWS] * sides, n))
     side = side_in(s.lu, n)
     for c in range(sides):
         for lane in range(LANES):

@@ -6,7 +6,7 @@ from math import inf, isfinite, sqrt
 from typing import Any, Final, NamedTuple
 
 from neml2_aoti_plugin._solve import tables
-from neml2_aoti_plugin._solve.tables import CONVERGED, DONE, FIRST, LANES, LAST, OUTCOME, UPDATE, Solve
+from neml2_aoti_plugin._solve.tables import CONVERGED, DONE, FIRST, LANES, LAST, OUTCOME, UPDATE, SolveTable
 
 from . import calls
 from .calls import Graph, copy, inlined, inner, integer_rows, integers, number_blocks, number_rows, numbers
@@ -66,24 +66,28 @@ _factors_size, _pivots_size = inlined(tables.factors_size), inlined(tables.pivot
 @inlined
 def graph_of(t: Any, place: Any) -> Any:
     """One of the graphs that a table names."""
-    of = integer_rows(t[Solve.GRAPHS_AT], (len(tables.OUTPUTS), tables.GRAPH_COLUMNS))
+    of = integer_rows(t[SolveTable.GRAPHS_AT], (len(tables.OUTPUTS), tables.GRAPH_COLUMNS))
     fault = tables.BROKEN + 2 * place
-    return Graph(of[place, tables.RUN], of[place, tables.CONTAINER], t[Solve.EXECUTOR], tables.OUTPUTS[place], fault)
+    return Graph(
+        of[place, tables.RUN], of[place, tables.CONTAINER], t[SolveTable.EXECUTOR], tables.OUTPUTS[place], fault
+    )
 
 
 @inlined
 def space(t: Any) -> Any:
     """What a table names, in the order of the fields."""
-    rows, capacity, n, q = t[Solve.ROWS], t[Solve.CAPACITY], t[Solve.N], t[Solve.Q]
-    vectors = number_blocks(t[Solve.VECTORS], (tables.VECTOR_KINDS, capacity, n))
-    givens = number_blocks(t[Solve.GIVEN_VECTORS], (tables.GIVEN_KINDS, capacity, q))
-    of_rows = number_rows(t[Solve.NUMBERS], (tables.NUMBER_KINDS, capacity))
-    indices = integer_rows(t[Solve.INDICES], (tables.INDEX_KINDS, capacity))
+    rows, capacity, n, q = t[SolveTable.ROWS], t[SolveTable.CAPACITY], t[SolveTable.N], t[SolveTable.Q]
+    vectors = number_blocks(t[SolveTable.VECTORS], (tables.VECTOR_KINDS, capacity, n))
+    givens = number_blocks(t[SolveTable.GIVEN_VECTORS], (tables.GIVEN_KINDS, capacity, q))
+    of_rows = number_rows(t[SolveTable.NUMBERS], (tables.NUMBER_KINDS, capacity))
+    indices = integer_rows(t[SolveTable.INDICES], (tables.INDEX_KINDS, capacity))
     return Space(
         t,
         graph_of(t, tables.RESIDUAL),
         graph_of(t, tables.JACOBIAN),
-        calls.call_with(t[Solve.FUNCTIONS], t[Solve.ARGUMENTS_AT], t[Solve.ARGUMENTS], 2, t[Solve.HANDLES]),
+        calls.call_with(
+            t[SolveTable.FUNCTIONS], t[SolveTable.ARGUMENTS_AT], t[SolveTable.ARGUMENTS], 2, t[SolveTable.HANDLES]
+        ),
         vectors[0],
         vectors[1],
         vectors[2],
@@ -94,7 +98,7 @@ def space(t: Any) -> Any:
         vectors[7],
         givens[0],
         givens[1],
-        number_rows(t[Solve.GIVENS], (rows, q)),
+        number_rows(t[SolveTable.GIVENS], (rows, q)),
         of_rows[0],
         of_rows[1],
         of_rows[2],
@@ -104,20 +108,20 @@ def space(t: Any) -> Any:
         indices[2],
         indices[3],
         indices[4],
-        numbers(t[Solve.FACTORS], (_factors_size(capacity, n),)),
-        integers(t[Solve.PIVOTS], (_pivots_size(capacity, n),)),
-        number_rows(t[Solve.NORMS], (rows, 2)),
-        integer_rows(t[Solve.RECORD], (rows, 2)),
-        number_rows(t[Solve.SOLUTION], (rows, n)),
-        number_rows(t[Solve.HISTORY], (t[Solve.HISTORY_LINES], tables.HISTORY_COLUMNS)),
+        numbers(t[SolveTable.FACTORS], (_factors_size(capacity, n),)),
+        integers(t[SolveTable.PIVOTS], (_pivots_size(capacity, n),)),
+        number_rows(t[SolveTable.NORMS], (rows, 2)),
+        integer_rows(t[SolveTable.RECORD], (rows, 2)),
+        number_rows(t[SolveTable.SOLUTION], (rows, n)),
+        number_rows(t[SolveTable.HISTORY], (t[SolveTable.HISTORY_LINES], tables.HISTORY_COLUMNS)),
     )
 
 
 @inlined
 def predict(t: Any) -> Any:
     """Run the predictor as often as it is to be run; what it gives are variables, and inputs of its next run."""
-    for _ in range(t[Solve.PREDICTIONS]):
-        outcome = calls.call_graph(t[Solve.PREDICTOR_AT])
+    for _ in range(t[SolveTable.PREDICTIONS]):
+        outcome = calls.call_graph(t[SolveTable.PREDICTOR_AT])
         if outcome != tables.CALLED:
             return tables.BROKEN + 2 * tables.PREDICTOR + (0 if outcome == tables.FAILED else 1)
     return DONE
@@ -126,13 +130,13 @@ def predict(t: Any) -> Any:
 @inner
 def gather(s: Any) -> None:
     """Put the variables side by side: unknowns to the initial guess, givens to their rows."""
-    t, n = s.table, s.table[Solve.N]
-    variables = integer_rows(t[Solve.VARIABLES_AT], (t[Solve.VARIABLES], tables.VARIABLE))
+    t, n = s.table, s.table[SolveTable.N]
+    variables = integer_rows(t[SolveTable.VARIABLES_AT], (t[SolveTable.VARIABLES], tables.VARIABLE))
     first = 0
     for k in range(len(variables)):
         width, step = variables[k, tables.VARIABLE_WIDTH], variables[k, tables.VARIABLE_STEP]
         target, at = (s.guess, first) if first < n else (s.givens, first - n)
-        for row in range(t[Solve.ROWS]):
+        for row in range(t[SolveTable.ROWS]):
             source = numbers(variables[k, tables.VARIABLE_ADDRESS] + 8 * step * row, (width,))
             for i in range(width):
                 target[row, at + i] = source[i]
@@ -226,11 +230,11 @@ def _begin(s: Any, rows: Any, atol: Any) -> Any:
 @inner
 def note(s: Any, kind: Any, number: Any, one: Any, two: Any, three: Any) -> None:
     """Note a line for the log, if anybody reads it."""
-    line = s.table[Solve.NOTED]
+    line = s.table[SolveTable.NOTED]
     if line < len(s.history):
         s.history[line, 0], s.history[line, 1] = kind, number
         s.history[line, 2], s.history[line, 3], s.history[line, 4] = one, two, three
-        s.table[Solve.NOTED] += 1
+        s.table[SolveTable.NOTED] += 1
 
 
 @inner

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from .errors import InputError
 
-Sink = Callable[[str, str], None]
+LogSink = Callable[[str, str], None]
 
 CHANNELS = ("newton", "linear", "substep", "model", "tensor", "driver")
 LEVELS = ("silent", "warning", "info", "debug")
@@ -81,7 +81,7 @@ def apply_env() -> None:
     _resolve(entries)
 
 
-def set_sink(sink: Sink | None) -> None:
+def set_sink(sink: LogSink | None) -> None:
     """Send every line to `sink(level, line)`; `None` restores the standard streams."""
     global _sink
     # neml2.log sets its sink and then parses NEML2_LOGS by itself, with an error that does not say where the
@@ -99,7 +99,7 @@ def _to_standard_streams(level: str, line: str) -> None:
     print(line, file=sys.stdout if level == "info" else sys.stderr, flush=True)
 
 
-_sink: Sink = _to_standard_streams
+_sink: LogSink = _to_standard_streams
 
 
 def _check(channel: str | None = None, level: str | None = None) -> None:

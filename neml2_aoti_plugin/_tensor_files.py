@@ -58,7 +58,7 @@ class Header:
             )
 
 
-Form = tuple[Header, Callable[[str], Any]]
+FileForm = tuple[Header, Callable[[str], Any]]
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
@@ -122,7 +122,7 @@ class _DamagedError(Exception):
 # -- the forms: each gives what a file says it holds, and what reads a tensor of it as an array ------------------------
 
 
-def _safetensors(path: str) -> Form:
+def _safetensors(path: str) -> FileForm:
     """What safetensors opens: it finds a header that does not fit the file, and reads a tensor when it is asked for."""
     # Its methods have no types.
     file: Any = safe_open(path, "np")
@@ -134,7 +134,7 @@ def _safetensors(path: str) -> Form:
     return Header(path, claims, dict(file.metadata() or {})), file.get_tensor
 
 
-def _npz(file: BufferedReader, path: str) -> Form:
+def _npz(file: BufferedReader, path: str) -> FileForm:
     """A zip archive of arrays, each with a header of its own."""
     archive = zipfile.ZipFile(file)
     members: dict[str, zipfile.ZipInfo] = {}
@@ -163,7 +163,7 @@ def _npz(file: BufferedReader, path: str) -> Form:
     return found, read
 
 
-def _pt(file: BufferedReader, path: str) -> Form:
+def _pt(file: BufferedReader, path: str) -> FileForm:
     """What torch saves; it has no header, and takes no more room than it has on disk."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:

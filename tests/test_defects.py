@@ -20,7 +20,7 @@ from neml2.types import SR2
 
 import references
 from neml2_aoti_plugin import AOTIModel, ConvergenceError, DerivativeNotCompiledError, Model
-from neml2_aoti_plugin._artifact.schema import Pair
+from neml2_aoti_plugin._artifact.schema import DerivativePair
 from neml2_aoti_plugin._program import explicit
 from neml2_aoti_plugin._program.substepping import successor
 from references import Tensors, difference, edited
@@ -167,7 +167,9 @@ def test_d31_contraction_of_explicit_blocks_with_sites(
     sites: tuple[int, ...], out_sites: tuple[int, ...], sum_of: str
 ) -> None:
     """C++ returns undocumented shapes, and dies in jvp; no stub compiles such a pair, so the algebra is tested."""
-    pair = Pair(out="y", wrt="x", out_base_shape=(2,), wrt_base_shape=(3,), output=0, wrt_sub_batch_shape=(4,))
+    pair = DerivativePair(
+        out="y", wrt="x", out_base_shape=(2,), wrt_base_shape=(3,), output=0, wrt_sub_batch_shape=(4,)
+    )
     block = torch.rand(*sites, 2, 3, dtype=torch.float64)
     column = torch.rand(5, 12, 1, dtype=torch.float64)
     expected = torch.einsum(sum_of, block, column.reshape(5, 4, 3, 1)).reshape(5, -1, 1)

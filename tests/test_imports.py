@@ -98,3 +98,13 @@ def test_the_table_in_the_documents_is_this_rule() -> None:
         lines.append(f"| `{name}/` | {', '.join(shown) or '-'} |")
     table = "\n".join(lines)
     assert table in (DOCS / "architecture.md").read_text(encoding="utf-8"), f"docs/architecture.md needs:\n{table}"
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """A name stands for one thing. Some are defined in one of two ways, as by the installed neml2, in one module."""
+    at: dict[str, list[str]] = {}
+    for module, file in MODULES.items():
+        classes = (x.name for x in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(x, ast.ClassDef))
+        for name in sorted(set(classes)):
+            at.setdefault(name.lstrip("_"), []).append(module)
+    assert {name: modules for name, modules in at.items() if len(modules) > 1} == {}

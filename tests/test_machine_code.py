@@ -29,7 +29,7 @@ from equations import coupled
 from hand_made_graphs import Handles, system_of
 from neml2_aoti_plugin._solve import code_file, machine_code
 from neml2_aoti_plugin._solve.machine_code import MachineCode
-from neml2_aoti_plugin._solve.native import Derivatives
+from neml2_aoti_plugin._solve.native import WantedDerivatives
 from neml2_aoti_plugin.settings import NewtonSettings
 
 ENTRIES = {"solve_block", "call_graph", "power"}
@@ -92,7 +92,7 @@ def cubes(code: MachineCode, g: Tensor) -> tuple[Tensor, ...]:
     equations = coupled()
     system = system_of(Handles(), equations.b, equations.linearised, 5, 5, by_givens=by_givens, code=code)
     settings = NewtonSettings(atol=1e-12, rtol=1e-12, miters=50, ls_max_iters=5)
-    found, _, derivatives = system.run(torch.zeros_like(g), g, settings, wanted=Derivatives([0, 1, 4]))
+    found, _, derivatives = system.run(torch.zeros_like(g), g, settings, wanted=WantedDerivatives([0, 1, 4]))
     assert found.statistics.all_converged and derivatives is not None
     (u,) = found.unknowns
     exact = torch.linalg.inv(equations.jacobian(u, g))[..., [0, 1, 4]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from equations import LOOPS, ROW_WISE, Equations, Loop, arctans, by_tensors, coupled, double_roots, square_roots
 from hand_made_graphs import Handles, system_of
 from neml2_aoti_plugin._solve.criteria import FINE
-from neml2_aoti_plugin._solve.native import Derivatives
+from neml2_aoti_plugin._solve.native import WantedDerivatives
 from neml2_aoti_plugin._solve.outcome import Outcome, Solved
 from neml2_aoti_plugin.settings import NewtonSettings
 
@@ -417,9 +417,9 @@ def test_derivatives_of_small_systems(n: int) -> None:
     )
     good = torch.arange(9) != 5
     for wanted, right in (
-        (Derivatives([2, 0]), b[..., [2, 0]]),
-        (Derivatives(directions=directions), b @ directions),
-        (Derivatives(directions=directions[:1]), b @ directions[:1]),
+        (WantedDerivatives([2, 0]), b[..., [2, 0]]),
+        (WantedDerivatives(directions=directions), b @ directions),
+        (WantedDerivatives(directions=directions[:1]), b @ directions[:1]),
     ):
         found = system.run(torch.zeros(9, n, dtype=torch.float64), g, NewtonSettings(), wanted=wanted).derivatives
         handles.require_none_left()
@@ -427,6 +427,6 @@ def test_derivatives_of_small_systems(n: int) -> None:
         torch.testing.assert_close(found[good], -torch.linalg.solve(a[good], right[good]), rtol=1e-10, atol=1e-12)
         assert bool(found[5].isnan().all())
     none = torch.empty(0, n, dtype=torch.float64)
-    for wanted, columns in ((Derivatives([1]), 1), (Derivatives(directions=none.new_empty(0, 4, 3)), 3)):
+    for wanted, columns in ((WantedDerivatives([1]), 1), (WantedDerivatives(directions=none.new_empty(0, 4, 3)), 3)):
         found = system.run(none, g[:0], NewtonSettings(), wanted=wanted).derivatives
         assert found is not None and found.shape == (0, n, columns)

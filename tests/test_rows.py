@@ -16,7 +16,7 @@ from neml2_aoti_plugin._program.implicit import ImplicitSegment
 from neml2_aoti_plugin._program.sensitivity import Sensitivity
 from neml2_aoti_plugin.model import Outcome
 from neml2_aoti_plugin.model import _outcomes as outcomes
-from neml2_aoti_plugin.model._outcomes import Given, reasons
+from neml2_aoti_plugin.model._outcomes import GivenTensors, reasons
 from references import Tensors, difference
 from stubs.catalogue import CATALOGUE, EXPLICIT
 
@@ -245,7 +245,7 @@ def test_step_of_no_length_is_named() -> None:
     before = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     given = {"t": torch.ones_like(before), "t~1": before, "strain": torch.zeros(4, 6, dtype=torch.float64)}
     # The second failed otherwise, and the third with a step of some length.
-    assert reasons(outcome, Given(given, {})) == [
+    assert reasons(outcome, GivenTensors(given, {})) == [
         "'t' equals 't~1' in 1 of these rows: rates divide by a step of no length. Give a later time.",
         f"{ADVICE}, a line search, or reduce the time step.",
     ]

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from data.collect import document
 from neml2_aoti_plugin._artifact import decode, upgrade
 from neml2_aoti_plugin._artifact.locate import locate
-from neml2_aoti_plugin._artifact.package import Argument, Signature, parse_kinds
+from neml2_aoti_plugin._artifact.package import Argument, GraphSignature, parse_kinds
 from neml2_aoti_plugin._artifact.schema import ExplicitInfo, FusedStep, ImplicitInfo, Metadata, PairGraph, Segment
 from neml2_aoti_plugin._artifact.wiring import argument_order, with_argument_order
 from neml2_aoti_plugin.errors import ArtifactError, InputError
@@ -206,14 +206,14 @@ SR2, SCALAR = "neml2.types.SR2", "neml2.types.Scalar"
 PARAMETER = ((), "")
 
 
-def taking(*arguments: tuple[tuple[int | None, ...], str]) -> Signature:
-    return Signature(tuple(Argument(torch.float64, extents, kind) for extents, kind in arguments), 1)
+def taking(*arguments: tuple[tuple[int | None, ...], str]) -> GraphSignature:
+    return GraphSignature(tuple(Argument(torch.float64, extents, kind) for extents, kind in arguments), 1)
 
 
 BEHIND, AHEAD = taking(((None, 6), SR2), PARAMETER), taking(PARAMETER, ((None, 6), SR2))
 
 
-def order(signature: Signature | None, inputs: tuple[str, ...] = ("strain",)) -> tuple[str, ...]:
+def order(signature: GraphSignature | None, inputs: tuple[str, ...] = ("strain",)) -> tuple[str, ...]:
     segment = ExplicitInfo(
         value="a.pt2", inputs=inputs, outputs=("stress",), parameters=("E",), parameters_among_inputs=True
     )
@@ -234,7 +234,7 @@ def order(signature: Signature | None, inputs: tuple[str, ...] = ("strain",)) ->
         (taking(((None,), SCALAR), PARAMETER, ((None, 6), SR2)), ("T", "E", "strain")),
     ],
 )
-def test_the_package_tells_the_order(signature: Signature, expected: tuple[str, ...]) -> None:
+def test_the_package_tells_the_order(signature: GraphSignature, expected: tuple[str, ...]) -> None:
     assert order(signature, tuple(name for name in expected if name != "E")) == expected
 
 
@@ -249,7 +249,7 @@ def test_the_package_tells_the_order(signature: Signature, expected: tuple[str, 
         (taking(((None, 6), SR2), ((6,), "")), r"where 'E' of shape \(\) would stand it takes \(6,\)"),
     ],
 )
-def test_an_order_that_does_not_show_is_refused(signature: Signature | None, words: str) -> None:
+def test_an_order_that_does_not_show_is_refused(signature: GraphSignature | None, words: str) -> None:
     with pytest.raises(ArtifactError, match=f"does not show in which order.*strain.*E.*{words}"):
         order(signature)
 
@@ -273,7 +273,7 @@ def test_promotion_leaves_the_order_open_until_the_package_is_read(release: str)
 
     files = first.value, first.jacobian.file
 
-    def ordered(*packages: Signature | None) -> tuple[ExplicitInfo, tuple[tuple[str, str], ...]]:
+    def ordered(*packages: GraphSignature | None) -> tuple[ExplicitInfo, tuple[tuple[str, str], ...]]:
         found, faults = with_argument_order(metadata, dict(zip(files, packages, strict=False)))
         return explicit(found), tuple(faults)
 

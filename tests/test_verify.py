@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import references
 from commands import answer, copy_of, printed, source_input, stub_of, write_points
 from neml2_aoti_plugin import Model, read_result
-from neml2_aoti_plugin._cli.points import Evaluated, Points
+from neml2_aoti_plugin._cli.points import ChosenPoints, EvaluatedPoints
 from neml2_aoti_plugin._cli.references import central
 from stubs.build import QUICK
 from stubs.catalogue import CATALOGUE
@@ -201,7 +201,7 @@ def test_an_output_that_depends_on_no_input_is_the_same_in_all_rows(last: str, o
 
 def test_a_zero_derivative_by_an_input_that_is_zero_everywhere_is_no_error() -> None:
     rounding = torch.full((2,), 1e-12, dtype=torch.float64)
-    found = Evaluated(Points({"a": torch.zeros(2)}, ""), {"x": torch.ones(2)}, {})
+    found = EvaluatedPoints(ChosenPoints({"a": torch.zeros(2)}, ""), {"x": torch.ones(2)}, {})
     assert found.scale_of(("x", "a"), rounding) > 1e6 * 1e-12
 
 

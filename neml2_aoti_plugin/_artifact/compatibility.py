@@ -20,8 +20,8 @@ from .files import AGAIN, named
 from .locate import DEVICES, Place
 from .package import (
     Build,
+    GraphSignature,
     Package,
-    Signature,
     archive_faults,
     build_in,
     libraries_in,
@@ -100,7 +100,7 @@ class _Inside:
     build: Build = field(default_factory=Build)
     portable: bool = False  # whether there is code that later GPUs can translate
     operators: tuple[str, ...] = ()  # that the graph calls by name
-    signature: Signature | None = None
+    signature: GraphSignature | None = None
 
 
 # By digest and name of the package: the same bytes need not be looked over again.

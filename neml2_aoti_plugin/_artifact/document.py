@@ -60,7 +60,7 @@ class Unfit(ValueError):
         self.value = value
 
 
-class Form(msgspec.Struct, frozen=True, dict=True):
+class DocumentForm(msgspec.Struct, frozen=True, dict=True):
     """A JSON object of a known form; keys that are not known are ignored."""
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Form(msgspec.Struct, frozen=True, dict=True):
 
 
 @cache
-def _following(form: type[Form]) -> tuple[str, ...]:
+def _following(form: type[DocumentForm]) -> tuple[str, ...]:
     return tuple(n for kind in form.__mro__ for n, value in vars(kind).items() if isinstance(value, cached_property))
 
 

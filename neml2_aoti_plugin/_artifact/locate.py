@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 
 from ..errors import ArtifactError, ArtifactNotFoundError, InputError
-from .document import Form, convert, one_of, read_document
+from .document import DocumentForm, convert, one_of, read_document
 from .files import AGAIN, Folder, is_there, reason
 from .trust import admit, has_seal, write_seal
 
@@ -289,7 +289,7 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
     return name
 
 
-class _Label(Form, frozen=True):
+class _Label(DocumentForm, frozen=True):
     """What a file of one device records of itself; the dtype is a label there, and no choice."""
 
     device: Annotated[str, one_of(*DEVICES)] = "cpu"

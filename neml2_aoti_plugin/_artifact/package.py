@@ -68,7 +68,7 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class Signature:
+class GraphSignature:
     """What a graph takes, and how many tensors it returns."""
 
     arguments: tuple[Argument, ...]
@@ -93,7 +93,7 @@ class Package:
     file: Path  # where it was then
     folder: Folder
     digest: str  # SHA-256 of the bytes that were looked over; what has another one is another package
-    signature: Signature | None  # None where the package does not spell it out
+    signature: GraphSignature | None  # None where the package does not spell it out
 
     def read(self) -> bytes:
         """Read the bytes that were looked over once more; an ArtifactError if the file has others, or is gone."""
@@ -228,7 +228,7 @@ def _entry_fault(info: zipfile.ZipInfo) -> str:
 # -- what it says of itself --------------------------------------------------------------------------------------------
 
 
-def signature_in(archive: zipfile.ZipFile) -> Signature | None:
+def signature_in(archive: zipfile.ZipFile) -> GraphSignature | None:
     """A graph's signature from the generated wrapper's source; None where the package does not spell it out."""
     source = read_text(archive, "wrapper.cpp") or ""
     arity = _ARITY.search(source)
@@ -248,7 +248,7 @@ def signature_in(archive: zipfile.ZipFile) -> Signature | None:
         if dtype is None or sorted(axes) != list(range(len(axes))):
             return None
         arguments.append(Argument(dtype, tuple(axes[k] for k in range(len(axes))), kind))
-    return Signature(tuple(arguments), outputs)
+    return GraphSignature(tuple(arguments), outputs)
 
 
 def parse_kinds(source: str, count: int) -> list[str]:

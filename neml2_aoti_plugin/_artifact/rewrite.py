@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from .document import Form
-from .schema import ExplicitInfo, Pair, Parameter, Variable
+from .document import DocumentForm
+from .schema import DerivativePair, ExplicitInfo, Parameter, Variable
 from .upgrade import NEWEST, Document, released_form, upgrade
 
 # The first schema whose explicit segments take promoted parameters with a batch axis.
@@ -101,7 +101,7 @@ def _document(newest: Document, *, keep_derivatives: bool = True) -> Document:
     return found | {key: newest[key] for key in ("boundary_aliases", "solver_config") if key in newest}
 
 
-def _written(found: Document, form: type[Form]) -> Document:
+def _written(found: Document, form: type[DocumentForm]) -> Document:
     """The keys of an object that the newest release writes too."""
     return {key: found[key] for key in form.__struct_encode_fields__ if key in found and key not in OURS}
 
@@ -118,7 +118,7 @@ def _explicit(segment: Document, keep_derivatives: bool) -> Document:
     found |= {key: [{"name": variable["name"]} for variable in segment[key]] for key in ("inputs", "outputs")}
     if "jacobian_pairs" in found:
         absent = {"in_sub_batch_shape": [], "batch_independent": False}
-        found["jacobian_pairs"] = [_written(absent | pair, Pair) for pair in found["jacobian_pairs"]]
+        found["jacobian_pairs"] = [_written(absent | pair, DerivativePair) for pair in found["jacobian_pairs"]]
     left_out = () if keep_derivatives else ("jvp_package", "jacobian_pairs")
     return {key: value for key, value in found.items() if key not in left_out}
 

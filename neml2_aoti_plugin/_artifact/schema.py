@@ -19,7 +19,7 @@ import msgspec
 from msgspec import field as key
 
 from ..settings import KrylovSettings, NewtonSettings
-from .document import Form, Name, PackageName, Role, Structure, Unfit, Whole, one_of
+from .document import DocumentForm, Name, PackageName, Role, Structure, Unfit, Whole, one_of
 from .document import Shape as Shape
 from .files import NAME, named
 
@@ -28,7 +28,7 @@ BASE_SHAPES: dict[str, list[int]] = {"Scalar": [], "Quaternion": [4], "SR2": [6]
 BASE_SHAPES |= {kind: [3] for kind in ("Vec", "WR2", "Rot", "MRP", "MillerIndex")}
 
 
-class Variable(Form, frozen=True):
+class Variable(DocumentForm, frozen=True):
     """A variable with its shape: `(*batch, *sub_batch_shape, *base_shape)`."""
 
     name: Name
@@ -70,7 +70,7 @@ class Given(Variable, frozen=True):
     pair: Name | None = None  # the force at the other end of the step
 
 
-class Parameter(Form, frozen=True):
+class Parameter(DocumentForm, frozen=True):
     """A promoted parameter as stored, by its qualified name."""
 
     name: Name
@@ -91,7 +91,7 @@ class Parameter(Form, frozen=True):
         return base
 
 
-class Pair(Form, frozen=True, kw_only=True):
+class DerivativePair(DocumentForm, frozen=True, kw_only=True):
     """Where the derivative of one variable by another variable or a parameter lies in the outputs of a graph."""
 
     out: Name = key(name="out_var")
@@ -117,7 +117,7 @@ class Pair(Form, frozen=True, kw_only=True):
         return prod(self.wrt_base_shape)
 
 
-class ParameterPair(Pair, frozen=True, kw_only=True):
+class ParameterPair(DerivativePair, frozen=True, kw_only=True):
     """A pair with a parameter."""
 
     wrt: Name = key(name="param")
@@ -129,11 +129,11 @@ class PairGraph:
     """A graph whose outputs, after `skip` leading ones, hold derivative blocks."""
 
     file: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[DerivativePair, ...]
     skip: int = 0
 
 
-class GroupInfo(Form, frozen=True):
+class GroupInfo(DocumentForm, frozen=True):
     """Variables that enter the graphs of an implicit segment as one tensor."""
 
     variables: tuple[Variable, ...] = key(name="per_var_info")
@@ -182,7 +182,7 @@ class SolvedSensitivity:
 
     file: str
     solver: str | KrylovSettings
-    pairs: tuple[Pair, ...]
+    pairs: tuple[DerivativePair, ...]
     # For givens `dr/du` has a graph of its own; for parameters it is dense, and comes with `dr/dp`.
     jacobian: str = ""
 
@@ -206,7 +206,7 @@ class Predictor:
     feedback: Feedback | None = None
 
 
-class LinearConfig(Form, frozen=True):
+class LinearConfig(DocumentForm, frozen=True):
     """How the linear systems of a sensitivity are solved."""
 
     kind: Annotated[str, one_of("direct", "krylov")]
@@ -220,9 +220,9 @@ class SolverConfig(NewtonSettings):
     krylov: KrylovSettings = field(default_factory=KrylovSettings)
 
 
-class _Segment(Form, frozen=True, kw_only=True, tag_field="kind"):
+class _Segment(DocumentForm, frozen=True, kw_only=True, tag_field="kind"):
     parameters: tuple[Name, ...] = key(name="param_inputs", default=())
-    jacobian_pairs: tuple[Pair, ...] | None = None
+    jacobian_pairs: tuple[DerivativePair, ...] | None = None
     param_jacobian_pairs: tuple[ParameterPair, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -386,7 +386,7 @@ class ImplicitInfo(_Segment, frozen=True, kw_only=True, tag="implicit"):
 Segment = ExplicitInfo | ImplicitInfo
 
 
-class Aliases(Form, frozen=True):
+class Aliases(DocumentForm, frozen=True):
     """Authored name to boundary name, where the two differ."""
 
     inputs: dict[str, str] = key(default_factory=dict)
@@ -404,7 +404,7 @@ class Aliases(Form, frozen=True):
                 raise Unfit(kind, "boundary names that are all different")
 
 
-class Metadata(Form, frozen=True, kw_only=True):
+class Metadata(DocumentForm, frozen=True, kw_only=True):
     """All that is in the metadata file."""
 
     type: Annotated[str, one_of("composed")] = "composed"

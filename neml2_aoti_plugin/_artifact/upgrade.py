@@ -18,7 +18,7 @@ from math import prod
 from typing import Any
 
 from ..errors import ArtifactError
-from .document import Form, Name, Shape, Unfit, Whole, convert
+from .document import DocumentForm, Name, Shape, Unfit, Whole, convert
 from .files import shown
 from .schema import BASE_SHAPES, GroupInfo, Variable
 
@@ -67,7 +67,7 @@ def released_form(document: Document, file: str) -> int:
 # -- what the steps need of old documents ------------------------------------------------------------------------------
 
 
-class _Typed(Form, frozen=True, kw_only=True):
+class _Typed(DocumentForm, frozen=True, kw_only=True):
     """A variable whose shape follows from its type."""
 
     name: Name
@@ -97,47 +97,47 @@ class _Flat(_Typed, frozen=True, kw_only=True):
     unflattened_shape: Shape
 
 
-class _Explicit2(Form, frozen=True, tag_field="kind", tag="forward"):
+class _Explicit2(DocumentForm, frozen=True, tag_field="kind", tag="forward"):
     inputs: tuple[_Typed, ...]
     outputs: tuple[_Typed, ...]
 
 
-class _Implicit2(Form, frozen=True, tag_field="kind", tag="implicit"):
+class _Implicit2(DocumentForm, frozen=True, tag_field="kind", tag="implicit"):
     unknowns: tuple[_Flat, ...]
     givens: tuple[_Flat, ...]
 
 
-class _Schema2(Form, frozen=True):
+class _Schema2(DocumentForm, frozen=True):
     segments: tuple[_Explicit2 | _Implicit2, ...]
 
 
-class _Cell(Form, frozen=True):
+class _Cell(DocumentForm, frozen=True):
     row_vars: tuple[Variable, ...]
     col_vars: tuple[Variable, ...]
     row_structure: str
     col_structure: str
 
 
-class _Named(Form, frozen=True):
+class _Named(DocumentForm, frozen=True):
     name: Name
 
 
 _Names = tuple[Name | _Named, ...]
 
 
-class _Explicit3(Form, frozen=True, tag_field="kind", tag="forward"):
+class _Explicit3(DocumentForm, frozen=True, tag_field="kind", tag="forward"):
     inputs: _Names
     outputs: _Names
 
 
-class _Implicit3(Form, frozen=True, tag_field="kind", tag="implicit"):
+class _Implicit3(DocumentForm, frozen=True, tag_field="kind", tag="implicit"):
     unknowns: _Names
     given_group_infos: tuple[GroupInfo, ...]
     ift_cells: tuple[_Cell, ...] | None = None
     linesearch: Document | None = None
 
 
-class _Schema3(Form, frozen=True):
+class _Schema3(DocumentForm, frozen=True):
     inputs: tuple[_Typed, ...]
     outputs: tuple[_Typed, ...]
     segments: tuple[_Explicit3 | _Implicit3, ...]
@@ -207,11 +207,11 @@ def from_14(document: Document) -> Document:
 
 # By the schema that a step starts from, what it needs and what it does. From 12 to 14 there is nothing to do; the role
 # `incremental`, which 14 writes no more, is one that the runtime has.
-STEPS: dict[int, tuple[type[Form], Callable[[Document], Document]]] = {
+STEPS: dict[int, tuple[type[DocumentForm], Callable[[Document], Document]]] = {
     2: (_Schema2, from_2),
     3: (_Schema3, from_3),
-    7: (Form, from_7),
-    14: (Form, from_14),
+    7: (DocumentForm, from_7),
+    14: (DocumentForm, from_14),
 }
 
 

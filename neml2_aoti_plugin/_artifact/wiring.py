@@ -14,10 +14,10 @@ from msgspec.structs import replace
 
 from ..errors import ArtifactError
 from . import schema as s
-from .package import Signature
+from .package import GraphSignature
 
 # Shape of an argument without its batch axes; None where the metadata does not say.
-Shapes = tuple[s.Shape | None, ...]
+ArgumentShapes = tuple[s.Shape | None, ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Wire:
 
     file: str
     role: str  # what it is for; a package has one role
-    shapes: Shapes
+    shapes: ArgumentShapes
     optional: int = 0  # how many of the last arguments it may do without
     returns: int | None = None  # how many tensors are taken from it; None where the metadata does not say
 
@@ -56,7 +56,7 @@ def _explicit(part: s.ExplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]
 
 def _implicit(part: s.ImplicitInfo, known: dict[str, s.Shape]) -> Iterator[Wire]:
     u, g = (tuple(_packed(group) for group in groups) for groups in (part.unknowns, part.givens))
-    p: Shapes = (None,) * len(part.parameters)
+    p: ArgumentShapes = (None,) * len(part.parameters)
     r, blocks = len(part.residuals), len(part.residuals) * len(part.unknowns)
     yield Wire(part.residual, "residual", u + g + p, returns=r)
     step, by_given, by_parameter = part.step, part.sensitivity, part.parameter_sensitivity
@@ -94,7 +94,7 @@ def _packed(group: s.GroupInfo) -> s.Shape:
     return (*group.sub_batch_shape, sum(v.width for v in group.variables))
 
 
-def wire_faults(metadata: s.Metadata, signatures: Mapping[str, Signature | None]) -> Iterator[tuple[str, str]]:
+def wire_faults(metadata: s.Metadata, signatures: Mapping[str, GraphSignature | None]) -> Iterator[tuple[str, str]]:
     """Packages that cannot take or be what the metadata says, each with what is wrong and the cure."""
     # By package, in order and each once.
     roles: dict[str, dict[str, None]] = {}
@@ -112,7 +112,7 @@ def wire_faults(metadata: s.Metadata, signatures: Mapping[str, Signature | None]
             )
 
 
-def wire_fault(wire: Wire, signature: Signature | None) -> str:
+def wire_fault(wire: Wire, signature: GraphSignature | None) -> str:
     """What is wrong, with the cure, where a graph does not take what the metadata gives it; empty for nothing."""
     wrong = _misfit(wire, signature) if signature is not None else ""
     if not wrong:
@@ -123,7 +123,7 @@ def wire_fault(wire: Wire, signature: Signature | None) -> str:
     )
 
 
-def _misfit(wire: Wire, signature: Signature) -> str:
+def _misfit(wire: Wire, signature: GraphSignature) -> str:
     given, taken = len(wire.shapes), len(signature.arguments)
     if not given - wire.optional <= taken <= given:
         return f"takes {taken} tensors, where the metadata gives it {given}"
@@ -142,7 +142,7 @@ def _misfit(wire: Wire, signature: Signature) -> str:
 
 
 def with_argument_order(
-    metadata: s.Metadata, signatures: Mapping[str, Signature | None]
+    metadata: s.Metadata, signatures: Mapping[str, GraphSignature | None]
 ) -> tuple[s.Metadata, list[tuple[str, str]]]:
     """The metadata with the order of arguments wherever it is open; and packages that do not show it, with the cure."""
     shapes = {v.name: v.natural_shape for v in metadata.inputs} | {p.name: p.shape for p in metadata.parameters}
@@ -167,7 +167,9 @@ def with_argument_order(
     return replace(metadata, segments=tuple(segments)), faults
 
 
-def argument_order(segment: s.ExplicitInfo, shapes: dict[str, s.Shape], signature: Signature | None) -> tuple[str, ...]:
+def argument_order(
+    segment: s.ExplicitInfo, shapes: dict[str, s.Shape], signature: GraphSignature | None
+) -> tuple[str, ...]:
     """A segment's inputs and parameters in the order in which a graph takes them, if its package shows it."""
 
     def unclear(why: str) -> ArtifactError:

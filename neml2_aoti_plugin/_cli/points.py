@@ -22,7 +22,6 @@ from .target import Target, find_target, lag, require_block
 Tensors = dict[str, Tensor]
 # By output and by what it is differentiated by, an input or a parameter.
 Pair = tuple[str, str]
-Blocks = dict[Pair, Tensor]
 
 # Around what a driver passes, as a fraction of the largest entry that it passes.
 SPREAD = 0.01
@@ -36,7 +35,7 @@ TIME = "t"
 
 
 @dataclass(frozen=True)
-class Points:
+class ChosenPoints:
     """Inputs of a model by name, `(rows, *sub_batch, *base)`."""
 
     inputs: Tensors
@@ -47,18 +46,18 @@ class Points:
         """How many there are."""
         return next((value.shape[0] for value in self.inputs.values()), 0)
 
-    def at(self, rows: Tensor) -> Points:
+    def at(self, rows: Tensor) -> ChosenPoints:
         """Some of them; `rows` are indices or a mask."""
-        return Points({name: value[rows] for name, value in self.inputs.items()}, self.source)
+        return ChosenPoints({name: value[rows] for name, value in self.inputs.items()}, self.source)
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluatedPoints:
     """What a model gives at points where it converged, `(rows, ...)`."""
 
-    points: Points
+    points: ChosenPoints
     outputs: Tensors
-    blocks: Blocks
+    blocks: dict[Pair, Tensor]
     parameters: Tensors = field(default_factory=dict)
     not_finite: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # indices among all points
 
@@ -86,7 +85,7 @@ def choose_points(
     rows: int = 16,
     seed: int = 0,
     scales: Mapping[str, float] | None = None,
-) -> Points:
+) -> ChosenPoints:
     """The points of a file, else so many of a driver and random ones around them, else random ones alone.
 
     The driver is the first one of the stub if none is named; `scales` are standard deviations of random entries.
@@ -100,13 +99,13 @@ def choose_points(
     if driven is None:
         return around
     inputs = {name: torch.cat([driven.inputs[name], around.inputs[name]]) for name in model.inputs}
-    return Points(inputs, f"{driven.source}, {around.source}")
+    return ChosenPoints(inputs, f"{driven.source}, {around.source}")
 
 
-def evaluate(model: Model, points: Points) -> Evaluated:
+def evaluate(model: Model, points: ChosenPoints) -> EvaluatedPoints:
     """Evaluate a model with all its derivatives where it converges."""
     waits_for(f"evaluating {points.rows} points")
-    on_device = Points({n: v.to(model.device) for n, v in points.inputs.items()}, points.source)
+    on_device = ChosenPoints({n: v.to(model.device) for n, v in points.inputs.items()}, points.source)
     solution = model.solve(on_device.inputs, jacobian=bool(model.derivative_pairs))
     converged = solution.converged
     if not converged.any():
@@ -121,10 +120,10 @@ def evaluate(model: Model, points: Points) -> Evaluated:
         found = model.param_jacobian(kept.inputs)[1]
         blocks |= {(out, by): block for out, row in found.items() for by, block in row.items()}
     not_finite = (solution.outcome == Outcome.NOT_FINITE).nonzero().squeeze(-1).cpu()
-    return Evaluated(kept, outputs, blocks, dict(model.named_parameters()), not_finite)
+    return EvaluatedPoints(kept, outputs, blocks, dict(model.named_parameters()), not_finite)
 
 
-def driver_points(target: Target, model: Model, driver: str, most: int) -> Points:
+def driver_points(target: Target, model: Model, driver: str, most: int) -> ChosenPoints:
     """The inputs that a driver passes to its model: at most so many rows, spread over the driver's calls."""
     if target.stub is None:
         raise InputError(f"{target.artifact} is an artifact, which has no drivers. Give the stub beside it.")
@@ -153,7 +152,7 @@ def driver_points(target: Target, model: Model, driver: str, most: int) -> Point
     source = f"driver {driver}" + (f", which fails in its step {len(calls)}" if failed else "")
     if not calls:
         raise InputError(f"[Drivers/{driver}] in {target.stub} does not call the model.")
-    found = Points({name: torch.cat([call[name] for call in calls]) for name in model.inputs}, source)
+    found = ChosenPoints({name: torch.cat([call[name] for call in calls]) for name in model.inputs}, source)
     if not found.rows:
         raise InputError(f"[Drivers/{driver}] in {target.stub} has no points. Give points in a file (--points FILE).")
     return found if found.rows <= most else found.at(torch.linspace(0, found.rows - 1, most).round().long())
@@ -209,7 +208,7 @@ def flat(inputs: Mapping[str, Tensor], model: Model) -> Tensors:
     }
 
 
-def read_points(path: Path, model: Model) -> Points:
+def read_points(path: Path, model: Model) -> ChosenPoints:
     """Read points from a .npz, .pt or .safetensors file with a tensor per input, by name."""
     require_ending(path, FORMATS)
 
@@ -229,15 +228,15 @@ def read_points(path: Path, model: Model) -> Points:
 
     given = {name: value.to(model.dtype) for name, value in read_tensors(path, WHAT, check).items()}
     try:
-        return Points(flat(given, model), path.name)
+        return ChosenPoints(flat(given, model), path.name)
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
         raise InputError(f"{path}: the inputs have different numbers of rows: {shapes}.") from None
 
 
 def random_points(
-    model: Model, rows: int, seed: int, scales: Mapping[str, float], around: Points | None = None
-) -> Points:
+    model: Model, rows: int, seed: int, scales: Mapping[str, float], around: ChosenPoints | None = None
+) -> ChosenPoints:
     """Random points, normally distributed: around those of a driver, or around zero.
 
     The standard deviation of an input that has no scale is 1% of the largest entry around a driver's points, else 1e-3.
@@ -259,7 +258,7 @@ def random_points(
     if around is None and {TIME, f"{TIME}~1"} <= found.keys():
         before = torch.rand(rows, generator=generator, dtype=torch.float64)
         found[f"{TIME}~1"], found[TIME] = before, before + 0.1 + before.flip(0)
-    return Points({name: value.to(model.dtype) for name, value in found.items()}, f"{rows} random")
+    return ChosenPoints({name: value.to(model.dtype) for name, value in found.items()}, f"{rows} random")
 
 
 @contextlib.contextmanager

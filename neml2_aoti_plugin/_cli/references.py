@@ -19,7 +19,7 @@ from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import AOTIError, InputError
 from ..model import Model
 from .output import first_line, waits_for
-from .points import SCALE, Blocks, Evaluated, Pair, Points, Tensors, defaults, largest, scale_of
+from .points import SCALE, ChosenPoints, EvaluatedPoints, Pair, Tensors, defaults, largest, scale_of
 from .target import Target, require_block
 
 # What to give where another file was given.
@@ -39,7 +39,7 @@ class Reference:
 
     kind: str
     outputs: Tensors
-    blocks: Blocks
+    blocks: dict[Pair, Tensor]
     # Of differences, the rows in which both steps gave the same derivative, from both sides, bool.
     smooth: dict[Pair, Tensor] = field(default_factory=dict)
     # Why there is no derivative of a pair.
@@ -49,7 +49,7 @@ class Reference:
 # -- the source --------------------------------------------------------------------------------------------------------
 
 
-class Source:
+class EagerSource:
     """The eager model that a compiled one was made from, in an input file; its names are those at the boundary."""
 
     def __init__(self, path: Path, name: str, compiled: Model, aliases: Aliases) -> None:
@@ -107,7 +107,7 @@ class Source:
         variables = self._compiled.inputs
         by_inputs = [pair for pair in pairs if pair[1] in variables and not variables[pair[1]].sub_batch_shape]
         by_parameters = [pair for pair in pairs if pair[1] not in variables]
-        blocks: Blocks = {}
+        blocks: dict[Pair, Tensor] = {}
         missing: dict[Pair, str] = {}
         for wanted, take in ((by_inputs, self._by_inputs), (by_parameters, self._by_parameters)):
             try:
@@ -118,9 +118,9 @@ class Source:
             missing |= cannot
         return Reference("source", outputs, blocks, missing=missing)
 
-    def _by_inputs(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
+    def _by_inputs(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[dict[Pair, Tensor], dict[Pair, str]]:
         """One direction at a time: neml2's `jacobian` takes no sub-batch, and no output that depends on no input."""
-        found: Blocks = {}
+        found: dict[Pair, Tensor] = {}
         for by in dict.fromkeys(by for _, by in pairs):
             name, base = self._inputs[by], tuple(self._compiled.inputs[by].base_shape)
             value, columns = typed[name].data, []
@@ -132,7 +132,9 @@ class Source:
                 found[out, by] = stacked.reshape((*stacked.shape[:-1], *base))
         return found, {}
 
-    def _by_parameters(self, typed: dict[str, Any], pairs: Sequence[Pair]) -> tuple[Blocks, dict[Pair, str]]:
+    def _by_parameters(
+        self, typed: dict[str, Any], pairs: Sequence[Pair]
+    ) -> tuple[dict[Pair, Tensor], dict[Pair, str]]:
         """One output at a time: neml2's `param_jacobian` gives none where one output depends on no parameter."""
         present = dict(self._model.named_parameters())
         rows = next(iter(typed.values())).data.shape[0]
@@ -146,7 +148,7 @@ class Source:
                     # A value for each row, so that the derivatives of the rows are not added up.
                     wide = present[own].detach().expand(rows, *self._compiled.parameter_base_shapes[by])
                     leaves[by] = stand_ins[f"model.{own}"] = wide.clone().requires_grad_()
-        found: Blocks = {}
+        found: dict[Pair, Tensor] = {}
         missing = {pair: "it has no parameter of that name" for pair in pairs if pair[1] not in leaves}
 
         def differentiate() -> None:
@@ -207,9 +209,9 @@ class Difference(NamedTuple):
     smooth: Tensor
 
 
-def differences(model: Model, found: Evaluated, pairs: Iterable[Pair]) -> Reference:
+def differences(model: Model, found: EvaluatedPoints, pairs: Iterable[Pair]) -> Reference:
     """Derivatives by finite differences, where these can be taken."""
-    blocks: Blocks = {}
+    blocks: dict[Pair, Tensor] = {}
     smooth: dict[Pair, Tensor] = {}
     missing: dict[Pair, str] = {}
     outs_by: dict[str, list[str]] = {}
@@ -289,7 +291,7 @@ def golden_beside(target: Target) -> Path | None:
     return found if found.is_file() else None
 
 
-def write_golden(path: Path, model: str, digest: str, found: Evaluated) -> None:
+def write_golden(path: Path, model: str, digest: str, found: EvaluatedPoints) -> None:
     """Write what a model of that name gave, whose metadata has that SHA-256."""
     tensors = {f"input.{name}": value for name, value in found.points.inputs.items()}
     tensors |= {f"output.{name}": value for name, value in found.outputs.items()}
@@ -298,7 +300,7 @@ def write_golden(path: Path, model: str, digest: str, found: Evaluated) -> None:
     write_tensors(path, GOLDEN, tensors, notes)
 
 
-def read_golden(path: Path, model: Model, name: str) -> Evaluated:
+def read_golden(path: Path, model: Model, name: str) -> EvaluatedPoints:
     """Read a golden file of the model of that name."""
     pairs: list[tuple[str, str]] = []
 
@@ -330,4 +332,4 @@ def read_golden(path: Path, model: Model, name: str) -> Evaluated:
     found = read_tensors(path, GOLDEN_FILE, check)
     inputs, outputs = ({name: found[f"{kind}.{name}"] for name in of} for kind, of in variables.items())
     blocks = {pair: found[f"derivative.{number}"] for number, pair in enumerate(pairs)}
-    return Evaluated(Points({n: v.to(model.dtype) for n, v in inputs.items()}, path.name), outputs, blocks)
+    return EvaluatedPoints(ChosenPoints({n: v.to(model.dtype) for n, v in inputs.items()}, path.name), outputs, blocks)

@@ -107,14 +107,14 @@ def _no_result(path: Path, why: str) -> InputError:
 # -- .pt ---------------------------------------------------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
+class FileLayout(NamedTuple):
     """What the axes of a variable are, `(*batch, *sub_batch, *base)`: its type and the number of sub-batch axes."""
 
     type: str
     sites: int
 
 
-def layouts(shapes: Mapping[str, Shape], outputs: Collection[str] = ()) -> list[dict[str, Layout]]:
+def layouts(shapes: Mapping[str, Shape], outputs: Collection[str] = ()) -> list[dict[str, FileLayout]]:
     """How the variables of a run may be read, from their shapes alone; one reading if these leave no choice.
 
     For each batch that the tensors may have in common, each is taken as what fits it best. The best are those batches
@@ -139,7 +139,7 @@ def _leads(shape: Shape) -> dict[str, Shape]:
     return {kind: shape[:end] for kind, end in ends.items() if end >= 0 and shape[end:] == BASES[kind]}
 
 
-def _fit(shape: Shape, batch: Shape, output: bool) -> tuple[int, Layout]:
+def _fit(shape: Shape, batch: Shape, output: bool) -> tuple[int, FileLayout]:
     """How badly a tensor fits a batch, and what it is then: its sub-batch axes, and one if it lacks the batch."""
     found = []
     for kind, lead in _leads(shape).items():
@@ -147,7 +147,7 @@ def _fit(shape: Shape, batch: Shape, output: bool) -> tuple[int, Layout]:
         # A single number is the same for all points, unless the model gave it.
         says = output or math.prod(shape) > 1
         lacks = says and lead[: len(lead) - sites] != batch
-        found.append((sites + lacks, Layout(kind, sites)))
+        found.append((sites + lacks, FileLayout(kind, sites)))
     return min(found, key=lambda fit: fit[0])
 
 
@@ -170,7 +170,7 @@ def _read_pt(path: Path) -> list[Result]:
         raise _no_result(path, f"has {steps} steps and {len(entries)} entries, expected some for each step.")
     widest = {name: max((array.shape for array in by_step.values()), key=len) for name, by_step in arrays.items()}
 
-    def sites(array: Array, name: str, layout: Layout) -> int:
+    def sites(array: Array, name: str, layout: FileLayout) -> int:
         """The sub-batch axes of a value at one step: all of the variable, or none where it stands for all sites."""
         base = len(BASES[layout.type])
         own, wanted = (s[len(s) - base - layout.sites : len(s) - base] for s in (array.shape, widest[name]))

@@ -19,7 +19,7 @@ from .target import lag
 T = TypeVar("T")
 Array = NDArray[np.float64]
 # By name and step, `(*batch, *sub_batch, *base)`, each with its number of sub-batch axes.
-Values = dict[str, dict[int, tuple[Array, int]]]
+Collected = dict[str, dict[int, tuple[Array, int]]]
 
 # Names of ours, which no variable has; the last two are entries of a .npz file, as JSON.
 TIME, STEP, POINT, TYPES, DIMS = "@time", "@step", "@point", "@types", "@dims"
@@ -49,7 +49,7 @@ _COLUMN = re.compile(r"(?P<name>[^.\[\]]+)(?P<site>(?:\[\d+\])*)(?:\.(?P<part>\w
 class Result:
     """The variables of a run by name, `(steps, points, *sub_batch, *base)`, and neml2's names of their types.
 
-    Values are NaN where a step has none. What is the same for all points has one.
+    Collected are NaN where a step has none. What is the same for all points has one.
     """
 
     series: dict[str, Array]
@@ -256,7 +256,7 @@ def from_driver(driver: Any) -> Result:
     steps = ((side, step, by) for side, of in sides.items() for step, by in enumerate(of))
     found, _, states = by_name((side, step, name, value) for side, step, by in steps for name, value in by.items())
     # A driver records the time only where the model takes it.
-    values: Values = {TIME: {step: (to_array(at), 0) for step, at in enumerate(driver.prescribed_time.data)}}
+    values: Collected = {TIME: {step: (to_array(at), 0) for step, at in enumerate(driver.prescribed_time.data)}}
     types = {TIME: "Scalar"}
     for name, by_step in found.items():
         values[name] = {step: (to_array(value.data), value.sub_batch_ndim) for step, value in by_step.items()}
@@ -282,7 +282,7 @@ def by_name(entries: Iterable[tuple[str, int, str, T]]) -> tuple[dict[str, dict[
     return values, outputs, outputs & lagged
 
 
-def collect(values: Values, types: dict[str, str], steps: int, states: Collection[str]) -> Result:
+def collect(values: Collected, types: dict[str, str], steps: int, states: Collection[str]) -> Result:
     """Series of the values of steps, with batch axes folded onto one; of one point where the value is the same for all.
 
     A driver starts from zero states where no initial condition is given.

@@ -17,7 +17,7 @@ from ..errors import AOTIError
 from ..serve._gathering import call_first
 from ..serve._limits import Limits
 from ..serve._listening import Address
-from ..serve._served import DriverValues, Source, require_names
+from ..serve._served import DriverValues, ModelSource, require_names
 from ..serve._server import Setup, run, run_many
 from .output import Report, first_line, waits_for
 from .points import defaults, load_driver
@@ -95,7 +95,9 @@ def serve(
     files = {name: Path(file).absolute() for name, file in parameters.items()}
     # A stub is under no seal: beyond this machine, nothing in it is evaluated.
     drivers = {name: _driver_of(target) for name, target in models.items() if address.is_local}
-    sources = [Source(n, t.artifact, device, dtype, t.solver, files.get(n), drivers.get(n)) for n, t in models.items()]
+    sources = [
+        ModelSource(n, t.artifact, device, dtype, t.solver, files.get(n), drivers.get(n)) for n, t in models.items()
+    ]
     if not address.is_local:
         _require_safe(address, sources, token, no_token=no_token, allow_unsealed=allow_unsealed)
     if check:
@@ -158,7 +160,7 @@ def _token(file: Path | None) -> str | None:
 
 
 def _require_safe(
-    address: Address, sources: Sequence[Source], token: str | None, *, no_token: bool, allow_unsealed: bool
+    address: Address, sources: Sequence[ModelSource], token: str | None, *, no_token: bool, allow_unsealed: bool
 ) -> None:
     """Refuse what should not be reached from other machines."""
     if token is None and not no_token:
@@ -174,7 +176,7 @@ def _require_safe(
         )
 
 
-def _checked(address: Address, sources: Sequence[Source], token: str | None) -> ServeReport:
+def _checked(address: Address, sources: Sequence[ModelSource], token: str | None) -> ServeReport:
     """Load and call the models as a service does."""
     models = []
     for source in sources:

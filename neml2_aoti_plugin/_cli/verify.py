@@ -17,8 +17,8 @@ from .._files import require_writable
 from ..errors import InputError
 from .options import refuse_together
 from .output import Report, figure, literal, require_drawable, table, written
-from .points import Evaluated, Pair, Points, choose_points, evaluate, largest
-from .references import Reference, Source, differences, golden_beside, read_golden, write_golden
+from .points import ChosenPoints, EvaluatedPoints, Pair, choose_points, evaluate, largest
+from .references import EagerSource, Reference, differences, golden_beside, read_golden, write_golden
 from .target import Target, leaf_name
 
 # Finite differences are no better than this, by the model's dtype.
@@ -121,7 +121,7 @@ def verify(
     # Comparisons, and in words what is not compared, and why.
     verdicts: list[Comparison | str] = []
     if against is not None:
-        source = Source(against, source_model or target.model, model, metadata.aliases)
+        source = EagerSource(against, source_model or target.model, model, metadata.aliases)
         verdicts += _with(source.reference(found.points.inputs, found.blocks), found, rtol)
         if len(found.not_finite):
             verdicts.append(_finite(source, found, at, rtol))
@@ -188,7 +188,7 @@ def _draw(report: Verification, path: Path) -> None:
         axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
-def _with(reference: Reference, found: Evaluated, rtol: float) -> Iterator[Comparison | str]:
+def _with(reference: Reference, found: EvaluatedPoints, rtol: float) -> Iterator[Comparison | str]:
     """Compare with all that a reference gives, quantity by quantity; of the rest it is said why not."""
     for name, wanted in reference.outputs.items():
         yield _compare(name, reference.kind, found.outputs[name], wanted, rtol)
@@ -201,7 +201,7 @@ def _with(reference: Reference, found: Evaluated, rtol: float) -> Iterator[Compa
     yield from (f"{_derivative(pair)}{where}: {why}" for pair, why in reference.missing.items())
 
 
-def _finite(source: Source, found: Evaluated, points: Points, rtol: float) -> Comparison | str:
+def _finite(source: EagerSource, found: EvaluatedPoints, points: ChosenPoints, rtol: float) -> Comparison | str:
     """Whether the source has numbers that are not finite either, where the compiled model has such."""
     rows = found.not_finite
     inputs = {name: value.cpu()[rows] for name, value in points.inputs.items()}

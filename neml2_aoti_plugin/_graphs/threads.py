@@ -13,7 +13,7 @@ import torch
 from .._solve.tables import VECTOR
 from .c_interface import Unavailable, function, libtorch
 
-Task = Callable[[], None]
+Work = Callable[[], None]
 
 _lock = threading.Lock()
 # Threads that wait for tasks, and how many; made when they are first needed.
@@ -31,7 +31,7 @@ def cut(rows: int, block: int) -> Iterator[slice]:
     yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def run_all(tasks: Sequence[Task]) -> None:
+def run_all(tasks: Sequence[Work]) -> None:
     """Run tasks that do not depend on each other, by this thread and as many others as torch has threads.
 
     The others help: tasks are taken one by one by whoever is free, so that a call never waits for threads that are

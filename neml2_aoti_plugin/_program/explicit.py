@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .._artifact.schema import ExplicitInfo, Pair, PairGraph, Variable
+from .._artifact.schema import DerivativePair, ExplicitInfo, PairGraph, Variable
 from .._graphs.graph import Graph
 from ..errors import DerivativeNotCompiledError
 from .systems import check_arity
@@ -83,7 +83,7 @@ def _count(of: PairGraph) -> int:
     return of.skip + max((pair.output + 1 for pair in of.pairs), default=0)
 
 
-def _blocks(outputs: list[Tensor], of: PairGraph) -> Iterator[tuple[Pair, Tensor]]:
+def _blocks(outputs: list[Tensor], of: PairGraph) -> Iterator[tuple[DerivativePair, Tensor]]:
     """The derivative blocks among a graph's outputs, `(rows or 1, *sites, out, wrt)`.
 
     An output is `(rows or 1, *sites, *out_base, *wrt_base)`, or a matrix that pairs are cut out of.
@@ -100,7 +100,7 @@ def _blocks(outputs: list[Tensor], of: PairGraph) -> Iterator[tuple[Pair, Tensor
         yield pair, output.reshape((*output.shape[:lead], pair.rows, pair.columns))
 
 
-def contract(block: Tensor, pair: Pair, out_sites: Sites, column: Tensor | None, file: str) -> Tensor:
+def contract(block: Tensor, pair: DerivativePair, out_sites: Sites, column: Tensor | None, file: str) -> Tensor:
     """Multiply an explicit block `(rows or 1, *sites, out, wrt)` with the derivative of the variable it is by.
 
     `column` is `(rows or 1, entries of wrt, m)`, None for the identity; gives `(rows or 1, entries of out, m)`.
@@ -126,7 +126,7 @@ def contract(block: Tensor, pair: Pair, out_sites: Sites, column: Tensor | None,
     return whole.permute(0, 3, 1, 4, 2).reshape((rows, count * pair.rows, count * pair.columns))
 
 
-def _on_sites(block: Tensor, sites: Sites, pair: Pair, file: str) -> Tensor:
+def _on_sites(block: Tensor, sites: Sites, pair: DerivativePair, file: str) -> Tensor:
     """Bring a block's site axes to the given ones; surplus axes must have extent 1."""
     rows, *have = block.shape[:-2]
     if tuple(have) == sites:
@@ -141,7 +141,7 @@ def _on_sites(block: Tensor, sites: Sites, pair: Pair, file: str) -> Tensor:
     return shaped.expand((rows, *sites, pair.rows, pair.columns))
 
 
-def _unsupported(pair: Pair, file: str, what: str) -> DerivativeNotCompiledError:
+def _unsupported(pair: DerivativePair, file: str, what: str) -> DerivativeNotCompiledError:
     return DerivativeNotCompiledError(
         f"{file}: the block d({pair.out})/d({pair.wrt}) {what}: this kind of sub-batched derivative is not supported."
     )

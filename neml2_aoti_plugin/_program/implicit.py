@@ -13,7 +13,7 @@ from .._graphs.c_interface import Library, Unavailable
 from .._graphs.graph import Graph, means
 from .._graphs.loaded import require_one_thread
 from .._solve.caller import Means
-from .._solve.native import Block, BlockSolver, Derivatives, Prediction, UnfitPredictor
+from .._solve.native import Block, BlockSolver, Prediction, UnfitPredictor, WantedDerivatives
 from .._solve.outcome import listener, outcome_line
 from .._solve.system import System, taken
 from .._solve.tensors import solve_in_lockstep, solve_rows
@@ -150,7 +150,7 @@ class ImplicitSegment:
         settings: NewtonSettings,
         given: frozenset[str],
         small_steps: bool,
-        wanted: Derivatives | None,
+        wanted: WantedDerivatives | None,
     ) -> SolvedSegment | None:
         """Solve for the unknowns of all rows; None where that is to be done by tensors."""
         if not self._looked_for:

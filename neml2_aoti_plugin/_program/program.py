@@ -93,7 +93,7 @@ class SegmentOutcome:
 
 
 @dataclass(frozen=True)
-class Report:
+class SolveReport:
     """How the implicit segments fared."""
 
     rows: int
@@ -153,7 +153,7 @@ class Evaluation:
     # Their derivatives by each seed, `(rows, entries, m)`; a seed that does not reach them is absent.
     tangents: dict[str, dict[Seed, Tensor]]
     # How the solves fared; None where the model has none.
-    report: Report | None
+    report: SolveReport | None
 
 
 class Program:
@@ -301,7 +301,7 @@ class Program:
         if carried is not None:
             found = {name: dense(carried.get(name, {}), state[name]) for name in wanted}
         return Evaluation(
-            {name: state[name] for name in wanted}, found, Report(rows, [(None, outcomes)]) if outcomes else None
+            {name: state[name] for name in wanted}, found, SolveReport(rows, [(None, outcomes)]) if outcomes else None
         )
 
 
@@ -332,5 +332,5 @@ class _Room:
 
     def whole(self) -> Evaluation:
         """The results of all blocks."""
-        report = Report(self._rows, self._outcomes) if self._outcomes else None
+        report = SolveReport(self._rows, self._outcomes) if self._outcomes else None
         return Evaluation(self._values, self._tangents, report)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._artifact.schema import DirectStep, ImplicitInfo, Pair, PairGraph, SolvedSensitivity
+from .._artifact.schema import DerivativePair, DirectStep, ImplicitInfo, PairGraph, SolvedSensitivity
 from .._graphs.graph import Graph
 from .._solve.krylov import solve_linear
-from .._solve.native import Derivatives
+from .._solve.native import WantedDerivatives
 from .._solve.outcome import RowStatistics
 from .._solve.system import Groups
 from ..errors import AOTIError, DerivativeNotCompiledError
@@ -19,7 +19,7 @@ from ..settings import KrylovSettings
 from .systems import check_arity, jacobian_blocks, on_sound_rows
 from .values import Columns, Seed, Tangents, Values, add, dense, places_in, times, width_in
 
-Blocks = Iterable[tuple[Pair, Tensor]]
+PairBlocks = Iterable[tuple[DerivativePair, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Sensitivity:
         wrts = dict.fromkeys(p.wrt for p in spec.sensitivity.pairs) if spec.sensitivity else ()
         self._chosen = [k for wrt in wrts for k in range(self._givens[wrt].start, self._givens[wrt].stop)]
 
-    def wanted(self, tangents: Tangents, rows: int, like: Tensor, cut: bool) -> Derivatives | None:
+    def wanted(self, tangents: Tangents, rows: int, like: Tensor, cut: bool) -> WantedDerivatives | None:
         """What `carry` will ask of a dense system; None where it is not solved here."""
         reached = self._reached(tangents)
         if not reached or not self.dense:
             return None
         if self._goes_along(tangents, reached, cut):
-            return Derivatives(directions=self._directions(tangents, rows, like)[0])
-        return Derivatives(self._chosen)
+            return WantedDerivatives(directions=self._directions(tangents, rows, like)[0])
+        return WantedDerivatives(self._chosen)
 
     def carry(
         self, solved: SolvedSegment, values: Values, tangents: Tangents, parameters: frozenset[str], cut: bool = False
@@ -154,7 +154,7 @@ class Sensitivity:
         b = self._graphs[of.file](variables, solved.parameters)
         return jacobian_blocks(self.spec, self._graphs[of.jacobian], variables, solved.parameters)[0], b
 
-    def _by_givens(self, of: PairGraph | SolvedSensitivity, solved: SolvedSegment) -> Blocks:
+    def _by_givens(self, of: PairGraph | SolvedSensitivity, solved: SolvedSegment) -> PairBlocks:
         """`du/dg` of every compiled pair, `(rows, entries of u, entries of g)`."""
         u = solved.unknowns
         rows, x = u[0].shape[0], solved.derivatives
@@ -172,7 +172,7 @@ class Sensitivity:
             for p, start in zip(of.pairs, starts, strict=True)
         ]
 
-    def _by_parameters(self, of: PairGraph | SolvedSensitivity, solved: SolvedSegment, values: Values) -> Blocks:
+    def _by_parameters(self, of: PairGraph | SolvedSensitivity, solved: SolvedSegment, values: Values) -> PairBlocks:
         """`du/dp` of every compiled pair, `(rows, entries of u, ...)`."""
         u = solved.unknowns
         rows = u[0].shape[0]
@@ -182,7 +182,7 @@ class Sensitivity:
         like = [u[0].new_empty((rows, *p.out_base_shape, *p.wrt_base_shape)) for p in of.pairs]
         return self._solved_pairs(of, found[:1], found[1:], like)
 
-    def _solved_pairs(self, of: SolvedSensitivity, a: Groups, b: Groups, like: Groups) -> Blocks:
+    def _solved_pairs(self, of: SolvedSensitivity, a: Groups, b: Groups, like: Groups) -> PairBlocks:
         """Blocks of the pairs by the solver that was compiled, for Jacobians `(rows or 1, ...)`."""
         rows = like[0].shape[0]
         a, b = ([x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in part] for part in (a, b))
@@ -198,7 +198,7 @@ def _solved(a: Tensor, b: Tensor) -> Tensor:
     return x.masked_fill((info != 0)[:, None, None], torch.nan)
 
 
-def _cut(outputs: Groups, pairs: Sequence[Pair]) -> Blocks:
+def _cut(outputs: Groups, pairs: Sequence[DerivativePair]) -> PairBlocks:
     """The blocks among the outputs of a graph; where they are parts of one, sites stand before its rows."""
     for pair in pairs:
         block = outputs[pair.output]

@@ -44,7 +44,7 @@ class GraphSystem:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockLinearisation:
     """A Jacobian in blocks that a graph solves with; see `system.Linearisation`."""
 
     graph: Graph
@@ -56,7 +56,7 @@ class Blocks:
         return on_sound_rows(self.graph, [*self.a, *b], self.u)
 
     def take(self, rows: Tensor) -> Linearisation:
-        return Blocks(self.graph, taken(self.a, rows), taken(self.u, rows))
+        return BlockLinearisation(self.graph, taken(self.a, rows), taken(self.u, rows))
 
 
 class Factors:
@@ -87,7 +87,7 @@ class DirectSystem(GraphSystem):
         a, b = jacobian_blocks(self.spec, self.graphs[step.jacobian], [*u, *self.g], self.parameters)
         a = [x if x.shape[0] == rows else x.expand(rows, *x.shape[1:]) for x in a]
         factored = is_factored(self.spec, u[0].device, self.as_native)
-        return b, Factors(a[0]) if factored else Blocks(self.graphs[step.solve], a, u)
+        return b, Factors(a[0]) if factored else BlockLinearisation(self.graphs[step.solve], a, u)
 
 
 class FusedSystem(GraphSystem):

@@ -16,10 +16,10 @@ from ..errors import AOTIError, ArtifactError
 from . import tables
 from .machine_code import MachineCode
 from .tables import VECTOR
-from .tables import Call as Table
+from .tables import CallTable as Table
 
 
-class Container(Protocol):
+class ContainerOfGraph(Protocol):
     """A compiled graph for one thread at a time: its handle, and the address of the function that runs it."""
 
     handle: int
@@ -33,7 +33,7 @@ class CompiledGraph(Protocol):
     outputs: int
     file: Path
 
-    def container(self) -> Container:
+    def container(self) -> ContainerOfGraph:
         """A container that nobody else has."""
 
     def last_error(self) -> str:

@@ -17,10 +17,10 @@ from torch import Tensor
 from ..errors import AOTIError, ArtifactError
 from ..settings import NewtonSettings
 from . import tables
-from .caller import Arguments, CompiledGraph, Container, GraphCall, Means, failed, filled, require_counts
+from .caller import Arguments, CompiledGraph, ContainerOfGraph, GraphCall, Means, failed, filled, require_counts
 from .criteria import criteria_of
 from .outcome import ITERATION, SECOND_ATTEMPT, TRIALS, Listener, RowStatistics, Solved
-from .tables import Solve as Table
+from .tables import SolveTable as Table
 
 # Lines for the log that a solve notes at most.
 LINES = 4096
@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
     times: int = 1
 
 
-class Derivatives(NamedTuple):
+class WantedDerivatives(NamedTuple):
     """The derivatives by the givens that are wanted: of chosen columns, or along directions `(rows or 1, q, m)`."""
 
     columns: Sequence[int] = ()
@@ -93,7 +93,7 @@ class BlockSolver:
         predicted_from: Sequence[Tensor] = (),
         kept: Sequence[int] = (),
         small_steps: bool = False,
-        wanted: Derivatives | None = None,
+        wanted: WantedDerivatives | None = None,
         listener: Listener | None = None,
     ) -> Pass:
         """Solve for the unknowns of all rows from an initial guess, each variable `(rows, ...)`; None stands for zeros.
@@ -105,7 +105,7 @@ class BlockSolver:
         space.put_variables((*first, *givens), rows)
         space.put_parameters(parameters)
         space.put_settings(settings, small_steps)
-        derivatives = space.put_wanted(wanted or Derivatives(), rows)
+        derivatives = space.put_wanted(wanted or WantedDerivatives(), rows)
         solution, side = torch.empty(rows, self.n, dtype=torch.float64), torch.empty(rows, self.q, dtype=torch.float64)
         norms, record = torch.empty(rows, 2, dtype=torch.float64), torch.empty(rows, 2, dtype=torch.int64)
         table = space.table
@@ -155,7 +155,7 @@ class _Workspace:
         self._block, self._widths = block, (*block.unknowns, *block.givens)
         self._n, self._q = n, q = sum(block.unknowns), sum(block.givens)
         self.capacity = capacity = max(filled(rows), tables.VECTOR)
-        self._containers: dict[int, Container] = other._containers if other else {}
+        self._containers: dict[int, ContainerOfGraph] = other._containers if other else {}
         self._predictor: GraphCall | None = other._predictor if other else None
         if block.prediction is not None and self._predictor is None:
             self._predictor = GraphCall(block.prediction.graph, means)
@@ -270,7 +270,7 @@ class _Workspace:
         if parameters:
             self._arguments.table[2:, tables.ADDRESS] = [x.data_ptr() for x in parameters]
 
-    def put_wanted(self, wanted: Derivatives, rows: int) -> Tensor | None:
+    def put_wanted(self, wanted: WantedDerivatives, rows: int) -> Tensor | None:
         """Put what is wanted of the derivatives into the table; give the tensor that they will be in."""
         table, along = self.table, wanted.directions
         sides = len(wanted.columns) if along is None else along.shape[-1]

@@ -60,8 +60,8 @@ _Call = namedtuple(
     "_Call",
     "RUN CONTAINER EXECUTOR FUNCTIONS ARGUMENTS ARGUMENTS_AT OUTPUTS OUTPUTS_AT HANDLES ROWS FILLED ROOM FIELDS",
 )
-Solve = _Solve(*range(len(_Solve._fields)))
-Call = _Call(*range(len(_Call._fields)))
+SolveTable = _Solve(*range(len(_Solve._fields)))
+CallTable = _Call(*range(len(_Call._fields)))
 
 # How many vectors, vectors of givens, numbers and indices each row of a solve has; the machine code has names for them.
 VECTOR_KINDS, GIVEN_KINDS, NUMBER_KINDS, INDEX_KINDS = 8, 2, 4, 5

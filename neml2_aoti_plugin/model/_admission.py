@@ -18,7 +18,7 @@ from .._artifact.schema import ImplicitInfo, Metadata, Shape, Variable
 from .._checks import require_names
 from ..errors import InputError, InputTypeError
 from ._guard import require_unrecorded
-from ._memory import Form, are_plain, with_memory
+from ._memory import MemoryForm, are_plain, with_memory
 
 # Of how many batch sizes the shapes are kept; callers go on with the batches they have.
 FORMS = 32
@@ -58,7 +58,7 @@ class Boundary:
         self._leaf = place.leaf
         self._authored = tuple(v.name for v in self.inputs.values())
         self._on_cpu = self.device.type == "cpu"
-        self._forms: dict[int, Form] = {}
+        self._forms: dict[int, MemoryForm] = {}
 
     # -- plain inputs -----------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Boundary:
             return []
         return [inputs.get(name) for name in self.inputs]
 
-    def _form_of(self, rows: object) -> Form | None:
+    def _form_of(self, rows: object) -> MemoryForm | None:
         if type(rows) is not int or rows == 0 or self.dtype != self.compute_dtype:
             return None
         size = self.dtype.itemsize * rows

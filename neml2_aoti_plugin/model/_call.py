@@ -14,7 +14,7 @@ from .._artifact.locate import Place
 from .._artifact.package import Package
 from .._artifact.schema import ExplicitInfo, Metadata, Shape
 from .._checks import require_names
-from .._program.program import Program, Report
+from .._program.program import Program, SolveReport
 from .._program.values import PER_SITE, Columns, Seed
 from .._solve.outcome import Outcome, failed_where, not_finite_rows
 from ..errors import InputError
@@ -22,7 +22,7 @@ from ..settings import NewtonSettings
 from ._admission import Boundary
 from ._derivatives import DIRECTION, By, Derivatives, Pair
 from ._guard import require_unrecorded
-from ._outcomes import Blocks, Given, Solution, Tensors, convergence_error
+from ._outcomes import Blocks, GivenTensors, Solution, Tensors, convergence_error
 from ._parameters import PromotedParameters
 from ._plan import plans_of
 
@@ -60,7 +60,7 @@ class Evaluated:
     derivatives: dict[Pair, Tensor]
     # Pairs whose blocks have no batch axes, since they do not depend on the row.
     shared: set[Pair]
-    report: Report | None
+    report: SolveReport | None
 
     @property
     def blocks(self) -> Blocks:
@@ -214,14 +214,14 @@ class Caller:
             raise InputError(f"tangent {name!r} has batch {list(own)}, which does not broadcast to {list(call.batch)}.")
         return self.boundary.flatten(checked, own, call.batch, variable).reshape((call.rows, variable.size, 1))
 
-    def _convergence_error(self, report: Report, call: Admitted, lost: Tensor | None) -> RuntimeError:
+    def _convergence_error(self, report: SolveReport, call: Admitted, lost: Tensor | None) -> RuntimeError:
         """The error for rows that have not converged, or, where `lost`, have a derivative that is not finite."""
         inputs = {self.boundary.input_names[name]: value for name, value in call.state.items()}
         parameters = {}
         for name, spec in self.promoted.specs.items():
             value = call.parameters[spec.name]
             parameters[name] = value.unsqueeze(0) if value.ndim == len(spec.base_shape) else value
-        given, aliases = Given(inputs, parameters), self.metadata.aliases
+        given, aliases = GivenTensors(inputs, parameters), self.metadata.aliases
         return convergence_error(report, lost, call.batch, self.program, self.settings, aliases, given)
 
     # -- the calls; see those of `Model` ----------------------------------------------------------------------------

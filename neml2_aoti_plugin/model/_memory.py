@@ -19,10 +19,10 @@ from torch.nn.parameter import Parameter, is_lazy
 from ..errors import InputTypeError
 
 # Shapes of tensors, with their sizes in bytes.
-Form = tuple[tuple[torch.Size, int], ...]
+MemoryForm = tuple[tuple[torch.Size, int], ...]
 
 
-def are_plain(values: Sequence[Any], form: Form, dtype: torch.dtype, on_cpu: bool) -> bool:
+def are_plain(values: Sequence[Any], form: MemoryForm, dtype: torch.dtype, on_cpu: bool) -> bool:
     """Whether all values are torch's own dense tensors of that form and dtype, contiguous, without grad, in memory.
 
     Every tensor must pass this test on its way into a graph, so it is written for speed. Unless `on_cpu`, the device is

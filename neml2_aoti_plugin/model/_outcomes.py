@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import errors
 from .._artifact.schema import Aliases, Shape
 from .._program.implicit import ImplicitSegment
-from .._program.program import Program, Report
+from .._program.program import Program, SolveReport
 from .._solve.outcome import Outcome, failed_where
 from ..settings import NewtonSettings
 
@@ -54,14 +54,14 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenTensors:
     """What rows were given, by boundary name: inputs with initial guesses, and parameters, each `(rows or 1, ...)`."""
 
     inputs: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
 
 
-def reasons(outcome: Tensor, given: Given, *, step: str = "the time step") -> list[str]:
+def reasons(outcome: Tensor, given: GivenTensors, *, step: str = "the time step") -> list[str]:
     """Why rows failed, as far as it can be told, and what helps: sentences for whoever made the call.
 
     `outcome` has an `Outcome` for each row, of which one at least has failed; `step` is what may be reduced.
@@ -112,13 +112,13 @@ def _of(flags: Tensor, rows: Tensor) -> Tensor:
 
 
 def convergence_error(
-    report: Report,
+    report: SolveReport,
     lost: Tensor | None,
     batch: Shape,
     program: Program,
     settings: NewtonSettings | None,
     aliases: Aliases,
-    given: Given,
+    given: GivenTensors,
 ) -> RuntimeError:
     """The `ConvergenceError` for rows that did not converge; those in `lost` have a derivative that is not finite."""
     statistics, segments = report.statistics()

@@ -32,7 +32,7 @@ WHAT = "a file of parameters (Model.save_parameters, or neml2-aoti params --out)
 MODEL, DIGEST = "model", "metadata_sha256"
 
 
-class Group(nn.Module):
+class ParameterGroup(nn.Module):
     """A part of the qualified names of parameters: `elasticity` in `elasticity.E`."""
 
     def __init__(self, name: str) -> None:
@@ -205,7 +205,7 @@ def _home(owner: nn.Module, name: str, where: str) -> tuple[nn.Module, str]:
     *path, leaf = name.split(".")
     for part in path:
         # Not by add_module, which refuses names that are attributes of the model, such as `forward`.
-        owner = owner._modules.setdefault(part, Group(part))  # type: ignore[assignment]
+        owner = owner._modules.setdefault(part, ParameterGroup(part))  # type: ignore[assignment]
     return owner, leaf
 
 

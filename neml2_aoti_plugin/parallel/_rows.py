@@ -234,8 +234,8 @@ def _shown(progress: bool | Progress, total: int | None) -> Iterator[Progress]:
 # -- executors ---------------------------------------------------------------------------------------------------------
 
 # What a task gives; and a task with what takes that.
-_Given = TypeVar("_Given")
-_Coming = tuple[Task, Callable[[_Given], None]]
+_Found = TypeVar("_Found")
+_Coming = tuple[Task, Callable[[_Found], None]]
 
 
 @dataclass(frozen=True)
@@ -246,13 +246,13 @@ class _Runner:
     executor: Any = None
     workers: int = 1
 
-    def run(self, function: Callable[[Task], _Given], coming: Iterable[_Coming[_Given]]) -> None:
+    def run(self, function: Callable[[Task], _Found], coming: Iterable[_Coming[_Found]]) -> None:
         """Have all tasks done, as there is room; the first error ends it, and then none is going on any more."""
         if self.executor is None:
             for task, take in coming:
                 take(function(task))
             return
-        running: dict[Future[_Given], Callable[[_Given], None]] = {}
+        running: dict[Future[_Found], Callable[[_Found], None]] = {}
         tasks = iter(coming)
         try:
             while True:

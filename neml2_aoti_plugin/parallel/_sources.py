@@ -19,14 +19,14 @@ from ..model import Model
 
 Rows = dict[str, np.ndarray]
 # A `.npy` file, the folder of a Zarr array, or an array in memory.
-Place = Path | np.ndarray
+Storage = Path | np.ndarray
 
 
 @dataclass(frozen=True)
-class Arrays:
+class SourceArrays:
     """Where the arrays of a source are, by input."""
 
-    places: Mapping[str, Place]
+    places: Mapping[str, Storage]
     # Names of those that have no row axis, and are the same for all rows.
     common: frozenset[str]
 
@@ -45,11 +45,11 @@ class Chunk:
 
     start: int
     stop: int
-    rows: Arrays | Rows
+    rows: SourceArrays | Rows
 
     def read(self) -> Rows:
         """The rows by name of the input."""
-        if not isinstance(self.rows, Arrays):
+        if not isinstance(self.rows, SourceArrays):
             return self.rows
         try:
             return self.rows.read(self.start, self.stop)
@@ -68,7 +68,7 @@ class Source:
     rows: int | None
     # The first row, to try the model on.
     first: Rows
-    arrays: Arrays | None = None
+    arrays: SourceArrays | None = None
     blocks: Iterable[Rows] = ()
 
     def chunks(self, size: int) -> Iterator[Chunk]:
@@ -114,7 +114,7 @@ def open_source(given: object, model: Model, rows: int | None) -> Source:
     if isinstance(given, Mapping):
         places = {name: _place_of(value, name) for name, value in given.items()}
         count, common = checked({name: opened(place) for name, place in places.items()}, model, where)
-        arrays = Arrays(places, common)
+        arrays = SourceArrays(places, common)
         return Source(count, arrays.read(0, 1), arrays)
     if not isinstance(given, Iterable):
         raise InputTypeError(
@@ -140,7 +140,7 @@ def path_of(given: Any) -> Path | None:
     return Path(root) / str(given.path)
 
 
-def opened(place: Place) -> Any:
+def opened(place: Storage) -> Any:
     """An array of which nothing is read yet."""
     if not isinstance(place, Path):
         return place
@@ -153,7 +153,7 @@ def opened(place: Place) -> Any:
 
 
 @contextmanager
-def _as_input_errors(place: Place) -> Iterator[None]:
+def _as_input_errors(place: Storage) -> Iterator[None]:
     """Raise an `InputError` for a file that cannot be read: damaged headers and chunks raise errors of many kinds."""
     try:
         yield
@@ -168,7 +168,7 @@ def _as_input_errors(place: Place) -> Iterator[None]:
         ) from error
 
 
-def _place_of(value: object, name: str) -> Place:
+def _place_of(value: object, name: str) -> Storage:
     """The file that a value of a source is, or is the whole memory map of; else the array."""
     if isinstance(value, (str, os.PathLike)):
         return Path(value).absolute()

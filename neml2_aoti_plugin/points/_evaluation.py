@@ -154,7 +154,7 @@ def step_factor(updates: int, *, failed: bool) -> float:
 
 
 @dataclass(frozen=True)
-class Derivatives:
+class PointDerivatives:
     """The derivatives of outputs by driven inputs and promoted parameters; in plane stress condensed ones."""
 
     model: Model

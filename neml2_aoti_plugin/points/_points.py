@@ -15,7 +15,7 @@ from ..errors import AOTIError, InputError, InputTypeError
 from ..model import Model, as_model
 from . import _state as states
 from ._arrays import Array, is_followed, rows_of
-from ._evaluation import Derivatives, Evaluator, Part, Trial, advanced, attached, parameters_at, step_factor
+from ._evaluation import Evaluator, Part, PointDerivatives, Trial, advanced, attached, parameters_at, step_factor
 from ._interface import DIMENSIONS, Dimension, Notation, PointsResult, interface_of, result_of
 from ._plane_stress import plane_stress_of
 from ._roles import Pair, Tensors, earlier, roles_of
@@ -79,7 +79,7 @@ class Points:
             # With the strains out of the plane, from which the next step starts.
             roles.depth.setdefault(constraint.strain, 1)
         self._roles, self._kept = roles, roles.kept
-        self._derivatives = Derivatives(self.model, roles.driven, constraint)
+        self._derivatives = PointDerivatives(self.model, roles.driven, constraint)
         self.pairs = self._derivatives.of_tangent(pairs)
         self._interface = interface_of(self.model, self.n, roles, notation, dimension, strains, stresses, whole)
         unknowns = tuple(self.model.initial_guesses)

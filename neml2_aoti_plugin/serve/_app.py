@@ -32,11 +32,11 @@ from ._documents import OPEN, document, page
 from ._gathering import Gatherer, call_first
 from ._limits import Limits, Refused
 from ._requests import HEADER_LENGTH, JSON, read_call, write_answer
-from ._served import VERSION, Source, require_names
+from ._served import VERSION, ModelSource, require_names
 from ._telemetry import EventLog, Metrics
 
 Path_ = str | os.PathLike[str]
-Given = Mapping[str, Path_ | Model] | Iterable[Path_ | Source]
+GivenModels = Mapping[str, Path_ | Model] | Iterable[Path_ | ModelSource]
 
 # Of the protocol.
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"]
@@ -44,7 +44,7 @@ EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "
 LONGEST = 128
 
 
-def app(models: Given, *, token: str | None = None, **limits: float) -> Starlette:
+def app(models: GivenModels, *, token: str | None = None, **limits: float) -> Starlette:
     """The service as an ASGI application, for a server of one's own.
 
     Models are loaded and called once when the server starts the application (ASGI's lifespan), so that each of its
@@ -84,7 +84,7 @@ class Record:
 class Service:
     """The models of one process, none before they are loaded and each has been called once, and their addresses."""
 
-    def __init__(self, given: Given, limits: Limits, token: str | None, event_log: EventLog) -> None:
+    def __init__(self, given: GivenModels, limits: Limits, token: str | None, event_log: EventLog) -> None:
         self._sources, self._limits = _sources(given), limits
         self._token = token.encode() if token is not None else None
         self.event_log, self.metrics = event_log, Metrics()
@@ -343,15 +343,15 @@ async def _refuse(request: Request, error: Exception) -> Response:
     raise Refused(error.status_code, texts.get(error.status_code, error.detail), allow=allow)
 
 
-def _sources(given: Given) -> list[Source]:
+def _sources(given: GivenModels) -> list[ModelSource]:
     """Where each model comes from."""
     if isinstance(given, Mapping):
         found = [
-            Source(name, one.artifact, loaded=one) if isinstance(one, Model) else Source(name, Path(one))
+            ModelSource(name, one.artifact, loaded=one) if isinstance(one, Model) else ModelSource(name, Path(one))
             for name, one in given.items()
         ]
     else:
-        found = [one if isinstance(one, Source) else Source(name_at(one), Path(one)) for one in given]
+        found = [one if isinstance(one, ModelSource) else ModelSource(name_at(one), Path(one)) for one in given]
     if not found:
         raise InputError("there is no model to serve. Give one artifact or more.")
     require_names([source.name for source in found])

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._solve.outcome import failed_where, not_finite_rows
 from ..errors import AOTIError, ConvergenceError
 from ..model import Outcome
-from ..model._outcomes import Given, reasons
+from ..model._outcomes import GivenTensors, reasons
 from ._limits import GONE, Limits, Refused, listed
 from ._requests import Array, Call
 from ._served import CONVERGED, COTANGENT, DTYPES, GRADIENT, ITERATIONS, OUTCOME, TANGENT, Served
@@ -298,5 +298,5 @@ def _failure(served: Served, call: Call, outcome: Tensor) -> Refused:
         f"{Outcome(code).words}: {listed((codes == code).nonzero().squeeze(-1).tolist())}"
         for code in codes[rows].unique().tolist()
     )
-    why = " ".join([*reasons(codes, Given(inputs, parameters)), REST])
+    why = " ".join([*reasons(codes, GivenTensors(inputs, parameters)), REST])
     return Refused(422, f"{len(rows)} of {call.rows} rows failed ({ended}). {why}", rows=rows)

@@ -49,7 +49,7 @@ class DriverValues:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model to serve: its name here, its artifact, arguments of `Model`; or the model where it is loaded already."""
 
     name: str

@@ -30,7 +30,7 @@ from ..errors import ArtifactError
 from ._app import Service
 from ._limits import Limits
 from ._listening import Bound
-from ._served import Source
+from ._served import ModelSource
 from ._telemetry import SHARED, EventLog, Handler
 
 # After the time that accepted requests have: for the process itself to end, and for the last one to see that; seconds.
@@ -50,7 +50,7 @@ FAILED = 3
 class Setup:
     """What each process needs to know: the models, its limits, the token, torch's threads, what the log has."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[ModelSource, ...]
     limits: Limits = field(default_factory=Limits)
     token: str | None = field(default=None, repr=False)
     threads: int = 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from neml2_aoti_plugin import ArtifactError, Model
-from neml2_aoti_plugin._artifact.package import Signature, open_archive, signature_in
+from neml2_aoti_plugin._artifact.package import GraphSignature, open_archive, signature_in
 
 INPUTS = {"strain": torch.zeros(6, dtype=torch.float64)}
 
@@ -34,7 +34,7 @@ def old_metadata(artifact: Path, **changes: Any) -> str:
     return json.dumps({**document, "device": "cpu", "dtype": "float64", **changes})
 
 
-def signature_of(file: Path) -> Signature | None:
+def signature_of(file: Path) -> GraphSignature | None:
     """What the graph of a package takes."""
     with open_archive(file, file.read_bytes()) as archive:
         return signature_in(archive)
