@@ -107,9 +107,6 @@ def serve(
     setup = Setup(tuple(sources), bounds, token, threads, not quiet)
     bound = address.bind()
     try:
-        event_log = setup.event_log()
-        event_log.write("starting", address=bound.address, workers=workers, process=os.getpid())
-        event_log.flush()
         if workers == 1:
             run(setup, bound)
         else:

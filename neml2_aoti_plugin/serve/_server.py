@@ -131,6 +131,8 @@ def run(setup: Setup, bound: Bound, *, owner: bool = True) -> None:
     # stopped: the exit status is then ours.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
+    if owner:
+        _starting(event_log, bound, 1)
     sys.setswitchinterval(SWITCH)
     if bound.path is None and hasattr(socket, "TCP_USER_TIMEOUT"):
         # The system ends connections whose clients do not read their answers.
@@ -149,6 +151,12 @@ def run(setup: Setup, bound: Bound, *, owner: bool = True) -> None:
         event_log.flush()
     if service.failure is not None:
         raise service.failure
+
+
+def _starting(event_log: EventLog, bound: Bound, workers: int) -> None:
+    """Write the first line of the log; who reads it may send a signal to stop from then on."""
+    event_log.write("starting", address=bound.address, workers=workers, process=os.getpid())
+    event_log.flush()
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
@@ -181,6 +189,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._told_to_stop)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        _starting(self._event_log, self._bound, self._count)
         try:
             while not self._stop:
                 while len(self._running) < self._count and not self._stop:
