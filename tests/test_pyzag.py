@@ -38,7 +38,9 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(SOURCE.parent, folder / "stubs")
     name, *flags = shlex.split(PAGE["sh"])
     command = [str(Path(sys.executable).with_name(name)), *flags]
-    subprocess.run(command, cwd=folder, env={**os.environ, **QUICK}, check=True, timeout=800)
+    # Two processes of the test run may compile this at once, which damages files in a cache of torch's that they share.
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    subprocess.run(command, cwd=folder, env={**os.environ, **QUICK, **own}, check=True, timeout=800)
     file = folder / "residual" / "residual_aoti.i"
     file.write_text(file.read_text(encoding="utf-8") + PAGE["ini"], encoding="utf-8")
     return file
