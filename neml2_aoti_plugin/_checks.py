@@ -1,4 +1,4 @@
-"""Checks of what callers give that are made in many places, so that their messages are alike."""
+"""Checks of what callers give that are made in many places, so that their messages are alike; words of messages."""
 
 from __future__ import annotations
 
@@ -59,3 +59,8 @@ def shown_value(value: Any) -> str:
     """A value for a message; Python does not write out ints of thousands of digits."""
     huge = isinstance(value, int) and value.bit_length() > 256
     return f"an int of {value.bit_length()} bits" if huge else repr(value)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error that is not ours says in its first line, or what it is if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

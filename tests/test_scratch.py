@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +70,27 @@ def after_a_load(temporary: Path, of: Path | None = None) -> list[tuple[str, byt
     left = everything(temporary)
     assert seen == repr(left)
     return left
+
+
+def test_somebody_tidies_up_while_folders_are_made(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    over = threading.Event()
+
+    def tidy() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError):
+                (temporary / PARENT).rmdir()
+
+    thread = threading.Thread(target=tidy)
+    thread.start()
+    try:
+        for _ in range(150):
+            with unpacked.scratch_folder(Path("x.pt2")) as folder:
+                assert folder.write("half.so", b"half", Path("x.pt2")).read_bytes() == b"half"
+    finally:
+        over.set()
+        thread.join()
+    assert everything(temporary) in ([], [(PARENT, b"")])
 
 
 class TestSweep:

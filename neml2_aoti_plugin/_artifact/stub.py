@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._checks import first_line
 from .._files import require_plain
 from ..errors import ArtifactNotFoundError, InputError, UnknownNameError
 from .files import is_there
@@ -111,8 +112,7 @@ def parse_input(path: Path, overrides: tuple[str, ...] = (), what: str = STUB) -
     try:
         return nmhit.parse_file(str(path), [], list(overrides))
     except (nmhit.Error, UnicodeDecodeError, OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path}: cannot be read as an input file ({lines[0][:200]}). Give {what}.") from None
+        raise InputError(f"{path}: cannot be read as an input file ({first_line(error)[:200]}). Give {what}.") from None
 
 
 def blocks(root: nmhit.Node, section: str) -> dict[str, nmhit.Node]:

@@ -20,7 +20,7 @@ from .._graphs.graph import means
 from .._solve import machine_code
 from .._status import Status, installed
 from ..errors import AOTIError
-from .output import first_line
+from .output import in_one_line
 
 Level = Literal["fine", "advice", "problem"]
 
@@ -50,7 +50,7 @@ def neml2_finding() -> Finding:
         import neml2  # noqa: F401
     except Exception as error:
         cure = "Mend what the message names; if it is NEML2_LOGS, correct it or unset it. Else: pip install -U neml2"
-        return Finding("neml2", "problem", f"cannot be imported ({first_line(error)})", cure)
+        return Finding("neml2", "problem", f"cannot be imported ({in_one_line(error)})", cure)
     return Finding("neml2", "fine", f"neml2 {version} can be imported")
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -321,7 +322,9 @@ def _built_for(place: Place, files: list[Path]) -> str:
 
 
 def _bytes(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
+    with suppress(OSError):
+        return file.stat().st_size
+    return None
 
 
 # -- promoted parameters -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .._checks import first_line
 from .._files import draft, require_writable
 from ..errors import InputError
 from .process import FINE, SHORT
@@ -109,10 +110,10 @@ def table(*columns: str | Column) -> Table:
     return Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
 
 
-def first_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """What an error that is not ours says, in one line."""
-    found = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {found[0]}" if found else type(error).__name__
+    kind, text = type(error).__name__, first_line(error)
+    return text if text == kind else f"{kind}: {text}"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .._solve.outcome import Outcome
 from .._tensor_files import Header, read_tensors
 from ..errors import AOTIError, InputError, UnknownNameError
 from ..model import Model
-from .output import first_line, require_ending, waits_for
+from .output import in_one_line, require_ending, waits_for
 from .target import Target, find_target, lag, require_block
 
 Tensors = dict[str, Tensor]
@@ -176,7 +176,7 @@ def load_driver(
     except AOTIError:
         raise
     except Exception as error:
-        raise InputError(f"[Drivers/{driver}] in {path}: {first_line(error)}") from error
+        raise InputError(f"[Drivers/{driver}] in {path}: {in_one_line(error)}") from error
     if not hasattr(built, "model"):
         kind = block.param_optional_str("type", "")
         raise InputError(f"[Drivers/{driver}] in {path} is of type {kind}, which drives no model.")

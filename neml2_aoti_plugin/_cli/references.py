@@ -18,7 +18,7 @@ from .._artifact.stub import AOTI_MODEL, parse_input
 from .._tensor_files import Header, read_tensors, write_tensors
 from ..errors import AOTIError, InputError
 from ..model import Model
-from .output import first_line, waits_for
+from .output import in_one_line, waits_for
 from .points import SCALE, ChosenPoints, EvaluatedPoints, Pair, Tensors, defaults, largest, scale_of
 from .target import Target, require_block
 
@@ -67,7 +67,7 @@ class EagerSource:
         except AOTIError:
             raise
         except Exception as error:
-            raise InputError(f"{where}: {first_line(error)}") from error
+            raise InputError(f"{where}: {in_one_line(error)}") from error
         # It solves to its absolute tolerance, and is not content with a relative one.
         for update in (module for module in model.modules() if isinstance(module, ImplicitUpdate)):
             update.solver.atol *= 0.1
@@ -101,7 +101,7 @@ class EagerSource:
             outputs = {name: value.detach() for name, value in self._values(typed).items()}
         except Exception as error:
             raise InputError(
-                f"{self._where}: the source model itself fails at these points ({first_line(error)}). Give others "
+                f"{self._where}: the source model itself fails at these points ({in_one_line(error)}). Give others "
                 "(--points FILE, --driver NAME, or --scale NAME=VALUE)."
             ) from error
         variables = self._compiled.inputs
@@ -113,7 +113,7 @@ class EagerSource:
             try:
                 found, cannot = take(typed, wanted)
             except Exception as error:
-                found, cannot = {}, dict.fromkeys(wanted, f"it fails ({first_line(error)})")
+                found, cannot = {}, dict.fromkeys(wanted, f"it fails ({in_one_line(error)})")
             blocks |= found
             missing |= cannot
         return Reference("source", outputs, blocks, missing=missing)
@@ -159,7 +159,7 @@ class EagerSource:
                     gradients = _gradients(values[out], [leaves[by] for by in bys])
                     found.update({(out, by): block for by, block in zip(bys, gradients, strict=True)})
                 except Exception as error:
-                    missing.update({(out, by): f"it fails ({first_line(error)})" for by in bys})
+                    missing.update({(out, by): f"it fails ({in_one_line(error)})" for by in bys})
 
         if leaves:
             # neml2 reads the parameters again on the way back through an implicit update, so all is done inside.

@@ -22,7 +22,7 @@ import numpy as np
 from .._files import read_plain, require_plain
 from .._tensor_files import MOST_BYTES, Header, read_tensors
 from ..errors import InputError
-from .output import first_line, missing, require_ending
+from .output import in_one_line, missing, require_ending
 from .results import (
     BASE_SHAPES,
     DIMS,
@@ -270,7 +270,7 @@ def _read_nc(path: Path) -> Result:
                 found[name], types[name] = (variable.dims, values * MANDEL if kind == "SR2" else values), kind
     except Exception as error:
         # xarray, and what it reads by, raise errors of a dozen types.
-        raise _no_result(path, first_line(error)) from None
+        raise _no_result(path, in_one_line(error)) from None
     return _with_points(path, found, types)
 
 

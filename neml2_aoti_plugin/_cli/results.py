@@ -49,7 +49,7 @@ _COLUMN = re.compile(r"(?P<name>[^.\[\]]+)(?P<site>(?:\[\d+\])*)(?:\.(?P<part>\w
 class Result:
     """The variables of a run by name, `(steps, points, *sub_batch, *base)`, and neml2's names of their types.
 
-    Collected are NaN where a step has none. What is the same for all points has one.
+    Values are NaN where a step has none. What is the same for all points has one.
     """
 
     series: dict[str, Array]

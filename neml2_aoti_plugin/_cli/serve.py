@@ -19,7 +19,7 @@ from ..serve._limits import Limits
 from ..serve._listening import Address
 from ..serve._served import DriverValues, ModelSource, require_names
 from ..serve._server import Setup, run, run_many
-from .output import Report, first_line, waits_for
+from .output import Report, in_one_line, waits_for
 from .points import defaults, load_driver
 from .process import say
 from .target import Target, find_target
@@ -125,7 +125,7 @@ def _driver_of(target: Target) -> DriverValues | None:
         with defaults(target.device, target.dtype or "float64"):
             built = load_driver(target.stub, names[0], device=target.device, dtype=target.dtype)
     except AOTIError as error:
-        say(f"the page at / begins without values of the driver: {first_line(error)}")
+        say(f"the page at / begins without values of the driver: {in_one_line(error)}")
         return None
     if not hasattr(built, "prescribed"):
         return None

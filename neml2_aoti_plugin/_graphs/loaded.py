@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._artifact.package import Package
+from .._checks import first_line
 from ..errors import AOTIError, ArtifactError
 from .c_interface import Library, Unavailable
 from .unpack import load_library, load_runner, obstacle
@@ -85,8 +86,7 @@ class Loaded:
                 # Of what an operator in Python raises, torch keeps nothing but the text.
                 if self._calls_python and str(error).startswith("KeyboardInterrupt"):
                     raise KeyboardInterrupt from error
-                text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise AOTIError(f"{self.file}: the compiled graph failed: {text}") from error
+                raise AOTIError(f"{self.file}: the compiled graph failed: {first_line(error)}") from error
             finally:
                 self.inside = False
         return outputs

@@ -39,6 +39,7 @@ from .._artifact.package import (
     operators_in,
     read_entry,
 )
+from .._checks import first_line
 from .._files import open_plain
 from ..errors import AOTIError, ArtifactError
 from .c_interface import Library, Unavailable
@@ -66,12 +67,15 @@ class Scratch:
         self.names: list[str] = []
         # Of the folder, locked from before it is marked: from then on it may be swept up, but not while it is locked.
         self._handle: int | None = None
-        parent = _parent_in(temporary)
-        if parent is None or sys.platform == "win32":
+        while (parent := _parent_in(temporary)) is not None and sys.platform != "win32":
+            self.path = os.path.join(parent, f"unpacked-{os.getpid()}-{secrets.token_hex(16)}")
+            # Somebody may tidy up the temporary folder meanwhile.
+            with suppress(FileNotFoundError):
+                os.mkdir(self.path, 0o700)
+                break
+        else:
             self.path = tempfile.mkdtemp(prefix=f"{PARENT}-", dir=temporary)
             return
-        self.path = os.path.join(parent, f"unpacked-{os.getpid()}-{secrets.token_hex(16)}")
-        os.mkdir(self.path, 0o700)
         try:
             self._handle = _open_folder(self.path)
             try:
@@ -287,7 +291,7 @@ def _refusals(file: Path, folder: Scratch) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = next(iter(str(error).strip().splitlines()), "no reason given")
+        text = first_line(error)
         if "failed to map" in text or "Operation not permitted" in text:
             raise AOTIError(
                 f"{file}: {folder.temporary} does not let programs run ({text}). Set TMPDIR to a folder of a file "

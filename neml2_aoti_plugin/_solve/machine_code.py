@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _log as log
+from .._checks import first_line
 from .._files import draft, read_plain
 from ..errors import InputError
 from . import code_file
@@ -169,8 +170,7 @@ def _load() -> MachineCode:
                 print(said, file=sys.stderr)
         return loaded(binding, object_file, machine, place)
     except (RuntimeError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unusable(f"LLVM makes no code for this processor ({lines[0]})") from error
+        raise Unusable(f"LLVM makes no code for this processor ({first_line(error)})") from error
 
 
 def loaded(binding: Any, object_file: bytes, machine: Any, kept: Path | None) -> MachineCode:

@@ -23,6 +23,7 @@ from .._artifact.files import Folder
 from .._artifact.kinship import kinship
 from .._artifact.locate import absolute, locate
 from .._artifact.stub import is_input_file, model_in
+from .._checks import first_line
 from ..errors import ArtifactError, InputError, UnknownNameError
 from ..settings import NewtonSettings, changed_settings, newton_settings
 from ._admission import callers_level
@@ -292,10 +293,9 @@ class CompiledModule(nn.Module, metaclass=Concise):
             probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             # What torch says where there is no such device is of several types, and of torch only.
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
             raise InputError(
-                f"torch cannot move a tensor to where this model was asked to go: {reason}. It stays on "
-                f"{self.device}. Choose a device that is there; torch.cuda.is_available() is "
+                f"torch cannot move a tensor to where this model was asked to go: {first_line(error).rstrip('.')}. It "
+                f"stays on {self.device}. Choose a device that is there; torch.cuda.is_available() is "
                 f"{torch.cuda.is_available()}."
             ) from error
         if probe.dtype != self.dtype or probe.device != torch.empty(0, device=self.device).device:

@@ -292,9 +292,8 @@ def _runner(executor: object, model: Model) -> Iterator[_Runner]:
         with cluster(executor, recipe) as (found, workers):
             yield _Runner(recipe, found, workers)
         return
+    # Those of the standard library do not say how many workers they have; they are for this machine.
+    own = isinstance(executor, (ThreadPoolExecutor, ProcessPoolExecutor))
     said = (getattr(executor, name, None) for name in ("max_workers", "num_workers"))
-    workers = next((count for count in said if isinstance(count, int) and count > 0), UNKNOWN)
-    if isinstance(executor, (ThreadPoolExecutor, ProcessPoolExecutor)):
-        # Those of the standard library do not say it; they are for this machine.
-        workers = os.cpu_count() or 1
-    yield _Runner(recipe, executor, workers)
+    known = (count for count in said if isinstance(count, int) and count > 0)
+    yield _Runner(recipe, executor, next(known, (os.cpu_count() or 1) if own else UNKNOWN))

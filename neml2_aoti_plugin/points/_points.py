@@ -77,7 +77,8 @@ class Points:
         if dimension == "plane stress":
             constraint = plane_stress_of(self.model, roles.driven, stress_strain, whole)
             # With the strains out of the plane, from which the next step starts.
-            roles.depth.setdefault(constraint.strain, 1)
+            strain = constraint.strain
+            roles = replace(roles, depth={**roles.depth, strain: roles.depth.get(strain, 1)})
         self._roles, self._kept = roles, roles.kept
         self._derivatives = PointDerivatives(self.model, roles.driven, constraint)
         self.pairs = self._derivatives.of_tangent(pairs)
